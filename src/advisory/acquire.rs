@@ -1,0 +1,378 @@
+//! Taking transaction-level locks: `BEGIN`, the settings and a `try` in one message; if busy, bounded waits.
+
+use std::time::Duration;
+
+use tokio_postgres::error::SqlState;
+
+use super::environment::Scope;
+use super::gate::Turn;
+use super::{Advisory, Request};
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::session::{Reply, Session, Undo};
+use crate::sql;
+use crate::sql::advisory::{Tried, Verdict};
+use crate::transaction::Tx;
+
+/// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
+/// its own clock; this is for its reply to arrive.
+const ANSWER: Duration = Duration::from_millis(500);
+/// For a last look after the deadline, where a connection has to be found first.
+const LAST_LOOK: Duration = Duration::from_millis(30);
+/// The longest single wait at the server, where `deadlock_timeout` does not ask for shorter ones.
+const LONGEST_SLICE: Duration = Duration::from_millis(500);
+const SHORTEST_SLICE: Duration = Duration::from_millis(5);
+/// Connections of a pool that may turn out to be dead or dirty before one is taken to be an answer about the server.
+const STALE_CONNECTIONS: usize = 8;
+
+/// How long to wait at the server at a time.
+///
+/// A waiting statement holds a snapshot, and `CREATE INDEX CONCURRENTLY` waits for all older snapshots: a waiter for a
+/// lock that the index builder holds would be in a deadlock with it. A wait shorter than `deadlock_timeout` is over
+/// before the server looks for deadlocks, so the build goes on in the pause (test
+/// `index_build_under_a_session_lock_finishes`). It also bounds how long a waiter whose process was killed stays in the
+/// queue.
+pub(super) fn slice(deadlock_timeout: Duration) -> Duration {
+    (deadlock_timeout / 2).clamp(SHORTEST_SLICE, LONGEST_SLICE)
+}
+
+impl Advisory {
+    /// Takes the locks in a new transaction, waiting as long as the request says.
+    ///
+    /// Cancel safety: dropped at any point, what was sent is cancelled or rolled back in the background, and what was
+    /// not sent never is.
+    pub(crate) async fn acquire(&self, request: Request) -> Result<Tx, Error> {
+        let deadline = Deadline::after(request.wait);
+        self.check_room(request.keys()).await?;
+        let mut turn = None;
+        if self.gate.is_crowded(request.keys()) {
+            turn = self.gate.turn(request.keys(), &deadline).await;
+            if turn.is_none() {
+                return self.look_afresh(request, &deadline).await;
+            }
+        }
+        loop {
+            let (session, tried) = self.begin_and_try(&request, &deadline).await?;
+            match tried.verdict {
+                Verdict::Granted => return self.granted(session, request, &tried, &deadline).await,
+                Verdict::Busy => {}
+                Verdict::Snapshot => {
+                    end(session).await;
+                    drop(turn);
+                    return self.acquire_before_snapshot(request, &deadline).await;
+                }
+                _ => {
+                    end(session).await;
+                    return Err(standby(&request));
+                }
+            }
+            if turn.is_none() {
+                turn = self.gate.try_turn(request.keys());
+            }
+            if turn.is_some() || deadline.has_passed() {
+                return self.wait(session, request, &tried, &deadline, turn).await;
+            }
+            // Others of this process wait at the server already: wait here, without the connection.
+            end(session).await;
+            turn = self.gate.turn(request.keys(), &deadline).await;
+            if turn.is_none() {
+                return self.look_afresh(request, &deadline).await;
+            }
+        }
+    }
+
+    /// Takes the locks in a new transaction if they are free; never waits for one.
+    ///
+    /// Cancel safety: as [`acquire`](Self::acquire).
+    pub(crate) async fn try_acquire(&self, request: Request) -> Result<Option<Tx>, Error> {
+        let deadline = Deadline::after(request.lock_wait);
+        self.check_room(request.keys()).await?;
+        let (session, tried) = self.begin_and_try(&request, &deadline).await?;
+        match tried.verdict {
+            Verdict::Granted => self
+                .granted(session, request, &tried, &deadline)
+                .await
+                .map(Some),
+            Verdict::Busy => {
+                end(session).await;
+                tracing::debug!(key = %request.keys()[0], "advisory lock busy");
+                Ok(None)
+            }
+            Verdict::Snapshot => {
+                end(session).await;
+                self.try_before_snapshot(request, &deadline).await
+            }
+            _ => {
+                end(session).await;
+                Err(standby(&request))
+            }
+        }
+    }
+
+    /// One `try`, on a connection that is alive and clean.
+    async fn begin_and_try(
+        &self,
+        request: &Request,
+        deadline: &Deadline,
+    ) -> Result<(Session, Tried), Error> {
+        let sql = sql::advisory::begin_and_try(&request.begin, request.locks());
+        self.on_a_clean_connection(request, deadline, |_| sql.clone(), Undo::rollback)
+            .await
+    }
+
+    /// Sends a `try` on one connection after another until one of them is neither dead nor left in a transaction.
+    pub(super) async fn on_a_clean_connection(
+        &self,
+        request: &Request,
+        deadline: &Deadline,
+        sql: impl Fn(&Session) -> String,
+        undo: impl Fn() -> Undo,
+    ) -> Result<(Session, Tried), Error> {
+        let mut stale = 0;
+        loop {
+            // A try is made even when the wait is over, so a connection is waited for a little in any case.
+            let patience = Deadline::after(deadline.remaining().max(ANSWER));
+            let session = self
+                .connections
+                .check_out(&patience)
+                .await
+                .map_err(|error| error.with_key(&request.keys()[0]))?;
+            let sql = sql(&session);
+            match self.send(session, sql, undo(), deadline, request).await {
+                Ok((mut session, reply)) => match sql::advisory::tried(&reply) {
+                    // Its transaction is somebody else's: closing the connection is all that can be done for it.
+                    Some(Tried {
+                        verdict: Verdict::Dirty,
+                        pid,
+                        ..
+                    }) if stale < STALE_CONNECTIONS => {
+                        tracing::warn!(
+                            pid,
+                            "the pool gave a connection with an open transaction, closing it"
+                        );
+                    }
+                    Some(tried) => {
+                        session.identify(tried.pid, request.begin.application_name.as_deref());
+                        return Ok((session, tried));
+                    }
+                    None => {
+                        return Err(request
+                            .error(ErrorKind::Database)
+                            .with_detail("no answer to a lock request"));
+                    }
+                },
+                // Nothing was done yet that could be done twice: a connection that died in the pool is not an error.
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionLost && stale < STALE_CONNECTIONS => {}
+                // So is one that was left in a failed transaction, which refuses even BEGIN.
+                Err(error)
+                    if error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION)
+                        && stale < STALE_CONNECTIONS => {}
+                Err(error) => return Err(error),
+            }
+            stale += 1;
+        }
+    }
+
+    /// One message and its reply; any error closes the connection, by dropping its session.
+    pub(super) async fn send(
+        &self,
+        session: Session,
+        sql: String,
+        undo: Undo,
+        deadline: &Deadline,
+        request: &Request,
+    ) -> Result<(Session, Reply), Error> {
+        let limit = Deadline::after(deadline.remaining().saturating_add(ANSWER));
+        match limit
+            .bound(Duration::ZERO, session.exchange(sql, undo))
+            .await
+        {
+            Some((session, Ok(reply))) => Ok((session, reply)),
+            Some((_, Err(error))) => Err(request.error(classify(&error).kind()).with_source(error)),
+            None => Err(no_answer(request, deadline)),
+        }
+    }
+
+    /// Waits at the server, a slice at a time, in the transaction that the `try` has begun.
+    async fn wait(
+        &self,
+        mut session: Session,
+        request: Request,
+        tried: &Tried,
+        deadline: &Deadline,
+        turn: Option<Turn>,
+    ) -> Result<Tx, Error> {
+        let slice = slice(tried.deadlock_timeout);
+        let mut after_timeout = false;
+        tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
+        while !deadline.has_passed() {
+            let wait = deadline.remaining().min(slice);
+            let sql = if after_timeout {
+                sql::advisory::begin_again_and_wait(&request.begin, request.locks(), wait, tried)
+            } else {
+                sql::advisory::wait_in_transaction(request.locks(), wait, tried)
+            };
+            let limit = Deadline::after(wait.saturating_add(ANSWER));
+            let Some((answered, answer)) = limit
+                .bound(Duration::ZERO, session.exchange(sql, Undo::Cancel))
+                .await
+            else {
+                return Err(no_answer(&request, deadline));
+            };
+            session = answered;
+            let Err(error) = answer else {
+                drop(turn);
+                return self.granted(session, request, tried, deadline).await;
+            };
+            match classify(&error) {
+                // A deadlock here is between waiters and somebody who waits for them: the pause resolves it.
+                Failure::LockTimeout | Failure::Deadlock => after_timeout = true,
+                failure => {
+                    return Err(request
+                        .error(failure.kind())
+                        .with_waited(deadline.waited())
+                        .with_source(error));
+                }
+            }
+        }
+        self.look(session, request, deadline, true).await
+    }
+
+    /// The last look of a wait whose deadline has passed while it stood in line in this process.
+    async fn look_afresh(&self, request: Request, deadline: &Deadline) -> Result<Tx, Error> {
+        match self
+            .connections
+            .check_out(&Deadline::after(LAST_LOOK))
+            .await
+        {
+            Ok(session) => self.look(session, request, deadline, false).await,
+            Err(_) => Err(timed_out(&request, deadline)),
+        }
+    }
+
+    /// A last `try`, and who is in the way.
+    async fn look(
+        &self,
+        session: Session,
+        request: Request,
+        deadline: &Deadline,
+        in_transaction: bool,
+    ) -> Result<Tx, Error> {
+        let sql = sql::advisory::begin_and_look(&request.begin, request.locks(), in_transaction);
+        let (mut session, reply) = self
+            .send(session, sql, Undo::rollback(), deadline, &request)
+            .await?;
+        match sql::advisory::tried(&reply) {
+            Some(tried) if tried.verdict == Verdict::Granted => {
+                session.identify(tried.pid, request.begin.application_name.as_deref());
+                self.granted(session, request, &tried, deadline).await
+            }
+            _ => {
+                end(session).await;
+                let blockers = sql::blockers::blockers(&reply, request.mode());
+                let error = timed_out(&request, deadline).with_blockers(blockers);
+                tracing::debug!(%error, "advisory lock timed out");
+                Err(error)
+            }
+        }
+    }
+
+    /// What is true of all locks just granted.
+    async fn granted(
+        &self,
+        session: Session,
+        request: Request,
+        tried: &Tried,
+        deadline: &Deadline,
+    ) -> Result<Tx, Error> {
+        for key in request.keys() {
+            tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
+        }
+        let tx = Tx::new(session, Vec::new(), request.call_site, request.lock_wait);
+        self.check_locking(
+            tx.session(),
+            Scope::Transaction,
+            &tried.server,
+            request.locks(),
+        )
+        .await?;
+        Ok(tx.holding(request.into_held(0)))
+    }
+
+    /// Takes the locks for a transaction that reads from one snapshot: as session locks first, which are moved into the
+    /// transaction when it begins. Its snapshot is so taken after the locks were granted, and shows all that their last
+    /// holder committed.
+    async fn acquire_before_snapshot(
+        &self,
+        request: Request,
+        deadline: &Deadline,
+    ) -> Result<Tx, Error> {
+        let (session, tried, request) =
+            self.acquire_session_locks(request, deadline, false).await?;
+        self.begin_over_session_locks(session, request, &tried, deadline)
+            .await
+    }
+
+    async fn try_before_snapshot(
+        &self,
+        request: Request,
+        deadline: &Deadline,
+    ) -> Result<Option<Tx>, Error> {
+        match self.try_session_locks(request, deadline, false).await? {
+            None => Ok(None),
+            Some((session, tried, request)) => self
+                .begin_over_session_locks(session, request, &tried, deadline)
+                .await
+                .map(Some),
+        }
+    }
+
+    async fn begin_over_session_locks(
+        &self,
+        session: Session,
+        request: Request,
+        tried: &Tried,
+        deadline: &Deadline,
+    ) -> Result<Tx, Error> {
+        let sql = sql::advisory::begin_over_session_locks(&request.begin, request.locks());
+        // Until the session locks are returned, nothing but closing the connection is sure to return them.
+        let (mut session, reply) = self
+            .send(session, sql, Undo::Cancel, deadline, &request)
+            .await?;
+        if !sql::rows(&reply).any(|row| sql::is_true(row, "unlocked")) {
+            return Err(request.error(ErrorKind::LockLost));
+        }
+        session.identify(tried.pid, request.begin.application_name.as_deref());
+        self.granted(session, request, tried, deadline).await
+    }
+}
+
+/// Ends a transaction that has done nothing, and gives its connection back.
+async fn end(session: Session) {
+    if let (session, Ok(_)) = session
+        .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
+        .await
+    {
+        session.give_back();
+    }
+}
+
+pub(super) fn standby(request: &Request) -> Error {
+    request.error(ErrorKind::ReadOnlyServer).with_detail(
+        "connect to the primary, for instance with target_session_attrs=read-write; nothing was locked",
+    )
+}
+
+pub(super) fn timed_out(request: &Request, deadline: &Deadline) -> Error {
+    request
+        .error(ErrorKind::LockTimeout)
+        .with_waited(deadline.waited())
+}
+
+pub(super) fn no_answer(request: &Request, deadline: &Deadline) -> Error {
+    request
+        .error(ErrorKind::ConnectionLost)
+        .with_detail("no answer from the server")
+        .with_waited(deadline.waited())
+}

@@ -1,0 +1,310 @@
+//! Taking session-level locks: a `try` that never waits, then bounded waits that cannot leak.
+
+use std::time::Duration;
+
+use super::acquire::{no_answer, slice, standby, timed_out};
+use super::environment::Scope;
+use super::gate::Turn;
+use super::{Advisory, Request, SessionGuard};
+use crate::deadline::Deadline;
+use crate::error::{Error, Failure, classify};
+use crate::session::{Reply, Session, Undo};
+use crate::sql;
+use crate::sql::advisory::{Locks, Names, Tried, Verdict};
+
+/// For the reply to a wait that the server has ended.
+const ANSWER: Duration = Duration::from_millis(500);
+/// For a last look after the deadline, where a connection has to be found first.
+const LAST_LOOK: Duration = Duration::from_millis(30);
+
+/// A session that holds the locks, what the server said of it, and what was asked for.
+type Locked = (Session, Tried, Request);
+
+impl Advisory {
+    /// Takes session locks, waiting as long as the request says.
+    ///
+    /// Cancel safety: dropped at any point, what was sent is cancelled or unlocked in the background.
+    pub(crate) async fn acquire_session(&self, request: Request) -> Result<SessionGuard, Error> {
+        let deadline = Deadline::after(request.wait);
+        self.check_room(request.keys()).await?;
+        let locked = self.acquire_session_locks(request, &deadline, true).await?;
+        self.guard(locked, &deadline).await
+    }
+
+    /// Takes session locks if they are free; never waits for one.
+    ///
+    /// Cancel safety: as [`acquire_session`](Self::acquire_session).
+    pub(crate) async fn try_acquire_session(
+        &self,
+        request: Request,
+    ) -> Result<Option<SessionGuard>, Error> {
+        let deadline = Deadline::after(request.lock_wait);
+        self.check_room(request.keys()).await?;
+        match self.try_session_locks(request, &deadline, true).await? {
+            Some(locked) => self.guard(locked, &deadline).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn guard(
+        &self,
+        (session, tried, request): Locked,
+        deadline: &Deadline,
+    ) -> Result<SessionGuard, Error> {
+        for key in request.keys() {
+            tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
+        }
+        let renamed = request.begin.application_name.is_some();
+        let name = renamed.then_some(tried.application_name);
+        let guard = SessionGuard::new(session, request, name);
+        self.check_locking(
+            guard.session(),
+            Scope::Session,
+            &tried.server,
+            guard.locks(),
+        )
+        .await?;
+        Ok(guard)
+    }
+
+    /// The locks, on a session that goes by the request's name if it is to be `named`.
+    pub(super) async fn acquire_session_locks(
+        &self,
+        request: Request,
+        deadline: &Deadline,
+        named: bool,
+    ) -> Result<Locked, Error> {
+        let mut turn = None;
+        if self.gate.is_crowded(request.keys()) {
+            turn = self.gate.turn(request.keys(), deadline).await;
+            if turn.is_none() {
+                return self
+                    .look_at_session_locks_afresh(request, deadline, named)
+                    .await;
+            }
+        }
+        loop {
+            let (session, tried) = self.try_once(&request, deadline, named).await?;
+            if tried.verdict == Verdict::Granted {
+                return Ok((session, tried, request));
+            }
+            if turn.is_none() {
+                turn = self.gate.try_turn(request.keys());
+            }
+            if turn.is_some() || deadline.has_passed() {
+                return self
+                    .wait_for_session_locks(session, request, tried, deadline, named, turn)
+                    .await;
+            }
+            // A busy try leaves nothing on the session.
+            session.give_back();
+            turn = self.gate.turn(request.keys(), deadline).await;
+            if turn.is_none() {
+                return self
+                    .look_at_session_locks_afresh(request, deadline, named)
+                    .await;
+            }
+        }
+    }
+
+    pub(super) async fn try_session_locks(
+        &self,
+        request: Request,
+        deadline: &Deadline,
+        named: bool,
+    ) -> Result<Option<Locked>, Error> {
+        let (session, tried) = self.try_once(&request, deadline, named).await?;
+        if tried.verdict == Verdict::Granted {
+            return Ok(Some((session, tried, request)));
+        }
+        session.give_back();
+        tracing::debug!(key = %request.keys()[0], "session lock busy");
+        Ok(None)
+    }
+
+    /// One `try`: granted or busy, or an error.
+    async fn try_once(
+        &self,
+        request: &Request,
+        deadline: &Deadline,
+        named: bool,
+    ) -> Result<(Session, Tried), Error> {
+        let mut through_pooler = false;
+        loop {
+            let (session, tried) = self
+                .try_on_some_session(request, deadline, named, through_pooler)
+                .await?;
+            match tried.verdict {
+                Verdict::Granted | Verdict::Busy => return Ok((session, tried)),
+                Verdict::Pooled => {
+                    self.check_pooler(&session, &request.keys()[0]).await?;
+                    through_pooler = true;
+                    session.give_back();
+                }
+                _ => {
+                    session.give_back();
+                    return Err(standby(request));
+                }
+            }
+        }
+    }
+
+    async fn try_on_some_session(
+        &self,
+        request: &Request,
+        deadline: &Deadline,
+        named: bool,
+        through_pooler: bool,
+    ) -> Result<(Session, Tried), Error> {
+        let names = names(request, named);
+        // The text depends on the connection's own pid, so it is made for each.
+        self.on_a_clean_connection(
+            request,
+            deadline,
+            |session| {
+                let direct = if through_pooler {
+                    None
+                } else {
+                    session.login_pid()
+                };
+                sql::advisory::try_session(request.locks(), names, direct)
+            },
+            || undo_try(request),
+        )
+        .await
+    }
+
+    /// Waits at the server, a slice at a time.
+    async fn wait_for_session_locks(
+        &self,
+        mut session: Session,
+        request: Request,
+        tried: Tried,
+        deadline: &Deadline,
+        named: bool,
+        turn: Option<Turn>,
+    ) -> Result<Locked, Error> {
+        let slice = slice(tried.deadlock_timeout);
+        let mut after_timeout = false;
+        tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
+        while !deadline.has_passed() {
+            let wait = deadline.remaining().min(slice);
+            let sql = sql::advisory::wait_session(
+                request.locks(),
+                names(&request, named),
+                wait,
+                after_timeout,
+            );
+            let limit = Deadline::after(wait.saturating_add(ANSWER));
+            let Some((answered, answer)) = limit
+                .bound(Duration::ZERO, session.exchange(sql, Undo::Cancel))
+                .await
+            else {
+                return Err(no_answer(&request, deadline));
+            };
+            session = answered;
+            let Err(error) = answer else {
+                drop(turn);
+                return Ok((session, tried, request));
+            };
+            match classify(&error) {
+                // Both are raised before the grant of a transaction lock, which the next message rolls back.
+                Failure::LockTimeout | Failure::Deadlock => after_timeout = true,
+                // Anything else may have struck after the session lock was granted: the connection is closed.
+                failure => {
+                    return Err(request
+                        .error(failure.kind())
+                        .with_waited(deadline.waited())
+                        .with_source(error));
+                }
+            }
+        }
+        self.look_at_session_locks(session, request, deadline, named, after_timeout)
+            .await
+    }
+
+    async fn look_at_session_locks_afresh(
+        &self,
+        request: Request,
+        deadline: &Deadline,
+        named: bool,
+    ) -> Result<Locked, Error> {
+        match self
+            .connections
+            .check_out(&Deadline::after(LAST_LOOK))
+            .await
+        {
+            Ok(session) => {
+                self.look_at_session_locks(session, request, deadline, named, false)
+                    .await
+            }
+            Err(_) => Err(timed_out(&request, deadline)),
+        }
+    }
+
+    /// A last `try`, and who is in the way.
+    async fn look_at_session_locks(
+        &self,
+        session: Session,
+        request: Request,
+        deadline: &Deadline,
+        named: bool,
+        after_timeout: bool,
+    ) -> Result<Locked, Error> {
+        // A wait was let through a pooler only if it keeps sessions; a first look may not have been examined.
+        let direct = if after_timeout {
+            None
+        } else {
+            session.login_pid()
+        };
+        let sql = sql::advisory::look_session(
+            request.locks(),
+            names(&request, named),
+            direct,
+            after_timeout,
+        );
+        let (session, reply) = self
+            .send(session, sql, undo_try(&request), deadline, &request)
+            .await?;
+        match sql::advisory::tried(&reply) {
+            Some(tried) if tried.verdict == Verdict::Granted => Ok((session, tried, request)),
+            _ => {
+                session.give_back();
+                let blockers = sql::blockers::blockers(&reply, request.mode());
+                let error = timed_out(&request, deadline).with_blockers(blockers);
+                tracing::debug!(%error, "session lock timed out");
+                Err(error)
+            }
+        }
+    }
+}
+
+fn names(request: &Request, named: bool) -> Names<'_> {
+    let names = request.session_names();
+    if named {
+        names
+    } else {
+        Names {
+            holding: None,
+            ..names
+        }
+    }
+}
+
+/// What to do about a `try` whose answer nobody waited for: return what it got, and the session's own name.
+fn undo_try(request: &Request) -> Undo {
+    let keys = request.keys().to_vec();
+    let mode = request.mode();
+    let renamed = request.begin.application_name.is_some();
+    Undo::After(Box::new(move |reply: &Reply| {
+        let tried = sql::advisory::tried(reply)?;
+        let mut sql = sql::advisory::unlock_if_held(Locks { keys: &keys, mode });
+        if renamed {
+            sql.push_str("; ");
+            sql.push_str(&sql::advisory::set_application_name(
+                &tried.application_name,
+            ));
+        }
+        Some(sql)
+    }))
+}

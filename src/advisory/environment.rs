@@ -1,0 +1,202 @@
+//! Whether the server is one on which advisory locks mean what they say. Asked once for a server.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::Advisory;
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::session::{Session, Undo};
+use crate::sql;
+use crate::sql::advisory::{Locks, Verdict};
+
+/// A second connection to compare with.
+const SECOND: Duration = Duration::from_secs(1);
+/// Sets of locks this large are compared with the room in the lock table first.
+const WORTH_COUNTING: usize = 128;
+/// How often two sessions are compared before they count as kept apart.
+const COMPARISONS: usize = 3;
+
+/// Which of the server's functions a finding is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Scope {
+    Transaction,
+    Session,
+}
+
+/// What has been found out.
+#[derive(Debug, Default)]
+pub(crate) struct Environment {
+    /// Servers, by the start of their postmaster, whose locks were seen to lock.
+    locking: Mutex<HashSet<(Scope, String)>>,
+    /// Whether the pooler in front keeps one server session for each client.
+    keeps_sessions: Mutex<Option<bool>>,
+}
+
+impl Advisory {
+    /// Checks, the first time on a server, that the locks just granted to `session` are there.
+    ///
+    /// An engine whose lock functions do nothing shows nothing in `pg_locks`. One that locks and does not show it is
+    /// told apart by a second session, which must be refused what the first one holds.
+    ///
+    /// # Errors
+    /// `NoAdvisoryLocks`.
+    pub(super) async fn check_locking(
+        &self,
+        session: &Session,
+        scope: Scope,
+        server: &str,
+        locks: Locks<'_>,
+    ) -> Result<(), Error> {
+        let finding = (scope, server.to_owned());
+        if self.environment.knows(&finding) {
+            return Ok(());
+        }
+        let reply = session
+            .message(&sql::advisory::shown_in_pg_locks(locks))
+            .await?;
+        let shown = sql::rows(&reply).any(|row| sql::is_true(row, "shown"));
+        if !shown && !self.excludes_a_second(locks.keys).await? {
+            return Err(Error::new(ErrorKind::NoAdvisoryLocks)
+                .with_key(&locks.keys[0])
+                .with_detail(
+                    "the server granted one exclusive lock to two sessions; it must not be relied on, \
+                     use row locks on this engine",
+                ));
+        }
+        self.environment.learn(finding);
+        Ok(())
+    }
+
+    /// Whether a second session is refused a key that the first one holds. `false` where there is no second one to ask:
+    /// what cannot be shown to lock is not relied on.
+    async fn excludes_a_second(&self, keys: &[LockKey]) -> Result<bool, Error> {
+        let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
+            return Ok(false);
+        };
+        let locks = Locks {
+            keys: &keys[..1],
+            mode: AdvisoryMode::Exclusive,
+        };
+        let sql = sql::advisory::begin_and_try(&sql::Begin::default(), locks);
+        let (second, answer) = second.exchange(sql, Undo::rollback()).await;
+        let tried = sql::advisory::tried(&answer?);
+        let (second, answer) = second
+            .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
+            .await;
+        answer?;
+        second.give_back();
+        Ok(tried.is_some_and(|tried| tried.verdict == Verdict::Busy))
+    }
+
+    /// Checks that session locks may be taken through the pooler that `session` goes through.
+    ///
+    /// Two clients that are both open, and are both served by one backend, prove that the pooler gives a server session
+    /// to whoever has a statement to run; so does one client that is served by two backends.
+    ///
+    /// # Errors
+    /// `TransactionPooler`, where that is proven, and where there is no second connection to find out with.
+    pub(super) async fn check_pooler(&self, session: &Session, key: &LockKey) -> Result<(), Error> {
+        let known = *lock(&self.environment.keeps_sessions);
+        let keeps = match known {
+            Some(keeps) => keeps,
+            None => {
+                let keeps = self.pooler_keeps_sessions(session).await?;
+                *lock(&self.environment.keeps_sessions) = Some(keeps);
+                keeps
+            }
+        };
+        if keeps {
+            return Ok(());
+        }
+        Err(refused(key).with_detail(
+            "the pooler gives one server session to several clients, which would share the lock or lose it; use a \
+             transaction lock, connect to the server directly, or set the pooler to session mode",
+        ))
+    }
+
+    async fn pooler_keeps_sessions(&self, first: &Session) -> Result<bool, Error> {
+        let pid_of = async |session: &Session| {
+            let reply = session.message(sql::environment::BACKEND_PID).await?;
+            Ok::<_, Error>(sql::environment::backend_pid(&reply))
+        };
+        for _ in 0..COMPARISONS {
+            let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
+                // Not proven either way, so nothing to be learnt for the next time.
+                return Err(Error::new(ErrorKind::TransactionPooler).with_detail(
+                    "a pooler stands between, and the pool had no second connection to find out whether it keeps one \
+                     server session for each client; use a transaction lock or a larger pool",
+                ));
+            };
+            let before = pid_of(first).await?;
+            // In a transaction the second client keeps its backend while the first is asked again.
+            let begin = sql::begin_transaction(&sql::Begin::default());
+            let (second, answer) = second.exchange(begin, Undo::rollback()).await;
+            let beside = sql::begun(&answer?).map(|begun| begun.pid);
+            let after = pid_of(first).await;
+            let (second, answer) = second
+                .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
+                .await;
+            answer?;
+            second.give_back();
+            let after = after?;
+            if before != after || before == beside || after == beside {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Refuses a set of locks for which the server has no room, before it takes the room of others: one session can
+    /// fill the lock table of the whole server, and then nobody can log in.
+    ///
+    /// # Errors
+    /// `OutOfLocks`, nothing taken.
+    pub(super) async fn check_room(&self, keys: &[LockKey]) -> Result<(), Error> {
+        if keys.len() < WORTH_COUNTING {
+            return Ok(());
+        }
+        let reply = self.connections.ask(sql::environment::LOCK_TABLE).await?;
+        let Some(table) = sql::environment::lock_table(&reply) else {
+            return Ok(());
+        };
+        let wanted = u64::try_from(keys.len()).unwrap_or(u64::MAX);
+        if table.taken.saturating_add(wanted) <= table.capacity {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::OutOfLocks)
+            .with_key(&keys[0])
+            .with_detail(format!(
+                "{wanted} locks do not fit beside the {} of others in the server's lock table, which is made for {} \
+                 (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
+                 instance one for the whole set, or raise max_locks_per_transaction",
+                table.taken, table.capacity
+            )))
+    }
+}
+
+impl Environment {
+    fn knows(&self, finding: &(Scope, String)) -> bool {
+        lock(&self.locking).contains(finding)
+    }
+
+    fn learn(&self, finding: (Scope, String)) {
+        let mut locking = lock(&self.locking);
+        // Servers come and go with failovers; a handful is remembered.
+        if locking.len() >= 64 {
+            locking.clear();
+        }
+        locking.insert(finding);
+    }
+}
+
+fn refused(key: &LockKey) -> Error {
+    Error::new(ErrorKind::TransactionPooler).with_key(key)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

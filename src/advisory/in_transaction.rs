@@ -1,0 +1,217 @@
+//! More locks for a transaction that has begun.
+
+use std::future::IntoFuture;
+use std::pin::Pin;
+use std::time::Duration;
+
+use super::Request;
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::session::Session;
+use crate::sql;
+use crate::sql::advisory::{Tried, Verdict};
+use crate::transaction::Tx;
+
+/// Locks to be taken in a transaction that has begun: awaited, it waits for them.
+///
+/// From [`Tx::advisory_lock`].
+#[must_use = "a description takes no lock until it is awaited"]
+#[derive(Debug)]
+pub struct TxAdvisoryLock<'a> {
+    tx: &'a mut Tx,
+    keys: Vec<LockKey>,
+    mode: AdvisoryMode,
+    wait: Duration,
+}
+
+impl Tx {
+    /// One more transaction-level advisory lock, held until this transaction ends.
+    ///
+    /// Await it to take the lock, waiting at most the keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait), or what
+    /// [`wait`](TxAdvisoryLock::wait) says. Locks taken one after another can deadlock with transactions that take them
+    /// in another order; [`advisory_locks`](Self::advisory_locks) sorts them.
+    ///
+    /// ```no_run
+    /// # async fn example(tx: &mut lockkeeper::Tx) -> Result<(), lockkeeper::Error> {
+    /// tx.advisory_lock("acct:7").await?;
+    /// if !tx.advisory_lock("acct:8").shared().try_acquire().await? {
+    ///     println!("acct:8 is busy");
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// A lock that the transaction holds already is not taken twice. Asking for it in the other mode is an error: two
+    /// sessions that turn a shared lock into an exclusive one wait for each other for ever.
+    ///
+    /// # SQL
+    /// `SELECT pg_try_advisory_xact_lock(…)`, one round trip when it is free. When it is not, the wait is one more
+    /// message, in a savepoint of its own and under a `lock_timeout` of the whole wait.
+    ///
+    /// # Errors
+    /// [`LockTimeout`](ErrorKind::LockTimeout) with the blockers: the transaction stays usable.
+    /// [`Config`](ErrorKind::Config) when the transaction's isolation level is REPEATABLE READ or SERIALIZABLE: it reads
+    /// from a snapshot older than the lock would be, so the lock would protect nothing that is read; take the lock with
+    /// [`Keeper::advisory_lock`](crate::Keeper::advisory_lock) and its `isolation` instead. [`Deadlock`](ErrorKind::Deadlock)
+    /// and the connection's errors end the transaction.
+    ///
+    /// # Cancel safety
+    /// A wait that is dropped is cancelled on the server, which fails the transaction: roll it back.
+    pub fn advisory_lock(&mut self, key: impl Into<LockKey>) -> TxAdvisoryLock<'_> {
+        self.advisory_locks([key])
+    }
+
+    /// Several more locks: sorted, without repeats, all or none of them, under one total wait.
+    ///
+    /// As [`advisory_lock`](Self::advisory_lock).
+    pub fn advisory_locks<K: Into<LockKey>>(
+        &mut self,
+        keys: impl IntoIterator<Item = K>,
+    ) -> TxAdvisoryLock<'_> {
+        let wait = self.lock_wait();
+        TxAdvisoryLock {
+            tx: self,
+            keys: keys.into_iter().map(Into::into).collect(),
+            mode: AdvisoryMode::Exclusive,
+            wait,
+        }
+    }
+}
+
+impl<'a> TxAdvisoryLock<'a> {
+    /// Held together with other shared holders, never with an exclusive one.
+    pub fn shared(mut self) -> Self {
+        self.mode = AdvisoryMode::Shared;
+        self
+    }
+
+    /// How long to wait in all.
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// Takes the locks if they are free; `false`, and none is taken, if one of them is not.
+    ///
+    /// # Errors
+    /// As [`Tx::advisory_lock`], without `LockTimeout`.
+    ///
+    /// # Cancel safety
+    /// Dropped, the locks may have been taken; they end with the transaction.
+    pub async fn try_acquire(self) -> Result<bool, Error> {
+        match self.checked()? {
+            Some((tx, request)) => Ok(try_once(tx, request).await?.is_ok()),
+            None => Ok(true),
+        }
+    }
+
+    async fn acquire(self) -> Result<(), Error> {
+        let deadline = Deadline::after(self.wait);
+        let Some((tx, request)) = self.checked()? else {
+            return Ok(());
+        };
+        match try_once(tx, request).await? {
+            Ok(()) => Ok(()),
+            Err((tx, request, tried)) => wait(tx, request, &tried, &deadline).await,
+        }
+    }
+
+    /// What is left to ask for; `None` if all of it is held.
+    fn checked(self) -> Result<Option<(&'a mut Tx, Request)>, Error> {
+        let request = Request::new(self.keys, self.mode, self.wait)?;
+        for held in self.tx.held() {
+            if held.mode != self.mode && request.keys().iter().any(|key| key.same_lock(&held.key)) {
+                return Err(Error::config(format!(
+                    "held by this transaction as {} already, and a lock's mode is not changed while it is held; take it \
+                     as {} first",
+                    held.mode, self.mode
+                ))
+                .with_key(&held.key));
+            }
+        }
+        let held: Vec<LockKey> = self.tx.held_keys().cloned().collect();
+        let request = request.without(|key| held.iter().any(|held| held.same_lock(key)));
+        Ok(request.map(|request| (self.tx, request)))
+    }
+}
+
+impl<'a> IntoFuture for TxAdvisoryLock<'a> {
+    type Output = Result<(), Error>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send + 'a>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.acquire())
+    }
+}
+
+/// A lock that was busy, with all that is needed to wait for it.
+type Busy<'a> = (&'a mut Tx, Request, Tried);
+
+async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>, Error> {
+    let sql = sql::advisory::try_in_transaction(request.locks());
+    let reply = tx
+        .session()
+        .message(&sql)
+        .await
+        .map_err(|error| request.error(classify(&error).kind()).with_source(error))?;
+    let Some(tried) = sql::advisory::tried(&reply) else {
+        return Err(request
+            .error(ErrorKind::Database)
+            .with_detail("no answer to a lock request"));
+    };
+    match tried.verdict {
+        Verdict::Granted => {
+            hold(tx, request);
+            Ok(Ok(()))
+        }
+        Verdict::Busy => Ok(Err((tx, request, tried))),
+        Verdict::Snapshot => Err(request.error(ErrorKind::Config).with_detail(
+            "this transaction's isolation level reads from a snapshot taken before the lock; take the lock first, with \
+             the keeper's advisory_lock(…).isolation(…), or use READ COMMITTED",
+        )),
+        _ => Err(super::acquire::standby(&request)),
+    }
+}
+
+async fn wait(
+    tx: &mut Tx,
+    request: Request,
+    tried: &Tried,
+    deadline: &Deadline,
+) -> Result<(), Error> {
+    if !deadline.has_passed() {
+        let sql = sql::advisory::wait_at_savepoint(request.locks(), deadline.remaining(), tried);
+        // Cancel safety: a waiter nobody waits for is cancelled, by the drop of this.
+        let cancel = scopeguard::guard(tx.session(), Session::cancel_in_background);
+        let answer = tx.session().message(&sql).await;
+        let _: &Session = scopeguard::ScopeGuard::into_inner(cancel);
+        let Err(error) = answer else {
+            hold(tx, request);
+            return Ok(());
+        };
+        if classify(&error) != Failure::LockTimeout {
+            return Err(request
+                .error(classify(&error).kind())
+                .with_waited(deadline.waited())
+                .with_source(error));
+        }
+    } else {
+        // No wait at all: only the savepoint that is gone back to below.
+        tx.session().message("SAVEPOINT lockkeeper_wait").await?;
+    }
+    let reply = tx
+        .session()
+        .message(&sql::advisory::undo_wait_at_savepoint(request.locks()))
+        .await?;
+    let blockers = sql::blockers::blockers(&reply, request.mode());
+    Err(super::acquire::timed_out(&request, deadline).with_blockers(blockers))
+}
+
+fn hold(tx: &mut Tx, request: Request) {
+    for key in request.keys() {
+        tracing::debug!(%key, mode = %request.mode(), "advisory lock acquired in a transaction");
+    }
+    let depth = tx.depth();
+    tx.hold(request.into_held(depth));
+}

@@ -1,0 +1,43 @@
+//! Advisory locks: what is asked for, how it is taken, and the guards that hold it.
+//!
+//! A call goes like this: a description ([`AdvisoryLock`]) becomes a [`Request`] (checked, sorted, named); `acquire`
+//! or `acquire_session` takes it with the texts of [`crate::sql::advisory`] on a [`crate::session::Session`]; what
+//! comes out is a [`Tx`](crate::Tx) in an [`XactGuard`], or a [`SessionGuard`].
+
+mod acquire;
+mod acquire_session;
+mod environment;
+mod gate;
+mod in_transaction;
+mod lock;
+mod request;
+mod session_guard;
+mod xact_guard;
+
+use std::sync::Arc;
+
+pub use in_transaction::TxAdvisoryLock;
+pub use lock::{AdvisoryLock, SessionAdvisoryLock};
+pub(crate) use request::Request;
+pub use session_guard::SessionGuard;
+pub use xact_guard::XactGuard;
+
+use crate::session::Connections;
+
+/// What all advisory locks of one keeper share.
+#[derive(Debug)]
+pub(crate) struct Advisory {
+    pub(crate) connections: Arc<Connections>,
+    gate: gate::Gate,
+    environment: environment::Environment,
+}
+
+impl Advisory {
+    pub(crate) fn new(connections: Arc<Connections>) -> Arc<Self> {
+        Arc::new(Self {
+            connections,
+            gate: gate::Gate::default(),
+            environment: environment::Environment::default(),
+        })
+    }
+}

@@ -1,0 +1,367 @@
+//! Session-level locks, held on a connection of their own until they are released.
+
+use std::time::{Duration, Instant};
+
+use super::Request;
+use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::key::LockKey;
+use crate::key::names::Registration;
+use crate::mode::AdvisoryMode;
+use crate::session::{Reply, Session, Undo, query_methods};
+use crate::sql;
+use crate::sql::advisory::Locks;
+use crate::transaction::{AsyncFunc, Tx};
+
+/// How often [`SessionGuard::lost`] looks.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Session-level advisory locks, held over any number of transactions.
+///
+/// The guard owns the connection that holds the locks, and the locks live no longer than that connection: when it ends
+/// (the backend is terminated, the server restarts, the network fails) they are gone, whatever this process believes.
+/// [`is_lost`](Self::is_lost) and [`lost`](Self::lost) tell without a query. Work that must not happen without the
+/// lock is safest on the guard's own connection, with [`transaction`](Self::transaction): it fails with it.
+///
+/// The connection goes by the call site in `application_name` while it holds the locks.
+///
+/// # Dropping
+/// The unlock is sent at once, without waiting; the connection is back in the pool when the server has said that the
+/// locks are gone, and closed when it says anything else.
+#[must_use = "dropping the guard releases the lock at once"]
+#[clippy::has_significant_drop]
+#[derive(Debug)]
+pub struct SessionGuard {
+    // `None` while a transaction has it, and after the end.
+    session: Option<Session>,
+    keys: Vec<LockKey>,
+    mode: AdvisoryMode,
+    _names: Vec<Registration>,
+    /// The session's own `application_name`, to be put back.
+    application_name: Option<String>,
+    call_site: Option<crate::CallSite>,
+    lock_wait: Duration,
+    since: Instant,
+}
+
+impl SessionGuard {
+    pub(super) fn new(
+        session: Session,
+        request: Request,
+        application_name: Option<String>,
+    ) -> Self {
+        let mode = request.mode();
+        let call_site = request.call_site;
+        let lock_wait = request.lock_wait;
+        let (keys, names) = request.into_parts();
+        Self {
+            session: Some(session),
+            keys,
+            mode,
+            _names: names,
+            application_name,
+            call_site,
+            lock_wait,
+            since: Instant::now(),
+        }
+    }
+
+    pub(super) fn session(&self) -> &Session {
+        self.session
+            .as_ref()
+            .expect("a guard has its session until it ends")
+    }
+
+    pub(super) fn locks(&self) -> Locks<'_> {
+        Locks {
+            keys: &self.keys,
+            mode: self.mode,
+        }
+    }
+
+    /// The keys held, sorted.
+    #[must_use]
+    pub fn held_keys(&self) -> &[LockKey] {
+        &self.keys
+    }
+
+    /// How they are held.
+    #[must_use]
+    pub fn mode(&self) -> AdvisoryMode {
+        self.mode
+    }
+
+    /// For how long they have been held.
+    #[must_use]
+    pub fn held_for(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// The backend's process id, as `pg_locks` and `pg_stat_activity` show it.
+    #[must_use]
+    pub fn backend_pid(&self) -> Option<i32> {
+        self.session().server_pid()
+    }
+
+    /// Whether the connection has ended, and the locks with it. Costs nothing, and sends nothing.
+    ///
+    /// A server that ends the connection is noticed at once. A server that vanishes without a word (a power cut, a
+    /// network that drops packets) is noticed when the operating system gives the connection up: set TCP keepalives in
+    /// the pool's `tokio_postgres::Config`.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.session.as_ref().is_none_or(Session::is_closed)
+    }
+
+    /// Waits until the locks are lost; see [`is_lost`](Self::is_lost). For a `select!` beside the work.
+    ///
+    /// # Cancel safety
+    /// May be dropped and called again at any time.
+    pub async fn lost(&self) {
+        while !self.is_lost() {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Releases the locks, and reports whether they were held to the end.
+    ///
+    /// A transaction that was left open on the guard's connection is rolled back.
+    ///
+    /// # SQL
+    /// `SELECT pg_advisory_unlock(…)` and the session's former `application_name`: one round trip.
+    ///
+    /// # Errors
+    /// [`LockLost`](crate::ErrorKind::LockLost) when the connection had ended, or the server says that the lock was not
+    /// held: somebody else may have held it since. Nothing is left to release then.
+    ///
+    /// # Cancel safety
+    /// Once polled, the release goes on in the background if this is dropped.
+    pub async fn release(mut self) -> Result<(), Error> {
+        let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
+        let Some(session) = self.session.take() else {
+            return Err(lost);
+        };
+        if session.is_closed() {
+            return Err(lost);
+        }
+        let undo = Undo::After(after_unlock(self.application_name.clone()));
+        let (session, answer) = session.exchange(self.release_sql(), undo).await;
+        self.trace_end();
+        match answer {
+            Ok(reply) if !unlocked(&reply) => Err(lost),
+            Ok(reply) => {
+                match after_unlock(self.application_name.clone())(&reply) {
+                    None => session.give_back(),
+                    // Unanswered, the connection is closed.
+                    Some(sql) => {
+                        if let (session, Ok(_)) = session.exchange(sql, Undo::Nothing).await {
+                            session.give_back();
+                        }
+                    }
+                }
+                Ok(())
+            }
+            Err(error) => match classify(&error) {
+                Failure::ConnectionLost | Failure::Driver => Err(lost.with_source(error)),
+                // A transaction that failed and was left open refuses the unlock: it is ended first.
+                Failure::Aborted => {
+                    let sql = format!("{}; {}", sql::ROLLBACK, self.release_sql());
+                    match session.exchange(sql, Undo::Nothing).await {
+                        (session, Ok(reply)) if unlocked(&reply) => {
+                            session.give_back();
+                            Ok(())
+                        }
+                        (_, Ok(_)) => Err(lost),
+                        (_, Err(error)) => Err(lost.with_source(error)),
+                    }
+                }
+                // The connection is closed with the session, and that releases.
+                failure => Err(Error::new(failure.kind())
+                    .with_key(&self.keys[0])
+                    .with_detail("the unlock failed, the connection was closed instead")
+                    .with_source(error)),
+            },
+        }
+    }
+
+    /// Runs a transaction on the guard's own connection, so that it cannot commit once the locks are lost.
+    ///
+    /// It is run once, not retried: `Ok` commits, `Err` rolls back. The locks stay held either way.
+    ///
+    /// # Errors
+    /// The closure's own; an [`Error`] where the transaction cannot begin or commit, as
+    /// [`XactGuard::commit`](crate::XactGuard::commit) says.
+    ///
+    /// # Cancel safety
+    /// Dropped, the transaction is rolled back; the locks stay held. Dropped during COMMIT, it may have committed.
+    pub async fn transaction<R, E, F>(&mut self, f: F) -> Result<R, E>
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        let lost = || Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
+        if self.is_lost() {
+            return Err(lost().into());
+        }
+        let mut loan = Loan::new(self);
+        loan.begin().await?;
+        match f(loan.tx_mut()).await {
+            Ok(value) => {
+                loan.commit().await?;
+                Ok(value)
+            }
+            Err(error) => {
+                loan.rollback().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn release_sql(&self) -> String {
+        let mut sql = sql::advisory::unlock(self.locks());
+        if let Some(name) = &self.application_name {
+            sql.push_str("; ");
+            sql.push_str(&sql::advisory::set_application_name(name));
+        }
+        sql
+    }
+
+    fn trace_end(&self) {
+        for key in &self.keys {
+            tracing::debug!(%key, mode = %self.mode, held = ?self.since.elapsed(), "session lock released");
+        }
+    }
+}
+
+query_methods!(SessionGuard);
+
+impl Drop for SessionGuard {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take() {
+            self.trace_end();
+            let undo = Undo::After(after_unlock(self.application_name.clone()));
+            session.exchange(self.release_sql(), undo).detach();
+        }
+    }
+}
+
+/// What is left to do after an unlock: end the transaction that somebody left open, which would take the restored name
+/// with it.
+fn after_unlock(
+    application_name: Option<String>,
+) -> Box<dyn FnOnce(&Reply) -> Option<String> + Send> {
+    Box::new(move |reply| {
+        if sql::rows(reply)
+            .all(|row| sql::text(row, "fresh").is_none() || sql::is_true(row, "fresh"))
+        {
+            return None;
+        }
+        let mut sql = String::from(sql::ROLLBACK);
+        if let Some(name) = &application_name {
+            sql.push_str("; ");
+            sql.push_str(&sql::advisory::set_application_name(name));
+        }
+        Some(sql)
+    })
+}
+
+fn unlocked(reply: &Reply) -> bool {
+    sql::rows(reply).any(|row| sql::is_true(row, "unlocked"))
+}
+
+/// The guard's session lent to a transaction. However it ends, the session goes back to the guard.
+struct Loan<'a> {
+    guard: &'a mut SessionGuard,
+    tx: Option<Tx>,
+    /// Whether dropping has a transaction to roll back.
+    open: bool,
+}
+
+impl<'a> Loan<'a> {
+    fn new(guard: &'a mut SessionGuard) -> Self {
+        let tx = guard
+            .session
+            .take()
+            .map(|session| Tx::new(session, Vec::new(), guard.call_site, guard.lock_wait));
+        Self {
+            guard,
+            tx,
+            open: true,
+        }
+    }
+
+    fn session(&self) -> &Session {
+        self.tx
+            .as_ref()
+            .expect("the loan has its transaction until it ends")
+            .session()
+    }
+
+    fn tx_mut(&mut self) -> &mut Tx {
+        self.tx
+            .as_mut()
+            .expect("the loan has its transaction until it ends")
+    }
+
+    async fn begin(&mut self) -> Result<(), Error> {
+        match self.session().message("BEGIN").await {
+            Ok(_) => return Ok(()),
+            // A failed transaction was left open before: it is ended, and this one begun.
+            Err(error) if classify(&error) == Failure::Aborted => {}
+            Err(error) => {
+                self.open = false;
+                return Err(error.into());
+            }
+        }
+        let again = format!("{}; BEGIN", sql::ROLLBACK);
+        self.session().message(&again).await?;
+        Ok(())
+    }
+
+    async fn commit(mut self) -> Result<(), Error> {
+        if self.session().is_closed() {
+            self.open = false;
+            return Err(Error::new(ErrorKind::LockLost).with_key(&self.guard.keys[0]));
+        }
+        let answer = {
+            // Cancel safety: from here on COMMIT is on its way and ends the transaction, so a drop must not.
+            self.open = false;
+            self.session().message(sql::COMMIT).await
+        };
+        let Err(error) = answer else { return Ok(()) };
+        let kind = match classify(&error) {
+            Failure::ConnectionLost | Failure::Driver => ErrorKind::CommitUnknown,
+            failure => {
+                self.open = true;
+                failure.kind()
+            }
+        };
+        let error = Error::new(kind)
+            .with_detail("commit failed")
+            .with_source(error);
+        if self.open {
+            self.rollback().await;
+        }
+        Err(error)
+    }
+
+    async fn rollback(mut self) {
+        self.open = false;
+        // An error here means that the connection is gone, which the guard notices by itself.
+        drop(self.session().message(sql::ROLLBACK).await);
+    }
+}
+
+impl Drop for Loan<'_> {
+    fn drop(&mut self) {
+        let Some(session) = self.tx.take().and_then(Tx::into_session) else {
+            return;
+        };
+        if self.open {
+            session.queue(sql::ROLLBACK);
+        }
+        self.guard.session = Some(session);
+    }
+}

@@ -1,0 +1,171 @@
+//! Who stands in the way of a lock: one row about a backend that holds it, or that queues for it ahead of us.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::mode::AdvisoryMode;
+
+/// A backend that keeps an advisory lock from being granted, as `pg_locks` and `pg_stat_activity` showed it while the
+/// waiter was still being refused.
+///
+/// What the role in use may not see is `None`: it means *unknown*, never *idle* or *nobody*. A role without
+/// `pg_read_all_stats` sees other roles' pid and `application_name`, and nothing else of them (PostgreSQL's
+/// documentation, "The Cumulative Statistics System", `pg_stat_activity`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocker {
+    pub(crate) pid: Option<i32>,
+    pub(crate) prepared: Option<String>,
+    pub(crate) application_name: Option<String>,
+    pub(crate) user: Option<String>,
+    pub(crate) state: Option<String>,
+    pub(crate) in_state: Option<Duration>,
+    pub(crate) in_transaction: Option<Duration>,
+    pub(crate) mode: AdvisoryMode,
+    pub(crate) granted: bool,
+}
+
+impl Blocker {
+    /// The backend's process id; `None` for a prepared transaction, which has no backend.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// The global identifier of the prepared transaction that may hold the lock: `COMMIT PREPARED` or
+    /// `ROLLBACK PREPARED` ends it. Only where [`pid`](Self::pid) is `None`.
+    #[must_use]
+    pub fn prepared_transaction(&self) -> Option<&str> {
+        self.prepared.as_deref()
+    }
+
+    /// The backend's `application_name`, with the call site in it where it uses this crate.
+    #[must_use]
+    pub fn application_name(&self) -> Option<&str> {
+        self.application_name.as_deref()
+    }
+
+    /// The role the backend is logged in as.
+    #[must_use]
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// The backend's state in PostgreSQL's words: `active`, `idle`, `idle in transaction`, …
+    #[must_use]
+    pub fn state(&self) -> Option<&str> {
+        self.state.as_deref()
+    }
+
+    /// For how long it has been in that state.
+    #[must_use]
+    pub fn in_state(&self) -> Option<Duration> {
+        self.in_state
+    }
+
+    /// Age of its open transaction; `None` outside a transaction too.
+    #[must_use]
+    pub fn in_transaction(&self) -> Option<Duration> {
+        self.in_transaction
+    }
+
+    /// The mode it holds, or waits for.
+    #[must_use]
+    pub fn mode(&self) -> AdvisoryMode {
+        self.mode
+    }
+
+    /// Whether it holds the lock; `false` for one that waits in the lock's queue ahead of us.
+    #[must_use]
+    pub fn is_holder(&self) -> bool {
+        self.granted
+    }
+}
+
+/// `pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s) holds ExclusiveLock`
+impl fmt::Display for Blocker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.pid, &self.prepared) {
+            (Some(pid), _) => write!(f, "pid {pid}")?,
+            (None, Some(gid)) => write!(f, "prepared transaction {gid:?}")?,
+            (None, None) => f.write_str("a prepared transaction")?,
+        }
+        if self.pid.is_some() {
+            f.write_str(" (")?;
+            match self.application_name.as_deref() {
+                None => f.write_str("application hidden")?,
+                Some("") => f.write_str("no application_name")?,
+                Some(name) => write!(f, "{}", name.escape_debug())?,
+            }
+            match &self.user {
+                Some(user) => write!(f, ", user {}", user.escape_debug())?,
+                None => f.write_str(", user hidden")?,
+            }
+            match (&self.state, self.in_state) {
+                (Some(state), Some(age)) => write!(f, ", {state} for {age:.1?}")?,
+                (Some(state), None) => write!(f, ", {state}")?,
+                (None, _) => f.write_str(", state hidden")?,
+            }
+            if let Some(age) = self.in_transaction {
+                write!(f, ", in its transaction for {age:.1?}")?;
+            }
+            f.write_str(")")?;
+        }
+        let verb = if self.granted { "holds" } else { "waits for" };
+        write!(f, " {verb} {}", self.mode)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocker() -> Blocker {
+        Blocker {
+            pid: Some(4711),
+            prepared: None,
+            application_name: Some("billing src/pay.rs:42".into()),
+            user: Some("app".into()),
+            state: Some("idle in transaction".into()),
+            in_state: Some(Duration::from_millis(3200)),
+            in_transaction: None,
+            mode: AdvisoryMode::Exclusive,
+            granted: true,
+        }
+    }
+
+    #[test]
+    fn one_line_for_people() {
+        assert_eq!(
+            blocker().to_string(),
+            "pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s) holds ExclusiveLock"
+        );
+    }
+
+    #[test]
+    fn hidden_is_said_not_guessed() {
+        let hidden = Blocker {
+            user: None,
+            state: None,
+            in_state: None,
+            granted: false,
+            ..blocker()
+        };
+        assert_eq!(
+            hidden.to_string(),
+            "pid 4711 (billing src/pay.rs:42, user hidden, state hidden) waits for ExclusiveLock"
+        );
+    }
+
+    #[test]
+    fn a_prepared_transaction_has_no_pid() {
+        let prepared = Blocker {
+            pid: None,
+            prepared: Some("order-7".into()),
+            ..blocker()
+        };
+        assert_eq!(
+            prepared.to_string(),
+            "prepared transaction \"order-7\" holds ExclusiveLock"
+        );
+    }
+}

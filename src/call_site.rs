@@ -1,0 +1,225 @@
+//! Where in the program a lock or transaction was asked for, and how the server gets to know it.
+
+use std::fmt;
+use std::panic::Location;
+
+/// PostgreSQL cuts `application_name` after this many bytes (`NAMEDATALEN - 1`), with a NOTICE.
+const MAX_BYTES: usize = 63;
+/// A prefix keeps at least this many bytes where it has to share the room with a path.
+const PREFIX_BYTES: usize = 24;
+/// Marks a path that lost its beginning.
+const CUT: &str = "...";
+
+/// The place in the source that asked for a lock or a transaction, such as `src/billing.rs:42`.
+///
+/// It is in every error and report, and in the server's `application_name` meanwhile.
+///
+/// # Examples
+///
+/// ```
+/// use std::panic::Location;
+/// use lockkeeper::CallSite;
+///
+/// let site = CallSite::from(Location::caller());
+/// assert_eq!(site.to_string(), format!("{}:{}", site.file(), site.line()));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallSite {
+    file: &'static str,
+    line: u32,
+}
+
+impl CallSite {
+    /// The path of the source file as the compiler was given it, usually relative to the workspace.
+    #[must_use]
+    pub const fn file(&self) -> &'static str {
+        self.file
+    }
+
+    /// The line in that file, counted from 1.
+    #[must_use]
+    pub const fn line(&self) -> u32 {
+        self.line
+    }
+
+    /// The place that called the function this is used in, if that is `#[track_caller]`.
+    #[track_caller]
+    pub(crate) fn caller() -> Self {
+        Self::from(Location::caller())
+    }
+}
+
+impl From<&'static Location<'static>> for CallSite {
+    fn from(location: &'static Location<'static>) -> Self {
+        Self {
+            file: location.file(),
+            line: location.line(),
+        }
+    }
+}
+
+impl fmt::Display for CallSite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// What goes into the server's `application_name`: `<prefix> <path>:<line>`, or the prefix alone.
+///
+/// At most 63 bytes of printable ASCII without `'` and `\`: so no server version changes or cuts it, no NOTICE is sent,
+/// and it can be put into a SQL literal as it is. What does not fit is taken from the beginning of the path, at a `/`
+/// where possible, and from the end of a prefix beyond 24 bytes; the line always stays.
+pub(crate) fn application_name(prefix: &str, site: Option<&CallSite>) -> String {
+    let mut name: String = prefix.chars().map(printable).collect();
+    let Some(site) = site else {
+        name.truncate(MAX_BYTES);
+        return name;
+    };
+    let path: String = site
+        .file
+        .chars()
+        .map(|c| printable(if c == '\\' { '/' } else { c }))
+        .collect();
+    let line = format!(":{}", site.line);
+
+    // From here on all is ASCII: bytes are characters.
+    if !name.is_empty() {
+        let room = MAX_BYTES.saturating_sub(1 + path.len() + line.len());
+        name.truncate(room.max(PREFIX_BYTES));
+        name.push(' ');
+    }
+    // Invariant: a line has at most ten digits, so at least 63 - 25 - 11 bytes are left for the path.
+    let room = MAX_BYTES - name.len() - line.len();
+    push_path(&mut name, &path, room);
+    name.push_str(&line);
+    name
+}
+
+/// Appends the path, or as much of its end as fits behind [`CUT`].
+fn push_path(name: &mut String, path: &str, room: usize) {
+    if path.len() <= room {
+        name.push_str(path);
+        return;
+    }
+    let tail = &path[path.len() - (room - CUT.len())..];
+    name.push_str(CUT);
+    name.push_str(&tail[tail.find('/').unwrap_or(0)..]);
+}
+
+/// The character if no server changes it and no SQL literal minds it, else `?`.
+fn printable(c: char) -> char {
+    match c {
+        '\'' | '\\' => '?',
+        ' '..='~' => c,
+        _ => '?',
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A place in a file of any name. Leaks the name: tests are short-lived.
+    fn site(file: &str, line: u32) -> CallSite {
+        let file = Box::leak(file.to_owned().into_boxed_str());
+        CallSite { file, line }
+    }
+
+    fn named(prefix: &str, file: &str, line: u32) -> String {
+        application_name(prefix, Some(&site(file, line)))
+    }
+
+    #[test]
+    fn a_caller_is_the_line_that_called() {
+        let (here, line) = (CallSite::caller(), line!());
+        assert_eq!((here.file(), here.line()), (file!(), line));
+        assert_eq!(here.to_string(), format!("{}:{line}", file!()));
+    }
+
+    #[test]
+    fn what_fits_is_left_alone() {
+        assert_eq!(named("billing", "src/pay.rs", 42), "billing src/pay.rs:42");
+        assert_eq!(named("", "src/pay.rs", 42), "src/pay.rs:42");
+        assert_eq!(application_name("billing", None), "billing");
+        assert_eq!(application_name("", None), "");
+        let long = "a-prefix-of-many-bytes-is-no-trouble-if-all-fits";
+        assert_eq!(named(long, "src/a.rs", 1), format!("{long} src/a.rs:1"));
+    }
+
+    #[test]
+    fn a_long_path_loses_its_beginning_at_a_slash() {
+        let path = format!(
+            "/home/{}/crates/ledger/src/posting/batch.rs",
+            "x".repeat(200)
+        );
+        assert_eq!(
+            named("billing", &path, 1234),
+            "billing .../crates/ledger/src/posting/batch.rs:1234"
+        );
+        let flat = format!("{}.rs", "x".repeat(200));
+        let cut = named("billing", &flat, 1234);
+        assert_eq!(cut.len(), 63);
+        assert!(
+            cut.starts_with("billing ...xxx") && cut.ends_with("xxx.rs:1234"),
+            "{cut}"
+        );
+    }
+
+    #[test]
+    fn a_long_prefix_gives_way_to_the_path() {
+        let prefix = "p".repeat(100);
+        let path = "crates/ledger/src/posting.rs";
+        assert_eq!(
+            named(&prefix, path, 7),
+            format!("{} {path}:7", "p".repeat(32))
+        );
+        let deep = format!("{path}/{path}");
+        let shown = named(&prefix, &deep, u32::MAX);
+        assert_eq!(
+            shown,
+            format!("{} .../ledger/src/posting.rs:4294967295", "p".repeat(24))
+        );
+        assert_eq!(application_name(&prefix, None), "p".repeat(63));
+    }
+
+    #[test]
+    fn only_printable_ascii_is_left() {
+        assert_eq!(
+            named("zoë's\n", r"src\büro\a.rs", 1),
+            "zo??s? src/b?ro/a.rs:1"
+        );
+        assert_eq!(application_name("a\\b\u{7f}\0é😀", None), "a?b????");
+    }
+
+    fn any_path() -> impl Strategy<Value = String> {
+        prop_oneof![
+            any::<String>(),
+            r"[a-z./\\'é ]{0,250}",
+            r"([a-z]{1,30}/){0,9}[a-z]{1,90}\.rs"
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_name_is_safe_and_keeps_its_line(prefix in any_path(), path in any_path(), line: u32) {
+            let name = named(&prefix, &path, line);
+            prop_assert!(name.len() <= 63);
+            prop_assert!(name.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'\'' && b != b'\\'));
+            let end = format!(":{line}");
+            prop_assert!(name.ends_with(&end));
+            let alone = application_name(&prefix, None);
+            prop_assert!(alone.len() <= 63 && alone.is_ascii());
+        }
+
+        #[test]
+        fn nothing_is_cut_without_need(prefix in "[a-z]{1,40}", path in "[a-z/]{1,40}", line: u32) {
+            let whole = format!("{prefix} {path}:{line}");
+            let name = named(&prefix, &path, line);
+            prop_assert_eq!(name == whole, whole.len() <= 63);
+            let kept: String = prefix.chars().take(24).collect();
+            prop_assert!(name.starts_with(&kept));
+        }
+    }
+}

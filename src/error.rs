@@ -1,0 +1,393 @@
+//! The one error of the crate, and the only place where SQLSTATEs are told apart.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::time::Duration;
+
+use deadpool_postgres::PoolError;
+use tokio_postgres::error::{DbError, Severity, SqlState};
+
+use crate::blocker::Blocker;
+use crate::key::LockKey;
+
+/// What went wrong, as far as a caller would act on it differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A lock was not granted within the wait asked for. Nothing is held. [`Error::blockers`] says who is in the way.
+    LockTimeout,
+    /// The server broke a deadlock by failing this transaction (SQLSTATE 40P01).
+    Deadlock,
+    /// Concurrent transactions cannot be serialized (SQLSTATE 40001).
+    Serialization,
+    /// A retryable failure came back at each attempt; the last one is the [`source`](StdError::source).
+    RetriesExhausted,
+    /// The connection was lost while COMMIT was under way: the server may or may not have committed.
+    CommitUnknown,
+    /// The connection was lost before COMMIT was sent: the server rolls the transaction back.
+    ConnectionLost,
+    /// A session guard's lock is gone: its connection ended while the guard was alive.
+    LockLost,
+    /// The lock table has no room (SQLSTATE 53200), or the request could not fit in it and was not sent.
+    OutOfLocks,
+    /// The server is a hot standby, where an advisory lock excludes nobody but that standby's own sessions.
+    ReadOnlyServer,
+    /// A session lock was asked for through a pooler that hands one server session to several clients.
+    TransactionPooler,
+    /// The server's advisory-lock functions do not lock.
+    NoAdvisoryLocks,
+    /// Two different names have the same key in this process; see [`LockKey`].
+    KeyCollision,
+    /// The statement was cancelled (SQLSTATE 57014): `statement_timeout`, or somebody's `pg_cancel_backend`.
+    Cancelled,
+    /// The pool gave no connection.
+    Pool,
+    /// The request cannot work as it was put; nothing was sent.
+    Config,
+    /// Any other error of the server or the driver.
+    Database,
+}
+
+impl ErrorKind {
+    const fn describe(self) -> &'static str {
+        match self {
+            Self::LockTimeout => "lock not granted in time",
+            Self::Deadlock => "deadlock",
+            Self::Serialization => "transactions could not be serialized",
+            Self::RetriesExhausted => "retries exhausted",
+            Self::CommitUnknown => "connection lost during commit, outcome unknown",
+            Self::ConnectionLost => "connection lost before commit, nothing is applied",
+            Self::LockLost => "lock lost with its connection",
+            Self::OutOfLocks => "no room in the server's lock table",
+            Self::ReadOnlyServer => {
+                "server is a standby, where an advisory lock would exclude nobody on the primary"
+            }
+            Self::TransactionPooler => "session lock refused behind a transaction pooler",
+            Self::NoAdvisoryLocks => "the server's advisory locks do not lock",
+            Self::KeyCollision => "two names have one lock key",
+            Self::Cancelled => "statement cancelled",
+            Self::Pool => "no connection from the pool",
+            Self::Config => "bad request",
+            Self::Database => "database error",
+        }
+    }
+}
+
+/// The error of every call of this crate.
+///
+/// One line by [`Display`](fmt::Display): what failed, the lock's readable key, how long it was waited for, who holds
+/// it, and the SQLSTATE. The cause's own text is not repeated in it; it is the [`source`](StdError::source).
+///
+/// `From<tokio_postgres::Error>` is there so that `?` works in a closure that returns this type.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    detail: Option<String>,
+    key: Option<LockKey>,
+    waited: Option<Duration>,
+    blockers: Vec<Blocker>,
+    attempts: u32,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// What went wrong, as far as a caller would act on it differently.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The lock that was asked for; the first in order where several were.
+    #[must_use]
+    pub fn key(&self) -> Option<&LockKey> {
+        self.0.key.as_ref()
+    }
+
+    /// For how long the lock was waited for, in all.
+    #[must_use]
+    pub fn waited(&self) -> Option<Duration> {
+        self.0.waited
+    }
+
+    /// Who held the lock, or queued for it ahead of us, when it was last refused. Empty where nobody did any more, or
+    /// where it could not be asked.
+    #[must_use]
+    pub fn blockers(&self) -> &[Blocker] {
+        &self.0.blockers
+    }
+
+    /// How many times the transaction was run; 0 where no attempt began.
+    #[must_use]
+    pub fn attempts(&self) -> u32 {
+        self.0.attempts
+    }
+
+    /// Whether running the whole transaction once more can succeed without anything being changed.
+    ///
+    /// True for a deadlock, a serialization failure, a lock timeout, and a connection lost before COMMIT. Never for
+    /// [`ErrorKind::CommitUnknown`]: that transaction may have been applied.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(
+            self.0.kind,
+            ErrorKind::Deadlock
+                | ErrorKind::Serialization
+                | ErrorKind::LockTimeout
+                | ErrorKind::ConnectionLost
+        )
+    }
+
+    /// The SQLSTATE of the server's error behind this one.
+    #[must_use]
+    pub fn sqlstate(&self) -> Option<&SqlState> {
+        db_error(self.0.source.as_deref()?).map(DbError::code)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &*self.0;
+        f.write_str(inner.kind.describe())?;
+        if let Some(key) = &inner.key {
+            write!(f, ": {key}")?;
+        }
+        if let Some(detail) = &inner.detail {
+            write!(f, ": {detail}")?;
+        }
+        if let Some(waited) = inner.waited {
+            write!(f, " after {waited:.1?}")?;
+        }
+        for (n, blocker) in inner.blockers.iter().take(SHOWN_BLOCKERS).enumerate() {
+            write!(f, "{} {blocker}", if n == 0 { ";" } else { "," })?;
+        }
+        if let Some(more) = inner.blockers.len().checked_sub(SHOWN_BLOCKERS + 1) {
+            write!(f, " and {} more", more + 1)?;
+        }
+        if inner.attempts > 1 {
+            write!(f, ", {} attempts", inner.attempts)?;
+        }
+        if let Some(code) = self.sqlstate() {
+            write!(f, " (SQLSTATE {})", code.code())?;
+        }
+        Ok(())
+    }
+}
+
+const SHOWN_BLOCKERS: usize = 5;
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &*self.0;
+        f.debug_struct("Error")
+            .field("kind", &inner.kind)
+            .field("message", &self.to_string())
+            .field("source", &inner.source)
+            .finish_non_exhaustive()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+impl From<tokio_postgres::Error> for Error {
+    fn from(source: tokio_postgres::Error) -> Self {
+        let kind = classify(&source).kind();
+        Self::new(kind).with_source(source)
+    }
+}
+
+impl From<PoolError> for Error {
+    fn from(source: PoolError) -> Self {
+        Self::new(ErrorKind::Pool).with_source(source)
+    }
+}
+
+/// How the crate makes its errors; the setters are for the rooms that know the facts.
+impl Error {
+    pub(crate) fn new(kind: ErrorKind) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            detail: None,
+            key: None,
+            waited: None,
+            blockers: Vec::new(),
+            attempts: 0,
+            source: None,
+        }))
+    }
+
+    pub(crate) fn config(detail: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Config).with_detail(detail)
+    }
+
+    pub(crate) fn with_detail(mut self, detail: impl Into<String>) -> Self {
+        self.0.detail = Some(detail.into());
+        self
+    }
+
+    pub(crate) fn with_key(mut self, key: &LockKey) -> Self {
+        self.0.key = Some(key.clone());
+        self
+    }
+
+    pub(crate) fn with_waited(mut self, waited: Duration) -> Self {
+        self.0.waited = Some(waited);
+        self
+    }
+
+    pub(crate) fn with_blockers(mut self, blockers: Vec<Blocker>) -> Self {
+        self.0.blockers = blockers;
+        self
+    }
+
+    pub(crate) fn with_attempts(mut self, attempts: u32) -> Self {
+        self.0.attempts = attempts;
+        self
+    }
+
+    pub(crate) fn with_source(
+        mut self,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+}
+
+/// A server's or driver's error by what it means for the transaction and the connection it came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// 55P03: `lock_timeout` or NOWAIT.
+    LockTimeout,
+    /// 40P01.
+    Deadlock,
+    /// 40001.
+    Serialization,
+    /// 57014.
+    Cancelled,
+    /// 53200.
+    OutOfLocks,
+    /// 25P02: an earlier statement of the transaction failed.
+    Aborted,
+    /// The connection is gone or going: FATAL, class 08, 57P01–57P03, a closed socket.
+    ConnectionLost,
+    /// Any other ERROR of the server: the connection lives on.
+    Other,
+    /// An error of the driver itself (a parameter that does not fit, a wrong number of rows): nothing is wrong with
+    /// the transaction on the server.
+    Driver,
+}
+
+impl Failure {
+    pub(crate) fn kind(self) -> ErrorKind {
+        match self {
+            Self::LockTimeout => ErrorKind::LockTimeout,
+            Self::Deadlock => ErrorKind::Deadlock,
+            Self::Serialization => ErrorKind::Serialization,
+            Self::Cancelled => ErrorKind::Cancelled,
+            Self::OutOfLocks => ErrorKind::OutOfLocks,
+            Self::ConnectionLost => ErrorKind::ConnectionLost,
+            Self::Aborted | Self::Other | Self::Driver => ErrorKind::Database,
+        }
+    }
+}
+
+/// Sorts a driver's error by its SQLSTATE and severity; the server's translated texts are never looked at.
+pub(crate) fn classify(error: &tokio_postgres::Error) -> Failure {
+    match error.as_db_error() {
+        Some(db) => classify_db(db),
+        None if error.is_closed() => Failure::ConnectionLost,
+        None => {
+            // An I/O error inside the driver's error is the socket's, except that the driver reports a message it cannot
+            // encode (a NUL in the SQL) as invalid input.
+            let io =
+                StdError::source(error).and_then(<dyn StdError>::downcast_ref::<std::io::Error>);
+            match io {
+                Some(io) if io.kind() != std::io::ErrorKind::InvalidInput => {
+                    Failure::ConnectionLost
+                }
+                _ => Failure::Driver,
+            }
+        }
+    }
+}
+
+/// [`classify`] for an error that was kept apart from the driver's wrapper.
+pub(crate) fn classify_db(error: &DbError) -> Failure {
+    if matches!(
+        error.parsed_severity(),
+        Some(Severity::Fatal | Severity::Panic)
+    ) {
+        return Failure::ConnectionLost;
+    }
+    let code = error.code();
+    if *code == SqlState::LOCK_NOT_AVAILABLE {
+        Failure::LockTimeout
+    } else if *code == SqlState::T_R_DEADLOCK_DETECTED {
+        Failure::Deadlock
+    } else if *code == SqlState::T_R_SERIALIZATION_FAILURE {
+        Failure::Serialization
+    } else if *code == SqlState::QUERY_CANCELED {
+        Failure::Cancelled
+    } else if *code == SqlState::OUT_OF_MEMORY {
+        Failure::OutOfLocks
+    } else if *code == SqlState::IN_FAILED_SQL_TRANSACTION {
+        Failure::Aborted
+    } else if code.code().starts_with("08")
+        || matches!(
+            code.code(),
+            "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P03" | "25P04"
+        )
+    {
+        // Also those that a pooler sends with severity ERROR.
+        Failure::ConnectionLost
+    } else {
+        Failure::Other
+    }
+}
+
+fn db_error<'a>(error: &'a (dyn StdError + Send + Sync + 'static)) -> Option<&'a DbError> {
+    let mut next: Option<&'a (dyn StdError + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(db) = error.downcast_ref::<DbError>() {
+            return Some(db);
+        }
+        next = error.source();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_without_the_sources_text() {
+        let error = Error::new(ErrorKind::LockTimeout)
+            .with_key(&LockKey::from("invoice:42"))
+            .with_waited(Duration::from_millis(1500))
+            .with_source(std::io::Error::other("the cause"));
+        let text = error.to_string();
+        assert_eq!(text, "lock not granted in time: \"invoice:42\" after 1.5s");
+        assert!(StdError::source(&error).is_some_and(|source| source.to_string() == "the cause"));
+    }
+
+    #[test]
+    fn an_unknown_commit_is_never_retryable() {
+        assert!(Error::new(ErrorKind::Deadlock).is_retryable());
+        assert!(!Error::new(ErrorKind::CommitUnknown).is_retryable());
+        assert!(!Error::new(ErrorKind::Cancelled).is_retryable());
+        assert!(!Error::new(ErrorKind::OutOfLocks).is_retryable());
+    }
+
+    #[test]
+    fn is_send_sync_and_small() {
+        fn check<T: Send + Sync + 'static>() {}
+        check::<Error>();
+        assert_eq!(size_of::<Error>(), size_of::<usize>());
+    }
+}

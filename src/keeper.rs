@@ -1,0 +1,368 @@
+//! The handle: wires the rooms below to the application's pool, and holds no logic of its own.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::Pool;
+use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
+use tokio_postgres::{Config, Socket};
+
+use crate::advisory::{Advisory, AdvisoryLock};
+use crate::backoff::{Backoff, Jitter, RetryBudget};
+use crate::call_site::{CallSite, application_name};
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind};
+use crate::key::LockKey;
+use crate::session::{Connections, Side, SideConnection};
+use crate::sql::Begin;
+use crate::transaction::{self, AsyncFunc, Policy, TransactionOptions, Tx};
+
+/// How long a lock is waited for where nothing says otherwise.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+const APPLICATION: &str = "lockkeeper";
+
+/// Advisory locks and deadlock-aware transactions over the application's own pool.
+///
+/// Cheap to clone, and to be shared: one for each pool. Waiters for one key line up inside a keeper before they take a
+/// connection, so two keepers over one pool know less than one.
+#[derive(Clone)]
+pub struct Keeper {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    advisory: Arc<Advisory>,
+    application: String,
+    call_sites: bool,
+    lock_wait: Duration,
+    jitter: Arc<Jitter>,
+    budget: Arc<RetryBudget>,
+}
+
+impl Keeper {
+    /// A keeper over a pool, with the defaults of its [`builder`](Self::builder).
+    #[must_use]
+    pub fn new(pool: Pool) -> Self {
+        Self::builder(pool).build()
+    }
+
+    /// A keeper over a pool, to be configured.
+    pub fn builder(pool: Pool) -> KeeperBuilder {
+        KeeperBuilder {
+            pool,
+            side: None,
+            application: APPLICATION.to_owned(),
+            call_sites: true,
+            lock_wait: LOCK_WAIT,
+        }
+    }
+
+    /// An advisory lock, to be described further and then acquired.
+    #[track_caller]
+    pub fn advisory_lock(&self, key: impl Into<LockKey>) -> AdvisoryLock {
+        self.describe(
+            vec![key.into()],
+            TransactionOptions::new(),
+            CallSite::caller(),
+        )
+    }
+
+    /// Several advisory locks, to be acquired together: sorted, without repeats, all or none, under one total wait.
+    ///
+    /// Two callers that want overlapping sets never wait for each other in a circle, whatever order they name them in.
+    #[track_caller]
+    pub fn advisory_locks<K: Into<LockKey>>(
+        &self,
+        keys: impl IntoIterator<Item = K>,
+    ) -> AdvisoryLock {
+        let keys = keys.into_iter().map(Into::into).collect();
+        self.describe(keys, TransactionOptions::new(), CallSite::caller())
+    }
+
+    /// Runs a critical section: one transaction that holds one transaction-level advisory lock.
+    ///
+    /// `Ok` commits, `Err` rolls back and comes back as it was. The lock is released by the end of the transaction, so
+    /// the next holder sees what this one committed. A deadlock or a serialization failure inside runs the whole section
+    /// again, from a clone of the closure, as [`transaction`](Self::transaction) does.
+    ///
+    /// # SQL
+    /// Two round trips besides the section's own: `BEGIN`, settings and lock in one message, and COMMIT. See
+    /// [`AdvisoryLock::acquire`].
+    ///
+    /// # Errors
+    /// The closure's own; an [`Error`] as of [`AdvisoryLock::acquire`] and
+    /// [`XactGuard::commit`](crate::XactGuard::commit), turned into the closure's error type.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point: a waiting lock request is cancelled on the server, an open transaction rolled back.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// keeper
+    ///     .with_advisory_lock("invoice:42", async |tx| {
+    ///         tx.execute("UPDATE invoice SET paid = true WHERE id = $1", &[&42_i64]).await?;
+    ///         Ok::<_, lockkeeper::Error>(())
+    ///     })
+    ///     .await
+    /// # }
+    /// ```
+    #[track_caller]
+    pub fn with_advisory_lock<R, E, F>(
+        &self,
+        key: impl Into<LockKey>,
+        f: F,
+    ) -> impl Future<Output = Result<R, E>> + Send
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        let options = TransactionOptions::new();
+        let policy = self.policy(&options);
+        let lock = self.describe(vec![key.into()], options, CallSite::caller());
+        async move {
+            let open = || {
+                let lock = lock.clone();
+                async move {
+                    let (advisory, request) = lock.request()?;
+                    advisory.acquire(request).await.map(Some)
+                }
+            };
+            let value = transaction::run(&policy, open, f).await?;
+            value.ok_or_else(|| Error::new(ErrorKind::LockTimeout).into())
+        }
+    }
+
+    /// The same if the lock is free; `None`, without running the section, if it is not. Never waits for the lock.
+    ///
+    /// # Errors
+    /// As [`with_advisory_lock`](Self::with_advisory_lock), without `LockTimeout`.
+    ///
+    /// # Cancel safety
+    /// As [`with_advisory_lock`](Self::with_advisory_lock).
+    #[track_caller]
+    pub fn try_with_advisory_lock<R, E, F>(
+        &self,
+        key: impl Into<LockKey>,
+        f: F,
+    ) -> impl Future<Output = Result<Option<R>, E>> + Send
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        let options = TransactionOptions::new();
+        let policy = self.policy(&options);
+        let lock = self.describe(vec![key.into()], options, CallSite::caller());
+        async move {
+            let open = || {
+                let lock = lock.clone();
+                async move {
+                    let (advisory, request) = lock.request()?;
+                    advisory.try_acquire(request).await
+                }
+            };
+            transaction::run(&policy, open, f).await
+        }
+    }
+
+    /// Runs a transaction, and the whole of it again when PostgreSQL says that this can help.
+    ///
+    /// As [`transaction_with`](Self::transaction_with) and the defaults of [`TransactionOptions`].
+    ///
+    /// # Errors
+    /// As [`transaction_with`](Self::transaction_with).
+    ///
+    /// # Cancel safety
+    /// As [`transaction_with`](Self::transaction_with).
+    #[track_caller]
+    pub fn transaction<R, E, F>(&self, f: F) -> impl Future<Output = Result<R, E>> + Send
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        self.transaction_with(TransactionOptions::new(), f)
+    }
+
+    /// Runs a transaction as the options say: `Ok` commits, `Err` rolls back.
+    ///
+    /// A deadlock, a serialization failure (COMMIT's too) and a lock timeout of a statement are followed by a rollback
+    /// of the whole transaction, a random pause, and another run from a clone of the closure, as often as
+    /// [`attempts`](TransactionOptions::attempts) says. They are recognized by what the server said to the transaction
+    /// itself, whatever the closure's error type is.
+    ///
+    /// # SQL
+    /// Two round trips besides the closure's own: `BEGIN` with all settings in one message, and COMMIT.
+    ///
+    /// # Errors
+    /// The closure's own error, as it was, when it is not one to be retried, or was not retried;
+    /// [`RetriesExhausted`](ErrorKind::RetriesExhausted) when every attempt failed;
+    /// [`CommitUnknown`](ErrorKind::CommitUnknown) when the connection was lost during COMMIT; the kind of the first
+    /// failed statement when the closure swallowed its error and returned `Ok`.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point: the transaction is rolled back. Dropped during COMMIT, it may have committed.
+    #[track_caller]
+    pub fn transaction_with<R, E, F>(
+        &self,
+        options: TransactionOptions,
+        f: F,
+    ) -> impl Future<Output = Result<R, E>> + Send
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        let call_site = self.call_site(CallSite::caller());
+        let begin = self.begin(&options, call_site.as_ref());
+        let policy = self.policy(&options);
+        let connections = Arc::clone(&self.inner.advisory.connections);
+        let lock_wait = self.inner.lock_wait;
+        async move {
+            options.check()?;
+            let open = || async {
+                let deadline = Deadline::after(lock_wait);
+                transaction::open(&connections, &deadline, &begin, call_site, lock_wait)
+                    .await
+                    .map(Some)
+            };
+            let value = transaction::run(&policy, open, f).await?;
+            // Only a lock can be busy, and here is none.
+            value.ok_or_else(|| Error::new(ErrorKind::Pool).into())
+        }
+    }
+
+    fn describe(
+        &self,
+        keys: Vec<LockKey>,
+        options: TransactionOptions,
+        caller: CallSite,
+    ) -> AdvisoryLock {
+        let call_site = self.call_site(caller);
+        let begin = self.begin(&options, call_site.as_ref());
+        AdvisoryLock::new(
+            Arc::clone(&self.inner.advisory),
+            keys,
+            self.inner.lock_wait,
+            begin,
+            call_site,
+        )
+    }
+
+    fn call_site(&self, caller: CallSite) -> Option<CallSite> {
+        self.inner.call_sites.then_some(caller)
+    }
+
+    fn begin(&self, options: &TransactionOptions, call_site: Option<&CallSite>) -> Begin {
+        options.begin(Some(application_name(&self.inner.application, call_site)))
+    }
+
+    fn policy(&self, options: &TransactionOptions) -> Policy {
+        Policy {
+            attempts: options.max_attempts(),
+            deadline: options.total_deadline(),
+            backoff: Backoff::default(),
+            jitter: Arc::clone(&self.inner.jitter),
+            budget: Arc::clone(&self.inner.budget),
+        }
+    }
+}
+
+impl fmt::Debug for Keeper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keeper")
+            .field("application", &self.inner.application)
+            .field("lock_wait", &self.inner.lock_wait)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Configures a [`Keeper`].
+#[must_use = "a builder makes no keeper until it is built"]
+pub struct KeeperBuilder {
+    pool: Pool,
+    side: Option<Side>,
+    application: String,
+    call_sites: bool,
+    lock_wait: Duration,
+}
+
+impl KeeperBuilder {
+    /// What stands before the call site in `application_name`, so that operators know whose backend it is;
+    /// `lockkeeper` by default. Anything but printable ASCII becomes `?`; where a long path needs the room, it is
+    /// shortened to 24 bytes.
+    pub fn application(mut self, name: impl Into<String>) -> Self {
+        self.application = name.into();
+        self
+    }
+
+    /// Whether `application_name` carries the caller's file and line while a lock or a transaction is held; it does by
+    /// default. Turn it off where metrics are labelled by `application_name` and each value costs.
+    pub fn call_sites(mut self, on: bool) -> Self {
+        self.call_sites = on;
+        self
+    }
+
+    /// A connection beside the pool, for cancelling and looking while the pool's own connections are stuck. It is
+    /// opened when it is first needed, and there is one for the keeper.
+    ///
+    /// Without it cancel requests go unencrypted, as libpq's did before version 17, and what needs a query borrows a
+    /// connection of the pool. Give it where the server is reached through TLS only, or through a pooler, in whose stead
+    /// it should name the server itself.
+    pub fn side_connection<T>(mut self, config: Config, tls: T) -> Self
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::Stream: Send + Sync,
+        T::TlsConnect: Send + Sync,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        self.side = Some(Side::new(SideConnection { config, tls }));
+        self
+    }
+
+    /// How long a lock is waited for, in all, where the call does not say; 10 seconds by default.
+    pub fn lock_wait(mut self, wait: Duration) -> Self {
+        self.lock_wait = wait;
+        self
+    }
+
+    /// The keeper. Nothing is opened or sent before it is used.
+    #[must_use]
+    pub fn build(self) -> Keeper {
+        let connections = Connections::new(self.pool, self.side);
+        Keeper {
+            inner: Arc::new(Inner {
+                advisory: Advisory::new(connections),
+                application: self.application,
+                call_sites: self.call_sites,
+                lock_wait: self.lock_wait,
+                jitter: Arc::new(Jitter::new()),
+                budget: Arc::new(RetryBudget::default()),
+            }),
+        }
+    }
+}
+
+impl fmt::Debug for KeeperBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeeperBuilder")
+            .field("application", &self.application)
+            .field("lock_wait", &self.lock_wait)
+            .finish_non_exhaustive()
+    }
+}

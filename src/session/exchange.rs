@@ -1,0 +1,190 @@
+//! A message and its answer, seen through to the end even if the caller goes away.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::cancel::Canceller;
+use super::{Reply, Session};
+
+type Answer = (Session, Result<Reply, tokio_postgres::Error>);
+type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+/// How long an answer may take that waits for nothing but the server's attention.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The same behind statements that we do not know of: they may be waiting for anything.
+const PATIENCE_UNWATCHED: Duration = Duration::from_millis(30);
+/// How often a cancel is repeated until the statement it is for has answered. A signal that arrives before its
+/// statement does is lost, so one is not enough.
+const CANCEL_AGAIN: Duration = Duration::from_millis(100);
+const CANCELS: usize = 50;
+
+/// What to do about a message whose answer nobody waits for any more.
+pub(crate) enum Undo {
+    /// The message itself ends what there was (COMMIT, ROLLBACK, an unlock): once it has succeeded the connection goes
+    /// back.
+    Nothing,
+    /// The message does not wait for a lock. Once it has succeeded the connection goes back after the text that is
+    /// made of its reply has succeeded too.
+    After(Box<dyn FnOnce(&Reply) -> Option<String> + Send>),
+    /// The message may wait for a lock: it is cancelled on the server, and the connection is closed.
+    Cancel,
+}
+
+impl Undo {
+    /// A transaction was begun: roll it back.
+    pub(crate) fn rollback() -> Self {
+        Self::After(Box::new(|_| Some(crate::sql::ROLLBACK.to_owned())))
+    }
+}
+
+/// A message under way together with the session it is on.
+///
+/// Cancel safety: may be dropped at any point. From then on it runs in the background, as its [`Undo`] says.
+#[must_use = "an exchange sends nothing until it is awaited or detached"]
+pub(crate) struct Exchange {
+    // `None` once answered.
+    answering: Option<Answering>,
+    undo: Option<Undo>,
+    canceller: Canceller,
+    runtime: Handle,
+    patience: Duration,
+    sent: bool,
+    behind_unanswered: bool,
+}
+
+impl Exchange {
+    /// Whether statements of the caller are still under way, which this message has to wait for.
+    pub(crate) fn is_behind_unanswered(&self) -> bool {
+        self.behind_unanswered
+    }
+
+    pub(super) fn new(session: Session, sql: String, undo: Undo) -> Self {
+        let unanswered = session.unanswered.load(Ordering::Relaxed) > 0;
+        let unwatched = session.unwatched.load(Ordering::Relaxed);
+        Self {
+            canceller: Canceller::of(&session),
+            runtime: session.runtime.clone(),
+            // Behind a statement that was given up there is no waiting for this one's turn.
+            undo: Some(if unanswered { Undo::Cancel } else { undo }),
+            patience: if unwatched {
+                PATIENCE_UNWATCHED
+            } else {
+                PATIENCE
+            },
+            sent: false,
+            behind_unanswered: unanswered,
+            answering: Some(Box::pin(async move {
+                let answer = session.client().simple_query(&sql).await;
+                // Answers come in order: with this one all earlier statements have ended.
+                session.unanswered.store(0, Ordering::Relaxed);
+                (session, answer)
+            })),
+        }
+    }
+
+    /// Sends the message now, and leaves the rest to the background: for `Drop`.
+    pub(crate) fn detach(mut self) {
+        if let Some(answering) = &mut self.answering {
+            self.sent = true;
+            if poll_once(answering.as_mut()).is_some() {
+                // Answered at once: the connection is closed already, and nothing is left to do.
+                self.answering = None;
+            }
+        }
+    }
+}
+
+impl Future for Exchange {
+    type Output = Answer;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
+        self.sent = true;
+        let answering = self
+            .answering
+            .as_mut()
+            .expect("an exchange is not polled after its answer");
+        let answer = std::task::ready!(answering.as_mut().poll(cx));
+        self.answering = None;
+        Poll::Ready(answer)
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let (Some(answering), Some(undo)) = (self.answering.take(), self.undo.take()) else {
+            return;
+        };
+        if self.sent {
+            // On a runtime that has shut down the task is dropped unrun, and the session in it closes its connection.
+            drop(self.runtime.spawn(settle(
+                answering,
+                undo,
+                self.canceller.clone(),
+                self.patience,
+            )));
+        }
+    }
+}
+
+impl fmt::Debug for Exchange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exchange")
+            .field("sent", &self.sent)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Sees an abandoned message through. Wherever this returns without [`Session::give_back`], the session closes its
+/// connection.
+async fn settle(mut answering: Answering, undo: Undo, canceller: Canceller, patience: Duration) {
+    let undo = match undo {
+        Undo::Cancel => return cancel_until_answered(answering, canceller).await,
+        Undo::Nothing => None,
+        Undo::After(text) => Some(text),
+    };
+    let Ok((session, answer)) = tokio::time::timeout(patience, &mut answering).await else {
+        return cancel_until_answered(answering, canceller).await;
+    };
+    let Ok(reply) = answer else { return };
+    match undo.and_then(|text| text(&reply)) {
+        None => session.give_back(),
+        Some(sql) => {
+            let exchange = session.exchange(sql, Undo::Nothing);
+            if let Ok((session, Ok(_))) = tokio::time::timeout(PATIENCE, exchange).await {
+                session.give_back();
+            }
+        }
+    }
+}
+
+/// Cancels what the backend is running until the answer is there, and closes the connection even then: a cancel that
+/// was sent and did not hit its statement may still hit the next one.
+async fn cancel_until_answered(mut answering: Answering, canceller: Canceller) {
+    for _ in 0..CANCELS {
+        tokio::select! {
+            biased;
+            _ = &mut answering => return,
+            () = canceller.cancel() => {}
+        }
+        if tokio::time::timeout(CANCEL_AGAIN, &mut answering)
+            .await
+            .is_ok()
+        {
+            return;
+        }
+    }
+    tracing::warn!("a cancelled statement did not end, its connection is closed all the same");
+}
+
+/// One poll with nobody to wake: what the driver sends, it sends at the first.
+pub(super) fn poll_once<F: Future + ?Sized>(future: Pin<&mut F>) -> Option<F::Output> {
+    match future.poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    }
+}

@@ -1,0 +1,176 @@
+//! Custody of one pooled connection.
+//!
+//! This is the only room that knows the pool, and the only one that cancels, discards or spawns. Its one rule: a
+//! connection goes back to the pool by [`Session::give_back`] and in no other way, and that is called only after the
+//! server has answered that nothing of ours is left on it. Whatever else happens to a [`Session`] (an error, a panic,
+//! a dropped future, a runtime that shuts down), its `Drop` takes the connection out of the pool and closes it, which
+//! makes the server roll back and unlock.
+
+mod cancel;
+mod exchange;
+mod pool;
+mod queries;
+mod side;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use deadpool_postgres::Object;
+use tokio::runtime::Handle;
+use tokio_postgres::SimpleQueryMessage;
+use tokio_postgres::error::DbError;
+
+use crate::error::{Failure, classify};
+
+pub(crate) use exchange::{Exchange, Undo};
+pub(crate) use pool::Connections;
+pub(crate) use queries::query_methods;
+pub(crate) use side::{Side, SideConnection};
+
+/// The rows and ends of statements of one simple-query message.
+pub(crate) type Reply = Vec<SimpleQueryMessage>;
+
+/// One connection in our custody. See the room's own docs for what happens to it.
+pub(crate) struct Session {
+    // Invariant: `Some` until `give_back` or `drop` takes it.
+    object: Option<Object>,
+    connections: Arc<Connections>,
+    runtime: Handle,
+    /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
+    server_pid: Option<i32>,
+    /// What we named the backend, to recognize it by.
+    application_name: Option<String>,
+    /// Statements of the caller that are under way, or were dropped half-way.
+    unanswered: AtomicUsize,
+    /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
+    unwatched: AtomicBool,
+    /// The server's error since which nothing has succeeded.
+    failure: Mutex<Option<DbError>>,
+}
+
+impl Session {
+    /// The connection, for statements whose fate is not ours to know.
+    pub(crate) fn unwatched_client(&self) -> &Object {
+        self.unwatched.store(true, Ordering::Relaxed);
+        self.client()
+    }
+
+    pub(crate) fn client(&self) -> &Object {
+        self.object
+            .as_ref()
+            .expect("a session keeps its connection until it ends")
+    }
+
+    /// Whether the connection has ended. The driver learns of a server's goodbye (a terminated backend, a shutdown)
+    /// and of a closed socket without being used.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.client().is_closed()
+    }
+
+    /// Notes what the server said of its backend and what we have named it.
+    pub(crate) fn identify(&mut self, pid: i32, application_name: Option<&str>) {
+        self.server_pid = Some(pid);
+        self.application_name = application_name.map(str::to_owned);
+    }
+
+    /// The backend's pid by its own word; `None` before it was asked.
+    pub(crate) fn server_pid(&self) -> Option<i32> {
+        self.server_pid
+    }
+
+    /// The backend's pid as it was given at login. A pooler hands out one of its own there, so a backend that answers
+    /// with another pid is behind one.
+    pub(crate) fn login_pid(&self) -> Option<i32> {
+        cancel::login_pid(&self.client().cancel_token())
+    }
+
+    /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
+    pub(crate) fn cancel_in_background(&self) {
+        // A statement that was given up is never answered to us: with the count above zero `give_back` closes.
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        let canceller = cancel::Canceller::of(self);
+        drop(self.runtime.spawn(async move { canceller.cancel().await }));
+    }
+
+    /// The server's last error, unless something has succeeded since.
+    pub(crate) fn failure(&self) -> Option<DbError> {
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Puts an error in the place of the last one, or nothing where it has been dealt with.
+    pub(crate) fn remember_failure(&self, failure: Option<DbError>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+
+    /// Runs a statement, noting whether it was answered and how.
+    ///
+    /// Cancel safety: a statement dropped here stays unanswered, and [`settle`](exchange) cancels it before the
+    /// connection is closed.
+    pub(crate) async fn watch<T>(
+        &self,
+        statement: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, tokio_postgres::Error> {
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        let result = statement.await;
+        self.unanswered.fetch_sub(1, Ordering::Relaxed);
+        match &result {
+            Ok(_) => self.remember_failure(None),
+            // 25P02 only says that there was an error before: that one is kept.
+            Err(error) if classify(error) == Failure::Aborted && self.failure().is_some() => {}
+            Err(error) => {
+                if let Some(error) = error.as_db_error() {
+                    self.remember_failure(Some(error.clone()));
+                }
+            }
+        }
+        result
+    }
+
+    /// One message on a session that stays where it is.
+    pub(crate) async fn message(&self, sql: &str) -> Result<Reply, tokio_postgres::Error> {
+        self.watch(self.client().simple_query(sql)).await
+    }
+
+    /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
+    /// first poll.
+    pub(crate) fn queue(&self, sql: &str) {
+        drop(exchange::poll_once(std::pin::pin!(
+            self.client().batch_execute(sql)
+        )));
+    }
+
+    /// One message on a session that goes with it, so that it can be finished or undone even if nobody waits.
+    pub(crate) fn exchange(self, sql: String, undo: Undo) -> Exchange {
+        Exchange::new(self, sql, undo)
+    }
+
+    /// Back to the pool. Only for a session on which the server has answered that nothing of ours is left.
+    pub(crate) fn give_back(mut self) {
+        if self.unanswered.load(Ordering::Relaxed) == 0 {
+            drop(self.object.take());
+        }
+    }
+}
+
+/// Without the pool's configuration, which names hosts and users.
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("server_pid", &self.server_pid)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Some(object) = self.object.take() {
+            tracing::debug!(pid = self.server_pid, "connection discarded");
+            // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
+            drop(Object::take(object));
+        }
+    }
+}

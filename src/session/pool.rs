@@ -1,0 +1,92 @@
+//! Where sessions come from: the application's pool, and the connection beside it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use deadpool_postgres::{Pool, PoolError, TimeoutType};
+use tokio::runtime::Handle;
+
+use super::{Reply, Session, Side};
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind};
+
+/// How long to wait for a pool connection to look or cancel with.
+const SPARE: Duration = Duration::from_secs(1);
+
+/// The connections one keeper may use.
+pub(crate) struct Connections {
+    pool: Pool,
+    side: Option<Side>,
+}
+
+/// Without the pool's configuration, which names hosts and users.
+impl fmt::Debug for Connections {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connections")
+            .field("side", &self.side)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connections {
+    pub(crate) fn new(pool: Pool, side: Option<Side>) -> Arc<Self> {
+        Arc::new(Self { pool, side })
+    }
+
+    pub(super) fn side(&self) -> Option<&Side> {
+        self.side.as_ref()
+    }
+
+    /// Takes a connection into custody, waiting for one until the deadline.
+    ///
+    /// Cancel safety: nothing is taken before this returns.
+    pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
+        let runtime = Handle::try_current()
+            .map_err(|error| Error::config("called outside a tokio runtime").with_source(error))?;
+        let status = || {
+            let status = self.pool.status();
+            format!(
+                "{} of {} in use",
+                status.size.saturating_sub(status.available),
+                status.max_size
+            )
+        };
+        let object = match deadline.bound(Duration::ZERO, self.pool.get()).await {
+            Some(Ok(object)) => object,
+            Some(Err(PoolError::Timeout(TimeoutType::Wait))) | None => {
+                return Err(Error::new(ErrorKind::Pool)
+                    .with_detail(format!("none became free, {}", status()))
+                    .with_waited(deadline.waited()));
+            }
+            Some(Err(error)) => return Err(Error::from(error)),
+        };
+        Ok(Session {
+            object: Some(object),
+            connections: Arc::clone(self),
+            runtime,
+            server_pid: None,
+            application_name: None,
+            unanswered: AtomicUsize::new(0),
+            unwatched: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        })
+    }
+
+    /// Asks the server something small on a connection that is not stuck: the one beside the pool, else one of the
+    /// pool's.
+    pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            match side.ask(sql).await {
+                Ok(reply) => return Ok(reply),
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            }
+        }
+        let session = self.check_out(&Deadline::after(SPARE)).await?;
+        // Cancel safety: a question of one statement; unanswered, its connection is closed.
+        let reply = session.message(sql).await?;
+        session.give_back();
+        Ok(reply)
+    }
+}

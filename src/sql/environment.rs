@@ -1,0 +1,51 @@
+//! What must be known of a server once.
+
+use tokio_postgres::SimpleQueryMessage;
+
+use super::{parsed, rows};
+
+/// The size of the lock table and how much of it is taken.
+///
+/// The table is sized for `max_locks_per_transaction` locks of each allowed session and prepared transaction
+/// (PostgreSQL's documentation, "Lock Management"); what it holds beyond that is shared memory others count on.
+pub(crate) const LOCK_TABLE: &str = "SELECT \
+     pg_catalog.int8mul(pg_catalog.current_setting('max_locks_per_transaction')::pg_catalog.int8, \
+     pg_catalog.int8pl(pg_catalog.current_setting('max_connections')::pg_catalog.int8, \
+     pg_catalog.current_setting('max_prepared_transactions')::pg_catalog.int8)) AS capacity, \
+     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks AS l WHERE NOT l.fastpath) AS taken";
+
+/// How many locks the table is made for, and how many it holds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LockTable {
+    pub(crate) capacity: u64,
+    pub(crate) taken: u64,
+}
+
+pub(crate) fn lock_table(reply: &[SimpleQueryMessage]) -> Option<LockTable> {
+    let row = rows(reply).next()?;
+    Some(LockTable {
+        capacity: parsed(row, "capacity")?,
+        taken: parsed(row, "taken")?,
+    })
+}
+
+/// The backend that answers here.
+pub(crate) const BACKEND_PID: &str = "SELECT pg_catalog.pg_backend_pid() AS pid";
+
+pub(crate) fn backend_pid(reply: &[SimpleQueryMessage]) -> Option<i32> {
+    parsed(rows(reply).next()?, "pid")
+}
+
+/// Signals a backend, but only while it still runs a statement under the name it was last seen with.
+pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String {
+    let name = application_name.map_or_else(String::new, |name| {
+        format!(
+            " AND pg_catalog.texteq(a.application_name, {})",
+            super::literal(name)
+        )
+    });
+    format!(
+        "SELECT pg_catalog.pg_cancel_backend(a.pid) FROM pg_catalog.pg_stat_activity AS a \
+         WHERE pg_catalog.int4eq(a.pid, {pid}) AND pg_catalog.texteq(a.state, 'active'){name}"
+    )
+}

@@ -1,0 +1,219 @@
+//! Every SQL text the crate sends, and the decoding of what comes back.
+//!
+//! Three rules hold for all of it. Functions and operators are called by their `pg_catalog` name, so that nothing
+//! planted earlier on a `search_path` is ever run. Nothing of a caller's is interpolated but numbers and
+//! [`literal`]s. And everything is a *simple query* message of one or several statements: it is one round trip, it is
+//! on its way after a single poll (which is what makes a `Drop` able to send it), and it works behind every pooler.
+
+pub(crate) mod advisory;
+pub(crate) mod blockers;
+pub(crate) mod environment;
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use tokio_postgres::{IsolationLevel, SimpleQueryMessage, SimpleQueryRow};
+
+use crate::deadline::timeout_millis;
+
+pub(crate) const ROLLBACK: &str = "ROLLBACK";
+
+/// COMMIT that cannot hide a rollback: in an aborted transaction the server answers COMMIT with success and the tag
+/// `ROLLBACK`, which the driver does not show; the empty SELECT before it fails there with 25P02, and then the COMMIT
+/// is not run. (<https://github.com/rust-postgres/rust-postgres/issues/1334>; test `commit_of_an_aborted_transaction`.)
+pub(crate) const COMMIT: &str = "SELECT; COMMIT";
+
+/// A string literal that means the same whatever `standard_conforming_strings` is.
+///
+/// Callers pass text without backslashes or NUL: settings' values as the server gave them, and `application_name`s,
+/// which are reduced to plain ASCII when they are made.
+pub(crate) fn literal(text: &str) -> String {
+    debug_assert!(
+        !text.contains(['\\', '\0']),
+        "{text:?} has no plain literal"
+    );
+    format!("'{}'", text.replace(['\\', '\0'], "?").replace('\'', "''"))
+}
+
+/// What a transaction begins with: one message.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Begin {
+    pub(crate) isolation: Option<IsolationLevel>,
+    pub(crate) read_only: Option<bool>,
+    pub(crate) deferrable: Option<bool>,
+    pub(crate) application_name: Option<String>,
+    pub(crate) lock_timeout: Option<Duration>,
+    pub(crate) statement_timeout: Option<Duration>,
+    pub(crate) idle_in_transaction_session_timeout: Option<Duration>,
+}
+
+impl Begin {
+    /// `BEGIN …; SET LOCAL …; `: all that is set ends with the transaction.
+    pub(crate) fn message(&self) -> String {
+        let mut sql = String::with_capacity(384);
+        sql.push_str("BEGIN");
+        if let Some(level) = self.isolation {
+            sql.push_str(" ISOLATION LEVEL ");
+            sql.push_str(isolation_name(level));
+        }
+        match self.read_only {
+            Some(true) => sql.push_str(" READ ONLY"),
+            Some(false) => sql.push_str(" READ WRITE"),
+            None => {}
+        }
+        match self.deferrable {
+            Some(true) => sql.push_str(" DEFERRABLE"),
+            Some(false) => sql.push_str(" NOT DEFERRABLE"),
+            None => {}
+        }
+        sql.push_str("; ");
+        if let Some(name) = &self.application_name {
+            set_local(&mut sql, "application_name", &literal(name));
+        }
+        for (setting, value) in [
+            ("lock_timeout", self.lock_timeout),
+            ("statement_timeout", self.statement_timeout),
+            (
+                "idle_in_transaction_session_timeout",
+                self.idle_in_transaction_session_timeout,
+            ),
+        ] {
+            if let Some(value) = value {
+                set_local(&mut sql, setting, &timeout_millis(value).to_string());
+            }
+        }
+        sql
+    }
+}
+
+/// Begins a transaction and says on what: one message.
+pub(crate) fn begin_transaction(begin: &Begin) -> String {
+    let mut sql = begin.message();
+    sql.push_str(
+        "SELECT pg_catalog.pg_backend_pid() AS pid, \
+         pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh",
+    );
+    sql
+}
+
+/// The reply of [`begin_transaction`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Begun {
+    pub(crate) pid: i32,
+    /// False where the connection came with an open transaction, which BEGIN only warns of.
+    pub(crate) fresh: bool,
+}
+
+pub(crate) fn begun(reply: &[SimpleQueryMessage]) -> Option<Begun> {
+    let row = rows(reply).next()?;
+    Some(Begun {
+        pid: parsed(row, "pid")?,
+        fresh: is_true(row, "fresh"),
+    })
+}
+
+fn isolation_name(level: IsolationLevel) -> &'static str {
+    match level {
+        IsolationLevel::ReadUncommitted => "READ UNCOMMITTED",
+        IsolationLevel::RepeatableRead => "REPEATABLE READ",
+        IsolationLevel::Serializable => "SERIALIZABLE",
+        // The driver's enum may grow; READ COMMITTED is what the server calls the default.
+        _ => "READ COMMITTED",
+    }
+}
+
+/// `SET LOCAL name = value; `, where `value` is SQL already.
+pub(crate) fn set_local(sql: &mut String, name: &str, value: &str) {
+    // Infallible: writing to a String.
+    let _ = write!(sql, "SET LOCAL {name} = {value}; ");
+}
+
+/// The rows of a reply, without the frames around them.
+pub(crate) fn rows(reply: &[SimpleQueryMessage]) -> impl Iterator<Item = &SimpleQueryRow> {
+    reply.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    })
+}
+
+/// `true` in a simple query's text form.
+pub(crate) fn is_true(row: &SimpleQueryRow, column: &str) -> bool {
+    row.try_get(column).ok().flatten() == Some("t")
+}
+
+/// A column parsed; `None` where it is NULL or something else.
+pub(crate) fn parsed<T: std::str::FromStr>(row: &SimpleQueryRow, column: &str) -> Option<T> {
+    row.try_get(column).ok().flatten()?.parse().ok()
+}
+
+pub(crate) fn text(row: &SimpleQueryRow, column: &str) -> Option<String> {
+    row.try_get(column).ok().flatten().map(str::to_owned)
+}
+
+/// A column of seconds; negative ages (clocks step) are zero.
+pub(crate) fn seconds(row: &SimpleQueryRow, column: &str) -> Option<Duration> {
+    let seconds: f64 = parsed(row, column)?;
+    Duration::try_from_secs_f64(seconds.max(0.0)).ok()
+}
+
+/// A time setting as `SHOW` writes it (`1s`, `1500ms`, `5min`; a bare number is in milliseconds). PostgreSQL's
+/// documentation, "Parameter Names and Values". `None` for what it never writes.
+pub(crate) fn setting_duration(text: &str) -> Option<Duration> {
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().ok()?;
+    let micros = match unit {
+        "us" => 1,
+        "" | "ms" => 1_000,
+        "s" => 1_000_000,
+        "min" => 60_000_000,
+        "h" => 3_600_000_000,
+        "d" => 86_400_000_000,
+        _ => return None,
+    };
+    Some(Duration::from_micros(number.checked_mul(micros)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn begin_says_only_what_was_asked_for() {
+        assert_eq!(Begin::default().message(), "BEGIN; ");
+        let begin = Begin {
+            isolation: Some(IsolationLevel::Serializable),
+            read_only: Some(true),
+            deferrable: Some(true),
+            application_name: Some("billing src/pay.rs:7".into()),
+            lock_timeout: Some(Duration::from_micros(400)),
+            ..Begin::default()
+        };
+        assert_eq!(
+            begin.message(),
+            "BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY DEFERRABLE; \
+             SET LOCAL application_name = 'billing src/pay.rs:7'; SET LOCAL lock_timeout = 1; "
+        );
+    }
+
+    #[test]
+    fn literals_are_quoted() {
+        assert_eq!(literal("o'clock"), "'o''clock'");
+    }
+
+    #[test]
+    fn settings_are_read_in_every_unit_the_server_writes() {
+        let ms = |n| Some(Duration::from_millis(n));
+        assert_eq!(setting_duration("0"), ms(0));
+        assert_eq!(setting_duration("1500ms"), ms(1500));
+        assert_eq!(setting_duration("1s"), ms(1000));
+        assert_eq!(setting_duration("5min"), ms(300_000));
+        assert_eq!(setting_duration("2h"), ms(7_200_000));
+        assert_eq!(setting_duration("1d"), ms(86_400_000));
+        assert_eq!(setting_duration("250us"), Some(Duration::from_micros(250)));
+        assert_eq!(setting_duration("soon"), None);
+        assert_eq!(setting_duration(""), None);
+    }
+}

@@ -1,0 +1,16 @@
+//! The advisory locks that a transaction holds.
+
+use crate::key::LockKey;
+use crate::key::names::Registration;
+use crate::mode::AdvisoryMode;
+
+/// One transaction-level advisory lock, granted.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) key: LockKey,
+    pub(crate) mode: AdvisoryMode,
+    /// How many savepoints were open when it was granted: rolling one of them back returns it.
+    pub(crate) depth: u32,
+    /// Keep the readable names known.
+    pub(crate) _names: Vec<Registration>,
+}
