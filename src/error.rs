@@ -350,6 +350,17 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     }
 }
 
+/// Whether the statement was refused because of an earlier one's error.
+pub(crate) fn is_aborted(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION)
+}
+
+/// Whether a statement that should have been prepared was not, or the other way round.
+pub(crate) fn is_unprepared(error: &Error) -> bool {
+    matches!(error.sqlstate(), Some(code) if *code == SqlState::INVALID_SQL_STATEMENT_NAME
+        || *code == SqlState::DUPLICATE_PSTATEMENT)
+}
+
 fn db_error<'a>(error: &'a (dyn StdError + Send + Sync + 'static)) -> Option<&'a DbError> {
     let mut next: Option<&'a (dyn StdError + 'static)> = Some(error);
     while let Some(error) = next {

@@ -2,16 +2,14 @@
 
 use std::time::Duration;
 
-use tokio_postgres::error::SqlState;
-
 use super::environment::Scope;
 use super::gate::Turn;
 use super::{Advisory, Request};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::error::{Error, ErrorKind, Failure, classify, is_aborted, is_unprepared};
 use crate::session::{Reply, Session, Undo};
 use crate::sql;
-use crate::sql::advisory::{Tried, Verdict};
+use crate::sql::advisory::{Ask, Server, Tried, Verdict};
 use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
@@ -32,8 +30,10 @@ const STALE_CONNECTIONS: usize = 8;
 /// before the server looks for deadlocks, so the build goes on in the pause (test
 /// `index_build_under_a_session_lock_finishes`). It also bounds how long a waiter whose process was killed stays in the
 /// queue.
-pub(super) fn slice(deadlock_timeout: Duration) -> Duration {
-    (deadlock_timeout / 2).clamp(SHORTEST_SLICE, LONGEST_SLICE)
+pub(super) fn slice(server: Option<&Server>) -> Duration {
+    server.map_or(LONGEST_SLICE, |server| {
+        (server.deadlock_timeout / 2).clamp(SHORTEST_SLICE, LONGEST_SLICE)
+    })
 }
 
 impl Advisory {
@@ -115,9 +115,23 @@ impl Advisory {
         request: &Request,
         deadline: &Deadline,
     ) -> Result<(Session, Tried), Error> {
-        let sql = sql::advisory::begin_and_try(&request.begin, request.locks());
-        self.on_a_clean_connection(request, deadline, |_| sql.clone(), Undo::rollback)
-            .await
+        let text = |session: &Session| {
+            let ask = match self.known.ask(session, request.locks(), false) {
+                // What is prepared sets the name.
+                Ask::Prepare(_) | Ask::Execute(_) if request.begin.application_name.is_none() => {
+                    Ask::Little
+                }
+                ask => ask,
+            };
+            let sql = sql::advisory::begin_and_try(&request.begin, request.locks(), &ask);
+            (ask, sql)
+        };
+        let (session, ask, tried) = self
+            .on_a_clean_connection(request, deadline, text, Undo::rollback)
+            .await?;
+        self.known
+            .learn(&session, &ask, &tried, request.locks(), false);
+        Ok((session, tried))
     }
 
     /// Sends a `try` on one connection after another until one of them is neither dead nor left in a transaction.
@@ -125,9 +139,9 @@ impl Advisory {
         &self,
         request: &Request,
         deadline: &Deadline,
-        sql: impl Fn(&Session) -> String,
+        text: impl Fn(&Session) -> (Ask, String),
         undo: impl Fn() -> Undo,
-    ) -> Result<(Session, Tried), Error> {
+    ) -> Result<(Session, Ask, Tried), Error> {
         let mut stale = 0;
         loop {
             // A try is made even when the wait is over, so a connection is waited for a little in any case.
@@ -137,7 +151,7 @@ impl Advisory {
                 .check_out(&patience)
                 .await
                 .map_err(|error| error.with_key(&request.keys()[0]))?;
-            let sql = sql(&session);
+            let (ask, sql) = text(&session);
             match self.send(session, sql, undo(), deadline, request).await {
                 Ok((mut session, reply)) => match sql::advisory::tried(&reply) {
                     // Its transaction is somebody else's: closing the connection is all that can be done for it.
@@ -153,7 +167,7 @@ impl Advisory {
                     }
                     Some(tried) => {
                         session.identify(tried.pid, request.begin.application_name.as_deref());
-                        return Ok((session, tried));
+                        return Ok((session, ask, tried));
                     }
                     None => {
                         return Err(request
@@ -165,11 +179,14 @@ impl Advisory {
                 Err(error)
                     if error.kind() == ErrorKind::ConnectionLost && stale < STALE_CONNECTIONS => {}
                 // So is one that was left in a failed transaction, which refuses even BEGIN.
-                Err(error)
-                    if error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION)
-                        && stale < STALE_CONNECTIONS => {}
+                Err(error) if is_aborted(&error) && stale < STALE_CONNECTIONS => {}
+                // Somebody deallocates prepared statements, or prepares some of our names.
+                Err(error) if is_unprepared(&error) && stale < STALE_CONNECTIONS => {
+                    self.known.stop_preparing()
+                }
                 Err(error) => return Err(error),
             }
+            tracing::debug!("a pool connection could not be used, taking another");
             stale += 1;
         }
     }
@@ -203,15 +220,15 @@ impl Advisory {
         deadline: &Deadline,
         turn: Option<Turn>,
     ) -> Result<Tx, Error> {
-        let slice = slice(tried.deadlock_timeout);
+        let slice = slice(self.known.server(&session, tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
         while !deadline.has_passed() {
             let wait = deadline.remaining().min(slice);
             let sql = if after_timeout {
-                sql::advisory::begin_again_and_wait(&request.begin, request.locks(), wait, tried)
+                sql::advisory::begin_again_and_wait(&request.begin, request.locks(), wait)
             } else {
-                sql::advisory::wait_in_transaction(request.locks(), wait, tried)
+                sql::advisory::wait_in_transaction(request.locks(), wait)
             };
             let limit = Deadline::after(wait.saturating_add(ANSWER));
             let Some((answered, answer)) = limit
@@ -290,13 +307,8 @@ impl Advisory {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
         }
         let tx = Tx::new(session, Vec::new(), request.call_site, request.lock_wait);
-        self.check_locking(
-            tx.session(),
-            Scope::Transaction,
-            &tried.server,
-            request.locks(),
-        )
-        .await?;
+        self.check_locking(tx.session(), Scope::Transaction, tried, request.locks())
+            .await?;
         Ok(tx.holding(request.into_held(0)))
     }
 

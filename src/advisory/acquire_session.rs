@@ -10,7 +10,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
 use crate::session::{Reply, Session, Undo};
 use crate::sql;
-use crate::sql::advisory::{Locks, Names, Tried, Verdict};
+use crate::sql::advisory::{Ask, Locks, Names, Tried, Verdict};
 
 /// For the reply to a wait that the server has ended.
 const ANSWER: Duration = Duration::from_millis(500);
@@ -55,15 +55,10 @@ impl Advisory {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
         }
         let renamed = request.begin.application_name.is_some();
-        let name = renamed.then_some(tried.application_name);
+        let name = renamed.then(|| tried.application_name.clone());
         let guard = SessionGuard::new(session, request, name);
-        self.check_locking(
-            guard.session(),
-            Scope::Session,
-            &tried.server,
-            guard.locks(),
-        )
-        .await?;
+        self.check_locking(guard.session(), Scope::Session, &tried, guard.locks())
+            .await?;
         Ok(guard)
     }
 
@@ -158,20 +153,24 @@ impl Advisory {
     ) -> Result<(Session, Tried), Error> {
         let names = names(request, named);
         // The text depends on the connection's own pid, so it is made for each.
-        self.on_a_clean_connection(
-            request,
-            deadline,
-            |session| {
-                let direct = if through_pooler {
-                    None
-                } else {
-                    session.login_pid()
-                };
-                sql::advisory::try_session(request.locks(), names, direct)
-            },
-            || undo_try(request),
-        )
-        .await
+        let text = |session: &Session| {
+            let ask = match self.known.ask(session, request.locks(), true) {
+                Ask::All { .. } if !through_pooler => Ask::All {
+                    login_pid: session.login_pid(),
+                },
+                // What is prepared sets the holder's name.
+                Ask::Prepare(_) | Ask::Execute(_) if names.holding.is_none() => Ask::Little,
+                ask => ask,
+            };
+            let sql = sql::advisory::try_session(request.locks(), names, &ask);
+            (ask, sql)
+        };
+        let (session, ask, tried) = self
+            .on_a_clean_connection(request, deadline, text, || undo_try(request))
+            .await?;
+        self.known
+            .learn(&session, &ask, &tried, request.locks(), true);
+        Ok((session, tried))
     }
 
     /// Waits at the server, a slice at a time.
@@ -184,7 +183,7 @@ impl Advisory {
         named: bool,
         turn: Option<Turn>,
     ) -> Result<Locked, Error> {
-        let slice = slice(tried.deadlock_timeout);
+        let slice = slice(self.known.server(&session, &tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
         while !deadline.has_passed() {
@@ -252,7 +251,7 @@ impl Advisory {
         after_timeout: bool,
     ) -> Result<Locked, Error> {
         // A wait was let through a pooler only if it keeps sessions; a first look may not have been examined.
-        let direct = if after_timeout {
+        let login_pid = if after_timeout {
             None
         } else {
             session.login_pid()
@@ -260,7 +259,7 @@ impl Advisory {
         let sql = sql::advisory::look_session(
             request.locks(),
             names(&request, named),
-            direct,
+            &Ask::All { login_pid },
             after_timeout,
         );
         let (session, reply) = self

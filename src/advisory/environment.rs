@@ -1,7 +1,7 @@
 //! Whether the server is one on which advisory locks mean what they say. Asked once for a server.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Advisory;
@@ -11,7 +11,7 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::{Session, Undo};
 use crate::sql;
-use crate::sql::advisory::{Locks, Verdict};
+use crate::sql::advisory::{Ask, Locks, Tried, Verdict};
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ pub(crate) enum Scope {
 #[derive(Debug, Default)]
 pub(crate) struct Environment {
     /// Servers, by the start of their postmaster, whose locks were seen to lock.
-    locking: Mutex<HashSet<(Scope, String)>>,
+    locking: Mutex<HashSet<(Scope, Arc<str>)>>,
     /// Whether the pooler in front keeps one server session for each client.
     keeps_sessions: Mutex<Option<bool>>,
 }
@@ -48,10 +48,13 @@ impl Advisory {
         &self,
         session: &Session,
         scope: Scope,
-        server: &str,
+        tried: &Tried,
         locks: Locks<'_>,
     ) -> Result<(), Error> {
-        let finding = (scope, server.to_owned());
+        let Some(server) = self.known.server(session, tried) else {
+            return Ok(());
+        };
+        let finding = (scope, server.identity);
         if self.environment.knows(&finding) {
             return Ok(());
         }
@@ -81,7 +84,11 @@ impl Advisory {
             keys: &keys[..1],
             mode: AdvisoryMode::Exclusive,
         };
-        let sql = sql::advisory::begin_and_try(&sql::Begin::default(), locks);
+        let sql = sql::advisory::begin_and_try(
+            &sql::Begin::default(),
+            locks,
+            &Ask::All { login_pid: None },
+        );
         let (second, answer) = second.exchange(sql, Undo::rollback()).await;
         let tried = sql::advisory::tried(&answer?);
         let (second, answer) = second
@@ -179,11 +186,11 @@ impl Advisory {
 }
 
 impl Environment {
-    fn knows(&self, finding: &(Scope, String)) -> bool {
+    fn knows(&self, finding: &(Scope, Arc<str>)) -> bool {
         lock(&self.locking).contains(finding)
     }
 
-    fn learn(&self, finding: (Scope, String)) {
+    fn learn(&self, finding: (Scope, Arc<str>)) {
         let mut locking = lock(&self.locking);
         // Servers come and go with failovers; a handful is remembered.
         if locking.len() >= 64 {

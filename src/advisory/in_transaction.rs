@@ -11,7 +11,7 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::Session;
 use crate::sql;
-use crate::sql::advisory::{Tried, Verdict};
+use crate::sql::advisory::{Timeouts, Verdict};
 use crate::transaction::Tx;
 
 /// Locks to be taken in a transaction that has begun: awaited, it waits for them.
@@ -113,7 +113,7 @@ impl<'a> TxAdvisoryLock<'a> {
         };
         match try_once(tx, request).await? {
             Ok(()) => Ok(()),
-            Err((tx, request, tried)) => wait(tx, request, &tried, &deadline).await,
+            Err((tx, request, timeouts)) => wait(tx, request, &timeouts, &deadline).await,
         }
     }
 
@@ -146,7 +146,7 @@ impl<'a> IntoFuture for TxAdvisoryLock<'a> {
 }
 
 /// A lock that was busy, with all that is needed to wait for it.
-type Busy<'a> = (&'a mut Tx, Request, Tried);
+type Busy<'a> = (&'a mut Tx, Request, Timeouts);
 
 async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>, Error> {
     let sql = sql::advisory::try_in_transaction(request.locks());
@@ -156,16 +156,17 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
         .await
         .map_err(|error| request.error(classify(&error).kind()).with_source(error))?;
     let Some(tried) = sql::advisory::tried(&reply) else {
-        return Err(request
-            .error(ErrorKind::Database)
-            .with_detail("no answer to a lock request"));
+        return Err(no_answer(&request));
     };
     match tried.verdict {
         Verdict::Granted => {
             hold(tx, request);
             Ok(Ok(()))
         }
-        Verdict::Busy => Ok(Err((tx, request, tried))),
+        Verdict::Busy => match tried.timeouts {
+            Some(timeouts) => Ok(Err((tx, request, timeouts))),
+            None => Err(no_answer(&request)),
+        },
         Verdict::Snapshot => Err(request.error(ErrorKind::Config).with_detail(
             "this transaction's isolation level reads from a snapshot taken before the lock; take the lock first, with \
              the keeper's advisory_lock(…).isolation(…), or use READ COMMITTED",
@@ -174,14 +175,20 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
     }
 }
 
+fn no_answer(request: &Request) -> Error {
+    request
+        .error(ErrorKind::Database)
+        .with_detail("no answer to a lock request")
+}
+
 async fn wait(
     tx: &mut Tx,
     request: Request,
-    tried: &Tried,
+    timeouts: &Timeouts,
     deadline: &Deadline,
 ) -> Result<(), Error> {
     if !deadline.has_passed() {
-        let sql = sql::advisory::wait_at_savepoint(request.locks(), deadline.remaining(), tried);
+        let sql = sql::advisory::wait_at_savepoint(request.locks(), deadline.remaining(), timeouts);
         // Cancel safety: a waiter nobody waits for is cancelled, by the drop of this.
         let cancel = scopeguard::guard(tx.session(), Session::cancel_in_background);
         let answer = tx.session().message(&sql).await;

@@ -9,6 +9,7 @@ mod acquire_session;
 mod environment;
 mod gate;
 mod in_transaction;
+mod known;
 mod lock;
 mod request;
 mod session_guard;
@@ -30,6 +31,7 @@ pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
     gate: gate::Gate,
     environment: environment::Environment,
+    known: known::Known,
 }
 
 impl Advisory {
@@ -38,6 +40,7 @@ impl Advisory {
             connections,
             gate: gate::Gate::default(),
             environment: environment::Environment::default(),
+            known: known::Known::default(),
         })
     }
 }

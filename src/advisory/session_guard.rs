@@ -220,12 +220,7 @@ impl SessionGuard {
     }
 
     fn release_sql(&self) -> String {
-        let mut sql = sql::advisory::unlock(self.locks());
-        if let Some(name) = &self.application_name {
-            sql.push_str("; ");
-            sql.push_str(&sql::advisory::set_application_name(name));
-        }
-        sql
+        sql::advisory::unlock(self.locks(), self.application_name.as_deref())
     }
 
     fn trace_end(&self) {
@@ -328,7 +323,7 @@ impl<'a> Loan<'a> {
         let answer = {
             // Cancel safety: from here on COMMIT is on its way and ends the transaction, so a drop must not.
             self.open = false;
-            self.session().message(sql::COMMIT).await
+            self.session().message(self.session().commit_sql()).await
         };
         let Err(error) = answer else { return Ok(()) };
         let kind = match classify(&error) {

@@ -89,12 +89,13 @@ impl Exchange {
 
     /// Sends the message now, and leaves the rest to the background: for `Drop`.
     pub(crate) fn detach(mut self) {
-        if let Some(answering) = &mut self.answering {
+        if let Some(mut answering) = self.answering.take() {
             self.sent = true;
-            if poll_once(answering.as_mut()).is_some() {
-                // Answered at once: the connection is closed already, and nothing is left to do.
-                self.answering = None;
-            }
+            // The answer can be there already, where this thread was interrupted for as long as a round trip takes.
+            self.answering = Some(match poll_once(answering.as_mut()) {
+                Some(answer) => Box::pin(std::future::ready(answer)),
+                None => answering,
+            });
         }
     }
 }

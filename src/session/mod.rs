@@ -15,6 +15,7 @@ mod side;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use deadpool_postgres::Object;
 use tokio::runtime::Handle;
@@ -45,6 +46,8 @@ pub(crate) struct Session {
     unanswered: AtomicUsize,
     /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
     unwatched: AtomicBool,
+    /// A statement has failed at some time, or its end is not known.
+    flawed: AtomicBool,
     /// The server's error since which nothing has succeeded.
     failure: Mutex<Option<DbError>>,
 }
@@ -101,9 +104,35 @@ impl Session {
             .clone()
     }
 
+    /// Whether a failed statement can have gone by unseen, or seen and swallowed: then COMMIT may be a rollback.
+    fn may_have_failed(&self) -> bool {
+        self.flawed.load(Ordering::Relaxed)
+            || self.unwatched.load(Ordering::Relaxed)
+            || self.unanswered.load(Ordering::Relaxed) > 0
+    }
+
+    /// When the pool opened the connection: what tells it from all others of the pool.
+    pub(crate) fn created(&self) -> Instant {
+        Object::metrics(
+            self.object
+                .as_ref()
+                .expect("a session keeps its connection until it ends"),
+        )
+        .created
+    }
+
     /// Puts an error in the place of the last one, or nothing where it has been dealt with.
     pub(crate) fn remember_failure(&self, failure: Option<DbError>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+
+    /// The statement that ends the transaction on this session well.
+    pub(crate) fn commit_sql(&self) -> &'static str {
+        if self.may_have_failed() {
+            crate::sql::CHECK_AND_COMMIT
+        } else {
+            crate::sql::COMMIT
+        }
     }
 
     /// Runs a statement, noting whether it was answered and how.
@@ -117,6 +146,9 @@ impl Session {
         self.unanswered.fetch_add(1, Ordering::Relaxed);
         let result = statement.await;
         self.unanswered.fetch_sub(1, Ordering::Relaxed);
+        if result.is_err() {
+            self.flawed.store(true, Ordering::Relaxed);
+        }
         match &result {
             Ok(_) => self.remember_failure(None),
             // 25P02 only says that there was an error before: that one is kept.

@@ -70,6 +70,7 @@ impl Connections {
             application_name: None,
             unanswered: AtomicUsize::new(0),
             unwatched: AtomicBool::new(false),
+            flawed: AtomicBool::new(false),
             failure: Mutex::new(None),
         })
     }

@@ -18,10 +18,13 @@ use crate::deadline::timeout_millis;
 
 pub(crate) const ROLLBACK: &str = "ROLLBACK";
 
+/// COMMIT of a transaction none of whose statements has failed.
+pub(crate) const COMMIT: &str = "COMMIT";
+
 /// COMMIT that cannot hide a rollback: in an aborted transaction the server answers COMMIT with success and the tag
 /// `ROLLBACK`, which the driver does not show; the empty SELECT before it fails there with 25P02, and then the COMMIT
 /// is not run. (<https://github.com/rust-postgres/rust-postgres/issues/1334>; test `commit_of_an_aborted_transaction`.)
-pub(crate) const COMMIT: &str = "SELECT; COMMIT";
+pub(crate) const CHECK_AND_COMMIT: &str = "SELECT; COMMIT";
 
 /// A string literal that means the same whatever `standard_conforming_strings` is.
 ///
@@ -50,7 +53,16 @@ pub(crate) struct Begin {
 impl Begin {
     /// `BEGIN …; SET LOCAL …; `: all that is set ends with the transaction.
     pub(crate) fn message(&self) -> String {
-        let mut sql = String::with_capacity(384);
+        let mut sql = self.message_unnamed();
+        if let Some(name) = &self.application_name {
+            set_local(&mut sql, "application_name", &literal(name));
+        }
+        sql
+    }
+
+    /// The same without `application_name`, for a statement after it that sets it.
+    pub(crate) fn message_unnamed(&self) -> String {
+        let mut sql = String::with_capacity(512);
         sql.push_str("BEGIN");
         if let Some(level) = self.isolation {
             sql.push_str(" ISOLATION LEVEL ");
@@ -67,9 +79,6 @@ impl Begin {
             None => {}
         }
         sql.push_str("; ");
-        if let Some(name) = &self.application_name {
-            set_local(&mut sql, "application_name", &literal(name));
-        }
         for (setting, value) in [
             ("lock_timeout", self.lock_timeout),
             ("statement_timeout", self.statement_timeout),
@@ -194,7 +203,7 @@ mod tests {
         assert_eq!(
             begin.message(),
             "BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY DEFERRABLE; \
-             SET LOCAL application_name = 'billing src/pay.rs:7'; SET LOCAL lock_timeout = 1; "
+             SET LOCAL lock_timeout = 1; SET LOCAL application_name = 'billing src/pay.rs:7'; "
         );
     }
 

@@ -136,9 +136,8 @@ impl Tx {
         if session.is_closed() {
             return Err(self.about(Error::new(ErrorKind::ConnectionLost)));
         }
-        let (session, answer) = session
-            .exchange(sql::COMMIT.to_owned(), Undo::Nothing)
-            .await;
+        let sql = session.commit_sql().to_owned();
+        let (session, answer) = session.exchange(sql, Undo::Nothing).await;
         let error = match answer {
             Ok(_) => {
                 self.trace_end(&End::Commit);

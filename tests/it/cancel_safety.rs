@@ -1,1 +1,1011 @@
-//! (to be written)
+//! Every future may be dropped at every point: soon afterwards nothing is held or awaited, the next borrower of the
+//! connection is not delayed, and all of the pool can be had.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use futures::future::{BoxFuture, FutureExt, join_all};
+use futures::{SinkExt, StreamExt, TryStreamExt};
+use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard, TransactionOptions, XactGuard};
+use lockkeeper_testkit::{Database, Server};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::AbortHandle;
+use tokio_postgres::{Client, IsolationLevel, NoTls};
+
+use crate::common::{Scene, eventually, poll_times_and_drop};
+
+/// What the calls ask for, and what is held by somebody else in a busy scene.
+const KEY: i64 = 71;
+/// Free in every scene; sorted before and after [`KEY`].
+const BEFORE: i64 = 70;
+const AFTER: i64 = 72;
+
+/// Within this time everything has to be as if the dropped call had never been.
+const SOON: Duration = Duration::from_secs(1);
+/// More polls than any call needs.
+const MOST_POLLS: usize = 300;
+
+type Call = fn(Keeper) -> BoxFuture<'static, Result<(), Error>>;
+
+/// Every asynchronous public function, whole lives of guards included. The wait is the keeper's.
+const CALLS: &[(&str, Call)] = &[
+    ("acquire", |keeper| {
+        async move { keeper.advisory_lock(KEY).acquire().await.map(drop) }.boxed()
+    }),
+    ("try_acquire", |keeper| {
+        async move { keeper.advisory_lock(KEY).try_acquire().await.map(drop) }.boxed()
+    }),
+    ("shared acquire", |keeper| {
+        async move { keeper.advisory_lock(KEY).shared().acquire().await.map(drop) }.boxed()
+    }),
+    ("session acquire", |keeper| {
+        async move { keeper.advisory_lock(KEY).session().acquire().await.map(drop) }.boxed()
+    }),
+    ("session try_acquire", |keeper| {
+        async move {
+            let lock = keeper.advisory_lock(KEY).session();
+            lock.try_acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("shared session acquire", |keeper| {
+        async move {
+            let lock = keeper.advisory_lock(KEY).session().shared();
+            lock.acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("several acquire", |keeper| {
+        async move {
+            let locks = keeper.advisory_locks([AFTER, KEY, BEFORE]);
+            locks.acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("several try_acquire", |keeper| {
+        async move {
+            let locks = keeper.advisory_locks([AFTER, KEY, BEFORE]);
+            locks.try_acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("several session acquire", |keeper| {
+        async move {
+            let locks = keeper.advisory_locks([AFTER, KEY, BEFORE]).session();
+            locks.acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("several session try_acquire", |keeper| {
+        async move {
+            let locks = keeper.advisory_locks([AFTER, KEY, BEFORE]).session();
+            locks.try_acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("so many that the lock table is asked first", |keeper| {
+        async move {
+            let locks = keeper.advisory_locks((0..130).map(|n| KEY + n));
+            locks.acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("acquire before a snapshot", |keeper| {
+        async move {
+            let lock = keeper.advisory_lock(KEY);
+            let lock = lock.isolation(IsolationLevel::RepeatableRead);
+            lock.acquire().await?.commit().await
+        }
+        .boxed()
+    }),
+    ("try_acquire before a snapshot", |keeper| {
+        async move {
+            let locks = keeper.advisory_locks([KEY, AFTER]);
+            let locks = locks.isolation(IsolationLevel::Serializable);
+            locks.try_acquire().await.map(drop)
+        }
+        .boxed()
+    }),
+    ("with_advisory_lock", |keeper| {
+        async move {
+            let section = keeper.with_advisory_lock(KEY, async |tx| {
+                tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+                Ok::<_, Error>(())
+            });
+            section.await
+        }
+        .boxed()
+    }),
+    ("try_with_advisory_lock", |keeper| {
+        async move {
+            let section = keeper.try_with_advisory_lock(KEY, async |tx| {
+                tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+                Ok::<_, Error>(())
+            });
+            section.await.map(drop)
+        }
+        .boxed()
+    }),
+    ("transaction that takes a lock", |keeper| {
+        async move {
+            let transaction = keeper.transaction(async |tx| {
+                tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+                tx.advisory_lock(BEFORE).await?;
+                tx.advisory_lock(KEY).await?;
+                Ok::<_, Error>(())
+            });
+            transaction.await
+        }
+        .boxed()
+    }),
+    ("transaction_with that takes several locks", |keeper| {
+        async move {
+            let options = TransactionOptions::new().attempts(2);
+            let transaction = keeper.transaction_with(options, async |tx| {
+                tx.advisory_locks([AFTER, KEY, BEFORE]).shared().await?;
+                Ok::<_, Error>(())
+            });
+            transaction.await
+        }
+        .boxed()
+    }),
+    ("transaction that tries a lock", |keeper| {
+        async move {
+            let transaction = keeper.transaction(async |tx| {
+                tx.advisory_locks([KEY, AFTER]).try_acquire().await?;
+                Ok::<_, Error>(())
+            });
+            transaction.await
+        }
+        .boxed()
+    }),
+    ("transaction that fails", |keeper| {
+        async move {
+            let transaction = keeper.transaction(async |tx| {
+                tx.batch_execute("SELECT 1/0").await?;
+                Ok::<_, Error>(())
+            });
+            match transaction.await {
+                Err(error) if error.kind() == ErrorKind::Database => Ok(()),
+                other => panic!("{other:?}"),
+            }
+        }
+        .boxed()
+    }),
+    ("lock, work, commit", |keeper| {
+        async move {
+            let mut guard = keeper.advisory_lock(KEY).acquire().await?;
+            work(&guard).await?;
+            guard
+                .savepoint(async |tx| {
+                    tx.advisory_lock(AFTER).await?;
+                    tx.batch_execute("SELECT 1").await?;
+                    Ok::<_, Error>(())
+                })
+                .await?;
+            guard.advisory_lock(BEFORE).try_acquire().await?;
+            guard.commit().await
+        }
+        .boxed()
+    }),
+    ("lock, failing savepoint, rollback", |keeper| {
+        async move {
+            let mut guard = keeper.advisory_lock(KEY).acquire().await?;
+            let failed = guard.savepoint(async |tx| {
+                tx.batch_execute("SELECT 1/0").await?;
+                Ok::<_, Error>(())
+            });
+            assert!(failed.await.is_err());
+            guard.rollback().await;
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("session lock, transactions, release", |keeper| {
+        async move {
+            let mut guard = keeper.advisory_lock(KEY).session().acquire().await?;
+            guard.batch_execute("SELECT 1").await?;
+            guard
+                .transaction(async |tx| {
+                    tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+                    Ok::<_, Error>(())
+                })
+                .await?;
+            let failed = guard.transaction(async |tx| {
+                tx.batch_execute("SELECT 1/0").await?;
+                Ok::<_, Error>(())
+            });
+            assert!(failed.await.is_err());
+            guard.release().await
+        }
+        .boxed()
+    }),
+    ("session lock left in a failed transaction, release", |keeper| {
+        async move {
+            let guard = keeper.advisory_lock(KEY).session().acquire().await?;
+            assert!(guard.batch_execute("BEGIN; SELECT 1/0").await.is_err());
+            guard.release().await
+        }
+        .boxed()
+    }),
+    ("session lock, wait for its loss", |keeper| {
+        async move {
+            let guard = keeper.advisory_lock(KEY).session().acquire().await?;
+            tokio::select! {
+                () = guard.lost() => panic!("lost"),
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+            guard.release().await
+        }
+        .boxed()
+    }),
+];
+
+/// The query methods, one after another.
+async fn work(guard: &XactGuard) -> Result<(), Error> {
+    guard.execute("INSERT INTO note VALUES ($1)", &[&2]).await?;
+    guard.query("SELECT id FROM note", &[]).await?;
+    guard.query_one("SELECT 1", &[]).await?;
+    guard.query_opt("SELECT 1 WHERE false", &[]).await?;
+    guard.simple_query("SELECT 1").await?;
+    let statement = guard.prepare_cached("SELECT $1::int4").await?;
+    let rows = guard.query_raw(&statement, [7]).await?;
+    rows.try_collect::<Vec<_>>().await?;
+    let sink = guard.copy_in("COPY note FROM STDIN").await?;
+    let mut sink = std::pin::pin!(sink);
+    sink.send(bytes::Bytes::from_static(b"3\n")).await?;
+    sink.finish().await?;
+    let rows = guard.copy_out("COPY note TO STDOUT").await?;
+    rows.try_collect::<Vec<_>>().await?;
+    Ok(())
+}
+
+async fn with_table(scene: Scene) -> Scene {
+    let create = scene.observer.batch_execute("CREATE TABLE note (id int4)");
+    create.await.unwrap();
+    scene
+}
+
+/// A keeper that has seen nothing of its server yet.
+fn new_keeper(pool: &Pool, wait: Duration) -> Keeper {
+    Keeper::builder(pool.clone())
+        .application("test")
+        .lock_wait(wait)
+        .build()
+}
+
+/// Somebody beside the keeper who holds [`KEY`], and the backend's pid.
+async fn holder(scene: &Scene) -> (Client, i32) {
+    let client = scene.database.connect().await;
+    let row = client
+        .query_one(
+            "SELECT pg_backend_pid() FROM (SELECT pg_advisory_lock($1)) AS l",
+            &[&KEY],
+        )
+        .await
+        .unwrap();
+    let pid = row.get(0);
+    (client, pid)
+}
+
+/// All advisory locks of the scene's database: backend and whether it is granted.
+async fn locks(scene: &Scene) -> Vec<(i32, bool)> {
+    let rows = scene
+        .observer
+        .query(
+            "SELECT pid, granted FROM pg_locks WHERE locktype = 'advisory' \
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY pid",
+            &[],
+        )
+        .await
+        .unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+}
+
+/// Asserts that a call which was dropped (or is over) has left nothing: `holder` alone holds a lock, nobody waits, no
+/// transaction is open, the next borrower and all others are served at once.
+async fn assert_no_trace(scene: &Scene, holder: Option<i32>, within: Duration, what: &str) {
+    let borrower = async {
+        let object = scene.pool.get().await.unwrap();
+        if let Err(error) = object.batch_execute("SELECT 1").await {
+            panic!("{what}: the next borrower gets {error:?}");
+        }
+    };
+    if tokio::time::timeout(within, borrower).await.is_err() {
+        panic!("{what}: the next borrower is delayed");
+    }
+    let expected: Vec<_> = holder.iter().map(|&pid| (pid, true)).collect();
+    let complaint = format!("{what}: there is more in pg_locks than should be");
+    eventually(within, &complaint, async || locks(scene).await == expected).await;
+    let complaint = format!("{what}: a transaction is left open");
+    eventually(within, &complaint, async || {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                   AND pid <> pg_backend_pid() AND xact_start IS NOT NULL";
+        let row = scene.observer.query_one(sql, &[]).await.unwrap();
+        row.get::<_, i64>(0) == 0
+    })
+    .await;
+    let whole = scene.pool_is_whole_within(within);
+    if std::panic::AssertUnwindSafe(whole).catch_unwind().await.is_err() {
+        panic!("{what}: the pool is not whole");
+    }
+}
+
+/// Polls a call 0, 1, 2, … times until it completes with an outcome that is `expected`.
+async fn drop_at_every_poll(
+    scene: &Scene,
+    (name, call): (&str, Call),
+    keeper: impl Fn() -> Keeper,
+    holder: Option<i32>,
+    within: Duration,
+    expected: impl Fn(&Result<(), Error>) -> bool,
+) {
+    for polls in 0..MOST_POLLS {
+        let outcome = poll_times_and_drop(call(keeper()), polls).await;
+        let what = format!("{name}, dropped after {polls} polls");
+        assert_no_trace(scene, holder, within, &what).await;
+        if let Some(outcome) = outcome {
+            assert!(expected(&outcome), "{name}: {outcome:?}");
+            assert!(polls > 1, "{name}: done at the first poll, nothing was tried");
+            return;
+        }
+    }
+    panic!("{name}: not done after {MOST_POLLS} polls");
+}
+
+/// Busy is `None`, `false` or a timeout.
+fn is_busy(outcome: &Result<(), Error>) -> bool {
+    match outcome {
+        Ok(()) => true,
+        Err(error) => error.kind() == ErrorKind::LockTimeout,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_find_the_lock_free_leave_nothing_wherever_they_are_dropped() {
+    let scene = with_table(Scene::new(1).await).await;
+    let known = new_keeper(&scene.pool, Duration::from_secs(10));
+    for &call in CALLS {
+        let unknown = || new_keeper(&scene.pool, Duration::from_secs(10));
+        drop_at_every_poll(&scene, call, unknown, None, SOON, Result::is_ok).await;
+        let known = || known.clone();
+        drop_at_every_poll(&scene, call, known, None, SOON, Result::is_ok).await;
+    }
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_find_the_lock_busy_leave_nothing_wherever_they_are_dropped() {
+    let scene = with_table(Scene::new(1).await).await;
+    let (_client, pid) = holder(&scene).await;
+    let wait = Duration::from_millis(15);
+    let known = new_keeper(&scene.pool, wait);
+    for &call in CALLS {
+        let unknown = || new_keeper(&scene.pool, wait);
+        drop_at_every_poll(&scene, call, unknown, Some(pid), SOON, is_busy).await;
+        let known = || known.clone();
+        drop_at_every_poll(&scene, call, known, Some(pid), SOON, is_busy).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn long_waits_leave_the_queue_when_they_are_dropped() {
+    let scene = with_table(Scene::new(1).await).await;
+    let (_client, pid) = holder(&scene).await;
+    let mut waited = 0;
+    for &(name, call) in CALLS {
+        for after in [15, 600] {
+            let keeper = new_keeper(&scene.pool, Duration::from_secs(3600));
+            let call = tokio::spawn(call(keeper));
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            waited += locks(&scene).await.iter().filter(|(_, granted)| !granted).count();
+            call.abort();
+            let what = format!("{name}, aborted after {after} ms");
+            assert_no_trace(&scene, Some(pid), SOON, &what).await;
+        }
+    }
+    assert!(waited > CALLS.len(), "only {waited} of the calls have waited");
+}
+
+/// With the server's places taken by two waiters of the same keeper, the third stands in the line of the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_dropped() {
+    let scene = with_table(Scene::new(4).await).await;
+    let (client, pid) = holder(&scene).await;
+    let keeper = new_keeper(&scene.pool, Duration::from_millis(15));
+    let crowd: Vec<_> = (0..2)
+        .map(|_| {
+            let lock = keeper.advisory_lock(KEY).wait(Duration::from_secs(3600));
+            tokio::spawn(async move {
+                let guard = lock.acquire().await.unwrap();
+                guard.rollback().await;
+            })
+        })
+        .collect();
+    let two_wait = async || scene.waiters(KEY).await.len() == 2;
+    eventually(SOON, "the crowd does not wait", &two_wait).await;
+    for &(name, call) in CALLS {
+        for polls in 0..MOST_POLLS {
+            let outcome = poll_times_and_drop(call(keeper.clone()), polls).await;
+            let what = format!("{name}, dropped after {polls} polls");
+            let complaint = format!("{what}: somebody else waits or holds");
+            eventually(SOON, &complaint, async || {
+                // Between two slices a waiter is neither here nor there.
+                let locks = locks(&scene).await;
+                let held: Vec<_> = locks.iter().filter(|(_, granted)| *granted).collect();
+                held == [&(pid, true)] && locks.len() == 3
+            })
+            .await;
+            let spare = async {
+                let first = scene.pool.get().await.unwrap();
+                let second = scene.pool.get().await.unwrap();
+                first.batch_execute("SELECT 1").await.unwrap();
+                second.batch_execute("SELECT 1").await.unwrap();
+            };
+            let spare = tokio::time::timeout(SOON, spare).await;
+            assert!(spare.is_ok(), "{what}: the next borrower is delayed");
+            if let Some(outcome) = outcome {
+                assert!(is_busy(&outcome), "{name}: {outcome:?}");
+                break;
+            }
+        }
+    }
+    drop(client);
+    for waiter in crowd {
+        let waiter = tokio::time::timeout(SOON, waiter).await;
+        waiter.expect("a waiter is stuck").unwrap();
+    }
+    scene.nothing_left().await;
+}
+
+/// Messages are in flight for 10 ms each way, so that drops meet them there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_over_a_slow_network_leave_nothing_wherever_they_are_dropped() {
+    let latency = Duration::from_millis(10);
+    let within = SOON + 20 * latency;
+    let scenes = CALLS.iter().map(|&call| async move {
+        let mut scene = with_table(Scene::new(1).await).await;
+        let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
+        scene.pool = proxy.pool(&scene.database, 1);
+        let keeper = || new_keeper(&scene.pool, Duration::from_secs(10));
+        drop_at_every_poll(&scene, call, keeper, None, within, Result::is_ok).await;
+        let (_client, pid) = holder(&scene).await;
+        let keeper = || new_keeper(&scene.pool, Duration::from_millis(30));
+        drop_at_every_poll(&scene, call, keeper, Some(pid), within, is_busy).await;
+    });
+    join_all(scenes).await;
+}
+
+/// The same at moments between the polls.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_over_a_slow_network_leave_nothing_whenever_they_are_dropped() {
+    let latency = Duration::from_millis(10);
+    let within = SOON + 20 * latency;
+    let scenes = CALLS.iter().zip(1..).map(|(&(name, call), seed)| async move {
+        let mut scene = with_table(Scene::new(2).await).await;
+        let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
+        scene.pool = proxy.pool(&scene.database, 2);
+        let keeper = new_keeper(&scene.pool, Duration::from_secs(10));
+        let mut dice = Dice(seed);
+        for _ in 0..15 {
+            let after = dice.duration(Duration::from_millis(200));
+            drop(tokio::time::timeout(after, call(keeper.clone())).await);
+            let what = format!("{name}, dropped after {after:?}");
+            assert_no_trace(&scene, None, within, &what).await;
+        }
+    });
+    join_all(scenes).await;
+}
+
+/// What is done with an open guard and dropped half-way, before the guard itself ends.
+type OnXactGuard = for<'a> fn(&'a mut XactGuard) -> BoxFuture<'a, Result<(), Error>>;
+
+const ON_XACT_GUARDS: &[(&str, OnXactGuard)] = &[
+    ("all query methods", |guard| work(guard).boxed()),
+    ("a slow statement", |guard| {
+        async move { Ok(guard.batch_execute("SELECT pg_sleep(0.02)").await?) }.boxed()
+    }),
+    ("a slow statement that is prepared", |guard| {
+        async move {
+            guard.execute("SELECT pg_sleep(0.02)", &[]).await?;
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("a stream of rows", |guard| {
+        async move {
+            let sql = "SELECT repeat('x', 1000) FROM generate_series(1, 3000)";
+            let rows = guard.query_raw(sql, Vec::<i32>::new()).await?;
+            let mut rows = std::pin::pin!(rows);
+            while let Some(row) = rows.next().await {
+                row?;
+                // At a poll of its own.
+                tokio::task::yield_now().await;
+                if rows.rows_affected().is_none() && rows.as_mut().next().await.is_some() {
+                    return Ok(());
+                }
+            }
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("a savepoint", |guard| {
+        guard
+            .savepoint(async |tx| {
+                tx.advisory_lock(AFTER).await?;
+                tx.batch_execute("SELECT pg_sleep(0.001)").await?;
+                Ok(())
+            })
+            .boxed()
+    }),
+    ("a savepoint in a failing savepoint", |guard| {
+        async move {
+            let outer = guard.savepoint(async |tx| {
+                let inner = tx.savepoint(async |tx| {
+                    tx.batch_execute("SELECT 1/0").await?;
+                    Ok::<_, Error>(())
+                });
+                inner.await
+            });
+            assert!(outer.await.is_err());
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("one more lock", |guard| {
+        async move { guard.advisory_lock(BEFORE).await }.boxed()
+    }),
+    ("more locks, one of them busy", |guard| {
+        async move {
+            let locks = guard.advisory_locks([BEFORE, KEY]);
+            let outcome = locks.wait(Duration::from_millis(15)).await;
+            assert!(is_busy(&outcome), "{outcome:?}");
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("a try of a busy lock", |guard| {
+        async move {
+            assert!(!guard.advisory_lock(KEY).try_acquire().await?);
+            Ok(())
+        }
+        .boxed()
+    }),
+];
+
+async fn notes(scene: &Scene, id: i32) -> i64 {
+    let sql = "SELECT count(*) FROM note WHERE id = $1";
+    let row = scene.observer.query_one(sql, &[&id]).await.unwrap();
+    row.get(0)
+}
+
+/// However much of it was dropped, a transaction is applied if commit says so and not if it says otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
+    let scene = with_table(Scene::new(1).await).await;
+    let (_client, pid) = holder(&scene).await;
+    let mut id = 1000;
+    let mut committed = 0;
+    for &(name, call) in ON_XACT_GUARDS {
+        for end in ["drop", "rollback", "commit"] {
+            for polls in 0..MOST_POLLS {
+                id += 1;
+                let what = format!("{name}, dropped after {polls} polls, then {end}");
+                let lock = scene.keeper.advisory_lock(("cancel safety", "own"));
+                let mut guard = lock.acquire().await.unwrap();
+                let insert = format!("INSERT INTO note VALUES ({id})");
+                guard.batch_execute(&insert).await.unwrap();
+                let outcome = poll_times_and_drop(call(&mut guard), polls).await;
+                let mut applied = false;
+                match end {
+                    "drop" => drop(guard),
+                    "rollback" => guard.rollback().await,
+                    _ => {
+                        let commit = tokio::time::timeout(SOON, guard.commit()).await;
+                        applied = match commit {
+                            Ok(Ok(())) => true,
+                            Ok(Err(error)) if error.kind() == ErrorKind::CommitUnknown => {
+                                panic!("{what}: {error:?}")
+                            }
+                            Ok(Err(_)) => false,
+                            Err(_) => panic!("{what}: commit hangs"),
+                        };
+                        committed += usize::from(applied);
+                    }
+                }
+                assert_no_trace(&scene, Some(pid), SOON, &what).await;
+                assert_eq!(notes(&scene, id).await, i64::from(applied), "{what}");
+                if let Some(outcome) = outcome {
+                    assert!(outcome.is_ok(), "{what}: {outcome:?}");
+                    assert!(applied || end != "commit", "{what}: not committed");
+                    break;
+                }
+                assert!(polls + 1 < MOST_POLLS, "{what}: not done");
+            }
+        }
+    }
+    assert!(committed > ON_XACT_GUARDS.len());
+}
+
+type OnSessionGuard = for<'a> fn(&'a mut SessionGuard, i32) -> BoxFuture<'a, Result<(), Error>>;
+
+const ON_SESSION_GUARDS: &[(&str, OnSessionGuard)] = &[
+    ("a transaction", |guard, id| {
+        guard
+            .transaction(async move |tx| {
+                tx.execute("INSERT INTO note VALUES ($1)", &[&id]).await?;
+                Ok(())
+            })
+            .boxed()
+    }),
+    ("a transaction that returns an error", |guard, id| {
+        async move {
+            let failed = guard.transaction(async move |tx| {
+                tx.execute("INSERT INTO note VALUES ($1)", &[&id]).await?;
+                tx.batch_execute("SELECT 1/0").await?;
+                Ok::<_, Error>(())
+            });
+            assert!(failed.await.is_err());
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("a transaction that takes a lock and has a savepoint", |guard, id| {
+        guard
+            .transaction(async move |tx| {
+                tx.advisory_lock(AFTER).await?;
+                let savepoint = tx.savepoint(async move |tx| {
+                    tx.execute("INSERT INTO note VALUES ($1)", &[&id]).await?;
+                    Ok::<_, Error>(())
+                });
+                savepoint.await
+            })
+            .boxed()
+    }),
+    ("a transaction that waits for a busy lock", |guard, id| {
+        async move {
+            let outcome = guard.transaction(async move |tx| {
+                tx.execute("INSERT INTO note VALUES ($1)", &[&id]).await?;
+                tx.advisory_lock(KEY).wait(Duration::from_millis(15)).await
+            });
+            let outcome: Result<(), Error> = outcome.await;
+            assert!(is_busy(&outcome), "{outcome:?}");
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("statements", |guard, _| {
+        async move {
+            guard.query("SELECT 1", &[]).await?;
+            guard.batch_execute("SELECT pg_sleep(0.01)").await?;
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("the wait for its loss", |guard, _| {
+        async move {
+            drop(tokio::time::timeout(Duration::from_millis(5), guard.lost()).await);
+            Ok(())
+        }
+        .boxed()
+    }),
+];
+
+/// Whatever is dropped on a session guard, the lock stays held until the guard ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_guard_outlives_what_is_dropped_on_it() {
+    let scene = with_table(Scene::new(1).await).await;
+    let (_client, pid) = holder(&scene).await;
+    let own = ("cancel safety", "own session");
+    let mut id = 2000;
+    for &(name, call) in ON_SESSION_GUARDS {
+        for end in ["drop", "release", "another transaction, then release"] {
+            for polls in 0..MOST_POLLS {
+                id += 1;
+                let what = format!("{name}, dropped after {polls} polls, then {end}");
+                let lock = scene.keeper.advisory_lock(own).session();
+                let mut guard = lock.acquire().await.unwrap();
+                let outcome = poll_times_and_drop(call(&mut guard, id), polls).await;
+                assert_eq!(scene.holders(own).await.len(), 1, "{what}: not held any more");
+                assert!(!guard.is_lost(), "{what}: lost");
+                let ending = async {
+                    match end {
+                        "drop" => drop(guard),
+                        "release" => guard.release().await.unwrap_or_else(|e| panic!("{what}: {e:?}")),
+                        _ => {
+                            let again = guard.transaction(async move |tx| {
+                                tx.execute("INSERT INTO note VALUES ($1)", &[&-id]).await?;
+                                Ok::<_, Error>(())
+                            });
+                            again.await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                            guard.release().await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                        }
+                    }
+                };
+                let ending = tokio::time::timeout(SOON, ending).await;
+                assert!(ending.is_ok(), "{what}: it hangs");
+                assert_no_trace(&scene, Some(pid), SOON, &what).await;
+                let again = i64::from(end.starts_with("another"));
+                assert_eq!(notes(&scene, -id).await, again, "{what}");
+                if let Some(outcome) = outcome {
+                    assert!(outcome.is_ok(), "{what}: {outcome:?}");
+                    break;
+                }
+                assert!(polls + 1 < MOST_POLLS, "{what}: not done");
+            }
+        }
+    }
+}
+
+/// A cancel request that is late must not hit whoever has the connection by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_cancel_never_hits_the_next_borrower() {
+    let late = Duration::from_millis(400);
+    let scenes = ["drop", "rollback", "commit", "release"].map(|end| async move {
+        let mut scene = Scene::new(1).await;
+        let proxy = Proxy::before(&scene.database, Duration::ZERO, late).await;
+        scene.pool = proxy.pool(&scene.database, 1);
+        let keeper = new_keeper(&scene.pool, Duration::from_secs(30));
+        let (client, _) = holder(&scene).await;
+        let waits = async || {
+            let waits = async || !scene.waiters(KEY).await.is_empty();
+            eventually(SOON, "nobody waits", waits).await;
+        };
+        if end == "release" {
+            let mut guard = keeper.advisory_lock(AFTER).session().acquire().await.unwrap();
+            tokio::select! {
+                biased;
+                () = waits() => {}
+                _ = guard.transaction(async |tx| tx.advisory_lock(KEY).await) => panic!("granted"),
+            }
+            // Granted before the cancel arrives, which finds another statement then.
+            drop(client);
+            drop(guard.release().await);
+        } else {
+            let mut guard = keeper.advisory_lock(AFTER).acquire().await.unwrap();
+            tokio::select! {
+                biased;
+                () = waits() => {}
+                _ = guard.advisory_lock(KEY) => panic!("granted"),
+            }
+            drop(client);
+            match end {
+                "drop" => drop(guard),
+                "rollback" => guard.rollback().await,
+                _ => drop(guard.commit().await),
+            }
+        }
+        let borrower = scene.pool.get().await.unwrap();
+        let sleep = borrower.batch_execute("SELECT pg_sleep(0.8)").await;
+        assert!(sleep.is_ok(), "after {end} the next borrower gets {sleep:?}");
+        drop(borrower);
+        scene.nothing_left().await;
+    });
+    join_all(scenes).await;
+}
+
+/// Thousands of requests given up at random moments, of both scopes and many kinds, over few keys and connections.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
+    const TASKS: u64 = 16;
+    const REQUESTS: usize = 10_000;
+    const KEYS: i64 = 4;
+    let scene = Scene::new(8).await;
+    let holders: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let until = Instant::now() + Duration::from_secs(20);
+    let tasks = (0..TASKS).map(|seed| {
+        let keeper = scene.keeper.clone();
+        let (holders, asked, counts) = (holders.clone(), asked.clone(), counts.clone());
+        tokio::spawn(async move {
+            let mut dice = Dice(seed);
+            while Instant::now() < until && asked.fetch_add(1, Ordering::Relaxed) < REQUESTS {
+                let key = dice.below(KEYS as u64) as i64;
+                // Short ones do not outlast a login; with nothing else the pool would never have a connection.
+                let most = [2, 6, 20, 60][dice.below(4) as usize];
+                let patience = dice.duration(Duration::from_millis(most));
+                let hold = dice.duration(Duration::from_millis(2));
+                let kind = dice.below(4);
+                let held = async {
+                    // Two at once would be two holders of an exclusive lock.
+                    let before = holders[key as usize].fetch_add(1, Ordering::SeqCst);
+                    assert_eq!(before, 0, "two holders of one lock");
+                    tokio::time::sleep(hold).await;
+                };
+                let leave = || holders[key as usize].fetch_sub(1, Ordering::SeqCst);
+                let lock = keeper.advisory_lock(key);
+                let got = match kind {
+                    0 | 1 => {
+                        let guard = tokio::time::timeout(patience, lock.acquire()).await;
+                        match guard {
+                            Ok(guard) => {
+                                let guard = guard.unwrap();
+                                held.await;
+                                leave();
+                                drop(guard);
+                                true
+                            }
+                            Err(_) => false,
+                        }
+                    }
+                    2 => {
+                        let guard = tokio::time::timeout(patience, lock.session().acquire()).await;
+                        match guard {
+                            Ok(guard) => {
+                                let guard = guard.unwrap();
+                                held.await;
+                                leave();
+                                drop(guard);
+                                true
+                            }
+                            Err(_) => false,
+                        }
+                    }
+                    _ => {
+                        let both = keeper.advisory_locks([key, KEYS]);
+                        match tokio::time::timeout(patience, both.acquire()).await {
+                            Ok(guard) => {
+                                let guard = guard.unwrap();
+                                held.await;
+                                leave();
+                                guard.commit().await.unwrap();
+                                true
+                            }
+                            Err(_) => false,
+                        }
+                    }
+                };
+                let count = if got { &counts.0 } else { &counts.1 };
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    let (got, given_up) = (counts.0.load(Ordering::Relaxed), counts.1.load(Ordering::Relaxed));
+    assert!(got > 100, "{got} granted, {given_up} given up: too few to show anything");
+    assert!(given_up > 1000, "{got} granted, {given_up} given up: too few to show anything");
+    assert_no_trace(&scene, None, SOON, &format!("{got} granted, {given_up} given up")).await;
+    // Nothing of what was given up is still under way to be granted.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_no_trace(&scene, None, SOON, "a moment later").await;
+    let mut connections: HashMap<i32, usize> = HashMap::new();
+    for object in join_all((0..8).map(|_| scene.pool.get())).await {
+        let row = object.unwrap().query_one("SELECT pg_backend_pid()", &[]).await;
+        *connections.entry(row.unwrap().get(0)).or_default() += 1;
+    }
+    assert!(connections.len() <= 8, "{connections:?}");
+}
+
+/// Pseudo-random numbers (SplitMix64): moments that differ from run to run by scheduling only.
+pub(crate) struct Dice(pub(crate) u64);
+
+impl Dice {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    /// In microseconds, up to `most`.
+    pub(crate) fn duration(&mut self, most: Duration) -> Duration {
+        let most = u64::try_from(most.as_micros()).unwrap();
+        Duration::from_micros(self.below(most + 1))
+    }
+}
+
+/// A TCP proxy before the server, through which everything arrives later, each way.
+pub(crate) struct Proxy {
+    port: u16,
+    accepting: AbortHandle,
+}
+
+impl Proxy {
+    /// Delays what is sent by `latency`, and cancel requests by `cancel_latency` besides.
+    pub(crate) async fn before(
+        database: &Database,
+        latency: Duration,
+        cancel_latency: Duration,
+    ) -> Self {
+        let server: &Server = database.server();
+        let to = (server.host(), server.port());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let accepting = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                drop(tokio::spawn(forward(client, to.clone(), latency, cancel_latency)));
+            }
+        });
+        let accepting = accepting.abort_handle();
+        Self { port, accepting }
+    }
+
+    /// A pool like the database's own, through the proxy.
+    pub(crate) fn pool(&self, database: &Database, size: usize) -> Pool {
+        let own = database.config();
+        let mut config = tokio_postgres::Config::new();
+        config.host("127.0.0.1").port(self.port).dbname(database.name());
+        config.user(own.get_user().unwrap_or("postgres"));
+        if let Some(password) = own.get_password() {
+            config.password(password);
+        }
+        let recycling_method = RecyclingMethod::Fast;
+        let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method });
+        let pool = Pool::builder(manager).max_size(size);
+        pool.runtime(Runtime::Tokio1).build().unwrap()
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn forward(
+    mut client: TcpStream,
+    server: (String, u16),
+    latency: Duration,
+    cancel_latency: Duration,
+) {
+    // The code of a CancelRequest, in the place of the protocol's version (PostgreSQL's documentation, "Message
+    // Formats").
+    const CANCEL: u32 = 80_877_102;
+    let mut head = [0; 8];
+    if client.read_exact(&mut head).await.is_err() {
+        return;
+    }
+    let is_cancel = head[4..] == CANCEL.to_be_bytes();
+    tokio::time::sleep(latency + if is_cancel { cancel_latency } else { Duration::ZERO }).await;
+    let Ok(mut server) = TcpStream::connect((server.0.as_str(), server.1)).await else {
+        return;
+    };
+    client.set_nodelay(true).unwrap();
+    server.set_nodelay(true).unwrap();
+    if server.write_all(&head).await.is_err() {
+        return;
+    }
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    tokio::join!(
+        pass_on(from_client, to_server, latency),
+        pass_on(from_server, to_client, latency)
+    );
+}
+
+/// One direction: each piece leaves `latency` after it came, whatever is behind it.
+async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, latency: Duration) {
+    let (sender, mut pieces) = tokio::sync::mpsc::unbounded_channel();
+    let read = async move {
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(length @ 1..) = from.read(&mut buffer).await {
+            let piece = (tokio::time::Instant::now() + latency, buffer[..length].to_vec());
+            if sender.send(piece).is_err() {
+                return;
+            }
+        }
+    };
+    let write = async move {
+        while let Some((at, piece)) = pieces.recv().await {
+            tokio::time::sleep_until(at).await;
+            if to.write_all(&piece).await.is_err() {
+                return;
+            }
+        }
+        to.shutdown().await.ok();
+    };
+    tokio::join!(read, write);
+}

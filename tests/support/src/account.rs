@@ -81,11 +81,13 @@ impl Account {
 
 /// What `id` answers: the one portable way to ask without `unsafe`.
 fn id(args: &[&str]) -> Option<u32> {
-    let output = Command::new("id")
-        .args(args)
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
+    let output = ["id", "/usr/bin/id"].iter().find_map(|id| {
+        Command::new(id)
+            .args(args)
+            .stderr(Stdio::null())
+            .output()
+            .ok()
+    })?;
     let text = String::from_utf8(output.stdout).ok()?;
     text.trim().parse().ok()
 }

@@ -220,7 +220,7 @@ fn settings_file(
         PoolMode::Statement => "statement",
     };
     let mut ini = format!(
-        "[databases]\n\"{database}\" = {target}\n\n\
+        "[databases]\n{database} = {target}\n\n\
          [pgbouncer]\n\
          listen_addr = 127.0.0.1\n\
          listen_port = {port}\n\

@@ -20,8 +20,11 @@ use std::time::{Duration, Instant};
 use crate::account::Account;
 use crate::error::SetupError;
 
-/// Arguments: the folder. SIGQUIT is PostgreSQL's immediate shutdown; a group, because `initdb` has children.
+/// Arguments: the folder. SIGQUIT is PostgreSQL's immediate shutdown, after which it does not mind SIGTERM; PgBouncer
+/// has no handler for the former before 1.23, and a shell may have left it ignored. Signals go to a group, because
+/// `initdb` has children.
 const WATCH: &str = r#"
+PATH=$PATH:/usr/bin:/bin
 dir=$1
 while read -r _; do :; done
 mv "$dir/pids" "$dir/ending"
@@ -36,6 +39,7 @@ alive() {
 
 for file in "$dir"/ending/*; do
     kill -s QUIT -- "-${file##*/}"
+    kill -s TERM -- "-${file##*/}"
 done
 for file in "$dir"/ending/*; do
     pid=${file##*/}
@@ -101,6 +105,11 @@ impl Guardian {
     /// The temporary folder, with all links resolved.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Who owns the folder and runs the processes.
+    pub(crate) fn account(&self) -> Account {
+        self.account
     }
 
     /// Starts `program` as the account, in the folder, in a process group of its own, with its output appended to `log`.

@@ -106,7 +106,11 @@ fn fetch(prefix: &Path, package: &str, version: &str) -> Result<(), SetupError> 
     Err(SetupError::new(format!(
         "npm install {package}@{version}: {}: {}",
         output.status,
-        String::from_utf8_lossy(&output.stderr).trim()
+        // The code of the error; a stack trace follows.
+        String::from_utf8_lossy(&output.stderr)
+            .lines()
+            .next()
+            .unwrap_or_default()
     )))
 }
 

@@ -34,16 +34,19 @@ impl Skip {
     /// When `LOCKKEEPER_DENY_SKIPS=1`, unless `LOCKKEEPER_ALLOW_SKIPS` (words separated by commas) lists the feature.
     #[track_caller]
     pub fn report(&self, test: &str) {
-        if env::var("LOCKKEEPER_DENY_SKIPS").is_ok_and(|deny| deny == "1") {
-            let allowed = env::var("LOCKKEEPER_ALLOW_SKIPS").unwrap_or_default();
-            assert!(
-                allowed.split(',').any(|word| word.trim() == self.feature),
-                "{test} must not be skipped here: {self}"
-            );
-        }
+        let deny = env::var("LOCKKEEPER_DENY_SKIPS").unwrap_or_default();
+        let allowed = env::var("LOCKKEEPER_ALLOW_SKIPS").unwrap_or_default();
+        assert!(
+            self.is_allowed(&deny, &allowed),
+            "{test} must not be skipped here: {self}"
+        );
         let line = format!("SKIPPED {test}: {self}\n");
         // A closed stderr is no reason to fail a test.
         std::io::stderr().write_all(line.as_bytes()).ok();
+    }
+
+    fn is_allowed(&self, deny: &str, allowed: &str) -> bool {
+        deny != "1" || allowed.split(',').any(|word| word.trim() == self.feature)
     }
 }
 
@@ -56,5 +59,19 @@ impl fmt::Display for Skip {
 impl fmt::Debug for Skip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Skip({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Skip;
+
+    #[test]
+    fn only_listed_features_may_be_skipped() {
+        let skip = Skip::new("standby", "none here");
+        assert!(skip.is_allowed("", ""));
+        assert!(!skip.is_allowed("1", ""));
+        assert!(!skip.is_allowed("1", "pgbouncer,standbys"));
+        assert!(skip.is_allowed("1", "pgbouncer, standby"));
     }
 }

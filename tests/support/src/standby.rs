@@ -78,19 +78,27 @@ fn copy(primary: &Cluster, standby: &Cluster) -> Result<(), SetupError> {
         Ok::<String, SetupError>(row.get(0))
     })?;
     let data = standby.data();
-    fs::remove_file(data.join("postmaster.pid"))
-        .and_then(|()| fs::write(data.join("backup_label"), label))
-        .and_then(|()| fs::write(data.join("standby.signal"), ""))
-        .map_err(SetupError::because("the files of a standby"))
+    for (name, text) in [("backup_label", label.as_str()), ("standby.signal", "")] {
+        let path = data.join(name);
+        fs::write(&path, text)
+            .and_then(|()| standby.guardian().account().own(&path))
+            .map_err(SetupError::because(path.display()))?;
+    }
+    Ok(())
 }
 
-/// Files may vanish and grow while they are copied: what the copy lacks comes with the write-ahead log.
+/// Files may vanish and grow while they are copied: what the copy lacks comes with the write-ahead log, which is
+/// streamed from where the backup began.
 fn copy_files(from: &Path, standby: &Cluster) -> Result<(), SetupError> {
     // `cp -R` fails in the end when a file vanished on the way, but copies all the others.
-    let script = "cp -R \"$1\" \"$2\"; [ -f \"$2/global/pg_control\" ] && [ -f \"$2/PG_VERSION\" ]";
+    const SCRIPT: &str = r#"
+        cp -R "$1" "$2"
+        rm -rf "$2"/pg_wal/* "$2"/pg_replslot/* "$2"/postmaster.pid
+        [ -f "$2/global/pg_control" ] && [ -f "$2/PG_VERSION" ]
+    "#;
     let args: [OsString; 5] = [
         "-c".into(),
-        script.into(),
+        SCRIPT.into(),
         "sh".into(),
         from.into(),
         standby.data().into(),

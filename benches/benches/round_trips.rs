@@ -1,0 +1,18 @@
+//! Round trips of each call, through a proxy that makes them countable.
+
+#![allow(
+    clippy::print_stdout,
+    reason = "a program whose result is what it prints"
+)]
+
+use lockkeeper_benches::{Effort, Failure, Observer, round_trips};
+use lockkeeper_testkit::Server;
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    let database = Server::shared().database().await;
+    let _observer = Observer::new(&database).await?;
+    let trips = round_trips::measure(&database, Effort::from_args()).await?;
+    println!("{}", round_trips::table(&trips));
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! The calls that are compared, as each of the peers would have them written.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::Client;
+
+use crate::{Failure, Peer, Pools};
+
+const SELECT: &str = "SELECT balance FROM account WHERE id = $1";
+const UPDATE: &str = "UPDATE account SET balance = balance + 1 WHERE id = $1";
+const LOCK: &str = "SELECT pg_advisory_xact_lock($1)";
+const SESSION_LOCK: &str = "SELECT pg_advisory_lock($1)";
+const SESSION_UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
+/// The key where a peer takes a number and not a name.
+const KEY: i64 = 42;
+
+/// A call, nobody else wanting its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Case {
+    /// `with_advisory_lock` around the SELECT of one row.
+    LockedSelect,
+    /// `with_advisory_lock` around the UPDATE of one row.
+    LockedUpdate,
+    /// `acquire` and `commit`, nothing in between.
+    AcquireCommit,
+    /// A session lock acquired and released.
+    Session,
+    /// A session lock acquired, and the guard dropped.
+    SessionDropped,
+    /// A transaction with the SELECT of one row.
+    TransactionSelect,
+    /// A transaction with the UPDATE of one row.
+    TransactionUpdate,
+}
+
+impl Case {
+    /// All of them, in the order of the table.
+    pub const ALL: [Self; 7] = [
+        Self::LockedSelect,
+        Self::LockedUpdate,
+        Self::AcquireCommit,
+        Self::Session,
+        Self::SessionDropped,
+        Self::TransactionSelect,
+        Self::TransactionUpdate,
+    ];
+
+    /// Its row's head.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LockedSelect => "`with_advisory_lock`, one SELECT in it",
+            Self::LockedUpdate => "`with_advisory_lock`, one UPDATE in it",
+            Self::AcquireCommit => "`acquire`, `commit`",
+            Self::Session => "session lock: `acquire`, `release`",
+            Self::SessionDropped => "session lock: `acquire`, drop",
+            Self::TransactionSelect => "`transaction`, one SELECT in it",
+            Self::TransactionUpdate => "`transaction`, one UPDATE in it",
+        }
+    }
+
+    /// A name without spaces.
+    #[must_use]
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::LockedSelect => "with_advisory_lock_select",
+            Self::LockedUpdate => "with_advisory_lock_update",
+            Self::AcquireCommit => "acquire_commit",
+            Self::Session => "session_acquire_release",
+            Self::SessionDropped => "session_acquire_drop",
+            Self::TransactionSelect => "transaction_select",
+            Self::TransactionUpdate => "transaction_update",
+        }
+    }
+
+    /// Whether the peer has such a thing: by hand there is no guard to drop.
+    #[must_use]
+    pub fn is_for(self, peer: Peer) -> bool {
+        !(self == Self::SessionDropped && peer == Peer::ByHand)
+    }
+
+    /// Those that have such a thing.
+    pub fn peers(self) -> impl Iterator<Item = Peer> {
+        Peer::ALL.into_iter().filter(move |peer| self.is_for(*peer))
+    }
+
+    fn statement(self) -> Option<&'static str> {
+        match self {
+            Self::LockedSelect | Self::TransactionSelect => Some(SELECT),
+            Self::LockedUpdate | Self::TransactionUpdate => Some(UPDATE),
+            Self::AcquireCommit | Self::Session | Self::SessionDropped => None,
+        }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Makes the table that the statements are about, a row for each peer.
+///
+/// # Errors
+/// The server's.
+pub(crate) async fn prepare(client: &Client) -> Result<(), Failure> {
+    client
+        .batch_execute(
+            "CREATE TABLE account (id bigint PRIMARY KEY, balance bigint NOT NULL); \
+             INSERT INTO account SELECT id, 0 FROM generate_series(1, 100) AS id; ANALYZE account",
+        )
+        .await?;
+    Ok(())
+}
+
+impl Pools {
+    /// Makes the call `times` times, one after another, and says how long that took.
+    ///
+    /// # Errors
+    /// The first call's that failed.
+    pub async fn repeat(&self, case: Case, peer: Peer, times: u32) -> Result<Duration, Failure> {
+        let started = Instant::now();
+        for turn in 0..times {
+            self.once(case, peer, turn).await?;
+        }
+        Ok(started.elapsed())
+    }
+
+    /// One call. The `turn` chooses the key where a lock may still be on its way back when the next is taken.
+    pub(crate) async fn once(&self, case: Case, peer: Peer, turn: u32) -> Result<(), Failure> {
+        match peer {
+            Peer::Lockkeeper => self.lockkeeper(case, turn).await,
+            Peer::ByHand => self.by_hand(case).await,
+            Peer::Sqlx | Peer::SqlxUntested => self.sqlx_(case, peer, turn).await,
+        }
+    }
+
+    async fn lockkeeper(&self, case: Case, turn: u32) -> Result<(), Failure> {
+        let row = Peer::Lockkeeper.row();
+        match case {
+            Case::LockedSelect => {
+                self.keeper
+                    .with_advisory_lock("invoice:42", async |tx| {
+                        let statement = tx.prepare_cached(SELECT).await?;
+                        tx.query_one(&statement, &[&row]).await?;
+                        Ok::<_, lockkeeper::Error>(())
+                    })
+                    .await?;
+            }
+            Case::LockedUpdate => {
+                self.keeper
+                    .with_advisory_lock("invoice:42", async |tx| {
+                        let statement = tx.prepare_cached(UPDATE).await?;
+                        tx.execute(&statement, &[&row]).await?;
+                        Ok::<_, lockkeeper::Error>(())
+                    })
+                    .await?;
+            }
+            Case::AcquireCommit => {
+                let guard = self.keeper.advisory_lock("invoice:42").acquire().await?;
+                guard.commit().await?;
+            }
+            Case::Session => {
+                let lock = self.keeper.advisory_lock("invoice:42").session();
+                lock.acquire().await?.release().await?;
+            }
+            Case::SessionDropped => {
+                let name = self.name(turn);
+                let lock = self.keeper.advisory_lock(name).session();
+                drop(lock.acquire().await?);
+            }
+            Case::TransactionSelect => {
+                self.keeper
+                    .transaction(async |tx| {
+                        let statement = tx.prepare_cached(SELECT).await?;
+                        tx.query_one(&statement, &[&row]).await?;
+                        Ok::<_, lockkeeper::Error>(())
+                    })
+                    .await?;
+            }
+            Case::TransactionUpdate => {
+                self.keeper
+                    .transaction(async |tx| {
+                        let statement = tx.prepare_cached(UPDATE).await?;
+                        tx.execute(&statement, &[&row]).await?;
+                        Ok::<_, lockkeeper::Error>(())
+                    })
+                    .await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn by_hand(&self, case: Case) -> Result<(), Failure> {
+        let row = Peer::ByHand.row();
+        let mut client = self.by_hand.get().await?;
+        match case {
+            Case::LockedSelect | Case::LockedUpdate | Case::AcquireCommit => {
+                client.batch_execute("BEGIN").await?;
+                let lock = client.prepare_cached(LOCK).await?;
+                client.execute(&lock, &[&KEY]).await?;
+                if let Some(sql) = case.statement() {
+                    let statement = client.prepare_cached(sql).await?;
+                    match case {
+                        Case::LockedSelect => drop(client.query_one(&statement, &[&row]).await?),
+                        _ => drop(client.execute(&statement, &[&row]).await?),
+                    }
+                }
+                client.batch_execute("COMMIT").await?;
+            }
+            Case::Session => {
+                let lock = client.prepare_cached(SESSION_LOCK).await?;
+                client.execute(&lock, &[&KEY]).await?;
+                let unlock = client.prepare_cached(SESSION_UNLOCK).await?;
+                client.execute(&unlock, &[&KEY]).await?;
+            }
+            Case::SessionDropped => return Err("there is no guard to drop".into()),
+            Case::TransactionSelect => {
+                let tx = client.transaction().await?;
+                let statement = tx.prepare_cached(SELECT).await?;
+                tx.query_one(&statement, &[&row]).await?;
+                tx.commit().await?;
+            }
+            Case::TransactionUpdate => {
+                let tx = client.transaction().await?;
+                let statement = tx.prepare_cached(UPDATE).await?;
+                tx.execute(&statement, &[&row]).await?;
+                tx.commit().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn sqlx_(&self, case: Case, peer: Peer, turn: u32) -> Result<(), Failure> {
+        let row = peer.row();
+        let pool = self.sqlx(peer);
+        match case {
+            Case::Session => {
+                let lock = &self.sqlx_locks[0];
+                lock.acquire(pool.acquire().await?)
+                    .await?
+                    .release_now()
+                    .await?;
+                return Ok(());
+            }
+            Case::SessionDropped => {
+                let lock = &self.sqlx_locks[self.number(turn)];
+                drop(lock.acquire(pool.acquire().await?).await?);
+                return Ok(());
+            }
+            _ => {}
+        }
+        let mut tx = pool.begin().await?;
+        if !matches!(case, Case::TransactionSelect | Case::TransactionUpdate) {
+            sqlx::query(LOCK).bind(KEY).execute(&mut *tx).await?;
+        }
+        match case {
+            Case::LockedSelect | Case::TransactionSelect => {
+                sqlx::query(SELECT).bind(row).fetch_one(&mut *tx).await?;
+            }
+            Case::LockedUpdate | Case::TransactionUpdate => {
+                sqlx::query(UPDATE).bind(row).execute(&mut *tx).await?;
+            }
+            _ => {}
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    pub(crate) fn number(&self, turn: u32) -> usize {
+        usize::try_from(turn).unwrap_or_default() % self.names.len()
+    }
+
+    pub(crate) fn name(&self, turn: u32) -> &str {
+        &self.names[self.number(turn)]
+    }
+}

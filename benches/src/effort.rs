@@ -1,0 +1,33 @@
+//! How much to do.
+
+use std::env;
+
+/// `cargo bench` wants figures; `cargo test --benches` only wants to know that the programs work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Enough of everything for the figures to mean something.
+    Full,
+    /// A little of everything.
+    Trial,
+}
+
+impl Effort {
+    /// By the arguments: cargo gives `--bench` to a benchmark, and not to a test.
+    #[must_use]
+    pub fn from_args() -> Self {
+        if env::args().any(|arg| arg == "--bench") {
+            Self::Full
+        } else {
+            Self::Trial
+        }
+    }
+
+    /// One of two numbers.
+    #[must_use]
+    pub fn of<T>(self, full: T, trial: T) -> T {
+        match self {
+            Self::Full => full,
+            Self::Trial => trial,
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Tables.
+
+use std::fmt::{self, Write as _};
+
+/// A Markdown table whose source can be read too.
+#[derive(Clone, Debug)]
+pub struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with a head and no rows.
+    pub fn new<T: Into<String>>(head: impl IntoIterator<Item = T>) -> Self {
+        Self {
+            rows: vec![head.into_iter().map(Into::into).collect()],
+        }
+    }
+
+    /// One more row; a short one is filled up with empty cells.
+    pub fn row<T: Into<String>>(&mut self, cells: impl IntoIterator<Item = T>) {
+        let mut cells: Vec<String> = cells.into_iter().map(Into::into).collect();
+        cells.resize(self.rows[0].len(), String::new());
+        self.rows.push(cells);
+    }
+
+    /// All rows of another table with as many columns.
+    pub fn append(&mut self, other: Self) {
+        for row in other.rows.into_iter().skip(1) {
+            self.row(row);
+        }
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let columns = self.rows[0].len();
+        let widths: Vec<usize> = (0..columns)
+            .map(|column| {
+                let cells = self.rows.iter().map(|row| row[column].chars().count());
+                cells.max().unwrap_or_default()
+            })
+            .collect();
+        for (n, row) in self.rows.iter().enumerate() {
+            let mut line = String::from("|");
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                if column == 0 {
+                    write!(line, " {cell:<width$} |")?;
+                } else {
+                    write!(line, " {cell:>width$} |")?;
+                }
+            }
+            writeln!(f, "{line}")?;
+            if n == 0 {
+                let mut rule = String::from("|");
+                for (column, width) in widths.iter().enumerate() {
+                    let end = if column == 0 { "-" } else { ":" };
+                    write!(rule, "{}{end}|", "-".repeat(width + 1))?;
+                }
+                writeln!(f, "{rule}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The middle one of some numbers; not a number when there is none.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// The value below which the given share of the numbers lies.
+#[must_use]
+pub fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let last = values.len().saturating_sub(1);
+    let mut index = 0;
+    // The casts of a number this small would be exact, but need not be made.
+    while index < last && as_f64(index) < share * as_f64(last) {
+        index += 1;
+    }
+    values.get(index).copied().unwrap_or(f64::NAN)
+}
+
+/// A count as a number to divide.
+#[must_use]
+pub fn as_f64(count: usize) -> f64 {
+    u32::try_from(count).map_or(f64::INFINITY, f64::from)
+}

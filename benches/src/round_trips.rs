@@ -1,0 +1,159 @@
+//! How often a call waits for the network, counted by making the network slow.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use lockkeeper_testkit::Database;
+use tokio_postgres::Config;
+
+use crate::markdown::{Table, as_f64, median};
+use crate::proxy::Proxy;
+use crate::{Case, Effort, Failure, Peer, Pools};
+
+/// In each direction. Longer than a call takes without it, so that the number of delays can be told from their sum.
+const DELAY: Duration = Duration::from_millis(4);
+
+/// What one call costs in round trips.
+#[derive(Clone, Copy, Debug)]
+pub struct Trips {
+    /// Those that the caller waits for.
+    pub waited: u32,
+    /// The same before rounding: the call's time through the proxy, over that of one round trip.
+    pub measured: f64,
+    /// Messages sent without an answer in between, those that nobody waits for included.
+    pub flights: f64,
+    /// Bytes to the server.
+    pub up: f64,
+    /// Bytes from the server.
+    pub down: f64,
+}
+
+/// The figures of all calls of all peers.
+pub type AllTrips = HashMap<(Case, Peer), Trips>;
+
+/// Makes every call a few times through the proxy.
+///
+/// # Errors
+/// Whatever goes wrong.
+pub async fn measure(database: &Database, effort: Effort) -> Result<AllTrips, Failure> {
+    let proxy = Proxy::start(database.server(), DELAY)?;
+    let config = through(&database.config(), proxy.port);
+    let pools = Pools::new(&config, 2)?;
+    let times = effort.of(7, 1);
+
+    let one = one_round_trip(&pools, effort).await?;
+    let mut all = AllTrips::new();
+    for case in Case::ALL {
+        for peer in case.peers() {
+            // Statements are prepared, and the connection is known, after a few.
+            for turn in 0..3 {
+                pools.once(case, peer, turn).await?;
+                quiet(&proxy).await;
+            }
+            let before = proxy.traffic();
+            let mut measured = Vec::new();
+            for turn in 0..times {
+                let started = Instant::now();
+                pools.once(case, peer, turn).await?;
+                measured.push(started.elapsed().as_secs_f64() / one.as_secs_f64());
+                // What goes on behind the caller's back ends before the next call could be held up by it.
+                quiet(&proxy).await;
+            }
+            let after = proxy.traffic();
+            let each = |after: u64, before: u64| {
+                let count = usize::try_from(after - before).unwrap_or_default();
+                as_f64(count) / f64::from(times)
+            };
+            let measured = median(&measured);
+            let trips = Trips {
+                waited: rounded(measured),
+                measured,
+                flights: each(after.flights, before.flights),
+                up: each(after.up, before.up),
+                down: each(after.down, before.down),
+            };
+            all.insert((case, peer), trips);
+        }
+    }
+    pools.close().await;
+    Ok(all)
+}
+
+/// The whole table.
+#[must_use]
+pub fn table(trips: &AllTrips) -> Table {
+    let mut table = Table::new([
+        "call",
+        "who",
+        "round trips waited for",
+        "measured",
+        "flights in all",
+        "bytes up",
+        "bytes down",
+    ]);
+    for case in Case::ALL {
+        for peer in case.peers() {
+            let Some(trips) = trips.get(&(case, peer)) else {
+                continue;
+            };
+            table.row([
+                case.name().to_owned(),
+                peer.name().to_owned(),
+                trips.waited.to_string(),
+                format!("{:.2}", trips.measured),
+                format!("{:.1}", trips.flights),
+                format!("{:.0}", trips.up),
+                format!("{:.0}", trips.down),
+            ]);
+        }
+    }
+    table
+}
+
+/// The same database, reached through a port of this machine.
+fn through(direct: &Config, port: u16) -> Config {
+    let mut config = Config::new();
+    config.host("127.0.0.1").port(port);
+    if let Some(user) = direct.get_user() {
+        config.user(user);
+    }
+    if let Some(password) = direct.get_password() {
+        config.password(password);
+    }
+    if let Some(database) = direct.get_dbname() {
+        config.dbname(database);
+    }
+    config
+}
+
+/// What there is to divide by: the shortest of exchanges, by the same clock.
+async fn one_round_trip(pools: &Pools, effort: Effort) -> Result<Duration, Failure> {
+    let client = pools.by_hand.get().await?;
+    client.batch_execute("").await?;
+    let mut times = Vec::new();
+    for _ in 0..effort.of(15, 3) {
+        let started = Instant::now();
+        client.batch_execute("").await?;
+        times.push(started.elapsed().as_secs_f64());
+    }
+    Ok(Duration::from_secs_f64(median(&times)))
+}
+
+/// Until nothing has passed for longer than a round trip takes.
+async fn quiet(proxy: &Proxy) {
+    let mut before = proxy.traffic();
+    loop {
+        tokio::time::sleep(3 * DELAY).await;
+        let now = proxy.traffic();
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
+fn rounded(trips: f64) -> u32 {
+    (0..100)
+        .find(|n| f64::from(*n) + 0.5 > trips)
+        .unwrap_or(u32::MAX)
+}
