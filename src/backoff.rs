@@ -155,6 +155,7 @@ impl RetryBudget {
     }
 
     /// The tokens left.
+    #[cfg(test)]
     pub(crate) fn tokens(&self) -> u32 {
         self.tokens.load(Ordering::Relaxed)
     }

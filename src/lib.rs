@@ -1,4 +1,72 @@
-//! PostgreSQL locks that are safe inside an application.
+//! PostgreSQL advisory locks that cannot leak, and transactions that retry when that is right, beside the
+//! [`tokio-postgres`](tokio_postgres) and [`deadpool-postgres`](deadpool_postgres) an application already has.
+//!
+//! ```no_run
+//! use lockkeeper::Keeper;
+//! # use deadpool_postgres::Pool;
+//! # async fn pay(pool: Pool) -> Result<(), lockkeeper::Error> {
+//! let keeper = Keeper::new(pool);
+//! keeper
+//!     .with_advisory_lock("invoice:42", async |tx| {
+//!         // One transaction, alone in the whole database with this key until it commits.
+//!         tx.execute("UPDATE invoice SET paid = true WHERE id = $1", &[&42_i64]).await?;
+//!         Ok::<_, lockkeeper::Error>(())
+//!     })
+//!     .await
+//! # }
+//! ```
+//!
+//! The lock is taken in the message that begins the transaction, and released by its end, whatever that is: COMMIT, an
+//! error, a panic, a dropped future, a lost connection. A connection whose state is in doubt is closed, never returned
+//! to the pool.
+//!
+//! # Contents
+//!
+//! | to … | see |
+//! |---|---|
+//! | run a critical section under a lock | [`Keeper::with_advisory_lock`], [`Keeper::try_with_advisory_lock`] |
+//! | hold a lock as a guard | [`Keeper::advisory_lock`], [`XactGuard`] |
+//! | hold a lock over several transactions | [`AdvisoryLock::session`], [`SessionGuard`] |
+//! | lock several keys without deadlocks | [`Keeper::advisory_locks`] |
+//! | run a transaction that retries deadlocks and serialization failures | [`Keeper::transaction`], [`Keeper::transaction_with`], [`TransactionOptions`] |
+//! | take one more lock, or a savepoint, inside a transaction | [`Tx::advisory_lock`], [`Tx::savepoint`] |
+//! | know what a key is, and compute it in SQL | [`LockKey`] |
+//! | share a lock with a Rails, Django, Go or .NET program | `compat`, with the feature of that name |
+//! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
+//! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
+//!
+//! # What it holds to
+//!
+//! - **Transaction-scoped by default.** Such a lock cannot outlive its transaction, in any pooling mode. Session locks
+//!   are for what needs several transactions; their guard owns the connection and unlocks on drop.
+//! - **Every future may be dropped at every point.** A wait that nobody awaits any more is cancelled on the server, so
+//!   that it does not stand in the queue. What was sent and not answered is undone in the background, and its connection
+//!   goes back only after the server has confirmed it.
+//! - **Waits are bounded, and in slices** shorter than the server's `deadlock_timeout`, so that a waiter does not
+//!   deadlock the `CREATE INDEX CONCURRENTLY` of a holder, and one whose process was killed leaves the queue soon.
+//!   Inside one [`Keeper`] waiters for a key form a line of their own: few of them occupy a connection.
+//! - **Settings are left as they were**: all are `SET LOCAL`, but for the session guard's `application_name`, which is
+//!   put back.
+//! - **`application_name` carries the call site** (`billing src/pay.rs:42`) while a lock or a transaction is held, since
+//!   it is what every role sees of every backend. It is in the error of those who wait.
+//!
+//! # Limits
+//!
+//! - Advisory locks exclude those who ask for them. Nothing stops a statement that does not.
+//! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
+//!   ([`ErrorKind::ReadOnlyServer`]).
+//! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
+//!   drops packets silently is noticed only by TCP keepalives. Work on the guard's own connection fails with it.
+//! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
+//! - There is no first come, first served beyond one process: a wait in slices goes to the end of the server's queue
+//!   with each slice, half a second by default.
+//! - Needs PostgreSQL 14 or later, and a Tokio runtime with timers and I/O.
+//!
+//! # Logging
+//!
+//! Through [`tracing`](https://docs.rs/tracing), with the lock's readable key: `debug` for locks acquired, waited for,
+//! released, busy and timed out, and for attempts repeated; `warn` for a pool that gives connections with transactions
+//! left open. Nothing at `info` and above where all is well.
 
 mod advisory;
 mod backoff;
@@ -25,3 +93,7 @@ pub use key::compat;
 pub use mode::AdvisoryMode;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, TransactionOptions, Tx};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -130,6 +130,7 @@ async fn of_caller(
     let peer = caller.peer();
     pools.all_answer(peer).await?;
     let opened = pools.opened(peer);
+    eprintln!("DBG {caller} opened {opened} {:?} {:?}", pools.keepers_pool.status(), pools.sqlx);
 
     let run = Arc::new(Run {
         target: effort.of(10_000, 200),
@@ -152,6 +153,7 @@ async fn of_caller(
     }
     let took = started.elapsed();
 
+    eprintln!("DBG after opened {} {:?} {} {}", pools.opened(peer), pools.keepers_pool.status(), pools.sqlx.size(), pools.sqlx.num_idle());
     let (left, after) = observer.left_within(GRACE).await?;
     let asked = Instant::now();
     let whole = tokio::time::timeout(GRACE, pools.all_answer(peer)).await;

@@ -74,10 +74,10 @@ impl Known {
         locks: Locks<'_>,
         session_lock: bool,
     ) {
-        if let (Ask::Prepare(_), Some(statement)) = (ask, Preparable::of(locks, session_lock)) {
-            if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
-                connection.prepared.insert(statement);
-            }
+        if let (Ask::Prepare(_), Some(statement)) = (ask, Preparable::of(locks, session_lock))
+            && let Some(connection) = self.lock().by_birth.get_mut(&session.created())
+        {
+            connection.prepared.insert(statement);
         }
         let Some(server) = &tried.server else { return };
         // Behind a pooler there may be another server the next time.

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{Reply, Session, Undo, query_methods};
+use crate::session::{FromReply, Reply, Session, Undo, query_methods};
 use crate::sql;
 use crate::sql::advisory::Locks;
 use crate::transaction::{AsyncFunc, Tx};
@@ -244,9 +244,7 @@ impl Drop for SessionGuard {
 
 /// What is left to do after an unlock: end the transaction that somebody left open, which would take the restored name
 /// with it.
-fn after_unlock(
-    application_name: Option<String>,
-) -> Box<dyn FnOnce(&Reply) -> Option<String> + Send> {
+fn after_unlock(application_name: Option<String>) -> FromReply {
     Box::new(move |reply| {
         if sql::rows(reply)
             .all(|row| sql::text(row, "fresh").is_none() || sql::is_true(row, "fresh"))

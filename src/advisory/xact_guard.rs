@@ -37,8 +37,8 @@ impl XactGuard {
     /// Commits, and so releases the locks.
     ///
     /// # SQL
-    /// `SELECT; COMMIT`, one round trip. The empty statement makes the server say so when the transaction has failed,
-    /// where COMMIT alone would roll back and report success.
+    /// `COMMIT`, one round trip; `SELECT; COMMIT` in one message where a statement has failed, or may have: the empty
+    /// SELECT makes the server say so, where COMMIT alone would roll back and report success.
     ///
     /// # Errors
     /// [`CommitUnknown`](crate::ErrorKind::CommitUnknown) when the connection was lost meanwhile;

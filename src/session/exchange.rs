@@ -23,6 +23,9 @@ const PATIENCE_UNWATCHED: Duration = Duration::from_millis(30);
 const CANCEL_AGAIN: Duration = Duration::from_millis(100);
 const CANCELS: usize = 50;
 
+/// A text made of a reply, if there is one to be sent.
+pub(crate) type FromReply = Box<dyn FnOnce(&Reply) -> Option<String> + Send>;
+
 /// What to do about a message whose answer nobody waits for any more.
 pub(crate) enum Undo {
     /// The message itself ends what there was (COMMIT, ROLLBACK, an unlock): once it has succeeded the connection goes
@@ -30,7 +33,7 @@ pub(crate) enum Undo {
     Nothing,
     /// The message does not wait for a lock. Once it has succeeded the connection goes back after the text that is
     /// made of its reply has succeeded too.
-    After(Box<dyn FnOnce(&Reply) -> Option<String> + Send>),
+    After(FromReply),
     /// The message may wait for a lock: it is cancelled on the server, and the connection is closed.
     Cancel,
 }

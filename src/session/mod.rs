@@ -24,7 +24,7 @@ use tokio_postgres::error::DbError;
 
 use crate::error::{Failure, classify};
 
-pub(crate) use exchange::{Exchange, Undo};
+pub(crate) use exchange::{Exchange, FromReply, Undo};
 pub(crate) use pool::Connections;
 pub(crate) use queries::query_methods;
 pub(crate) use side::{Side, SideConnection};

@@ -275,7 +275,6 @@ macro_rules! query_methods {
             ///
             /// Do not end the transaction or unlock through it. What is run here is not watched: a statement left
             /// unanswered is noticed only after a moment's wait when its owner ends, and the connection is closed then.
-            #[must_use]
             pub fn client(&self) -> &deadpool_postgres::Client {
                 self.session().unwatched_client()
             }

@@ -62,7 +62,7 @@ where
                 let failure = tx.session().failure();
                 tx.rollback().await;
                 match failure.filter(|failure| is_worth_repeating(classify_db(failure).kind())) {
-                    Some(failure) => Again::Theirs(error, failure),
+                    Some(failure) => Again::Theirs(error, Box::new(failure)),
                     None => return Err(error),
                 }
             }
@@ -105,7 +105,7 @@ enum Again<E> {
     /// From COMMIT.
     Ours(Error),
     /// The closure's error, and the server's behind it.
-    Theirs(E, DbError),
+    Theirs(E, Box<DbError>),
 }
 
 impl<E: From<Error>> Again<E> {
@@ -129,7 +129,7 @@ impl<E: From<Error>> Again<E> {
             Self::Theirs(_, failure) => Error::new(ErrorKind::RetriesExhausted)
                 .with_detail(format!("out of {out_of}"))
                 .with_attempts(attempt)
-                .with_source(failure)
+                .with_source(*failure)
                 .into(),
         }
     }

@@ -59,12 +59,6 @@ impl Tx {
             .expect("a transaction has its session until it ends")
     }
 
-    pub(crate) fn session_mut(&mut self) -> &mut Session {
-        self.session
-            .as_mut()
-            .expect("a transaction has its session until it ends")
-    }
-
     /// The backend's process id, as `pg_stat_activity` shows it; `None` where nothing has asked the server yet.
     #[must_use]
     pub fn backend_pid(&self) -> Option<i32> {

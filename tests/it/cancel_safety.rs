@@ -25,8 +25,11 @@ const KEY: i64 = 71;
 const BEFORE: i64 = 70;
 const AFTER: i64 = 72;
 
-/// Within this time everything has to be as if the dropped call had never been.
-const SOON: Duration = Duration::from_secs(1);
+/// Within this time everything has to be as if the dropped call had never been. It takes some milliseconds; what is
+/// left behind stays for much longer, and machines that run tests are slow at times.
+const SOON: Duration = Duration::from_secs(3);
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(3600);
 /// More polls than any call needs.
 const MOST_POLLS: usize = 300;
 
@@ -44,7 +47,15 @@ const CALLS: &[(&str, Call)] = &[
         async move { keeper.advisory_lock(KEY).shared().acquire().await.map(drop) }.boxed()
     }),
     ("session acquire", |keeper| {
-        async move { keeper.advisory_lock(KEY).session().acquire().await.map(drop) }.boxed()
+        async move {
+            keeper
+                .advisory_lock(KEY)
+                .session()
+                .acquire()
+                .await
+                .map(drop)
+        }
+        .boxed()
     }),
     ("session try_acquire", |keeper| {
         async move {
@@ -225,14 +236,17 @@ const CALLS: &[(&str, Call)] = &[
         }
         .boxed()
     }),
-    ("session lock left in a failed transaction, release", |keeper| {
-        async move {
-            let guard = keeper.advisory_lock(KEY).session().acquire().await?;
-            assert!(guard.batch_execute("BEGIN; SELECT 1/0").await.is_err());
-            guard.release().await
-        }
-        .boxed()
-    }),
+    (
+        "session lock left in a failed transaction, release",
+        |keeper| {
+            async move {
+                let guard = keeper.advisory_lock(KEY).session().acquire().await?;
+                assert!(guard.batch_execute("BEGIN; SELECT 1/0").await.is_err());
+                guard.release().await
+            }
+            .boxed()
+        },
+    ),
     ("session lock, wait for its loss", |keeper| {
         async move {
             let guard = keeper.advisory_lock(KEY).session().acquire().await?;
@@ -331,7 +345,11 @@ async fn assert_no_trace(scene: &Scene, holder: Option<i32>, within: Duration, w
     })
     .await;
     let whole = scene.pool_is_whole_within(within);
-    if std::panic::AssertUnwindSafe(whole).catch_unwind().await.is_err() {
+    if std::panic::AssertUnwindSafe(whole)
+        .catch_unwind()
+        .await
+        .is_err()
+    {
         panic!("{what}: the pool is not whole");
     }
 }
@@ -351,7 +369,10 @@ async fn drop_at_every_poll(
         assert_no_trace(scene, holder, within, &what).await;
         if let Some(outcome) = outcome {
             assert!(expected(&outcome), "{name}: {outcome:?}");
-            assert!(polls > 1, "{name}: done at the first poll, nothing was tried");
+            assert!(
+                polls > 1,
+                "{name}: done at the first poll, nothing was tried"
+            );
             return;
         }
     }
@@ -395,21 +416,35 @@ async fn calls_that_find_the_lock_busy_leave_nothing_wherever_they_are_dropped()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_waits_leave_the_queue_when_they_are_dropped() {
-    let scene = with_table(Scene::new(1).await).await;
-    let (_client, pid) = holder(&scene).await;
-    let mut waited = 0;
-    for &(name, call) in CALLS {
-        for after in [15, 600] {
-            let keeper = new_keeper(&scene.pool, Duration::from_secs(3600));
+    let scenes = CALLS.iter().map(|&(name, call)| async move {
+        let scene = with_table(Scene::new(1).await).await;
+        let (_client, pid) = holder(&scene).await;
+        let mut waited = 0;
+        let mut took = Vec::new();
+        for after in [15, 100, 600, 1200] {
+            let keeper = new_keeper(&scene.pool, LONG);
             let call = tokio::spawn(call(keeper));
             tokio::time::sleep(Duration::from_millis(after)).await;
-            waited += locks(&scene).await.iter().filter(|(_, granted)| !granted).count();
+            waited += scene.waiters(KEY).await.len();
             call.abort();
+            let dropped = Instant::now();
             let what = format!("{name}, aborted after {after} ms");
             assert_no_trace(&scene, Some(pid), SOON, &what).await;
+            took.push(dropped.elapsed());
         }
-    }
-    assert!(waited > CALLS.len(), "only {waited} of the calls have waited");
+        (waited, took)
+    });
+    let (waited, took): (Vec<usize>, Vec<Vec<Duration>>) =
+        join_all(scenes).await.into_iter().unzip();
+    let waited: usize = waited.iter().sum();
+    assert!(waited > CALLS.len(), "only {waited} calls have waited");
+    let mut took = took.concat();
+    took.sort();
+    let median = took[took.len() / 2];
+    assert!(
+        median < Duration::from_secs(1),
+        "half of the calls took longer than {median:?} to end"
+    );
 }
 
 /// With the server's places taken by two waiters of the same keeper, the third stands in the line of the process.
@@ -420,7 +455,7 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
     let keeper = new_keeper(&scene.pool, Duration::from_millis(15));
     let crowd: Vec<_> = (0..2)
         .map(|_| {
-            let lock = keeper.advisory_lock(KEY).wait(Duration::from_secs(3600));
+            let lock = keeper.advisory_lock(KEY).wait(LONG);
             tokio::spawn(async move {
                 let guard = lock.acquire().await.unwrap();
                 guard.rollback().await;
@@ -486,19 +521,22 @@ async fn calls_over_a_slow_network_leave_nothing_wherever_they_are_dropped() {
 async fn calls_over_a_slow_network_leave_nothing_whenever_they_are_dropped() {
     let latency = Duration::from_millis(10);
     let within = SOON + 20 * latency;
-    let scenes = CALLS.iter().zip(1..).map(|(&(name, call), seed)| async move {
-        let mut scene = with_table(Scene::new(2).await).await;
-        let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
-        scene.pool = proxy.pool(&scene.database, 2);
-        let keeper = new_keeper(&scene.pool, Duration::from_secs(10));
-        let mut dice = Dice(seed);
-        for _ in 0..15 {
-            let after = dice.duration(Duration::from_millis(200));
-            drop(tokio::time::timeout(after, call(keeper.clone())).await);
-            let what = format!("{name}, dropped after {after:?}");
-            assert_no_trace(&scene, None, within, &what).await;
-        }
-    });
+    let scenes = CALLS
+        .iter()
+        .zip(1..)
+        .map(|(&(name, call), seed)| async move {
+            let mut scene = with_table(Scene::new(2).await).await;
+            let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
+            scene.pool = proxy.pool(&scene.database, 2);
+            let keeper = new_keeper(&scene.pool, Duration::from_secs(10));
+            let mut dice = Dice(seed);
+            for _ in 0..15 {
+                let after = dice.duration(Duration::from_millis(200));
+                drop(tokio::time::timeout(after, call(keeper.clone())).await);
+                let what = format!("{name}, dropped after {after:?}");
+                assert_no_trace(&scene, None, within, &what).await;
+            }
+        });
     join_all(scenes).await;
 }
 
@@ -655,18 +693,21 @@ const ON_SESSION_GUARDS: &[(&str, OnSessionGuard)] = &[
         }
         .boxed()
     }),
-    ("a transaction that takes a lock and has a savepoint", |guard, id| {
-        guard
-            .transaction(async move |tx| {
-                tx.advisory_lock(AFTER).await?;
-                let savepoint = tx.savepoint(async move |tx| {
-                    tx.execute("INSERT INTO note VALUES ($1)", &[&id]).await?;
-                    Ok::<_, Error>(())
-                });
-                savepoint.await
-            })
-            .boxed()
-    }),
+    (
+        "a transaction that takes a lock and has a savepoint",
+        |guard, id| {
+            guard
+                .transaction(async move |tx| {
+                    tx.advisory_lock(AFTER).await?;
+                    let savepoint = tx.savepoint(async move |tx| {
+                        tx.execute("INSERT INTO note VALUES ($1)", &[&id]).await?;
+                        Ok::<_, Error>(())
+                    });
+                    savepoint.await
+                })
+                .boxed()
+        },
+    ),
     ("a transaction that waits for a busy lock", |guard, id| {
         async move {
             let outcome = guard.transaction(async move |tx| {
@@ -711,19 +752,29 @@ async fn a_session_guard_outlives_what_is_dropped_on_it() {
                 let lock = scene.keeper.advisory_lock(own).session();
                 let mut guard = lock.acquire().await.unwrap();
                 let outcome = poll_times_and_drop(call(&mut guard, id), polls).await;
-                assert_eq!(scene.holders(own).await.len(), 1, "{what}: not held any more");
+                assert_eq!(
+                    scene.holders(own).await.len(),
+                    1,
+                    "{what}: not held any more"
+                );
                 assert!(!guard.is_lost(), "{what}: lost");
                 let ending = async {
                     match end {
                         "drop" => drop(guard),
-                        "release" => guard.release().await.unwrap_or_else(|e| panic!("{what}: {e:?}")),
+                        "release" => guard
+                            .release()
+                            .await
+                            .unwrap_or_else(|e| panic!("{what}: {e:?}")),
                         _ => {
                             let again = guard.transaction(async move |tx| {
                                 tx.execute("INSERT INTO note VALUES ($1)", &[&-id]).await?;
                                 Ok::<_, Error>(())
                             });
                             again.await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
-                            guard.release().await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                            guard
+                                .release()
+                                .await
+                                .unwrap_or_else(|e| panic!("{what}: {e:?}"));
                         }
                     }
                 };
@@ -757,7 +808,12 @@ async fn a_late_cancel_never_hits_the_next_borrower() {
             eventually(SOON, "nobody waits", waits).await;
         };
         if end == "release" {
-            let mut guard = keeper.advisory_lock(AFTER).session().acquire().await.unwrap();
+            let mut guard = keeper
+                .advisory_lock(AFTER)
+                .session()
+                .acquire()
+                .await
+                .unwrap();
             tokio::select! {
                 biased;
                 () = waits() => {}
@@ -782,7 +838,10 @@ async fn a_late_cancel_never_hits_the_next_borrower() {
         }
         let borrower = scene.pool.get().await.unwrap();
         let sleep = borrower.batch_execute("SELECT pg_sleep(0.8)").await;
-        assert!(sleep.is_ok(), "after {end} the next borrower gets {sleep:?}");
+        assert!(
+            sleep.is_ok(),
+            "after {end} the next borrower gets {sleep:?}"
+        );
         drop(borrower);
         scene.nothing_left().await;
     });
@@ -808,7 +867,7 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
             while Instant::now() < until && asked.fetch_add(1, Ordering::Relaxed) < REQUESTS {
                 let key = dice.below(KEYS as u64) as i64;
                 // Short ones do not outlast a login; with nothing else the pool would never have a connection.
-                let most = [2, 6, 20, 60][dice.below(4) as usize];
+                let most = [2, 10, 50, 200][dice.below(4) as usize];
                 let patience = dice.duration(Duration::from_millis(most));
                 let hold = dice.duration(Duration::from_millis(2));
                 let kind = dice.below(4);
@@ -869,16 +928,34 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
     for task in tasks.collect::<Vec<_>>() {
         task.await.unwrap();
     }
-    let (got, given_up) = (counts.0.load(Ordering::Relaxed), counts.1.load(Ordering::Relaxed));
-    assert!(got > 100, "{got} granted, {given_up} given up: too few to show anything");
-    assert!(given_up > 1000, "{got} granted, {given_up} given up: too few to show anything");
-    assert_no_trace(&scene, None, SOON, &format!("{got} granted, {given_up} given up")).await;
+    let (got, given_up) = (
+        counts.0.load(Ordering::Relaxed),
+        counts.1.load(Ordering::Relaxed),
+    );
+    assert!(
+        got > 100,
+        "{got} granted, {given_up} given up: too few to show anything"
+    );
+    assert!(
+        given_up > 1000,
+        "{got} granted, {given_up} given up: too few to show anything"
+    );
+    assert_no_trace(
+        &scene,
+        None,
+        SOON,
+        &format!("{got} granted, {given_up} given up"),
+    )
+    .await;
     // Nothing of what was given up is still under way to be granted.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_no_trace(&scene, None, SOON, "a moment later").await;
     let mut connections: HashMap<i32, usize> = HashMap::new();
     for object in join_all((0..8).map(|_| scene.pool.get())).await {
-        let row = object.unwrap().query_one("SELECT pg_backend_pid()", &[]).await;
+        let row = object
+            .unwrap()
+            .query_one("SELECT pg_backend_pid()", &[])
+            .await;
         *connections.entry(row.unwrap().get(0)).or_default() += 1;
     }
     assert!(connections.len() <= 8, "{connections:?}");
@@ -926,7 +1003,12 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                drop(tokio::spawn(forward(client, to.clone(), latency, cancel_latency)));
+                drop(tokio::spawn(forward(
+                    client,
+                    to.clone(),
+                    latency,
+                    cancel_latency,
+                )));
             }
         });
         let accepting = accepting.abort_handle();
@@ -937,7 +1019,10 @@ impl Proxy {
     pub(crate) fn pool(&self, database: &Database, size: usize) -> Pool {
         let own = database.config();
         let mut config = tokio_postgres::Config::new();
-        config.host("127.0.0.1").port(self.port).dbname(database.name());
+        config
+            .host("127.0.0.1")
+            .port(self.port)
+            .dbname(database.name());
         config.user(own.get_user().unwrap_or("postgres"));
         if let Some(password) = own.get_password() {
             config.password(password);
@@ -969,7 +1054,15 @@ async fn forward(
         return;
     }
     let is_cancel = head[4..] == CANCEL.to_be_bytes();
-    tokio::time::sleep(latency + if is_cancel { cancel_latency } else { Duration::ZERO }).await;
+    tokio::time::sleep(
+        latency
+            + if is_cancel {
+                cancel_latency
+            } else {
+                Duration::ZERO
+            },
+    )
+    .await;
     let Ok(mut server) = TcpStream::connect((server.0.as_str(), server.1)).await else {
         return;
     };
@@ -992,7 +1085,10 @@ async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, latency: Durat
     let read = async move {
         let mut buffer = vec![0; 16 * 1024];
         while let Ok(length @ 1..) = from.read(&mut buffer).await {
-            let piece = (tokio::time::Instant::now() + latency, buffer[..length].to_vec());
+            let piece = (
+                tokio::time::Instant::now() + latency,
+                buffer[..length].to_vec(),
+            );
             if sender.send(piece).is_err() {
                 return;
             }

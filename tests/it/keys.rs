@@ -166,13 +166,20 @@ async fn all_forms_can_be_held_at_once() {
             "session" => (None, Some(lock.session().acquire().await.unwrap())),
             _ => (None, Some(lock.session().shared().acquire().await.unwrap())),
         };
-        let mut seen: Vec<LockKey> = shown(&scene).await.into_iter().map(|(key, ..)| key).collect();
+        let mut seen: Vec<LockKey> = shown(&scene)
+            .await
+            .into_iter()
+            .map(|(key, ..)| key)
+            .collect();
         seen.sort();
         let mut wanted = keys.clone();
         wanted.sort();
         assert_eq!(seen.len(), wanted.len(), "{scope}");
         for (seen, wanted) in seen.iter().zip(&wanted) {
-            assert!(seen.same_lock(wanted), "{scope}: {seen:?} is not {wanted:?}");
+            assert!(
+                seen.same_lock(wanted),
+                "{scope}: {seen:?} is not {wanted:?}"
+            );
         }
         if let Some(guard) = &session {
             assert_eq!(guard.held_keys(), wanted, "with their names");
@@ -201,7 +208,10 @@ async fn errors_name_the_key_as_people_know_it() {
             let text = error.to_string();
             assert!(text.contains(&key.to_string()), "{text}");
             assert!(text.contains(&format!("pid {pid}")), "{text}");
-            assert!(text.len() < 2000 && !text.contains(['\n', '\r', '\0']), "{text:?}");
+            assert!(
+                text.len() < 2000 && !text.contains(['\n', '\r', '\0']),
+                "{text:?}"
+            );
             assert_eq!(error.blockers().len(), 1, "{text}");
             assert_eq!(error.blockers()[0].pid(), Some(pid));
         }
@@ -212,7 +222,10 @@ async fn errors_name_the_key_as_people_know_it() {
         (LockKey::from(i64::MIN), "-9223372036854775808"),
         (LockKey::from("a\0\nb"), r#""a\0\nb""#),
         (LockKey::from("it's */"), r#""it's */""#),
-        (LockKey::from(("bill", "\u{1f980}")), "\"bill\"/\"\u{1f980}\""),
+        (
+            LockKey::from(("bill", "\u{1f980}")),
+            "\"bill\"/\"\u{1f980}\"",
+        ),
         (LockKey::from(""), r#""""#),
     ] {
         let holder = scene.database.connect().await;
@@ -236,8 +249,30 @@ async fn computed(client: &Client, expression: &str) -> i64 {
 /// Texts of all kinds of characters, the same ones in each run.
 fn random_texts(count: usize) -> Vec<String> {
     const ALPHABET: [char; 24] = [
-        'a', 'B', '7', ' ', '\'', '"', '\\', '%', '$', ';', '-', '/', '*', '\n', '\r', '\t', '\u{1}', '\u{1f}', 'é',
-        'ß', '漢', '\u{1f980}', '\u{10ffff}', '\u{feff}',
+        'a',
+        'B',
+        '7',
+        ' ',
+        '\'',
+        '"',
+        '\\',
+        '%',
+        '$',
+        ';',
+        '-',
+        '/',
+        '*',
+        '\n',
+        '\r',
+        '\t',
+        '\u{1}',
+        '\u{1f}',
+        'é',
+        'ß',
+        '漢',
+        '\u{1f980}',
+        '\u{10ffff}',
+        '\u{feff}',
     ];
     let mut state = 42_u64;
     let mut next = || {
@@ -285,7 +320,13 @@ async fn the_server_computes_the_same_key_from_a_name() {
         .iter()
         .map(|name| ("", *name))
         .chain(texts.iter().map(|space| (*space, "it's \\ \u{1f980}")))
-        .chain(spaces.iter().map(String::as_str).zip(names.iter().map(String::as_str)).take(50));
+        .chain(
+            spaces
+                .iter()
+                .map(String::as_str)
+                .zip(names.iter().map(String::as_str))
+                .take(50),
+        );
     for conforming in ["on", "off"] {
         // As an application with other habits has it.
         client
@@ -297,7 +338,11 @@ async fn the_server_computes_the_same_key_from_a_name() {
         for (space, name) in pairs.clone() {
             let key = LockKey::from((space, name)).as_i64().unwrap();
             match LockKey::sql_expression(space, name) {
-                Some(sql) => assert_eq!(computed(client, &sql).await, key, "{space:?} {name:?} {sql}"),
+                Some(sql) => assert_eq!(
+                    computed(client, &sql).await,
+                    key,
+                    "{space:?} {name:?} {sql}"
+                ),
                 None => assert!(space.contains('\0') || name.contains('\0')),
             }
         }
@@ -328,7 +373,15 @@ async fn another_program_shares_a_lock_by_the_sql_expression() {
     guard.rollback().await;
     let row = other.query_one(&tries, &[]).await.unwrap();
     assert!(row.get::<_, bool>(0));
-    assert!(scene.keeper.advisory_lock(key).try_acquire().await.unwrap().is_none());
+    assert!(
+        scene
+            .keeper
+            .advisory_lock(key)
+            .try_acquire()
+            .await
+            .unwrap()
+            .is_none()
+    );
     drop(other);
     scene.nothing_left().await;
 }
@@ -337,8 +390,15 @@ async fn another_program_shares_a_lock_by_the_sql_expression() {
 fn keeper_without_a_server() -> Keeper {
     let mut config = tokio_postgres::Config::new();
     // The discard port of the local host: nobody listens there.
-    config.host("127.0.0.1").port(9).user("nobody").dbname("none");
-    let pool = Pool::builder(Manager::new(config, NoTls)).max_size(1).build().unwrap();
+    config
+        .host("127.0.0.1")
+        .port(9)
+        .user("nobody")
+        .dbname("none");
+    let pool = Pool::builder(Manager::new(config, NoTls))
+        .max_size(1)
+        .build()
+        .unwrap();
     Keeper::new(pool)
 }
 
@@ -366,9 +426,11 @@ async fn assert_refused_everywhere(keeper: &Keeper, refused: &LockKey, known: &L
     collides(lock().session().try_acquire().await.err());
     let set = keeper.advisory_locks([&LockKey::from("innocent"), refused]);
     collides(set.acquire().await.err());
-    let ran = keeper.with_advisory_lock(refused, async |_| -> Result<(), Error> { panic!("it ran") });
+    let ran =
+        keeper.with_advisory_lock(refused, async |_| -> Result<(), Error> { panic!("it ran") });
     collides(ran.await.err());
-    let ran = keeper.try_with_advisory_lock(refused, async |_| -> Result<(), Error> { panic!("it ran") });
+    let ran =
+        keeper.try_with_advisory_lock(refused, async |_| -> Result<(), Error> { panic!("it ran") });
     collides(ran.await.err());
 }
 
@@ -388,7 +450,12 @@ async fn two_names_with_one_number_are_refused_while_one_is_held_and_after() {
     guard.rollback().await;
     assert_refused_everywhere(keeper, &refused, &known).await;
 
-    let guard = keeper.advisory_lock(&known).session().acquire().await.unwrap();
+    let guard = keeper
+        .advisory_lock(&known)
+        .session()
+        .acquire()
+        .await
+        .unwrap();
     assert_refused_everywhere(keeper, &refused, &known).await;
     guard.release().await.unwrap();
 
@@ -430,7 +497,11 @@ async fn two_names_with_one_number_in_one_set_are_refused_before_anything_is_sen
         assert_eq!(error.unwrap_err().kind(), ErrorKind::KeyCollision);
     }
     // The control: what is sent fails otherwise.
-    let error = keeper.advisory_lock("keys set").acquire().await.unwrap_err();
+    let error = keeper
+        .advisory_lock("keys set")
+        .acquire()
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Pool, "{error}");
 }
 
@@ -454,9 +525,22 @@ async fn a_name_and_its_number_in_one_set_are_one_lock_with_the_name() {
     let scene = Scene::new(2).await;
     let name = LockKey::from("keys: once");
     let number = LockKey::from(name.as_i64().unwrap());
-    let guard = scene.keeper.advisory_locks([&name, &number]).acquire().await.unwrap();
+    let guard = scene
+        .keeper
+        .advisory_locks([&name, &number])
+        .acquire()
+        .await
+        .unwrap();
     assert_eq!(shown(&scene).await.len(), 1);
-    assert!(scene.keeper.advisory_lock(&number).try_acquire().await.unwrap().is_none());
+    assert!(
+        scene
+            .keeper
+            .advisory_lock(&number)
+            .try_acquire()
+            .await
+            .unwrap()
+            .is_none()
+    );
     assert_eq!(guard.held_keys().collect::<Vec<_>>(), [&name]);
     drop(guard);
     scene.nothing_left().await;

@@ -140,7 +140,10 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
 
         let readers: Vec<_> = (0..2)
             .map(|_| {
-                let lock = keeper.advisory_lock("k").shared().wait(Duration::from_secs(20));
+                let lock = keeper
+                    .advisory_lock("k")
+                    .shared()
+                    .wait(Duration::from_secs(20));
                 tokio::spawn(async move { lock.acquire().await.unwrap() })
             })
             .collect();
@@ -151,7 +154,12 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
         drop(writer);
         let mut guards = Vec::new();
         for reader in readers {
-            guards.push(tokio::time::timeout(Duration::from_secs(5), reader).await.unwrap().unwrap());
+            guards.push(
+                tokio::time::timeout(Duration::from_secs(5), reader)
+                    .await
+                    .unwrap()
+                    .unwrap(),
+            );
         }
         assert_eq!(scene.holders("k").await.len(), 2, "both at once");
         drop(guards);
@@ -163,7 +171,9 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
 #[tokio::test]
 async fn a_queued_writer_makes_a_new_readers_try_fail() {
     let scene = Scene::new(3).await;
-    let reader = try_lock(&scene, &"k".into(), false, AdvisoryMode::Shared).await.unwrap();
+    let reader = try_lock(&scene, &"k".into(), false, AdvisoryMode::Shared)
+        .await
+        .unwrap();
     // Queued plainly: the keeper's own waiters wait in slices, and leave the queue for a moment between them.
     let writer = scene.database.connect().await;
     let pid = pid_of(&writer).await;
@@ -182,7 +192,11 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
         assert!(second.is_none(), "it passed the writer");
     }
     // A bounded wait says who is in the way: the one that queues, not the reader that would share.
-    let lock = scene.keeper.advisory_lock("k").shared().wait(Duration::ZERO);
+    let lock = scene
+        .keeper
+        .advisory_lock("k")
+        .shared()
+        .wait(Duration::ZERO);
     let error = lock.acquire().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LockTimeout);
     let blockers: Vec<_> = error
@@ -234,7 +248,11 @@ async fn asking_a_guard_for_the_other_mode_is_an_error_and_the_transaction_goes_
         // By its number it is the same lock.
         let number = LockKey::from(key.as_i64().unwrap());
         assert_says_the_mode(&other!([&number]).await.unwrap_err(), &key);
-        assert_eq!(modes_of(&scene).await, before, "nothing was taken or changed");
+        assert_eq!(
+            modes_of(&scene).await,
+            before,
+            "nothing was taken or changed"
+        );
 
         guard.query_one("SELECT 1", &[]).await.unwrap();
         // The same mode again is fine, and changes nothing.
@@ -258,7 +276,9 @@ async fn a_mode_is_not_changed_in_a_section_or_across_savepoints() {
             assert_says_the_mode(&tx.advisory_lock(&key).shared().await.unwrap_err(), &key);
             tx.advisory_lock("second").shared().await?;
             let second = LockKey::from("second");
-            let error = tx.savepoint(async |tx| tx.advisory_lock("second").await).await;
+            let error = tx
+                .savepoint(async |tx| tx.advisory_lock("second").await)
+                .await;
             assert_says_the_mode(&error.unwrap_err(), &second);
             // What a savepoint took in one mode and returned can be taken in the other.
             let failed = tx.savepoint(async |tx| {
@@ -269,12 +289,25 @@ async fn a_mode_is_not_changed_in_a_section_or_across_savepoints() {
             failed.await.unwrap_err();
             tx.advisory_lock("third").await?;
             // What it took and kept cannot.
-            tx.savepoint(async |tx| tx.advisory_lock("fourth").await).await?;
+            tx.savepoint(async |tx| tx.advisory_lock("fourth").await)
+                .await?;
             let fourth = LockKey::from("fourth");
             let error = tx.advisory_lock("fourth").shared().await.unwrap_err();
             assert_says_the_mode(&error, &fourth);
-            let modes: Vec<_> = modes_of(&scene).await.into_iter().map(|(_, mode, _)| mode).collect();
-            assert_eq!(modes, ["ExclusiveLock", "ExclusiveLock", "ExclusiveLock", "ShareLock"]);
+            let modes: Vec<_> = modes_of(&scene)
+                .await
+                .into_iter()
+                .map(|(_, mode, _)| mode)
+                .collect();
+            assert_eq!(
+                modes,
+                [
+                    "ExclusiveLock",
+                    "ExclusiveLock",
+                    "ExclusiveLock",
+                    "ShareLock"
+                ]
+            );
             Ok::<_, Error>(())
         })
         .await
@@ -338,7 +371,13 @@ async fn the_description_takes_its_parts_in_any_order() {
         !scene.is_held("k").await
     })
     .await;
-    let guard = lock().wait(wait).shared().session().acquire().await.unwrap();
+    let guard = lock()
+        .wait(wait)
+        .shared()
+        .session()
+        .acquire()
+        .await
+        .unwrap();
     assert_eq!(guard.mode(), AdvisoryMode::Shared);
     let other = lock().session().shared().try_acquire().await.unwrap();
     assert!(other.is_some());
