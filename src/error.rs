@@ -176,13 +176,14 @@ impl fmt::Display for Error {
 
 const SHOWN_BLOCKERS: usize = 5;
 
+/// Without the texts of the server's error behind it, which can quote what the statement's literals were: ask the
+/// [`source`](StdError::source) for those.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &*self.0;
         f.debug_struct("Error")
-            .field("kind", &inner.kind)
+            .field("kind", &self.0.kind)
             .field("message", &self.to_string())
-            .field("source", &inner.source)
+            .field("has_source", &self.0.source.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -273,6 +274,8 @@ pub(crate) enum Failure {
     OutOfLocks,
     /// 25P02: an earlier statement of the transaction failed.
     Aborted,
+    /// 25001: a transaction that should begin here has begun long ago.
+    InTransaction,
     /// The connection is gone or going: FATAL, class 08, 57P01–57P03, a closed socket.
     ConnectionLost,
     /// Any other ERROR of the server: the connection lives on.
@@ -291,7 +294,7 @@ impl Failure {
             Self::Cancelled => ErrorKind::Cancelled,
             Self::OutOfLocks => ErrorKind::OutOfLocks,
             Self::ConnectionLost => ErrorKind::ConnectionLost,
-            Self::Aborted | Self::Other | Self::Driver => ErrorKind::Database,
+            Self::Aborted | Self::InTransaction | Self::Other | Self::Driver => ErrorKind::Database,
         }
     }
 }
@@ -337,6 +340,8 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
         Failure::OutOfLocks
     } else if *code == SqlState::IN_FAILED_SQL_TRANSACTION {
         Failure::Aborted
+    } else if *code == SqlState::ACTIVE_SQL_TRANSACTION {
+        Failure::InTransaction
     } else if code.code().starts_with("08")
         || matches!(
             code.code(),
@@ -350,9 +355,10 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     }
 }
 
-/// Whether the statement was refused because of an earlier one's error.
-pub(crate) fn is_aborted(error: &Error) -> bool {
-    error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION)
+/// Whether BEGIN was refused because of a transaction that is open already, and has failed or done something.
+pub(crate) fn is_in_transaction(error: &Error) -> bool {
+    matches!(error.sqlstate(), Some(code) if *code == SqlState::IN_FAILED_SQL_TRANSACTION
+        || *code == SqlState::ACTIVE_SQL_TRANSACTION)
 }
 
 /// Whether a statement that should have been prepared was not, or the other way round.

@@ -172,6 +172,10 @@ fn rows_of_cancellation(outcomes: &[cancelled::Outcome]) -> Table {
             "… new backends for each 1000".to_owned(),
             &|outcome| format!("{:.1}", outcome.opened_per_thousand()),
         ));
+        table.row(cells(
+            "… 8 more behind a holder that stays: still waiting 1 s later".to_owned(),
+            &|outcome| outcome.behind_a_holder.waiting.to_string(),
+        ));
     }
     table
 }

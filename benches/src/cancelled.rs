@@ -1,4 +1,9 @@
 //! Calls that are given up at random moments, and what is left of them.
+//!
+//! Every second call is given up, the others are waited for: were all of them given up, no pool would ever get through
+//! the login of a new connection, and the figures would be about nothing else. The moments are spread over the time that
+//! such a call takes here, on a fast machine and on a slow one: first some calls are made by hand and waited for, and the
+//! longest patience is a few times theirs.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,17 +13,25 @@ use std::time::{Duration, Instant};
 use lockkeeper_testkit::Database;
 
 use crate::alarm::Alarm;
-use crate::markdown::{Table, as_f64};
+use crate::markdown::{Table, as_f64, median};
 use crate::random::Random;
 use crate::{Effort, Failure, Left, Observer, Peer, Pools};
 
 const TASKS: u64 = 16;
 const KEYS: usize = 4;
 const POOL: usize = 8;
+/// Long enough for all to be waiting at the server.
+const GIVEN_UP_AFTER: Duration = Duration::from_millis(200);
 /// What is left after this long is left.
 const GRACE: Duration = Duration::from_secs(1);
 /// When a peer is so stuck that it does not get through, its figures are those until then.
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(20);
+/// How long the server may take to open a whole pool.
+const POOL_OPENS: Duration = Duration::from_secs(5);
+/// The least patience.
+const SHORTEST: Duration = Duration::from_micros(20);
+/// How long a lock is held, from and to.
+const HOLD: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(1));
 
 /// Whose call, and what for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +83,7 @@ pub struct Outcome {
     pub caller: Caller,
     /// Calls given up.
     pub cancelled: u64,
-    /// Calls that were faster.
+    /// Calls that were faster, or were not to be given up.
     pub granted: u64,
     /// Calls that failed, and how the first of them did.
     pub failed: u64,
@@ -78,7 +91,7 @@ pub struct Outcome {
     pub failure: Option<String>,
     /// All of it.
     pub took: Duration,
-    /// Connections opened besides the pool's first ones.
+    /// Sessions that the server has begun besides the pool's first ones, whether or not the pool lived to see them.
     pub opened: u64,
     /// What was left a second later, or when it was nothing.
     pub left: Left,
@@ -86,6 +99,17 @@ pub struct Outcome {
     pub after: Duration,
     /// How long it then took until all connections of the pool had answered; `None` where they did not.
     pub whole_after: Option<Duration>,
+    /// What a lock that somebody keeps makes of calls that are given up.
+    pub behind_a_holder: BehindAHolder,
+}
+
+/// A lock is kept by somebody else. As many calls as the pool has connections wait for it and are given up.
+#[derive(Clone, Copy, Debug)]
+pub struct BehindAHolder {
+    /// Those that still wait at the server a second later.
+    pub waiting: i64,
+    /// Whether the pool gives all its connections then, while the lock is still kept.
+    pub pool_is_whole: bool,
 }
 
 impl Outcome {
@@ -100,7 +124,11 @@ impl Outcome {
     /// Nothing held, nothing waiting, the pool at its size.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.left.is_nothing() && self.whole_after.is_some() && self.failed == 0
+        self.left.is_nothing()
+            && self.whole_after.is_some()
+            && self.failed == 0
+            && self.behind_a_holder.waiting == 0
+            && self.behind_a_holder.pool_is_whole
     }
 }
 
@@ -113,27 +141,66 @@ pub async fn measure(
     observer: &Observer,
     effort: Effort,
 ) -> Result<Vec<Outcome>, Failure> {
+    let longest = 4 * usual_time(database, effort).await?;
     let mut outcomes = Vec::new();
     for caller in Caller::ALL {
-        outcomes.push(of_caller(caller, database, observer, effort).await?);
+        outcomes.push(of_caller(caller, longest, database, observer, effort).await?);
     }
     Ok(outcomes)
 }
 
+/// How long it takes to get a lock here when nobody gives up.
+async fn usual_time(database: &Database, effort: Effort) -> Result<Duration, Failure> {
+    let pools = Arc::new(Pools::new(&database.config(), POOL)?);
+    pools.all_answer(Peer::ByHand).await?;
+    let alarm = Alarm::new();
+    let calls = effort.of(40, 5);
+    let tasks: Vec<_> = (0..TASKS)
+        .map(|seed| {
+            let (pools, alarm) = (Arc::clone(&pools), alarm.clone());
+            tokio::spawn(async move {
+                let mut random = Random::new(seed);
+                let mut times = Vec::new();
+                for _ in 0..calls {
+                    let key = i64::try_from(random.below(KEYS))?;
+                    let started = Instant::now();
+                    let client = pools.by_hand.get().await?;
+                    client
+                        .execute("SELECT pg_advisory_lock($1)", &[&key])
+                        .await?;
+                    times.push(started.elapsed().as_secs_f64());
+                    alarm.after(random.time(HOLD.0, HOLD.1)).await;
+                    client
+                        .execute("SELECT pg_advisory_unlock($1)", &[&key])
+                        .await?;
+                }
+                Ok::<_, Failure>(times)
+            })
+        })
+        .collect();
+    let mut times = Vec::new();
+    for task in tasks {
+        times.extend(task.await??);
+    }
+    pools.close().await;
+    Ok(Duration::from_secs_f64(median(&times)))
+}
+
 async fn of_caller(
     caller: Caller,
+    longest: Duration,
     database: &Database,
     observer: &Observer,
     effort: Effort,
 ) -> Result<Outcome, Failure> {
+    let sessions = observer.sessions_when_alone().await?;
     let pools = Arc::new(Pools::new(&database.config(), POOL)?);
     let peer = caller.peer();
     pools.all_answer(peer).await?;
-    let opened = pools.opened(peer);
-    eprintln!("DBG {caller} opened {opened} {:?} {:?}", pools.keepers_pool.status(), pools.sqlx);
 
     let run = Arc::new(Run {
         target: effort.of(10_000, 200),
+        longest,
         cancelled: AtomicU64::new(0),
         granted: AtomicU64::new(0),
         failed: AtomicU64::new(0),
@@ -153,31 +220,71 @@ async fn of_caller(
     }
     let took = started.elapsed();
 
-    eprintln!("DBG after opened {} {:?} {} {}", pools.opened(peer), pools.keepers_pool.status(), pools.sqlx.size(), pools.sqlx.num_idle());
     let (left, after) = observer.left_within(GRACE).await?;
     let asked = Instant::now();
-    let whole = tokio::time::timeout(GRACE, pools.all_answer(peer)).await;
-    let outcome = Outcome {
+    let whole = tokio::time::timeout(POOL_OPENS, pools.all_answer(peer)).await;
+    let whole_after = matches!(whole, Ok(Ok(()))).then(|| asked.elapsed());
+    pools.close().await;
+    let begun = observer.sessions_when_alone().await? - sessions;
+    Ok(Outcome {
         caller,
         cancelled: run.cancelled.load(Ordering::Relaxed),
         granted: run.granted.load(Ordering::Relaxed),
         failed: run.failed.load(Ordering::Relaxed),
         failure,
         took,
-        opened: pools.opened(peer) - opened,
+        opened: u64::try_from(begun)?.saturating_sub(u64::try_from(POOL)?),
         left,
         after,
-        whole_after: matches!(whole, Ok(Ok(()))).then(|| asked.elapsed()),
-    };
+        whole_after,
+        behind_a_holder: behind_a_holder(caller, database, observer).await?,
+    })
+}
+
+async fn behind_a_holder(
+    caller: Caller,
+    database: &Database,
+    observer: &Observer,
+) -> Result<BehindAHolder, Failure> {
+    let pools = Arc::new(Pools::new(&database.config(), POOL)?);
+    let holders = Pools::new(&database.config(), 1)?;
+    let held = acquire(&holders, caller, 0).await?;
+    pools.all_answer(caller.peer()).await?;
+    let waiters: Vec<_> = (0..POOL)
+        .map(|_| {
+            let pools = Arc::clone(&pools);
+            tokio::spawn(async move { acquire(&pools, caller, 0).await.map(drop) })
+        })
+        .collect();
+    tokio::time::sleep(GIVEN_UP_AFTER).await;
+    for waiter in &waiters {
+        waiter.abort();
+    }
+    for waiter in waiters {
+        // An error is what an aborted task ends with.
+        waiter.await.ok();
+    }
+    let started = Instant::now();
+    let mut waiting = observer.left().await?.waiting;
+    while waiting > 0 && started.elapsed() < GRACE {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        waiting = observer.left().await?.waiting;
+    }
+    let whole = tokio::time::timeout(GRACE, pools.all_answer(caller.peer())).await;
+    held.end(true).await?;
+    holders.close().await;
     pools.close().await;
-    // What this one has left goes with its connections, before the next one is asked.
-    observer.left_within(GRACE).await?;
-    Ok(outcome)
+    Ok(BehindAHolder {
+        waiting,
+        pool_is_whole: matches!(whole, Ok(Ok(()))),
+    })
 }
 
 /// What the tasks share.
 struct Run {
     target: u64,
+    /// The most patience that a call is given.
+    longest: Duration,
     cancelled: AtomicU64,
     granted: AtomicU64,
     failed: AtomicU64,
@@ -192,16 +299,17 @@ impl Run {
         let mut failure = None;
         while self.cancelled.load(Ordering::Relaxed) < self.target && Instant::now() < limit {
             let key = random.below(KEYS);
-            let patience = random.time(Duration::from_micros(20), Duration::from_millis(5));
-            let hold = random.time(Duration::from_micros(20), Duration::from_millis(1));
+            let patience = random.time(SHORTEST, self.longest);
+            let hold = random.time(HOLD.0, HOLD.1);
             let release = random.below(2) == 0;
+            let give_up = random.below(2) == 0;
             let result = tokio::select! {
                 biased;
-                () = self.alarm.after(patience) => {
+                () = self.alarm.after(patience), if give_up => {
                     self.cancelled.fetch_add(1, Ordering::Relaxed);
                     continue;
                 }
-                guard = self.acquire(caller, key) => guard,
+                guard = acquire(&self.pools, caller, key) => guard,
             };
             let ended = match result {
                 Ok(guard) => {
@@ -218,32 +326,31 @@ impl Run {
         }
         failure
     }
+}
 
-    async fn acquire(&self, caller: Caller, key: usize) -> Result<Guard, Failure> {
-        let pools = &self.pools;
-        Ok(match caller {
-            Caller::Lockkeeper => {
-                let lock = pools.keeper.advisory_lock(pools.names[key].as_str());
-                Guard::Lockkeeper(lock.acquire().await?)
-            }
-            Caller::LockkeeperSession => {
-                let lock = pools.keeper.advisory_lock(pools.names[key].as_str());
-                Guard::LockkeeperSession(lock.session().acquire().await?)
-            }
-            Caller::Sqlx => {
-                let mut tx = pools.sqlx.begin().await?;
-                sqlx::query("SELECT pg_advisory_xact_lock($1)")
-                    .bind(i64::try_from(key)?)
-                    .execute(&mut *tx)
-                    .await?;
-                Guard::Sqlx(tx)
-            }
-            Caller::SqlxSession => {
-                let connection = pools.sqlx.acquire().await?;
-                Guard::SqlxSession(pools.sqlx_locks[key].acquire(connection).await?)
-            }
-        })
-    }
+async fn acquire(pools: &Pools, caller: Caller, key: usize) -> Result<Guard, Failure> {
+    Ok(match caller {
+        Caller::Lockkeeper => {
+            let lock = pools.keeper.advisory_lock(pools.names[key].as_str());
+            Guard::Lockkeeper(lock.acquire().await?)
+        }
+        Caller::LockkeeperSession => {
+            let lock = pools.keeper.advisory_lock(pools.names[key].as_str());
+            Guard::LockkeeperSession(lock.session().acquire().await?)
+        }
+        Caller::Sqlx => {
+            let mut tx = pools.sqlx.begin().await?;
+            sqlx::query("SELECT pg_advisory_xact_lock($1)")
+                .bind(i64::try_from(key)?)
+                .execute(&mut *tx)
+                .await?;
+            Guard::Sqlx(tx)
+        }
+        Caller::SqlxSession => {
+            let connection = pools.sqlx.acquire().await?;
+            Guard::SqlxSession(pools.sqlx_locks[key].acquire(connection).await?)
+        }
+    })
 }
 
 enum Guard {
@@ -282,6 +389,8 @@ pub fn table(outcomes: &[Outcome]) -> Table {
         "after",
         "pool whole",
         "new backends per 1000 cancelled",
+        "behind a holder: waiting after 1 s",
+        "pool whole then",
     ]);
     for outcome in outcomes {
         table.row([
@@ -300,7 +409,13 @@ pub fn table(outcomes: &[Outcome]) -> Table {
                 None => "no".to_owned(),
             },
             format!("{:.1}", outcome.opened_per_thousand()),
+            outcome.behind_a_holder.waiting.to_string(),
+            yes_or_no(outcome.behind_a_holder.pool_is_whole),
         ]);
     }
     table
+}
+
+fn yes_or_no(is: bool) -> String {
+    if is { "yes" } else { "no" }.to_owned()
 }

@@ -100,6 +100,31 @@ impl Observer {
         Ok(usize::try_from(row.get::<_, i64>(0)).unwrap_or_default())
     }
 
+    /// How many sessions this database has ever had, once this one is the last.
+    ///
+    /// The server counts a session even if its client had given up before the login was through, and shows it when the
+    /// session has ended.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn sessions_when_alone(&self) -> Result<i64, Failure> {
+        let started = Instant::now();
+        loop {
+            let row = self
+                .client
+                .query_one(
+                    "SELECT count(*), (SELECT sessions FROM pg_stat_database WHERE datname = current_database()) \
+                     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+                    &[],
+                )
+                .await?;
+            if row.get::<_, i64>(0) == 0 || started.elapsed() > Duration::from_secs(5) {
+                return Ok(row.get(1));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// The server's version, as it says it.
     ///
     /// # Errors

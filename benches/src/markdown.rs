@@ -74,13 +74,13 @@ pub fn median(values: &[f64]) -> f64 {
 pub fn quantile(values: &[f64], share: f64) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    let last = values.len().saturating_sub(1);
-    let mut index = 0;
-    // The casts of a number this small would be exact, but need not be made.
-    while index < last && as_f64(index) < share * as_f64(last) {
-        index += 1;
-    }
-    values.get(index).copied().unwrap_or(f64::NAN)
+    let last = as_f64(values.len()) - 1.0;
+    // The first one with that much below it: looked for, not computed, since a float makes no index without a cast.
+    values
+        .iter()
+        .enumerate()
+        .find(|(below, _)| as_f64(*below) >= share * last)
+        .map_or(f64::NAN, |(_, value)| *value)
 }
 
 /// A count as a number to divide.

@@ -1,10 +1,8 @@
 //! Who is compared, each over a pool of its own.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use deadpool_postgres::{Hook, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use lockkeeper::Keeper;
 use sqlx::PgPool;
 use sqlx::postgres::{PgAdvisoryLock, PgConnectOptions, PgPoolOptions, PgSslMode};
@@ -77,7 +75,6 @@ pub struct Pools {
     pub(crate) sqlx_untested: PgPool,
     pub(crate) names: Vec<String>,
     pub(crate) sqlx_locks: Vec<PgAdvisoryLock>,
-    opened: [Arc<AtomicU64>; 4],
 }
 
 impl Pools {
@@ -86,45 +83,24 @@ impl Pools {
     /// # Errors
     /// The configuration has no host, or a pool's builder refuses.
     pub fn new(config: &Config, size: usize) -> Result<Self, Failure> {
-        let opened: [Arc<AtomicU64>; 4] = Default::default();
-        let keepers_pool = deadpool(config, size, &opened[0])?;
+        let keepers_pool = deadpool(config, size)?;
         let names: Vec<_> = (0..KEYS).map(|n| format!("invoice:{n}")).collect();
-        let sqlx = |tested, opened: &Arc<AtomicU64>| {
-            let opened = Arc::clone(opened);
-            let size = u32::try_from(size)?;
+        let sqlx = |tested| {
             let options = PgPoolOptions::new()
-                .max_connections(size)
-                .test_before_acquire(tested)
-                .after_connect(move |_, _| {
-                    opened.fetch_add(1, Ordering::Relaxed);
-                    Box::pin(async { Ok(()) })
-                });
+                .max_connections(u32::try_from(size)?)
+                .test_before_acquire(tested);
             Ok::<_, Failure>(options.connect_lazy_with(sqlx_options(config)?))
         };
         Ok(Self {
             size,
             keeper: Keeper::new(keepers_pool.clone()),
             keepers_pool,
-            by_hand: deadpool(config, size, &opened[1])?,
-            sqlx: sqlx(true, &opened[2])?,
-            sqlx_untested: sqlx(false, &opened[3])?,
+            by_hand: deadpool(config, size)?,
+            sqlx: sqlx(true)?,
+            sqlx_untested: sqlx(false)?,
             sqlx_locks: names.iter().map(PgAdvisoryLock::new).collect(),
             names,
-            opened,
         })
-    }
-
-    /// How many connections this peer's pool has opened so far.
-    #[must_use]
-    pub fn opened(&self, peer: Peer) -> u64 {
-        let [ours, by_hand, sqlx, untested] = &self.opened;
-        let count = match peer {
-            Peer::Lockkeeper => ours,
-            Peer::ByHand => by_hand,
-            Peer::Sqlx => sqlx,
-            Peer::SqlxUntested => untested,
-        };
-        count.load(Ordering::Relaxed)
     }
 
     pub(crate) fn deadpool(&self, peer: Peer) -> &Pool {
@@ -177,8 +153,7 @@ impl Pools {
 }
 
 /// A pool as deadpool-postgres' own documentation makes it.
-fn deadpool(config: &Config, size: usize, opened: &Arc<AtomicU64>) -> Result<Pool, Failure> {
-    let opened = Arc::clone(opened);
+fn deadpool(config: &Config, size: usize) -> Result<Pool, Failure> {
     let manager = Manager::from_config(
         config.clone(),
         NoTls,
@@ -189,10 +164,6 @@ fn deadpool(config: &Config, size: usize, opened: &Arc<AtomicU64>) -> Result<Poo
     let pool = Pool::builder(manager)
         .max_size(size)
         .runtime(Runtime::Tokio1)
-        .post_create(Hook::sync_fn(move |_, _| {
-            opened.fetch_add(1, Ordering::Relaxed);
-            Ok(())
-        }))
         .build()?;
     Ok(pool)
 }

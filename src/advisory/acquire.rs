@@ -6,7 +6,7 @@ use super::environment::Scope;
 use super::gate::Turn;
 use super::{Advisory, Request};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify, is_aborted, is_unprepared};
+use crate::error::{Error, ErrorKind, Failure, classify, is_in_transaction, is_unprepared};
 use crate::session::{Reply, Session, Undo};
 use crate::sql;
 use crate::sql::advisory::{Ask, Server, Tried, Verdict};
@@ -20,8 +20,6 @@ const LAST_LOOK: Duration = Duration::from_millis(30);
 /// The longest single wait at the server, where `deadlock_timeout` does not ask for shorter ones.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
 const SHORTEST_SLICE: Duration = Duration::from_millis(5);
-/// Connections of a pool that may turn out to be dead or dirty before one is taken to be an answer about the server.
-const STALE_CONNECTIONS: usize = 8;
 
 /// How long to wait at the server at a time.
 ///
@@ -43,7 +41,7 @@ impl Advisory {
     /// not sent never is.
     pub(crate) async fn acquire(&self, request: Request) -> Result<Tx, Error> {
         let deadline = Deadline::after(request.wait);
-        self.check_room(request.keys()).await?;
+        self.check_room(request.keys(), &deadline).await?;
         let mut turn = None;
         if self.gate.is_crowded(request.keys()) {
             turn = self.gate.turn(request.keys(), &deadline).await;
@@ -86,7 +84,7 @@ impl Advisory {
     /// Cancel safety: as [`acquire`](Self::acquire).
     pub(crate) async fn try_acquire(&self, request: Request) -> Result<Option<Tx>, Error> {
         let deadline = Deadline::after(request.lock_wait);
-        self.check_room(request.keys()).await?;
+        self.check_room(request.keys(), &deadline).await?;
         let (session, tried) = self.begin_and_try(&request, &deadline).await?;
         match tried.verdict {
             Verdict::Granted => self
@@ -142,10 +140,11 @@ impl Advisory {
         text: impl Fn(&Session) -> (Ask, String),
         undo: impl Fn() -> Undo,
     ) -> Result<(Session, Ask, Tried), Error> {
+        let most = self.connections.most() + 1;
         let mut stale = 0;
         loop {
             // A try is made even when the wait is over, so a connection is waited for a little in any case.
-            let patience = Deadline::after(deadline.remaining().max(ANSWER));
+            let patience = Deadline::after(deadline.remaining().max(LAST_LOOK));
             let session = self
                 .connections
                 .check_out(&patience)
@@ -159,7 +158,7 @@ impl Advisory {
                         verdict: Verdict::Dirty,
                         pid,
                         ..
-                    }) if stale < STALE_CONNECTIONS => {
+                    }) if stale < most => {
                         tracing::warn!(
                             pid,
                             "the pool gave a connection with an open transaction, closing it"
@@ -176,14 +175,11 @@ impl Advisory {
                     }
                 },
                 // Nothing was done yet that could be done twice: a connection that died in the pool is not an error.
-                Err(error)
-                    if error.kind() == ErrorKind::ConnectionLost && stale < STALE_CONNECTIONS => {}
-                // So is one that was left in a failed transaction, which refuses even BEGIN.
-                Err(error) if is_aborted(&error) && stale < STALE_CONNECTIONS => {}
+                Err(error) if error.kind() == ErrorKind::ConnectionLost && stale < most => {}
+                // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something.
+                Err(error) if is_in_transaction(&error) && stale < most => {}
                 // Somebody deallocates prepared statements, or prepares some of our names.
-                Err(error) if is_unprepared(&error) && stale < STALE_CONNECTIONS => {
-                    self.known.stop_preparing()
-                }
+                Err(error) if is_unprepared(&error) && stale < most => self.known.stop_preparing(),
                 Err(error) => return Err(error),
             }
             tracing::debug!("a pool connection could not be used, taking another");

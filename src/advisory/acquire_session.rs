@@ -26,7 +26,7 @@ impl Advisory {
     /// Cancel safety: dropped at any point, what was sent is cancelled or unlocked in the background.
     pub(crate) async fn acquire_session(&self, request: Request) -> Result<SessionGuard, Error> {
         let deadline = Deadline::after(request.wait);
-        self.check_room(request.keys()).await?;
+        self.check_room(request.keys(), &deadline).await?;
         let locked = self.acquire_session_locks(request, &deadline, true).await?;
         self.guard(locked, &deadline).await
     }
@@ -39,7 +39,7 @@ impl Advisory {
         request: Request,
     ) -> Result<Option<SessionGuard>, Error> {
         let deadline = Deadline::after(request.lock_wait);
-        self.check_room(request.keys()).await?;
+        self.check_room(request.keys(), &deadline).await?;
         match self.try_session_locks(request, &deadline, true).await? {
             Some(locked) => self.guard(locked, &deadline).await.map(Some),
             None => Ok(None),

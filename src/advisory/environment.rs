@@ -111,7 +111,10 @@ impl Advisory {
         let keeps = match known {
             Some(keeps) => keeps,
             None => {
-                let keeps = self.pooler_keeps_sessions(session).await?;
+                let keeps = self
+                    .pooler_keeps_sessions(session)
+                    .await
+                    .map_err(|error| error.with_key(key))?;
                 *lock(&self.environment.keeps_sessions) = Some(keeps);
                 keeps
             }
@@ -132,23 +135,24 @@ impl Advisory {
         };
         for _ in 0..COMPARISONS {
             let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
-                // Not proven either way, so nothing to be learnt for the next time.
-                return Err(Error::new(ErrorKind::TransactionPooler).with_detail(
-                    "a pooler stands between, and the pool had no second connection to find out whether it keeps one \
-                     server session for each client; use a transaction lock or a larger pool",
-                ));
+                return Err(undecided());
             };
-            let before = pid_of(first).await?;
+            let before = within(pid_of(first)).await.ok_or_else(undecided)??;
             // In a transaction the second client keeps its backend while the first is asked again.
             let begin = sql::begin_transaction(&sql::Begin::default());
-            let (second, answer) = second.exchange(begin, Undo::rollback()).await;
+            let Some((second, answer)) = within(second.exchange(begin, Undo::rollback())).await
+            else {
+                return Err(undecided());
+            };
             let beside = sql::begun(&answer?).map(|begun| begun.pid);
-            let after = pid_of(first).await;
+            let after = within(pid_of(first)).await;
             let (second, answer) = second
                 .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
                 .await;
             answer?;
             second.give_back();
+            // No answer: the first client had no backend of its own any more, and there was none to be had.
+            let Some(after) = after else { return Ok(false) };
             let after = after?;
             if before != after || before == beside || after == beside {
                 return Ok(false);
@@ -162,27 +166,60 @@ impl Advisory {
     ///
     /// # Errors
     /// `OutOfLocks`, nothing taken.
-    pub(super) async fn check_room(&self, keys: &[LockKey]) -> Result<(), Error> {
-        if keys.len() < WORTH_COUNTING {
+    pub(super) async fn check_room(
+        &self,
+        keys: &[LockKey],
+        deadline: &Deadline,
+    ) -> Result<(), Error> {
+        if !is_worth_counting(keys) {
             return Ok(());
         }
-        let reply = self.connections.ask(sql::environment::LOCK_TABLE).await?;
-        let Some(table) = sql::environment::lock_table(&reply) else {
-            return Ok(());
-        };
-        let wanted = u64::try_from(keys.len()).unwrap_or(u64::MAX);
-        if table.taken.saturating_add(wanted) <= table.capacity {
-            return Ok(());
+        let mut dead = 0;
+        loop {
+            let session = self.connections.check_out(deadline).await?;
+            match check_room_on(&session, keys).await {
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionLost
+                        && dead <= self.connections.most() =>
+                {
+                    dead += 1
+                }
+                Err(error) if error.kind() != ErrorKind::OutOfLocks => return Err(error),
+                answer => {
+                    session.give_back();
+                    return answer;
+                }
+            }
         }
-        Err(Error::new(ErrorKind::OutOfLocks)
-            .with_key(&keys[0])
-            .with_detail(format!(
-                "{wanted} locks do not fit beside the {} of others in the server's lock table, which is made for {} \
-                 (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
-                 instance one for the whole set, or raise max_locks_per_transaction",
-                table.taken, table.capacity
-            )))
     }
+}
+
+/// Whether a set is so large that counting what is taken is worth its while.
+pub(super) fn is_worth_counting(keys: &[LockKey]) -> bool {
+    keys.len() >= WORTH_COUNTING
+}
+
+/// Compares a set of locks with what is free in the lock table.
+///
+/// # Errors
+/// `OutOfLocks`, and the connection's.
+pub(super) async fn check_room_on(session: &Session, keys: &[LockKey]) -> Result<(), Error> {
+    let reply = session.message(sql::environment::LOCK_TABLE).await?;
+    let Some(table) = sql::environment::lock_table(&reply) else {
+        return Ok(());
+    };
+    let wanted = u64::try_from(keys.len()).unwrap_or(u64::MAX);
+    if table.taken.saturating_add(wanted) <= table.capacity {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::OutOfLocks)
+        .with_key(&keys[0])
+        .with_detail(format!(
+            "{wanted} locks do not fit beside the {} that are taken in the server's lock table, which is made for {} \
+             (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
+             instance one for the whole set, or raise max_locks_per_transaction",
+            table.taken, table.capacity
+        )))
 }
 
 impl Environment {
@@ -198,6 +235,19 @@ impl Environment {
         }
         locking.insert(finding);
     }
+}
+
+/// Bounds one question to a pooler, which may have no backend to ask.
+async fn within<F: Future>(question: F) -> Option<F::Output> {
+    tokio::time::timeout(SECOND, question).await.ok()
+}
+
+/// Not proven either way, so nothing to be learnt for the next time.
+fn undecided() -> Error {
+    Error::new(ErrorKind::TransactionPooler).with_detail(
+        "a pooler stands between, and no second connection was to be had to find out whether it keeps one server session \
+         for each client; use a transaction lock or larger pools",
+    )
 }
 
 fn refused(key: &LockKey) -> Error {

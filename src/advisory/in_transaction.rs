@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use super::Request;
+use super::environment::{check_room_on, is_worth_counting};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
@@ -100,39 +101,36 @@ impl<'a> TxAdvisoryLock<'a> {
     /// # Cancel safety
     /// Dropped, the locks may have been taken; they end with the transaction.
     pub async fn try_acquire(self) -> Result<bool, Error> {
-        match self.checked()? {
-            Some((tx, request)) => Ok(try_once(tx, request).await?.is_ok()),
-            None => Ok(true),
-        }
+        let (tx, request) = self.checked()?;
+        Ok(try_once(tx, request).await?.is_ok())
     }
 
     async fn acquire(self) -> Result<(), Error> {
         let deadline = Deadline::after(self.wait);
-        let Some((tx, request)) = self.checked()? else {
-            return Ok(());
-        };
+        let (tx, request) = self.checked()?;
         match try_once(tx, request).await? {
             Ok(()) => Ok(()),
             Err((tx, request, timeouts)) => wait(tx, request, &timeouts, &deadline).await,
         }
     }
 
-    /// What is left to ask for; `None` if all of it is held.
-    fn checked(self) -> Result<Option<(&'a mut Tx, Request)>, Error> {
+    /// Refuses what would change the mode of a lock that is held.
+    ///
+    /// A lock that is held in the same mode is asked for again all the same: the server grants it at once, and it alone
+    /// knows whether a savepoint that was rolled back has returned it.
+    fn checked(self) -> Result<(&'a mut Tx, Request), Error> {
         let request = Request::new(self.keys, self.mode, self.wait)?;
-        for held in self.tx.held() {
-            if held.mode != self.mode && request.keys().iter().any(|key| key.same_lock(&held.key)) {
+        for key in request.keys() {
+            if let Some(held) = self.tx.mode_of(key).filter(|held| *held != self.mode) {
                 return Err(Error::config(format!(
-                    "held by this transaction as {} already, and a lock's mode is not changed while it is held; take it \
-                     as {} first",
-                    held.mode, self.mode
+                    "held on this connection as {held} already, and a lock's mode is not changed while it is held; take \
+                     it as {} first",
+                    self.mode
                 ))
-                .with_key(&held.key));
+                .with_key(key));
             }
         }
-        let held: Vec<LockKey> = self.tx.held_keys().cloned().collect();
-        let request = request.without(|key| held.iter().any(|held| held.same_lock(key)));
-        Ok(request.map(|request| (self.tx, request)))
+        Ok((self.tx, request))
     }
 }
 
@@ -149,15 +147,29 @@ impl<'a> IntoFuture for TxAdvisoryLock<'a> {
 type Busy<'a> = (&'a mut Tx, Request, Timeouts);
 
 async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>, Error> {
-    let sql = sql::advisory::try_in_transaction(request.locks());
-    let reply = tx
-        .session()
-        .message(&sql)
-        .await
-        .map_err(|error| request.error(classify(&error).kind()).with_source(error))?;
+    if is_worth_counting(request.keys()) {
+        check_room_on(tx.session(), request.keys()).await?;
+    }
+    let several = request.keys().len() > 1;
+    let sql = if several {
+        sql::advisory::try_at_savepoint(request.locks())
+    } else {
+        sql::advisory::try_in_transaction(request.locks())
+    };
+    let failed =
+        |error: tokio_postgres::Error| request.error(classify(&error).kind()).with_source(error);
+    let reply = tx.session().message(&sql).await.map_err(failed)?;
     let Some(tried) = sql::advisory::tried(&reply) else {
         return Err(no_answer(&request));
     };
+    if several {
+        let end = if tried.verdict == Verdict::Granted {
+            sql::advisory::KEEP_TRIED
+        } else {
+            sql::advisory::UNDO_TRIED
+        };
+        tx.session().message(end).await.map_err(failed)?;
+    }
     match tried.verdict {
         Verdict::Granted => {
             hold(tx, request);

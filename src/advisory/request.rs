@@ -53,7 +53,13 @@ impl Request {
                     ))
             })?;
         // A number and a name for it are one lock.
-        keys.dedup_by(|a, b| a.same_lock(b));
+        keys.dedup_by(|later, kept| {
+            let same = later.same_lock(kept);
+            if same && kept.name().is_none() {
+                std::mem::swap(later, kept);
+            }
+            same
+        });
         Ok(Self {
             keys,
             names,
@@ -87,12 +93,6 @@ impl Request {
             waiting: name,
             holding: name,
         }
-    }
-
-    /// Leaves out the keys that `drop` says; `None` if none is left.
-    pub(crate) fn without(mut self, drop: impl Fn(&LockKey) -> bool) -> Option<Self> {
-        self.keys.retain(|key| !drop(key));
-        (!self.keys.is_empty()).then_some(self)
     }
 
     /// The locks as a transaction holds them once they are granted.

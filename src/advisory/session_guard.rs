@@ -274,10 +274,10 @@ struct Loan<'a> {
 
 impl<'a> Loan<'a> {
     fn new(guard: &'a mut SessionGuard) -> Self {
-        let tx = guard
-            .session
-            .take()
-            .map(|session| Tx::new(session, Vec::new(), guard.call_site, guard.lock_wait));
+        let tx = guard.session.take().map(|session| {
+            let locks = guard.keys.iter().map(|key| (key.clone(), guard.mode));
+            Tx::new(session, Vec::new(), guard.call_site, guard.lock_wait).beside(locks)
+        });
         Self {
             guard,
             tx,
@@ -327,12 +327,16 @@ impl<'a> Loan<'a> {
         let kind = match classify(&error) {
             Failure::ConnectionLost | Failure::Driver => ErrorKind::CommitUnknown,
             failure => {
-                self.open = true;
+                // What failed may have been COMMIT itself, which leaves nothing to roll back.
+                let probe = self.session().message(sql::PROBE).await;
+                if probe.is_err_and(|error| classify(&error) == Failure::Aborted) {
+                    self.open = true;
+                }
                 failure.kind()
             }
         };
         let error = Error::new(kind)
-            .with_detail("commit failed")
+            .with_detail("commit failed, the transaction was rolled back")
             .with_source(error);
         if self.open {
             self.rollback().await;

@@ -265,7 +265,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "a measurement: run it alone, with --release --nocapture"]
     fn registering_is_fast() {
         let key = LockKey::from(("billing", "invoice:42"));
         let rounds = 1_000_000_u32;

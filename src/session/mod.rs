@@ -46,6 +46,8 @@ pub(crate) struct Session {
     unanswered: AtomicUsize,
     /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
     unwatched: AtomicBool,
+    /// A cancel is on its way that may hit any later statement.
+    doubtful: AtomicBool,
     /// A statement has failed at some time, or its end is not known.
     flawed: AtomicBool,
     /// The server's error since which nothing has succeeded.
@@ -90,8 +92,7 @@ impl Session {
 
     /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
     pub(crate) fn cancel_in_background(&self) {
-        // A statement that was given up is never answered to us: with the count above zero `give_back` closes.
-        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        self.doubtful.store(true, Ordering::Relaxed);
         let canceller = cancel::Canceller::of(self);
         drop(self.runtime.spawn(async move { canceller.cancel().await }));
     }
@@ -170,6 +171,8 @@ impl Session {
     /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
     /// first poll.
     pub(crate) fn queue(&self, sql: &str) {
+        // Nobody will see whether it fails.
+        self.flawed.store(true, Ordering::Relaxed);
         drop(exchange::poll_once(std::pin::pin!(
             self.client().batch_execute(sql)
         )));
@@ -182,7 +185,8 @@ impl Session {
 
     /// Back to the pool. Only for a session on which the server has answered that nothing of ours is left.
     pub(crate) fn give_back(mut self) {
-        if self.unanswered.load(Ordering::Relaxed) == 0 {
+        let unanswered = self.unanswered.load(Ordering::Relaxed);
+        if unanswered == 0 && !self.doubtful.load(Ordering::Relaxed) {
             drop(self.object.take());
         }
     }

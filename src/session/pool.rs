@@ -35,6 +35,11 @@ impl Connections {
         Arc::new(Self { pool, side })
     }
 
+    /// How many connections the pool may hold: as many of them may turn out to be dead before one is alive.
+    pub(crate) fn most(&self) -> usize {
+        self.pool.status().max_size
+    }
+
     pub(super) fn side(&self) -> Option<&Side> {
         self.side.as_ref()
     }
@@ -70,6 +75,7 @@ impl Connections {
             application_name: None,
             unanswered: AtomicUsize::new(0),
             unwatched: AtomicBool::new(false),
+            doubtful: AtomicBool::new(false),
             flawed: AtomicBool::new(false),
             failure: Mutex::new(None),
         })

@@ -267,6 +267,18 @@ pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
     sql
 }
 
+/// [`try_in_transaction`] for several locks: in a savepoint, so that those which were granted can be returned when one
+/// of them is busy.
+pub(crate) fn try_at_savepoint(locks: Locks<'_>) -> String {
+    format!("SAVEPOINT lockkeeper_wait; {}", try_in_transaction(locks))
+}
+
+/// Keeps what was granted since [`try_at_savepoint`].
+pub(crate) const KEEP_TRIED: &str = "RELEASE SAVEPOINT lockkeeper_wait";
+/// Returns it.
+pub(crate) const UNDO_TRIED: &str =
+    "ROLLBACK TO SAVEPOINT lockkeeper_wait; RELEASE SAVEPOINT lockkeeper_wait";
+
 /// `CASE … END`: what came of a try.
 fn push_verdict(sql: &mut String, locks: Locks<'_>, function: &str, ask: &Ask, unless: &str) {
     sql.push_str("CASE ");
@@ -322,17 +334,17 @@ enum Within {
 /// itself; set so before each lock of several, the sum of their waits stays within it.
 fn push_set_lock_timeout(sql: &mut String, wait: Duration, within: Within) {
     let wait = timeout_millis(wait);
-    let left = format!(
-        "({wait} OPERATOR(pg_catalog.-) (1000 OPERATOR(pg_catalog.*) pg_catalog.date_part('epoch', \
-         pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.statement_timestamp())))::pg_catalog.int4"
-    );
-    let left = match within {
-        Within::Nothing => left,
+    let whole = match within {
+        Within::Nothing => wait.to_string(),
         Within::StatementTimeout => format!(
-            "CASE WHEN pg_catalog.float8eq(was.statement_timeout, 0) THEN {left} ELSE pg_catalog.int4smaller({left}, \
+            "CASE WHEN pg_catalog.float8eq(was.statement_timeout, 0) THEN {wait} ELSE pg_catalog.int4smaller({wait}, \
              (800 OPERATOR(pg_catalog.*) was.statement_timeout)::pg_catalog.int4) END"
         ),
     };
+    let left = format!(
+        "({whole} OPERATOR(pg_catalog.-) (1000 OPERATOR(pg_catalog.*) pg_catalog.date_part('epoch', \
+         pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.statement_timestamp())))::pg_catalog.int4"
+    );
     let _ = write!(
         sql,
         "pg_catalog.set_config('lock_timeout', pg_catalog.int4larger(1, {left})::pg_catalog.text, true), "
@@ -356,10 +368,7 @@ pub(crate) fn wait_at_savepoint(locks: Locks<'_>, wait: Duration, timeouts: &Tim
 
 /// Undoes a [`wait_at_savepoint`] that failed, and asks who is in the way.
 pub(crate) fn undo_wait_at_savepoint(locks: Locks<'_>) -> String {
-    format!(
-        "ROLLBACK TO SAVEPOINT lockkeeper_wait; RELEASE SAVEPOINT lockkeeper_wait; {}",
-        super::blockers::of(locks)
-    )
+    format!("{UNDO_TRIED}; {}", super::blockers::of(locks))
 }
 
 /// [`wait_in_transaction`] once more after a wait that timed out and so aborted the transaction.
@@ -416,11 +425,11 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
         });
         return sql;
     }
-    // Several keys: tried in a transaction first, whose end returns those that were granted when one is busy.
+    // Several keys: tried as transaction locks first. The end of the message, which is its transaction, returns them,
+    // all that there is to return when one of them is busy.
     let several = locks.keys.len() > 1;
     let mut take = String::new();
     if several {
-        sql.push_str("BEGIN ISOLATION LEVEL READ COMMITTED; ");
         take_each(&mut take, locks);
     }
     let server = if let Ask::All { .. } = ask {
@@ -437,9 +446,6 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
         };
         push_verdict(sql, locks, function, ask, "");
     });
-    if several {
-        sql.push_str("; COMMIT");
-    }
     sql
 }
 
@@ -524,15 +530,13 @@ pub(crate) fn look_session(
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
 pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {
     let mut sql = begin.message();
-    sql.push_str("SELECT ");
-    for (n, key) in locks.keys.iter().enumerate() {
-        if n > 0 {
-            sql.push_str(", ");
-        }
-        call(&mut sql, "pg_advisory_xact_lock", locks.mode, key);
-        sql.push_str(" IS NULL");
+    for rows in KeyRows::of(locks.keys) {
+        sql.push_str("SELECT ");
+        rows.call(&mut sql, "pg_advisory_xact_lock", locks.mode);
+        sql.push(' ');
+        rows.from(&mut sql);
+        sql.push_str("; ");
     }
-    sql.push_str("; ");
     sql.push_str(&unlock(locks, None));
     sql
 }
@@ -570,12 +574,12 @@ pub(crate) fn unlock(locks: Locks<'_>, application_name: Option<&str>) -> String
 
 /// Returns those of the session locks that this backend holds, for a `try` whose answer nobody waited for.
 pub(crate) fn unlock_if_held(locks: Locks<'_>) -> String {
-    let mut sql = String::from("SELECT ");
+    let mut sql = String::new();
     for (n, key) in locks.keys.iter().enumerate() {
         if n > 0 {
-            sql.push_str(", ");
+            sql.push_str("; ");
         }
-        sql.push_str("CASE WHEN EXISTS (SELECT FROM ");
+        sql.push_str("SELECT CASE WHEN EXISTS (SELECT FROM ");
         super::blockers::rows_of(&mut sql, std::slice::from_ref(key));
         sql.push_str(
             " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) THEN ",

@@ -14,19 +14,19 @@ use crate::mode::AdvisoryMode;
 /// it names.
 pub(crate) fn of(locks: Locks<'_>) -> String {
     let mut sql = String::from(
-        "SELECT l.pid, p.gid, a.application_name, a.usename, a.state, l.mode, l.granted, \
+        "SELECT l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
+         JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
+         WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
+         a.application_name, a.usename, a.state, l.mode, l.granted, \
          pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS in_state, \
          pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS in_transaction, \
          pg_catalog.pg_backend_pid() AS self \
          FROM ",
     );
     rows_of(&mut sql, locks.keys);
-    // A prepared transaction's locks have no pid; pg_locks shows it as virtual transaction -1/xid (PostgreSQL's
-    // documentation, "pg_locks").
+    // A prepared transaction's locks have no pid, but they share a virtual transaction, and one of them is on its xid.
     sql.push_str(
         " LEFT JOIN pg_catalog.pg_stat_activity AS a ON pg_catalog.int4eq(a.pid, l.pid) \
-         LEFT JOIN pg_catalog.pg_prepared_xacts AS p ON l.pid IS NULL AND pg_catalog.texteq(l.virtualtransaction, \
-         pg_catalog.concat('-1/', p.transaction::pg_catalog.text)) \
          ORDER BY l.granted USING OPERATOR(pg_catalog.>), l.pid USING OPERATOR(pg_catalog.<)",
     );
     sql

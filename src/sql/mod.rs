@@ -18,6 +18,9 @@ use crate::deadline::timeout_millis;
 
 pub(crate) const ROLLBACK: &str = "ROLLBACK";
 
+/// Succeeds outside a transaction and in one that has not failed.
+pub(crate) const PROBE: &str = "SELECT";
+
 /// COMMIT of a transaction none of whose statements has failed.
 pub(crate) const COMMIT: &str = "COMMIT";
 
@@ -26,16 +29,14 @@ pub(crate) const COMMIT: &str = "COMMIT";
 /// is not run. (<https://github.com/rust-postgres/rust-postgres/issues/1334>; test `commit_of_an_aborted_transaction`.)
 pub(crate) const CHECK_AND_COMMIT: &str = "SELECT; COMMIT";
 
-/// A string literal that means the same whatever `standard_conforming_strings` is.
-///
-/// Callers pass text without backslashes or NUL: settings' values as the server gave them, and `application_name`s,
-/// which are reduced to plain ASCII when they are made.
+/// A string literal that means the same whatever `standard_conforming_strings` is. The server has no text with NUL in it.
 pub(crate) fn literal(text: &str) -> String {
-    debug_assert!(
-        !text.contains(['\\', '\0']),
-        "{text:?} has no plain literal"
-    );
-    format!("'{}'", text.replace(['\\', '\0'], "?").replace('\'', "''"))
+    let quoted = text.replace('\'', "''").replace('\0', "");
+    if quoted.contains('\\') {
+        format!("E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
 }
 
 /// What a transaction begins with: one message.
@@ -210,6 +211,7 @@ mod tests {
     #[test]
     fn literals_are_quoted() {
         assert_eq!(literal("o'clock"), "'o''clock'");
+        assert_eq!(literal(r"C:\o'jobs"), r"E'C:\\o''jobs'");
     }
 
     #[test]

@@ -19,7 +19,8 @@ impl Tx {
     /// cannot be released (a statement inside failed, and the closure returned `Ok` all the same).
     ///
     /// # Cancel safety
-    /// Dropped, the transaction is rolled back to the savepoint before anything else runs in it.
+    /// Dropped, the transaction is rolled back to the savepoint before anything else runs in it; dropped while the
+    /// savepoint is being released, after the closure has returned `Ok`, what was done inside stays.
     pub async fn savepoint<R, E, F>(&mut self, f: F) -> Result<R, E>
     where
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
@@ -40,6 +41,8 @@ impl Tx {
         match result {
             Ok(value) => {
                 let release = format!("RELEASE SAVEPOINT {}", inside.name);
+                // Cancel safety: on its way, it ends the savepoint; to undo it too would fail the transaction.
+                inside.ended = true;
                 match inside.tx.session().message(&release).await {
                     Ok(_) => {
                         inside.end(false);
@@ -58,11 +61,12 @@ impl Tx {
             }
             Err(error) => {
                 let failure = inside.tx.session().failure();
+                // Cancel safety: on its way, it need not be sent by a drop.
+                inside.end(true);
                 let undone = inside.tx.session().message(&undo).await;
                 // The undo succeeded, but the failure is the transaction's still: until another statement succeeds, the
                 // closure may be about to pass it on.
                 inside.tx.session().remember_failure(failure);
-                inside.end(true);
                 match undone {
                     Ok(_) => Err(error),
                     Err(lost) => {
@@ -114,6 +118,9 @@ impl Drop for Inside<'_> {
             let undo = self.undo();
             self.tx.session().queue(&undo);
             self.end(true);
+        } else if self.tx.depth() >= self.depth {
+            // Dropped while it was being released.
+            self.end(false);
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::call_site::CallSite;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
 use crate::session::{Connections, Session, Undo, query_methods};
 use crate::sql;
 
@@ -23,6 +24,8 @@ pub struct Tx {
     // Invariant: `Some` until the transaction ends; an open transaction is on it.
     session: Option<Session>,
     held: Vec<Held>,
+    /// Session locks on the same connection, which are not this transaction's.
+    beside: Vec<(LockKey, AdvisoryMode)>,
     depth: u32,
     call_site: Option<CallSite>,
     lock_wait: Duration,
@@ -46,6 +49,7 @@ impl Tx {
         Self {
             session: Some(session),
             held,
+            beside: Vec::new(),
             depth: 0,
             call_site,
             lock_wait,
@@ -81,12 +85,34 @@ impl Tx {
     }
 
     pub(crate) fn hold(&mut self, locks: impl IntoIterator<Item = Held>) {
-        self.held.extend(locks);
+        for lock in locks {
+            if !self.held.iter().any(|held| held.key.same_lock(&lock.key)) {
+                self.held.push(lock);
+            }
+        }
     }
 
     pub(crate) fn holding(mut self, locks: impl IntoIterator<Item = Held>) -> Self {
         self.hold(locks);
         self
+    }
+
+    /// Notes session locks that are held on the connection already.
+    pub(crate) fn beside(
+        mut self,
+        locks: impl IntoIterator<Item = (LockKey, AdvisoryMode)>,
+    ) -> Self {
+        self.beside.extend(locks);
+        self
+    }
+
+    /// How the key is held on this connection.
+    pub(crate) fn mode_of(&self, key: &LockKey) -> Option<AdvisoryMode> {
+        let held = self.held.iter().map(|held| (&held.key, held.mode));
+        let beside = self.beside.iter().map(|(key, mode)| (key, *mode));
+        held.chain(beside)
+            .find(|(held, _)| held.same_lock(key))
+            .map(|(_, mode)| mode)
     }
 
     pub(crate) fn depth(&self) -> u32 {
@@ -166,7 +192,7 @@ impl Tx {
             // An ERROR from COMMIT itself (a deferred constraint, a serialization failure): rolled back.
             failure => {
                 self.trace_end(&End::Rollback);
-                roll_back(session).await;
+                end_failed(session).await;
                 Err(self.about(
                     Error::new(failure.kind())
                         .with_detail("commit failed, the transaction was rolled back")
@@ -236,8 +262,16 @@ async fn roll_back(session: Session) {
     }
 }
 
-/// Connections of a pool that may turn out to be dead or dirty before that is an error.
-const STALE_CONNECTIONS: usize = 8;
+/// Ends what a failed COMMIT has left. Usually that is nothing, and then a ROLLBACK would be warned of in the server's
+/// log; but an error can have struck before COMMIT was run.
+async fn end_failed(session: Session) {
+    match session.exchange(sql::PROBE.to_owned(), Undo::Nothing).await {
+        (session, Ok(_)) => session.give_back(),
+        (session, Err(error)) if classify(&error) == Failure::Aborted => roll_back(session).await,
+        // Dropped, the session closes its connection.
+        _ => {}
+    }
+}
 
 /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
 ///
@@ -268,12 +302,12 @@ pub(crate) async fn open(
             // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
             // failed transaction, is replaced.
             Err(error) => match classify(&error) {
-                Failure::ConnectionLost | Failure::Aborted => error.into(),
+                Failure::ConnectionLost | Failure::Aborted | Failure::InTransaction => error.into(),
                 _ => return Err(error.into()),
             },
         };
         stale += 1;
-        if stale > STALE_CONNECTIONS {
+        if stale > connections.most() {
             return Err(error);
         }
         tracing::warn!(%error, "the pool gave a connection that cannot be used, closing it");

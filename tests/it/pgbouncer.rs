@@ -1,1 +1,959 @@
-//! (to be written)
+//! Through PgBouncer: what works in transaction mode works in full, and what cannot work is refused, never shared.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use lockkeeper::deadpool_postgres::Pool;
+use lockkeeper::tokio_postgres::{IsolationLevel, NoTls};
+use lockkeeper::{Error, ErrorKind, Keeper, KeeperBuilder, SessionGuard, Tx};
+use lockkeeper_testkit::{PgBouncer, PoolMode};
+use tokio::task::JoinHandle;
+
+use crate::common::{Scene, eventually};
+
+const SOON: Duration = Duration::from_secs(5);
+/// A bound for calls that must not hang; PgBouncer itself would let a client wait for two minutes.
+const BOUND: Duration = Duration::from_secs(8);
+
+/// A scene seen from behind a PgBouncer; the scene's own pool and observer go around it.
+struct Behind {
+    scene: Scene,
+    bouncer: PgBouncer,
+    pool: Pool,
+    keeper: Keeper,
+}
+
+impl Behind {
+    /// `None`, and reported, where there is no PgBouncer.
+    async fn new(
+        test: &str,
+        mode: PoolMode,
+        pool_size: usize,
+        settings: &[(&str, &str)],
+    ) -> Option<Self> {
+        let scene = Scene::new(4).await;
+        let server = scene.database.server();
+        let bouncer = match server.pgbouncer_with(mode, scene.database.name(), settings) {
+            Ok(bouncer) => bouncer,
+            Err(skip) => {
+                skip.report(&format!("pgbouncer::{test}"));
+                return None;
+            }
+        };
+        let pool = bouncer.pool(pool_size);
+        let keeper = Keeper::builder(pool.clone()).application("behind").build();
+        Some(Self {
+            scene,
+            bouncer,
+            pool,
+            keeper,
+        })
+    }
+
+    /// A keeper that knows nothing of the pooler yet, over a pool of its own.
+    fn fresh(&self, pool_size: usize) -> Keeper {
+        self.fresh_with(pool_size, |builder| builder)
+    }
+
+    fn fresh_with(
+        &self,
+        pool_size: usize,
+        configure: impl FnOnce(KeeperBuilder) -> KeeperBuilder,
+    ) -> Keeper {
+        configure(Keeper::builder(self.bouncer.pool(pool_size)).application("behind")).build()
+    }
+
+    /// No advisory lock, no open transaction, no name of ours on a backend, and both pools whole.
+    async fn nothing_left(&self) {
+        self.scene.nothing_left_within(SOON).await;
+        eventually(SOON, "a backend goes by our name still", async || {
+            let row = self.scene.observer.query_one(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                 AND application_name LIKE '%.rs:%'",
+                &[],
+            );
+            row.await.unwrap().get::<_, i64>(0) == 0
+        })
+        .await;
+        let all = async {
+            let mut objects = Vec::new();
+            for _ in 0..self.pool.status().max_size {
+                let object = self.pool.get().await.unwrap();
+                // By turns: a session pooler may have fewer backends than there are clients.
+                object.batch_execute("SELECT 1").await.unwrap();
+                objects.push(object);
+            }
+        };
+        tokio::time::timeout(SOON, all)
+            .await
+            .expect("the pool behind the pooler does not give all of its connections");
+    }
+}
+
+/// Ends in time, whatever it is.
+async fn bounded<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(BOUND, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what}: no end within {BOUND:?}"),
+    }
+}
+
+/// Keeps the pooler's backends busy from several clients until it is dropped.
+struct Load {
+    stop: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<u32>>,
+}
+
+impl Load {
+    fn start(behind: &Behind, clients: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let pool = behind.bouncer.pool(clients);
+        let tasks = (0..clients)
+            .map(|n| {
+                let (stop, pool) = (Arc::clone(&stop), pool.clone());
+                tokio::spawn(async move {
+                    let client = pool.get().await.unwrap();
+                    let mut statements = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        let sleep = format!("SELECT pg_sleep({})", 0.001 * (n % 3) as f64);
+                        client.batch_execute(&sleep).await.unwrap();
+                        statements += 1;
+                    }
+                    statements
+                })
+            })
+            .collect();
+        Self { stop, tasks }
+    }
+
+    async fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            assert!(task.await.unwrap() > 0, "no load");
+        }
+    }
+}
+
+// Transaction mode: what works.
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transaction_locks_exclude_and_are_freed_in_transaction_mode() {
+    let test = "transaction_locks_exclude_and_are_freed_in_transaction_mode";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 8, &[]).await else {
+        return;
+    };
+    let (a, b, direct) = (&behind.keeper, behind.fresh(4), &behind.scene.keeper);
+
+    // Two clients of the pooler, and one that goes around it.
+    let guard = a.advisory_lock("k").acquire().await.unwrap();
+    assert_eq!(
+        behind.scene.holders("k").await,
+        [guard.backend_pid().unwrap()]
+    );
+    assert!(b.advisory_lock("k").try_acquire().await.unwrap().is_none());
+    assert!(
+        direct
+            .advisory_lock("k")
+            .try_acquire()
+            .await
+            .unwrap()
+            .is_none()
+    );
+    let other = b.advisory_lock("other").acquire().await.unwrap();
+    assert_ne!(other.backend_pid(), guard.backend_pid());
+    let ran = b.try_with_advisory_lock("k", async |_| Ok::<_, Error>(()));
+    assert!(ran.await.unwrap().is_none());
+    guard.commit().await.unwrap();
+    let ran = b.try_with_advisory_lock("k", async |_| Ok::<_, Error>(1));
+    assert_eq!(ran.await.unwrap(), Some(1));
+    drop(other);
+    behind.nothing_left().await;
+
+    // Shared, and a set of keys in both key spaces.
+    let one = a.advisory_lock("k").shared().acquire().await.unwrap();
+    let two = b.advisory_lock("k").shared().acquire().await.unwrap();
+    assert!(a.advisory_lock("k").try_acquire().await.unwrap().is_none());
+    one.rollback().await;
+    drop(two);
+    let keys = || {
+        [
+            lockkeeper::LockKey::from(7),
+            lockkeeper::LockKey::from((1, 2)),
+            lockkeeper::LockKey::from("k"),
+        ]
+    };
+    let all = a.advisory_locks(keys()).acquire().await.unwrap();
+    assert_eq!(behind.scene.advisory_locks().await, 3);
+    for key in keys() {
+        let busy = b.advisory_lock(key).try_acquire().await.unwrap();
+        assert!(busy.is_none());
+    }
+    all.commit().await.unwrap();
+    behind.nothing_left().await;
+
+    // Inside a transaction, and inside a savepoint.
+    a.transaction(async |tx| {
+        tx.advisory_lock("k").await?;
+        assert!(b.advisory_lock("k").try_acquire().await?.is_none());
+        let inner = tx.savepoint(async |tx| {
+            tx.advisory_lock("inner").await?;
+            tx.batch_execute("SELECT 1/0").await?;
+            Ok::<_, Error>(())
+        });
+        assert!(inner.await.is_err());
+        assert!(b.advisory_lock("inner").try_acquire().await?.is_some());
+        Ok::<_, Error>(())
+    })
+    .await
+    .unwrap();
+    behind.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_counter_is_never_two_behind_a_pooler() {
+    let test = "a_counter_is_never_two_behind_a_pooler";
+    for backends in ["2", "20"] {
+        let settings = [("default_pool_size", backends), ("server_round_robin", "1")];
+        let Some(behind) = Behind::new(test, PoolMode::Transaction, 8, &settings).await else {
+            return;
+        };
+        let (inside, worst, done) = (
+            Arc::new(AtomicU32::new(0)),
+            Arc::new(AtomicU32::new(0)),
+            Arc::new(AtomicU32::new(0)),
+        );
+        let other = behind.fresh(4);
+        let tasks: Vec<_> = (0..60)
+            .map(|n| {
+                let keeper = match n % 3 {
+                    0 => behind.scene.keeper.clone(),
+                    1 => other.clone(),
+                    _ => behind.keeper.clone(),
+                };
+                let (inside, worst, done) =
+                    (Arc::clone(&inside), Arc::clone(&worst), Arc::clone(&done));
+                let section = async move |tx: &mut Tx| {
+                    let now = inside.fetch_add(1, Ordering::SeqCst) + 1;
+                    worst.fetch_max(now, Ordering::SeqCst);
+                    tx.batch_execute("SELECT pg_sleep(0.002)").await?;
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                    done.fetch_add(1, Ordering::SeqCst);
+                    Ok::<_, Error>(())
+                };
+                tokio::spawn(async move {
+                    if n % 2 == 0 {
+                        keeper.with_advisory_lock("counter", section).await
+                    } else {
+                        let mut guard = keeper
+                            .advisory_lock("counter")
+                            .wait(Duration::from_secs(30))
+                            .acquire()
+                            .await?;
+                        guard.savepoint(section).await?;
+                        guard.commit().await
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap().unwrap();
+        }
+        assert_eq!(worst.load(Ordering::SeqCst), 1, "{backends} backends");
+        assert_eq!(done.load(Ordering::SeqCst), 60);
+        behind.nothing_left().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deadlocks_are_retried_behind_a_pooler() {
+    let test = "deadlocks_are_retried_behind_a_pooler";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+        return;
+    };
+    behind
+        .scene
+        .observer
+        .batch_execute(
+            "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0), (2, 0)",
+        )
+        .await
+        .unwrap();
+    let runs = Arc::new(AtomicU32::new(0));
+    let met = Arc::new(tokio::sync::Barrier::new(2));
+    let tasks = [(1, 2), (2, 1)].map(|(first, second)| {
+        let keeper = behind.keeper.clone();
+        let (runs, met) = (Arc::clone(&runs), Arc::clone(&met));
+        tokio::spawn(async move {
+            keeper
+                .transaction(async move |tx| {
+                    let run = runs.fetch_add(1, Ordering::Relaxed);
+                    for id in [first, second] {
+                        let sql = format!("UPDATE t SET n = n + 1 WHERE id = {id}");
+                        tx.batch_execute(&sql).await?;
+                        if id == first && run < 2 {
+                            met.wait().await;
+                        }
+                    }
+                    Ok::<_, Error>(())
+                })
+                .await
+        })
+    });
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    assert_eq!(runs.load(Ordering::Relaxed), 3);
+    behind.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_timeout_behind_a_pooler_names_the_backend_that_blocks() {
+    let test = "a_timeout_behind_a_pooler_names_the_backend_that_blocks";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+        return;
+    };
+    let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
+    let other = behind.fresh(2);
+    for wait in [
+        Duration::ZERO,
+        Duration::from_millis(5),
+        Duration::from_millis(700),
+    ] {
+        let started = Instant::now();
+        let error = other
+            .advisory_lock("k")
+            .wait(wait)
+            .acquire()
+            .await
+            .unwrap_err();
+        assert!(started.elapsed() >= wait);
+        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+        assert_eq!(error.key().unwrap().name(), Some("k"));
+        let [blocker] = error.blockers() else {
+            panic!("{error}")
+        };
+        assert_eq!(
+            blocker.pid(),
+            guard.backend_pid(),
+            "the pooler's pid, not the server's"
+        );
+        let name = blocker.application_name().unwrap();
+        assert!(
+            name.starts_with("behind ") && name.contains("pgbouncer.rs:"),
+            "{name}"
+        );
+    }
+    let answer = other
+        .transaction(async |tx| {
+            let error = tx
+                .advisory_lock("k")
+                .wait(Duration::from_millis(20))
+                .await
+                .unwrap_err();
+            assert_eq!(error.blockers()[0].pid(), guard.backend_pid());
+            tx.batch_execute("SELECT 1").await?;
+            Ok::<_, Error>(())
+        })
+        .await;
+    answer.unwrap();
+    guard.commit().await.unwrap();
+    behind.nothing_left().await;
+}
+
+/// However the waiter got there, and whatever connection there is to cancel it with. Repeated: one cancel in six goes
+/// wrong when PgBouncer is asked to pass it on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
+    let test = "a_cancelled_wait_behind_a_pooler_leaves_no_waiter";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+        return;
+    };
+    let side = behind.scene.database.config();
+    // With a connection beside the pooler one connection of the pool is enough.
+    let keepers = [
+        ("pool", behind.fresh(3)),
+        (
+            "side",
+            behind.fresh_with(1, |builder| builder.side_connection(side, NoTls)),
+        ),
+    ];
+    let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
+    for round in 0..4 {
+        for (by, keeper) in &keepers {
+            for how in ["guard", "section", "inside"] {
+                let keeper = keeper.clone();
+                let wait = tokio::spawn(async move {
+                    let long = Duration::from_secs(60);
+                    match how {
+                        "guard" => drop(keeper.advisory_lock("k").wait(long).acquire().await),
+                        "section" => drop(
+                            keeper
+                                .with_advisory_lock("k", async |_| Ok::<_, Error>(()))
+                                .await,
+                        ),
+                        _ => drop(
+                            keeper
+                                .transaction(async move |tx| {
+                                    tx.advisory_lock("k").wait(long).await?;
+                                    Ok::<_, Error>(())
+                                })
+                                .await,
+                        ),
+                    }
+                });
+                let what = format!("{how} by {by}, round {round}");
+                let none = format!("{what}: nobody waits");
+                let waits = async || !behind.scene.waiters("k").await.is_empty();
+                eventually(SOON, &none, waits).await;
+                wait.abort();
+                drop(wait.await);
+                let left = format!("{what}: the waiter is left");
+                let gone = async || behind.scene.waiters("k").await.is_empty();
+                eventually(Duration::from_secs(2), &left, gone).await;
+                // The holder was not hit.
+                assert_eq!(
+                    behind.scene.holders("k").await,
+                    [guard.backend_pid().unwrap()],
+                    "{what}"
+                );
+            }
+        }
+    }
+    guard.execute_typed("SELECT 1", &[]).await.unwrap();
+    guard.commit().await.unwrap();
+    behind.nothing_left().await;
+    let log = behind.bouncer.log();
+    assert!(!log.contains("FATAL"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
+    let test = "dropping_a_guard_behind_a_pooler_frees_its_key";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &[]).await else {
+        return;
+    };
+    for what in ["idle", "failed", "asleep", "dropped query"] {
+        let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
+        let pid = guard.backend_pid().unwrap();
+        match what {
+            "failed" => assert!(guard.batch_execute("SELECT 1/0").await.is_err()),
+            "asleep" => {
+                let sleep = guard.batch_execute("SELECT pg_sleep(60)");
+                let sleep = tokio::time::timeout(Duration::from_millis(100), sleep);
+                assert!(sleep.await.is_err());
+            }
+            "dropped query" => {
+                let query = guard.query("SELECT pg_sleep(0)", &[]);
+                assert!(crate::common::poll_times_and_drop(query, 1).await.is_none());
+            }
+            _ => {}
+        }
+        assert_eq!(behind.scene.holders("k").await, [pid]);
+        drop(guard);
+        let left = format!("{what}: held after the drop");
+        let free = async || !behind.scene.is_held("k").await;
+        eventually(Duration::from_secs(2), &left, free).await;
+    }
+    behind.nothing_left().await;
+}
+
+/// Where the one backend is taken, a wait stands in the pooler's queue, where no `lock_timeout` counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_in_the_poolers_own_queue_ends_in_time() {
+    let test = "a_wait_in_the_poolers_own_queue_ends_in_time";
+    let one = [("default_pool_size", "1")];
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &one).await else {
+        return;
+    };
+    let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
+    for key in ["k", "free"] {
+        let started = Instant::now();
+        let wait = Duration::from_millis(200);
+        let lock = behind.keeper.advisory_lock(key).wait(wait);
+        let error = bounded(key, lock.acquire()).await.unwrap_err();
+        assert!(started.elapsed() < Duration::from_secs(5), "{error}");
+        assert_eq!(error.key().unwrap().name(), Some(key));
+        assert!(
+            error.is_retryable() || error.kind() == ErrorKind::Pool,
+            "{error}"
+        );
+    }
+    assert_eq!(
+        behind.scene.holders("k").await,
+        [guard.backend_pid().unwrap()]
+    );
+    guard.commit().await.unwrap();
+    behind.nothing_left().await;
+    behind
+        .keeper
+        .with_advisory_lock("k", async |_| Ok::<_, Error>(()))
+        .await
+        .unwrap();
+    behind.nothing_left().await;
+}
+
+/// With one backend for all, one after the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_tasks_share_one_backend() {
+    let test = "many_tasks_share_one_backend";
+    let one = [("default_pool_size", "1")];
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 8, &one).await else {
+        return;
+    };
+    let done = Arc::new(AtomicU32::new(0));
+    let tasks: Vec<_> = (0..24)
+        .map(|n| {
+            let (keeper, done) = (behind.keeper.clone(), Arc::clone(&done));
+            tokio::spawn(async move {
+                let section = async move |tx: &mut Tx| {
+                    tx.batch_execute("SELECT pg_sleep(0.001)").await?;
+                    done.fetch_add(1, Ordering::Relaxed);
+                    Ok::<_, Error>(())
+                };
+                if n % 2 == 0 {
+                    keeper.transaction(section).await
+                } else {
+                    keeper.with_advisory_lock("k", section).await
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        bounded("section", task).await.unwrap().unwrap();
+    }
+    assert_eq!(done.load(Ordering::Relaxed), 24);
+    behind.nothing_left().await;
+}
+
+// Transaction mode: what is refused.
+
+/// Asks for session locks in each way there is; `what` says where.
+async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for way in [
+        "session",
+        "try session",
+        "several",
+        "shared",
+        "repeatable read",
+        "try serializable",
+    ] {
+        // A new one each time: what a keeper has found out it need not find out again.
+        let keeper = behind.fresh(pool_size);
+        let one = || keeper.advisory_lock("k").wait(Duration::from_secs(2));
+        let asked = async {
+            match way {
+                "session" => one().session().acquire().await.map(Granted::Session),
+                "shared" => one()
+                    .shared()
+                    .session()
+                    .acquire()
+                    .await
+                    .map(Granted::Session),
+                "try session" => {
+                    let tried = one().session().try_acquire().await?;
+                    Ok(tried.map_or(Granted::Busy, Granted::Session))
+                }
+                "several" => {
+                    let several = keeper.advisory_locks(["k", "l"]).session().acquire();
+                    several.await.map(Granted::Session)
+                }
+                "repeatable read" => {
+                    let lock = one().isolation(IsolationLevel::RepeatableRead);
+                    lock.acquire().await.map(|_| Granted::Snapshot)
+                }
+                _ => {
+                    let lock = one().isolation(IsolationLevel::Serializable);
+                    Ok(lock
+                        .try_acquire()
+                        .await?
+                        .map_or(Granted::Busy, |_| Granted::Snapshot))
+                }
+            }
+        };
+        let started = Instant::now();
+        match tokio::time::timeout(BOUND, asked).await {
+            Err(_) => {
+                wrong.push(format!("{what}, {way}: no end within {BOUND:?}"));
+                return wrong;
+            }
+            Ok(Ok(granted)) => {
+                let shared = match granted {
+                    Granted::Session(guard) => behind.is_shared(guard).await,
+                    Granted::Busy | Granted::Snapshot => String::new(),
+                };
+                wrong.push(format!("{what}, {way}: granted {shared}"));
+            }
+            Ok(Err(error)) => {
+                if error.kind() != ErrorKind::TransactionPooler {
+                    wrong.push(format!("{what}, {way}: {error:?}"));
+                } else if error.key().and_then(|key| key.name()) != Some("k") {
+                    wrong.push(format!(
+                        "{what}, {way}: the error does not say which key: {error}"
+                    ));
+                } else if error.is_retryable() {
+                    wrong.push(format!("{what}, {way}: retryable: {error}"));
+                }
+                if started.elapsed() > Duration::from_secs(5) {
+                    wrong.push(format!(
+                        "{what}, {way}: refused after {:?}",
+                        started.elapsed()
+                    ));
+                }
+            }
+        }
+        // Whatever came of it, it is over.
+        behind.scene.nothing_left_within(SOON).await;
+    }
+    wrong
+}
+
+enum Granted {
+    Session(SessionGuard),
+    Snapshot,
+    Busy,
+}
+
+impl Behind {
+    /// What a session guard is worth that should not have been granted.
+    async fn is_shared(&self, guard: SessionGuard) -> String {
+        let held = self.scene.holders("k").await;
+        let asked = guard.query_typed("SELECT pg_backend_pid()", &[]);
+        let answers = match asked.await {
+            Ok(rows) => rows[0].get::<_, i32>(0),
+            Err(error) => return format!("and lost: {error:?}"),
+        };
+        let release = guard.release().await.err().map(|error| error.to_string());
+        format!("held by {held:?}, {answers} answers, release: {release:?}")
+    }
+}
+
+/// Opens all of the pooler's backends, so that it has a choice.
+async fn open_backends(behind: &Behind, backends: usize) {
+    let pool = behind.bouncer.pool(backends);
+    let mut objects = Vec::new();
+    for _ in 0..backends {
+        let object = pool.get().await.unwrap();
+        object.batch_execute("BEGIN").await.unwrap();
+        objects.push(object);
+    }
+    for object in objects {
+        object.batch_execute("COMMIT").await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_locks_are_refused_behind_an_idle_transaction_pooler() {
+    let test = "session_locks_are_refused_behind_an_idle_transaction_pooler";
+    let mut wrong = Vec::new();
+    for backends in [1, 2, 3, 20] {
+        let size = backends.to_string();
+        let settings = [("default_pool_size", size.as_str())];
+        let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+            return;
+        };
+        let what = format!("{backends} backends, one open");
+        wrong.extend(refused(&behind, &what, 4).await);
+        open_backends(&behind, backends).await;
+        let what = format!("{backends} backends, all open");
+        wrong.extend(refused(&behind, &what, 4).await);
+        behind.nothing_left().await;
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// By turns: a client that asks twice is answered by two backends, and two clients can meet the same ones again and
+/// again without ever meeting on one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_locks_are_refused_behind_a_transaction_pooler_that_takes_turns() {
+    let test = "session_locks_are_refused_behind_a_transaction_pooler_that_takes_turns";
+    let mut wrong = Vec::new();
+    for backends in [1, 2, 3, 4, 20] {
+        let size = backends.to_string();
+        let settings = [
+            ("default_pool_size", size.as_str()),
+            ("server_round_robin", "1"),
+        ];
+        let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+            return;
+        };
+        open_backends(&behind, backends).await;
+        let what = format!("{backends} backends by turns");
+        wrong.extend(refused(&behind, &what, 4).await);
+        behind.nothing_left().await;
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_locks_are_refused_behind_a_busy_transaction_pooler() {
+    let test = "session_locks_are_refused_behind_a_busy_transaction_pooler";
+    let mut wrong = Vec::new();
+    for (backends, clients) in [("1", 3), ("2", 4), ("4", 6), ("20", 8)] {
+        for turns in ["0", "1"] {
+            let settings = [
+                ("default_pool_size", backends),
+                ("server_round_robin", turns),
+            ];
+            let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+                return;
+            };
+            let load = Load::start(&behind, clients);
+            let what = format!("{backends} backends, {clients} clients, round robin {turns}");
+            for _ in 0..3 {
+                wrong.extend(refused(&behind, &what, 4).await);
+            }
+            load.stop().await;
+            behind.nothing_left().await;
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Without a second connection nothing can be proven, so nothing is granted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_locks_are_refused_behind_a_pooler_with_one_connection_in_the_pool() {
+    let test = "session_locks_are_refused_behind_a_pooler_with_one_connection_in_the_pool";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &[]).await else {
+        return;
+    };
+    let wrong = refused(&behind, "a pool of one", 1).await;
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    behind.nothing_left().await;
+}
+
+/// One keeper asked by many tasks at once: whatever it grants, it grants to one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
+    let test = "a_session_lock_is_never_shared_behind_a_transaction_pooler";
+    for (backends, turns) in [("1", "0"), ("2", "0"), ("2", "1"), ("20", "1")] {
+        let settings = [
+            ("default_pool_size", backends),
+            ("server_round_robin", turns),
+        ];
+        let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+            return;
+        };
+        let (inside, worst) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let keepers = [behind.fresh(8), behind.fresh(8)];
+        let tasks: Vec<_> = (0..16)
+            .map(|n| {
+                let keeper = keepers[n % 2].clone();
+                let (inside, worst) = (Arc::clone(&inside), Arc::clone(&worst));
+                tokio::spawn(async move {
+                    let lock = keeper.advisory_lock("k").wait(Duration::from_secs(1));
+                    match lock.session().acquire().await {
+                        Ok(guard) => {
+                            let now = inside.fetch_add(1, Ordering::SeqCst) + 1;
+                            worst.fetch_max(now, Ordering::SeqCst);
+                            tokio::time::sleep(Duration::from_millis(20)).await;
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                            drop(guard);
+                            None
+                        }
+                        Err(error) => Some(error),
+                    }
+                })
+            })
+            .collect();
+        let mut refusals = 0;
+        for task in tasks {
+            let error = bounded("a task", task).await.unwrap();
+            refusals += u32::from(error.is_some_and(|e| e.kind() == ErrorKind::TransactionPooler));
+        }
+        let worst = worst.load(Ordering::SeqCst);
+        assert!(
+            worst <= 1,
+            "{backends} backends, round robin {turns}: {worst} holders"
+        );
+        assert!(
+            refusals > 0,
+            "{backends} backends, round robin {turns}: none was refused"
+        );
+        behind.nothing_left().await;
+    }
+}
+
+// Session mode.
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_guards_work_behind_a_session_pooler() {
+    let test = "session_guards_work_behind_a_session_pooler";
+    let Some(behind) = Behind::new(test, PoolMode::Session, 4, &[]).await else {
+        return;
+    };
+    behind
+        .scene
+        .observer
+        .batch_execute("CREATE TABLE t (n int)")
+        .await
+        .unwrap();
+    let (a, b) = (&behind.keeper, behind.fresh(4));
+    let mut guard = a.advisory_lock("k").session().acquire().await.unwrap();
+    assert_eq!(
+        behind.scene.holders("k").await,
+        [guard.backend_pid().unwrap()]
+    );
+    let busy = b.advisory_lock("k").session().try_acquire().await.unwrap();
+    assert!(busy.is_none());
+    let error = b
+        .advisory_lock("k")
+        .wait(Duration::from_millis(30))
+        .session()
+        .acquire()
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LockTimeout);
+    assert_eq!(error.blockers()[0].pid(), guard.backend_pid());
+    guard
+        .transaction(async |tx| {
+            tx.batch_execute("INSERT INTO t VALUES (1)").await?;
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap();
+    assert!(behind.scene.is_held("k").await);
+
+    // A waiter gets it when it is released, a dropped one leaves.
+    let dropped = tokio::spawn({
+        let b = b.clone();
+        async move {
+            let lock = b.advisory_lock("k").wait(Duration::from_secs(60));
+            lock.session().acquire().await
+        }
+    });
+    let waits = async || !behind.scene.waiters("k").await.is_empty();
+    eventually(SOON, "nobody waits", waits).await;
+    dropped.abort();
+    drop(dropped.await);
+    let gone = async || behind.scene.waiters("k").await.is_empty();
+    eventually(Duration::from_secs(2), "the waiter is left", gone).await;
+    let waiter = tokio::spawn({
+        let b = b.clone();
+        async move {
+            let lock = b.advisory_lock("k").wait(Duration::from_secs(60));
+            lock.session().acquire().await
+        }
+    });
+    eventually(SOON, "nobody waits", waits).await;
+    guard.release().await.unwrap();
+    let guard = waiter.await.unwrap().unwrap();
+    assert_eq!(
+        behind.scene.holders("k").await,
+        [guard.backend_pid().unwrap()]
+    );
+    drop(guard);
+    let free = async || !behind.scene.is_held("k").await;
+    eventually(SOON, "held after the drop", free).await;
+    behind.nothing_left().await;
+
+    let several = a.advisory_locks(["k", "l"]).session().acquire().await;
+    let several = several.unwrap();
+    assert_eq!(behind.scene.advisory_locks().await, 2);
+    several.release().await.unwrap();
+    let lock = a
+        .advisory_lock("k")
+        .isolation(IsolationLevel::RepeatableRead);
+    let guard = lock.acquire().await.unwrap();
+    assert!(b.advisory_lock("k").try_acquire().await.unwrap().is_none());
+    guard.commit().await.unwrap();
+    behind.nothing_left().await;
+}
+
+/// A session pooler with one backend: the second client waits for the first one to leave, so nothing can be compared.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_pooler_without_a_second_backend_does_not_hang_a_session_lock() {
+    let test = "a_session_pooler_without_a_second_backend_does_not_hang_a_session_lock";
+    let one = [("default_pool_size", "1")];
+    let Some(behind) = Behind::new(test, PoolMode::Session, 2, &one).await else {
+        return;
+    };
+    let keeper = behind.fresh(2);
+    let lock = keeper.advisory_lock("k").wait(Duration::from_secs(1));
+    match bounded("a session lock", lock.session().acquire()).await {
+        Ok(guard) => guard.release().await.unwrap(),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::TransactionPooler, "{error:?}");
+            assert_eq!(error.key().and_then(|key| key.name()), Some("k"), "{error}");
+        }
+    }
+    drop(keeper);
+    behind.scene.nothing_left_within(SOON).await;
+}
+
+// Statement mode.
+
+/// PgBouncer refuses transactions there; what cannot be had is an error, with the pooler's words behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_statement_mode_everything_fails_clearly_and_leaks_nothing() {
+    let test = "in_statement_mode_everything_fails_clearly_and_leaks_nothing";
+    let Some(behind) = Behind::new(test, PoolMode::Statement, 4, &[]).await else {
+        return;
+    };
+    behind
+        .scene
+        .observer
+        .batch_execute("CREATE TABLE t (n int)")
+        .await
+        .unwrap();
+    let mut wrong = Vec::new();
+    for way in [
+        "transaction",
+        "with",
+        "guard",
+        "try",
+        "several",
+        "session",
+        "several session",
+        "snapshot",
+    ] {
+        let keeper = behind.fresh(4);
+        let body = async |tx: &mut Tx| {
+            tx.batch_execute("INSERT INTO t VALUES (1)").await?;
+            Ok::<_, Error>(())
+        };
+        let one = || keeper.advisory_lock("k").wait(Duration::from_secs(1));
+        let several = || {
+            keeper
+                .advisory_locks(["k", "l"])
+                .wait(Duration::from_secs(1))
+        };
+        let asked = async {
+            match way {
+                "transaction" => keeper.transaction(body).await,
+                "with" => keeper.with_advisory_lock("k", body).await,
+                "guard" => one().acquire().await.map(drop),
+                "try" => one().try_acquire().await.map(drop),
+                "several" => several().acquire().await.map(drop),
+                "session" => one().session().acquire().await.map(drop),
+                "several session" => several().session().acquire().await.map(drop),
+                _ => {
+                    let lock = one().isolation(IsolationLevel::RepeatableRead);
+                    lock.acquire().await.map(drop)
+                }
+            }
+        };
+        match bounded(way, asked).await {
+            Ok(()) => wrong.push(format!("{way}: granted")),
+            Err(error) => {
+                let mut text = error.to_string();
+                let mut next = std::error::Error::source(&error);
+                while let Some(source) = next {
+                    text = format!("{text}: {source}");
+                    next = source.source();
+                }
+                if !text.contains("pool") {
+                    wrong.push(format!("{way}: does not say why: {text}"));
+                }
+            }
+        }
+        behind.scene.nothing_left_within(SOON).await;
+    }
+    let row = behind
+        .scene
+        .observer
+        .query_one("SELECT count(*) FROM t", &[]);
+    assert_eq!(row.await.unwrap().get::<_, i64>(0), 0);
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

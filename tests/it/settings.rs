@@ -371,7 +371,7 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
     hold_plainly(&holder, "busy").await;
-    let before = settings_of(&*scene.pool.get().await.unwrap()).await;
+    let before = settings_of(&scene.pool.get().await.unwrap()).await;
     let options = TransactionOptions::new().statement_timeout(Duration::from_millis(250));
     let in_vain = AtomicBool::new(false);
     let section = scene.keeper.transaction_with(options, async |tx| {
@@ -426,7 +426,7 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
     };
     let (done, ()) = tokio::join!(section, release);
     done.unwrap();
-    let after = settings_of(&*scene.pool.get().await.unwrap()).await;
+    let after = settings_of(&scene.pool.get().await.unwrap()).await;
     assert_eq!(difference(&before, &after), [""; 0]);
     scene.nothing_left().await;
 }
@@ -492,9 +492,7 @@ async fn settings_are_the_same_after_every_cancellation() {
                     "guard" => given_up(lock.acquire(), polls).await,
                     "try" => given_up(lock.try_acquire(), polls).await,
                     "session" => given_up(lock.session().acquire(), polls).await,
-                    "session try" => {
-                        given_up(lock.session().try_acquire(), polls).await
-                    }
+                    "session try" => given_up(lock.session().try_acquire(), polls).await,
                     "snapshot" => {
                         let lock = lock.isolation(IsolationLevel::Serializable);
                         given_up(lock.acquire(), polls).await;

@@ -1,1 +1,701 @@
-//! (to be written)
+//! Bounded waits: they end when they should, say who was in the way, and leave nothing held.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use lockkeeper::{
+    AdvisoryMode, Error, ErrorKind, Keeper, LockKey, SessionGuard, TransactionOptions, XactGuard,
+};
+use tokio_postgres::{Client, IsolationLevel};
+
+use crate::cancel_safety::Dice;
+use crate::common::{Scene, eventually};
+
+const SOON: Duration = Duration::from_secs(3);
+const LONG: Duration = Duration::from_secs(3600);
+const DAYS: Duration = Duration::from_secs(30 * 24 * 3600);
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// Either guard.
+#[allow(dead_code, reason = "held, and dropped")]
+enum Guard {
+    Xact(XactGuard),
+    Session(SessionGuard),
+}
+
+impl Guard {
+    fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Xact(guard) => guard.backend_pid(),
+            Self::Session(guard) => guard.backend_pid(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Xact,
+    Session,
+    /// A transaction lock before a REPEATABLE READ snapshot: waited for as a session lock.
+    Snapshot,
+    /// In a transaction that has begun.
+    Later,
+}
+
+const SCOPES: [Scope; 4] = [Scope::Xact, Scope::Session, Scope::Snapshot, Scope::Later];
+
+/// Takes a key in one of the ways there are.
+async fn take(keeper: &Keeper, scope: Scope, key: LockKey, wait: Duration) -> Result<Guard, Error> {
+    let lock = keeper.advisory_lock(key.clone()).wait(wait);
+    match scope {
+        Scope::Xact => lock.acquire().await.map(Guard::Xact),
+        Scope::Session => lock.session().acquire().await.map(Guard::Session),
+        Scope::Snapshot => {
+            let lock = lock.isolation(IsolationLevel::RepeatableRead);
+            lock.acquire().await.map(Guard::Xact)
+        }
+        Scope::Later => {
+            let own = keeper.advisory_lock(("timeouts", "own")).shared();
+            let mut guard = own.acquire().await?;
+            guard.advisory_lock(key).wait(wait).await?;
+            Ok(Guard::Xact(guard))
+        }
+    }
+}
+
+/// Somebody without this crate who holds a key until the client is dropped or unlocks, and the pid.
+async fn holder(scene: &Scene, key: &LockKey) -> (Client, i32) {
+    let client = scene.database.connect().await;
+    let sql = format!(
+        "SELECT pg_backend_pid() FROM (SELECT pg_advisory_lock({})) AS l",
+        as_sql(key)
+    );
+    let pid = client.query_one(&sql, &[]).await.unwrap().get(0);
+    (client, pid)
+}
+
+fn as_sql(key: &LockKey) -> String {
+    match key.as_i32_pair() {
+        Some((a, b)) => format!("({a})::int4, ({b})::int4"),
+        None => format!("({})::int8", key.as_i64().unwrap()),
+    }
+}
+
+#[track_caller]
+fn timed_out(outcome: Result<Guard, Error>) -> Error {
+    let Err(error) = outcome else {
+        panic!("granted what somebody else holds");
+    };
+    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+    error
+}
+
+/// Overshoots of waits that were to take `asked`: none is early, the best is on time, none is late beyond what a slow
+/// machine does.
+#[track_caller]
+fn assert_on_time(asked: Duration, took: &[Duration], what: &str) {
+    for took in took {
+        assert!(
+            *took >= asked,
+            "{what}: ended after {took:?}, before its {asked:?}"
+        );
+        assert!(
+            *took < asked + SOON,
+            "{what}: ended after {took:?} instead of {asked:?}"
+        );
+    }
+    let best = took.iter().min().unwrap();
+    assert!(
+        *best <= asked + ms(50),
+        "{what}: at best it ended after {best:?} instead of {asked:?}"
+    );
+}
+
+/// Runs `call` a few times, as long as none was on time.
+async fn time(asked: Duration, what: &str, mut call: impl AsyncFnMut()) {
+    let mut took = Vec::new();
+    for _ in 0..5 {
+        let started = Instant::now();
+        call().await;
+        took.push(started.elapsed());
+        if took.iter().any(|took| *took <= asked + ms(50)) {
+            break;
+        }
+    }
+    assert_on_time(asked, &took, what);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_timeout_names_the_key_the_wait_and_the_holder() {
+    let scene = Scene::new(4).await;
+    let key = LockKey::from(("timeouts", "invoice:42"));
+    let asked = ms(120);
+    for (held, state) in [
+        (Scope::Xact, "idle in transaction"),
+        (Scope::Session, "idle"),
+        (Scope::Snapshot, "idle in transaction"),
+        (Scope::Later, "idle in transaction"),
+    ] {
+        let guard = take(&scene.keeper, held, key.clone(), LONG).await.unwrap();
+        let pid = guard.pid().unwrap();
+        assert_eq!(scene.holders(key.clone()).await, [pid]);
+        for scope in SCOPES {
+            let what = format!("{scope:?} against {held:?}");
+            time(asked, &what, async || {
+                let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
+                assert_eq!(error.key(), Some(&key));
+                let waited = error.waited().unwrap();
+                assert!(waited >= asked, "{what}: {waited:?}");
+                let [blocker] = error.blockers() else {
+                    panic!("{what}: {:?}", error.blockers());
+                };
+                assert_eq!(blocker.pid(), Some(pid), "{what}");
+                assert!(blocker.is_holder(), "{what}");
+                assert_eq!(blocker.mode(), AdvisoryMode::Exclusive, "{what}");
+                assert_eq!(blocker.state(), Some(state), "{what}");
+                assert!(blocker.in_state().is_some(), "{what}");
+                assert!(blocker.user().is_some(), "{what}");
+                assert_eq!(blocker.prepared_transaction(), None, "{what}");
+                let name = blocker.application_name().unwrap();
+                assert!(name.starts_with("test "), "{what}: {name}");
+                assert!(name.contains("tests/it/timeouts.rs:"), "{what}: {name}");
+                let text = error.to_string();
+                for part in [
+                    "invoice:42",
+                    "tests/it/timeouts.rs:",
+                    &pid.to_string(),
+                    state,
+                ] {
+                    assert!(text.contains(part), "{what}: {part} is not in {text}");
+                }
+                assert!(!text.contains('\n'), "{text}");
+                assert!(error.is_retryable());
+            })
+            .await;
+        }
+        drop(guard);
+        scene.nothing_left().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_holders_call_site_is_the_line_that_asked_for_the_lock() {
+    let scene = Scene::new(3).await;
+    let (lock, line) = (scene.keeper.advisory_lock("timeouts: line"), line!());
+    let guard = lock.acquire().await.unwrap();
+    let error = scene
+        .keeper
+        .advisory_lock("timeouts: line")
+        .wait(ms(5))
+        .acquire()
+        .await
+        .unwrap_err();
+    let name = error.blockers()[0].application_name().unwrap();
+    assert_eq!(name, format!("test tests/it/timeouts.rs:{line}"));
+    drop(guard);
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waits_end_at_the_time_asked_for_and_never_before() {
+    let scene = Scene::new(4).await;
+    let key = LockKey::from(501);
+    let (_holder, pid) = holder(&scene, &key).await;
+    // The long ones are longer than a slice, and than the server's deadlock_timeout of a second.
+    let waits = [0, 400, 1_000, 7_000, 499_000, 501_000, 1_700_000, 2_300_000];
+    for scope in SCOPES {
+        for asked in waits.map(Duration::from_micros) {
+            time(asked, &format!("{scope:?}"), async || {
+                let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
+                assert_eq!(error.blockers()[0].pid(), Some(pid), "{scope:?} {asked:?}");
+            })
+            .await;
+            assert_eq!(
+                scene.waiters(key.clone()).await,
+                [0; 0],
+                "{scope:?} {asked:?}"
+            );
+            assert_eq!(
+                scene.holders(key.clone()).await,
+                [pid],
+                "{scope:?} {asked:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sections_time_out_by_the_keepers_wait() {
+    let asked = ms(130);
+    let scene = Scene::with(3, |builder| builder.lock_wait(asked)).await;
+    let key = LockKey::from(502);
+    let (_holder, pid) = holder(&scene, &key).await;
+    time(asked, "with_advisory_lock", async || {
+        let section = scene.keeper.with_advisory_lock(key.clone(), async |_| {
+            panic!("run without the lock");
+            #[allow(unreachable_code, reason = "says the type")]
+            Ok::<(), Error>(())
+        });
+        let error = section.await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+        assert_eq!(error.key(), Some(&key));
+        assert_eq!(error.blockers()[0].pid(), Some(pid));
+    })
+    .await;
+    time(asked, "transaction", async || {
+        let options = TransactionOptions::new().attempts(1);
+        let key = &key;
+        let transaction = scene
+            .keeper
+            .transaction_with(options, async |tx| tx.advisory_lock(key).await);
+        let error: Error = transaction.await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+        assert_eq!(error.blockers()[0].pid(), Some(pid));
+    })
+    .await;
+    let tried = scene
+        .keeper
+        .try_with_advisory_lock(key, async |_| Ok::<_, Error>(()));
+    assert!(tried.await.unwrap().is_none());
+}
+
+/// Several keys, each held by somebody else, and one of them released while the others are waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_keys_share_one_total_wait() {
+    let scene = Scene::new(3).await;
+    let keys: Vec<LockKey> = (503..507).map(LockKey::from).collect();
+    for session in [false, true] {
+        let asked = ms(400);
+        time(asked, &format!("session {session}"), async || {
+            let mut holders = Vec::new();
+            for key in &keys {
+                holders.push(holder(&scene, key).await);
+            }
+            let last = holders.last().unwrap().1;
+            let locks = scene.keeper.advisory_locks(&keys).wait(asked);
+            let wait = async {
+                if session {
+                    locks.session().acquire().await.map(Guard::Session)
+                } else {
+                    locks.acquire().await.map(Guard::Xact)
+                }
+            };
+            let release = async {
+                // The first three one after another, so that each next wait begins anew.
+                for _ in 0..3 {
+                    tokio::time::sleep(ms(100)).await;
+                    drop(holders.remove(0));
+                }
+            };
+            let (outcome, ()) = tokio::join!(wait, release);
+            let error = timed_out(outcome);
+            assert_eq!(error.blockers().len(), 1, "{error}");
+            assert_eq!(error.blockers()[0].pid(), Some(last));
+            for key in &keys[..3] {
+                assert!(!scene.is_held(key.clone()).await, "{key} is still held");
+            }
+            drop(holders);
+            scene.nothing_left_within(SOON).await;
+        })
+        .await;
+    }
+}
+
+/// Waits so short that the timeout meets the grant, again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tiny_waits_from_sixteen_tasks_never_leave_a_lock_behind() {
+    // More connections than tasks: a dropped guard's is back a moment later.
+    let scene = Scene::new(24).await;
+    let key = LockKey::from(508);
+    let inside = Arc::new(AtomicUsize::new(0));
+    let granted = Arc::new(AtomicUsize::new(0));
+    let refused = Arc::new(AtomicUsize::new(0));
+    let until = Instant::now() + Duration::from_secs(10);
+    let tasks = (0..16).map(|seed| {
+        let keeper = scene.keeper.clone();
+        let key = key.clone();
+        let (inside, granted, refused) = (inside.clone(), granted.clone(), refused.clone());
+        tokio::spawn(async move {
+            let mut dice = Dice(seed);
+            let scopes = [Scope::Xact, Scope::Session, Scope::Session, Scope::Snapshot];
+            while Instant::now() < until {
+                let scope = scopes[usize::try_from(dice.below(4)).unwrap()];
+                let wait = ms(1) + dice.duration(ms(2));
+                match take(&keeper, scope, key.clone(), wait).await {
+                    Ok(guard) => {
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two holders");
+                        tokio::time::sleep(dice.duration(ms(3))).await;
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        drop(guard);
+                        granted.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+                        assert!(error.waited().unwrap() >= wait, "{error}");
+                        refused.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    let (granted, refused) = (
+        granted.load(Ordering::Relaxed),
+        refused.load(Ordering::Relaxed),
+    );
+    assert!(
+        granted > 100 && refused > 100,
+        "{granted} granted, {refused} refused"
+    );
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waits_without_an_end_are_granted_when_the_holder_goes() {
+    let scene = Scene::new(3).await;
+    let key = LockKey::from((5, 9));
+    for wait in [DAYS, Duration::from_millis(u64::MAX), Duration::MAX] {
+        for scope in SCOPES {
+            let free = take(&scene.keeper, scope, key.clone(), wait).await.unwrap();
+            assert_eq!(scene.holders(key.clone()).await, [free.pid().unwrap()]);
+            drop(free);
+            let gone = async || !scene.is_held(key.clone()).await;
+            eventually(SOON, "not released", gone).await;
+            let (client, _) = holder(&scene, &key).await;
+            let (keeper, theirs) = (scene.keeper.clone(), key.clone());
+            let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, wait).await });
+            let waits = async || scene.waiters(key.clone()).await.len() == 1;
+            eventually(SOON, "nobody waits", waits).await;
+            drop(client);
+            let guard = tokio::time::timeout(SOON, waiter).await;
+            let guard = guard.expect("not granted").unwrap().unwrap();
+            assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
+            drop(guard);
+            scene.nothing_left().await;
+        }
+    }
+    let forever = Scene::with(1, |builder| builder.lock_wait(Duration::MAX)).await;
+    let section = forever
+        .keeper
+        .with_advisory_lock(key, async |_| Ok::<_, Error>(7));
+    assert_eq!(section.await.unwrap(), 7);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_exhausted_pool_is_said_in_time() {
+    let scene = Scene::new(2).await;
+    let taken = [
+        scene.pool.get().await.unwrap(),
+        scene.pool.get().await.unwrap(),
+    ];
+    for asked in [ms(0), ms(150), ms(800)] {
+        for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
+            time(asked, &format!("{scope:?} {asked:?}"), async || {
+                let Err(error) = take(&scene.keeper, scope, LockKey::from(510), asked).await else {
+                    panic!("no connection could be had");
+                };
+                assert_eq!(error.kind(), ErrorKind::Pool, "{error:?}");
+                assert_eq!(error.key(), Some(&LockKey::from(510)), "{error}");
+            })
+            .await;
+        }
+    }
+    drop(taken);
+    scene.nothing_left().await;
+}
+
+/// A transaction waits for a connection as long as the keeper waits for locks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_on_an_exhausted_pool_says_so_in_time() {
+    let asked = ms(150);
+    let scene = Scene::with(1, |builder| builder.lock_wait(asked)).await;
+    let taken = scene.pool.get().await.unwrap();
+    time(asked, "transaction", async || {
+        let transaction = scene.keeper.transaction(async |_| Ok::<_, Error>(()));
+        let error = transaction.await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Pool, "{error:?}");
+    })
+    .await;
+    time(asked, "try_acquire", async || {
+        let tried = scene.keeper.advisory_lock(511).try_acquire().await;
+        assert_eq!(tried.unwrap_err().kind(), ErrorKind::Pool);
+    })
+    .await;
+    drop(taken);
+}
+
+/// Two waiters of a keeper wait at the server, the others in line in the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
+    let scene = Scene::new(5).await;
+    let key = LockKey::from(512);
+    let (client, pid) = holder(&scene, &key).await;
+    let crowd: Vec<_> = (0..4)
+        .map(|_| {
+            let lock = scene.keeper.advisory_lock(512).wait(LONG);
+            tokio::spawn(async move { drop(lock.acquire().await.unwrap()) })
+        })
+        .collect();
+    let two_wait = async || scene.waiters(key.clone()).await.len() == 2;
+    eventually(SOON, "the crowd does not wait", two_wait).await;
+    let asked = ms(250);
+    for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
+        time(asked, &format!("{scope:?}"), async || {
+            let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
+            assert_eq!(error.key(), Some(&key));
+            assert!(error.waited().unwrap() >= asked);
+            // The crowd may be listed too: it queues ahead.
+            let holders: Vec<_> = error.blockers().iter().filter(|b| b.is_holder()).collect();
+            assert_eq!(holders.len(), 1, "{error}");
+            assert_eq!(holders[0].pid(), Some(pid), "{error}");
+            for waiter in error.blockers().iter().filter(|b| !b.is_holder()) {
+                let name = waiter.application_name().unwrap();
+                assert!(name.contains("tests/it/timeouts.rs:"), "{name}");
+            }
+        })
+        .await;
+    }
+    // With no connection left to look with it is in time all the same.
+    let rest = join_all((0..3).map(|_| scene.pool.get())).await;
+    for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
+        time(
+            asked,
+            &format!("{scope:?} without a connection"),
+            async || {
+                let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
+                assert_eq!(error.key(), Some(&key));
+            },
+        )
+        .await;
+    }
+    drop(rest);
+    drop(client);
+    for waiter in crowd {
+        let waiter = tokio::time::timeout(SOON, waiter).await;
+        waiter.expect("a waiter is stuck").unwrap();
+    }
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
+    let scene = Scene::new(4).await;
+    let key = LockKey::from(513);
+    // A login takes long too.
+    scene.pool_is_whole_within(SOON).await;
+    let (client, _) = holder(&scene, &key).await;
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let mut crowd = Vec::new();
+    for n in 0..12 {
+        let lock = scene.keeper.advisory_lock(&key).wait(LONG);
+        let order = order.clone();
+        crowd.push(tokio::spawn(async move {
+            let guard = lock.acquire().await.unwrap();
+            order.lock().unwrap().push(n);
+            // Long enough for the next one to have joined the server's queue.
+            tokio::time::sleep(ms(20)).await;
+            guard.commit().await.unwrap();
+        }));
+        let expected = (n + 1).min(2);
+        let stand = async || scene.waiters(key.clone()).await.len() == expected;
+        eventually(SOON, "it does not wait", stand).await;
+        // Those in the line of the process cannot be seen from outside.
+        tokio::time::sleep(ms(15)).await;
+    }
+    drop(client);
+    for waiter in crowd {
+        waiter.await.unwrap();
+    }
+    let order = order.lock().unwrap().clone();
+    assert_eq!(order.len(), 12);
+    // Two at a time stand at the server, where they may change places between two slices.
+    for (place, n) in order.iter().enumerate() {
+        assert!(place.abs_diff(*n) <= 2, "{order:?}");
+    }
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepared_transaction_in_the_way_is_named_without_a_pid() {
+    let scene = Scene::new(2).await;
+    let key = LockKey::from(514);
+    let client = scene.database.connect().await;
+    let gid = format!("timeouts-{}", scene.database.name());
+    client
+        .batch_execute(&format!(
+            "BEGIN; SELECT pg_advisory_xact_lock(514); PREPARE TRANSACTION '{gid}'"
+        ))
+        .await
+        .unwrap();
+    drop(client);
+    for scope in SCOPES {
+        let error = timed_out(take(&scene.keeper, scope, key.clone(), ms(20)).await);
+        let [blocker] = error.blockers() else {
+            panic!("{:?}", error.blockers());
+        };
+        assert_eq!(blocker.pid(), None);
+        assert_eq!(blocker.prepared_transaction(), Some(gid.as_str()));
+        assert_eq!((blocker.state(), blocker.application_name()), (None, None));
+        assert!(blocker.is_holder());
+        assert!(error.to_string().contains(&gid), "{error}");
+    }
+    let end = format!("ROLLBACK PREPARED '{gid}'");
+    scene.observer.batch_execute(&end).await.unwrap();
+    scene.nothing_left().await;
+}
+
+/// What a role may not see is unknown, not something else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_without_privileges_is_told_what_it_may_see_and_nothing_wrong() {
+    let scene = Scene::new(2).await;
+    let key = LockKey::from(515);
+    let role = format!("nobody_{}", scene.database.name());
+    let create = format!("CREATE ROLE {role} LOGIN PASSWORD 'secret'");
+    scene.observer.batch_execute(&create).await.unwrap();
+    let mut config = scene.database.config();
+    config.user(&role).password("secret");
+    let manager = deadpool_postgres::Manager::new(config, tokio_postgres::NoTls);
+    let pool = deadpool_postgres::Pool::builder(manager)
+        .max_size(2)
+        .build()
+        .unwrap();
+    let keeper = Keeper::new(pool.clone());
+
+    let guard = scene.keeper.advisory_lock(&key).acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    for scope in SCOPES {
+        let error = timed_out(take(&keeper, scope, key.clone(), ms(20)).await);
+        let [blocker] = error.blockers() else {
+            panic!("{:?}", error.blockers());
+        };
+        assert_eq!(blocker.pid(), pid);
+        let name = blocker.application_name().unwrap();
+        assert!(name.contains("tests/it/timeouts.rs:"), "{name}");
+        assert_eq!(blocker.state(), None);
+        assert_eq!(blocker.in_state(), None);
+        assert_eq!(blocker.in_transaction(), None);
+        if let Some(user) = blocker.user() {
+            let own = scene.database.config();
+            assert_eq!(Some(user), own.get_user());
+        }
+        let text = error.to_string();
+        assert!(
+            text.contains("state hidden") && !text.contains("idle"),
+            "{text}"
+        );
+    }
+    // Its own backends it sees whole.
+    let own = keeper.advisory_lock(516).acquire().await.unwrap();
+    let error = timed_out(take(&keeper, Scope::Xact, LockKey::from(516), ms(20)).await);
+    assert_eq!(error.blockers()[0].state(), Some("idle in transaction"));
+    drop((own, guard));
+    scene.nothing_left().await;
+    pool.close();
+    let gone = format!("DROP ROLE {role}");
+    let dropped = async || scene.observer.batch_execute(&gone).await.is_ok();
+    eventually(SOON, "the role cannot be dropped", dropped).await;
+}
+
+/// The server's own limits are shorter than the wait asked for: the wait counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_is_as_long_as_asked_for_whatever_the_sessions_timeouts_are() {
+    let scene = Scene::new(2).await;
+    let name = scene.database.name();
+    let set = format!(
+        "ALTER DATABASE {name} SET lock_timeout = '30ms'; \
+         ALTER DATABASE {name} SET statement_timeout = '90ms'"
+    );
+    scene.observer.batch_execute(&set).await.unwrap();
+    let key = LockKey::from(517);
+    let (_holder, pid) = holder(&scene, &key).await;
+    let asked = ms(400);
+    for scope in SCOPES {
+        time(asked, &format!("{scope:?}"), async || {
+            let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
+            assert_eq!(error.blockers()[0].pid(), Some(pid));
+        })
+        .await;
+    }
+    assert_eq!(scene.show("lock_timeout").await, "30ms");
+    assert_eq!(scene.show("statement_timeout").await, "90ms");
+}
+
+/// One hundred tasks under one key on a pool of eight, and somebody else's work on the same pool meanwhile.
+async fn a_hundred_tasks(scope: Scope) {
+    let scene = Scene::new(8).await;
+    let key = LockKey::from(518);
+    let counter = Arc::new(AtomicUsize::new(0));
+    let started = Instant::now();
+    let tasks: Vec<_> = (0..100)
+        .map(|_| {
+            let (keeper, key, counter) = (scene.keeper.clone(), key.clone(), counter.clone());
+            tokio::spawn(async move {
+                let guard = take(&keeper, scope, key, Duration::from_secs(60))
+                    .await
+                    .unwrap();
+                assert_eq!(counter.fetch_add(1, Ordering::SeqCst), 0, "two holders");
+                tokio::time::sleep(ms(5)).await;
+                counter.fetch_sub(1, Ordering::SeqCst);
+                drop(guard);
+            })
+        })
+        .collect();
+    let over = Arc::new(AtomicBool::new(false));
+    let other = tokio::spawn({
+        let (pool, over) = (scene.pool.clone(), over.clone());
+        async move {
+            let mut latencies = Vec::new();
+            while !over.load(Ordering::Relaxed) {
+                let asked = Instant::now();
+                let object = pool.get().await.unwrap();
+                object.batch_execute("SELECT 1").await.unwrap();
+                drop(object);
+                latencies.push(asked.elapsed());
+                tokio::time::sleep(ms(2)).await;
+            }
+            latencies
+        }
+    });
+    for task in join_all(tasks).await {
+        task.unwrap();
+    }
+    let took = started.elapsed();
+    over.store(true, Ordering::Relaxed);
+    let mut latencies = other.await.unwrap();
+    latencies.sort();
+    let median = latencies[latencies.len() / 2];
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    assert!(
+        latencies.len() > 10,
+        "other work stood still: {latencies:?}"
+    );
+    assert!(median < ms(100), "other work took {median:?}");
+    let longest = latencies.last().unwrap();
+    assert!(
+        *longest < Duration::from_secs(2),
+        "other work took {longest:?}"
+    );
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_tasks_under_one_lock_are_never_two_inside() {
+    a_hundred_tasks(Scope::Xact).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_tasks_under_one_session_lock_are_never_two_inside() {
+    a_hundred_tasks(Scope::Session).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_tasks_before_a_snapshot_are_never_two_inside() {
+    a_hundred_tasks(Scope::Snapshot).await;
+}
