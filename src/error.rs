@@ -361,6 +361,11 @@ pub(crate) fn is_in_transaction(error: &Error) -> bool {
         || *code == SqlState::ACTIVE_SQL_TRANSACTION)
 }
 
+/// Whether the server cannot do at all what was asked.
+pub(crate) fn is_not_supported(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)
+}
+
 /// Whether a statement that should have been prepared was not, or the other way round.
 pub(crate) fn is_unprepared(error: &Error) -> bool {
     matches!(error.sqlstate(), Some(code) if *code == SqlState::INVALID_SQL_STATEMENT_NAME

@@ -12,12 +12,16 @@ const UPDATE: &str = "UPDATE account SET balance = balance + 1 WHERE id = $1";
 const LOCK: &str = "SELECT pg_advisory_xact_lock($1)";
 const SESSION_LOCK: &str = "SELECT pg_advisory_lock($1)";
 const SESSION_UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
+/// What is said of a call that [`Case::is_for`] excludes.
+const NOT_MADE: &str = "this call is not made by this peer";
 /// The key where a peer takes a number and not a name.
 const KEY: i64 = 42;
 
 /// A call, nobody else wanting its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Case {
+    /// The least that can be asked: what one round trip costs here.
+    Nothing,
     /// `with_advisory_lock` around the SELECT of one row.
     LockedSelect,
     /// `with_advisory_lock` around the UPDATE of one row.
@@ -36,7 +40,8 @@ pub enum Case {
 
 impl Case {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::Nothing,
         Self::LockedSelect,
         Self::LockedUpdate,
         Self::AcquireCommit,
@@ -50,6 +55,7 @@ impl Case {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Nothing => "an empty statement: one round trip",
             Self::LockedSelect => "`with_advisory_lock`, one SELECT in it",
             Self::LockedUpdate => "`with_advisory_lock`, one UPDATE in it",
             Self::AcquireCommit => "`acquire`, `commit`",
@@ -64,6 +70,7 @@ impl Case {
     #[must_use]
     pub fn id(self) -> &'static str {
         match self {
+            Self::Nothing => "empty_statement",
             Self::LockedSelect => "with_advisory_lock_select",
             Self::LockedUpdate => "with_advisory_lock_update",
             Self::AcquireCommit => "acquire_commit",
@@ -74,10 +81,14 @@ impl Case {
         }
     }
 
-    /// Whether the peer has such a thing: by hand there is no guard to drop.
+    /// Whether the peer has such a thing: by hand there is no guard to drop, and nobody else is asked for nothing.
     #[must_use]
     pub fn is_for(self, peer: Peer) -> bool {
-        !(self == Self::SessionDropped && peer == Peer::ByHand)
+        match self {
+            Self::Nothing => peer == Peer::ByHand,
+            Self::SessionDropped => peer != Peer::ByHand,
+            _ => true,
+        }
     }
 
     /// Those that have such a thing.
@@ -89,7 +100,7 @@ impl Case {
         match self {
             Self::LockedSelect | Self::TransactionSelect => Some(SELECT),
             Self::LockedUpdate | Self::TransactionUpdate => Some(UPDATE),
-            Self::AcquireCommit | Self::Session | Self::SessionDropped => None,
+            _ => None,
         }
     }
 }
@@ -139,6 +150,7 @@ impl Pools {
     async fn lockkeeper(&self, case: Case, turn: u32) -> Result<(), Failure> {
         let row = Peer::Lockkeeper.row();
         match case {
+            Case::Nothing => return Err(NOT_MADE.into()),
             Case::LockedSelect => {
                 self.keeper
                     .with_advisory_lock("invoice:42", async |tx| {
@@ -196,6 +208,7 @@ impl Pools {
         let row = Peer::ByHand.row();
         let mut client = self.by_hand.get().await?;
         match case {
+            Case::Nothing => client.batch_execute("").await?,
             Case::LockedSelect | Case::LockedUpdate | Case::AcquireCommit => {
                 client.batch_execute("BEGIN").await?;
                 let lock = client.prepare_cached(LOCK).await?;
@@ -215,7 +228,7 @@ impl Pools {
                 let unlock = client.prepare_cached(SESSION_UNLOCK).await?;
                 client.execute(&unlock, &[&KEY]).await?;
             }
-            Case::SessionDropped => return Err("there is no guard to drop".into()),
+            Case::SessionDropped => return Err(NOT_MADE.into()),
             Case::TransactionSelect => {
                 let tx = client.transaction().await?;
                 let statement = tx.prepare_cached(SELECT).await?;
@@ -236,6 +249,7 @@ impl Pools {
         let row = peer.row();
         let pool = self.sqlx(peer);
         match case {
+            Case::Nothing => return Err(NOT_MADE.into()),
             Case::Session => {
                 let lock = &self.sqlx_locks[0];
                 lock.acquire(pool.acquire().await?)

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use super::environment::Scope;
+use super::environment::check_locking;
 use super::gate::Turn;
 use super::{Advisory, Request};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify, is_in_transaction, is_unprepared};
-use crate::session::{Reply, Session, Undo};
+use crate::error::{
+    Error, ErrorKind, Failure, classify, is_in_transaction, is_not_supported, is_unprepared,
+};
+use crate::session::{Reply, Scope, Session, Undo};
 use crate::sql;
 use crate::sql::advisory::{Ask, Server, Tried, Verdict};
 use crate::transaction::Tx;
@@ -180,6 +182,15 @@ impl Advisory {
                 Err(error) if is_in_transaction(&error) && stale < most => {}
                 // Somebody deallocates prepared statements, or prepares some of our names.
                 Err(error) if is_unprepared(&error) && stale < most => self.known.stop_preparing(),
+                // A standby refuses to begin a SERIALIZABLE transaction.
+                Err(error) if is_not_supported(&error) => {
+                    let reply = self.connections.ask(sql::environment::IN_RECOVERY).await?;
+                    return Err(if sql::environment::in_recovery(&reply) {
+                        standby(request).with_source(error)
+                    } else {
+                        error
+                    });
+                }
                 Err(error) => return Err(error),
             }
             tracing::debug!("a pool connection could not be used, taking another");
@@ -303,8 +314,14 @@ impl Advisory {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
         }
         let tx = Tx::new(session, Vec::new(), request.call_site, request.lock_wait);
-        self.check_locking(tx.session(), Scope::Transaction, tried, request.locks())
-            .await?;
+        let server = self.known.server(tx.session(), tried);
+        check_locking(
+            tx.session(),
+            Scope::Transaction,
+            server.as_ref(),
+            request.locks(),
+        )
+        .await?;
         Ok(tx.holding(request.into_held(0)))
     }
 

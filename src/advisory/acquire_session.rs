@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::acquire::{no_answer, slice, standby, timed_out};
-use super::environment::Scope;
+use super::environment::check_locking;
 use super::gate::Turn;
 use super::{Advisory, Request, SessionGuard};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
-use crate::session::{Reply, Session, Undo};
+use crate::session::{Reply, Scope, Session, Undo};
 use crate::sql;
 use crate::sql::advisory::{Ask, Locks, Names, Tried, Verdict};
 
@@ -57,8 +57,14 @@ impl Advisory {
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());
         let guard = SessionGuard::new(session, request, name);
-        self.check_locking(guard.session(), Scope::Session, &tried, guard.locks())
-            .await?;
+        let server = self.known.server(guard.session(), &tried);
+        check_locking(
+            guard.session(),
+            Scope::Session,
+            server.as_ref(),
+            guard.locks(),
+        )
+        .await?;
         Ok(guard)
     }
 

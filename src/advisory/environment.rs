@@ -1,17 +1,18 @@
 //! Whether the server is one on which advisory locks mean what they say. Asked once for a server.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio_postgres::IsolationLevel;
 
 use super::Advisory;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Session, Undo};
+use crate::session::{Connections, Scope, Session, Undo};
 use crate::sql;
-use crate::sql::advisory::{Ask, Locks, Tried, Verdict};
+use crate::sql::advisory::{Ask, Locks, Server, Verdict};
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
@@ -20,85 +21,70 @@ const WORTH_COUNTING: usize = 128;
 /// How often two sessions are compared before they count as kept apart.
 const COMPARISONS: usize = 3;
 
-/// Which of the server's functions a finding is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Scope {
-    Transaction,
-    Session,
+/// Checks, the first time on a server, that the locks just granted to `session` are there.
+///
+/// An engine whose lock functions do nothing shows nothing in `pg_locks`. One that locks and does not show it is told
+/// apart by a second session, which must be refused what the first one holds.
+///
+/// # Errors
+/// `NoAdvisoryLocks`.
+pub(super) async fn check_locking(
+    session: &Session,
+    scope: Scope,
+    server: Option<&Server>,
+    locks: Locks<'_>,
+) -> Result<(), Error> {
+    let Some(server) = server else { return Ok(()) };
+    let findings = session.connections().findings();
+    if findings.locks(scope, &server.identity) {
+        return Ok(());
+    }
+    let reply = session
+        .message(&sql::advisory::shown_in_pg_locks(locks))
+        .await?;
+    let shown = sql::rows(&reply).any(|row| sql::is_true(row, "shown"));
+    if !shown && !excludes_a_second(session.connections(), locks.keys).await? {
+        return Err(Error::new(ErrorKind::NoAdvisoryLocks)
+            .with_key(&locks.keys[0])
+            .with_detail(
+                "the server granted one exclusive lock to two sessions; it must not be relied on, use row locks on this \
+                 engine",
+            ));
+    }
+    findings.learn_locks(scope, &server.identity);
+    Ok(())
 }
 
-/// What has been found out.
-#[derive(Debug, Default)]
-pub(crate) struct Environment {
-    /// Servers, by the start of their postmaster, whose locks were seen to lock.
-    locking: Mutex<HashSet<(Scope, Arc<str>)>>,
-    /// Whether the pooler in front keeps one server session for each client.
-    keeps_sessions: Mutex<Option<bool>>,
+/// Whether a second session is refused a key that the first one holds. `false` where there is no second one to ask: what
+/// cannot be shown to lock is not relied on.
+async fn excludes_a_second(
+    connections: &Arc<Connections>,
+    keys: &[LockKey],
+) -> Result<bool, Error> {
+    let Ok(second) = connections.check_out(&Deadline::after(SECOND)).await else {
+        return Ok(false);
+    };
+    let locks = Locks {
+        keys: &keys[..1],
+        mode: AdvisoryMode::Exclusive,
+    };
+    // Whatever the session's default isolation is: the verdict is about the lock alone.
+    let begin = sql::Begin {
+        isolation: Some(IsolationLevel::ReadCommitted),
+        ..sql::Begin::default()
+    };
+    let sql = sql::advisory::begin_and_try(&begin, locks, &Ask::All { login_pid: None });
+    let (second, answer) = second.exchange(sql, Undo::rollback()).await;
+    let tried = sql::advisory::tried(&answer?);
+    let (second, answer) = second
+        .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
+        .await;
+    answer?;
+    second.give_back();
+    Ok(tried.is_some_and(|tried| tried.verdict == Verdict::Busy))
 }
 
 impl Advisory {
-    /// Checks, the first time on a server, that the locks just granted to `session` are there.
-    ///
-    /// An engine whose lock functions do nothing shows nothing in `pg_locks`. One that locks and does not show it is
-    /// told apart by a second session, which must be refused what the first one holds.
-    ///
-    /// # Errors
-    /// `NoAdvisoryLocks`.
-    pub(super) async fn check_locking(
-        &self,
-        session: &Session,
-        scope: Scope,
-        tried: &Tried,
-        locks: Locks<'_>,
-    ) -> Result<(), Error> {
-        let Some(server) = self.known.server(session, tried) else {
-            return Ok(());
-        };
-        let finding = (scope, server.identity);
-        if self.environment.knows(&finding) {
-            return Ok(());
-        }
-        let reply = session
-            .message(&sql::advisory::shown_in_pg_locks(locks))
-            .await?;
-        let shown = sql::rows(&reply).any(|row| sql::is_true(row, "shown"));
-        if !shown && !self.excludes_a_second(locks.keys).await? {
-            return Err(Error::new(ErrorKind::NoAdvisoryLocks)
-                .with_key(&locks.keys[0])
-                .with_detail(
-                    "the server granted one exclusive lock to two sessions; it must not be relied on, \
-                     use row locks on this engine",
-                ));
-        }
-        self.environment.learn(finding);
-        Ok(())
-    }
-
-    /// Whether a second session is refused a key that the first one holds. `false` where there is no second one to ask:
-    /// what cannot be shown to lock is not relied on.
-    async fn excludes_a_second(&self, keys: &[LockKey]) -> Result<bool, Error> {
-        let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
-            return Ok(false);
-        };
-        let locks = Locks {
-            keys: &keys[..1],
-            mode: AdvisoryMode::Exclusive,
-        };
-        let sql = sql::advisory::begin_and_try(
-            &sql::Begin::default(),
-            locks,
-            &Ask::All { login_pid: None },
-        );
-        let (second, answer) = second.exchange(sql, Undo::rollback()).await;
-        let tried = sql::advisory::tried(&answer?);
-        let (second, answer) = second
-            .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
-            .await;
-        answer?;
-        second.give_back();
-        Ok(tried.is_some_and(|tried| tried.verdict == Verdict::Busy))
-    }
-
     /// Checks that session locks may be taken through the pooler that `session` goes through.
     ///
     /// Two clients that are both open, and are both served by one backend, prove that the pooler gives a server session
@@ -107,15 +93,15 @@ impl Advisory {
     /// # Errors
     /// `TransactionPooler`, where that is proven, and where there is no second connection to find out with.
     pub(super) async fn check_pooler(&self, session: &Session, key: &LockKey) -> Result<(), Error> {
-        let known = *lock(&self.environment.keeps_sessions);
-        let keeps = match known {
+        let findings = self.connections.findings();
+        let keeps = match findings.keeps_sessions() {
             Some(keeps) => keeps,
             None => {
                 let keeps = self
                     .pooler_keeps_sessions(session)
                     .await
                     .map_err(|error| error.with_key(key))?;
-                *lock(&self.environment.keeps_sessions) = Some(keeps);
+                findings.learn_keeps_sessions(keeps);
                 keeps
             }
         };
@@ -222,21 +208,6 @@ pub(super) async fn check_room_on(session: &Session, keys: &[LockKey]) -> Result
         )))
 }
 
-impl Environment {
-    fn knows(&self, finding: &(Scope, Arc<str>)) -> bool {
-        lock(&self.locking).contains(finding)
-    }
-
-    fn learn(&self, finding: (Scope, Arc<str>)) {
-        let mut locking = lock(&self.locking);
-        // Servers come and go with failovers; a handful is remembered.
-        if locking.len() >= 64 {
-            locking.clear();
-        }
-        locking.insert(finding);
-    }
-}
-
 /// Bounds one question to a pooler, which may have no backend to ask.
 async fn within<F: Future>(question: F) -> Option<F::Output> {
     tokio::time::timeout(SECOND, question).await.ok()
@@ -252,8 +223,4 @@ fn undecided() -> Error {
 
 fn refused(key: &LockKey) -> Error {
     Error::new(ErrorKind::TransactionPooler).with_key(key)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

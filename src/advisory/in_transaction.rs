@@ -5,15 +5,18 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use super::Request;
-use super::environment::{check_room_on, is_worth_counting};
+use super::environment::{check_locking, check_room_on, is_worth_counting};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::Session;
+use crate::session::{Scope, Session};
 use crate::sql;
-use crate::sql::advisory::{Timeouts, Verdict};
+use crate::sql::advisory::{Server, Timeouts, Verdict};
 use crate::transaction::Tx;
+
+const LONGEST_SLICE: Duration = Duration::from_secs(2);
+const SHORTEST_SLICE: Duration = Duration::from_millis(50);
 
 /// Locks to be taken in a transaction that has begun: awaited, it waits for them.
 ///
@@ -48,7 +51,8 @@ impl Tx {
     ///
     /// # SQL
     /// `SELECT pg_try_advisory_xact_lock(…)`, one round trip when it is free. When it is not, the wait is one more
-    /// message, in a savepoint of its own and under a `lock_timeout` of the whole wait.
+    /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout` (at most two
+    /// seconds), again and again until the wait is over.
     ///
     /// # Errors
     /// [`LockTimeout`](ErrorKind::LockTimeout) with the blockers: the transaction stays usable.
@@ -110,7 +114,9 @@ impl<'a> TxAdvisoryLock<'a> {
         let (tx, request) = self.checked()?;
         match try_once(tx, request).await? {
             Ok(()) => Ok(()),
-            Err((tx, request, timeouts)) => wait(tx, request, &timeouts, &deadline).await,
+            Err((tx, request, server, timeouts)) => {
+                wait(tx, request, server.as_ref(), &timeouts, &deadline).await
+            }
         }
     }
 
@@ -144,7 +150,7 @@ impl<'a> IntoFuture for TxAdvisoryLock<'a> {
 }
 
 /// A lock that was busy, with all that is needed to wait for it.
-type Busy<'a> = (&'a mut Tx, Request, Timeouts);
+type Busy<'a> = (&'a mut Tx, Request, Option<Server>, Timeouts);
 
 async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>, Error> {
     if is_worth_counting(request.keys()) {
@@ -172,11 +178,13 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
     }
     match tried.verdict {
         Verdict::Granted => {
+            check_locking(tx.session(), Scope::Transaction, tried.server.as_ref(), request.locks()).await?;
             hold(tx, request);
             Ok(Ok(()))
         }
+        Verdict::Snapshot if request.keys().iter().all(|key| tx.mode_of(key).is_some()) => Ok(Ok(())),
         Verdict::Busy => match tried.timeouts {
-            Some(timeouts) => Ok(Err((tx, request, timeouts))),
+            Some(timeouts) => Ok(Err((tx, request, tried.server, timeouts))),
             None => Err(no_answer(&request)),
         },
         Verdict::Snapshot => Err(request.error(ErrorKind::Config).with_detail(
@@ -193,14 +201,29 @@ fn no_answer(request: &Request) -> Error {
         .with_detail("no answer to a lock request")
 }
 
+/// How long to wait at the server at a time, in a transaction that holds other locks: long enough for the server to find
+/// a deadlock, short enough that a waiter whose process was killed does not stand in the queue for long.
+fn slice(server: Option<&Server>) -> Duration {
+    server.map_or(LONGEST_SLICE, |server| {
+        (server.deadlock_timeout * 2).clamp(SHORTEST_SLICE, LONGEST_SLICE)
+    })
+}
+
 async fn wait(
     tx: &mut Tx,
     request: Request,
+    server: Option<&Server>,
     timeouts: &Timeouts,
     deadline: &Deadline,
 ) -> Result<(), Error> {
-    if !deadline.has_passed() {
-        let sql = sql::advisory::wait_at_savepoint(request.locks(), deadline.remaining(), timeouts);
+    let mut after_timeout = false;
+    while !deadline.has_passed() {
+        let slice = deadline.remaining().min(slice(server));
+        let sql = if after_timeout {
+            sql::advisory::wait_at_savepoint_again(request.locks(), slice, timeouts)
+        } else {
+            sql::advisory::wait_at_savepoint(request.locks(), slice, timeouts)
+        };
         // Cancel safety: a waiter nobody waits for is cancelled, by the drop of this.
         let cancel = scopeguard::guard(tx.session(), Session::cancel_in_background);
         let answer = tx.session().message(&sql).await;
@@ -215,9 +238,11 @@ async fn wait(
                 .with_waited(deadline.waited())
                 .with_source(error));
         }
-    } else {
+        after_timeout = true;
+    }
+    if !after_timeout {
         // No wait at all: only the savepoint that is gone back to below.
-        tx.session().message("SAVEPOINT lockkeeper_wait").await?;
+        tx.session().message(sql::advisory::MARK).await?;
     }
     let reply = tx
         .session()

@@ -30,7 +30,6 @@ use crate::session::Connections;
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
     gate: gate::Gate,
-    environment: environment::Environment,
     known: known::Known,
 }
 
@@ -39,7 +38,6 @@ impl Advisory {
         Arc::new(Self {
             connections,
             gate: gate::Gate::default(),
-            environment: environment::Environment::default(),
             known: known::Known::default(),
         })
     }

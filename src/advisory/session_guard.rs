@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Request;
+use crate::call_site::CallSite;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
 use crate::key::names::Registration;
@@ -38,7 +39,7 @@ pub struct SessionGuard {
     _names: Vec<Registration>,
     /// The session's own `application_name`, to be put back.
     application_name: Option<String>,
-    call_site: Option<crate::CallSite>,
+    call_site: Option<CallSite>,
     lock_wait: Duration,
     since: Instant,
 }
@@ -134,7 +135,8 @@ impl SessionGuard {
     /// held: somebody else may have held it since. Nothing is left to release then.
     ///
     /// # Cancel safety
-    /// Once polled, the release goes on in the background if this is dropped.
+    /// Once polled, the release goes on in the background if this is dropped. So it does when a statement whose future
+    /// was dropped is still running on the guard's connection: it is cancelled, and the connection closed.
     pub async fn release(mut self) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
         let Some(session) = self.session.take() else {
@@ -144,8 +146,12 @@ impl SessionGuard {
             return Err(lost);
         }
         let undo = Undo::After(after_unlock(self.application_name.clone()));
-        let (session, answer) = session.exchange(self.release_sql(), undo).await;
         self.trace_end();
+        let Some((session, answer)) = session.exchange(self.release_sql(), undo).or_detach().await
+        else {
+            // The background cancels what is still running and closes the connection, and with it the locks go.
+            return Ok(());
+        };
         match answer {
             Ok(reply) if !unlocked(&reply) => Err(lost),
             Ok(reply) => {
@@ -299,7 +305,7 @@ impl<'a> Loan<'a> {
     }
 
     async fn begin(&mut self) -> Result<(), Error> {
-        match self.session().message("BEGIN").await {
+        match self.session().message(sql::BEGIN).await {
             Ok(_) => return Ok(()),
             // A failed transaction was left open before: it is ended, and this one begun.
             Err(error) if classify(&error) == Failure::Aborted => {}
@@ -308,7 +314,7 @@ impl<'a> Loan<'a> {
                 return Err(error.into());
             }
         }
-        let again = format!("{}; BEGIN", sql::ROLLBACK);
+        let again = format!("{}; {}", sql::ROLLBACK, sql::BEGIN);
         self.session().message(&again).await?;
         Ok(())
     }

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use super::cancel::Canceller;
 use super::{Reply, Session};
 
-type Answer = (Session, Result<Reply, tokio_postgres::Error>);
+pub(crate) type Answer = (Session, Result<Reply, tokio_postgres::Error>);
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
 /// How long an answer may take that waits for nothing but the server's attention.
@@ -21,7 +21,7 @@ const PATIENCE_UNWATCHED: Duration = Duration::from_millis(30);
 /// How often a cancel is repeated until the statement it is for has answered. A signal that arrives before its
 /// statement does is lost, so one is not enough.
 const CANCEL_AGAIN: Duration = Duration::from_millis(100);
-const CANCELS: usize = 50;
+const CANCELS: usize = 10;
 
 /// A text made of a reply, if there is one to be sent.
 pub(crate) type FromReply = Box<dyn FnOnce(&Reply) -> Option<String> + Send>;
@@ -61,9 +61,18 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
-    /// Whether statements of the caller are still under way, which this message has to wait for.
-    pub(crate) fn is_behind_unanswered(&self) -> bool {
-        self.behind_unanswered
+    /// The answer, unless it has to wait for statements of the caller that were given up: then the rest happens in the
+    /// background, which cancels them.
+    ///
+    /// Cancel safety: as [`Exchange`] itself.
+    pub(crate) async fn or_detach(self) -> Option<Answer> {
+        if self.behind_unanswered {
+            self.detach();
+            return None;
+        }
+        // Behind statements that we do not know of, only for a moment.
+        let patience = self.patience;
+        tokio::time::timeout(patience, self).await.ok()
     }
 
     pub(super) fn new(session: Session, sql: String, undo: Undo) -> Self {
@@ -125,12 +134,11 @@ impl Drop for Exchange {
         };
         if self.sent {
             // On a runtime that has shut down the task is dropped unrun, and the session in it closes its connection.
-            drop(self.runtime.spawn(settle(
-                answering,
-                undo,
-                self.canceller.clone(),
-                self.patience,
-            )));
+            let canceller = LastResort::new(self.canceller.clone(), matches!(undo, Undo::Cancel));
+            drop(
+                self.runtime
+                    .spawn(settle(answering, undo, canceller, self.patience)),
+            );
         }
     }
 }
@@ -145,13 +153,19 @@ impl fmt::Debug for Exchange {
 
 /// Sees an abandoned message through. Wherever this returns without [`Session::give_back`], the session closes its
 /// connection.
-async fn settle(mut answering: Answering, undo: Undo, canceller: Canceller, patience: Duration) {
+async fn settle(
+    mut answering: Answering,
+    undo: Undo,
+    mut canceller: LastResort,
+    patience: Duration,
+) {
     let undo = match undo {
         Undo::Cancel => return cancel_until_answered(answering, canceller).await,
         Undo::Nothing => None,
         Undo::After(text) => Some(text),
     };
     let Ok((session, answer)) = tokio::time::timeout(patience, &mut answering).await else {
+        canceller.armed = true;
         return cancel_until_answered(answering, canceller).await;
     };
     let Ok(reply) = answer else { return };
@@ -168,21 +182,59 @@ async fn settle(mut answering: Answering, undo: Undo, canceller: Canceller, pati
 
 /// Cancels what the backend is running until the answer is there, and closes the connection even then: a cancel that
 /// was sent and did not hit its statement may still hit the next one.
-async fn cancel_until_answered(mut answering: Answering, canceller: Canceller) {
+async fn cancel_until_answered(mut answering: Answering, mut canceller: LastResort) {
     for _ in 0..CANCELS {
         tokio::select! {
             biased;
-            _ = &mut answering => return,
-            () = canceller.cancel() => {}
+            _ = &mut answering => {
+                canceller.armed = false;
+                return;
+            }
+            () = canceller.canceller.cancel() => {}
         }
         if tokio::time::timeout(CANCEL_AGAIN, &mut answering)
             .await
             .is_ok()
         {
+            canceller.armed = false;
             return;
         }
     }
+    canceller.armed = false;
     tracing::warn!("a cancelled statement did not end, its connection is closed all the same");
+}
+
+/// Cancels a statement even if the runtime shuts down first: a backend that is busy does not notice that its client has
+/// gone, and would hold its locks until the statement ends.
+struct LastResort {
+    canceller: Canceller,
+    armed: bool,
+}
+
+impl LastResort {
+    fn new(canceller: Canceller, armed: bool) -> Self {
+        Self { canceller, armed }
+    }
+}
+
+impl Drop for LastResort {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        let canceller = self.canceller.clone();
+        // The runtime that could do it is gone, so a thread with one of its own does: once, bounded, and then it ends.
+        let thread = std::thread::Builder::new().name("lockkeeper-cancel".to_owned());
+        let spawned = thread.spawn(move || {
+            if let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+            {
+                runtime.block_on(canceller.cancel());
+            }
+        });
+        drop(spawned);
+    }
 }
 
 /// One poll with nobody to wake: what the driver sends, it sends at the first.

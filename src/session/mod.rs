@@ -8,6 +8,7 @@
 
 mod cancel;
 mod exchange;
+mod findings;
 mod pool;
 mod queries;
 mod side;
@@ -25,6 +26,7 @@ use tokio_postgres::error::DbError;
 use crate::error::{Failure, classify};
 
 pub(crate) use exchange::{Exchange, FromReply, Undo};
+pub(crate) use findings::Scope;
 pub(crate) use pool::Connections;
 pub(crate) use queries::query_methods;
 pub(crate) use side::{Side, SideConnection};
@@ -77,6 +79,11 @@ impl Session {
     pub(crate) fn identify(&mut self, pid: i32, application_name: Option<&str>) {
         self.server_pid = Some(pid);
         self.application_name = application_name.map(str::to_owned);
+    }
+
+    /// Where the connection comes from.
+    pub(crate) fn connections(&self) -> &Arc<Connections> {
+        &self.connections
     }
 
     /// The backend's pid by its own word; `None` before it was asked.

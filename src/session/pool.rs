@@ -8,6 +8,7 @@ use std::time::Duration;
 use deadpool_postgres::{Pool, PoolError, TimeoutType};
 use tokio::runtime::Handle;
 
+use super::findings::Findings;
 use super::{Reply, Session, Side};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
@@ -19,6 +20,7 @@ const SPARE: Duration = Duration::from_secs(1);
 pub(crate) struct Connections {
     pool: Pool,
     side: Option<Side>,
+    findings: Findings,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -32,7 +34,16 @@ impl fmt::Debug for Connections {
 
 impl Connections {
     pub(crate) fn new(pool: Pool, side: Option<Side>) -> Arc<Self> {
-        Arc::new(Self { pool, side })
+        Arc::new(Self {
+            pool,
+            side,
+            findings: Findings::default(),
+        })
+    }
+
+    /// What has been found out about the servers behind the pool.
+    pub(crate) fn findings(&self) -> &Findings {
+        &self.findings
     }
 
     /// How many connections the pool may hold: as many of them may turn out to be dead before one is alive.

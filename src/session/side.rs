@@ -15,8 +15,6 @@ type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// How long a login may take, so that a server which does not answer does not hold up whoever asks.
 const LOGIN: Duration = Duration::from_secs(2);
-/// What is asked here is small: a server that cannot answer it soon is left alone.
-const SETTINGS: &str = "SET statement_timeout = 2000; SET lock_timeout = 1000";
 
 /// How to reach the server beside the pool, without the type of the TLS connector.
 trait Connect: Send + Sync {
@@ -49,7 +47,9 @@ where
                     tracing::debug!(%error, "side connection ended");
                 }
             }));
-            client.batch_execute(SETTINGS).await?;
+            client
+                .batch_execute(crate::sql::environment::SIDE_SETTINGS)
+                .await?;
             Ok(client)
         })
     }

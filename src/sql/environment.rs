@@ -49,3 +49,13 @@ pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String
          WHERE pg_catalog.int4eq(a.pid, {pid}) AND pg_catalog.texteq(a.state, 'active'){name}"
     )
 }
+
+/// What is asked on the side connection is small: a server that cannot answer it soon is left alone.
+pub(crate) const SIDE_SETTINGS: &str = "SET statement_timeout = 2000; SET lock_timeout = 1000";
+
+/// Whether the server is a standby.
+pub(crate) const IN_RECOVERY: &str = "SELECT pg_catalog.pg_is_in_recovery() AS recovery";
+
+pub(crate) fn in_recovery(reply: &[SimpleQueryMessage]) -> bool {
+    rows(reply).any(|row| super::is_true(row, "recovery"))
+}

@@ -16,7 +16,22 @@ use tokio_postgres::{IsolationLevel, SimpleQueryMessage, SimpleQueryRow};
 
 use crate::deadline::timeout_millis;
 
+pub(crate) const BEGIN: &str = "BEGIN";
 pub(crate) const ROLLBACK: &str = "ROLLBACK";
+
+/// A savepoint by its name, which is ours and needs no quotes.
+pub(crate) fn savepoint(name: &str) -> String {
+    format!("SAVEPOINT {name}")
+}
+
+pub(crate) fn release_savepoint(name: &str) -> String {
+    format!("RELEASE SAVEPOINT {name}")
+}
+
+/// Undoes what was done since the savepoint, and forgets it.
+pub(crate) fn undo_savepoint(name: &str) -> String {
+    format!("ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
+}
 
 /// Succeeds outside a transaction and in one that has not failed.
 pub(crate) const PROBE: &str = "SELECT";

@@ -2,6 +2,7 @@
 
 use super::{AsyncFunc, Tx};
 use crate::error::Error;
+use crate::sql;
 
 impl Tx {
     /// Runs the closure inside a savepoint: `Ok` releases it, `Err` rolls back to it and leaves the transaction usable.
@@ -31,7 +32,7 @@ impl Tx {
     {
         // Set before the first byte leaves: a SAVEPOINT that was sent and not awaited is undone too.
         let mut inside = Inside::enter(self);
-        let set = format!("SAVEPOINT {}", inside.name);
+        let set = sql::savepoint(&inside.name);
         if let Err(error) = inside.tx.session().message(&set).await {
             inside.end(true);
             return Err(Error::from(error).into());
@@ -40,7 +41,7 @@ impl Tx {
         let undo = inside.undo();
         match result {
             Ok(value) => {
-                let release = format!("RELEASE SAVEPOINT {}", inside.name);
+                let release = sql::release_savepoint(&inside.name);
                 // Cancel safety: on its way, it ends the savepoint; to undo it too would fail the transaction.
                 inside.ended = true;
                 match inside.tx.session().message(&release).await {
@@ -99,10 +100,7 @@ impl<'a> Inside<'a> {
     }
 
     fn undo(&self) -> String {
-        format!(
-            "ROLLBACK TO SAVEPOINT {0}; RELEASE SAVEPOINT {0}",
-            self.name
-        )
+        sql::undo_savepoint(&self.name)
     }
 
     fn end(&mut self, rolled_back: bool) {

@@ -251,13 +251,8 @@ impl Drop for Tx {
 /// Ends a transaction whose outcome is rollback already, or shall be.
 async fn roll_back(session: Session) {
     let exchange = session.exchange(sql::ROLLBACK.to_owned(), Undo::Nothing);
-    if exchange.is_behind_unanswered() {
-        // A statement that was given up may run for long: the background cancels it.
-        exchange.detach();
-        return;
-    }
     // Unanswered, the session closes its connection, which rolls back too.
-    if let (session, Ok(_)) = exchange.await {
+    if let Some((session, Ok(_))) = exchange.or_detach().await {
         session.give_back();
     }
 }

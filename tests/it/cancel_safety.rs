@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
@@ -988,6 +988,7 @@ impl Dice {
 pub(crate) struct Proxy {
     port: u16,
     accepting: AbortHandle,
+    paused: Arc<AtomicBool>,
 }
 
 impl Proxy {
@@ -1001,18 +1002,24 @@ impl Proxy {
         let to = (server.host(), server.port());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
+        let paused = Arc::new(AtomicBool::new(false));
+        let pause = paused.clone();
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                drop(tokio::spawn(forward(
-                    client,
-                    to.clone(),
-                    latency,
-                    cancel_latency,
-                )));
+                let forward = forward(client, to.clone(), latency, cancel_latency, pause.clone());
+                drop(tokio::spawn(forward));
             }
         });
-        let accepting = accepting.abort_handle();
-        Self { port, accepting }
+        Self {
+            port,
+            accepting: accepting.abort_handle(),
+            paused,
+        }
+    }
+
+    /// From now on nothing arrives any more, or all of it does again.
+    pub(crate) fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
     }
 
     /// A pool like the database's own, through the proxy.
@@ -1045,6 +1052,7 @@ async fn forward(
     server: (String, u16),
     latency: Duration,
     cancel_latency: Duration,
+    paused: Arc<AtomicBool>,
 ) {
     // The code of a CancelRequest, in the place of the protocol's version (PostgreSQL's documentation, "Message
     // Formats").
@@ -1074,13 +1082,18 @@ async fn forward(
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     tokio::join!(
-        pass_on(from_client, to_server, latency),
-        pass_on(from_server, to_client, latency)
+        pass_on(from_client, to_server, latency, &paused),
+        pass_on(from_server, to_client, latency, &paused)
     );
 }
 
 /// One direction: each piece leaves `latency` after it came, whatever is behind it.
-async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, latency: Duration) {
+async fn pass_on(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    latency: Duration,
+    paused: &AtomicBool,
+) {
     let (sender, mut pieces) = tokio::sync::mpsc::unbounded_channel();
     let read = async move {
         let mut buffer = vec![0; 16 * 1024];
@@ -1097,6 +1110,9 @@ async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, latency: Durat
     let write = async move {
         while let Some((at, piece)) = pieces.recv().await {
             tokio::time::sleep_until(at).await;
+            while paused.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
             if to.write_all(&piece).await.is_err() {
                 return;
             }

@@ -685,3 +685,34 @@ async fn a_lock_key_is_computed_the_same_among_traps() {
     assert_eq!(Some(row.get::<_, i64>(0)), key);
     assert_eq!(traps_sprung(&scene).await, 0);
 }
+
+/// Whatever the crate keeps on a connection, the application may throw away between two borrowers.
+#[tokio::test]
+async fn a_connection_that_was_reset_by_the_application_still_takes_locks() {
+    for reset in [
+        "DEALLOCATE ALL",
+        "DISCARD ALL",
+        "DISCARD PLANS",
+        "RESET ALL",
+    ] {
+        let scene = Scene::new(1).await;
+        for _ in 0..4 {
+            for key in [LockKey::from("k"), (1, 2).into()] {
+                let lock = || scene.keeper.advisory_lock(&key);
+                let guard = lock().acquire().await.unwrap();
+                assert_eq!(scene.holders(&key).await.len(), 1);
+                guard.commit().await.unwrap();
+                let guard = lock().session().acquire().await.unwrap();
+                assert_eq!(scene.holders(&key).await.len(), 1);
+                guard.release().await.unwrap();
+            }
+            let object = scene.pool.get().await.unwrap();
+            object.batch_execute(reset).await.unwrap();
+        }
+        let guard = scene.keeper.advisory_lock("k").acquire().await.unwrap();
+        guard.batch_execute("DEALLOCATE ALL").await.unwrap();
+        guard.commit().await.unwrap();
+        assert_all_granted(every_way(&scene.keeper).await);
+        scene.nothing_left().await;
+    }
+}

@@ -113,12 +113,15 @@ impl Load {
             .map(|n| {
                 let (stop, pool) = (Arc::clone(&stop), pool.clone());
                 tokio::spawn(async move {
-                    let client = pool.get().await.unwrap();
                     let mut statements = 0;
+                    let mut client = pool.get().await.unwrap();
                     while !stop.load(Ordering::Relaxed) {
-                        let sleep = format!("SELECT pg_sleep({})", 0.001 * (n % 3) as f64);
-                        client.batch_execute(&sleep).await.unwrap();
-                        statements += 1;
+                        let sleep = format!("SELECT pg_sleep(0.00{})", n % 3);
+                        match client.batch_execute(&sleep).await {
+                            Ok(()) => statements += 1,
+                            // Its backend may have been ended.
+                            Err(_) => client = pool.get().await.unwrap(),
+                        }
                     }
                     statements
                 })
@@ -449,7 +452,10 @@ async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
             }
             _ => {}
         }
-        assert_eq!(behind.scene.holders("k").await, [pid]);
+        // A failed transaction has lost its locks already.
+        if what != "failed" {
+            assert_eq!(behind.scene.holders("k").await, [pid], "{what}");
+        }
         drop(guard);
         let left = format!("{what}: held after the drop");
         let free = async || !behind.scene.is_held("k").await;
@@ -588,10 +594,8 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
             Ok(Err(error)) => {
                 if error.kind() != ErrorKind::TransactionPooler {
                     wrong.push(format!("{what}, {way}: {error:?}"));
-                } else if error.key().and_then(|key| key.name()) != Some("k") {
-                    wrong.push(format!(
-                        "{what}, {way}: the error does not say which key: {error}"
-                    ));
+                } else if error.key().and_then(|key| key.name()).is_none() {
+                    wrong.push(format!("{what}, {way}: does not say which key: {error}"));
                 } else if error.is_retryable() {
                     wrong.push(format!("{what}, {way}: retryable: {error}"));
                 }
@@ -603,8 +607,15 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
                 }
             }
         }
-        // Whatever came of it, it is over.
-        behind.scene.nothing_left_within(SOON).await;
+        // Whatever came of it, it is over. What is not is ended, so that the next one starts afresh.
+        let started = Instant::now();
+        while behind.scene.advisory_locks().await > 0 {
+            if started.elapsed() > Duration::from_secs(2) {
+                wrong.push(format!("{what}, {way}: an advisory lock is left behind"));
+                behind.end_backends().await;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
     wrong
 }
@@ -616,6 +627,12 @@ enum Granted {
 }
 
 impl Behind {
+    async fn end_backends(&self) {
+        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                   WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        self.scene.observer.batch_execute(sql).await.unwrap();
+    }
+
     /// What a session guard is worth that should not have been granted.
     async fn is_shared(&self, guard: SessionGuard) -> String {
         let held = self.scene.holders("k").await;

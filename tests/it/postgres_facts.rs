@@ -181,7 +181,7 @@ async fn xact_lock_never_leaks_under_lock_timeout() {
     let storm = storm(
         "BEGIN; SELECT pg_advisory_xact_lock(1)",
         "COMMIT",
-        Duration::from_secs(2),
+        Duration::from_secs(1),
         false,
     )
     .await;
@@ -198,7 +198,7 @@ async fn session_lock_under_an_xact_lock_never_leaks_under_lock_timeout() {
     let storm = storm(
         "BEGIN; SELECT pg_advisory_xact_lock(1); SELECT pg_advisory_lock(1); COMMIT",
         "SELECT pg_advisory_unlock(1)",
-        Duration::from_secs(2),
+        Duration::from_secs(1),
         false,
     )
     .await;
@@ -748,6 +748,36 @@ async fn application_name_is_cut_at_63_bytes_and_keeps_its_head() {
         r"zo\xc3\xab"
     };
     assert_eq!(zoe, [expected]);
+}
+
+/// The locks of a transaction end with its first error, not with the ROLLBACK after it; only a savepoint keeps those
+/// from before it.
+#[tokio::test]
+async fn a_failed_transaction_has_lost_its_locks_before_it_is_rolled_back() {
+    let database = database().await;
+    let (client, other) = (database.connect().await, database.connect().await);
+    let try_it = "SELECT pg_try_advisory_xact_lock(1)";
+    client
+        .batch_execute("BEGIN; SELECT pg_advisory_xact_lock(1)")
+        .await
+        .unwrap();
+    assert_eq!(texts(&other, try_it).await, ["f"]);
+    assert_eq!(code(client.batch_execute("SELECT 1/0").await), "22012");
+    assert_eq!(code(client.batch_execute("SELECT 1").await), "25P02");
+    assert_eq!(texts(&other, try_it).await, ["t"]);
+    client.batch_execute("ROLLBACK").await.unwrap();
+
+    client
+        .batch_execute(
+            "BEGIN; SELECT pg_advisory_xact_lock(1); SAVEPOINT s; SELECT pg_advisory_xact_lock(2)",
+        )
+        .await
+        .unwrap();
+    assert_eq!(code(client.batch_execute("SELECT 1/0").await), "22012");
+    assert_eq!(texts(&other, try_it).await, ["f"]);
+    let second = "SELECT pg_try_advisory_xact_lock(2)";
+    assert_eq!(texts(&other, second).await, ["t"]);
+    client.batch_execute("ROLLBACK").await.unwrap();
 }
 
 /// Two sessions in a circle: what the victim's transaction held is gone before its client sees the error; its session

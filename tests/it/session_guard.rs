@@ -313,6 +313,29 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     scene.nothing_left().await;
 }
 
+/// All of the pool's idle connections were ended while nobody looked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_died_in_the_pool_are_replaced() {
+    let scene = Scene::new(4).await;
+    for session in [false, true] {
+        scene.pool_is_whole_within(SOON).await;
+        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                   WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        assert_eq!(scene.observer.query(sql, &[]).await.unwrap().len(), 4);
+        if session {
+            take(&scene.keeper, 726).await.release().await.unwrap();
+        } else {
+            let guard = scene.keeper.advisory_lock(726).acquire().await.unwrap();
+            guard.commit().await.unwrap();
+            let section = scene
+                .keeper
+                .with_advisory_lock(726, async |_| Ok::<_, Error>(7));
+            assert_eq!(section.await.unwrap(), 7);
+        }
+        scene.nothing_left().await;
+    }
+}
+
 /// A lost guard that is simply dropped, and one whose backend ends during its transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_guard_ends_quietly() {

@@ -1,5 +1,6 @@
 //! Bounded waits: they end when they should, say who was in the way, and leave nothing held.
 
+use std::error::Error as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use lockkeeper::{
 };
 use tokio_postgres::{Client, IsolationLevel};
 
-use crate::cancel_safety::Dice;
+use crate::cancel_safety::{Dice, Proxy};
 use crate::common::{Scene, eventually};
 
 const SOON: Duration = Duration::from_secs(3);
@@ -203,12 +204,13 @@ async fn the_holders_call_site_is_the_line_that_asked_for_the_lock() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waits_end_at_the_time_asked_for_and_never_before() {
-    let scene = Scene::new(4).await;
-    let key = LockKey::from(501);
-    let (_holder, pid) = holder(&scene, &key).await;
+    let scene = &Scene::new(12).await;
+    scene.pool_is_whole_within(SOON).await;
     // The long ones are longer than a slice, and than the server's deadlock_timeout of a second.
     let waits = [0, 400, 1_000, 7_000, 499_000, 501_000, 1_700_000, 2_300_000];
-    for scope in SCOPES {
+    let scopes = SCOPES.iter().zip(518..).map(|(&scope, key)| async move {
+        let key = LockKey::from(key);
+        let (_holder, pid) = holder(scene, &key).await;
         for asked in waits.map(Duration::from_micros) {
             time(asked, &format!("{scope:?}"), async || {
                 let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
@@ -226,7 +228,8 @@ async fn waits_end_at_the_time_asked_for_and_never_before() {
                 "{scope:?} {asked:?}"
             );
         }
-    }
+    });
+    join_all(scopes).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -269,9 +272,10 @@ async fn sections_time_out_by_the_keepers_wait() {
 async fn several_keys_share_one_total_wait() {
     let scene = Scene::new(3).await;
     let keys: Vec<LockKey> = (503..507).map(LockKey::from).collect();
+    let asked = ms(400);
     for session in [false, true] {
-        let asked = ms(400);
-        time(asked, &format!("session {session}"), async || {
+        let mut took = Vec::new();
+        for _ in 0..3 {
             let mut holders = Vec::new();
             for key in &keys {
                 holders.push(holder(&scene, key).await);
@@ -279,11 +283,14 @@ async fn several_keys_share_one_total_wait() {
             let last = holders.last().unwrap().1;
             let locks = scene.keeper.advisory_locks(&keys).wait(asked);
             let wait = async {
-                if session {
+                let started = Instant::now();
+                let outcome = if session {
                     locks.session().acquire().await.map(Guard::Session)
                 } else {
                     locks.acquire().await.map(Guard::Xact)
-                }
+                };
+                took.push(started.elapsed());
+                outcome
             };
             let release = async {
                 // The first three one after another, so that each next wait begins anew.
@@ -301,8 +308,8 @@ async fn several_keys_share_one_total_wait() {
             }
             drop(holders);
             scene.nothing_left_within(SOON).await;
-        })
-        .await;
+        }
+        assert_on_time(asked, &took, &format!("session {session}"));
     }
 }
 
@@ -549,6 +556,153 @@ async fn a_prepared_transaction_in_the_way_is_named_without_a_pid() {
     let end = format!("ROLLBACK PREPARED '{gid}'");
     scene.observer.batch_execute(&end).await.unwrap();
     scene.nothing_left().await;
+}
+
+/// The waiter's own backend is stopped by somebody: the wait is over, and the next one's goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiter_whose_backend_is_stopped_says_so() {
+    let scene = Scene::new(3).await;
+    let key = LockKey::from(523);
+    for (signal, kind) in [
+        ("pg_cancel_backend", ErrorKind::Cancelled),
+        ("pg_terminate_backend", ErrorKind::ConnectionLost),
+    ] {
+        for scope in SCOPES {
+            let what = format!("{scope:?}, {signal}");
+            let (client, _) = holder(&scene, &key).await;
+            let (keeper, theirs) = (scene.keeper.clone(), key.clone());
+            let waiter =
+                tokio::spawn(async move { take(&keeper, scope, theirs, LONG).await.map(drop) });
+            // Between two slices there is nothing to cancel: once more.
+            let stopped = async || {
+                let sql = format!(
+                    "SELECT {signal}(l.pid) FROM pg_locks l WHERE locktype = 'advisory' AND NOT granted \
+                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                );
+                scene.observer.query(&sql, &[]).await.unwrap();
+                waiter.is_finished()
+            };
+            eventually(SOON, &format!("{what}: it waits on"), stopped).await;
+            let error = waiter.await.unwrap().unwrap_err();
+            assert_eq!(error.kind(), kind, "{what}: {error:?}");
+            assert!(error.source().is_some(), "{what}: {error:?}");
+            drop(client);
+            let next = take(&scene.keeper, scope, key.clone(), LONG).await.unwrap();
+            drop(next);
+            scene.nothing_left().await;
+        }
+    }
+}
+
+/// Deadlocks are found, though waits of other kinds are too short for the server to look for them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_transactions_that_wait_for_each_other_are_told_of_the_deadlock() {
+    let apart = [0, 300, 700, 1_200].into_iter().map(|apart| async move {
+        let scene = Scene::new(2).await;
+        let mut first = scene.keeper.advisory_lock(524).acquire().await.unwrap();
+        let mut second = scene.keeper.advisory_lock(525).acquire().await.unwrap();
+        assert_ne!(first.backend_pid(), second.backend_pid());
+        let first = async move {
+            let outcome = first.advisory_lock(525).wait(LONG).await;
+            first.rollback().await;
+            outcome
+        };
+        let second = async move {
+            tokio::time::sleep(ms(apart)).await;
+            let outcome = second.advisory_lock(524).wait(LONG).await;
+            second.rollback().await;
+            outcome
+        };
+        let both = async { tokio::join!(first, second) };
+        let both = tokio::time::timeout(Duration::from_secs(8), both).await;
+        let both = both.unwrap_or_else(|_| panic!("{apart} ms apart: not found"));
+        let ((Err(error), Ok(())) | (Ok(()), Err(error))) = both else {
+            panic!("{apart} ms apart: {both:?}");
+        };
+        assert_eq!(error.kind(), ErrorKind::Deadlock, "{error:?}");
+        scene.nothing_left().await;
+    });
+    join_all(apart).await;
+}
+
+/// An answer that is late is an answer, as long as the wait is not over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_survives_a_network_slower_than_its_slices() {
+    let scopes = SCOPES.into_iter().map(|scope| async move {
+        let mut scene = Scene::new(1).await;
+        let proxy = Proxy::before(&scene.database, ms(300), Duration::ZERO).await;
+        scene.pool = proxy.pool(&scene.database, 1);
+        let keeper = Keeper::new(scene.pool.clone());
+        scene.pool_is_whole_within(4 * SOON).await;
+        let key = LockKey::from(526);
+        let (client, _) = holder(&scene, &key).await;
+        let (theirs, waiting) = (key.clone(), Instant::now());
+        let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, LONG).await });
+        let waits = async || !scene.waiters(key.clone()).await.is_empty();
+        eventually(4 * SOON, "it does not wait", waits).await;
+        while waiting.elapsed() < Duration::from_secs(5) && !waiter.is_finished() {
+            tokio::time::sleep(ms(50)).await;
+        }
+        drop(client);
+        let guard = tokio::time::timeout(4 * SOON, waiter).await;
+        let guard = guard.expect("not granted").unwrap();
+        let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
+        assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
+        drop(guard);
+        scene.nothing_left_within(4 * SOON).await;
+    });
+    join_all(scopes).await;
+}
+
+/// The network goes silent: a bounded wait ends all the same, and when the network is back nothing is left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_ends_though_the_network_is_silent() {
+    for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
+        for busy in [false, true] {
+            let what = format!("{scope:?}, busy {busy}");
+            let mut scene = Scene::new(2).await;
+            let proxy = Proxy::before(&scene.database, Duration::ZERO, Duration::ZERO).await;
+            scene.pool = proxy.pool(&scene.database, 2);
+            let keeper = Keeper::new(scene.pool.clone());
+            let key = LockKey::from(527);
+            scene.pool_is_whole_within(SOON).await;
+            let client = if busy {
+                Some(holder(&scene, &key).await)
+            } else {
+                None
+            };
+            let (theirs, asked) = (key.clone(), ms(700));
+            let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, asked).await });
+            if busy {
+                let waits = async || !scene.waiters(key.clone()).await.is_empty();
+                eventually(SOON, "it does not wait", waits).await;
+            }
+            proxy.pause(true);
+            let outcome = tokio::time::timeout(asked + SOON, waiter).await;
+            let outcome = outcome
+                .unwrap_or_else(|_| panic!("{what}: it hangs"))
+                .unwrap();
+            match outcome {
+                Err(error) => {
+                    let kinds = [
+                        ErrorKind::ConnectionLost,
+                        ErrorKind::LockTimeout,
+                        ErrorKind::Pool,
+                    ];
+                    assert!(kinds.contains(&error.kind()), "{what}: {error:?}");
+                    assert_eq!(error.key(), Some(&key), "{what}: {error:?}");
+                }
+                // It was faster than the pause.
+                Ok(guard) => {
+                    assert!(!busy, "{what}");
+                    drop(guard);
+                }
+            }
+            proxy.pause(false);
+            drop(client);
+            scene.nothing_left_within(3 * SOON).await;
+        }
+    }
 }
 
 /// What a role may not see is unknown, not something else.

@@ -1,0 +1,398 @@
+//! Trying locks without waiting, and what came of it.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::SimpleQueryMessage;
+
+use super::keys::{Locks, all_of, push_arguments, shared_suffix, take_each};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::sql::{Begin, blockers, literal, parsed, rows, setting_duration, text};
+
+/// What a `try` answered, read before anything else is known of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Granted,
+    Busy,
+    /// The server is a standby. Nothing was granted.
+    Standby,
+    /// The transaction reads from a snapshot taken before the lock. Nothing was granted.
+    Snapshot,
+    /// The connection came with somebody's open transaction. Nothing was granted.
+    Dirty,
+    /// A pooler stands between. Nothing was granted.
+    Pooled,
+}
+
+/// The reply to a `try`.
+#[derive(Clone, Debug)]
+pub(crate) struct Tried {
+    pub(crate) verdict: Verdict,
+    pub(crate) pid: i32,
+    /// The session's own `application_name`, before a session lock renamed it.
+    pub(crate) application_name: String,
+    /// What a first `try` on a connection asks beside.
+    pub(crate) server: Option<Server>,
+    /// What a `try` inside a transaction asks beside: the timeouts as the server writes them.
+    pub(crate) timeouts: Option<Timeouts>,
+}
+
+/// The server that a connection leads to.
+#[derive(Clone, Debug)]
+pub(crate) struct Server {
+    /// Tells one running server from another: the postmaster's start.
+    pub(crate) identity: Arc<str>,
+    pub(crate) deadlock_timeout: Duration,
+}
+
+/// Settings to be put back as they were.
+#[derive(Clone, Debug)]
+pub(crate) struct Timeouts {
+    pub(crate) lock_timeout: String,
+    pub(crate) statement_timeout: String,
+}
+
+/// How much a `try` asks besides the locks, and how.
+///
+/// All but `All` are for a connection that was asked everything before, and ask only what can be otherwise each time: a
+/// server does not turn into a standby under its connections, and a direct connection does not turn into a pooled one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// Everything, and nothing is granted on a standby or, with the login's pid, behind a pooler.
+    All {
+        login_pid: Option<i32>,
+    },
+    Little,
+    /// The same, and the statement is prepared under this name in the same message.
+    Prepare(String),
+    /// By the statement of this name: parsing the text is a good part of what a `try` costs.
+    Execute(String),
+}
+
+/// A statement that can be prepared: one key, by scope, mode and key space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Preparable {
+    session: bool,
+    shared: bool,
+    pair: bool,
+}
+
+impl Preparable {
+    /// `None` for several keys.
+    pub(crate) fn of(locks: Locks<'_>, session: bool) -> Option<Self> {
+        let [key] = locks.keys else { return None };
+        Some(Self {
+            session,
+            shared: locks.mode == AdvisoryMode::Shared,
+            pair: key.as_i32_pair().is_some(),
+        })
+    }
+
+    /// A name of its own among the statements of `owner`.
+    pub(crate) fn name(self, owner: &str) -> String {
+        format!(
+            "lockkeeper_{owner}_{}{}{}",
+            if self.session { 's' } else { 'x' },
+            if self.shared { 's' } else { 'e' },
+            if self.pair { '4' } else { '8' }
+        )
+    }
+}
+
+pub(super) const FRESH: &str =
+    "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh, ";
+
+const PID: &str = "pg_catalog.pg_backend_pid() AS pid";
+
+/// REPEATABLE READ and SERIALIZABLE take their snapshot before the lock is granted, so that what is read under the
+/// lock may be older than what its last holder committed.
+const ISOLATION: &str = "pg_catalog.current_setting('transaction_isolation') AS isolation, ";
+
+const SERVER: &str = ", pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) AS server, \
+     pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout";
+
+const TIMEOUTS: &str = ", pg_catalog.current_setting('lock_timeout') AS lock_timeout, \
+     pg_catalog.current_setting('statement_timeout') AS statement_timeout";
+
+const STANDBY: &str = "WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ";
+
+/// Reads the row of a `try`.
+pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
+    let row = rows(reply).find(|row| {
+        row.columns()
+            .iter()
+            .any(|column| column.name() == "verdict")
+    })?;
+    let column = |name| row.try_get(name).ok().flatten();
+    let snapshot = column("isolation").is_some_and(|isolation| !isolation.starts_with("read "));
+    let verdict = match column("verdict")? {
+        _ if column("fresh") == Some("f") => Verdict::Dirty,
+        "standby" => Verdict::Standby,
+        "pooled" => Verdict::Pooled,
+        "granted" | "busy" if snapshot => Verdict::Snapshot,
+        "granted" => Verdict::Granted,
+        "busy" => Verdict::Busy,
+        _ => return None,
+    };
+    let server = || {
+        Some(Server {
+            identity: column("server")?.into(),
+            deadlock_timeout: setting_duration(column("deadlock_timeout")?)?,
+        })
+    };
+    let timeouts = || {
+        Some(Timeouts {
+            lock_timeout: text(row, "lock_timeout")?,
+            statement_timeout: text(row, "statement_timeout")?,
+        })
+    };
+    Some(Tried {
+        verdict,
+        pid: parsed(row, "pid")?,
+        application_name: text(row, "application_name").unwrap_or_default(),
+        server: server(),
+        timeouts: timeouts(),
+    })
+}
+
+/// One message that begins a transaction and tries the locks in it. It never waits.
+pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> String {
+    let few = match (ask, &begin.application_name, locks.keys) {
+        (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) => {
+            Some((statement, name, key))
+        }
+        _ => None,
+    };
+    let Some((statement, name, key)) = few else {
+        let mut sql = begin.message();
+        sql.push_str("SELECT ");
+        push_xact_columns(&mut sql, |sql| {
+            push_verdict(sql, locks, "pg_try_advisory_xact_lock", ask, "");
+        });
+        if let Ask::All { .. } = ask {
+            sql.push_str(SERVER);
+        }
+        return sql;
+    };
+    let mut sql = begin.message_unnamed();
+    if let Ask::Execute(_) = ask {
+        push_execute(&mut sql, statement, key, name);
+        return sql;
+    }
+    let select = |sql: &mut String, name: &str, arguments: &dyn Fn(&mut String)| {
+        let _ = write!(
+            sql,
+            "SELECT pg_catalog.set_config('application_name', {name}, true), "
+        );
+        push_xact_columns(sql, |sql| {
+            sql.push_str("CASE WHEN pg_catalog.pg_try_advisory_xact_lock");
+            sql.push_str(shared_suffix(locks.mode));
+            arguments(sql);
+            sql.push_str(" THEN 'granted' ELSE 'busy' END");
+        });
+    };
+    select(&mut sql, &literal(name), &|sql| push_arguments(sql, key));
+    push_prepare(&mut sql, statement, key, |sql, name, arguments| {
+        select(sql, name, &|sql| sql.push_str(arguments))
+    });
+    sql
+}
+
+/// The columns of a transaction's `try`; `verdict` writes one of them.
+fn push_xact_columns(sql: &mut String, verdict: impl FnOnce(&mut String)) {
+    sql.push_str(FRESH);
+    sql.push_str(ISOLATION);
+    verdict(sql);
+    sql.push_str(" AS verdict, ");
+    sql.push_str(PID);
+}
+
+/// `; PREPARE …`: the text of `select`, with parameters for the key and the name.
+fn push_prepare(
+    sql: &mut String,
+    statement: &str,
+    key: &LockKey,
+    select: impl FnOnce(&mut String, &str, &str),
+) {
+    let pair = key.as_i32_pair().is_some();
+    let types = if pair {
+        "pg_catalog.int4, pg_catalog.int4"
+    } else {
+        "pg_catalog.int8"
+    };
+    let _ = write!(sql, "; PREPARE {statement} ({types}, pg_catalog.text) AS ");
+    if pair {
+        select(sql, "$3", "($1, $2)");
+    } else {
+        select(sql, "$2", "($1)");
+    }
+}
+
+fn push_execute(sql: &mut String, statement: &str, key: &LockKey, name: &str) {
+    let name = literal(name);
+    let _ = match key.as_i32_pair() {
+        Some((a, b)) => write!(sql, "EXECUTE {statement} ('{a}', '{b}', {name})"),
+        None => write!(
+            sql,
+            "EXECUTE {statement} ('{}', {name})",
+            key.as_i64().unwrap_or_default()
+        ),
+    };
+}
+
+/// The `try` for more locks inside a transaction that has begun. Nothing is granted in one that reads from a snapshot:
+/// it goes on, and could not return them.
+pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
+    let mut sql = String::from("SELECT ");
+    sql.push_str(ISOLATION);
+    push_verdict(
+        &mut sql,
+        locks,
+        "pg_try_advisory_xact_lock",
+        &Ask::All { login_pid: None },
+        "WHEN NOT pg_catalog.starts_with(pg_catalog.current_setting('transaction_isolation'), 'read ') THEN 'busy' ",
+    );
+    sql.push_str(" AS verdict, ");
+    sql.push_str(PID);
+    sql.push_str(SERVER);
+    sql.push_str(TIMEOUTS);
+    sql
+}
+
+/// `CASE … END`: what came of a try.
+fn push_verdict(sql: &mut String, locks: Locks<'_>, function: &str, ask: &Ask, unless: &str) {
+    sql.push_str("CASE ");
+    if let Ask::All { login_pid } = ask {
+        sql.push_str(STANDBY);
+        if let Some(pid) = login_pid {
+            let _ = write!(
+                sql,
+                "WHEN pg_catalog.int4ne(pg_catalog.pg_backend_pid(), {pid}) THEN 'pooled' "
+            );
+        }
+    }
+    sql.push_str(unless);
+    sql.push_str("WHEN ");
+    all_of(sql, locks, function);
+    sql.push_str(" THEN 'granted' ELSE 'busy' END");
+}
+
+/// The last look of a wait that timed out: a `try`, and who is in the way if it fails. One message, so that both speak
+/// of the same moment.
+pub(crate) fn begin_and_look(begin: &Begin, locks: Locks<'_>, after_timeout: bool) -> String {
+    let mut sql = String::new();
+    if after_timeout {
+        sql.push_str("ROLLBACK; ");
+    }
+    sql.push_str(&begin_and_try(begin, locks, &Ask::All { login_pid: None }));
+    sql.push_str("; ");
+    sql.push_str(&blockers::of(locks));
+    sql
+}
+
+/// The two names a backend goes by for a session lock: while it waits, and while it holds. `None` leaves the session's
+/// own.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Names<'a> {
+    pub(crate) waiting: Option<&'a str>,
+    pub(crate) holding: Option<&'a str>,
+}
+
+/// Tries session locks outside a transaction, and puts the holder's name on the session if they are granted. It never
+/// waits, so no timeout can strike between the grant and the reply.
+pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> String {
+    let mut sql = String::with_capacity(768);
+    if let (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) =
+        (ask, names.holding, locks.keys)
+    {
+        if let Ask::Execute(_) = ask {
+            push_execute(&mut sql, statement, key, name);
+            return sql;
+        }
+        let select = |sql: &mut String, name: &str, arguments: &dyn Fn(&mut String)| {
+            push_session_select(sql, Some(name), "", "", |sql| {
+                sql.push_str("CASE WHEN pg_catalog.pg_try_advisory_lock");
+                sql.push_str(shared_suffix(locks.mode));
+                arguments(sql);
+                sql.push_str(" THEN 'granted' ELSE 'busy' END");
+            });
+        };
+        select(&mut sql, &literal(name), &|sql| push_arguments(sql, key));
+        push_prepare(&mut sql, statement, key, |sql, name, arguments| {
+            select(sql, name, &|sql| sql.push_str(arguments))
+        });
+        return sql;
+    }
+    // Several keys: tried as transaction locks first. The end of the message, which is its transaction, returns them,
+    // all that there is to return when one of them is busy.
+    let several = locks.keys.len() > 1;
+    let mut take = String::new();
+    if several {
+        take_each(&mut take, locks);
+    }
+    let server = if let Ask::All { .. } = ask {
+        SERVER
+    } else {
+        ""
+    };
+    let name = names.holding.map(literal);
+    push_session_select(&mut sql, name.as_deref(), &take, server, |sql| {
+        let function = if several {
+            "pg_try_advisory_xact_lock"
+        } else {
+            "pg_try_advisory_lock"
+        };
+        push_verdict(sql, locks, function, ask, "");
+    });
+    sql
+}
+
+/// The SELECT of a session lock's `try`. `verdict` writes the column that tries; if it is granted, `take` is evaluated,
+/// and the session gets its `name`, both SQL.
+fn push_session_select(
+    sql: &mut String,
+    name: Option<&str>,
+    take: &str,
+    server: &str,
+    verdict: impl FnOnce(&mut String),
+) {
+    const IF_GRANTED: &str = "CASE WHEN pg_catalog.texteq(tried.verdict, 'granted') THEN ";
+    sql.push_str("SELECT tried.verdict, tried.application_name, ");
+    if !take.is_empty() {
+        let _ = write!(sql, "{IF_GRANTED}{take} END, ");
+    }
+    if let Some(name) = name {
+        let _ = write!(
+            sql,
+            "{IF_GRANTED}pg_catalog.set_config('application_name', {name}, false) END, "
+        );
+    }
+    sql.push_str(FRESH);
+    sql.push_str(PID);
+    sql.push_str(server);
+    sql.push_str(" FROM (SELECT ");
+    verdict(sql);
+    // OFFSET 0 keeps the planner from running the subquery's volatile column twice.
+    sql.push_str(
+        " AS verdict, pg_catalog.current_setting('application_name') AS application_name OFFSET 0) AS tried",
+    );
+}
+
+/// The last look of a session wait that timed out; see [`begin_and_look`].
+pub(crate) fn look_session(
+    locks: Locks<'_>,
+    names: Names<'_>,
+    ask: &Ask,
+    after_timeout: bool,
+) -> String {
+    let mut sql = String::new();
+    if after_timeout {
+        sql.push_str("ROLLBACK; ");
+    }
+    sql.push_str(&try_session(locks, names, ask));
+    sql.push_str("; ");
+    sql.push_str(&blockers::of(locks));
+    sql
+}

@@ -1,0 +1,89 @@
+//! Returning locks, and looking whether they are there.
+
+use std::fmt::Write as _;
+
+use super::attempt::FRESH;
+use super::keys::{KeyRows, Locks, call};
+use crate::sql::{Begin, blockers, literal};
+
+/// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
+pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {
+    let mut sql = begin.message();
+    for rows in KeyRows::of(locks.keys) {
+        sql.push_str("SELECT ");
+        rows.call(&mut sql, "pg_advisory_xact_lock", locks.mode);
+        sql.push(' ');
+        rows.from(&mut sql);
+        sql.push_str("; ");
+    }
+    sql.push_str(&unlock(locks, None));
+    sql
+}
+
+/// Returns session locks, and the session's own name if one is given. In the one row `unlocked` is true when each of
+/// them was held, and `fresh` is false inside a transaction that somebody left open.
+pub(crate) fn unlock(locks: Locks<'_>, application_name: Option<&str>) -> String {
+    let mut sql = String::from("SELECT ");
+    sql.push_str(FRESH);
+    if let Some(name) = application_name {
+        let _ = write!(
+            sql,
+            "pg_catalog.set_config('application_name', {}, false), ",
+            literal(name)
+        );
+    }
+    if let [key] = locks.keys {
+        call(&mut sql, "pg_advisory_unlock", locks.mode, key);
+        sql.push_str(" AS unlocked");
+    } else {
+        sql.push_str("pg_catalog.bool_and(unlocked) AS unlocked FROM (");
+        for (n, rows) in KeyRows::of(locks.keys).enumerate() {
+            if n > 0 {
+                sql.push_str(" UNION ALL ");
+            }
+            sql.push_str("SELECT ");
+            rows.call(&mut sql, "pg_advisory_unlock", locks.mode);
+            sql.push_str(" AS unlocked ");
+            rows.from(&mut sql);
+        }
+        sql.push_str(" OFFSET 0) AS unlocks");
+    }
+    sql
+}
+
+/// Returns those of the session locks that this backend holds, for a `try` whose answer nobody waited for.
+pub(crate) fn unlock_if_held(locks: Locks<'_>) -> String {
+    let mut sql = String::new();
+    for (n, key) in locks.keys.iter().enumerate() {
+        if n > 0 {
+            sql.push_str("; ");
+        }
+        sql.push_str("SELECT CASE WHEN EXISTS (SELECT FROM ");
+        blockers::rows_of(&mut sql, std::slice::from_ref(key));
+        sql.push_str(
+            " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) THEN ",
+        );
+        call(&mut sql, "pg_advisory_unlock", locks.mode, key);
+        sql.push_str(" END");
+    }
+    sql
+}
+
+/// Sets a session's `application_name` until it is set again.
+pub(crate) fn set_application_name(name: &str) -> String {
+    format!(
+        "SELECT pg_catalog.set_config('application_name', {}, false)",
+        literal(name)
+    )
+}
+
+/// Whether `pg_locks` shows the first of the locks as held by this very backend: an engine whose lock functions do
+/// nothing shows none.
+pub(crate) fn shown_in_pg_locks(locks: Locks<'_>) -> String {
+    let mut sql = String::from("SELECT EXISTS (SELECT FROM ");
+    blockers::rows_of(&mut sql, &locks.keys[..1]);
+    sql.push_str(
+        " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) AS shown",
+    );
+    sql
+}
