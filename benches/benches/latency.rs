@@ -14,7 +14,6 @@ fn main() -> Result<(), Failure> {
     let _observer = runtime.block_on(Observer::new(&database))?;
     // The pools of sqlx want a runtime around them when they are made.
     let _in_it = runtime.enter();
-    let pools = Arc::new(Pools::new(&database.config(), latency::POOL)?);
 
     let mut criterion = Criterion::default()
         .sample_size(20)
@@ -22,6 +21,7 @@ fn main() -> Result<(), Failure> {
         .measurement_time(Duration::from_millis(1500))
         .configure_from_args();
     for case in Case::ALL {
+        let pools = Arc::new(Pools::new(&database.config(), latency::POOL)?);
         let mut group = criterion.benchmark_group(case.id());
         for peer in case.peers() {
             group.bench_function(peer.name(), |bencher| {
@@ -38,8 +38,8 @@ fn main() -> Result<(), Failure> {
             });
         }
         group.finish();
+        runtime.block_on(pools.close());
     }
     criterion.final_summary();
-    runtime.block_on(pools.close());
     Ok(())
 }

@@ -7,7 +7,6 @@
 )]
 
 use std::fmt::Display;
-use std::sync::Arc;
 use std::thread;
 
 use lockkeeper_benches::cancelled::{self, Caller};
@@ -15,8 +14,8 @@ use lockkeeper_benches::contended::{self, Outcomes};
 use lockkeeper_benches::latency::{self, AllTimes};
 use lockkeeper_benches::markdown::Table;
 use lockkeeper_benches::round_trips::{self, AllTrips};
-use lockkeeper_benches::{Case, Effort, Failure, Observer, Peer, Pools};
-use lockkeeper_testkit::{Database, Server};
+use lockkeeper_benches::{Case, Effort, Failure, Observer, Peer};
+use lockkeeper_testkit::Server;
 use tokio::runtime::{Builder, Runtime};
 
 const NONE: &str = "–";
@@ -28,9 +27,9 @@ fn main() -> Result<(), Failure> {
     let observer = runtime.block_on(Observer::new(&database))?;
 
     eprintln!("times …");
-    let times = latency_on(&runtime, &database, effort)?;
+    let times = runtime.block_on(latency::measure(&database, effort))?;
     let one_thread = Builder::new_current_thread().enable_all().build()?;
-    let times_of_one_thread = latency_on(&one_thread, &database, effort)?;
+    let times_of_one_thread = one_thread.block_on(latency::measure(&database, effort))?;
     drop(one_thread);
     eprintln!("round trips …");
     let trips = runtime.block_on(round_trips::measure(&database, effort))?;
@@ -64,15 +63,6 @@ fn main() -> Result<(), Failure> {
         Some(outcome) => Err(format!("{} is not clean: {outcome:?}", outcome.caller).into()),
         None => Ok(()),
     }
-}
-
-fn latency_on(runtime: &Runtime, database: &Database, effort: Effort) -> Result<AllTimes, Failure> {
-    runtime.block_on(async {
-        let pools = Arc::new(Pools::new(&database.config(), latency::POOL)?);
-        let times = latency::measure(Arc::clone(&pools), effort).await?;
-        pools.close().await;
-        Ok(times)
-    })
 }
 
 /// An empty table; all parts have its columns.

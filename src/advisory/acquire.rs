@@ -16,7 +16,7 @@ use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
 /// its own clock; this is for its reply to arrive.
-const ANSWER: Duration = Duration::from_millis(500);
+pub(super) const ANSWER: Duration = Duration::from_secs(2);
 /// For a last look after the deadline, where a connection has to be found first.
 const LAST_LOOK: Duration = Duration::from_millis(30);
 /// The longest single wait at the server, where `deadlock_timeout` does not ask for shorter ones.
@@ -177,15 +177,20 @@ impl Advisory {
                     }
                 },
                 // Nothing was done yet that could be done twice: a connection that died in the pool is not an error.
-                Err(error) if error.kind() == ErrorKind::ConnectionLost && stale < most => {}
+                Err(error) if is_lost_at_once(&error) && stale < most => {}
                 // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something.
                 Err(error) if is_in_transaction(&error) && stale < most => {}
                 // Somebody deallocates prepared statements, or prepares some of our names.
                 Err(error) if is_unprepared(&error) && stale < most => self.known.stop_preparing(),
                 // A standby refuses to begin a SERIALIZABLE transaction.
                 Err(error) if is_not_supported(&error) => {
-                    let reply = self.connections.ask(sql::environment::IN_RECOVERY).await?;
-                    return Err(if sql::environment::in_recovery(&reply) {
+                    // Under that default it refuses the question as well.
+                    let standby_said =
+                        match self.connections.ask(sql::environment::IN_RECOVERY).await {
+                            Ok(reply) => sql::environment::in_recovery(&reply),
+                            Err(refusal) => is_not_supported(&refusal),
+                        };
+                    return Err(if standby_said {
                         standby(request).with_source(error)
                     } else {
                         error
@@ -371,6 +376,11 @@ impl Advisory {
         session.identify(tried.pid, request.begin.application_name.as_deref());
         self.granted(session, request, tried, deadline).await
     }
+}
+
+/// Whether the connection was dead, rather than its server silent: that will not be better on the next one.
+fn is_lost_at_once(error: &Error) -> bool {
+    error.kind() == ErrorKind::ConnectionLost && std::error::Error::source(error).is_some()
 }
 
 /// Ends a transaction that has done nothing, and gives its connection back.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::acquire::{no_answer, slice, standby, timed_out};
+use super::acquire::{ANSWER, no_answer, slice, standby, timed_out};
 use super::environment::check_locking;
 use super::gate::Turn;
 use super::{Advisory, Request, SessionGuard};
@@ -12,8 +12,6 @@ use crate::session::{Reply, Scope, Session, Undo};
 use crate::sql;
 use crate::sql::advisory::{Ask, Locks, Names, Tried, Verdict};
 
-/// For the reply to a wait that the server has ended.
-const ANSWER: Duration = Duration::from_millis(500);
 /// For a last look after the deadline, where a connection has to be found first.
 const LAST_LOOK: Duration = Duration::from_millis(30);
 

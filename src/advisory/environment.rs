@@ -16,6 +16,8 @@ use crate::sql::advisory::{Ask, Locks, Server, Verdict};
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
+/// One question to a pooler, which may have no backend to ask.
+const QUESTION: Duration = Duration::from_millis(500);
 /// Sets of locks this large are compared with the room in the lock table first.
 const WORTH_COUNTING: usize = 128;
 /// How often two sessions are compared before they count as kept apart.
@@ -123,7 +125,15 @@ impl Advisory {
             let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
                 return Err(undecided());
             };
+            // A pooler that takes its backends in turn gives another one to the next statement.
             let before = within(pid_of(first)).await.ok_or_else(undecided)??;
+            for _ in 0..COMPARISONS {
+                if within(pid_of(first)).await.ok_or_else(undecided)?? != before {
+                    second.give_back();
+                    return Ok(false);
+                }
+            }
+            // One that prefers those just used gives the same one to the next client.
             // In a transaction the second client keeps its backend while the first is asked again.
             let begin = sql::begin_transaction(&sql::Begin::default());
             let Some((second, answer)) = within(second.exchange(begin, Undo::rollback())).await
@@ -210,7 +220,7 @@ pub(super) async fn check_room_on(session: &Session, keys: &[LockKey]) -> Result
 
 /// Bounds one question to a pooler, which may have no backend to ask.
 async fn within<F: Future>(question: F) -> Option<F::Output> {
-    tokio::time::timeout(SECOND, question).await.ok()
+    tokio::time::timeout(QUESTION, question).await.ok()
 }
 
 /// Not proven either way, so nothing to be learnt for the next time.

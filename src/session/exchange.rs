@@ -134,7 +134,8 @@ impl Drop for Exchange {
         };
         if self.sent {
             // On a runtime that has shut down the task is dropped unrun, and the session in it closes its connection.
-            let canceller = LastResort::new(self.canceller.clone(), matches!(undo, Undo::Cancel));
+            let busy = matches!(undo, Undo::Cancel) || self.patience == PATIENCE_UNWATCHED;
+            let canceller = LastResort::new(self.canceller.clone(), busy);
             drop(
                 self.runtime
                     .spawn(settle(answering, undo, canceller, self.patience)),
@@ -168,6 +169,7 @@ async fn settle(
         canceller.armed = true;
         return cancel_until_answered(answering, canceller).await;
     };
+    canceller.armed = false;
     let Ok(reply) = answer else { return };
     match undo.and_then(|text| text(&reply)) {
         None => session.give_back(),

@@ -13,6 +13,8 @@ use super::{Reply, Session, Side};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 
+/// How much longer than the deadline a login under way may take.
+const LOGIN: Duration = Duration::from_millis(500);
 /// How long to wait for a pool connection to look or cancel with.
 const SPARE: Duration = Duration::from_secs(1);
 
@@ -61,19 +63,22 @@ impl Connections {
     pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
         let runtime = Handle::try_current()
             .map_err(|error| Error::config("called outside a tokio runtime").with_source(error))?;
-        let status = || {
-            let status = self.pool.status();
-            format!(
-                "{} of {} in use",
-                status.size.saturating_sub(status.available),
-                status.max_size
-            )
-        };
-        let object = match deadline.bound(Duration::ZERO, self.pool.get()).await {
+        let mut getting = std::pin::pin!(self.pool.get());
+        let mut got = deadline.bound(Duration::ZERO, &mut getting).await;
+        let status = self.pool.status();
+        let in_use = status.size.saturating_sub(status.available);
+        if got.is_none() && in_use < status.max_size {
+            // Not waiting for somebody to give one back, but for the server to let a new one in.
+            got = tokio::time::timeout(LOGIN, getting).await.ok();
+        }
+        let object = match got {
             Some(Ok(object)) => object,
             Some(Err(PoolError::Timeout(TimeoutType::Wait))) | None => {
                 return Err(Error::new(ErrorKind::Pool)
-                    .with_detail(format!("none became free, {}", status()))
+                    .with_detail(format!(
+                        "none became free, {in_use} of {} in use",
+                        status.max_size
+                    ))
                     .with_waited(deadline.waited()));
             }
             Some(Err(error)) => return Err(Error::from(error)),

@@ -1,7 +1,6 @@
 //! Every future may be dropped at every point: soon afterwards nothing is held or awaited, the next borrower of the
 //! connection is not delayed, and all of the pool can be had.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use futures::future::{BoxFuture, FutureExt, join_all};
 use futures::{SinkExt, StreamExt, TryStreamExt};
-use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard, TransactionOptions, XactGuard};
+use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard, TransactionOptions, Tx, XactGuard};
 use lockkeeper_testkit::{Database, Server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -607,6 +606,21 @@ const ON_XACT_GUARDS: &[(&str, OnXactGuard)] = &[
         }
         .boxed()
     }),
+    ("a try of several free locks", |guard| {
+        async move {
+            assert!(guard.advisory_locks([AFTER, BEFORE]).try_acquire().await?);
+            Ok(())
+        }
+        .boxed()
+    }),
+    ("a try of several locks, the last of them busy", |guard| {
+        async move {
+            let locks = guard.advisory_locks([KEY, BEFORE]);
+            assert!(!locks.try_acquire().await?);
+            Ok(())
+        }
+        .boxed()
+    }),
     ("a try of a busy lock", |guard| {
         async move {
             assert!(!guard.advisory_lock(KEY).try_acquire().await?);
@@ -630,7 +644,7 @@ async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
     let mut id = 1000;
     let mut committed = 0;
     for &(name, call) in ON_XACT_GUARDS {
-        for end in ["drop", "rollback", "commit"] {
+        for end in ["drop", "rollback", "commit", "more locks, then commit"] {
             for polls in 0..MOST_POLLS {
                 id += 1;
                 let what = format!("{name}, dropped after {polls} polls, then {end}");
@@ -644,6 +658,18 @@ async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
                     "drop" => drop(guard),
                     "rollback" => guard.rollback().await,
                     _ => {
+                        if end.starts_with("more")
+                            && guard.advisory_locks([BEFORE, AFTER]).await.is_ok()
+                        {
+                            let own = guard.backend_pid().unwrap();
+                            for key in [BEFORE, AFTER] {
+                                assert_eq!(
+                                    scene.holders(key).await,
+                                    [own],
+                                    "{what}: {key} is not held"
+                                );
+                            }
+                        }
                         let commit = tokio::time::timeout(SOON, guard.commit()).await;
                         applied = match commit {
                             Ok(Ok(())) => true,
@@ -660,7 +686,7 @@ async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
                 assert_eq!(notes(&scene, id).await, i64::from(applied), "{what}");
                 if let Some(outcome) = outcome {
                     assert!(outcome.is_ok(), "{what}: {outcome:?}");
-                    assert!(applied || end != "commit", "{what}: not committed");
+                    assert!(applied || !end.ends_with("commit"), "{what}: not committed");
                     break;
                 }
                 assert!(polls + 1 < MOST_POLLS, "{what}: not done");
@@ -793,59 +819,92 @@ async fn a_session_guard_outlives_what_is_dropped_on_it() {
     }
 }
 
+async fn wait_for_the_busy_key(tx: &mut Tx) -> Result<(), Error> {
+    tx.advisory_lock(KEY).await
+}
+
+/// Gives up a wait, whose cancel request arrives only after it was granted, and ends the guard it was on.
+async fn give_up_and_end(end: &str) {
+    let mut scene = Scene::new(1).await;
+    let late = Duration::from_millis(400);
+    let proxy = Proxy::before(&scene.database, Duration::ZERO, late).await;
+    scene.pool = proxy.pool(&scene.database, 1);
+    let keeper = new_keeper(&scene.pool, Duration::from_secs(30));
+    let (client, _) = holder(&scene).await;
+    let waits = async || {
+        let waits = async || !scene.waiters(KEY).await.is_empty();
+        eventually(SOON, "nobody waits", waits).await;
+    };
+    let own = keeper.advisory_lock(AFTER);
+    if end == "release" {
+        let mut guard = own.session().acquire().await.unwrap();
+        tokio::select! {
+            biased;
+            () = waits() => {}
+            _ = guard.transaction(wait_for_the_busy_key) => panic!("granted"),
+        }
+        drop(client);
+        drop(guard.release().await);
+    } else {
+        let mut guard = own.acquire().await.unwrap();
+        tokio::select! {
+            biased;
+            () = waits() => {}
+            _ = guard.advisory_lock(KEY) => panic!("granted"),
+        }
+        drop(client);
+        match end {
+            "drop" => drop(guard),
+            "rollback" => guard.rollback().await,
+            _ => drop(guard.commit().await),
+        }
+    }
+    let borrower = scene.pool.get().await.unwrap();
+    let sleep = borrower.batch_execute("SELECT pg_sleep(0.8)").await;
+    assert!(
+        sleep.is_ok(),
+        "after {end} the next borrower gets {sleep:?}"
+    );
+    drop(borrower);
+    scene.nothing_left().await;
+}
+
 /// A cancel request that is late must not hit whoever has the connection by then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_cancel_never_hits_the_next_borrower() {
-    let late = Duration::from_millis(400);
-    let scenes = ["drop", "rollback", "commit", "release"].map(|end| async move {
-        let mut scene = Scene::new(1).await;
-        let proxy = Proxy::before(&scene.database, Duration::ZERO, late).await;
-        scene.pool = proxy.pool(&scene.database, 1);
-        let keeper = new_keeper(&scene.pool, Duration::from_secs(30));
-        let (client, _) = holder(&scene).await;
-        let waits = async || {
-            let waits = async || !scene.waiters(KEY).await.is_empty();
-            eventually(SOON, "nobody waits", waits).await;
-        };
-        if end == "release" {
-            let mut guard = keeper
-                .advisory_lock(AFTER)
-                .session()
-                .acquire()
-                .await
-                .unwrap();
-            tokio::select! {
-                biased;
-                () = waits() => {}
-                _ = guard.transaction(async |tx| tx.advisory_lock(KEY).await) => panic!("granted"),
-            }
-            // Granted before the cancel arrives, which finds another statement then.
-            drop(client);
-            drop(guard.release().await);
-        } else {
-            let mut guard = keeper.advisory_lock(AFTER).acquire().await.unwrap();
-            tokio::select! {
-                biased;
-                () = waits() => {}
-                _ = guard.advisory_lock(KEY) => panic!("granted"),
-            }
-            drop(client);
-            match end {
-                "drop" => drop(guard),
-                "rollback" => guard.rollback().await,
-                _ => drop(guard.commit().await),
-            }
+    join_all(["drop", "rollback", "commit", "release"].map(give_up_and_end)).await;
+}
+
+/// Any guard.
+enum Held {
+    Xact(XactGuard),
+    Session(SessionGuard),
+}
+
+/// Takes a key in one of several ways, some of which take one more.
+async fn take_somehow(keeper: &Keeper, key: i64, way: u64) -> Result<Held, Error> {
+    let lock = keeper.advisory_lock(key);
+    match way {
+        0 | 1 => lock.acquire().await.map(Held::Xact),
+        2 | 3 => lock.session().acquire().await.map(Held::Session),
+        4 => {
+            let lock = lock.isolation(IsolationLevel::RepeatableRead);
+            lock.acquire().await.map(Held::Xact)
         }
-        let borrower = scene.pool.get().await.unwrap();
-        let sleep = borrower.batch_execute("SELECT pg_sleep(0.8)").await;
-        assert!(
-            sleep.is_ok(),
-            "after {end} the next borrower gets {sleep:?}"
-        );
-        drop(borrower);
-        scene.nothing_left().await;
-    });
-    join_all(scenes).await;
+        5 => {
+            let locks = keeper.advisory_locks([key, AFTER]);
+            locks.acquire().await.map(Held::Xact)
+        }
+        6 => {
+            let locks = keeper.advisory_locks([key, AFTER]).session();
+            locks.acquire().await.map(Held::Session)
+        }
+        _ => {
+            let mut guard = keeper.advisory_lock(BEFORE).shared().acquire().await?;
+            guard.advisory_lock(key).await?;
+            Ok(Held::Xact(guard))
+        }
+    }
 }
 
 /// Thousands of requests given up at random moments, of both scopes and many kinds, over few keys and connections.
@@ -853,112 +912,69 @@ async fn a_late_cancel_never_hits_the_next_borrower() {
 async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
     const TASKS: u64 = 16;
     const REQUESTS: usize = 10_000;
-    const KEYS: i64 = 4;
+    const KEYS: u64 = 4;
     let scene = Scene::new(8).await;
-    let holders: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
+    let inside: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
     let asked = Arc::new(AtomicUsize::new(0));
-    let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
     let until = Instant::now() + Duration::from_secs(20);
     let tasks = (0..TASKS).map(|seed| {
-        let keeper = scene.keeper.clone();
-        let (holders, asked, counts) = (holders.clone(), asked.clone(), counts.clone());
+        let (keeper, inside, asked) = (scene.keeper.clone(), inside.clone(), asked.clone());
         tokio::spawn(async move {
             let mut dice = Dice(seed);
+            let (mut granted, mut given_up) = (0, 0);
             while Instant::now() < until && asked.fetch_add(1, Ordering::Relaxed) < REQUESTS {
-                let key = dice.below(KEYS as u64) as i64;
+                let key = dice.below(KEYS);
+                let inside = &inside[usize::try_from(key).unwrap()];
                 // Short ones do not outlast a login; with nothing else the pool would never have a connection.
-                let most = [2, 10, 50, 200][dice.below(4) as usize];
+                let most = [2, 10, 50, 200][usize::try_from(dice.below(4)).unwrap()];
                 let patience = dice.duration(Duration::from_millis(most));
                 let hold = dice.duration(Duration::from_millis(2));
-                let kind = dice.below(4);
-                let held = async {
-                    // Two at once would be two holders of an exclusive lock.
-                    let before = holders[key as usize].fetch_add(1, Ordering::SeqCst);
-                    assert_eq!(before, 0, "two holders of one lock");
-                    tokio::time::sleep(hold).await;
+                let end = dice.below(3);
+                let way = dice.below(8);
+                let take = take_somehow(&keeper, i64::try_from(key).unwrap(), way);
+                let Ok(held) = tokio::time::timeout(patience, take).await else {
+                    given_up += 1;
+                    continue;
                 };
-                let leave = || holders[key as usize].fetch_sub(1, Ordering::SeqCst);
-                let lock = keeper.advisory_lock(key);
-                let got = match kind {
-                    0 | 1 => {
-                        let guard = tokio::time::timeout(patience, lock.acquire()).await;
-                        match guard {
-                            Ok(guard) => {
-                                let guard = guard.unwrap();
-                                held.await;
-                                leave();
-                                drop(guard);
-                                true
-                            }
-                            Err(_) => false,
-                        }
+                let held = held.unwrap();
+                assert_eq!(
+                    inside.fetch_add(1, Ordering::SeqCst),
+                    0,
+                    "two holders of one lock"
+                );
+                tokio::time::sleep(hold).await;
+                inside.fetch_sub(1, Ordering::SeqCst);
+                match held {
+                    Held::Xact(guard) if end == 0 => guard.commit().await.unwrap(),
+                    Held::Session(guard) if end == 0 => guard.release().await.unwrap(),
+                    Held::Xact(guard) if end == 1 => {
+                        drop(tokio::time::timeout(hold, guard.commit()).await);
                     }
-                    2 => {
-                        let guard = tokio::time::timeout(patience, lock.session().acquire()).await;
-                        match guard {
-                            Ok(guard) => {
-                                let guard = guard.unwrap();
-                                held.await;
-                                leave();
-                                drop(guard);
-                                true
-                            }
-                            Err(_) => false,
-                        }
+                    Held::Session(guard) if end == 1 => {
+                        drop(tokio::time::timeout(hold, guard.release()).await);
                     }
-                    _ => {
-                        let both = keeper.advisory_locks([key, KEYS]);
-                        match tokio::time::timeout(patience, both.acquire()).await {
-                            Ok(guard) => {
-                                let guard = guard.unwrap();
-                                held.await;
-                                leave();
-                                guard.commit().await.unwrap();
-                                true
-                            }
-                            Err(_) => false,
-                        }
-                    }
-                };
-                let count = if got { &counts.0 } else { &counts.1 };
-                count.fetch_add(1, Ordering::Relaxed);
+                    held => drop(held),
+                }
+                granted += 1;
             }
+            (granted, given_up)
         })
     });
+    let (mut granted, mut given_up) = (0, 0);
     for task in tasks.collect::<Vec<_>>() {
-        task.await.unwrap();
+        let counted = task.await.unwrap();
+        granted += counted.0;
+        given_up += counted.1;
     }
-    let (got, given_up) = (
-        counts.0.load(Ordering::Relaxed),
-        counts.1.load(Ordering::Relaxed),
-    );
+    let what = format!("{granted} granted, {given_up} given up");
     assert!(
-        got > 100,
-        "{got} granted, {given_up} given up: too few to show anything"
+        granted > 100 && given_up > 1000,
+        "{what}: too few to show anything"
     );
-    assert!(
-        given_up > 1000,
-        "{got} granted, {given_up} given up: too few to show anything"
-    );
-    assert_no_trace(
-        &scene,
-        None,
-        SOON,
-        &format!("{got} granted, {given_up} given up"),
-    )
-    .await;
-    // Nothing of what was given up is still under way to be granted.
+    assert_no_trace(&scene, None, SOON, &what).await;
+    // Nor is anything still under way.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_no_trace(&scene, None, SOON, "a moment later").await;
-    let mut connections: HashMap<i32, usize> = HashMap::new();
-    for object in join_all((0..8).map(|_| scene.pool.get())).await {
-        let row = object
-            .unwrap()
-            .query_one("SELECT pg_backend_pid()", &[])
-            .await;
-        *connections.entry(row.unwrap().get(0)).or_default() += 1;
-    }
-    assert!(connections.len() <= 8, "{connections:?}");
+    assert_no_trace(&scene, None, SOON, &format!("{what}, a moment later")).await;
 }
 
 /// Pseudo-random numbers (SplitMix64): moments that differ from run to run by scheduling only.

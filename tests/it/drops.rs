@@ -12,7 +12,6 @@ use futures::{SinkExt, StreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
-use tokio_postgres::Client;
 
 use crate::common::{Scene, eventually};
 

@@ -167,6 +167,47 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
     }
 }
 
+/// Readers that waited for a writer hold the lock at the same time, however many they are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_waiting_readers_are_let_in_together() {
+    const READERS: usize = 7;
+    let scene = Scene::new(READERS + 1).await;
+    for session in [false, true] {
+        let writer = scene.keeper.advisory_lock("k").acquire().await.unwrap();
+        let all_in = std::sync::Arc::new(tokio::sync::Barrier::new(READERS));
+        let readers: Vec<_> = (0..READERS)
+            .map(|_| {
+                let lock = scene.keeper.advisory_lock("k").shared();
+                let lock = lock.wait(Duration::from_secs(20));
+                let all_in = std::sync::Arc::clone(&all_in);
+                tokio::spawn(async move {
+                    let guard = if session {
+                        Guard::Session(lock.session().acquire().await.unwrap())
+                    } else {
+                        Guard::Xact(lock.acquire().await.unwrap())
+                    };
+                    all_in.wait().await;
+                    guard.pid()
+                })
+            })
+            .collect();
+        eventually(Duration::from_secs(5), "no waiters", async || {
+            !scene.waiters("k").await.is_empty()
+        })
+        .await;
+        writer.commit().await.unwrap();
+        let mut pids = Vec::new();
+        for reader in readers {
+            let pid = tokio::time::timeout(Duration::from_secs(10), reader).await;
+            pids.push(pid.expect("a reader is kept out").unwrap());
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        assert_eq!(pids.len(), READERS);
+        scene.nothing_left().await;
+    }
+}
+
 /// The server's queue is fair: who comes after a waiting writer does not pass it, not even by a `try`.
 #[tokio::test]
 async fn a_queued_writer_makes_a_new_readers_try_fail() {

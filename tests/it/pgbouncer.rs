@@ -284,13 +284,19 @@ async fn deadlocks_are_retried_behind_a_pooler() {
         .unwrap();
     let runs = Arc::new(AtomicU32::new(0));
     let met = Arc::new(tokio::sync::Barrier::new(2));
+    // Who tries again waits for the survivor's end, so that the two do not meet a second time.
+    let survivor = Arc::new(tokio::sync::Notify::new());
     let tasks = [(1, 2), (2, 1)].map(|(first, second)| {
         let keeper = behind.keeper.clone();
         let (runs, met) = (Arc::clone(&runs), Arc::clone(&met));
+        let (survivor, done) = (Arc::clone(&survivor), Arc::clone(&survivor));
         tokio::spawn(async move {
-            keeper
+            let answer = keeper
                 .transaction(async move |tx| {
                     let run = runs.fetch_add(1, Ordering::Relaxed);
+                    if run >= 2 {
+                        survivor.notified().await;
+                    }
                     for id in [first, second] {
                         let sql = format!("UPDATE t SET n = n + 1 WHERE id = {id}");
                         tx.batch_execute(&sql).await?;
@@ -300,7 +306,9 @@ async fn deadlocks_are_retried_behind_a_pooler() {
                     }
                     Ok::<_, Error>(())
                 })
-                .await
+                .await;
+            done.notify_one();
+            answer
         })
     });
     for task in tasks {
@@ -428,6 +436,34 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
     behind.nothing_left().await;
     let log = behind.bouncer.log();
     assert!(!log.contains("FATAL"), "{log}");
+}
+
+/// The connection to cancel with is asked in vain; the pool has another one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_side_connection_does_not_keep_a_waiter_behind_a_pooler() {
+    let test = "a_silent_side_connection_does_not_keep_a_waiter_behind_a_pooler";
+    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+        return;
+    };
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut side = lockkeeper::tokio_postgres::Config::new();
+    let port = silent.local_addr().unwrap().port();
+    side.host("127.0.0.1").port(port).user("nobody");
+    let keeper = behind.fresh_with(4, |builder| builder.side_connection(side, NoTls));
+    let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
+    let wait = tokio::spawn(async move {
+        let body = async |tx: &mut Tx| tx.advisory_lock("k").wait(Duration::from_secs(60)).await;
+        keeper.transaction(body).await
+    });
+    let waits = async || !behind.scene.waiters("k").await.is_empty();
+    eventually(SOON, "nobody waits", waits).await;
+    wait.abort();
+    drop(wait.await);
+    let gone = async || behind.scene.waiters("k").await.is_empty();
+    eventually(BOUND, "the waiter is left", gone).await;
+    guard.commit().await.unwrap();
+    behind.nothing_left().await;
+    drop(silent);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

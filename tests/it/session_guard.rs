@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
+use crate::cancel_safety::Proxy;
 use crate::common::{Scene, eventually};
 
 const SOON: Duration = Duration::from_secs(3);
@@ -478,6 +479,35 @@ async fn a_lock_that_somebody_unlocked_by_hand_is_reported_as_lost() {
             other.release().await.unwrap();
             scene.nothing_left().await;
         }
+    }
+}
+
+/// A slow network is no reason to be told less.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_release_over_a_slow_network_tells_a_lost_lock_from_a_held_one() {
+    let mut scene = Scene::new(1).await;
+    let latency = Duration::from_millis(40);
+    let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
+    scene.pool = proxy.pool(&scene.database, 1);
+    let keeper = Keeper::new(scene.pool.clone());
+    for through_client in [false, true] {
+        let guard = take(&keeper, 727).await;
+        if through_client {
+            guard.client().batch_execute("SELECT 1").await.unwrap();
+        }
+        guard.release().await.unwrap();
+        scene.nothing_left().await;
+        let guard = take(&keeper, 727).await;
+        let unlock = "SELECT pg_advisory_unlock(727)";
+        if through_client {
+            guard.client().batch_execute(unlock).await.unwrap();
+        } else {
+            guard.batch_execute(unlock).await.unwrap();
+        }
+        let released = guard.release().await;
+        let kind = released.map_err(|error| error.kind());
+        assert_eq!(kind, Err(ErrorKind::LockLost), "client {through_client}");
+        scene.nothing_left().await;
     }
 }
 

@@ -342,6 +342,62 @@ async fn keys_that_become_free_one_after_another_are_all_granted() {
     }
 }
 
+/// Sets that wait for one of their keys do not keep others from another one, which nobody holds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
+    let scene = Scene::new(6).await;
+    hold_plainly(&scene.observer, 1).await;
+    let mut sets = Vec::new();
+    for scope in [Scope::Xact, Scope::Session, Scope::Xact] {
+        let keeper = scene.keeper.clone();
+        sets.push(tokio::spawn(async move {
+            acquire(&keeper, [1, 2], scope, LONG)
+                .await
+                .unwrap()
+                .end()
+                .await;
+        }));
+    }
+    eventually(Duration::from_secs(5), "no waiters", async || {
+        scene.waiters(1).await.len() >= 2
+    })
+    .await;
+    for scope in SCOPES {
+        assert!(!scene.is_held(2).await);
+        let began = Instant::now();
+        let guard = acquire(&scene.keeper, [2], scope, Duration::from_secs(5))
+            .await
+            .unwrap();
+        let took = began.elapsed();
+        assert!(
+            took < Duration::from_secs(2),
+            "{scope:?}: {took:?} for a free key"
+        );
+        guard.end().await;
+    }
+    // And one that is busy for a moment is waited for where its holder releases it.
+    let holder = scene.database.connect().await;
+    for scope in SCOPES {
+        hold_plainly(&holder, 2).await;
+        let release = async {
+            eventually(
+                Duration::from_secs(5),
+                "nobody waits at the server",
+                async || !scene.waiters(2).await.is_empty(),
+            )
+            .await;
+            release_plainly(&holder, 2).await;
+        };
+        let (guard, ()) = tokio::join!(acquire(&scene.keeper, [2], scope, LONG), release);
+        guard.unwrap().end().await;
+    }
+    release_plainly(&scene.observer, 1).await;
+    for set in sets {
+        set.await.unwrap();
+    }
+    scene.nothing_left().await;
+}
+
 /// Callers that name the same keys in opposite orders: neither waits for the other's second key.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn opposite_orders_never_deadlock() {
@@ -733,5 +789,46 @@ impl Scene {
         for _ in in_use..self.pool.status().max_size {
             objects.push(self.pool.get().await.unwrap());
         }
+    }
+}
+
+/// Locks taken one by one in opposite orders are a deadlock. The server finds it, however long it takes to look.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_taken_one_by_one_in_opposite_orders_end_as_a_deadlock() {
+    for timeout in ["100ms", "3s"] {
+        let server = Server::start(&[("deadlock_timeout", timeout)]).unwrap();
+        let scene = scene_on(&server, 2).await;
+        let both_hold = std::sync::Arc::new(tokio::sync::Barrier::new(2));
+        let began = Instant::now();
+        let callers: Vec<_> = [(1, 2), (2, 1)]
+            .into_iter()
+            .map(|(first, second)| {
+                let keeper = scene.keeper.clone();
+                let both_hold = std::sync::Arc::clone(&both_hold);
+                tokio::spawn(async move {
+                    let mut guard = keeper.advisory_lock(first).acquire().await.unwrap();
+                    both_hold.wait().await;
+                    let result = guard.advisory_lock(second).wait(LONG).await;
+                    if result.is_ok() {
+                        assert_eq!(guard.held_keys().count(), 2);
+                        guard.commit().await.unwrap();
+                    }
+                    result
+                })
+            })
+            .collect();
+        let mut errors = Vec::new();
+        for caller in callers {
+            errors.extend(caller.await.unwrap().err());
+        }
+        let kinds: Vec<_> = errors.iter().map(Error::kind).collect();
+        assert_eq!(
+            kinds,
+            [ErrorKind::Deadlock],
+            "{timeout}, after {:?}",
+            began.elapsed()
+        );
+        assert!(errors[0].is_retryable());
+        scene.nothing_left().await;
     }
 }

@@ -9,7 +9,7 @@ use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
@@ -21,7 +21,7 @@ use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
 use lockkeeper_testkit::{Database, Server};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Barrier;
+use tokio::sync::{Barrier, Notify};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 
@@ -117,13 +117,20 @@ async fn opposite_row_orders_both_finish_and_exactly_one_is_retried() {
         let runs = Arc::new(AtomicU32::new(0));
         let pids = Arc::new(Mutex::new(HashSet::new()));
         let met = Arc::new(Barrier::new(2));
+        // A row that has just been let go can be taken before the one that queued for it wakes up: who tries again waits
+        // for the survivor's end, so that the two do not meet a second time.
+        let survivor = Arc::new(Notify::new());
         let tasks = [(1, 2), (2, 1)].map(|(first, second)| {
             let keeper = scene.keeper.clone();
             let (runs, pids, met) = (Arc::clone(&runs), Arc::clone(&pids), Arc::clone(&met));
+            let (survivor, done) = (Arc::clone(&survivor), Arc::clone(&survivor));
             tokio::spawn(async move {
-                keeper
+                let answer = keeper
                     .transaction(async move |tx| {
                         let run = runs.fetch_add(1, Ordering::Relaxed);
+                        if run >= 2 {
+                            survivor.notified().await;
+                        }
                         let add = "UPDATE t SET n = n + 1 WHERE id = $1";
                         tx.execute(add, &[&first]).await?;
                         if run < 2 {
@@ -133,7 +140,9 @@ async fn opposite_row_orders_both_finish_and_exactly_one_is_retried() {
                         tx.execute(add, &[&second]).await?;
                         Ok::<_, Failed>(())
                     })
-                    .await
+                    .await;
+                done.notify_one();
+                answer
             })
         });
         for task in tasks {
@@ -406,13 +415,12 @@ impl<E: StdError> From<E> for Nothing {
 }
 
 /// Runs a closure that fails with 40001 the first time, and says how often it ran.
-async fn fails_once<E>(scene: &Scene) -> u32
+async fn fails_once<E>(keeper: &Keeper) -> u32
 where
     E: From<Error> + From<tokio_postgres::Error> + Send + std::fmt::Debug,
 {
     let runs = AtomicU32::new(0);
-    scene
-        .keeper
+    keeper
         .transaction(async |tx| {
             if runs.fetch_add(1, Ordering::Relaxed) == 0 {
                 tx.batch_execute(&raise("40001")).await?;
@@ -427,13 +435,13 @@ where
 #[tokio::test]
 async fn a_retryable_failure_is_recognized_whatever_the_error_type() {
     let scene = Scene::new(1).await;
-    assert_eq!(fails_once::<Error>(&scene).await, 2);
-    assert_eq!(fails_once::<Failed>(&scene).await, 2);
-    assert_eq!(fails_once::<Text>(&scene).await, 2);
-    assert_eq!(fails_once::<Nothing>(&scene).await, 2);
-    assert_eq!(fails_once::<anyhow::Error>(&scene).await, 2);
+    assert_eq!(fails_once::<Error>(&scene.keeper).await, 2);
+    assert_eq!(fails_once::<Failed>(&scene.keeper).await, 2);
+    assert_eq!(fails_once::<Text>(&scene.keeper).await, 2);
+    assert_eq!(fails_once::<Nothing>(&scene.keeper).await, 2);
+    assert_eq!(fails_once::<anyhow::Error>(&scene.keeper).await, 2);
     assert_eq!(
-        fails_once::<Box<dyn StdError + Send + Sync>>(&scene).await,
+        fails_once::<Box<dyn StdError + Send + Sync>>(&scene.keeper).await,
         2
     );
     scene.nothing_left().await;
@@ -932,9 +940,11 @@ async fn forward(
 }
 
 fn pool(config: Config, size: usize) -> Pool {
-    let recycling = ManagerConfig {
-        recycling_method: RecyclingMethod::Fast,
-    };
+    pool_with(config, size, RecyclingMethod::Fast)
+}
+
+fn pool_with(config: Config, size: usize, recycling_method: RecyclingMethod) -> Pool {
+    let recycling = ManagerConfig { recycling_method };
     Pool::builder(Manager::from_config(config, NoTls, recycling))
         .max_size(size)
         .runtime(Runtime::Tokio1)
@@ -1002,6 +1012,72 @@ async fn cut_before_commit_nothing_is_applied() {
         }
         scene.nothing_left().await;
     }
+}
+
+/// The server's own cut of a transaction that idles for too long.
+#[tokio::test]
+async fn a_transaction_that_idles_for_too_long_is_lost_before_commit() {
+    let scene = rows(1).await;
+    let runs = AtomicU32::new(0);
+    let idle = TransactionOptions::new().idle_timeout(Duration::from_millis(30));
+    let answer = scene
+        .keeper
+        .transaction_with(idle, async |tx| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            tx.execute("INSERT INTO t VALUES (10, 0)", &[]).await?;
+            while !tx.client().is_closed() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok::<_, Error>(())
+        })
+        .await;
+    assert_eq!(answer.unwrap_err().kind(), ErrorKind::ConnectionLost);
+    assert_eq!(runs.load(Ordering::Relaxed), 1);
+    assert_eq!(ids(&scene).await, [1, 2]);
+    scene.nothing_left().await;
+}
+
+/// A side connection that is refused, or that nobody answers: all goes on without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_side_connection_that_cannot_be_opened_is_no_matter() {
+    let scene = rows(4).await;
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let refused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let ports = [&silent, &refused].map(|listener| listener.local_addr().unwrap().port());
+    drop(refused);
+    for port in ports {
+        let mut side = Config::new();
+        side.host("127.0.0.1").port(port).user("nobody");
+        let keeper = Keeper::builder(scene.pool.clone())
+            .side_connection(side, NoTls)
+            .build();
+        let started = Instant::now();
+        assert_eq!(fails_once::<Error>(&keeper).await, 2);
+        let guard = keeper.advisory_lock("k").acquire().await.unwrap();
+        let wait = Duration::from_millis(20);
+        let error = keeper.advisory_lock("k").wait(wait).acquire().await;
+        let error = error.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_eq!(error.blockers()[0].pid(), guard.backend_pid());
+        let waiter = tokio::spawn({
+            let keeper = keeper.clone();
+            async move {
+                let body =
+                    async |tx: &mut Tx| tx.advisory_lock("k").wait(Duration::from_secs(60)).await;
+                keeper.transaction(body).await
+            }
+        });
+        let waits = async || !scene.waiters("k").await.is_empty();
+        eventually(SOON, "nobody waits", waits).await;
+        waiter.abort();
+        drop(waiter.await);
+        let gone = async || scene.waiters("k").await.is_empty();
+        eventually(Duration::from_secs(2), "the waiter is left", gone).await;
+        guard.commit().await.unwrap();
+        assert!(started.elapsed() < SOON);
+        scene.nothing_left().await;
+    }
+    drop(silent);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1427,13 +1503,18 @@ async fn a_deadlock_inside_a_savepoint_retries_the_whole() {
     let scene = rows(4).await;
     let runs = Arc::new(AtomicU32::new(0));
     let met = Arc::new(Barrier::new(2));
+    let survivor = Arc::new(Notify::new());
     let tasks = [(1, 2), (2, 1)].map(|(first, second)| {
         let keeper = scene.keeper.clone();
         let (runs, met) = (Arc::clone(&runs), Arc::clone(&met));
+        let (survivor, done) = (Arc::clone(&survivor), Arc::clone(&survivor));
         tokio::spawn(async move {
-            keeper
+            let answer = keeper
                 .transaction(async move |tx| {
                     let run = runs.fetch_add(1, Ordering::Relaxed);
+                    if run >= 2 {
+                        survivor.notified().await;
+                    }
                     let add = "UPDATE t SET n = n + 1 WHERE id = $1";
                     tx.execute(add, &[&first]).await?;
                     if run < 2 {
@@ -1449,7 +1530,9 @@ async fn a_deadlock_inside_a_savepoint_retries_the_whole() {
                     })
                     .await
                 })
-                .await
+                .await;
+            done.notify_one();
+            answer
         })
     });
     for task in tasks {
@@ -1660,19 +1743,22 @@ const DIRT: [&str; 5] = [
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_of_ours_runs_in_a_transaction_that_others_left_open() {
     let scene = rows(2).await;
+    let clean = pool_with(scene.database.config(), 2, RecyclingMethod::Clean);
+    let pools = [(&scene.pool, &DIRT[..]), (&clean, &DIRT[..1])];
     let mut wrong = Vec::new();
-    for how in CALLS {
-        for dirt in DIRT {
+    for (pool, dirts) in pools {
+        let keeper = Keeper::new(pool.clone());
+        for (how, dirt) in CALLS
+            .iter()
+            .flat_map(|how| dirts.iter().map(move |dirt| (*how, *dirt)))
+        {
             scene
                 .observer
                 .batch_execute("DELETE FROM t WHERE id > 2")
                 .await
                 .unwrap();
             let mut dirty = Vec::new();
-            let objects = [
-                scene.pool.get().await.unwrap(),
-                scene.pool.get().await.unwrap(),
-            ];
+            let objects = [pool.get().await.unwrap(), pool.get().await.unwrap()];
             for (n, object) in objects.iter().enumerate() {
                 let row = object.query_one("SELECT pg_backend_pid()", &[]).await;
                 dirty.push(row.unwrap().get::<_, i32>(0));
@@ -1684,13 +1770,13 @@ async fn nothing_of_ours_runs_in_a_transaction_that_others_left_open() {
                 );
             }
             drop(objects);
-            match call(&scene.keeper, how).await {
+            match call(&keeper, how).await {
                 Ok(Some(pid)) => assert!(!dirty.contains(&pid), "{how} after {dirt}"),
                 Ok(None) => wrong.push(format!("{how} after {dirt}: a free lock is busy")),
                 Err(error) => wrong.push(format!("{how} after {dirt}: {error:?}")),
             }
             // The pool may have kept a dirty one, whose leak is not ours to end; it must not be committed.
-            drop(scene.pool.retain(|_, _| false));
+            drop(pool.retain(|_, _| false));
             scene.nothing_left().await;
             let mut left = ids(&scene).await;
             left.retain(|id| *id != 20);
@@ -1869,6 +1955,13 @@ impl io::Write for Kept {
 
 /// Everything this thread logs from now on, until the second value is dropped.
 fn kept_log() -> (Kept, tracing::subscriber::DefaultGuard) {
+    // While there is only one subscriber, a place in the code that is first reached by a thread without it is silenced
+    // for all threads: so there is another one.
+    static ANOTHER: LazyLock<tracing::Dispatch> = LazyLock::new(|| {
+        let sink = tracing_subscriber::fmt().with_writer(io::sink);
+        tracing::Dispatch::new(sink.finish())
+    });
+    LazyLock::force(&ANOTHER);
     let kept = Kept::default();
     let writer = kept.clone();
     let subscriber = tracing_subscriber::fmt()
