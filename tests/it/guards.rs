@@ -404,12 +404,12 @@ async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_goes_on() {
             pids.push(pid.unwrap());
             let dropped = Instant::now();
             drop((xact, session));
-            while scene.is_held("k").await {
-                assert!(dropped.elapsed() < Duration::from_secs(2), "{scope}");
+            while scene.advisory_locks().await > 0 {
+                // A machine that stands still for a while is no bug of ours: the median judges.
+                assert!(dropped.elapsed() < Duration::from_secs(8), "{scope}");
                 tokio::task::yield_now().await;
             }
             took.push(dropped.elapsed());
-            assert_eq!(scene.advisory_locks().await, 0);
         }
         took.sort();
         let median = took[took.len() / 2];

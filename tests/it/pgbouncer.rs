@@ -572,6 +572,7 @@ async fn many_tasks_share_one_backend() {
 
 /// Asks for session locks in each way there is; `what` says where.
 async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
+    let session = |guard| Granted::Session(Box::new(guard));
     let mut wrong = Vec::new();
     for way in [
         "session",
@@ -586,20 +587,15 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
         let one = || keeper.advisory_lock("k").wait(Duration::from_secs(2));
         let asked = async {
             match way {
-                "session" => one().session().acquire().await.map(Granted::Session),
-                "shared" => one()
-                    .shared()
-                    .session()
-                    .acquire()
-                    .await
-                    .map(Granted::Session),
+                "session" => one().session().acquire().await.map(session),
+                "shared" => one().shared().session().acquire().await.map(session),
                 "try session" => {
                     let tried = one().session().try_acquire().await?;
-                    Ok(tried.map_or(Granted::Busy, Granted::Session))
+                    Ok(tried.map_or(Granted::Busy, session))
                 }
                 "several" => {
                     let several = keeper.advisory_locks(["k", "l"]).session().acquire();
-                    several.await.map(Granted::Session)
+                    several.await.map(session)
                 }
                 "repeatable read" => {
                     let lock = one().isolation(IsolationLevel::RepeatableRead);
@@ -622,7 +618,7 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
             }
             Ok(Ok(granted)) => {
                 let shared = match granted {
-                    Granted::Session(guard) => behind.is_shared(guard).await,
+                    Granted::Session(guard) => behind.is_shared(*guard).await,
                     Granted::Busy | Granted::Snapshot => String::new(),
                 };
                 wrong.push(format!("{what}, {way}: granted {shared}"));
@@ -657,7 +653,7 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
 }
 
 enum Granted {
-    Session(SessionGuard),
+    Session(Box<SessionGuard>),
     Snapshot,
     Busy,
 }

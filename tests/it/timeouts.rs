@@ -675,52 +675,59 @@ async fn a_short_wait_on_an_empty_pool_tries_once_all_the_same() {
 /// The network goes silent: a bounded wait ends all the same, and when the network is back nothing is left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wait_ends_though_the_network_is_silent() {
-    for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
-        for busy in [false, true] {
-            let what = format!("{scope:?}, busy {busy}");
-            let mut scene = Scene::new(2).await;
-            let proxy = Proxy::before(&scene.database, Duration::ZERO, Duration::ZERO).await;
-            scene.pool = proxy.pool(&scene.database, 2);
-            let keeper = Keeper::new(scene.pool.clone());
-            let key = LockKey::from(527);
-            scene.pool_is_whole_within(SOON).await;
-            let client = if busy {
-                Some(holder(&scene, &key).await)
-            } else {
-                None
-            };
-            let (theirs, asked) = (key.clone(), ms(700));
-            let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, asked).await });
-            if busy {
-                let waits = async || !scene.waiters(key.clone()).await.is_empty();
-                eventually(SOON, "it does not wait", waits).await;
-            }
-            proxy.pause(true);
-            let outcome = tokio::time::timeout(asked + 2 * SOON, waiter).await;
-            let outcome = outcome
-                .unwrap_or_else(|_| panic!("{what}: it hangs"))
-                .unwrap();
-            match outcome {
-                Err(error) => {
-                    let kinds = [
-                        ErrorKind::ConnectionLost,
-                        ErrorKind::LockTimeout,
-                        ErrorKind::Pool,
-                    ];
-                    assert!(kinds.contains(&error.kind()), "{what}: {error:?}");
-                    assert_eq!(error.key(), Some(&key), "{what}: {error:?}");
-                }
-                // It was faster than the pause.
-                Ok(guard) => {
-                    assert!(!busy, "{what}");
-                    drop(guard);
-                }
-            }
-            proxy.pause(false);
-            drop(client);
-            scene.nothing_left_within(3 * SOON).await;
+    let scopes = [Scope::Xact, Scope::Session, Scope::Snapshot];
+    let cases = scopes.map(|scope| [(scope, false), (scope, true)]).concat();
+    join_all(
+        cases
+            .into_iter()
+            .map(|(scope, busy)| wait_in_silence(scope, busy)),
+    )
+    .await;
+}
+
+async fn wait_in_silence(scope: Scope, busy: bool) {
+    let what = format!("{scope:?}, busy {busy}");
+    let mut scene = Scene::new(4).await;
+    let proxy = Proxy::before(&scene.database, Duration::ZERO, Duration::ZERO).await;
+    scene.pool = proxy.pool(&scene.database, 4);
+    let keeper = Keeper::new(scene.pool.clone());
+    let key = LockKey::from(527);
+    scene.pool_is_whole_within(SOON).await;
+    let client = if busy {
+        Some(holder(&scene, &key).await)
+    } else {
+        None
+    };
+    let (theirs, asked) = (key.clone(), ms(700));
+    let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, asked).await });
+    if busy {
+        let waits = async || !scene.waiters(key.clone()).await.is_empty();
+        eventually(SOON, "it does not wait", waits).await;
+    }
+    proxy.pause(true);
+    let outcome = tokio::time::timeout(asked + 2 * SOON, waiter).await;
+    let outcome = outcome
+        .unwrap_or_else(|_| panic!("{what}: it hangs"))
+        .unwrap();
+    match outcome {
+        Err(error) => {
+            let kinds = [
+                ErrorKind::ConnectionLost,
+                ErrorKind::LockTimeout,
+                ErrorKind::Pool,
+            ];
+            assert!(kinds.contains(&error.kind()), "{what}: {error:?}");
+            assert_eq!(error.key(), Some(&key), "{what}: {error:?}");
+        }
+        // It was faster than the pause.
+        Ok(guard) => {
+            assert!(!busy, "{what}");
+            drop(guard);
         }
     }
+    proxy.pause(false);
+    drop(client);
+    scene.nothing_left_within(3 * SOON).await;
 }
 
 /// What a role may not see is unknown, not something else.

@@ -21,7 +21,7 @@ use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
 use lockkeeper_testkit::{Database, Server};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Barrier, Notify};
+use tokio::sync::{Barrier, Notify, oneshot};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 
@@ -396,7 +396,7 @@ async fn a_closures_own_error_comes_back_as_it_was_and_rolls_back() {
 
 /// An error type that keeps nothing of its cause.
 #[derive(Debug)]
-struct Text(String);
+struct Text(#[allow(dead_code, reason = "shown by Debug")] String);
 
 impl<E: StdError> From<E> for Text {
     fn from(error: E) -> Self {
@@ -444,6 +444,12 @@ async fn a_retryable_failure_is_recognized_whatever_the_error_type() {
         fails_once::<Box<dyn StdError + Send + Sync>>(&scene.keeper).await,
         2
     );
+    let text = scene.keeper.transaction(async |tx| {
+        tx.batch_execute("SELECT 1/0").await?;
+        Ok::<_, Text>(())
+    });
+    let text = text.await.unwrap_err();
+    assert!(!text.0.is_empty());
     scene.nothing_left().await;
 }
 
@@ -1666,6 +1672,195 @@ async fn a_savepoint_in_a_failed_transaction_is_an_error() {
     };
     assert_eq!(code(&error), "22012");
     assert_eq!(ids(&scene).await, [1, 2]);
+    scene.nothing_left().await;
+}
+
+// A model of it all.
+
+/// What a body may do.
+#[derive(Clone, Debug)]
+enum Step {
+    /// An insert by one of the ways that statements can go.
+    Insert(i32, Way),
+    /// A statement that fails, its error swallowed.
+    Fail(Way),
+    /// An error that the server never sees.
+    Mistake,
+    Savepoint(Vec<Step>, End),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Watched,
+    Batch,
+    /// Through the bare client.
+    Bare,
+    /// Sent, and dropped before it is answered.
+    Dropped,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Ok,
+    Err,
+    /// The savepoint's future is dropped when all steps are done.
+    Dropped,
+}
+
+/// Random numbers that are the same each time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % n
+    }
+
+    fn way(&mut self) -> Way {
+        [Way::Watched, Way::Batch, Way::Bare, Way::Dropped][usize::try_from(self.below(4)).unwrap()]
+    }
+
+    fn steps(&mut self, depth: u32, next_id: &mut i32) -> Vec<Step> {
+        let count = 1 + self.below(4);
+        let mut steps = Vec::new();
+        for _ in 0..count {
+            steps.push(match self.below(10) {
+                0..5 => {
+                    *next_id += 1;
+                    Step::Insert(*next_id, self.way())
+                }
+                5 => Step::Fail(self.way()),
+                6 => Step::Mistake,
+                _ if depth < 3 => {
+                    let inner = self.steps(depth + 1, next_id);
+                    let end = [End::Ok, End::Err, End::Dropped];
+                    Step::Savepoint(inner, end[usize::try_from(self.below(3)).unwrap()])
+                }
+                _ => Step::Mistake,
+            });
+        }
+        steps
+    }
+}
+
+/// What a transaction comes to: its rows, and whether it has failed.
+#[derive(Clone, Default)]
+struct Model {
+    rows: Vec<i32>,
+    failed: bool,
+}
+
+impl Model {
+    fn run(&mut self, steps: &[Step]) {
+        for step in steps {
+            match step {
+                _ if self.failed => {}
+                Step::Insert(id, _) => self.rows.push(*id),
+                Step::Fail(_) => self.failed = true,
+                Step::Mistake => {}
+                Step::Savepoint(inner, end) => {
+                    let before = self.clone();
+                    self.run(inner);
+                    if self.failed || !matches!(end, End::Ok) {
+                        *self = before;
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn send(tx: &Tx, sql: &str, way: Way) {
+    match way {
+        Way::Watched => drop(tx.execute(sql, &[]).await),
+        Way::Batch => drop(tx.batch_execute(sql).await),
+        Way::Bare => drop(tx.client().execute(sql, &[]).await),
+        Way::Dropped => drop(tx.batch_execute(sql).now_or_never()),
+    }
+}
+
+/// Does what the steps say, and swallows all errors.
+fn act<'a>(tx: &'a mut Tx, steps: &'a [Step]) -> BoxFuture<'a, ()> {
+    Box::pin(async move {
+        for step in steps {
+            match step {
+                Step::Insert(id, way) => {
+                    let sql = format!("INSERT INTO t VALUES ({id}, 0)");
+                    send(tx, &sql, *way).await;
+                }
+                Step::Fail(way) => send(tx, "SELECT 1/0", *way).await,
+                Step::Mistake => drop(tx.query("SELECT $1::int", &[&"text"]).await),
+                Step::Savepoint(inner, end) => {
+                    let (done, reached) = oneshot::channel();
+                    let savepoint = tx.savepoint(async move |tx| {
+                        act(tx, inner).await;
+                        match end {
+                            End::Ok => Ok(()),
+                            End::Err => Err(Failed::Mine(0)),
+                            End::Dropped => {
+                                assert!(done.send(()).is_ok());
+                                pending().await
+                            }
+                        }
+                    });
+                    tokio::select! {
+                        result = savepoint => assert!(result.is_err() || matches!(end, End::Ok)),
+                        Ok(()) = reached => {}
+                    }
+                }
+            }
+        }
+    })
+}
+
+/// Whatever a body does and however it hides it: `Ok` means that all of it is there, an error that none of it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outcome_is_what_the_table_says_whatever_the_body_does() {
+    let scene = rows(2).await;
+    let mut failures = 0;
+    for seed in 1..=150_u64 {
+        scene
+            .observer
+            .batch_execute("DELETE FROM t WHERE id > 2")
+            .await
+            .unwrap();
+        let steps = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)).steps(0, &mut 10);
+        let mut model = Model::default();
+        model.run(&steps);
+        let body = async |tx: &mut Tx| {
+            act(tx, &steps).await;
+            Ok::<_, Error>(())
+        };
+        let answer = match seed % 3 {
+            0 => scene.keeper.transaction(body).await,
+            1 => scene.keeper.with_advisory_lock("model", body).await,
+            _ => {
+                let lock = scene.keeper.advisory_lock("model").session();
+                let mut guard = lock.acquire().await.unwrap();
+                let answer = guard.transaction(body).await;
+                assert!(scene.is_held("model").await, "seed {seed}");
+                guard.release().await.unwrap();
+                answer
+            }
+        };
+        let mut expected = vec![1, 2];
+        if !model.failed {
+            expected.extend(&model.rows);
+        }
+        assert_eq!(
+            answer.is_err(),
+            model.failed,
+            "seed {seed}: {answer:?} {steps:#?}"
+        );
+        assert_eq!(ids(&scene).await, expected, "seed {seed}: {steps:#?}");
+        failures += u32::from(model.failed);
+    }
+    assert!(
+        (20..130).contains(&failures),
+        "{failures} failures are no mixture"
+    );
     scene.nothing_left().await;
 }
 

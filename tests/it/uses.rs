@@ -779,7 +779,7 @@ async fn keys_of_every_kind() {
         keeper.advisory_lock(cow),
         keeper.advisory_lock(&key),
         keeper.advisory_lock(key.clone()),
-        keeper.advisory_lock(format!("{owned}")),
+        keeper.advisory_lock(owned.to_string()),
         keeper.advisory_lock(owned.as_str()),
     ];
     for lock in named {
@@ -906,7 +906,9 @@ async fn the_drivers_methods() {
                 .query_typed("SELECT n FROM acct WHERE id = $1", &[(&"a", typed.clone())])
                 .await?;
             assert_eq!(rows.len(), 1);
-            let prepared = tx.prepare_typed("SELECT $1", &[typed.clone()]).await?;
+            let prepared = tx
+                .prepare_typed("SELECT $1", std::slice::from_ref(&typed))
+                .await?;
             assert_eq!(prepared.params(), [typed]);
             let rows = tx.query_raw(&statement, [&"a"]).await?;
             let rows: Vec<_> = pin!(rows).try_collect().await?;
