@@ -7,6 +7,7 @@ use std::time::Duration;
 use deadpool_postgres::Pool;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, Socket};
+use tracing::Instrument as _;
 
 use crate::advisory::{Advisory, AdvisoryLock};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
@@ -130,7 +131,8 @@ impl Keeper {
                 let lock = lock.clone();
                 async move {
                     let (advisory, request) = lock.request()?;
-                    advisory.acquire(request).await.map(Some)
+                    let span = request.span("with_advisory_lock");
+                    advisory.acquire(request).instrument(span).await.map(Some)
                 }
             };
             let value = transaction::run(&policy, open, f).await?;
@@ -167,7 +169,8 @@ impl Keeper {
                 let lock = lock.clone();
                 async move {
                     let (advisory, request) = lock.request()?;
-                    advisory.try_acquire(request).await
+                    let span = request.span("try_with_advisory_lock");
+                    advisory.try_acquire(request).instrument(span).await
                 }
             };
             transaction::run(&policy, open, f).await

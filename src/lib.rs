@@ -64,8 +64,9 @@
 //!
 //! # Logging
 //!
-//! Through [`tracing`](https://docs.rs/tracing), with the lock's readable key: `debug` for locks acquired, waited for,
-//! released, busy and timed out, and for attempts repeated; `warn` for a pool that gives connections with transactions
+//! Through `tracing`, with the lock's readable key: a `debug` span `advisory_lock` around each request for a lock, and
+//! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited` and `held`), and for
+//! attempts repeated; `warn` for a pool that gives connections with transactions
 //! left open. Nothing at `info` and above where all is well.
 
 mod advisory;

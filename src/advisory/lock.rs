@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
+use tracing::Instrument as _;
 
 use super::{Advisory, Request, SessionGuard, XactGuard};
 use crate::call_site::CallSite;
@@ -99,7 +100,12 @@ impl AdvisoryLock {
     /// was granted meanwhile is released.
     pub async fn acquire(self) -> Result<XactGuard, Error> {
         let (advisory, request) = self.request()?;
-        advisory.acquire(request).await.map(XactGuard::new)
+        let span = request.span("acquire");
+        advisory
+            .acquire(request)
+            .instrument(span)
+            .await
+            .map(XactGuard::new)
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -111,7 +117,9 @@ impl AdvisoryLock {
     /// As [`acquire`](Self::acquire).
     pub async fn try_acquire(self) -> Result<Option<XactGuard>, Error> {
         let (advisory, request) = self.request()?;
-        Ok(advisory.try_acquire(request).await?.map(XactGuard::new))
+        let span = request.span("try_acquire");
+        let tx = advisory.try_acquire(request).instrument(span).await?;
+        Ok(tx.map(XactGuard::new))
     }
 
     /// Checks what is asked for.
@@ -164,7 +172,8 @@ impl SessionAdvisoryLock {
     /// was granted meanwhile is released.
     pub async fn acquire(self) -> Result<SessionGuard, Error> {
         let (advisory, request) = self.lock.request()?;
-        advisory.acquire_session(request).await
+        let span = request.span("acquire_session");
+        advisory.acquire_session(request).instrument(span).await
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -176,6 +185,7 @@ impl SessionAdvisoryLock {
     /// As [`acquire`](Self::acquire).
     pub async fn try_acquire(self) -> Result<Option<SessionGuard>, Error> {
         let (advisory, request) = self.lock.request()?;
-        advisory.try_acquire_session(request).await
+        let span = request.span("try_acquire_session");
+        advisory.try_acquire_session(request).instrument(span).await
     }
 }

@@ -1,6 +1,6 @@
 //! What is asked for, checked before anything is sent.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::call_site::CallSite;
 use crate::error::{Error, ErrorKind};
@@ -103,6 +103,7 @@ impl Request {
         self.keys.into_iter().enumerate().map(move |(n, key)| Held {
             key,
             mode,
+            since: Instant::now(),
             depth,
             // Which registration goes with which lock does not matter: they end together.
             _names: if n == last {
@@ -116,6 +117,11 @@ impl Request {
     /// What a session guard keeps of it.
     pub(crate) fn into_parts(self) -> (Vec<LockKey>, Vec<Registration>) {
         (self.keys, self.names)
+    }
+
+    /// The span of one call for these locks.
+    pub(crate) fn span(&self, call: &'static str) -> tracing::Span {
+        tracing::debug_span!("advisory_lock", call, key = %self.keys[0], keys = self.keys.len(), mode = %self.mode)
     }
 
     /// An error about these locks.

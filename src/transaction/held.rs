@@ -1,5 +1,7 @@
 //! The advisory locks that a transaction holds.
 
+use std::time::Instant;
+
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
@@ -9,6 +11,8 @@ use crate::mode::AdvisoryMode;
 pub(crate) struct Held {
     pub(crate) key: LockKey,
     pub(crate) mode: AdvisoryMode,
+    /// When it was granted, as far as the client knows.
+    pub(crate) since: Instant,
     /// How many savepoints were open when it was granted: rolling one of them back returns it.
     pub(crate) depth: u32,
     /// Keep the readable names known.

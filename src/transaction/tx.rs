@@ -1,7 +1,7 @@
 //! A transaction that owns its connection.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::Held;
 use crate::call_site::CallSite;
@@ -29,7 +29,6 @@ pub struct Tx {
     depth: u32,
     call_site: Option<CallSite>,
     lock_wait: Duration,
-    began: Instant,
 }
 
 /// What ends a transaction's life by its owner's will.
@@ -53,7 +52,6 @@ impl Tx {
             depth: 0,
             call_site,
             lock_wait,
-            began: Instant::now(),
         }
     }
 
@@ -224,7 +222,7 @@ impl Tx {
             tracing::debug!(
                 key = %held.key,
                 mode = %held.mode,
-                held_ms = millis(self.began.elapsed()),
+                held = ?held.since.elapsed(),
                 by = match end {
                     End::Commit => "commit",
                     End::Rollback => "rollback",
@@ -307,9 +305,4 @@ pub(crate) async fn open(
         }
         tracing::warn!(%error, "the pool gave a connection that cannot be used, closing it");
     }
-}
-
-/// Milliseconds for a log field.
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
