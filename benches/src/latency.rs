@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use lockkeeper_testkit::Database;
 
-use crate::markdown::{as_f64, median, quantile};
+use crate::markdown::{median, quantile};
 use crate::{Case, Effort, Failure, Peer, Pools};
 
 /// Connections of each pool: one is in use, the others are there for what goes on behind it.
@@ -13,7 +14,10 @@ pub const POOL: usize = 4;
 /// Calls of one turn.
 const TURN: u32 = 25;
 
-/// The times of one case, in microseconds a call: for each peer one for each round.
+/// The times of one case, in microseconds a call: for each peer one for each round, the middle one of its calls.
+///
+/// The middle one, not the mean: a call that the scheduler puts aside for some milliseconds would outweigh all others of
+/// its turn.
 #[derive(Clone, Debug, Default)]
 pub struct Times {
     rounds: HashMap<Peer, Vec<f64>>,
@@ -75,9 +79,13 @@ async fn of_case(pools: &Pools, case: Case, effort: Effort) -> Result<Times, Fai
     for round in 0..effort.of(60, 2) {
         for n in 0..peers.len() {
             let peer = peers[(round + n) % peers.len()];
-            let took = pools.repeat(case, peer, turn).await?;
-            let each = took.as_secs_f64() * 1e6 / as_f64(usize::try_from(turn)?);
-            times.rounds.entry(peer).or_default().push(each);
+            let mut calls = Vec::new();
+            for call in 0..turn {
+                let started = Instant::now();
+                pools.once(case, peer, call).await?;
+                calls.push(started.elapsed().as_secs_f64() * 1e6);
+            }
+            times.rounds.entry(peer).or_default().push(median(&calls));
         }
     }
     Ok(times)

@@ -18,6 +18,11 @@
 //! - Times of one run are only ever compared with times of the same run. The peers take turns, a few dozen calls each,
 //!   in another order each round; a ratio is the median of the rounds' ratios. What else goes on on the machine so hits
 //!   all of them alike.
+//! - What a round trip costs is a row of the table, because the ratios depend on it. Where client and server share a core
+//!   it is little more than the work of both; where each wakes the other on a core of its own it is several times that;
+//!   over a network more again. The fewer round trips of a call count for more the longer they are.
+//!   `taskset -c 0 cargo bench …` (Linux) runs everything on one core, which is the least favourable case for whoever
+//!   sends less often and asks more.
 //! - Calls are made from a spawned task, as a server's are.
 //! - A round trip is counted where it is paid: a proxy holds all bytes back for some milliseconds in each direction, so
 //!   that a call takes as many of those delays as it waits for answers. What is sent without waiting is counted too, as

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -16,25 +17,27 @@ use crate::key::{KeyId, LockKey};
 /// next is in the queue already.
 const AT_THE_SERVER: usize = 2;
 
-/// The lines before the keys that somebody waits for.
+/// The lines before the keys that somebody waits for. A set stands in the line of its first key only: that one it waits
+/// for or holds, so whoever waits behind it here would wait for it at the server too. In the line of a later key it could
+/// keep others from a key that is free, and so even the one who holds its first key.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     // Entries die with the last turn; the dead ones are swept when a line is made.
     lines: Mutex<HashMap<KeyId, Weak<Semaphore>>>,
 }
 
-/// The right to wait at the server for some keys. Dropping it lets the next one of each line go.
+/// The right to wait at the server. Dropping it lets the next one of the line go.
 #[derive(Debug)]
 pub(crate) struct Turn {
-    _permits: Vec<OwnedSemaphorePermit>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Gate {
-    /// Whether somebody stands in line here for one of the keys: a newcomer has to go behind them.
+    /// Whether somebody stands in line here before the keys: a newcomer has to go behind them.
     pub(crate) fn is_crowded(&self, keys: &[LockKey]) -> bool {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         !lines.is_empty()
-            && keys.iter().any(|key| {
+            && keys.first().is_some_and(|key| {
                 lines
                     .get(&key.id())
                     .and_then(Weak::upgrade)
@@ -44,47 +47,37 @@ impl Gate {
 
     /// A turn, if there is one at once.
     pub(crate) fn try_turn(&self, keys: &[LockKey]) -> Option<Turn> {
-        let permits = self
-            .lines(keys)
-            .map(|line| line.try_acquire_owned().ok())
-            .collect::<Option<Vec<_>>>()?;
-        Some(Turn { _permits: permits })
+        let permit = self.line(keys)?.try_acquire_owned().ok()?;
+        Some(Turn { _permit: permit })
     }
 
     /// A turn, or `None` at the deadline.
     ///
     /// Cancel safety: dropped, its place in the line is given up.
     pub(crate) async fn turn(&self, keys: &[LockKey], deadline: &Deadline) -> Option<Turn> {
-        let mut permits = Vec::with_capacity(keys.len());
-        // In the order of the keys, so that two sets never wait here for each other.
-        for line in self.lines(keys).collect::<Vec<_>>() {
-            let permit = deadline
-                .bound(std::time::Duration::ZERO, line.acquire_owned())
-                .await?
-                .ok()?;
-            permits.push(permit);
-        }
-        Some(Turn { _permits: permits })
+        let line = self.line(keys)?;
+        let permit = deadline
+            .bound(Duration::ZERO, line.acquire_owned())
+            .await?
+            .ok()?;
+        Some(Turn { _permit: permit })
     }
 
-    fn lines<'a>(&'a self, keys: &'a [LockKey]) -> impl Iterator<Item = Arc<Semaphore>> + 'a {
-        keys.iter().map(|key| {
-            let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(line) = lines.get(&key.id()).and_then(Weak::upgrade) {
-                return line;
-            }
-            lines.retain(|_, line| line.strong_count() > 0);
-            let line = Arc::new(Semaphore::new(AT_THE_SERVER));
-            lines.insert(key.id(), Arc::downgrade(&line));
-            line
-        })
+    fn line(&self, keys: &[LockKey]) -> Option<Arc<Semaphore>> {
+        let id = keys.first()?.id();
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(line) = lines.get(&id).and_then(Weak::upgrade) {
+            return Some(line);
+        }
+        lines.retain(|_, line| line.strong_count() > 0);
+        let line = Arc::new(Semaphore::new(AT_THE_SERVER));
+        lines.insert(id, Arc::downgrade(&line));
+        Some(line)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test]

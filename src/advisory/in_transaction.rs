@@ -15,7 +15,8 @@ use crate::sql;
 use crate::sql::advisory::{Server, Timeouts, Verdict};
 use crate::transaction::Tx;
 
-const LONGEST_SLICE: Duration = Duration::from_secs(2);
+/// Where the server's `deadlock_timeout` is not known: twice its default.
+const DEFAULT_SLICE: Duration = Duration::from_secs(2);
 const SHORTEST_SLICE: Duration = Duration::from_millis(50);
 
 /// Locks to be taken in a transaction that has begun: awaited, it waits for them.
@@ -51,8 +52,7 @@ impl Tx {
     ///
     /// # SQL
     /// `SELECT pg_try_advisory_xact_lock(…)`, one round trip when it is free. When it is not, the wait is one more
-    /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout` (at most two
-    /// seconds), again and again until the wait is over.
+    /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout`, again and again until the wait is over.
     ///
     /// # Errors
     /// [`LockTimeout`](ErrorKind::LockTimeout) with the blockers: the transaction stays usable.
@@ -204,8 +204,8 @@ fn no_answer(request: &Request) -> Error {
 /// How long to wait at the server at a time, in a transaction that holds other locks: long enough for the server to find
 /// a deadlock, short enough that a waiter whose process was killed does not stand in the queue for long.
 fn slice(server: Option<&Server>) -> Duration {
-    server.map_or(LONGEST_SLICE, |server| {
-        (server.deadlock_timeout * 2).clamp(SHORTEST_SLICE, LONGEST_SLICE)
+    server.map_or(DEFAULT_SLICE, |server| {
+        (server.deadlock_timeout * 2).max(SHORTEST_SLICE)
     })
 }
 

@@ -66,7 +66,10 @@ impl AdvisoryLock {
     ///
     /// Under REPEATABLE READ and SERIALIZABLE the lock is taken before the transaction's snapshot, which costs one round
     /// trip more, so that what is read under the lock is what its last holder committed. Behind a transaction pooler
-    /// that cannot be done, and is refused.
+    /// that cannot be done, and is refused. Under SERIALIZABLE a commit can still fail with a serialization failure,
+    /// although the lock was right: the server releases it before it forgets what the transaction has read.
+    ///
+    /// A session lock has no transaction of its own, and takes no notice of this.
     pub fn isolation(mut self, level: IsolationLevel) -> Self {
         self.begin.isolation = Some(level);
         self

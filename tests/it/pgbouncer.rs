@@ -440,8 +440,8 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
 
 /// The connection to cancel with is asked in vain; the pool has another one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_silent_side_connection_does_not_keep_a_waiter_behind_a_pooler() {
-    let test = "a_silent_side_connection_does_not_keep_a_waiter_behind_a_pooler";
+async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler() {
+    let test = "a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler";
     let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
@@ -450,10 +450,13 @@ async fn a_silent_side_connection_does_not_keep_a_waiter_behind_a_pooler() {
     let port = silent.local_addr().unwrap().port();
     side.host("127.0.0.1").port(port).user("nobody");
     let keeper = behind.fresh_with(4, |builder| builder.side_connection(side, NoTls));
+
+    // A wait for a lock.
     let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
+    let waiting = keeper.clone();
     let wait = tokio::spawn(async move {
         let body = async |tx: &mut Tx| tx.advisory_lock("k").wait(Duration::from_secs(60)).await;
-        keeper.transaction(body).await
+        waiting.transaction(body).await
     });
     let waits = async || !behind.scene.waiters("k").await.is_empty();
     eventually(SOON, "nobody waits", waits).await;
@@ -462,6 +465,15 @@ async fn a_silent_side_connection_does_not_keep_a_waiter_behind_a_pooler() {
     let gone = async || behind.scene.waiters("k").await.is_empty();
     eventually(BOUND, "the waiter is left", gone).await;
     guard.commit().await.unwrap();
+
+    // A statement of the caller's, under a lock.
+    let guard = keeper.advisory_lock("k").acquire().await.unwrap();
+    let sleep = guard.batch_execute("SELECT pg_sleep(60)");
+    let sleep = tokio::time::timeout(Duration::from_millis(100), sleep);
+    assert!(sleep.await.is_err());
+    drop(guard);
+    let free = async || !behind.scene.is_held("k").await;
+    eventually(BOUND, "held after the drop", free).await;
     behind.nothing_left().await;
     drop(silent);
 }
