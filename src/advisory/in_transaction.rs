@@ -52,7 +52,8 @@ impl Tx {
     ///
     /// # SQL
     /// `SELECT pg_try_advisory_xact_lock(…)`, one round trip when it is free. When it is not, the wait is one more
-    /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout`, again and again until the wait is over.
+    /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout`, again and
+    /// again until the wait is over.
     ///
     /// # Errors
     /// [`LockTimeout`](ErrorKind::LockTimeout) with the blockers: the transaction stays usable.
