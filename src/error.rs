@@ -361,6 +361,11 @@ pub(crate) fn is_in_transaction(error: &Error) -> bool {
         || *code == SqlState::ACTIVE_SQL_TRANSACTION)
 }
 
+/// Whether a statement that should have been prepared is not.
+pub(crate) fn is_missing_statement(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
+}
+
 /// Whether the server cannot do at all what was asked.
 pub(crate) fn is_not_supported(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)

@@ -324,8 +324,8 @@ impl KeeperBuilder {
     /// A connection beside the pool, for cancelling and looking while the pool's own connections are stuck. It is
     /// opened when it is first needed, and there is one for the keeper.
     ///
-    /// Without it cancel requests go unencrypted, as libpq's did before version 17, and what needs a query borrows a
-    /// connection of the pool. Give it where the server is reached through TLS only, or through a pooler, in whose stead
+    /// Without it cancel requests go unencrypted, as libpq's did before version 17; with `sslmode=require`, which refuses
+    /// that, and for whatever else needs a query, a connection of the pool is borrowed, if there is a free one. Give it where the server is reached through TLS only, or through a pooler, in whose stead
     /// it should name the server itself.
     pub fn side_connection<T>(mut self, config: Config, tls: T) -> Self
     where

@@ -160,7 +160,12 @@ impl Advisory {
                         verdict: Verdict::Dirty,
                         pid,
                         ..
-                    }) if stale < most => {
+                    }) => {
+                        if stale >= most {
+                            return Err(request.error(ErrorKind::Pool).with_detail(
+                                "the pool gave connections with transactions left open on them; they were closed",
+                            ));
+                        }
                         tracing::warn!(
                             pid,
                             "the pool gave a connection with an open transaction, closing it"
@@ -181,7 +186,9 @@ impl Advisory {
                 // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something.
                 Err(error) if is_in_transaction(&error) && stale < most => {}
                 // Somebody deallocates prepared statements, or prepares some of our names.
-                Err(error) if is_unprepared(&error) && stale < most => self.known.stop_preparing(),
+                Err(error) if is_unprepared(&error) && stale < most => {
+                    self.known.unprepared(&error)
+                }
                 // A standby refuses to begin a SERIALIZABLE transaction.
                 Err(error) if is_not_supported(&error) => {
                     // Under that default it refuses the question as well.
@@ -296,6 +303,17 @@ impl Advisory {
             Some(tried) if tried.verdict == Verdict::Granted => {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
                 self.granted(session, request, &tried, deadline).await
+            }
+            Some(tried) if tried.verdict == Verdict::Snapshot => {
+                end(session).await;
+                let error = timed_out(&request, deadline);
+                self.try_before_snapshot(request, deadline)
+                    .await?
+                    .ok_or(error)
+            }
+            Some(tried) if tried.verdict == Verdict::Standby => {
+                end(session).await;
+                Err(standby(&request))
             }
             _ => {
                 end(session).await;

@@ -8,7 +8,7 @@ use super::gate::Turn;
 use super::{Advisory, Request, SessionGuard};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
-use crate::session::{Reply, Scope, Session, Undo};
+use crate::session::{Reply, Scope, Session, Then, Undo};
 use crate::sql;
 use crate::sql::advisory::{Ask, Locks, Names, Tried, Verdict};
 
@@ -255,7 +255,8 @@ impl Advisory {
         after_timeout: bool,
     ) -> Result<Locked, Error> {
         // A wait was let through a pooler only if it keeps sessions; a first look may not have been examined.
-        let login_pid = if after_timeout {
+        let keeps_sessions = self.connections.findings().keeps_sessions() == Some(true);
+        let login_pid = if after_timeout || keeps_sessions {
             None
         } else {
             session.login_pid()
@@ -266,13 +267,21 @@ impl Advisory {
             &Ask::All { login_pid },
             after_timeout,
         );
-        let (session, reply) = self
+        let (mut session, reply) = self
             .send(session, sql, undo_try(&request), deadline, &request)
             .await?;
         match sql::advisory::tried(&reply) {
-            Some(tried) if tried.verdict == Verdict::Granted => Ok((session, tried, request)),
-            _ => {
-                session.give_back();
+            Some(tried) if tried.verdict == Verdict::Granted => {
+                session.identify(tried.pid, request.begin.application_name.as_deref());
+                Ok((session, tried, request))
+            }
+            found => {
+                // Whatever else it is, its connection is closed.
+                if found
+                    .is_some_and(|tried| matches!(tried.verdict, Verdict::Busy | Verdict::Pooled))
+                {
+                    session.give_back();
+                }
                 let blockers = sql::blockers::blockers(&reply, request.mode());
                 let error = timed_out(&request, deadline).with_blockers(blockers);
                 tracing::debug!(%error, "session lock timed out");
@@ -300,7 +309,12 @@ fn undo_try(request: &Request) -> Undo {
     let mode = request.mode();
     let renamed = request.begin.application_name.is_some();
     Undo::After(Box::new(move |reply: &Reply| {
-        let tried = sql::advisory::tried(reply)?;
+        let Some(tried) = sql::advisory::tried(reply) else {
+            return Then::Close;
+        };
+        if tried.verdict == Verdict::Dirty {
+            return Then::Close;
+        }
         let mut sql = sql::advisory::unlock_if_held(Locks { keys: &keys, mode });
         if renamed {
             sql.push_str("; ");
@@ -308,6 +322,6 @@ fn undo_try(request: &Request) -> Undo {
                 &tried.application_name,
             ));
         }
-        Some(sql)
+        Then::Send(sql)
     }))
 }

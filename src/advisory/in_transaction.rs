@@ -63,7 +63,8 @@ impl Tx {
     /// and the connection's errors end the transaction.
     ///
     /// # Cancel safety
-    /// A wait that is dropped is cancelled on the server, which fails the transaction: roll it back.
+    /// A wait that is dropped is cancelled on the server, which fails the transaction, or a later statement of it, or comes
+    /// too late: roll it back.
     pub fn advisory_lock(&mut self, key: impl Into<LockKey>) -> TxAdvisoryLock<'_> {
         self.advisory_locks([key])
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::error::{Error, is_missing_statement};
 use crate::session::Session;
 use crate::sql::advisory::{Ask, Locks, Preparable, Server, Tried, Verdict};
 
@@ -110,9 +111,12 @@ impl Known {
         tried.server.clone().or_else(remembered)
     }
 
-    /// Sends whole texts from now on.
-    pub(super) fn stop_preparing(&self) {
-        self.prepares.store(false, Ordering::Relaxed);
+    /// What was prepared is not there: something deallocates it, and whole texts are sent from now on. The other way
+    /// round, where a message that prepared was given up before its answer, only its connection is lost.
+    pub(super) fn unprepared(&self, error: &Error) {
+        if is_missing_statement(error) {
+            self.prepares.store(false, Ordering::Relaxed);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {

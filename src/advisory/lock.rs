@@ -87,8 +87,8 @@ impl AdvisoryLock {
     /// # SQL
     /// One message, so one round trip, when the locks are free: `BEGIN`, `SET LOCAL application_name`, and a SELECT of
     /// `pg_try_advisory_xact_lock`. When they are not, further messages wait for `pg_advisory_xact_lock` under a
-    /// `lock_timeout` shorter than `deadlock_timeout`, again and again until the deadline; both timeouts are put back
-    /// before the guard is handed out.
+    /// `lock_timeout` shorter than `deadlock_timeout`, again and again until the deadline; it is put back before the
+    /// guard is handed out.
     ///
     /// # Errors
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout), with the [`blockers`](Error::blockers), when the wait is over;

@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use super::Request;
 use crate::call_site::CallSite;
-use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{FromReply, Reply, Session, Undo, query_methods};
+use crate::session::{FromReply, Reply, Session, Then, Undo, query_methods};
 use crate::sql;
 use crate::sql::advisory::Locks;
 use crate::transaction::{AsyncFunc, Tx};
@@ -147,18 +147,19 @@ impl SessionGuard {
         }
         let undo = Undo::After(after_unlock(self.application_name.clone()));
         self.trace_end();
-        let Some((session, answer)) = session.exchange(self.release_sql(), undo).or_detach().await
-        else {
-            // The background cancels what is still running and closes the connection, and with it the locks go.
-            return Ok(());
+        // A statement that was given up is cancelled; what became of the locks is asked all the same.
+        let exchange = session.exchange(self.release_sql(), undo);
+        let Some((session, answer)) = exchange.insist().await else {
+            return Err(lost.with_detail("no answer from the server, the connection was closed"));
         };
         match answer {
             Ok(reply) if !unlocked(&reply) => Err(lost),
             Ok(reply) => {
                 match after_unlock(self.application_name.clone())(&reply) {
-                    None => session.give_back(),
+                    Then::GiveBack => session.give_back(),
+                    Then::Close => {}
                     // Unanswered, the connection is closed.
-                    Some(sql) => {
+                    Then::Send(sql) => {
                         if let (session, Ok(_)) = session.exchange(sql, Undo::Nothing).await {
                             session.give_back();
                         }
@@ -168,8 +169,9 @@ impl SessionGuard {
             }
             Err(error) => match classify(&error) {
                 Failure::ConnectionLost | Failure::Driver => Err(lost.with_source(error)),
-                // A transaction that failed and was left open refuses the unlock: it is ended first.
-                Failure::Aborted => {
+                // A transaction that failed and was left open refuses the unlock: it is ended first. And a cancel of a
+                // statement that was given up can hit the unlock instead.
+                Failure::Aborted | Failure::Cancelled => {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_sql());
                     match session.exchange(sql, Undo::Nothing).await {
                         (session, Ok(reply)) if unlocked(&reply) => {
@@ -252,17 +254,18 @@ impl Drop for SessionGuard {
 /// with it.
 fn after_unlock(application_name: Option<String>) -> FromReply {
     Box::new(move |reply| {
-        if sql::rows(reply)
-            .all(|row| sql::text(row, "fresh").is_none() || sql::is_true(row, "fresh"))
-        {
-            return None;
+        if !unlocked(reply) {
+            return Then::Close;
+        }
+        if sql::rows(reply).any(|row| sql::is_true(row, "fresh")) {
+            return Then::GiveBack;
         }
         let mut sql = String::from(sql::ROLLBACK);
         if let Some(name) = &application_name {
             sql.push_str("; ");
             sql.push_str(&sql::advisory::set_application_name(name));
         }
-        Some(sql)
+        Then::Send(sql)
     })
 }
 
@@ -333,12 +336,17 @@ impl<'a> Loan<'a> {
         let kind = match classify(&error) {
             Failure::ConnectionLost | Failure::Driver => ErrorKind::CommitUnknown,
             failure => {
+                let cause = self.session().failure();
                 // What failed may have been COMMIT itself, which leaves nothing to roll back.
                 let probe = self.session().message(sql::PROBE).await;
                 if probe.is_err_and(|error| classify(&error) == Failure::Aborted) {
                     self.open = true;
                 }
-                failure.kind()
+                // 25P02 only says that there was an error before.
+                match cause {
+                    Some(cause) if failure == Failure::Aborted => classify_db(&cause).kind(),
+                    _ => failure.kind(),
+                }
             }
         };
         let error = Error::new(kind)

@@ -69,7 +69,7 @@ impl Canceller {
 
     /// `pg_cancel_backend` over another connection.
     async fn signal(&self) -> Result<(), crate::error::Error> {
-        let Some(pid) = self.server_pid.or_else(|| login_pid(&self.token)) else {
+        let Some(pid) = self.server_pid else {
             return Ok(());
         };
         let sql = crate::sql::environment::cancel_backend(pid, self.application_name.as_deref());

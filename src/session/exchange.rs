@@ -23,16 +23,25 @@ const PATIENCE_UNWATCHED: Duration = Duration::from_millis(30);
 const CANCEL_AGAIN: Duration = Duration::from_millis(100);
 const CANCELS: usize = 10;
 
-/// A text made of a reply, if there is one to be sent.
-pub(crate) type FromReply = Box<dyn FnOnce(&Reply) -> Option<String> + Send>;
+/// What a reply leaves to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// Nothing is left on the connection.
+    GiveBack,
+    /// This is to be sent; once it has succeeded, nothing is left.
+    Send(String),
+    /// The reply is not what it should be.
+    Close,
+}
+
+pub(crate) type FromReply = Box<dyn FnOnce(&Reply) -> Then + Send>;
 
 /// What to do about a message whose answer nobody waits for any more.
 pub(crate) enum Undo {
     /// The message itself ends what there was (COMMIT, ROLLBACK, an unlock): once it has succeeded the connection goes
     /// back.
     Nothing,
-    /// The message does not wait for a lock. Once it has succeeded the connection goes back after the text that is
-    /// made of its reply has succeeded too.
+    /// The message does not wait for a lock. Once it has succeeded its reply says what is left to be done.
     After(FromReply),
     /// The message may wait for a lock: it is cancelled on the server, and the connection is closed.
     Cancel,
@@ -41,7 +50,7 @@ pub(crate) enum Undo {
 impl Undo {
     /// A transaction was begun: roll it back.
     pub(crate) fn rollback() -> Self {
-        Self::After(Box::new(|_| Some(crate::sql::ROLLBACK.to_owned())))
+        Self::After(Box::new(|_| Then::Send(crate::sql::ROLLBACK.to_owned())))
     }
 }
 
@@ -73,6 +82,30 @@ impl Exchange {
         // Behind statements that we do not know of, only for a moment.
         let patience = self.patience;
         tokio::time::timeout(patience, self).await.ok()
+    }
+
+    /// The answer, also behind statements of the caller that were given up: they are cancelled, and the connection does
+    /// not go back then. `None` where none comes all the same.
+    ///
+    /// Cancel safety: as [`Exchange`] itself.
+    pub(crate) async fn insist(mut self) -> Option<Answer> {
+        let canceller = self.canceller.clone();
+        let mut patience = if self.behind_unanswered {
+            Duration::ZERO
+        } else {
+            self.patience
+        };
+        for cancels in 0..=CANCELS {
+            if let Ok((session, answer)) = tokio::time::timeout(patience, &mut self).await {
+                if cancels > 0 {
+                    session.doubtful.store(true, Ordering::Relaxed);
+                }
+                return Some((session, answer));
+            }
+            canceller.cancel().await;
+            patience = CANCEL_AGAIN;
+        }
+        None
     }
 
     pub(super) fn new(session: Session, sql: String, undo: Undo) -> Self {
@@ -171,9 +204,11 @@ async fn settle(
     };
     canceller.armed = false;
     let Ok(reply) = answer else { return };
-    match undo.and_then(|text| text(&reply)) {
-        None => session.give_back(),
-        Some(sql) => {
+    match undo.map_or(Then::GiveBack, |then| then(&reply)) {
+        // Dropped, the session closes its connection.
+        Then::Close => {}
+        Then::GiveBack => session.give_back(),
+        Then::Send(sql) => {
             let exchange = session.exchange(sql, Undo::Nothing);
             if let Ok((session, Ok(_))) = tokio::time::timeout(PATIENCE, exchange).await {
                 session.give_back();

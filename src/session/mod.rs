@@ -25,7 +25,7 @@ use tokio_postgres::error::DbError;
 
 use crate::error::{Failure, classify};
 
-pub(crate) use exchange::{Exchange, FromReply, Undo};
+pub(crate) use exchange::{Exchange, FromReply, Then, Undo};
 pub(crate) use findings::Scope;
 pub(crate) use pool::Connections;
 pub(crate) use queries::query_methods;

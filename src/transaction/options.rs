@@ -68,7 +68,8 @@ impl TransactionOptions {
         self
     }
 
-    /// No attempt begins later than this after the first one began.
+    /// No further attempt is started later than this after the first one was. An attempt that has been started may still
+    /// wait for its connection and its lock.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio_postgres::SimpleQueryMessage;
 
-use super::keys::{Locks, all_of, push_arguments, shared_suffix, take_each};
+use super::keys::{Locks, all_of, shared_suffix, take_each};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::sql::{Begin, blockers, literal, parsed, rows, setting_duration, text};
@@ -116,6 +116,8 @@ const SERVER: &str = ", pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_s
 const TIMEOUTS: &str = ", pg_catalog.current_setting('lock_timeout') AS lock_timeout, \
      pg_catalog.current_setting('statement_timeout') AS statement_timeout";
 
+/// Nothing is granted on a connection with somebody's open transaction on it.
+const DIRTY: &str = "WHEN pg_catalog.timestamptz_ne(pg_catalog.now(), pg_catalog.statement_timestamp()) THEN 'dirty' ";
 const STANDBY: &str = "WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ";
 
 /// Reads the row of a `try`.
@@ -129,6 +131,7 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
     let snapshot = column("isolation").is_some_and(|isolation| !isolation.starts_with("read "));
     let verdict = match column("verdict")? {
         _ if column("fresh") == Some("f") => Verdict::Dirty,
+        "dirty" => Verdict::Dirty,
         "standby" => Verdict::Standby,
         "pooled" => Verdict::Pooled,
         "granted" | "busy" if snapshot => Verdict::Snapshot,
@@ -169,7 +172,7 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Strin
         let mut sql = begin.message();
         sql.push_str("SELECT ");
         push_xact_columns(&mut sql, |sql| {
-            push_verdict(sql, locks, "pg_try_advisory_xact_lock", ask, "");
+            push_verdict(sql, locks, "pg_try_advisory_xact_lock", ask, DIRTY);
         });
         if let Ask::All { .. } = ask {
             sql.push_str(SERVER);
@@ -177,26 +180,18 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Strin
         return sql;
     };
     let mut sql = begin.message_unnamed();
-    if let Ask::Execute(_) = ask {
-        push_execute(&mut sql, statement, key, name);
-        return sql;
-    }
-    let select = |sql: &mut String, name: &str, arguments: &dyn Fn(&mut String)| {
-        let _ = write!(
-            sql,
-            "SELECT pg_catalog.set_config('application_name', {name}, true), "
-        );
-        push_xact_columns(sql, |sql| {
-            sql.push_str("CASE WHEN pg_catalog.pg_try_advisory_xact_lock");
-            sql.push_str(shared_suffix(locks.mode));
-            arguments(sql);
-            sql.push_str(" THEN 'granted' ELSE 'busy' END");
+    if let Ask::Prepare(_) = ask {
+        push_prepare(&mut sql, statement, key, |sql, name, arguments| {
+            let _ = write!(
+                sql,
+                "SELECT pg_catalog.set_config('application_name', {name}, true), "
+            );
+            push_xact_columns(sql, |sql| {
+                push_lean_verdict(sql, "pg_try_advisory_xact_lock", locks.mode, arguments);
+            });
         });
-    };
-    select(&mut sql, &literal(name), &|sql| push_arguments(sql, key));
-    push_prepare(&mut sql, statement, key, |sql, name, arguments| {
-        select(sql, name, &|sql| sql.push_str(arguments))
-    });
+    }
+    push_execute(&mut sql, statement, key, name);
     sql
 }
 
@@ -209,7 +204,8 @@ fn push_xact_columns(sql: &mut String, verdict: impl FnOnce(&mut String)) {
     sql.push_str(PID);
 }
 
-/// `; PREPARE …`: the text of `select`, with parameters for the key and the name.
+/// `PREPARE …; `: the text of `select`, with parameters for the key and the name. It comes before what it is for, so that
+/// a name which is taken already fails the message before anything is granted.
 fn push_prepare(
     sql: &mut String,
     statement: &str,
@@ -222,12 +218,13 @@ fn push_prepare(
     } else {
         "pg_catalog.int8"
     };
-    let _ = write!(sql, "; PREPARE {statement} ({types}, pg_catalog.text) AS ");
+    let _ = write!(sql, "PREPARE {statement} ({types}, pg_catalog.text) AS ");
     if pair {
         select(sql, "$3", "($1, $2)");
     } else {
         select(sql, "$2", "($1)");
     }
+    sql.push_str("; ");
 }
 
 fn push_execute(sql: &mut String, statement: &str, key: &LockKey, name: &str) {
@@ -259,6 +256,17 @@ pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
     sql.push_str(SERVER);
     sql.push_str(TIMEOUTS);
     sql
+}
+
+/// [`push_verdict`] for one key on a connection that is known.
+fn push_lean_verdict(sql: &mut String, function: &str, mode: AdvisoryMode, arguments: &str) {
+    sql.push_str("CASE ");
+    sql.push_str(DIRTY);
+    let _ = write!(
+        sql,
+        "WHEN pg_catalog.{function}{}{arguments} THEN 'granted' ELSE 'busy' END",
+        shared_suffix(mode)
+    );
 }
 
 /// `CASE … END`: what came of a try.
@@ -307,22 +315,14 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
     if let (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) =
         (ask, names.holding, locks.keys)
     {
-        if let Ask::Execute(_) = ask {
-            push_execute(&mut sql, statement, key, name);
-            return sql;
-        }
-        let select = |sql: &mut String, name: &str, arguments: &dyn Fn(&mut String)| {
-            push_session_select(sql, Some(name), "", "", |sql| {
-                sql.push_str("CASE WHEN pg_catalog.pg_try_advisory_lock");
-                sql.push_str(shared_suffix(locks.mode));
-                arguments(sql);
-                sql.push_str(" THEN 'granted' ELSE 'busy' END");
+        if let Ask::Prepare(_) = ask {
+            push_prepare(&mut sql, statement, key, |sql, name, arguments| {
+                push_session_select(sql, Some(name), "", "", |sql| {
+                    push_lean_verdict(sql, "pg_try_advisory_lock", locks.mode, arguments);
+                });
             });
-        };
-        select(&mut sql, &literal(name), &|sql| push_arguments(sql, key));
-        push_prepare(&mut sql, statement, key, |sql, name, arguments| {
-            select(sql, name, &|sql| sql.push_str(arguments))
-        });
+        }
+        push_execute(&mut sql, statement, key, name);
         return sql;
     }
     // Several keys: tried as transaction locks first. The end of the message, which is its transaction, returns them,
@@ -344,7 +344,7 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
         } else {
             "pg_try_advisory_lock"
         };
-        push_verdict(sql, locks, function, ask, "");
+        push_verdict(sql, locks, function, ask, DIRTY);
     });
     sql
 }
