@@ -432,8 +432,8 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
     let scene = Scene::new(2).await;
     let name = scene.database.name();
     let set = format!(
-        "ALTER DATABASE {name} SET idle_session_timeout = '150ms'; \
-         ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '150ms'"
+        "ALTER DATABASE {name} SET idle_session_timeout = '700ms'; \
+         ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '700ms'"
     );
     scene.observer.batch_execute(&set).await.unwrap();
     let session = take(&scene.keeper, 715).await;
