@@ -88,3 +88,28 @@ pub fn quantile(values: &[f64], share: f64) -> f64 {
 pub fn as_f64(count: usize) -> f64 {
     u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_values_of_the_list() {
+        let values = [5.0, 1.0, 3.0, 2.0, 4.0];
+        assert_eq!(
+            [0.0, 0.25, 0.5, 0.75, 1.0].map(|share| quantile(&values, share)),
+            [1.0, 2.0, 3.0, 4.0, 5.0]
+        );
+        assert_eq!(median(&[7.0]), 7.0);
+        assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let mut table = Table::new(["", "a"]);
+        table.row(["`x`", "100"]);
+        table.row(["y"]);
+        let text = "|     |   a |\n|-----|----:|\n| `x` | 100 |\n| y   |     |\n";
+        assert_eq!(table.to_string(), text);
+    }
+}

@@ -159,3 +159,13 @@ fn rounded(trips: f64) -> u32 {
         .find(|n| f64::from(*n) + 0.7 > trips)
         .unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::rounded;
+
+    #[test]
+    fn what_the_machine_adds_is_no_round_trip() {
+        assert_eq!([0.97, 1.0, 1.25, 2.9, 3.28].map(rounded), [1, 1, 1, 3, 3]);
+    }
+}

@@ -17,7 +17,10 @@ use crate::transaction::Tx;
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
 /// its own clock; this is for its reply to arrive.
 pub(super) const ANSWER: Duration = Duration::from_secs(2);
-/// For a last look after the deadline, where a connection has to be found first.
+/// For a last look after a deadline that passed in the line of this process, where others look for a connection at the
+/// same time.
+pub(super) const LINE_LOOK: Duration = Duration::from_millis(150);
+/// For a try after the deadline, where a connection has to be found first.
 const LAST_LOOK: Duration = Duration::from_millis(30);
 /// The longest single wait at the server, where `deadlock_timeout` does not ask for shorter ones.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
@@ -279,7 +282,7 @@ impl Advisory {
     async fn look_afresh(&self, request: Request, deadline: &Deadline) -> Result<Tx, Error> {
         match self
             .connections
-            .check_out(&Deadline::after(LAST_LOOK))
+            .check_out(&Deadline::after(LINE_LOOK))
             .await
         {
             Ok(session) => self.look(session, request, deadline, false).await,

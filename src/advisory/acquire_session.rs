@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::acquire::{ANSWER, no_answer, slice, standby, timed_out};
+use super::acquire::{ANSWER, LINE_LOOK, no_answer, slice, standby, timed_out};
 use super::environment::check_locking;
 use super::gate::Turn;
 use super::{Advisory, Request, SessionGuard};
@@ -11,9 +11,6 @@ use crate::error::{Error, Failure, classify};
 use crate::session::{Reply, Scope, Session, Then, Undo};
 use crate::sql;
 use crate::sql::advisory::{Ask, Locks, Names, Tried, Verdict};
-
-/// For a last look after the deadline, where a connection has to be found first.
-const LAST_LOOK: Duration = Duration::from_millis(30);
 
 /// A session that holds the locks, what the server said of it, and what was asked for.
 type Locked = (Session, Tried, Request);
@@ -234,7 +231,7 @@ impl Advisory {
     ) -> Result<Locked, Error> {
         match self
             .connections
-            .check_out(&Deadline::after(LAST_LOOK))
+            .check_out(&Deadline::after(LINE_LOOK))
             .await
         {
             Ok(session) => {

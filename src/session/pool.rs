@@ -15,6 +15,8 @@ use crate::error::{Error, ErrorKind};
 
 /// How much longer than the deadline a login under way may take.
 const LOGIN: Duration = Duration::from_millis(500);
+/// How long the side connection may take, its login included, before the pool is asked instead.
+const SIDE: Duration = Duration::from_secs(1);
 /// How long to wait for a pool connection to look or cancel with.
 const SPARE: Duration = Duration::from_secs(1);
 
@@ -101,9 +103,10 @@ impl Connections {
     /// pool's.
     pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match side.ask(sql).await {
-                Ok(reply) => return Ok(reply),
-                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            match tokio::time::timeout(SIDE, side.ask(sql)).await {
+                Ok(Ok(reply)) => return Ok(reply),
+                Ok(Err(error)) => tracing::debug!(%error, "side connection failed, using the pool"),
+                Err(_) => tracing::debug!("side connection silent, using the pool"),
             }
         }
         let session = self.check_out(&Deadline::after(SPARE)).await?;
