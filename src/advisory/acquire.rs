@@ -309,7 +309,8 @@ impl Advisory {
             }
             Some(tried) if tried.verdict == Verdict::Snapshot => {
                 end(session).await;
-                let error = timed_out(&request, deadline);
+                let blockers = sql::blockers::blockers(&reply, request.mode());
+                let error = timed_out(&request, deadline).with_blockers(blockers);
                 self.try_before_snapshot(request, deadline)
                     .await?
                     .ok_or(error)
