@@ -19,7 +19,7 @@ use crate::transaction::Tx;
 pub(super) const ANSWER: Duration = Duration::from_secs(2);
 /// For a last look after a deadline that passed in the line of this process, where others look for a connection at the
 /// same time.
-pub(super) const LINE_LOOK: Duration = Duration::from_millis(150);
+pub(super) const LINE_LOOK: Duration = Duration::from_millis(30);
 /// For a try after the deadline, where a connection has to be found first.
 const LAST_LOOK: Duration = Duration::from_millis(30);
 /// The longest single wait at the server, where `deadlock_timeout` does not ask for shorter ones.
