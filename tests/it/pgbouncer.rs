@@ -707,7 +707,6 @@ async fn open_backends(behind: &Behind, backends: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_locks_are_refused_behind_an_idle_transaction_pooler() {
     let test = "session_locks_are_refused_behind_an_idle_transaction_pooler";
-    let mut wrong = Vec::new();
     for backends in [1, 2, 3, 20] {
         let size = backends.to_string();
         let settings = [("default_pool_size", size.as_str())];
@@ -715,13 +714,13 @@ async fn session_locks_are_refused_behind_an_idle_transaction_pooler() {
             return;
         };
         let what = format!("{backends} backends, one open");
-        wrong.extend(refused(&behind, &what, 4).await);
+        let mut wrong = refused(&behind, &what, 4).await;
         open_backends(&behind, backends).await;
         let what = format!("{backends} backends, all open");
         wrong.extend(refused(&behind, &what, 4).await);
+        assert!(wrong.is_empty(), "{wrong:#?}");
         behind.nothing_left().await;
     }
-    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 /// By turns: a client that asks twice is answered by two backends, and two clients can meet the same ones again and
@@ -729,7 +728,6 @@ async fn session_locks_are_refused_behind_an_idle_transaction_pooler() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_locks_are_refused_behind_a_transaction_pooler_that_takes_turns() {
     let test = "session_locks_are_refused_behind_a_transaction_pooler_that_takes_turns";
-    let mut wrong = Vec::new();
     for backends in [1, 2, 3, 4, 20] {
         let size = backends.to_string();
         let settings = [
@@ -741,16 +739,15 @@ async fn session_locks_are_refused_behind_a_transaction_pooler_that_takes_turns(
         };
         open_backends(&behind, backends).await;
         let what = format!("{backends} backends by turns");
-        wrong.extend(refused(&behind, &what, 4).await);
+        let wrong = refused(&behind, &what, 4).await;
+        assert!(wrong.is_empty(), "{wrong:#?}");
         behind.nothing_left().await;
     }
-    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_locks_are_refused_behind_a_busy_transaction_pooler() {
     let test = "session_locks_are_refused_behind_a_busy_transaction_pooler";
-    let mut wrong = Vec::new();
     for (backends, clients) in [("1", 3), ("2", 4), ("4", 6), ("20", 8)] {
         for turns in ["0", "1"] {
             let settings = [
@@ -761,15 +758,16 @@ async fn session_locks_are_refused_behind_a_busy_transaction_pooler() {
                 return;
             };
             let load = Load::start(&behind, clients);
+            let mut wrong = Vec::new();
             let what = format!("{backends} backends, {clients} clients, round robin {turns}");
             for _ in 0..3 {
                 wrong.extend(refused(&behind, &what, 4).await);
             }
             load.stop().await;
+            assert!(wrong.is_empty(), "{wrong:#?}");
             behind.nothing_left().await;
         }
     }
-    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 /// Without a second connection nothing can be proven, so nothing is granted.
