@@ -276,6 +276,10 @@ pub(crate) enum Failure {
     Aborted,
     /// 25001: a transaction that should begin here has begun long ago.
     InTransaction,
+    /// 26000: a prepared statement is not there.
+    MissingStatement,
+    /// 42P05: a statement to be prepared is there already.
+    DuplicateStatement,
     /// The connection is gone or going: FATAL, class 08, 57P01–57P03, a closed socket.
     ConnectionLost,
     /// Any other ERROR of the server: the connection lives on.
@@ -294,7 +298,12 @@ impl Failure {
             Self::Cancelled => ErrorKind::Cancelled,
             Self::OutOfLocks => ErrorKind::OutOfLocks,
             Self::ConnectionLost => ErrorKind::ConnectionLost,
-            Self::Aborted | Self::InTransaction | Self::Other | Self::Driver => ErrorKind::Database,
+            Self::Aborted
+            | Self::InTransaction
+            | Self::MissingStatement
+            | Self::DuplicateStatement
+            | Self::Other
+            | Self::Driver => ErrorKind::Database,
         }
     }
 }
@@ -342,6 +351,10 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
         Failure::Aborted
     } else if *code == SqlState::ACTIVE_SQL_TRANSACTION {
         Failure::InTransaction
+    } else if *code == SqlState::INVALID_SQL_STATEMENT_NAME {
+        Failure::MissingStatement
+    } else if *code == SqlState::DUPLICATE_PSTATEMENT {
+        Failure::DuplicateStatement
     } else if code.code().starts_with("08")
         || matches!(
             code.code(),

@@ -7,11 +7,13 @@ use super::gate::Turn;
 use super::{Advisory, Request};
 use crate::deadline::Deadline;
 use crate::error::{
-    Error, ErrorKind, Failure, classify, is_in_transaction, is_not_supported, is_unprepared,
+    Error, ErrorKind, Failure, classify, is_in_transaction, is_missing_statement, is_not_supported,
+    is_unprepared,
 };
 use crate::session::{Reply, Scope, Session, Undo};
-use crate::sql;
-use crate::sql::advisory::{Ask, Server, Tried, Verdict};
+use crate::sql::advisory::{Tried, Verdict};
+use crate::sql::environment::Server;
+use crate::sql::{self, Ask, Preparable};
 use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
@@ -119,7 +121,7 @@ impl Advisory {
         deadline: &Deadline,
     ) -> Result<(Session, Tried), Error> {
         let text = |session: &Session| {
-            let ask = match self.known.ask(session, request.locks(), false) {
+            let ask = match self.ask(session, Preparable::of(request.locks(), false)) {
                 // What is prepared sets the name.
                 Ask::Prepare(_) | Ask::Execute(_) if request.begin.application_name.is_none() => {
                     Ask::Little
@@ -132,8 +134,12 @@ impl Advisory {
         let (session, ask, tried) = self
             .on_a_clean_connection(request, deadline, text, Undo::rollback)
             .await?;
-        self.known
-            .learn(&session, &ask, &tried, request.locks(), false);
+        self.learn(
+            &session,
+            &ask,
+            &tried,
+            Preparable::of(request.locks(), false),
+        );
         Ok((session, tried))
     }
 
@@ -189,8 +195,12 @@ impl Advisory {
                 // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something.
                 Err(error) if is_in_transaction(&error) && stale < most => {}
                 // Somebody deallocates prepared statements, or prepares some of our names.
+                // The other way round, where a message that prepared was given up before its answer, only its connection
+                // is lost.
                 Err(error) if is_unprepared(&error) && stale < most => {
-                    self.known.unprepared(&error)
+                    if is_missing_statement(&error) {
+                        self.connections.known().missing_statement();
+                    }
                 }
                 // A standby refuses to begin a SERIALIZABLE transaction.
                 Err(error) if is_not_supported(&error) => {
@@ -213,6 +223,35 @@ impl Advisory {
         }
     }
 
+    pub(super) fn ask(&self, session: &Session, statement: Option<Preparable>) -> Ask {
+        self.connections.known().ask(session, statement)
+    }
+
+    /// Remembers what a `try` has brought to light.
+    pub(super) fn learn(
+        &self,
+        session: &Session,
+        ask: &Ask,
+        tried: &Tried,
+        statement: Option<Preparable>,
+    ) {
+        let known = self.connections.known();
+        if let (Ask::Prepare(_), Some(statement)) = (ask, statement) {
+            known.prepared(session, statement);
+        }
+        if let Some(server) = &tried.server
+            && !matches!(tried.verdict, Verdict::Standby | Verdict::Dirty)
+        {
+            known.learn(session, tried.pid, server);
+        }
+    }
+
+    /// The server that has answered, by its own word or by what is remembered of the connection.
+    pub(super) fn server(&self, session: &Session, tried: &Tried) -> Option<Server> {
+        let remembered = || self.connections.known().server(session);
+        tried.server.clone().or_else(remembered)
+    }
+
     /// One message and its reply; any error closes the connection, by dropping its session.
     pub(super) async fn send(
         &self,
@@ -222,11 +261,8 @@ impl Advisory {
         deadline: &Deadline,
         request: &Request,
     ) -> Result<(Session, Reply), Error> {
-        let limit = Deadline::after(deadline.remaining().saturating_add(ANSWER));
-        match limit
-            .bound(Duration::ZERO, session.exchange(sql, undo))
-            .await
-        {
+        let most = deadline.remaining().saturating_add(ANSWER);
+        match session.exchange(sql, undo).within(most).await {
             Some((session, Ok(reply))) => Ok((session, reply)),
             Some((_, Err(error))) => Err(request.error(classify(&error).kind()).with_source(error)),
             None => Err(no_answer(request, deadline)),
@@ -242,7 +278,7 @@ impl Advisory {
         deadline: &Deadline,
         turn: Option<Turn>,
     ) -> Result<Tx, Error> {
-        let slice = slice(self.known.server(&session, tried).as_ref());
+        let slice = slice(self.server(&session, tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
         while !deadline.has_passed() {
@@ -252,10 +288,8 @@ impl Advisory {
             } else {
                 sql::advisory::wait_in_transaction(request.locks(), wait)
             };
-            let limit = Deadline::after(wait.saturating_add(ANSWER));
-            let Some((answered, answer)) = limit
-                .bound(Duration::ZERO, session.exchange(sql, Undo::Cancel))
-                .await
+            let exchange = session.exchange(sql, Undo::Cancel);
+            let Some((answered, answer)) = exchange.within(wait.saturating_add(ANSWER)).await
             else {
                 return Err(no_answer(&request, deadline));
             };
@@ -341,7 +375,7 @@ impl Advisory {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
         }
         let tx = Tx::new(session, Vec::new(), request.call_site, request.lock_wait);
-        let server = self.known.server(tx.session(), tried);
+        let server = self.server(tx.session(), tried);
         check_locking(
             tx.session(),
             Scope::Transaction,

@@ -1,7 +1,5 @@
 //! Taking session-level locks: a `try` that never waits, then bounded waits that cannot leak.
 
-use std::time::Duration;
-
 use super::acquire::{ANSWER, LINE_LOOK, no_answer, slice, standby, timed_out};
 use super::environment::check_locking;
 use super::gate::Turn;
@@ -9,8 +7,8 @@ use super::{Advisory, Request, SessionGuard};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
 use crate::session::{Reply, Scope, Session, Then, Undo};
-use crate::sql;
-use crate::sql::advisory::{Ask, Locks, Names, Tried, Verdict};
+use crate::sql::advisory::{Locks, Names, Tried, Verdict};
+use crate::sql::{self, Ask, Preparable};
 
 /// A session that holds the locks, what the server said of it, and what was asked for.
 type Locked = (Session, Tried, Request);
@@ -51,8 +49,12 @@ impl Advisory {
         }
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());
-        let guard = SessionGuard::new(session, request, name);
-        let server = self.known.server(guard.session(), &tried);
+        let unlock = match self.ask(&session, Preparable::of(request.locks(), true)) {
+            Ask::Execute(statement) => Some(statement),
+            _ => None,
+        };
+        let guard = SessionGuard::new(session, request, name, unlock);
+        let server = self.server(guard.session(), &tried);
         check_locking(
             guard.session(),
             Scope::Session,
@@ -155,7 +157,7 @@ impl Advisory {
         let names = names(request, named);
         // The text depends on the connection's own pid, so it is made for each.
         let text = |session: &Session| {
-            let ask = match self.known.ask(session, request.locks(), true) {
+            let ask = match self.ask(session, Preparable::of(request.locks(), true)) {
                 Ask::All { .. } if !through_pooler => Ask::All {
                     login_pid: session.login_pid(),
                 },
@@ -169,8 +171,12 @@ impl Advisory {
         let (session, ask, tried) = self
             .on_a_clean_connection(request, deadline, text, || undo_try(request))
             .await?;
-        self.known
-            .learn(&session, &ask, &tried, request.locks(), true);
+        self.learn(
+            &session,
+            &ask,
+            &tried,
+            Preparable::of(request.locks(), true),
+        );
         Ok((session, tried))
     }
 
@@ -184,7 +190,7 @@ impl Advisory {
         named: bool,
         turn: Option<Turn>,
     ) -> Result<Locked, Error> {
-        let slice = slice(self.known.server(&session, &tried).as_ref());
+        let slice = slice(self.server(&session, &tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
         while !deadline.has_passed() {
@@ -195,10 +201,8 @@ impl Advisory {
                 wait,
                 after_timeout,
             );
-            let limit = Deadline::after(wait.saturating_add(ANSWER));
-            let Some((answered, answer)) = limit
-                .bound(Duration::ZERO, session.exchange(sql, Undo::Cancel))
-                .await
+            let exchange = session.exchange(sql, Undo::Cancel);
+            let Some((answered, answer)) = exchange.within(wait.saturating_add(ANSWER)).await
             else {
                 return Err(no_answer(&request, deadline));
             };

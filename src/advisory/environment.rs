@@ -11,8 +11,9 @@ use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::{Connections, Scope, Session, Undo};
-use crate::sql;
-use crate::sql::advisory::{Ask, Locks, Server, Verdict};
+use crate::sql::advisory::{Locks, Verdict};
+use crate::sql::environment::Server;
+use crate::sql::{self, Ask};
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
@@ -135,7 +136,7 @@ impl Advisory {
             }
             // One that prefers those just used gives the same one to the next client.
             // In a transaction the second client keeps its backend while the first is asked again.
-            let begin = sql::begin_transaction(&sql::Begin::default());
+            let begin = sql::begin_transaction(&sql::Begin::default(), &Ask::Little);
             let Some((second, answer)) = within(second.exchange(begin, Undo::rollback())).await
             else {
                 return Err(undecided());

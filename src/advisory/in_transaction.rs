@@ -12,7 +12,8 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::{Scope, Session};
 use crate::sql;
-use crate::sql::advisory::{Server, Timeouts, Verdict};
+use crate::sql::advisory::{Timeouts, Verdict};
+use crate::sql::environment::Server;
 use crate::transaction::Tx;
 
 /// Where the server's `deadlock_timeout` is not known: twice its default.

@@ -9,7 +9,6 @@ mod acquire_session;
 mod environment;
 mod gate;
 mod in_transaction;
-mod known;
 mod lock;
 mod request;
 mod session_guard;
@@ -30,7 +29,6 @@ use crate::session::Connections;
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
     gate: gate::Gate,
-    known: known::Known,
 }
 
 impl Advisory {
@@ -38,7 +36,6 @@ impl Advisory {
         Arc::new(Self {
             connections,
             gate: gate::Gate::default(),
-            known: known::Known::default(),
         })
     }
 }

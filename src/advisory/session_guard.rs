@@ -39,6 +39,8 @@ pub struct SessionGuard {
     _names: Vec<Registration>,
     /// The session's own `application_name`, to be put back.
     application_name: Option<String>,
+    /// The name of the prepared `try`, with which its unlock was prepared.
+    prepared: Option<String>,
     call_site: Option<CallSite>,
     lock_wait: Duration,
     since: Instant,
@@ -49,6 +51,7 @@ impl SessionGuard {
         session: Session,
         request: Request,
         application_name: Option<String>,
+        prepared: Option<String>,
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
@@ -60,6 +63,7 @@ impl SessionGuard {
             mode,
             _names: names,
             application_name,
+            prepared,
             call_site,
             lock_wait,
             since: Instant::now(),
@@ -171,8 +175,9 @@ impl SessionGuard {
                 Failure::ConnectionLost | Failure::Driver => Err(lost.with_source(error)),
                 // A transaction that failed and was left open refuses the unlock: it is ended first. And a cancel of a
                 // statement that was given up can hit the unlock instead.
-                Failure::Aborted | Failure::Cancelled => {
-                    let sql = format!("{}; {}", sql::ROLLBACK, self.release_sql());
+                // Or somebody has deallocated it.
+                Failure::Aborted | Failure::Cancelled | Failure::MissingStatement => {
+                    let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
                     match session.exchange(sql, Undo::Nothing).await {
                         (session, Ok(reply)) if unlocked(&reply) => {
                             session.give_back();
@@ -228,6 +233,15 @@ impl SessionGuard {
     }
 
     fn release_sql(&self) -> String {
+        match (&self.prepared, &self.application_name, self.keys.as_slice()) {
+            (Some(statement), Some(name), [key]) => {
+                sql::advisory::execute_unlock(statement, key, name)
+            }
+            _ => self.release_text(),
+        }
+    }
+
+    fn release_text(&self) -> String {
         sql::advisory::unlock(self.locks(), self.application_name.as_deref())
     }
 

@@ -22,7 +22,7 @@ pub(super) struct Canceller {
     token: CancelToken,
     server_pid: Option<i32>,
     application_name: Option<String>,
-    connections: Arc<Connections>,
+    pub(super) connections: Arc<Connections>,
 }
 
 impl Canceller {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -79,9 +80,11 @@ impl Exchange {
             self.detach();
             return None;
         }
-        // Behind statements that we do not know of, only for a moment.
-        let patience = self.patience;
-        tokio::time::timeout(patience, self).await.ok()
+        if self.patience == PATIENCE_UNWATCHED {
+            // Behind statements that we do not know of, only for a moment.
+            return tokio::time::timeout(PATIENCE_UNWATCHED, self).await.ok();
+        }
+        self.within(PATIENCE).await
     }
 
     /// The answer, also behind statements of the caller that were given up: they are cancelled, and the connection does
@@ -106,6 +109,15 @@ impl Exchange {
             patience = CANCEL_AGAIN;
         }
         None
+    }
+
+    /// The answer, unless it takes longer than `most`, and a little more.
+    ///
+    /// Cancel safety: as [`Exchange`] itself.
+    pub(crate) async fn within(self, most: Duration) -> Option<Answer> {
+        let runtime = self.runtime.clone();
+        let connections = Arc::clone(&self.canceller.connections);
+        connections.bound(&runtime, most, self).await
     }
 
     pub(super) fn new(session: Session, sql: String, undo: Undo) -> Self {

@@ -9,6 +9,8 @@
 mod cancel;
 mod exchange;
 mod findings;
+mod known;
+mod patience;
 mod pool;
 mod queries;
 mod side;
@@ -37,7 +39,8 @@ pub(crate) type Reply = Vec<SimpleQueryMessage>;
 /// One connection in our custody. See the room's own docs for what happens to it.
 pub(crate) struct Session {
     // Invariant: `Some` until `give_back` or `drop` takes it.
-    object: Option<Object>,
+    // Boxed, like what is rarely there, because sessions move through many futures.
+    object: Option<Box<Object>>,
     connections: Arc<Connections>,
     runtime: Handle,
     /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
@@ -53,7 +56,7 @@ pub(crate) struct Session {
     /// A statement has failed at some time, or its end is not known.
     flawed: AtomicBool,
     /// The server's error since which nothing has succeeded.
-    failure: Mutex<Option<DbError>>,
+    failure: Mutex<Option<Box<DbError>>>,
 }
 
 impl Session {
@@ -105,7 +108,7 @@ impl Session {
     }
 
     /// The server's last error, unless something has succeeded since.
-    pub(crate) fn failure(&self) -> Option<DbError> {
+    pub(crate) fn failure(&self) -> Option<Box<DbError>> {
         self.failure
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -130,7 +133,7 @@ impl Session {
     }
 
     /// Puts an error in the place of the last one, or nothing where it has been dealt with.
-    pub(crate) fn remember_failure(&self, failure: Option<DbError>) {
+    pub(crate) fn remember_failure(&self, failure: Option<Box<DbError>>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
@@ -163,7 +166,7 @@ impl Session {
             Err(error) if classify(error) == Failure::Aborted && self.failure().is_some() => {}
             Err(error) => {
                 if let Some(error) = error.as_db_error() {
-                    self.remember_failure(Some(error.clone()));
+                    self.remember_failure(Some(Box::new(error.clone())));
                 }
             }
         }
@@ -213,7 +216,7 @@ impl Drop for Session {
         if let Some(object) = self.object.take() {
             tracing::debug!(pid = self.server_pid, "connection discarded");
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
-            drop(Object::take(object));
+            drop(Object::take(*object));
         }
     }
 }

@@ -9,6 +9,8 @@ use deadpool_postgres::{Pool, PoolError, TimeoutType};
 use tokio::runtime::Handle;
 
 use super::findings::Findings;
+use super::known::Known;
+use super::patience::{Bounded, Patience};
 use super::{Reply, Session, Side};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
@@ -25,6 +27,8 @@ pub(crate) struct Connections {
     pool: Pool,
     side: Option<Side>,
     findings: Findings,
+    known: Known,
+    patience: Patience,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -42,12 +46,29 @@ impl Connections {
             pool,
             side,
             findings: Findings::default(),
+            known: Known::default(),
+            patience: Patience::default(),
         })
     }
 
     /// What has been found out about the servers behind the pool.
     pub(crate) fn findings(&self) -> &Findings {
         &self.findings
+    }
+
+    /// What has been found out about its connections.
+    pub(crate) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// Bounds the time that an answer may take.
+    pub(super) fn bound<F: Future + Unpin>(
+        &self,
+        runtime: &Handle,
+        most: Duration,
+        answer: F,
+    ) -> Bounded<F> {
+        self.patience.bound(runtime, most, answer)
     }
 
     /// How many connections the pool may hold: as many of them may turn out to be dead before one is alive.
@@ -86,7 +107,7 @@ impl Connections {
             Some(Err(error)) => return Err(Error::from(error)),
         };
         Ok(Session {
-            object: Some(object),
+            object: Some(Box::new(object)),
             connections: Arc::clone(self),
             runtime,
             server_pid: None,

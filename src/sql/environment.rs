@@ -1,8 +1,30 @@
 //! What must be known of a server once.
 
-use tokio_postgres::SimpleQueryMessage;
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::{parsed, rows};
+use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
+
+use super::{parsed, rows, setting_duration, text};
+
+/// The server that a connection leads to.
+#[derive(Clone, Debug)]
+pub(crate) struct Server {
+    /// Tells one running server from another: the postmaster's start.
+    pub(crate) identity: Arc<str>,
+    pub(crate) deadlock_timeout: Duration,
+}
+
+/// The columns of [`server`], behind others.
+pub(super) const SERVER: &str = ", pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) AS server, \
+     pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout";
+
+pub(super) fn server(row: &SimpleQueryRow) -> Option<Server> {
+    Some(Server {
+        identity: text(row, "server")?.into(),
+        deadlock_timeout: setting_duration(&text(row, "deadlock_timeout")?)?,
+    })
+}
 
 /// The size of the lock table and how much of it is taken.
 ///

@@ -6,15 +6,18 @@
 //! on its way after a single poll (which is what makes a `Drop` able to send it), and it works behind every pooler.
 
 pub(crate) mod advisory;
+mod begin;
 pub(crate) mod blockers;
 pub(crate) mod environment;
+mod prepared;
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use tokio_postgres::{IsolationLevel, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use crate::deadline::timeout_millis;
+pub(crate) use begin::{Begin, begin_transaction, begun};
+pub(crate) use prepared::{Ask, Preparable};
 
 pub(crate) const BEGIN: &str = "BEGIN";
 pub(crate) const ROLLBACK: &str = "ROLLBACK";
@@ -51,99 +54,6 @@ pub(crate) fn literal(text: &str) -> String {
         format!("E'{}'", quoted.replace('\\', "\\\\"))
     } else {
         format!("'{quoted}'")
-    }
-}
-
-/// What a transaction begins with: one message.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Begin {
-    pub(crate) isolation: Option<IsolationLevel>,
-    pub(crate) read_only: Option<bool>,
-    pub(crate) deferrable: Option<bool>,
-    pub(crate) application_name: Option<String>,
-    pub(crate) lock_timeout: Option<Duration>,
-    pub(crate) statement_timeout: Option<Duration>,
-    pub(crate) idle_in_transaction_session_timeout: Option<Duration>,
-}
-
-impl Begin {
-    /// `BEGIN …; SET LOCAL …; `: all that is set ends with the transaction.
-    pub(crate) fn message(&self) -> String {
-        let mut sql = self.message_unnamed();
-        if let Some(name) = &self.application_name {
-            set_local(&mut sql, "application_name", &literal(name));
-        }
-        sql
-    }
-
-    /// The same without `application_name`, for a statement after it that sets it.
-    pub(crate) fn message_unnamed(&self) -> String {
-        let mut sql = String::with_capacity(512);
-        sql.push_str("BEGIN");
-        if let Some(level) = self.isolation {
-            sql.push_str(" ISOLATION LEVEL ");
-            sql.push_str(isolation_name(level));
-        }
-        match self.read_only {
-            Some(true) => sql.push_str(" READ ONLY"),
-            Some(false) => sql.push_str(" READ WRITE"),
-            None => {}
-        }
-        match self.deferrable {
-            Some(true) => sql.push_str(" DEFERRABLE"),
-            Some(false) => sql.push_str(" NOT DEFERRABLE"),
-            None => {}
-        }
-        sql.push_str("; ");
-        for (setting, value) in [
-            ("lock_timeout", self.lock_timeout),
-            ("statement_timeout", self.statement_timeout),
-            (
-                "idle_in_transaction_session_timeout",
-                self.idle_in_transaction_session_timeout,
-            ),
-        ] {
-            if let Some(value) = value {
-                set_local(&mut sql, setting, &timeout_millis(value).to_string());
-            }
-        }
-        sql
-    }
-}
-
-/// Begins a transaction and says on what: one message.
-pub(crate) fn begin_transaction(begin: &Begin) -> String {
-    let mut sql = begin.message();
-    sql.push_str(
-        "SELECT pg_catalog.pg_backend_pid() AS pid, \
-         pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh",
-    );
-    sql
-}
-
-/// The reply of [`begin_transaction`].
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Begun {
-    pub(crate) pid: i32,
-    /// False where the connection came with an open transaction, which BEGIN only warns of.
-    pub(crate) fresh: bool,
-}
-
-pub(crate) fn begun(reply: &[SimpleQueryMessage]) -> Option<Begun> {
-    let row = rows(reply).next()?;
-    Some(Begun {
-        pid: parsed(row, "pid")?,
-        fresh: is_true(row, "fresh"),
-    })
-}
-
-fn isolation_name(level: IsolationLevel) -> &'static str {
-    match level {
-        IsolationLevel::ReadUncommitted => "READ UNCOMMITTED",
-        IsolationLevel::RepeatableRead => "REPEATABLE READ",
-        IsolationLevel::Serializable => "SERIALIZABLE",
-        // The driver's enum may grow; READ COMMITTED is what the server calls the default.
-        _ => "READ COMMITTED",
     }
 }
 
@@ -204,24 +114,6 @@ pub(crate) fn setting_duration(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn begin_says_only_what_was_asked_for() {
-        assert_eq!(Begin::default().message(), "BEGIN; ");
-        let begin = Begin {
-            isolation: Some(IsolationLevel::Serializable),
-            read_only: Some(true),
-            deferrable: Some(true),
-            application_name: Some("billing src/pay.rs:7".into()),
-            lock_timeout: Some(Duration::from_micros(400)),
-            ..Begin::default()
-        };
-        assert_eq!(
-            begin.message(),
-            "BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY DEFERRABLE; \
-             SET LOCAL lock_timeout = 1; SET LOCAL application_name = 'billing src/pay.rs:7'; "
-        );
-    }
 
     #[test]
     fn literals_are_quoted() {

@@ -62,7 +62,7 @@ where
                 let failure = tx.session().failure();
                 tx.rollback().await;
                 match failure.filter(|failure| is_worth_repeating(classify_db(failure).kind())) {
-                    Some(failure) => Again::Theirs(error, Box::new(failure)),
+                    Some(failure) => Again::Theirs(error, failure),
                     None => return Err(error),
                 }
             }

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::{Connections, Session, Undo, query_methods};
-use crate::sql;
+use crate::sql::{self, Ask, Preparable};
 
 /// An open transaction on a connection of its own.
 ///
@@ -179,7 +179,7 @@ impl Tx {
                         .with_detail(
                             "an earlier statement of the transaction failed, so it was rolled back",
                         )
-                        .with_source(cause),
+                        .with_source(*cause),
                     None => Error::new(ErrorKind::Database)
                         .with_detail(
                             "an earlier statement of the transaction failed, so it was rolled back",
@@ -276,16 +276,25 @@ pub(crate) async fn open(
     call_site: Option<CallSite>,
     lock_wait: Duration,
 ) -> Result<Tx, Error> {
+    let known = connections.known();
+    let statement = Preparable::begin(begin);
     let mut stale = 0;
     loop {
         let session = connections.check_out(deadline).await?;
+        let ask = known.ask(&session, statement);
         // On any error the session is dropped and so closed: what state it came in is not known.
         let (mut session, answer) = session
-            .exchange(sql::begin_transaction(begin), Undo::rollback())
+            .exchange(sql::begin_transaction(begin, &ask), Undo::rollback())
             .await;
         let error = match answer {
             Ok(reply) => match sql::begun(&reply) {
                 Some(begun) if begun.fresh => {
+                    if let (Ask::Prepare(_), Some(statement)) = (&ask, statement) {
+                        known.prepared(&session, statement);
+                    }
+                    if let Some(server) = &begun.server {
+                        known.learn(&session, begun.pid, server);
+                    }
                     session.identify(begun.pid, begin.application_name.as_deref());
                     return Ok(Tx::new(session, Vec::new(), call_site, lock_wait));
                 }
@@ -293,9 +302,18 @@ pub(crate) async fn open(
                     .with_detail("the pool gave connections with transactions left open on them; they were closed"),
             },
             // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
-            // failed transaction, is replaced.
+            // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
             Err(error) => match classify(&error) {
-                Failure::ConnectionLost | Failure::Aborted | Failure::InTransaction => error.into(),
+                failure @ (Failure::ConnectionLost
+                | Failure::Aborted
+                | Failure::InTransaction
+                | Failure::MissingStatement
+                | Failure::DuplicateStatement) => {
+                    if failure == Failure::MissingStatement {
+                        known.missing_statement();
+                    }
+                    error.into()
+                }
                 _ => return Err(error.into()),
             },
         };
@@ -303,6 +321,6 @@ pub(crate) async fn open(
         if stale > connections.most() {
             return Err(error);
         }
-        tracing::warn!(%error, "the pool gave a connection that cannot be used, closing it");
+        tracing::debug!(%error, "a pool connection could not be used, taking another");
     }
 }

@@ -1,15 +1,17 @@
 //! Trying locks without waiting, and what came of it.
 
 use std::fmt::Write as _;
-use std::sync::Arc;
-use std::time::Duration;
 
 use tokio_postgres::SimpleQueryMessage;
 
 use super::keys::{Locks, all_of, shared_suffix, take_each};
+use super::release::push_unlock_select;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::sql::{Begin, blockers, literal, parsed, rows, setting_duration, text};
+use crate::sql::begin::{FRESH, PID};
+use crate::sql::environment::{SERVER, Server, server};
+use crate::sql::prepared::{Ask, unlock_of};
+use crate::sql::{Begin, blockers, literal, parsed, rows, text};
 
 /// What a `try` answered, read before anything else is known of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,14 +41,6 @@ pub(crate) struct Tried {
     pub(crate) timeouts: Option<Timeouts>,
 }
 
-/// The server that a connection leads to.
-#[derive(Clone, Debug)]
-pub(crate) struct Server {
-    /// Tells one running server from another: the postmaster's start.
-    pub(crate) identity: Arc<str>,
-    pub(crate) deadlock_timeout: Duration,
-}
-
 /// Settings to be put back as they were.
 #[derive(Clone, Debug)]
 pub(crate) struct Timeouts {
@@ -54,64 +48,9 @@ pub(crate) struct Timeouts {
     pub(crate) statement_timeout: String,
 }
 
-/// How much a `try` asks besides the locks, and how.
-///
-/// All but `All` are for a connection that was asked everything before, and ask only what can be otherwise each time: a
-/// server does not turn into a standby under its connections, and a direct connection does not turn into a pooled one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Ask {
-    /// Everything, and nothing is granted on a standby or, with the login's pid, behind a pooler.
-    All {
-        login_pid: Option<i32>,
-    },
-    Little,
-    /// The same, and the statement is prepared under this name in the same message.
-    Prepare(String),
-    /// By the statement of this name: parsing the text is a good part of what a `try` costs.
-    Execute(String),
-}
-
-/// A statement that can be prepared: one key, by scope, mode and key space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Preparable {
-    session: bool,
-    shared: bool,
-    pair: bool,
-}
-
-impl Preparable {
-    /// `None` for several keys.
-    pub(crate) fn of(locks: Locks<'_>, session: bool) -> Option<Self> {
-        let [key] = locks.keys else { return None };
-        Some(Self {
-            session,
-            shared: locks.mode == AdvisoryMode::Shared,
-            pair: key.as_i32_pair().is_some(),
-        })
-    }
-
-    /// A name of its own among the statements of `owner`.
-    pub(crate) fn name(self, owner: &str) -> String {
-        format!(
-            "lockkeeper_{owner}_{}{}{}",
-            if self.session { 's' } else { 'x' },
-            if self.shared { 's' } else { 'e' },
-            if self.pair { '4' } else { '8' }
-        )
-    }
-}
-
-pub(super) const FRESH: &str =
-    "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh, ";
-
-const PID: &str = "pg_catalog.pg_backend_pid() AS pid";
-
 /// REPEATABLE READ and SERIALIZABLE take their snapshot before the lock is granted, so that what is read under the
 /// lock may be older than what its last holder committed.
 const ISOLATION: &str = "pg_catalog.current_setting('transaction_isolation') AS isolation, ";
-
-const SERVER: &str = ", pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) AS server, \
-     pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout";
 
 const TIMEOUTS: &str = ", pg_catalog.current_setting('lock_timeout') AS lock_timeout, \
      pg_catalog.current_setting('statement_timeout') AS statement_timeout";
@@ -139,12 +78,6 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
         "busy" => Verdict::Busy,
         _ => return None,
     };
-    let server = || {
-        Some(Server {
-            identity: column("server")?.into(),
-            deadlock_timeout: setting_duration(column("deadlock_timeout")?)?,
-        })
-    };
     let timeouts = || {
         Some(Timeouts {
             lock_timeout: text(row, "lock_timeout")?,
@@ -155,7 +88,7 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
         verdict,
         pid: parsed(row, "pid")?,
         application_name: text(row, "application_name").unwrap_or_default(),
-        server: server(),
+        server: server(row),
         timeouts: timeouts(),
     })
 }
@@ -206,7 +139,7 @@ fn push_xact_columns(sql: &mut String, verdict: impl FnOnce(&mut String)) {
 
 /// `PREPARE …; `: the text of `select`, with parameters for the key and the name. It comes before what it is for, so that
 /// a name which is taken already fails the message before anything is granted.
-fn push_prepare(
+pub(super) fn push_prepare(
     sql: &mut String,
     statement: &str,
     key: &LockKey,
@@ -227,7 +160,7 @@ fn push_prepare(
     sql.push_str("; ");
 }
 
-fn push_execute(sql: &mut String, statement: &str, key: &LockKey, name: &str) {
+pub(super) fn push_execute(sql: &mut String, statement: &str, key: &LockKey, name: &str) {
     let name = literal(name);
     let _ = match key.as_i32_pair() {
         Some((a, b)) => write!(sql, "EXECUTE {statement} ('{a}', '{b}', {name})"),
@@ -317,10 +250,16 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
     {
         if let Ask::Prepare(_) = ask {
             push_prepare(&mut sql, statement, key, |sql, name, arguments| {
-                push_session_select(sql, Some(name), "", "", |sql| {
-                    push_lean_verdict(sql, "pg_try_advisory_lock", locks.mode, arguments);
-                });
+                push_lean_session_select(sql, name, locks.mode, arguments);
             });
+            push_prepare(
+                &mut sql,
+                &unlock_of(statement),
+                key,
+                |sql, name, arguments| {
+                    push_unlock_select(sql, name, locks.mode, arguments);
+                },
+            );
         }
         push_execute(&mut sql, statement, key, name);
         return sql;
@@ -347,6 +286,24 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
         push_verdict(sql, locks, function, ask, DIRTY);
     });
     sql
+}
+
+/// [`push_session_select`] for one key on a connection that is known. A target list is evaluated from left to right, so
+/// the name is read before it is set.
+fn push_lean_session_select(sql: &mut String, name: &str, mode: AdvisoryMode, arguments: &str) {
+    sql.push_str(
+        "SELECT pg_catalog.current_setting('application_name') AS application_name, CASE ",
+    );
+    sql.push_str(DIRTY);
+    let _ = write!(
+        sql,
+        "WHEN pg_catalog.pg_try_advisory_lock{}{arguments} THEN \
+         CASE WHEN pg_catalog.set_config('application_name', {name}, false) IS NULL THEN 'granted' ELSE 'granted' END \
+         ELSE 'busy' END AS verdict, ",
+        shared_suffix(mode)
+    );
+    sql.push_str(FRESH);
+    sql.push_str(PID);
 }
 
 /// The SELECT of a session lock's `try`. `verdict` writes the column that tries; if it is granted, `take` is evaluated,

@@ -2,8 +2,12 @@
 
 use std::fmt::Write as _;
 
-use super::attempt::FRESH;
-use super::keys::{KeyRows, Locks, call};
+use super::attempt::push_execute;
+use super::keys::{KeyRows, Locks, call, shared_suffix};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::sql::begin::FRESH;
+use crate::sql::prepared::unlock_of;
 use crate::sql::{Begin, blockers, literal};
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
@@ -49,6 +53,27 @@ pub(crate) fn unlock(locks: Locks<'_>, application_name: Option<&str>) -> String
         sql.push_str(" OFFSET 0) AS unlocks");
     }
     sql
+}
+
+/// [`unlock`] of one key by the statement that was prepared together with its `try`.
+pub(crate) fn execute_unlock(statement: &str, key: &LockKey, application_name: &str) -> String {
+    let mut sql = String::with_capacity(128);
+    push_execute(&mut sql, &unlock_of(statement), key, application_name);
+    sql
+}
+
+pub(super) fn push_unlock_select(
+    sql: &mut String,
+    name: &str,
+    mode: AdvisoryMode,
+    arguments: &str,
+) {
+    let _ = write!(
+        sql,
+        "SELECT {FRESH}pg_catalog.set_config('application_name', {name}, false), \
+         pg_catalog.pg_advisory_unlock{}{arguments} AS unlocked",
+        shared_suffix(mode)
+    );
 }
 
 /// Returns those of the session locks that this backend holds, for a `try` whose answer nobody waited for.

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::error::{Error, is_missing_statement};
-use crate::session::Session;
-use crate::sql::advisory::{Ask, Locks, Preparable, Server, Tried, Verdict};
+use super::Session;
+use crate::sql::environment::Server;
+use crate::sql::{Ask, Preparable};
 
 /// Connections remembered at most: pools are smaller, but their connections come and go.
 const MOST: usize = 4096;
@@ -48,12 +48,12 @@ impl Default for Known {
 
 impl Known {
     /// What is to be asked on this connection, and how.
-    pub(super) fn ask(&self, session: &Session, locks: Locks<'_>, session_lock: bool) -> Ask {
+    pub(crate) fn ask(&self, session: &Session, statement: Option<Preparable>) -> Ask {
         let connections = self.lock();
         let Some(connection) = connections.by_birth.get(&session.created()) else {
             return Ask::All { login_pid: None };
         };
-        match Preparable::of(locks, session_lock) {
+        match statement {
             Some(statement) if self.prepares.load(Ordering::Relaxed) => {
                 let name = statement.name(&connections.owner);
                 if connection.prepared.contains(&statement) {
@@ -66,25 +66,16 @@ impl Known {
         }
     }
 
-    /// Remembers what a `try` has brought to light.
-    pub(super) fn learn(
-        &self,
-        session: &Session,
-        ask: &Ask,
-        tried: &Tried,
-        locks: Locks<'_>,
-        session_lock: bool,
-    ) {
-        if let (Ask::Prepare(_), Some(statement)) = (ask, Preparable::of(locks, session_lock))
-            && let Some(connection) = self.lock().by_birth.get_mut(&session.created())
-        {
+    /// Remembers that what was to be prepared is: its message was answered.
+    pub(crate) fn prepared(&self, session: &Session, statement: Preparable) {
+        if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
             connection.prepared.insert(statement);
         }
-        let Some(server) = &tried.server else { return };
-        // Behind a pooler there may be another server the next time.
-        if session.login_pid() != Some(tried.pid)
-            || matches!(tried.verdict, Verdict::Standby | Verdict::Dirty)
-        {
+    }
+
+    /// Remembers the server behind a connection, if that is direct: behind a pooler there may be another the next time.
+    pub(crate) fn learn(&self, session: &Session, pid: i32, server: &Server) {
+        if session.login_pid() != Some(pid) {
             return;
         }
         let mut connections = self.lock();
@@ -101,22 +92,16 @@ impl Known {
         );
     }
 
-    /// The server that has answered, by its own word or by what is remembered of the connection.
-    pub(super) fn server(&self, session: &Session, tried: &Tried) -> Option<Server> {
-        let remembered = || {
-            let connections = self.lock();
-            let connection = connections.by_birth.get(&session.created())?;
-            Some(connection.server.clone())
-        };
-        tried.server.clone().or_else(remembered)
+    /// The server behind a connection.
+    pub(crate) fn server(&self, session: &Session) -> Option<Server> {
+        let connections = self.lock();
+        let connection = connections.by_birth.get(&session.created())?;
+        Some(connection.server.clone())
     }
 
-    /// What was prepared is not there: something deallocates it, and whole texts are sent from now on. The other way
-    /// round, where a message that prepared was given up before its answer, only its connection is lost.
-    pub(super) fn unprepared(&self, error: &Error) {
-        if is_missing_statement(error) {
-            self.prepares.store(false, Ordering::Relaxed);
-        }
+    /// What was prepared is not there: something deallocates it, and whole texts are sent from now on.
+    pub(crate) fn missing_statement(&self) {
+        self.prepares.store(false, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {
