@@ -13,7 +13,7 @@ use crate::error::{
 use crate::session::{Reply, Scope, Session, Undo};
 use crate::sql::advisory::{Tried, Verdict};
 use crate::sql::environment::Server;
-use crate::sql::{self, Ask, Preparable};
+use crate::sql::{self, Ask, Message, Preparable};
 use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
@@ -148,7 +148,7 @@ impl Advisory {
         &self,
         request: &Request,
         deadline: &Deadline,
-        text: impl Fn(&Session) -> (Ask, String),
+        text: impl Fn(&Session) -> (Ask, Message),
         undo: impl Fn() -> Undo,
     ) -> Result<(Session, Ask, Tried), Error> {
         let most = self.connections.most() + 1;
@@ -161,8 +161,8 @@ impl Advisory {
                 .check_out(&patience)
                 .await
                 .map_err(|error| error.with_key(&request.keys()[0]))?;
-            let (ask, sql) = text(&session);
-            match self.send(session, sql, undo(), deadline, request).await {
+            let (ask, message) = text(&session);
+            match self.send(session, message, undo(), deadline, request).await {
                 Ok((mut session, reply)) => match sql::advisory::tried(&reply) {
                     // Its transaction is somebody else's: closing the connection is all that can be done for it.
                     Some(Tried {
@@ -256,13 +256,13 @@ impl Advisory {
     pub(super) async fn send(
         &self,
         session: Session,
-        sql: String,
+        message: impl Into<Message>,
         undo: Undo,
         deadline: &Deadline,
         request: &Request,
     ) -> Result<(Session, Reply), Error> {
         let most = deadline.remaining().saturating_add(ANSWER);
-        match session.exchange(sql, undo).within(most).await {
+        match session.exchange(message, undo).within(most).await {
             Some((session, Ok(reply))) => Ok((session, reply)),
             Some((_, Err(error))) => Err(request.error(classify(&error).kind()).with_source(error)),
             None => Err(no_answer(request, deadline)),
@@ -441,10 +441,7 @@ fn is_lost_at_once(error: &Error) -> bool {
 
 /// Ends a transaction that has done nothing, and gives its connection back.
 async fn end(session: Session) {
-    if let (session, Ok(_)) = session
-        .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
-        .await
-    {
+    if let (session, Ok(_)) = session.exchange(sql::rollback(), Undo::Nothing).await {
         session.give_back();
     }
 }

@@ -79,9 +79,7 @@ async fn excludes_a_second(
     let sql = sql::advisory::begin_and_try(&begin, locks, &Ask::All { login_pid: None });
     let (second, answer) = second.exchange(sql, Undo::rollback()).await;
     let tried = sql::advisory::tried(&answer?);
-    let (second, answer) = second
-        .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
-        .await;
+    let (second, answer) = second.exchange(sql::rollback(), Undo::Nothing).await;
     answer?;
     second.give_back();
     Ok(tried.is_some_and(|tried| tried.verdict == Verdict::Busy))
@@ -143,9 +141,7 @@ impl Advisory {
             };
             let beside = sql::begun(&answer?).map(|begun| begun.pid);
             let after = within(pid_of(first)).await;
-            let (second, answer) = second
-                .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
-                .await;
+            let (second, answer) = second.exchange(sql::rollback(), Undo::Nothing).await;
             answer?;
             second.give_back();
             // No answer: the first client had no backend of its own any more, and there was none to be had.

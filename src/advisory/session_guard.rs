@@ -9,8 +9,8 @@ use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
 use crate::session::{FromReply, Reply, Session, Then, Undo, query_methods};
-use crate::sql;
 use crate::sql::advisory::Locks;
+use crate::sql::{self, Message};
 use crate::transaction::{AsyncFunc, Tx};
 
 /// How often [`SessionGuard::lost`] looks.
@@ -152,7 +152,7 @@ impl SessionGuard {
         let undo = Undo::After(after_unlock(self.application_name.clone()));
         self.trace_end();
         // A statement that was given up is cancelled; what became of the locks is asked all the same.
-        let exchange = session.exchange(self.release_sql(), undo);
+        let exchange = session.exchange(self.release_message(), undo);
         let Some((session, answer)) = exchange.insist().await else {
             return Err(lost.with_detail("no answer from the server, the connection was closed"));
         };
@@ -232,12 +232,12 @@ impl SessionGuard {
         }
     }
 
-    fn release_sql(&self) -> String {
+    fn release_message(&self) -> Message {
         match (&self.prepared, &self.application_name, self.keys.as_slice()) {
             (Some(statement), Some(name), [key]) => {
                 sql::advisory::execute_unlock(statement, key, name)
             }
-            _ => self.release_text(),
+            _ => self.release_text().into(),
         }
     }
 
@@ -259,7 +259,7 @@ impl Drop for SessionGuard {
         if let Some(session) = self.session.take() {
             self.trace_end();
             let undo = Undo::After(after_unlock(self.application_name.clone()));
-            session.exchange(self.release_sql(), undo).detach();
+            session.exchange(self.release_message(), undo).detach();
         }
     }
 }
@@ -344,7 +344,8 @@ impl<'a> Loan<'a> {
         let answer = {
             // Cancel safety: from here on COMMIT is on its way and ends the transaction, so a drop must not.
             self.open = false;
-            self.session().message(self.session().commit_sql()).await
+            let commit = self.session().commit_message();
+            self.session().message(&commit.text).await
         };
         let Err(error) = answer else { return Ok(()) };
         let kind = match classify(&error) {

@@ -1,16 +1,20 @@
 //! A message and its answer, seen through to the end even if the caller goes away.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use futures_core::Stream;
 use tokio::runtime::Handle;
+use tokio_postgres::SimpleQueryMessage;
 
 use super::cancel::Canceller;
 use super::{Reply, Session};
+use crate::sql::Message;
 
 pub(crate) type Answer = (Session, Result<Reply, tokio_postgres::Error>);
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
@@ -98,8 +102,18 @@ impl Exchange {
         } else {
             self.patience
         };
+        let runtime = self.runtime.clone();
         for cancels in 0..=CANCELS {
-            if let Ok((session, answer)) = tokio::time::timeout(patience, &mut self).await {
+            let answered = if patience == PATIENCE {
+                let answering = Pin::new(&mut self);
+                canceller
+                    .connections
+                    .bound(&runtime, patience, answering)
+                    .await
+            } else {
+                tokio::time::timeout(patience, &mut self).await.ok()
+            };
+            if let Some((session, answer)) = answered {
                 if cancels > 0 {
                     session.doubtful.store(true, Ordering::Relaxed);
                 }
@@ -120,7 +134,7 @@ impl Exchange {
         connections.bound(&runtime, most, self).await
     }
 
-    pub(super) fn new(session: Session, sql: String, undo: Undo) -> Self {
+    pub(super) fn new(session: Session, message: Message, undo: Undo) -> Self {
         let unanswered = session.unanswered.load(Ordering::Relaxed) > 0;
         let unwatched = session.unwatched.load(Ordering::Relaxed);
         Self {
@@ -136,7 +150,7 @@ impl Exchange {
             sent: false,
             behind_unanswered: unanswered,
             answering: Some(Box::pin(async move {
-                let answer = session.client().simple_query(&sql).await;
+                let answer = answer(&session, &message).await;
                 // Answers come in order: with this one all earlier statements have ended.
                 session.unanswered.store(0, Ordering::Relaxed);
                 (session, answer)
@@ -197,6 +211,26 @@ impl fmt::Debug for Exchange {
     }
 }
 
+/// The answer to a message, up to the end of its last statement.
+async fn answer(session: &Session, message: &Message) -> Result<Reply, tokio_postgres::Error> {
+    let client = session.client();
+    let Some(statements) = message.statements else {
+        return client.simple_query(&message.text).await;
+    };
+    let mut replies = std::pin::pin!(client.simple_query_raw(&message.text).await?);
+    let mut answer = Vec::with_capacity(statements + 2);
+    let mut ended = 0;
+    // What comes behind it is read by the driver, which has forgotten us by then.
+    while ended < statements
+        && let Some(reply) = poll_fn(|cx| replies.as_mut().poll_next(cx)).await
+    {
+        let reply = reply?;
+        ended += usize::from(matches!(reply, SimpleQueryMessage::CommandComplete(_)));
+        answer.push(reply);
+    }
+    Ok(answer)
+}
+
 /// Sees an abandoned message through. Wherever this returns without [`Session::give_back`], the session closes its
 /// connection.
 async fn settle(
@@ -210,7 +244,15 @@ async fn settle(
         Undo::Nothing => None,
         Undo::After(text) => Some(text),
     };
-    let Ok((session, answer)) = tokio::time::timeout(patience, &mut answering).await else {
+    let answered = if patience == PATIENCE {
+        let connections = Arc::clone(&canceller.canceller.connections);
+        connections
+            .bound(&Handle::current(), patience, answering.as_mut())
+            .await
+    } else {
+        tokio::time::timeout(patience, &mut answering).await.ok()
+    };
+    let Some((session, answer)) = answered else {
         canceller.armed = true;
         return cancel_until_answered(answering, canceller).await;
     };

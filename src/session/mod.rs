@@ -26,6 +26,7 @@ use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::error::DbError;
 
 use crate::error::{Failure, classify};
+use crate::sql::Message;
 
 pub(crate) use exchange::{Exchange, FromReply, Then, Undo};
 pub(crate) use findings::Scope;
@@ -137,12 +138,12 @@ impl Session {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
-    /// The statement that ends the transaction on this session well.
-    pub(crate) fn commit_sql(&self) -> &'static str {
+    /// What ends the transaction on this session well.
+    pub(crate) fn commit_message(&self) -> Message {
         if self.may_have_failed() {
-            crate::sql::CHECK_AND_COMMIT
+            Message::of(2, crate::sql::CHECK_AND_COMMIT)
         } else {
-            crate::sql::COMMIT
+            Message::of(1, crate::sql::COMMIT)
         }
     }
 
@@ -189,8 +190,8 @@ impl Session {
     }
 
     /// One message on a session that goes with it, so that it can be finished or undone even if nobody waits.
-    pub(crate) fn exchange(self, sql: String, undo: Undo) -> Exchange {
-        Exchange::new(self, sql, undo)
+    pub(crate) fn exchange(self, message: impl Into<Message>, undo: Undo) -> Exchange {
+        Exchange::new(self, message.into(), undo)
     }
 
     /// Back to the pool. Only for a session on which the server has answered that nothing of ours is left.

@@ -7,7 +7,7 @@ use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
 use super::environment::{SERVER, Server, server};
 use super::prepared::Ask;
-use super::{is_true, literal, parsed, rows, set_local};
+use super::{Message, is_true, literal, parsed, rows, set_local};
 use crate::deadline::timeout_millis;
 
 /// False in a transaction that was open before the message came.
@@ -46,6 +46,14 @@ impl Begin {
             }
         }
         sql
+    }
+
+    /// How many statements [`message_unnamed`](Self::message_unnamed) has.
+    pub(crate) fn statements_unnamed(&self) -> usize {
+        let timeouts = self
+            .settings()
+            .filter(|(_, value)| matches!(value, Value::Timeout(_)));
+        1 + timeouts.count()
     }
 
     /// Which settings there are, as bits: transactions that set the same ones can begin with one prepared statement.
@@ -126,7 +134,7 @@ impl Value<'_> {
 }
 
 /// Begins a transaction and says on what: one message.
-pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> String {
+pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> Message {
     let (Ask::Prepare(statement) | Ask::Execute(statement)) = ask else {
         let mut sql = begin.message();
         let _ = write!(sql, "SELECT {FRESH}{PID}");
@@ -134,7 +142,7 @@ pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> String {
             sql.push_str(", pg_catalog.pg_is_in_recovery() AS recovery");
             sql.push_str(SERVER);
         }
-        return sql;
+        return sql.into();
     };
     // What is set by the statement is not set before it.
     let mut sql = begin.message_bare();
@@ -161,7 +169,10 @@ pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> String {
         }
     }
     sql.push(')');
-    sql
+    match ask {
+        Ask::Execute(_) => Message::of(2, sql),
+        _ => sql.into(),
+    }
 }
 
 /// The reply of [`begin_transaction`].
@@ -224,8 +235,8 @@ mod tests {
             read_only: Some(true),
             ..Begin::default()
         };
-        let prepare = begin_transaction(&begin, &Ask::Prepare("p".into()));
-        let execute = begin_transaction(&begin, &Ask::Execute("p".into()));
+        let prepare = begin_transaction(&begin, &Ask::Prepare("p".into())).text;
+        let execute = begin_transaction(&begin, &Ask::Execute("p".into())).text;
         assert_eq!(execute, "BEGIN READ ONLY; EXECUTE p ('2000', 'o''clock')");
         assert!(
             prepare.starts_with("BEGIN READ ONLY; PREPARE p (pg_catalog.text, pg_catalog.text) AS SELECT")

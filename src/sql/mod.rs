@@ -22,6 +22,41 @@ pub(crate) use prepared::{Ask, Preparable};
 pub(crate) const BEGIN: &str = "BEGIN";
 pub(crate) const ROLLBACK: &str = "ROLLBACK";
 
+/// A simple-query message.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) text: String,
+    /// How many statements that is, where it is known: the answer is complete with the last one's end. The server says
+    /// ready a moment later, behind the new values of settings that it reports, `application_name` among them, and
+    /// waiting for that costs a wake-up more.
+    pub(crate) statements: Option<usize>,
+}
+
+impl Message {
+    /// A text of so many statements.
+    pub(crate) fn of(statements: usize, text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            statements: Some(statements),
+        }
+    }
+}
+
+/// A text of one or more statements.
+impl From<String> for Message {
+    fn from(text: String) -> Self {
+        Self {
+            text,
+            statements: None,
+        }
+    }
+}
+
+/// [`ROLLBACK`] as a message.
+pub(crate) fn rollback() -> Message {
+    Message::of(1, ROLLBACK)
+}
+
 /// A savepoint by its name, which is ours and needs no quotes.
 pub(crate) fn savepoint(name: &str) -> String {
     format!("SAVEPOINT {name}")

@@ -154,8 +154,8 @@ impl Tx {
         if session.is_closed() {
             return Err(self.about(Error::new(ErrorKind::ConnectionLost)));
         }
-        let sql = session.commit_sql().to_owned();
-        let (session, answer) = session.exchange(sql, Undo::Nothing).await;
+        let message = session.commit_message();
+        let (session, answer) = session.exchange(message, Undo::Nothing).await;
         let error = match answer {
             Ok(_) => {
                 self.trace_end(&End::Commit);
@@ -239,16 +239,14 @@ impl Drop for Tx {
     fn drop(&mut self) {
         if let Some(session) = self.session.take() {
             self.trace_end(&End::Rollback);
-            session
-                .exchange(sql::ROLLBACK.to_owned(), Undo::Nothing)
-                .detach();
+            session.exchange(sql::rollback(), Undo::Nothing).detach();
         }
     }
 }
 
 /// Ends a transaction whose outcome is rollback already, or shall be.
 async fn roll_back(session: Session) {
-    let exchange = session.exchange(sql::ROLLBACK.to_owned(), Undo::Nothing);
+    let exchange = session.exchange(sql::rollback(), Undo::Nothing);
     // Unanswered, the session closes its connection, which rolls back too.
     if let Some((session, Ok(_))) = exchange.or_detach().await {
         session.give_back();
@@ -258,7 +256,10 @@ async fn roll_back(session: Session) {
 /// Ends what a failed COMMIT has left. Usually that is nothing, and then a ROLLBACK would be warned of in the server's
 /// log; but an error can have struck before COMMIT was run.
 async fn end_failed(session: Session) {
-    match session.exchange(sql::PROBE.to_owned(), Undo::Nothing).await {
+    match session
+        .exchange(sql::Message::of(1, sql::PROBE), Undo::Nothing)
+        .await
+    {
         (session, Ok(_)) => session.give_back(),
         (session, Err(error)) if classify(&error) == Failure::Aborted => roll_back(session).await,
         // Dropped, the session closes its connection.

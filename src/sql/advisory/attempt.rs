@@ -11,7 +11,7 @@ use crate::mode::AdvisoryMode;
 use crate::sql::begin::{FRESH, PID};
 use crate::sql::environment::{SERVER, Server, server};
 use crate::sql::prepared::{Ask, unlock_of};
-use crate::sql::{Begin, blockers, literal, parsed, rows, text};
+use crate::sql::{Begin, Message, blockers, literal, parsed, rows, text};
 
 /// What a `try` answered, read before anything else is known of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
 }
 
 /// One message that begins a transaction and tries the locks in it. It never waits.
-pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> String {
+pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Message {
     let few = match (ask, &begin.application_name, locks.keys) {
         (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) => {
             Some((statement, name, key))
@@ -110,7 +110,7 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Strin
         if let Ask::All { .. } = ask {
             sql.push_str(SERVER);
         }
-        return sql;
+        return sql.into();
     };
     let mut sql = begin.message_unnamed();
     if let Ask::Prepare(_) = ask {
@@ -125,7 +125,10 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Strin
         });
     }
     push_execute(&mut sql, statement, key, name);
-    sql
+    match ask {
+        Ask::Execute(_) => Message::of(begin.statements_unnamed() + 1, sql),
+        _ => sql.into(),
+    }
 }
 
 /// The columns of a transaction's `try`; `verdict` writes one of them.
@@ -227,7 +230,7 @@ pub(crate) fn begin_and_look(begin: &Begin, locks: Locks<'_>, after_timeout: boo
     if after_timeout {
         sql.push_str("ROLLBACK; ");
     }
-    sql.push_str(&begin_and_try(begin, locks, &Ask::All { login_pid: None }));
+    sql.push_str(&begin_and_try(begin, locks, &Ask::All { login_pid: None }).text);
     sql.push_str("; ");
     sql.push_str(&blockers::of(locks));
     sql
@@ -243,7 +246,7 @@ pub(crate) struct Names<'a> {
 
 /// Tries session locks outside a transaction, and puts the holder's name on the session if they are granted. It never
 /// waits, so no timeout can strike between the grant and the reply.
-pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> String {
+pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Message {
     let mut sql = String::with_capacity(768);
     if let (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) =
         (ask, names.holding, locks.keys)
@@ -262,7 +265,10 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
             );
         }
         push_execute(&mut sql, statement, key, name);
-        return sql;
+        return match ask {
+            Ask::Execute(_) => Message::of(1, sql),
+            _ => sql.into(),
+        };
     }
     // Several keys: tried as transaction locks first. The end of the message, which is its transaction, returns them,
     // all that there is to return when one of them is busy.
@@ -285,7 +291,7 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Stri
         };
         push_verdict(sql, locks, function, ask, DIRTY);
     });
-    sql
+    sql.into()
 }
 
 /// [`push_session_select`] for one key on a connection that is known. A target list is evaluated from left to right, so
@@ -348,7 +354,7 @@ pub(crate) fn look_session(
     if after_timeout {
         sql.push_str("ROLLBACK; ");
     }
-    sql.push_str(&try_session(locks, names, ask));
+    sql.push_str(&try_session(locks, names, ask).text);
     sql.push_str("; ");
     sql.push_str(&blockers::of(locks));
     sql

@@ -8,7 +8,7 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::sql::begin::FRESH;
 use crate::sql::prepared::unlock_of;
-use crate::sql::{Begin, blockers, literal};
+use crate::sql::{Begin, Message, blockers, literal};
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
 pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {
@@ -56,10 +56,10 @@ pub(crate) fn unlock(locks: Locks<'_>, application_name: Option<&str>) -> String
 }
 
 /// [`unlock`] of one key by the statement that was prepared together with its `try`.
-pub(crate) fn execute_unlock(statement: &str, key: &LockKey, application_name: &str) -> String {
+pub(crate) fn execute_unlock(statement: &str, key: &LockKey, application_name: &str) -> Message {
     let mut sql = String::with_capacity(128);
     push_execute(&mut sql, &unlock_of(statement), key, application_name);
-    sql
+    Message::of(1, sql)
 }
 
 pub(super) fn push_unlock_select(
