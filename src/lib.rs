@@ -75,6 +75,7 @@ mod blocker;
 mod call_site;
 mod deadline;
 mod error;
+pub mod graph;
 mod keeper;
 mod key;
 mod mode;

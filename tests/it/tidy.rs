@@ -6,7 +6,15 @@ use std::path::{Path, PathBuf};
 
 /// The rooms from the ground up. A room imports only from floors below its own.
 const FLOORS: [&[&str]; 6] = [
-    &["key", "mode", "backoff", "call_site", "deadline", "blocker"],
+    &[
+        "key",
+        "mode",
+        "backoff",
+        "call_site",
+        "deadline",
+        "blocker",
+        "graph",
+    ],
     &["sql", "error"],
     &["session"],
     &["transaction"],
@@ -15,11 +23,14 @@ const FLOORS: [&[&str]; 6] = [
 ];
 
 /// Neighbours that do import one another: the room, what it imports, and why.
-const NEIGHBOURS: [(&str, &str, &str); 1] = [(
-    "blocker",
-    "mode",
-    "a blocker holds its lock in a mode; both are plain values",
-)];
+const NEIGHBOURS: [(&str, &str, &str); 2] = [
+    (
+        "blocker",
+        "mode",
+        "a blocker holds its lock in a mode; both are plain values",
+    ),
+    ("graph", "key", "an advisory lock in the graph has a key"),
+];
 
 /// Where pool types are named besides `session/`: the file, the names, and why.
 const POOL_TYPES: [(&str, &[&str], &str); 3] = [
