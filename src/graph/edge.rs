@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::render::Age;
 use super::{BackendId, LockObject, RowId};
 
 /// A lock mode as `pg_locks.mode` spells it.
@@ -130,7 +131,7 @@ impl fmt::Display for Edge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} waits", self.waiter())?;
         if let Some(age) = self.wait_age() {
-            write!(f, " {age:.1?}")?;
+            write!(f, " {}", Age(age))?;
         }
         write!(f, " for {} on {}", self.mode_wanted(), self.object())?;
         if let (Some(row), None) = (self.row(), self.object().row()) {
