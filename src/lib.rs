@@ -81,6 +81,7 @@ mod key;
 mod mode;
 mod session;
 mod sql;
+mod statement;
 mod transaction;
 
 pub use advisory::{AdvisoryLock, SessionAdvisoryLock, SessionGuard, TxAdvisoryLock, XactGuard};

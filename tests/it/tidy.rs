@@ -14,6 +14,7 @@ const FLOORS: [&[&str]; 6] = [
         "deadline",
         "blocker",
         "graph",
+        "statement",
     ],
     &["sql", "error"],
     &["session"],
