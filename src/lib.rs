@@ -79,6 +79,7 @@ pub mod graph;
 mod keeper;
 mod key;
 mod mode;
+mod server_message;
 mod session;
 mod sql;
 mod statement;

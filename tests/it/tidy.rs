@@ -15,6 +15,7 @@ const FLOORS: [&[&str]; 6] = [
         "blocker",
         "graph",
         "statement",
+        "server_message",
     ],
     &["sql", "error"],
     &["session"],
