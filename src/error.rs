@@ -8,6 +8,7 @@ use deadpool_postgres::PoolError;
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::blocker::Blocker;
+use crate::incident::Incident;
 use crate::key::LockKey;
 
 /// What went wrong, as far as a caller would act on it differently.
@@ -88,6 +89,7 @@ struct Inner {
     waited: Option<Duration>,
     blockers: Vec<Blocker>,
     attempts: u32,
+    incident: Option<Incident>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -121,6 +123,13 @@ impl Error {
     #[must_use]
     pub fn attempts(&self) -> u32 {
         self.0.attempts
+    }
+
+    /// What is known of the deadlock or the wait for a lock that ended the transaction: who was there, with which
+    /// statements, and what to do about it.
+    #[must_use]
+    pub fn incident(&self) -> Option<&Incident> {
+        self.0.incident.as_ref()
     }
 
     /// Whether running the whole transaction once more can succeed without anything being changed.
@@ -217,6 +226,7 @@ impl Error {
             waited: None,
             blockers: Vec::new(),
             attempts: 0,
+            incident: None,
             source: None,
         }))
     }
@@ -247,6 +257,11 @@ impl Error {
 
     pub(crate) fn with_attempts(mut self, attempts: u32) -> Self {
         self.0.attempts = attempts;
+        self
+    }
+
+    pub(crate) fn with_incident(mut self, incident: Incident) -> Self {
+        self.0.incident = Some(incident);
         self
     }
 

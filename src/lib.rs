@@ -75,11 +75,15 @@ mod blocker;
 mod call_site;
 mod deadline;
 mod error;
+pub mod graph;
+pub mod incident;
 mod keeper;
 mod key;
 mod mode;
+mod server_message;
 mod session;
 mod sql;
+mod statement;
 mod transaction;
 
 pub use advisory::{AdvisoryLock, SessionAdvisoryLock, SessionGuard, TxAdvisoryLock, XactGuard};
@@ -87,6 +91,7 @@ pub use blocker::Blocker;
 pub use call_site::CallSite;
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind};
+pub use incident::{Incident, IncidentKind};
 pub use keeper::{Keeper, KeeperBuilder};
 pub use key::LockKey;
 #[cfg(feature = "compat")]

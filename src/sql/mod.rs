@@ -9,6 +9,7 @@ pub(crate) mod advisory;
 mod begin;
 pub(crate) mod blockers;
 pub(crate) mod environment;
+pub(crate) mod graph;
 mod prepared;
 
 use std::fmt::Write as _;

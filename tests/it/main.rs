@@ -9,6 +9,9 @@
 )]
 
 mod common;
+/// The room itself: what it reads is not public.
+#[path = "../../src/server_message/mod.rs"]
+mod server_message;
 
 mod cancel_safety;
 mod drops;
@@ -16,6 +19,7 @@ mod environment;
 mod guards;
 mod isolation;
 mod keys;
+mod languages;
 mod modes;
 mod pgbouncer;
 mod postgres_facts;

@@ -1,0 +1,33 @@
+//! Who waits for whom: backends, the locks they want and hold, and the graph these make.
+//!
+//! Plain values, without I/O. A [`Snapshot`] is what one look at the server gave: the sessions that wait for a lock,
+//! those in their way, and an [`Edge`] for each pair of them. A [`LockTree`] is the same arranged for people.
+//!
+//! What the role that looked may not see is `None` everywhere: *unknown*, never *idle* or *nobody*.
+
+mod assemble;
+mod backend;
+mod edge;
+mod modes;
+mod net;
+mod object;
+mod render;
+mod snapshot;
+mod tree;
+
+pub(crate) use assemble::{LockRow, edges};
+pub use backend::{Backend, BackendId};
+pub use edge::{Edge, EdgeKind};
+pub use object::{LockObject, Relation, RowId};
+pub use snapshot::{Cycle, Snapshot};
+pub use tree::{LockTree, TreeNode};
+
+/// What rows of the server become, for the room that reads them.
+pub(crate) mod parts {
+    pub(crate) use super::backend::{Sight, Verbatim};
+    pub(crate) use super::edge::Mode;
+    pub(crate) use super::modes::interned;
+}
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,307 @@
+//! The tree as text.
+
+use std::fmt::{self, Write as _};
+use std::time::Duration;
+
+use super::backend::redacted;
+use super::{Backend, Edge, EdgeKind, LockTree, TreeNode};
+
+/// Deeper nodes are not moved further to the right.
+const DEEPEST: usize = 16;
+/// How many of those who are in the way besides are named.
+const NAMED: usize = 3;
+/// Characters of a statement.
+const STATEMENT: usize = 160;
+
+/// `pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s, in its transaction for 4.0s)`
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id().fmt(f)?;
+        if self.is_gone() {
+            return match self.pid() {
+                Some(_) => f.write_str(" (ended meanwhile)"),
+                None => Ok(()),
+            };
+        }
+        f.write_str(" (")?;
+        let mut parts = Parts { f, first: true };
+        if self.pid().is_some() {
+            match self.application_name() {
+                None => parts.add(format_args!("application hidden"))?,
+                Some("") => parts.add(format_args!("no application_name"))?,
+                Some(name) => parts.add(format_args!("{}", name.escape_debug()))?,
+            }
+        }
+        if let Some(kind) = self.backend_type()
+            && kind != "client backend"
+        {
+            parts.add(format_args!("{}", kind.escape_debug()))?;
+        }
+        match self.user() {
+            Some(user) => parts.add(format_args!("user {}", user.escape_debug()))?,
+            None if self.is_hidden() => parts.add(format_args!("user hidden"))?,
+            None => {}
+        }
+        match (self.state(), self.in_state()) {
+            (Some(state), Some(age)) => parts.add(format_args!("{state} for {}", Age(age)))?,
+            (Some(state), None) => parts.add(format_args!("{state}"))?,
+            (None, _) if self.is_hidden() => parts.add(format_args!("state hidden"))?,
+            (None, _) => {}
+        }
+        if let (Some(kind), Some(event)) = (self.wait_event_type(), self.wait_event())
+            && kind != "Lock"
+        {
+            parts.add(format_args!("wait event {kind}/{event}"))?;
+        }
+        if let Some(age) = self.in_transaction() {
+            let what = if self.pid().is_some() {
+                "in its transaction"
+            } else {
+                "prepared"
+            };
+            parts.add(format_args!("{what} for {}", Age(age)))?;
+        }
+        f.write_str(")")
+    }
+}
+
+struct Parts<'a, 'f> {
+    f: &'a mut fmt::Formatter<'f>,
+    first: bool,
+}
+
+impl Parts<'_, '_> {
+    fn add(&mut self, part: fmt::Arguments<'_>) -> fmt::Result {
+        if !std::mem::take(&mut self.first) {
+            self.f.write_str(", ")?;
+        }
+        self.f.write_fmt(part)
+    }
+}
+
+impl LockTree {
+    /// The same with the statements as their clients sent them, literals and all.
+    #[must_use]
+    pub fn verbatim(&self) -> impl fmt::Display + '_ {
+        Verbatim(self)
+    }
+
+    fn draw(&self, f: &mut fmt::Formatter<'_>, verbatim: bool) -> fmt::Result {
+        if self.is_empty() {
+            return f.write_str("nobody waits for a lock\n");
+        }
+        let waiters = self.snapshot().waiters();
+        let first = waiters.first().map(|waiter| waiter.id());
+        let longest = first.and_then(|id| {
+            let ages = self.snapshot().edges_of(id).filter_map(Edge::wait_age);
+            ages.max()
+        });
+        write!(f, "{} waiting for a lock", count(waiters.len(), "session"))?;
+        if let Some(age) = longest {
+            write!(f, ", the longest for {}", Age(age))?;
+        }
+        writeln!(f)?;
+        for cycle in self.cycles() {
+            let what = if cycle.is_deadlock() {
+                "deadlock"
+            } else {
+                "waiting in a circle, over the queue of a lock"
+            };
+            writeln!(f, "{what}: {cycle}")?;
+        }
+        self.draw_nodes(f, verbatim)
+    }
+
+    fn draw_nodes(&self, f: &mut fmt::Formatter<'_>, verbatim: bool) -> fmt::Result {
+        // Of each level above, whether more of its nodes follow.
+        let mut open: Vec<bool> = Vec::new();
+        let mut left: Vec<(usize, TreeNode<'_>, bool)> =
+            self.roots().map(|root| (0, root, true)).collect();
+        left.reverse();
+        while let Some((depth, node, last)) = left.pop() {
+            open.truncate(depth);
+            let mut prefix = String::new();
+            for more in open.iter().skip(1).take(DEEPEST) {
+                prefix.push_str(if *more { "│  " } else { "   " });
+            }
+            f.write_str(&prefix)?;
+            if depth > 0 {
+                if depth <= DEEPEST {
+                    f.write_str(if last { "└─ " } else { "├─ " })?;
+                    prefix.push_str(if last { "   " } else { "│  " });
+                } else {
+                    write!(f, "[{depth} deep] ")?;
+                }
+            }
+            open.push(!last);
+            let children: Vec<_> = node.children().collect();
+            prefix.push_str(if children.is_empty() || depth >= DEEPEST {
+                "   "
+            } else {
+                "│  "
+            });
+            node.draw(f, &prefix, verbatim)?;
+            let count = children.len();
+            let below = children
+                .into_iter()
+                .enumerate()
+                .map(|(at, child)| (depth + 1, child, at + 1 == count));
+            let from = left.len();
+            left.extend(below);
+            left[from..].reverse();
+        }
+        Ok(())
+    }
+}
+
+/// With literals.
+struct Verbatim<'a>(&'a LockTree);
+
+impl fmt::Display for Verbatim<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.draw(f, true)
+    }
+}
+
+impl fmt::Display for LockTree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.draw(f, false)
+    }
+}
+
+impl TreeNode<'_> {
+    fn draw(&self, f: &mut fmt::Formatter<'_>, prefix: &str, verbatim: bool) -> fmt::Result {
+        write!(f, "{}", self.backend())?;
+        if let Some(edge) = self.edge() {
+            f.write_str(" waits")?;
+            if let Some(age) = edge.wait_age() {
+                write!(f, " {}", Age(age))?;
+            }
+            write!(f, " for {} on {}", edge.mode_wanted(), edge.object())?;
+            if let (Some(row), None) = (edge.row(), edge.object().row()) {
+                write!(f, " ({row})")?;
+            }
+            match (edge.kind(), edge.mode_held(), edge.mode_queued()) {
+                (_, Some(held), _) => write!(f, ", held in {held}")?,
+                (_, _, Some(queued)) => write!(f, ", queued behind {queued}")?,
+                (EdgeKind::Soft, ..) => f.write_str(", queued behind")?,
+                _ => {}
+            }
+        }
+        if self.blocks() > 0 {
+            write!(f, ", blocks {}", self.blocks())?;
+        }
+        writeln!(f)?;
+        self.draw_statement(f, prefix, verbatim)?;
+        let workers = self.workers();
+        if !workers.is_empty() {
+            writeln!(f, "{prefix}in its parallel {}", Pids(&workers))?;
+        }
+        let mut others = self.other_edges();
+        for edge in others.by_ref().take(NAMED) {
+            let how = if edge.is_soft() {
+                "also queued behind"
+            } else {
+                "also blocked by"
+            };
+            match self.edge() {
+                // At the head of a circle there is no edge above that says what it waits for.
+                None => writeln!(f, "{prefix}{edge}")?,
+                Some(above) if above.object() == edge.object() => {
+                    writeln!(f, "{prefix}{how} {}", edge.blocker())?;
+                }
+                Some(_) => writeln!(f, "{prefix}{how} {} on {}", edge.blocker(), edge.object())?,
+            }
+        }
+        match others.count() {
+            0 => Ok(()),
+            more => writeln!(f, "{prefix}and by {more} more"),
+        }
+    }
+
+    fn draw_statement(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        prefix: &str,
+        verbatim: bool,
+    ) -> fmt::Result {
+        let backend = self.backend();
+        let verb = match backend.state() {
+            Some("active") => "runs",
+            _ => "last ran",
+        };
+        match backend.statement() {
+            Some(statement) if verbatim => {
+                writeln!(f, "{prefix}{verb}: {}", one_line(statement))
+            }
+            Some(statement) => writeln!(f, "{prefix}{verb}: {}", one_line(&redacted(statement))),
+            None if backend.is_hidden() => writeln!(f, "{prefix}statement hidden"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A statement in one line of bounded length, without anything that a terminal would act on.
+fn one_line(statement: &str) -> String {
+    let mut line = String::new();
+    let mut length = 0;
+    for word in statement.split_whitespace() {
+        if length > 0 {
+            line.push(' ');
+            length += 1;
+        }
+        for c in word.chars() {
+            if length >= STATEMENT {
+                line.push('…');
+                return line;
+            }
+            match c {
+                '\'' | '"' => line.push(c),
+                c => {
+                    // Infallible: writing to a String.
+                    let _ = write!(line, "{}", c.escape_debug());
+                }
+            }
+            length += 1;
+        }
+    }
+    line
+}
+
+fn count(number: usize, what: &str) -> String {
+    let s = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{s}")
+}
+
+struct Pids<'a>(&'a [i32]);
+
+impl fmt::Display for Pids<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.len() == 1 {
+            "worker "
+        } else {
+            "workers "
+        })?;
+        for (at, pid) in self.0.iter().enumerate() {
+            let comma = if at > 0 { ", " } else { "" };
+            write!(f, "{comma}{pid}")?;
+        }
+        Ok(())
+    }
+}
+
+/// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`.
+pub(super) struct Age(pub(super) Duration);
+
+impl fmt::Display for Age {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_secs();
+        match seconds {
+            0 => write!(f, "{}ms", self.0.as_millis()),
+            1..60 => write!(f, "{}.{}s", seconds, self.0.subsec_millis() / 100),
+            60..3600 => write!(f, "{}min {:02}s", seconds / 60, seconds % 60),
+            3600..86_400 => write!(f, "{}h {:02}min", seconds / 3600, seconds / 60 % 60),
+            _ => write!(f, "{}d {:02}h", seconds / 86_400, seconds / 3600 % 24),
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! What PostgreSQL says about locks in the DETAIL and CONTEXT of its errors, in any of its languages.
+//!
+//! The wording follows `lc_messages`, the facts do not: this room goes by the shape of a message, and by a few words
+//! where the shape is not enough. What cannot be read keeps its text, so that nothing the server said is lost.
+#![cfg_attr(
+    not(test),
+    expect(dead_code, reason = "for the incident report, which comes next")
+)]
+#![expect(unused_imports, reason = "for the incident report, which comes next")]
+
+mod context;
+mod deadlock;
+mod number;
+mod object;
+
+pub(crate) use context::{ContextKind, ContextLine, RowContext, context};
+pub(crate) use deadlock::{DeadlockDetail, DetailLine, LineKind, Wait, deadlock_detail};
+pub(crate) use object::LockObject;
+
+#[cfg(test)]
+mod languages;
