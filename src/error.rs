@@ -147,6 +147,11 @@ impl Error {
         )
     }
 
+    /// The server's error behind this one.
+    pub(crate) fn as_db_error(&self) -> Option<&DbError> {
+        db_error(self.0.source.as_deref()?)
+    }
+
     /// The SQLSTATE of the server's error behind this one.
     #[must_use]
     pub fn sqlstate(&self) -> Option<&SqlState> {
@@ -260,8 +265,8 @@ impl Error {
         self
     }
 
-    pub(crate) fn with_incident(mut self, incident: Incident) -> Self {
-        self.0.incident = Some(incident);
+    pub(crate) fn with_incident_if(mut self, incident: Option<Incident>) -> Self {
+        self.0.incident = incident;
         self
     }
 
@@ -277,8 +282,10 @@ impl Error {
 /// A server's or driver's error by what it means for the transaction and the connection it came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// 55P03: `lock_timeout` or NOWAIT.
+    /// 55P03 by `lock_timeout`.
     LockTimeout,
+    /// 55P03 by NOWAIT, which has not waited.
+    NotAvailable,
     /// 40P01.
     Deadlock,
     /// 40001.
@@ -307,7 +314,7 @@ pub(crate) enum Failure {
 impl Failure {
     pub(crate) fn kind(self) -> ErrorKind {
         match self {
-            Self::LockTimeout => ErrorKind::LockTimeout,
+            Self::LockTimeout | Self::NotAvailable => ErrorKind::LockTimeout,
             Self::Deadlock => ErrorKind::Deadlock,
             Self::Serialization => ErrorKind::Serialization,
             Self::Cancelled => ErrorKind::Cancelled,
@@ -353,7 +360,13 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     }
     let code = error.code();
     if *code == SqlState::LOCK_NOT_AVAILABLE {
-        Failure::LockTimeout
+        // The two share the SQLSTATE and differ in the message, which is translated. The name of the C function that
+        // raised it is not (ProcessInterrupts in src/backend/tcop/postgres.c; test
+        // `a_lock_timeout_and_nowait_differ_in_their_routine`).
+        match error.routine() {
+            None | Some("ProcessInterrupts") => Failure::LockTimeout,
+            Some(_) => Failure::NotAvailable,
+        }
     } else if *code == SqlState::T_R_DEADLOCK_DETECTED {
         Failure::Deadlock
     } else if *code == SqlState::T_R_SERIALIZATION_FAILURE {
@@ -403,6 +416,33 @@ pub(crate) fn is_not_supported(error: &Error) -> bool {
 pub(crate) fn is_unprepared(error: &Error) -> bool {
     matches!(error.sqlstate(), Some(code) if *code == SqlState::INVALID_SQL_STATEMENT_NAME
         || *code == SqlState::DUPLICATE_PSTATEMENT)
+}
+
+/// Whether an error, or one behind it, is a failure that PostgreSQL means to be retried: a deadlock, a serialization
+/// failure, or a lock timeout.
+///
+/// For [`TransactionOptions::retry_if`](crate::TransactionOptions::retry_if), where an error type keeps its sources.
+///
+/// # Examples
+/// ```
+/// assert!(!lockkeeper::is_retryable(&std::fmt::Error));
+/// ```
+#[must_use]
+pub fn is_retryable(error: &(dyn StdError + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<Error>() {
+            return error.is_retryable();
+        }
+        if let Some(error) = error.downcast_ref::<DbError>() {
+            return matches!(
+                classify_db(error),
+                Failure::Deadlock | Failure::Serialization | Failure::LockTimeout
+            );
+        }
+        next = error.source();
+    }
+    false
 }
 
 fn db_error<'a>(error: &'a (dyn StdError + Send + Sync + 'static)) -> Option<&'a DbError> {

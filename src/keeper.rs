@@ -14,14 +14,20 @@ use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::call_site::{CallSite, application_name};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
+use crate::incident::Incident;
 use crate::key::LockKey;
 use crate::session::{Connections, Side, SideConnection};
 use crate::sql::Begin;
-use crate::transaction::{self, AsyncFunc, Policy, TransactionOptions, Tx};
+use crate::transaction::{
+    self, AsyncFunc, Never, Policy, Reporter, RetryIf, TransactionOptions, Tx,
+};
+use crate::watcher::{self, Watcher};
 
 /// How long a lock is waited for where nothing says otherwise.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const APPLICATION: &str = "lockkeeper";
+/// After how long a wait that goes on is reported where nothing says otherwise.
+const LONG_WAIT: Duration = Duration::from_secs(10);
 
 /// Advisory locks and deadlock-aware transactions over the application's own pool.
 ///
@@ -39,6 +45,7 @@ struct Inner {
     lock_wait: Duration,
     jitter: Arc<Jitter>,
     budget: Arc<RetryBudget>,
+    watcher: Arc<Watcher>,
 }
 
 impl Keeper {
@@ -56,6 +63,12 @@ impl Keeper {
             application: APPLICATION.to_owned(),
             call_sites: true,
             lock_wait: LOCK_WAIT,
+            watching: watcher::Settings {
+                enabled: true,
+                literals: false,
+                long_wait: Some(LONG_WAIT),
+                sink: None,
+            },
         }
     }
 
@@ -64,7 +77,7 @@ impl Keeper {
     pub fn advisory_lock(&self, key: impl Into<LockKey>) -> AdvisoryLock {
         self.describe(
             vec![key.into()],
-            TransactionOptions::new(),
+            &TransactionOptions::new(),
             CallSite::caller(),
         )
     }
@@ -78,7 +91,7 @@ impl Keeper {
         keys: impl IntoIterator<Item = K>,
     ) -> AdvisoryLock {
         let keys = keys.into_iter().map(Into::into).collect();
-        self.describe(keys, TransactionOptions::new(), CallSite::caller())
+        self.describe(keys, &TransactionOptions::new(), CallSite::caller())
     }
 
     /// Runs a critical section: one transaction that holds one transaction-level advisory lock.
@@ -125,9 +138,9 @@ impl Keeper {
     {
         let options = TransactionOptions::new();
         let policy = self.policy(&options);
-        let lock = self.describe(vec![key.into()], options, CallSite::caller());
+        let lock = self.describe(vec![key.into()], &options, CallSite::caller());
         async move {
-            let open = || {
+            let open = |_| {
                 let lock = lock.clone();
                 async move {
                     let (advisory, request) = lock.request()?;
@@ -135,7 +148,7 @@ impl Keeper {
                     advisory.acquire(request).instrument(span).await.map(Some)
                 }
             };
-            let value = transaction::run(&policy, open, f).await?;
+            let value = transaction::run(&policy, &Never, open, f).await?;
             value.ok_or_else(|| Error::new(ErrorKind::LockTimeout).into())
         }
     }
@@ -163,9 +176,9 @@ impl Keeper {
     {
         let options = TransactionOptions::new();
         let policy = self.policy(&options);
-        let lock = self.describe(vec![key.into()], options, CallSite::caller());
+        let lock = self.describe(vec![key.into()], &options, CallSite::caller());
         async move {
-            let open = || {
+            let open = |_| {
                 let lock = lock.clone();
                 async move {
                     let (advisory, request) = lock.request()?;
@@ -173,7 +186,7 @@ impl Keeper {
                     advisory.try_acquire(request).instrument(span).await
                 }
             };
-            transaction::run(&policy, open, f).await
+            transaction::run(&policy, &Never, open, f).await
         }
     }
 
@@ -218,12 +231,13 @@ impl Keeper {
     /// # Cancel safety
     /// May be dropped at any point: the transaction is rolled back. Dropped during COMMIT, it may have committed.
     #[track_caller]
-    pub fn transaction_with<R, E, F>(
+    pub fn transaction_with<R, E, F, P>(
         &self,
-        options: TransactionOptions,
+        options: TransactionOptions<P>,
         f: F,
     ) -> impl Future<Output = Result<R, E>> + Send
     where
+        P: RetryIf<E>,
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
@@ -231,33 +245,45 @@ impl Keeper {
         E: From<Error> + Send,
         R: Send,
     {
-        let call_site = self.call_site(CallSite::caller());
+        let caller = CallSite::caller();
+        let call_site = self.call_site(caller);
         let begin = self.begin(&options, call_site.as_ref());
         let policy = self.policy(&options);
         let connections = Arc::clone(&self.inner.advisory.connections);
         let lock_wait = self.inner.lock_wait;
+        let group = options
+            .group()
+            .map(|key| self.describe(vec![key.clone()], &options, caller));
         async move {
             options.check()?;
-            let open = || async {
-                let deadline = Deadline::after(lock_wait);
-                transaction::open(&connections, &deadline, &begin, call_site, lock_wait)
-                    .await
-                    .map(Some)
+            let open = |victim| {
+                let (connections, begin, group) = (&connections, &begin, &group);
+                async move {
+                    let Some(group) = group else {
+                        let deadline = Deadline::after(lock_wait);
+                        let opening =
+                            transaction::open(connections, &deadline, begin, call_site, lock_wait);
+                        return opening.await.map(Some);
+                    };
+                    let (advisory, request) = group.clone().conflict_group(victim)?;
+                    let span = request.span("conflict_group");
+                    advisory.acquire(request).instrument(span).await.map(Some)
+                }
             };
-            let value = transaction::run(&policy, open, f).await?;
-            // Only a lock can be busy, and here is none.
+            let value = transaction::run(&policy, options.retries(), open, f).await?;
+            // Only a lock can be busy, and a group's is waited for.
             value.ok_or_else(|| Error::new(ErrorKind::Pool).into())
         }
     }
 
-    fn describe(
+    fn describe<P>(
         &self,
         keys: Vec<LockKey>,
-        options: TransactionOptions,
+        options: &TransactionOptions<P>,
         caller: CallSite,
     ) -> AdvisoryLock {
         let call_site = self.call_site(caller);
-        let begin = self.begin(&options, call_site.as_ref());
+        let begin = self.begin(options, call_site.as_ref());
         AdvisoryLock::new(
             Arc::clone(&self.inner.advisory),
             keys,
@@ -271,17 +297,20 @@ impl Keeper {
         self.inner.call_sites.then_some(caller)
     }
 
-    fn begin(&self, options: &TransactionOptions, call_site: Option<&CallSite>) -> Begin {
+    fn begin<P>(&self, options: &TransactionOptions<P>, call_site: Option<&CallSite>) -> Begin {
         options.begin(Some(application_name(&self.inner.application, call_site)))
     }
 
-    fn policy(&self, options: &TransactionOptions) -> Policy {
+    fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
+        self.inner.watcher.start();
         Policy {
             attempts: options.max_attempts(),
             deadline: options.total_deadline(),
             backoff: Backoff::default(),
             jitter: Arc::clone(&self.inner.jitter),
             budget: Arc::clone(&self.inner.budget),
+            resolves: options.resolves(),
+            reporter: Some(Arc::clone(&self.inner.watcher) as Arc<dyn Reporter>),
         }
     }
 }
@@ -303,6 +332,7 @@ pub struct KeeperBuilder {
     application: String,
     call_sites: bool,
     lock_wait: Duration,
+    watching: watcher::Settings,
 }
 
 impl KeeperBuilder {
@@ -344,12 +374,58 @@ impl KeeperBuilder {
         self
     }
 
+    /// Is given every [`Incident`]: deadlocks, lock timeouts and long waits of transactions run by
+    /// [`transaction`](Keeper::transaction), [`transaction_with`](Keeper::transaction_with) and
+    /// [`with_advisory_lock`](Keeper::with_advisory_lock), those that were retried too.
+    ///
+    /// It is called on a thread where blocking does no harm, one report after another, and never holds up or fails a
+    /// transaction: while it is slow, up to 64 reports wait and later ones are dropped; a panic is contained. Each report
+    /// is also one `tracing` event of level `WARN` and target `lockkeeper::incident`.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # fn example(pool: lockkeeper::deadpool_postgres::Pool) {
+    /// let keeper = lockkeeper::Keeper::builder(pool)
+    ///     .on_incident(|incident| eprintln!("{incident}"))
+    ///     .build();
+    /// # }
+    /// ```
+    pub fn on_incident(mut self, f: impl Fn(&Incident) + Send + Sync + 'static) -> Self {
+        self.watching.sink = Some(Arc::new(f));
+        self
+    }
+
+    /// After how long a transaction's wait for a lock is reported although it goes on; 10 seconds by default, `None` for
+    /// never.
+    pub fn long_wait(mut self, wait: impl Into<Option<Duration>>) -> Self {
+        self.watching.long_wait = wait.into();
+        self
+    }
+
+    /// Whether reports show the literals in statements. They do not by default: literals are data, and reports end up in
+    /// logs and trackers.
+    pub fn show_literals(mut self, show: bool) -> Self {
+        self.watching.literals = show;
+        self
+    }
+
+    /// Whether to look at the server while transactions wait, which is what gives a report its evidence; on by default.
+    ///
+    /// A task looks at statements that have run for 100 ms, ten times a second, in one query for all of them, on the
+    /// [`side_connection`](Self::side_connection); where there is none, on a connection of the pool if one is free at
+    /// once. While no transaction is running it sleeps.
+    pub fn watch(mut self, watch: bool) -> Self {
+        self.watching.enabled = watch;
+        self
+    }
+
     /// The keeper. Nothing is opened or sent before it is used.
     #[must_use]
     pub fn build(self) -> Keeper {
         let connections = Connections::new(self.pool, self.side);
         Keeper {
             inner: Arc::new(Inner {
+                watcher: Watcher::new(Arc::clone(&connections), self.watching),
                 advisory: Advisory::new(connections),
                 application: self.application,
                 call_sites: self.call_sites,

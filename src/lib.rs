@@ -85,20 +85,22 @@ mod session;
 mod sql;
 mod statement;
 mod transaction;
+mod watcher;
 
 pub use advisory::{AdvisoryLock, SessionAdvisoryLock, SessionGuard, TxAdvisoryLock, XactGuard};
 pub use blocker::Blocker;
 pub use call_site::CallSite;
 pub use deadpool_postgres;
-pub use error::{Error, ErrorKind};
+pub use error::{Error, ErrorKind, is_retryable};
 pub use incident::{Incident, IncidentKind};
 pub use keeper::{Keeper, KeeperBuilder};
 pub use key::LockKey;
 #[cfg(feature = "compat")]
 pub use key::compat;
 pub use mode::AdvisoryMode;
+pub use session::ToStatement;
 pub use tokio_postgres;
-pub use transaction::{AsyncFunc, TransactionOptions, Tx};
+pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

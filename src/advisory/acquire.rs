@@ -10,6 +10,7 @@ use crate::error::{
     Error, ErrorKind, Failure, classify, is_in_transaction, is_missing_statement, is_not_supported,
     is_unprepared,
 };
+use crate::mode::AdvisoryMode;
 use crate::session::{Reply, Scope, Session, Undo};
 use crate::sql::advisory::{Tried, Verdict};
 use crate::sql::environment::Server;
@@ -131,7 +132,7 @@ impl Advisory {
             let sql = sql::advisory::begin_and_try(&request.begin, request.locks(), &ask);
             (ask, sql)
         };
-        let (session, ask, tried) = self
+        let (session, ask, mut tried) = self
             .on_a_clean_connection(request, deadline, text, Undo::rollback)
             .await?;
         self.learn(
@@ -140,6 +141,10 @@ impl Advisory {
             &tried,
             Preparable::of(request.locks(), false),
         );
+        let any_snapshot = request.is_group && request.mode() == AdvisoryMode::Shared;
+        if any_snapshot && tried.granted && tried.verdict == Verdict::Snapshot {
+            tried.verdict = Verdict::Granted;
+        }
         Ok((session, tried))
     }
 
@@ -374,7 +379,20 @@ impl Advisory {
         for key in request.keys() {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
         }
-        let tx = Tx::new(session, Vec::new(), request.call_site, request.lock_wait);
+        let tx = Tx::new(
+            session,
+            request.call_site,
+            request.lock_wait,
+            request.begin.lock_timeout,
+        );
+        if let (true, Some(flight)) = (request.is_group, tx.session().flight()) {
+            drop(
+                flight
+                    .journal()
+                    .conflict_group
+                    .set(request.keys()[0].clone()),
+            );
+        }
         let server = self.server(tx.session(), tried);
         check_locking(
             tx.session(),

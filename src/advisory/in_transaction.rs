@@ -10,7 +10,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Scope, Session};
+use crate::session::{Saying, Scope, Session};
 use crate::sql;
 use crate::sql::advisory::{Timeouts, Verdict};
 use crate::sql::environment::Server;
@@ -109,18 +109,25 @@ impl<'a> TxAdvisoryLock<'a> {
     /// Dropped, the locks may have been taken; they end with the transaction.
     pub async fn try_acquire(self) -> Result<bool, Error> {
         let (tx, request) = self.checked()?;
-        Ok(try_once(tx, request).await?.is_ok())
+        let saying = say(tx, "try_advisory_lock", &request);
+        let locked = try_once(tx, request).await.map(|tried| tried.is_ok());
+        end(saying, locked.is_ok());
+        locked
     }
 
     async fn acquire(self) -> Result<(), Error> {
         let deadline = Deadline::after(self.wait);
         let (tx, request) = self.checked()?;
-        match try_once(tx, request).await? {
-            Ok(()) => Ok(()),
-            Err((tx, request, server, timeouts)) => {
+        let saying = say(tx, "advisory_lock", &request);
+        let locked = match try_once(tx, request).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err((tx, request, server, timeouts))) => {
                 wait(tx, request, server.as_ref(), &timeouts, &deadline).await
             }
-        }
+            Err(error) => Err(error),
+        };
+        end(saying, locked.is_ok());
+        locked
     }
 
     /// Refuses what would change the mode of a lock that is held.
@@ -149,6 +156,22 @@ impl<'a> IntoFuture for TxAdvisoryLock<'a> {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(self.acquire())
+    }
+}
+
+/// Notes the request in the transaction's journal.
+fn say(tx: &Tx, call: &str, request: &Request) -> Option<Saying> {
+    let mut text = format!("{call}({}", request.keys()[0]);
+    if let more @ 1.. = request.keys().len() - 1 {
+        text.push_str(&format!(" and {more} more"));
+    }
+    text.push(')');
+    tx.session().say(&text)
+}
+
+fn end(saying: Option<Saying>, succeeded: bool) {
+    if let Some(saying) = saying {
+        saying.end(succeeded);
     }
 }
 

@@ -13,6 +13,9 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::sql::Begin;
 
+/// How often a transaction of a conflict group is a deadlock's victim before it runs alone.
+const VICTIM: u32 = 2;
+
 /// One or several advisory locks, described; [`acquire`](Self::acquire) and [`try_acquire`](Self::try_acquire) take
 /// them in a transaction of their own.
 ///
@@ -123,6 +126,17 @@ impl AdvisoryLock {
         let span = request.span("try_acquire");
         let tx = advisory.try_acquire(request).instrument(span).await?;
         Ok(tx.map(XactGuard::new))
+    }
+
+    /// What a transaction of a conflict group runs under: a shared lock, or after it has been a deadlock's victim twice
+    /// an exclusive one.
+    pub(crate) fn conflict_group(mut self, victim: u32) -> Result<(Arc<Advisory>, Request), Error> {
+        if victim < VICTIM {
+            self.mode = AdvisoryMode::Shared;
+        }
+        let (advisory, mut request) = self.request()?;
+        request.is_group = true;
+        Ok((advisory, request))
     }
 
     /// Checks what is asked for.

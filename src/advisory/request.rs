@@ -24,6 +24,8 @@ pub(crate) struct Request {
     pub(crate) call_site: Option<CallSite>,
     /// The keeper's wait for locks that are taken later in the same transaction.
     pub(crate) lock_wait: Duration,
+    /// Whether it is a conflict group's: what is read under a shared one need not be younger than its grant.
+    pub(crate) is_group: bool,
 }
 
 impl Request {
@@ -68,6 +70,7 @@ impl Request {
             begin: Begin::default(),
             call_site: None,
             lock_wait: wait,
+            is_group: false,
         })
     }
 

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{FromReply, Reply, Session, Then, Undo, query_methods};
+use crate::session::{FromReply, Journal, Reply, Session, Then, Undo, query_methods};
 use crate::sql::advisory::Locks;
 use crate::sql::{self, Message};
 use crate::transaction::{AsyncFunc, Tx};
@@ -48,13 +48,16 @@ pub struct SessionGuard {
 
 impl SessionGuard {
     pub(super) fn new(
-        session: Session,
+        mut session: Session,
         request: Request,
         application_name: Option<String>,
         prepared: Option<String>,
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
+        let journal = Journal::new(call_site, session.application_name(), None, true);
+        // Nobody had one before.
+        drop(session.begin_journal(journal));
         let lock_wait = request.lock_wait;
         let (keys, names) = request.into_parts();
         Self {
@@ -299,7 +302,7 @@ impl<'a> Loan<'a> {
     fn new(guard: &'a mut SessionGuard) -> Self {
         let tx = guard.session.take().map(|session| {
             let locks = guard.keys.iter().map(|key| (key.clone(), guard.mode));
-            Tx::new(session, Vec::new(), guard.call_site, guard.lock_wait).beside(locks)
+            Tx::new(session, guard.call_site, guard.lock_wait, None).beside(locks)
         });
         Self {
             guard,

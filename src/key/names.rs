@@ -41,7 +41,6 @@ pub(crate) fn register(key: &LockKey) -> Result<Registration, Collision> {
 }
 
 /// The named key that this process last used for the number, if it still remembers it.
-#[cfg(test)]
 pub(crate) fn lookup(id: KeyId) -> Option<LockKey> {
     lock().entries.get(&id).map(|entry| entry.key.clone())
 }

@@ -9,6 +9,8 @@
 mod cancel;
 mod exchange;
 mod findings;
+mod flights;
+mod journal;
 mod known;
 mod patience;
 mod pool;
@@ -22,14 +24,18 @@ use std::time::Instant;
 
 use deadpool_postgres::Object;
 use tokio::runtime::Handle;
-use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::error::DbError;
+use tokio_postgres::{SimpleQueryMessage, Statement};
 
 use crate::error::{Failure, classify};
 use crate::sql::Message;
 
 pub(crate) use exchange::{Exchange, FromReply, Then, Undo};
 pub(crate) use findings::Scope;
+pub(crate) use flights::{Flight, Flights};
+use journal::Noted;
+pub use journal::ToStatement;
+pub(crate) use journal::{Journal, Saying};
 pub(crate) use pool::Connections;
 pub(crate) use queries::query_methods;
 pub(crate) use side::{Side, SideConnection};
@@ -56,6 +62,8 @@ pub(crate) struct Session {
     doubtful: AtomicBool,
     /// A statement has failed at some time, or its end is not known.
     flawed: AtomicBool,
+    /// Where what is said on it is noted.
+    flight: Option<Flight>,
     /// The server's error since which nothing has succeeded.
     failure: Mutex<Option<Box<DbError>>>,
 }
@@ -82,7 +90,20 @@ impl Session {
     /// Notes what the server said of its backend and what we have named it.
     pub(crate) fn identify(&mut self, pid: i32, application_name: Option<&str>) {
         self.server_pid = Some(pid);
+        if let Some(flight) = &self.flight {
+            flight.journal().identify(pid);
+        }
         self.application_name = application_name.map(str::to_owned);
+    }
+
+    /// What we named the backend.
+    pub(crate) fn application_name(&self) -> Option<&str> {
+        self.application_name.as_deref()
+    }
+
+    /// Notes that a statement has failed.
+    pub(crate) fn suspect(&self) {
+        self.flawed.store(true, Ordering::Relaxed);
     }
 
     /// Where the connection comes from.
@@ -172,6 +193,64 @@ impl Session {
             }
         }
         result
+    }
+
+    /// [`watch`](Self::watch), and a note in the journal.
+    pub(crate) async fn noted<S, T>(
+        &self,
+        statement: &S,
+        running: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, tokio_postgres::Error>
+    where
+        S: ?Sized + Noted,
+    {
+        let saying = self.say(statement);
+        let result = self.watch(running).await;
+        if let Some(saying) = saying {
+            saying.end(result.is_ok());
+        }
+        result
+    }
+
+    /// The same for preparing a statement, which may wait for a lock and takes none that matters later.
+    pub(crate) async fn noted_prepare(
+        &self,
+        sql: &str,
+        preparing: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
+    ) -> Result<Statement, tokio_postgres::Error> {
+        let saying = self.say(sql);
+        let result = self.watch(preparing).await;
+        if let Some(saying) = saying {
+            match &result {
+                Ok(statement) => saying.end_prepared(sql, statement),
+                Err(_) => saying.end(false),
+            }
+        }
+        result
+    }
+
+    /// Notes a statement that is about to be sent.
+    pub(crate) fn say<S: ?Sized + Noted>(&self, statement: &S) -> Option<Saying> {
+        let flight = self.flight.as_ref()?;
+        Some(Saying::begin(flight.journal(), statement))
+    }
+
+    /// Begins a journal of what is said from now on; gives the one before.
+    pub(crate) fn begin_journal(&mut self, journal: Journal) -> Option<Flight> {
+        let flight = self.connections.flights().enter(journal);
+        if let Some(pid) = self.server_pid {
+            flight.journal().identify(pid);
+        }
+        self.flight.replace(flight)
+    }
+
+    /// Goes on with a journal that was begun before, or none.
+    pub(crate) fn resume_journal(&mut self, flight: Option<Flight>) {
+        self.flight = flight;
+    }
+
+    pub(crate) fn flight(&self) -> Option<&Flight> {
+        self.flight.as_ref()
     }
 
     /// One message on a session that stays where it is.

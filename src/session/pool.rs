@@ -9,6 +9,7 @@ use deadpool_postgres::{Pool, PoolError, TimeoutType};
 use tokio::runtime::Handle;
 
 use super::findings::Findings;
+use super::flights::Flights;
 use super::known::Known;
 use super::patience::{Bounded, Patience};
 use super::{Reply, Session, Side};
@@ -21,6 +22,8 @@ const LOGIN: Duration = Duration::from_millis(500);
 const SIDE: Duration = Duration::from_secs(1);
 /// How long to wait for a pool connection to look or cancel with.
 const SPARE: Duration = Duration::from_secs(1);
+/// The same for what is not worth waiting for.
+const SPARE_SOON: Duration = Duration::from_millis(20);
 
 /// The connections one keeper may use.
 pub(crate) struct Connections {
@@ -29,6 +32,7 @@ pub(crate) struct Connections {
     findings: Findings,
     known: Known,
     patience: Patience,
+    flights: Arc<Flights>,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -48,6 +52,7 @@ impl Connections {
             findings: Findings::default(),
             known: Known::default(),
             patience: Patience::default(),
+            flights: Arc::default(),
         })
     }
 
@@ -59,6 +64,11 @@ impl Connections {
     /// What has been found out about its connections.
     pub(crate) fn known(&self) -> &Known {
         &self.known
+    }
+
+    /// The transactions and guards that are alive.
+    pub(crate) fn flights(&self) -> &Arc<Flights> {
+        &self.flights
     }
 
     /// Bounds the time that an answer may take.
@@ -116,18 +126,53 @@ impl Connections {
             unwatched: AtomicBool::new(false),
             doubtful: AtomicBool::new(false),
             flawed: AtomicBool::new(false),
+            flight: None,
             failure: Mutex::new(None),
         })
+    }
+
+    /// Opens the side connection, if there is to be one and it can be.
+    pub(crate) async fn open_side(self: &Arc<Self>) {
+        if self.side.is_some()
+            && let Err(error) = self.ask_side(crate::sql::PROBE).await
+        {
+            tracing::debug!(%error, "side connection not opened");
+        }
+    }
+
+    /// Asks what is worth knowing only at once, and does without an answer rather than wait for a connection.
+    pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if self.side.is_some() {
+            return self.ask_side(sql).await;
+        }
+        let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
+        // The settings of the side connection, until the end of the message.
+        let bounded = format!("{}{sql}", crate::sql::environment::SMALL);
+        // Cancel safety: unanswered, its connection is closed.
+        let reply = session.message(&bounded).await?;
+        session.give_back();
+        Ok(reply)
+    }
+
+    async fn ask_side(&self, sql: &str) -> Result<Reply, Error> {
+        let side = self.side.as_ref().ok_or_else(|| {
+            Error::config("there is no side connection; give one to KeeperBuilder::side_connection")
+        })?;
+        match tokio::time::timeout(SIDE, side.ask(sql)).await {
+            Ok(reply) => reply,
+            Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
+                .with_detail("no answer on the side connection")
+                .with_waited(SIDE)),
+        }
     }
 
     /// Asks the server something small on a connection that is not stuck: the one beside the pool, else one of the
     /// pool's.
     pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
-        if let Some(side) = &self.side {
-            match tokio::time::timeout(SIDE, side.ask(sql)).await {
-                Ok(Ok(reply)) => return Ok(reply),
-                Ok(Err(error)) => tracing::debug!(%error, "side connection failed, using the pool"),
-                Err(_) => tracing::debug!("side connection silent, using the pool"),
+        if self.side.is_some() {
+            match self.ask_side(sql).await {
+                Ok(reply) => return Ok(reply),
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
         let session = self.check_out(&Deadline::after(SPARE)).await?;

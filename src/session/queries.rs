@@ -19,11 +19,11 @@ macro_rules! query_methods {
                 params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
             ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
             {
                 let session = self.session();
                 session
-                    .watch(session.client().query(statement, params))
+                    .noted(statement, session.client().query(statement, params))
                     .await
             }
 
@@ -37,11 +37,11 @@ macro_rules! query_methods {
                 params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
             ) -> Result<tokio_postgres::Row, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
             {
                 let session = self.session();
                 session
-                    .watch(session.client().query_one(statement, params))
+                    .noted(statement, session.client().query_one(statement, params))
                     .await
             }
 
@@ -55,11 +55,11 @@ macro_rules! query_methods {
                 params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
             ) -> Result<Option<tokio_postgres::Row>, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
             {
                 let session = self.session();
                 session
-                    .watch(session.client().query_opt(statement, params))
+                    .noted(statement, session.client().query_opt(statement, params))
                     .await
             }
 
@@ -73,14 +73,17 @@ macro_rules! query_methods {
                 params: I,
             ) -> Result<tokio_postgres::RowStream, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
                 P: tokio_postgres::types::BorrowToSql,
                 I: IntoIterator<Item = P>,
                 I::IntoIter: ExactSizeIterator,
             {
                 let session = self.session();
                 session
-                    .watch(session.unwatched_client().query_raw(statement, params))
+                    .noted(
+                        statement,
+                        session.unwatched_client().query_raw(statement, params),
+                    )
                     .await
             }
 
@@ -98,7 +101,7 @@ macro_rules! query_methods {
             ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .watch(session.client().query_typed(statement, params))
+                    .noted(statement, session.client().query_typed(statement, params))
                     .await
             }
 
@@ -112,11 +115,11 @@ macro_rules! query_methods {
                 params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
             ) -> Result<u64, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
             {
                 let session = self.session();
                 session
-                    .watch(session.client().execute(statement, params))
+                    .noted(statement, session.client().execute(statement, params))
                     .await
             }
 
@@ -134,7 +137,7 @@ macro_rules! query_methods {
             ) -> Result<u64, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .watch(session.client().execute_typed(statement, params))
+                    .noted(statement, session.client().execute_typed(statement, params))
                     .await
             }
 
@@ -148,14 +151,14 @@ macro_rules! query_methods {
                 params: I,
             ) -> Result<u64, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
                 P: tokio_postgres::types::BorrowToSql,
                 I: IntoIterator<Item = P>,
                 I::IntoIter: ExactSizeIterator,
             {
                 let session = self.session();
                 session
-                    .watch(session.client().execute_raw(statement, params))
+                    .noted(statement, session.client().execute_raw(statement, params))
                     .await
             }
 
@@ -165,7 +168,9 @@ macro_rules! query_methods {
             /// The driver's.
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
                 let session = self.session();
-                session.watch(session.client().batch_execute(sql)).await
+                session
+                    .noted(sql, session.client().batch_execute(sql))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::simple_query`].
@@ -177,7 +182,7 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
                 let session = self.session();
-                session.watch(session.client().simple_query(sql)).await
+                session.noted(sql, session.client().simple_query(sql)).await
             }
 
             /// See [`tokio_postgres::Client::prepare`].
@@ -189,7 +194,9 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
-                session.watch(session.client().prepare(sql)).await
+                session
+                    .noted_prepare(sql, session.client().prepare(sql))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::prepare_typed`].
@@ -203,7 +210,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .watch(session.client().prepare_typed(sql, types))
+                    .noted_prepare(sql, session.client().prepare_typed(sql, types))
                     .await
             }
 
@@ -217,7 +224,9 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
-                session.watch(session.client().prepare_cached(sql)).await
+                session
+                    .noted_prepare(sql, session.client().prepare_cached(sql))
+                    .await
             }
 
             /// See [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
@@ -231,7 +240,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .watch(session.client().prepare_typed_cached(sql, types))
+                    .noted_prepare(sql, session.client().prepare_typed_cached(sql, types))
                     .await
             }
 
@@ -244,12 +253,12 @@ macro_rules! query_methods {
                 statement: &T,
             ) -> Result<tokio_postgres::CopyInSink<U>, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
                 U: bytes::Buf + 'static + Send,
             {
                 let session = self.session();
                 session
-                    .watch(session.unwatched_client().copy_in(statement))
+                    .noted(statement, session.unwatched_client().copy_in(statement))
                     .await
             }
 
@@ -262,11 +271,11 @@ macro_rules! query_methods {
                 statement: &T,
             ) -> Result<tokio_postgres::CopyOutStream, tokio_postgres::Error>
             where
-                T: ?Sized + tokio_postgres::ToStatement,
+                T: ?Sized + $crate::session::ToStatement,
             {
                 let session = self.session();
                 session
-                    .watch(session.unwatched_client().copy_out(statement))
+                    .noted(statement, session.unwatched_client().copy_out(statement))
                     .await
             }
 

@@ -73,7 +73,12 @@ pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String
 }
 
 /// What is asked on the side connection is small: a server that cannot answer it soon is left alone.
-pub(crate) const SIDE_SETTINGS: &str = "SET statement_timeout = 2000; SET lock_timeout = 1000";
+pub(crate) const SIDE_SETTINGS: &str = "SET statement_timeout = 2000; SET lock_timeout = 1000; \
+     SET application_name = 'lockkeeper side connection'";
+
+/// The same for one message on another connection, which is one transaction.
+pub(crate) const SMALL: &str =
+    "SET LOCAL statement_timeout = 2000; SET LOCAL lock_timeout = 1000; ";
 
 /// Whether the server is a standby.
 pub(crate) const IN_RECOVERY: &str = "SELECT pg_catalog.pg_is_in_recovery() AS recovery";

@@ -8,9 +8,11 @@
 pub(crate) mod advisory;
 mod begin;
 pub(crate) mod blockers;
+pub(crate) mod commit;
 pub(crate) mod environment;
 pub(crate) mod graph;
 mod prepared;
+pub(crate) mod watch;
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -97,6 +99,11 @@ pub(crate) fn literal(text: &str) -> String {
 pub(crate) fn set_local(sql: &mut String, name: &str, value: &str) {
     // Infallible: writing to a String.
     let _ = write!(sql, "SET LOCAL {name} = {value}; ");
+}
+
+/// A quoted identifier.
+pub(crate) fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\"").replace('\0', ""))
 }
 
 /// The rows of a reply, without the frames around them.

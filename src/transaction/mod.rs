@@ -1,15 +1,21 @@
 //! Transactions that own their connection: [`Tx`], and the runner that repeats them.
 
 mod async_func;
+mod end;
 mod held;
+mod hooks;
+mod open;
 mod options;
+mod report;
+mod resolve;
 mod runner;
 mod savepoint;
 mod tx;
 
 pub use async_func::AsyncFunc;
 pub(crate) use held::Held;
-pub use options::TransactionOptions;
+pub(crate) use open::open;
+pub use options::{Never, RetryIf, TransactionOptions};
+pub(crate) use report::{Failed, Reporter};
 pub(crate) use runner::{Policy, run};
 pub use tx::Tx;
-pub(crate) use tx::open;

@@ -1,10 +1,12 @@
 //! What a transaction is begun with, and how often it is tried.
 
+use std::fmt;
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
 
 use crate::error::Error;
+use crate::key::LockKey;
 use crate::sql;
 
 /// How to run a transaction: for [`Keeper::transaction_with`](crate::Keeper::transaction_with).
@@ -20,12 +22,41 @@ use crate::sql;
 ///     .attempts(8)
 ///     .lock_timeout(Duration::from_secs(2));
 /// ```
-#[derive(Clone, Debug)]
+///
+/// Its type parameter is what [`retry_if`](Self::retry_if) is given; without that it is left out.
+#[derive(Clone)]
 #[must_use = "options do nothing until a transaction is run with them"]
-pub struct TransactionOptions {
+pub struct TransactionOptions<P = Never> {
     begin: sql::Begin,
     attempts: u32,
     deadline: Option<Duration>,
+    resolve_commit: bool,
+    conflict_group: Option<LockKey>,
+    retry_if: P,
+}
+
+/// Whether a transaction that has failed with an error of the closure's own is worth another attempt: what
+/// [`TransactionOptions::retry_if`] is given. Implemented for every closure it could be.
+pub trait RetryIf<E>: Send + Sync {
+    /// Whether to run the transaction again.
+    fn retry_if(&self, error: &E) -> bool;
+}
+
+/// No error of the closure's own is worth another attempt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "there is nothing to add to it")]
+pub struct Never;
+
+impl<E> RetryIf<E> for Never {
+    fn retry_if(&self, _: &E) -> bool {
+        false
+    }
+}
+
+impl<E, F: Fn(&E) -> bool + Send + Sync> RetryIf<E> for F {
+    fn retry_if(&self, error: &E) -> bool {
+        self(error)
+    }
 }
 
 impl Default for TransactionOptions {
@@ -41,9 +72,41 @@ impl TransactionOptions {
             begin: sql::Begin::default(),
             attempts: 5,
             deadline: None,
+            resolve_commit: false,
+            conflict_group: None,
+            retry_if: Never,
         }
     }
 
+    /// Which errors of the closure's own are worth another attempt, besides what PostgreSQL says of itself: for failures
+    /// that only the application knows. They come back as they were when there are no attempts left.
+    ///
+    /// For an error type that has sources, [`is_retryable`](crate::is_retryable) searches them for a failure that
+    /// PostgreSQL means to be retried.
+    ///
+    /// ```
+    /// use lockkeeper::TransactionOptions;
+    ///
+    /// # enum MyError { StaleVersion, Other }
+    /// let options = TransactionOptions::new()
+    ///     .retry_if(|error: &MyError| matches!(error, MyError::StaleVersion));
+    /// ```
+    pub fn retry_if<E, F>(self, retry_if: F) -> TransactionOptions<F>
+    where
+        F: Fn(&E) -> bool + Send + Sync,
+    {
+        TransactionOptions {
+            begin: self.begin,
+            attempts: self.attempts,
+            deadline: self.deadline,
+            resolve_commit: self.resolve_commit,
+            conflict_group: self.conflict_group,
+            retry_if,
+        }
+    }
+}
+
+impl<P> TransactionOptions<P> {
     /// The isolation level: `BEGIN ISOLATION LEVEL …`.
     pub fn isolation(mut self, level: IsolationLevel) -> Self {
         self.begin.isolation = Some(level);
@@ -97,6 +160,41 @@ impl TransactionOptions {
         self
     }
 
+    /// When the connection is lost during COMMIT, finds out on another connection what became of it, by
+    /// `pg_xact_status`: it counts as committed, or is run again, and only where the server cannot say (it does not
+    /// answer for 15 s, or another one has taken over since) is the error
+    /// [`CommitUnknown`](crate::ErrorKind::CommitUnknown).
+    ///
+    /// A connection lost after the closure and before COMMIT was sent is run again too. Costs one round trip, for the
+    /// transaction's id before COMMIT.
+    pub fn resolve_commit(mut self) -> Self {
+        self.resolve_commit = true;
+        self
+    }
+
+    /// Runs every attempt under a transaction-level advisory lock of this group: a shared one, with which all of the group
+    /// go on side by side; and an exclusive one after the transaction has been a deadlock's victim twice, with which it
+    /// runs alone in its group, so that it cannot lose for ever.
+    ///
+    /// The lock is in the BEGIN message, without a round trip more while nobody of the group runs alone. It is waited for
+    /// as long as the keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait).
+    pub fn conflict_group(mut self, key: impl Into<LockKey>) -> Self {
+        self.conflict_group = Some(key.into());
+        self
+    }
+
+    pub(crate) fn group(&self) -> Option<&LockKey> {
+        self.conflict_group.as_ref()
+    }
+
+    pub(crate) fn resolves(&self) -> bool {
+        self.resolve_commit
+    }
+
+    pub(crate) fn retries(&self) -> &P {
+        &self.retry_if
+    }
+
     pub(crate) fn begin(&self, application_name: Option<String>) -> sql::Begin {
         sql::Begin {
             application_name,
@@ -134,5 +232,17 @@ impl TransactionOptions {
             }
         }
         Ok(())
+    }
+}
+
+impl<P> fmt::Debug for TransactionOptions<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TransactionOptions")
+            .field("begin", &self.begin)
+            .field("attempts", &self.attempts)
+            .field("deadline", &self.deadline)
+            .field("resolve_commit", &self.resolve_commit)
+            .field("conflict_group", &self.conflict_group)
+            .finish_non_exhaustive()
     }
 }

@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
+use super::options::RetryIf;
+use super::report::{Failed, Reporter};
 use super::{AsyncFunc, Tx};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, classify_db};
+use crate::error::{Error, ErrorKind, Failure, classify_db};
+use crate::incident::Incident;
 
 /// How often a transaction is run, and how long between.
 #[derive(Clone, Debug)]
@@ -19,9 +22,13 @@ pub(crate) struct Policy {
     pub(crate) backoff: Backoff,
     pub(crate) jitter: Arc<Jitter>,
     pub(crate) budget: Arc<RetryBudget>,
+    /// Whether a COMMIT whose answer is lost is looked up.
+    pub(crate) resolves: bool,
+    pub(crate) reporter: Option<Arc<dyn Reporter>>,
 }
 
-/// Runs `f` in a transaction from `open`; `None` when `open` has none to give (a `try` that found its lock busy).
+/// Runs `f` in a transaction from `open`; `None` when `open` has none to give (a `try` that found its lock busy). `open`
+/// is told how often the transaction has been a deadlock's victim.
 ///
 /// Every attempt has its own transaction and its own clone of the closure; between two there is a random pause. What
 /// is repeated: deadlocks, serialization failures (COMMIT's too) and lock timeouts of the closure's own statements,
@@ -29,40 +36,58 @@ pub(crate) struct Policy {
 /// of `open` (a lock's total wait has been spent there), any other error, and a COMMIT whose outcome is unknown.
 ///
 /// Cancel safety: dropped in the closure, the transaction is rolled back in the background.
-pub(crate) async fn run<R, E, F, O, Fut>(policy: &Policy, open: O, f: F) -> Result<Option<R>, E>
+pub(crate) async fn run<R, E, F, O, Fut, P>(
+    policy: &Policy,
+    retry_if: &P,
+    open: O,
+    f: F,
+) -> Result<Option<R>, E>
 where
     for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
         + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
         + Send
         + Clone,
-    O: Fn() -> Fut + Send,
+    O: Fn(u32) -> Fut + Send,
+    P: RetryIf<E>,
     Fut: Future<Output = Result<Option<Tx>, Error>> + Send,
     E: From<Error> + Send,
     R: Send,
 {
     let deadline = policy.deadline.map(Deadline::after);
     let mut attempt = 1;
+    let mut victim = 0;
     loop {
-        let mut tx = match open().await {
-            Ok(Some(tx)) => tx,
+        let mut tx = match open(victim).await {
+            Ok(Some(tx)) => tx.resolving(policy.resolves),
             Ok(None) => return Ok(None),
             Err(error) => return Err(error.with_attempts(attempt).into()),
         };
         let result = f.clone()(&mut tx).await;
+        let flight = tx
+            .session()
+            .flight()
+            .map(|flight| (flight.number(), Arc::clone(flight.journal())));
         let again = match result {
             Ok(value) => match tx.commit().await {
                 Ok(()) => {
                     policy.budget.succeeded();
                     return Ok(Some(value));
                 }
-                Err(error) if is_worth_repeating(error.kind()) => Again::Ours(error),
+                Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
+                    Again::Ours(error)
+                }
+                // COMMIT was not run, or found to have been rolled back.
+                Err(error) if policy.resolves && error.kind() == ErrorKind::ConnectionLost => {
+                    Again::Ours(error)
+                }
                 Err(error) => return Err(error.with_attempts(attempt).into()),
             },
             Err(error) => {
                 let failure = tx.session().failure();
                 tx.rollback().await;
-                match failure.filter(|failure| is_worth_repeating(classify_db(failure).kind())) {
+                match failure.filter(|failure| is_worth_repeating(failure)) {
                     Some(failure) => Again::Theirs(error, failure),
+                    None if retry_if.retry_if(&error) => Again::Asked(error),
                     None => return Err(error),
                 }
             }
@@ -84,20 +109,39 @@ where
             out_of,
             "transaction attempt failed"
         );
+        victim += u32::from(again.db_error().map(classify_db) == Some(Failure::Deadlock));
+        let incident = match (&policy.reporter, &flight, again.db_error()) {
+            (Some(reporter), Some((number, journal)), Some(error)) if is_about_locks(error) => {
+                reporter.failed(&Failed {
+                    number: *number,
+                    journal,
+                    error,
+                    attempt,
+                    attempts: policy.attempts,
+                    pause: out_of.is_none().then_some(pause),
+                })
+            }
+            _ => None,
+        };
         if let Some(out_of) = out_of {
-            return Err(again.exhausted(attempt, out_of));
+            return Err(again.exhausted(attempt, out_of, incident));
         }
+        drop(incident);
         // Cancel safety: nothing is held between two attempts.
         tokio::time::sleep(pause).await;
         attempt += 1;
     }
 }
 
-fn is_worth_repeating(kind: ErrorKind) -> bool {
+fn is_worth_repeating(error: &DbError) -> bool {
     matches!(
-        kind,
-        ErrorKind::Deadlock | ErrorKind::Serialization | ErrorKind::LockTimeout
+        classify_db(error),
+        Failure::Deadlock | Failure::Serialization | Failure::LockTimeout
     )
+}
+
+fn is_about_locks(error: &DbError) -> bool {
+    matches!(classify_db(error), Failure::Deadlock | Failure::LockTimeout)
 }
 
 /// A failure for which the transaction is run again.
@@ -106,29 +150,43 @@ enum Again<E> {
     Ours(Error),
     /// The closure's error, and the server's behind it.
     Theirs(E, Box<DbError>),
+    /// The closure's error, by the caller's own word.
+    Asked(E),
 }
 
 impl<E: From<Error>> Again<E> {
     fn sqlstate(&self) -> Option<&str> {
+        self.db_error().map(|error| error.code().code())
+    }
+
+    fn db_error(&self) -> Option<&DbError> {
         match self {
-            Self::Ours(error) => error.sqlstate().map(tokio_postgres::error::SqlState::code),
-            Self::Theirs(_, failure) => Some(failure.code().code()),
+            Self::Ours(error) => error.as_db_error(),
+            Self::Theirs(_, failure) => Some(failure),
+            Self::Asked(_) => None,
         }
     }
 
-    fn exhausted(self, attempt: u32, out_of: &str) -> E {
+    fn exhausted(self, attempt: u32, out_of: &str, incident: Option<Incident>) -> E {
         match self {
             // Never repeated: there is nothing to add to the error itself.
-            Self::Ours(error) if attempt == 1 => error.with_attempts(attempt).into(),
+            Self::Ours(error) if attempt == 1 => error
+                .with_incident_if(incident)
+                .with_attempts(attempt)
+                .into(),
             Self::Theirs(error, _) if attempt == 1 => error,
+            // What the caller calls worth repeating is the caller's to understand.
+            Self::Asked(error) => error,
             Self::Ours(error) => Error::new(ErrorKind::RetriesExhausted)
                 .with_detail(format!("out of {out_of}"))
                 .with_attempts(attempt)
+                .with_incident_if(incident)
                 .with_source(error)
                 .into(),
             Self::Theirs(_, failure) => Error::new(ErrorKind::RetriesExhausted)
                 .with_detail(format!("out of {out_of}"))
                 .with_attempts(attempt)
+                .with_incident_if(incident)
                 .with_source(*failure)
                 .into(),
         }

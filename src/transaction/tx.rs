@@ -1,16 +1,15 @@
 //! A transaction that owns its connection.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::Held;
+use super::hooks::Hooks;
 use crate::call_site::CallSite;
-use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
+use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Connections, Session, Undo, query_methods};
-use crate::sql::{self, Ask, Preparable};
+use crate::session::{Flight, Journal, Session, Undo, query_methods};
+use crate::sql;
 
 /// An open transaction on a connection of its own.
 ///
@@ -22,17 +21,22 @@ use crate::sql::{self, Ask, Preparable};
 #[derive(Debug)]
 pub struct Tx {
     // Invariant: `Some` until the transaction ends; an open transaction is on it.
-    session: Option<Session>,
+    pub(super) session: Option<Session>,
     held: Vec<Held>,
     /// Session locks on the same connection, which are not this transaction's.
     beside: Vec<(LockKey, AdvisoryMode)>,
     depth: u32,
     call_site: Option<CallSite>,
     lock_wait: Duration,
+    pub(super) hooks: Hooks,
+    /// Whether a COMMIT whose answer is lost is looked up.
+    pub(super) resolves: bool,
+    /// The journal of whoever has lent the session.
+    outer: Option<Flight>,
 }
 
 /// What ends a transaction's life by its owner's will.
-enum End {
+pub(super) enum End {
     Commit,
     Rollback,
 }
@@ -40,19 +44,30 @@ enum End {
 impl Tx {
     /// A transaction that has begun on `session`.
     pub(crate) fn new(
-        session: Session,
-        held: Vec<Held>,
+        mut session: Session,
         call_site: Option<CallSite>,
         lock_wait: Duration,
+        lock_timeout: Option<Duration>,
     ) -> Self {
+        let journal = Journal::new(call_site, session.application_name(), lock_timeout, false);
+        let outer = session.begin_journal(journal);
         Self {
             session: Some(session),
-            held,
+            held: Vec::new(),
             beside: Vec::new(),
             depth: 0,
             call_site,
             lock_wait,
+            hooks: Hooks::default(),
+            resolves: false,
+            outer,
         }
+    }
+
+    /// Has COMMIT looked up where its answer is lost.
+    pub(crate) fn resolving(mut self, resolves: bool) -> Self {
+        self.resolves = resolves;
+        self
     }
 
     pub(crate) fn session(&self) -> &Session {
@@ -83,6 +98,11 @@ impl Tx {
     }
 
     pub(crate) fn hold(&mut self, locks: impl IntoIterator<Item = Held>) {
+        let locks: Vec<Held> = locks.into_iter().collect();
+        if let Some(flight) = self.session().flight() {
+            let took = locks.iter().map(|lock| (lock.key.clone(), lock.mode));
+            flight.journal().took(took);
+        }
         for lock in locks {
             if !self.held.iter().any(|held| held.key.same_lock(&lock.key)) {
                 self.held.push(lock);
@@ -125,6 +145,7 @@ impl Tx {
     /// Back outside the savepoint `depth`; rolled back, its locks have been returned.
     pub(crate) fn leave_savepoint(&mut self, depth: u32, rolled_back: bool) {
         self.depth = depth - 1;
+        self.hooks.leave_savepoint(depth, rolled_back);
         if rolled_back {
             self.held.retain(|held| held.depth < depth);
         } else {
@@ -141,63 +162,35 @@ impl Tx {
 
     /// Gives the session out of a transaction whose end is somebody else's business from now on.
     pub(crate) fn into_session(mut self) -> Option<Session> {
-        self.session.take()
+        let mut session = self.session.take()?;
+        session.resume_journal(self.outer.take());
+        Some(session)
     }
 
-    /// COMMIT, after which the connection is back in the pool.
+    /// Has `hook` run once this transaction has been committed: after the server's answer, in the order they were given.
     ///
-    /// Cancel safety: once polled it goes on in the background, to whatever outcome.
-    pub(crate) async fn commit(mut self) -> Result<(), Error> {
-        let Some(session) = self.session.take() else {
-            return Ok(());
-        };
-        if session.is_closed() {
-            return Err(self.about(Error::new(ErrorKind::ConnectionLost)));
-        }
-        let message = session.commit_message();
-        let (session, answer) = session.exchange(message, Undo::Nothing).await;
-        let error = match answer {
-            Ok(_) => {
-                self.trace_end(&End::Commit);
-                session.give_back();
-                return Ok(());
-            }
-            Err(error) => error,
-        };
-        match classify(&error) {
-            // No answer, or none that can be read: the server may have committed. Invariant: never retried.
-            Failure::ConnectionLost | Failure::Driver => {
-                Err(self.about(Error::new(ErrorKind::CommitUnknown).with_source(error)))
-            }
-            // Some earlier statement failed, and its error was not passed on.
-            Failure::Aborted => {
-                let cause = session.failure();
-                self.trace_end(&End::Rollback);
-                roll_back(session).await;
-                Err(self.about(match cause {
-                    Some(cause) => Error::new(classify_db(&cause).kind())
-                        .with_detail(
-                            "an earlier statement of the transaction failed, so it was rolled back",
-                        )
-                        .with_source(*cause),
-                    None => Error::new(ErrorKind::Database)
-                        .with_detail(
-                            "an earlier statement of the transaction failed, so it was rolled back",
-                        )
-                        .with_source(error),
-                }))
-            }
-            // An ERROR from COMMIT itself (a deferred constraint, a serialization failure): rolled back.
-            failure => {
-                self.trace_end(&End::Rollback);
-                end_failed(session).await;
-                Err(self.about(
-                    Error::new(failure.kind())
-                        .with_detail("commit failed, the transaction was rolled back")
-                        .with_source(error),
-                ))
-            }
-        }
+    /// It is not run when the transaction is rolled back, with the savepoint it was given in or as a whole, nor when
+    /// COMMIT's outcome is not known. An attempt that is repeated starts without hooks. A hook must not block; for more
+    /// than a moment's work spawn a task. A panic in one is logged, and the others run.
+    ///
+    /// # Cancel safety
+    /// Where the future that commits is dropped half-way, the transaction may commit and the hook is not run: what must
+    /// not be lost belongs into the transaction (an outbox table).
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// keeper
+    ///     .transaction(async |tx| {
+    ///         tx.execute("UPDATE invoice SET paid = true WHERE id = $1", &[&42_i64]).await?;
+    ///         tx.after_commit(|| println!("paid"));
+    ///         Ok::<_, lockkeeper::Error>(())
+    ///     })
+    ///     .await
+    /// # }
+    /// ```
+    pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
+        self.hooks.push(self.depth, Box::new(hook));
     }
 
     /// ROLLBACK, after which the connection is back in the pool, or closed.
@@ -206,18 +199,18 @@ impl Tx {
     pub(crate) async fn rollback(mut self) {
         self.trace_end(&End::Rollback);
         if let Some(session) = self.session.take() {
-            roll_back(session).await;
+            super::end::roll_back(session).await;
         }
     }
 
-    fn about(&self, error: Error) -> Error {
+    pub(super) fn about(&self, error: Error) -> Error {
         match self.held.first() {
             Some(held) => error.with_key(&held.key),
             None => error,
         }
     }
 
-    fn trace_end(&self, end: &End) {
+    pub(super) fn trace_end(&self, end: &End) {
         for held in &self.held {
             tracing::debug!(
                 key = %held.key,
@@ -241,87 +234,5 @@ impl Drop for Tx {
             self.trace_end(&End::Rollback);
             session.exchange(sql::rollback(), Undo::Nothing).detach();
         }
-    }
-}
-
-/// Ends a transaction whose outcome is rollback already, or shall be.
-async fn roll_back(session: Session) {
-    let exchange = session.exchange(sql::rollback(), Undo::Nothing);
-    // Unanswered, the session closes its connection, which rolls back too.
-    if let Some((session, Ok(_))) = exchange.or_detach().await {
-        session.give_back();
-    }
-}
-
-/// Ends what a failed COMMIT has left. Usually that is nothing, and then a ROLLBACK would be warned of in the server's
-/// log; but an error can have struck before COMMIT was run.
-async fn end_failed(session: Session) {
-    match session
-        .exchange(sql::Message::of(1, sql::PROBE), Undo::Nothing)
-        .await
-    {
-        (session, Ok(_)) => session.give_back(),
-        (session, Err(error)) if classify(&error) == Failure::Aborted => roll_back(session).await,
-        // Dropped, the session closes its connection.
-        _ => {}
-    }
-}
-
-/// Begins a transaction on a connection that is alive and clean. One message, one round trip.
-///
-/// Cancel safety: dropped, the transaction is rolled back in the background.
-pub(crate) async fn open(
-    connections: &Arc<Connections>,
-    deadline: &Deadline,
-    begin: &sql::Begin,
-    call_site: Option<CallSite>,
-    lock_wait: Duration,
-) -> Result<Tx, Error> {
-    let known = connections.known();
-    let statement = Preparable::begin(begin);
-    let mut stale = 0;
-    loop {
-        let session = connections.check_out(deadline).await?;
-        let ask = known.ask(&session, statement);
-        // On any error the session is dropped and so closed: what state it came in is not known.
-        let (mut session, answer) = session
-            .exchange(sql::begin_transaction(begin, &ask), Undo::rollback())
-            .await;
-        let error = match answer {
-            Ok(reply) => match sql::begun(&reply) {
-                Some(begun) if begun.fresh => {
-                    if let (Ask::Prepare(_), Some(statement)) = (&ask, statement) {
-                        known.prepared(&session, statement);
-                    }
-                    if let Some(server) = &begun.server {
-                        known.learn(&session, begun.pid, server);
-                    }
-                    session.identify(begun.pid, begin.application_name.as_deref());
-                    return Ok(Tx::new(session, Vec::new(), call_site, lock_wait));
-                }
-                _ => Error::new(ErrorKind::Pool)
-                    .with_detail("the pool gave connections with transactions left open on them; they were closed"),
-            },
-            // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
-            // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
-            Err(error) => match classify(&error) {
-                failure @ (Failure::ConnectionLost
-                | Failure::Aborted
-                | Failure::InTransaction
-                | Failure::MissingStatement
-                | Failure::DuplicateStatement) => {
-                    if failure == Failure::MissingStatement {
-                        known.missing_statement();
-                    }
-                    error.into()
-                }
-                _ => return Err(error.into()),
-            },
-        };
-        stale += 1;
-        if stale > connections.most() {
-            return Err(error);
-        }
-        tracing::debug!(%error, "a pool connection could not be used, taking another");
     }
 }

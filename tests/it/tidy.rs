@@ -20,7 +20,7 @@ const FLOORS: [&[&str]; 8] = [
     &["sql", "error"],
     &["session"],
     &["transaction"],
-    &["advisory", "monitor", "schema"],
+    &["advisory", "watcher", "monitor", "schema"],
     &["keeper"],
 ];
 

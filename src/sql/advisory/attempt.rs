@@ -32,6 +32,8 @@ pub(crate) enum Verdict {
 #[derive(Clone, Debug)]
 pub(crate) struct Tried {
     pub(crate) verdict: Verdict,
+    /// Whether the server has granted the locks, whatever that is worth.
+    pub(crate) granted: bool,
     pub(crate) pid: i32,
     /// The session's own `application_name`, before a session lock renamed it.
     pub(crate) application_name: String,
@@ -86,6 +88,7 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
     };
     Some(Tried {
         verdict,
+        granted: column("verdict") == Some("granted"),
         pid: parsed(row, "pid")?,
         application_name: text(row, "application_name").unwrap_or_default(),
         server: server(row),

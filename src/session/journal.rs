@@ -1,0 +1,333 @@
+//! What a transaction has said so far, kept for reports about it.
+//!
+//! When a deadlock is reported its evidence is gone: the victim's locks are released, and the survivor has gone on. What
+//! both sides of it said is known here, where both are transactions of this process.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio_postgres::Statement;
+
+use crate::call_site::CallSite;
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+
+/// Statements kept of one transaction; of more, the first and the last half.
+const MOST: usize = 64;
+/// Bytes kept of one statement's text.
+const LONGEST: usize = 4096;
+/// Prepared statements whose text is remembered.
+const MOST_PREPARED: usize = 64;
+
+/// One transaction's, or one session guard's.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    pub(crate) call_site: Option<CallSite>,
+    pub(crate) application_name: Option<Arc<str>>,
+    pub(crate) began: Instant,
+    pub(crate) began_at: SystemTime,
+    /// What bounds each of its waits for a lock, where that is known.
+    pub(crate) lock_timeout: Option<Duration>,
+    pub(crate) conflict_group: OnceLock<LockKey>,
+    /// Whether it is a session guard's: those hold locks between their statements.
+    pub(crate) of_guard: bool,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    pid: Option<i32>,
+    next: u64,
+    statements: VecDeque<Said>,
+    dropped: usize,
+    prepared: Vec<(Statement, Arc<str>)>,
+    ended: bool,
+}
+
+/// A statement.
+#[derive(Clone, Debug)]
+pub(crate) struct Said {
+    number: u64,
+    pub(crate) at: Instant,
+    /// `None` where it was prepared elsewhere.
+    pub(crate) text: Option<Arc<str>>,
+    pub(crate) end: Option<Ended>,
+    /// The advisory locks that it has taken.
+    pub(crate) took: Vec<(LockKey, AdvisoryMode)>,
+}
+
+/// How a statement ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    pub(crate) after: Duration,
+    /// `None` where nobody waited for it.
+    pub(crate) succeeded: Option<bool>,
+}
+
+impl Journal {
+    pub(crate) fn new(
+        call_site: Option<CallSite>,
+        application_name: Option<&str>,
+        lock_timeout: Option<Duration>,
+        of_guard: bool,
+    ) -> Self {
+        Self {
+            call_site,
+            application_name: application_name.map(Arc::from),
+            began: Instant::now(),
+            began_at: SystemTime::now(),
+            lock_timeout,
+            conflict_group: OnceLock::new(),
+            of_guard,
+            log: Mutex::default(),
+        }
+    }
+
+    /// The backend's pid, by the server's own word.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        self.lock().pid
+    }
+
+    pub(super) fn identify(&self, pid: i32) {
+        self.lock().pid = Some(pid);
+    }
+
+    /// Whether the transaction is over.
+    #[cfg(test)]
+    pub(crate) fn has_ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    pub(super) fn end(&self) {
+        let mut log = self.lock();
+        log.ended = true;
+        // They belong to a connection that others use from now on.
+        log.prepared.clear();
+    }
+
+    /// The statement that is being run, by its number, and since when. A transaction runs one at a time as far as locks
+    /// are concerned: those behind it wait for it.
+    pub(crate) fn running(&self) -> Option<(u64, Instant)> {
+        let log = self.lock();
+        if log.ended {
+            return None;
+        }
+        let said = log.statements.iter().find(|said| said.end.is_none())?;
+        Some((said.number, said.at))
+    }
+
+    /// The last statement begun.
+    pub(crate) fn last(&self) -> Option<(u64, Instant)> {
+        let log = self.lock();
+        log.statements.back().map(|said| (said.number, said.at))
+    }
+
+    /// What was said, and how many statements between the first and the last half are not kept.
+    pub(crate) fn statements(&self) -> (Vec<Said>, usize) {
+        let log = self.lock();
+        (log.statements.iter().cloned().collect(), log.dropped)
+    }
+
+    /// Notes a statement that is sent now.
+    pub(super) fn say(&self, text: Option<Arc<str>>) -> u64 {
+        let mut log = self.lock();
+        if log.statements.len() >= MOST {
+            drop(log.statements.remove(MOST / 2));
+            log.dropped += 1;
+        }
+        log.next += 1;
+        let number = log.next;
+        log.statements.push_back(Said {
+            number,
+            at: Instant::now(),
+            text,
+            end: None,
+            took: Vec::new(),
+        });
+        number
+    }
+
+    /// Notes how it ended; `None` where nobody waited for it.
+    pub(super) fn heard(&self, number: u64, succeeded: Option<bool>) {
+        let mut log = self.lock();
+        let mut latest_first = log.statements.iter_mut().rev();
+        if let Some(said) = latest_first.find(|said| said.number == number) {
+            said.end = Some(Ended {
+                after: said.at.elapsed(),
+                succeeded,
+            });
+        }
+    }
+
+    fn unsay(&self, number: u64) {
+        self.lock().statements.retain(|said| said.number != number);
+    }
+
+    /// Notes that advisory locks were granted, by the last statement.
+    pub(crate) fn took(&self, locks: impl Iterator<Item = (LockKey, AdvisoryMode)>) {
+        let mut log = self.lock();
+        if let Some(said) = log.statements.back_mut() {
+            said.took.extend(locks);
+        }
+    }
+
+    fn remember(&self, statement: &Statement, text: &str) {
+        let mut log = self.lock();
+        if log.prepared.len() >= MOST_PREPARED {
+            drop(log.prepared.remove(0));
+        }
+        log.prepared.push((statement.clone(), cut(text)));
+    }
+
+    fn text_of(&self, statement: &Statement) -> Option<Arc<str>> {
+        let log = self.lock();
+        let found = log
+            .prepared
+            .iter()
+            .rev()
+            .find(|(known, _)| is_same(known, statement))?;
+        Some(Arc::clone(&found.1))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether both are handles of one prepared statement: they share their descriptions. Statements without parameters and
+/// columns have none, and are told apart by the name that the driver gives them.
+fn is_same(one: &Statement, other: &Statement) -> bool {
+    if one.params().is_empty() && one.columns().is_empty() {
+        return other.params().is_empty()
+            && other.columns().is_empty()
+            && format!("{one:?}") == format!("{other:?}");
+    }
+    std::ptr::eq(one.params(), other.params()) && std::ptr::eq(one.columns(), other.columns())
+}
+
+/// At most [`LONGEST`] bytes of a text.
+fn cut(text: &str) -> Arc<str> {
+    let mut end = text.len().min(LONGEST);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    Arc::from(&text[..end])
+}
+
+/// What a statement is noted as.
+pub(crate) trait Noted {
+    fn note(&self, journal: &Journal) -> Option<Arc<str>>;
+}
+
+impl Noted for str {
+    fn note(&self, _: &Journal) -> Option<Arc<str>> {
+        Some(cut(self))
+    }
+}
+
+impl Noted for String {
+    fn note(&self, journal: &Journal) -> Option<Arc<str>> {
+        self.as_str().note(journal)
+    }
+}
+
+impl Noted for Statement {
+    fn note(&self, journal: &Journal) -> Option<Arc<str>> {
+        journal.text_of(self)
+    }
+}
+
+/// What a query method can be given: SQL text (`str`, `String`) or a prepared
+/// [`Statement`].
+///
+/// It is the driver's [`ToStatement`](tokio_postgres::ToStatement), which has the same three implementations, with the
+/// text of a statement made known for the incident report. Like that one it cannot be implemented elsewhere.
+#[expect(private_bounds, reason = "seals the trait, as its docs say")]
+pub trait ToStatement: tokio_postgres::ToStatement + Noted {}
+
+impl ToStatement for str {}
+impl ToStatement for String {}
+impl ToStatement for Statement {}
+
+/// A statement under way, noted.
+pub(crate) struct Saying {
+    journal: Arc<Journal>,
+    number: u64,
+    heard: bool,
+}
+
+impl Saying {
+    pub(super) fn begin<T: ?Sized + Noted>(journal: &Arc<Journal>, statement: &T) -> Self {
+        Self {
+            number: journal.say(statement.note(journal)),
+            journal: Arc::clone(journal),
+            heard: false,
+        }
+    }
+
+    pub(crate) fn end(mut self, succeeded: bool) {
+        self.heard = true;
+        self.journal.heard(self.number, Some(succeeded));
+    }
+
+    /// Ends the preparing of this statement, which is not worth a line.
+    pub(super) fn end_prepared(mut self, text: &str, statement: &Statement) {
+        self.heard = true;
+        self.journal.remember(statement, text);
+        self.journal.unsay(self.number);
+    }
+}
+
+impl Drop for Saying {
+    fn drop(&mut self) {
+        if !self.heard {
+            self.journal.heard(self.number, None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn journal() -> Journal {
+        Journal::new(None, Some("test"), None, false)
+    }
+
+    #[test]
+    fn the_first_and_the_last_half_are_kept() {
+        let journal = journal();
+        for n in 0..MOST * 2 {
+            let said = journal.say(Some(format!("SELECT {n}").into()));
+            journal.heard(said, Some(true));
+        }
+        let (statements, dropped) = journal.statements();
+        assert_eq!((statements.len(), dropped), (MOST, MOST));
+        let text = |n: usize| statements[n].text.as_deref().unwrap_or_default();
+        assert_eq!(text(0), "SELECT 0");
+        assert_eq!(text(MOST / 2 - 1), format!("SELECT {}", MOST / 2 - 1));
+        assert_eq!(text(MOST - 1), format!("SELECT {}", MOST * 2 - 1));
+    }
+
+    #[test]
+    fn the_one_that_runs_is_the_first_without_an_end() {
+        let journal = journal();
+        assert!(journal.running().is_none());
+        let first = journal.say(None);
+        let second = journal.say(None);
+        assert_eq!(journal.running().map(|(number, _)| number), Some(first));
+        journal.heard(first, None);
+        assert_eq!(journal.running().map(|(number, _)| number), Some(second));
+        journal.end();
+        assert!(journal.running().is_none());
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let text = "ü".repeat(LONGEST);
+        assert_eq!(cut(&text).len(), LONGEST);
+        let odd = format!("x{text}");
+        assert_eq!(cut(&odd).len(), LONGEST - 1);
+    }
+}

@@ -1,0 +1,124 @@
+//! COMMIT and ROLLBACK, and what is left to be done when they fail.
+
+use super::Tx;
+use super::resolve::{Mark, Resolved, resolve};
+use super::tx::End;
+use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
+use crate::session::{Session, Undo};
+use crate::sql;
+
+/// What an error says when the transaction had failed before.
+const FAILED_EARLIER: &str =
+    "an earlier statement of the transaction failed, so it was rolled back";
+
+impl Tx {
+    /// COMMIT, after which the connection is back in the pool.
+    ///
+    /// `ConnectionLost` means that COMMIT was not run.
+    ///
+    /// Cancel safety: once polled it goes on in the background, to whatever outcome.
+    pub(crate) async fn commit(mut self) -> Result<(), Error> {
+        let Some(mut session) = self.session.take() else {
+            return Ok(());
+        };
+        if session.is_closed() {
+            return Err(self.about(Error::new(ErrorKind::ConnectionLost)));
+        }
+        let mut mark = None;
+        if self.resolves {
+            let asked = session.exchange(sql::commit::MARK.to_owned(), Undo::rollback());
+            let (answered, answer) = asked.await;
+            session = answered;
+            match answer {
+                Ok(reply) => mark = Some(Mark::of(&reply)),
+                // Nothing was sent that could commit.
+                Err(error) if classify(&error) == Failure::ConnectionLost => {
+                    return Err(self.about(Error::from(error)));
+                }
+                // It has failed already, and COMMIT will say so.
+                Err(_) => session.suspect(),
+            }
+        }
+        let connections = session.connections().clone();
+        let message = session.commit_message();
+        let (session, answer) = session.exchange(message, Undo::Nothing).await;
+        let error = match answer {
+            Ok(_) => {
+                self.trace_end(&End::Commit);
+                session.give_back();
+                self.hooks.run();
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match classify(&error) {
+            // No answer, or none that can be read: the server may have committed. Invariant: never retried.
+            Failure::ConnectionLost | Failure::Driver => {
+                drop(session);
+                let unknown = Error::new(ErrorKind::CommitUnknown).with_source(error);
+                let Some(mark) = mark else {
+                    return Err(self.about(unknown));
+                };
+                match resolve(&connections, &mark).await {
+                    Resolved::Committed => {
+                        self.trace_end(&End::Commit);
+                        self.hooks.run();
+                        Ok(())
+                    }
+                    Resolved::RolledBack => Err(self.about(
+                        Error::new(ErrorKind::ConnectionLost)
+                            .with_detail("during COMMIT, and the transaction was rolled back"),
+                    )),
+                    Resolved::Unknown(why) => Err(self.about(unknown.with_detail(why))),
+                }
+            }
+            // Some earlier statement failed, and its error was not passed on.
+            Failure::Aborted => {
+                let cause = session.failure();
+                self.trace_end(&End::Rollback);
+                roll_back(session).await;
+                Err(self.about(match cause {
+                    Some(cause) => Error::new(classify_db(&cause).kind())
+                        .with_detail(FAILED_EARLIER)
+                        .with_source(*cause),
+                    None => Error::new(ErrorKind::Database)
+                        .with_detail(FAILED_EARLIER)
+                        .with_source(error),
+                }))
+            }
+            // An ERROR from COMMIT itself (a deferred constraint, a serialization failure): rolled back.
+            failure => {
+                self.trace_end(&End::Rollback);
+                end_failed(session).await;
+                Err(self.about(
+                    Error::new(failure.kind())
+                        .with_detail("commit failed, the transaction was rolled back")
+                        .with_source(error),
+                ))
+            }
+        }
+    }
+}
+
+/// Ends a transaction whose outcome is rollback already, or shall be.
+pub(super) async fn roll_back(session: Session) {
+    let exchange = session.exchange(sql::rollback(), Undo::Nothing);
+    // Unanswered, the session closes its connection, which rolls back too.
+    if let Some((session, Ok(_))) = exchange.or_detach().await {
+        session.give_back();
+    }
+}
+
+/// Ends what a failed COMMIT has left. Usually that is nothing, and then a ROLLBACK would be warned of in the server's
+/// log; but an error can have struck before COMMIT was run.
+async fn end_failed(session: Session) {
+    match session
+        .exchange(sql::Message::of(1, sql::PROBE), Undo::Nothing)
+        .await
+    {
+        (session, Ok(_)) => session.give_back(),
+        (session, Err(error)) if classify(&error) == Failure::Aborted => roll_back(session).await,
+        // Dropped, the session closes its connection.
+        _ => {}
+    }
+}

@@ -1,0 +1,70 @@
+//! Beginning a transaction without locks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Tx;
+use crate::call_site::CallSite;
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::session::{Connections, Undo};
+use crate::sql::{self, Ask, Preparable};
+
+/// Begins a transaction on a connection that is alive and clean. One message, one round trip.
+///
+/// Cancel safety: dropped, the transaction is rolled back in the background.
+pub(crate) async fn open(
+    connections: &Arc<Connections>,
+    deadline: &Deadline,
+    begin: &sql::Begin,
+    call_site: Option<CallSite>,
+    lock_wait: Duration,
+) -> Result<Tx, Error> {
+    let known = connections.known();
+    let statement = Preparable::begin(begin);
+    let mut stale = 0;
+    loop {
+        let session = connections.check_out(deadline).await?;
+        let ask = known.ask(&session, statement);
+        // On any error the session is dropped and so closed: what state it came in is not known.
+        let (mut session, answer) = session
+            .exchange(sql::begin_transaction(begin, &ask), Undo::rollback())
+            .await;
+        let error = match answer {
+            Ok(reply) => match sql::begun(&reply) {
+                Some(begun) if begun.fresh => {
+                    if let (Ask::Prepare(_), Some(statement)) = (&ask, statement) {
+                        known.prepared(&session, statement);
+                    }
+                    if let Some(server) = &begun.server {
+                        known.learn(&session, begun.pid, server);
+                    }
+                    session.identify(begun.pid, begin.application_name.as_deref());
+                    return Ok(Tx::new(session, call_site, lock_wait, begin.lock_timeout));
+                }
+                _ => Error::new(ErrorKind::Pool)
+                    .with_detail("the pool gave connections with transactions left open on them; they were closed"),
+            },
+            // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
+            // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
+            Err(error) => match classify(&error) {
+                failure @ (Failure::ConnectionLost
+                | Failure::Aborted
+                | Failure::InTransaction
+                | Failure::MissingStatement
+                | Failure::DuplicateStatement) => {
+                    if failure == Failure::MissingStatement {
+                        known.missing_statement();
+                    }
+                    error.into()
+                }
+                _ => return Err(error.into()),
+            },
+        };
+        stale += 1;
+        if stale > connections.most() {
+            return Err(error);
+        }
+        tracing::debug!(%error, "a pool connection could not be used, taking another");
+    }
+}

@@ -1,0 +1,258 @@
+//! One look for all transactions that are due.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use super::plan::Plan;
+use super::{KEEP, TICK, Watcher, lock, view};
+use crate::error::Error;
+use crate::graph::{RowId, Snapshot};
+use crate::incident::{Evidence, Incident, Kind, Look, Outcome, RowKey};
+use crate::key::names;
+use crate::session::{Journal, Reply};
+use crate::sql;
+use crate::sql::watch::Waiting;
+
+/// Rows whose keys are looked up in one look.
+const MOST_ROWS: usize = 4;
+/// Relations whose primary keys are remembered.
+const MOST_RELATIONS: usize = 1024;
+
+/// A transaction that is due for a look.
+struct Due {
+    number: u64,
+    journal: Arc<Journal>,
+    pid: i32,
+}
+
+impl Watcher {
+    /// Looks at those transactions that are due. Gives the time when the next one is.
+    pub(super) async fn tick(&self) -> Instant {
+        let due = self.due();
+        if !due.is_empty() {
+            match self.look_at(&due).await {
+                Ok(()) => *lock(&self.trouble) = None,
+                Err(error) => {
+                    tracing::debug!(%error, "the watcher could not look");
+                    let trouble = format!("the server could not be looked at: {}", chain(&error));
+                    *lock(&self.trouble) = Some(trouble.into());
+                    // Not at once again.
+                    let now = Instant::now();
+                    let mut plans = lock(&self.plans);
+                    for due in &due {
+                        if let Some(plan) = plans.get_mut(&due.number) {
+                            plan.is_running(now);
+                        }
+                    }
+                }
+            }
+        }
+        let live = self.connections.flights().live();
+        let plans = lock(&self.plans);
+        live.iter()
+            .filter_map(|(number, _)| plans.get(number))
+            .map(Plan::next)
+            .fold(Instant::now() + TICK, Instant::min)
+    }
+
+    /// Makes a plan for each statement that runs; those whose time has come are due.
+    fn due(&self) -> Vec<Due> {
+        let now = Instant::now();
+        let live = self.connections.flights().live();
+        let mut plans = lock(&self.plans);
+        let mut due = Vec::new();
+        for (number, journal) in live {
+            let (Some((statement, since)), Some(pid)) = (journal.running(), journal.pid()) else {
+                continue;
+            };
+            let plan = plans
+                .entry(number)
+                .or_insert_with(|| Plan::new(statement, since, journal.lock_timeout));
+            if plan.statement() != statement {
+                *plan = Plan::new(statement, since, journal.lock_timeout);
+            }
+            if plan.next() <= now {
+                due.push(Due {
+                    number,
+                    journal,
+                    pid,
+                });
+            }
+        }
+        plans.retain(|_, plan| now.duration_since(plan.touched) < KEEP);
+        due
+    }
+
+    async fn look_at(&self, due: &[Due]) -> Result<(), Error> {
+        let pids: Vec<i32> = due.iter().map(|due| due.pid).collect();
+        let reply = self.ask(&sql::watch::waits(&pids)).await?;
+        let now = Instant::now();
+        let waiting: HashMap<i32, Waiting> = sql::watch::waiting(&reply)
+            .into_iter()
+            .map(|waiting| (waiting.pid, waiting))
+            .collect();
+        {
+            let mut plans = lock(&self.plans);
+            for due in due {
+                let Some(plan) = plans.get_mut(&due.number) else {
+                    continue;
+                };
+                match waiting.get(&due.pid) {
+                    None => plan.is_running(now),
+                    Some(waiting) => plan.is_waiting(
+                        now,
+                        now.checked_sub(waiting.waited).unwrap_or(now),
+                        [waiting.deadlock_timeout, due.journal.lock_timeout]
+                            .into_iter()
+                            .flatten(),
+                    ),
+                }
+            }
+        }
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let pids: Vec<i32> = waiting.keys().copied().collect();
+        let asked = Instant::now();
+        let reply = self.ask(&sql::graph::blocking(Some(&pids))).await?;
+        let took = asked.elapsed();
+        let Some(seen) = sql::graph::seen(&reply, &|key| names::lookup(key.id()).unwrap_or(key))
+        else {
+            return Ok(());
+        };
+        let snapshot = Arc::new(seen.snapshot(took));
+        self.keep(due, &snapshot);
+        // After what matters most has been kept: a row's key can take a moment.
+        let row_keys = self.row_keys(&snapshot).await;
+        if !row_keys.is_empty() {
+            let mut plans = lock(&self.plans);
+            for due in due {
+                if let Some(plan) = plans.get_mut(&due.number) {
+                    plan.learned(&snapshot, &row_keys);
+                }
+            }
+        }
+        self.report_long_waits(due);
+        Ok(())
+    }
+
+    /// Adds what was seen to the plans of those who wait in it.
+    fn keep(&self, due: &[Due], snapshot: &Arc<Snapshot>) {
+        let mut plans = lock(&self.plans);
+        for due in due {
+            let Some(plan) = plans.get_mut(&due.number) else {
+                continue;
+            };
+            if snapshot.edges_of(&due.pid.into()).next().is_none() {
+                continue;
+            }
+            plan.saw(Look {
+                snapshot: Arc::clone(snapshot),
+                after: plan.since().elapsed(),
+                row_keys: Vec::new(),
+            });
+        }
+    }
+
+    /// The keys of the rows in dispute, where they can be read.
+    async fn row_keys(&self, snapshot: &Snapshot) -> Vec<(RowId, RowKey)> {
+        let mut rows: Vec<&RowId> = Vec::new();
+        for row in snapshot.edges().iter().filter_map(|edge| edge.row()) {
+            if !rows.contains(&row) && rows.len() < MOST_ROWS {
+                rows.push(row);
+            }
+        }
+        let mut keys = Vec::new();
+        for row in rows {
+            match self.row_key(row).await {
+                Ok(Some(key)) => keys.push((row.clone(), key)),
+                Ok(None) => {}
+                Err(error) => tracing::debug!(%error, %row, "the row's key could not be read"),
+            }
+        }
+        keys
+    }
+
+    async fn row_key(&self, row: &RowId) -> Result<Option<RowKey>, Error> {
+        if row.relation().database().is_some() {
+            return Ok(None);
+        }
+        let oid = row.relation().oid();
+        let known = lock(&self.keys).get(&oid).cloned();
+        let columns = match known {
+            Some(columns) => columns,
+            None => {
+                let reply = self.ask(&sql::watch::primary_key(oid)).await?;
+                let columns: Arc<[String]> = sql::watch::key_columns(&reply).into();
+                let mut keys = lock(&self.keys);
+                if keys.len() >= MOST_RELATIONS {
+                    keys.clear();
+                }
+                keys.insert(oid, Arc::clone(&columns));
+                columns
+            }
+        };
+        if columns.is_empty() {
+            return Ok(None);
+        }
+        let Some(question) = sql::watch::row_key(row, &columns) else {
+            return Ok(None);
+        };
+        let reply = self.ask(&question).await?;
+        Ok(sql::watch::key_values(&reply)
+            .map(|values| RowKey::new(columns.iter().cloned().zip(values))))
+    }
+
+    /// Reports waits that are longer than they should be, each once.
+    fn report_long_waits(&self, due: &[Due]) {
+        let Some(long) = self.settings.long_wait else {
+            return;
+        };
+        for due in due {
+            let looks = {
+                let mut plans = lock(&self.plans);
+                let Some(plan) = plans.get_mut(&due.number) else {
+                    continue;
+                };
+                let waited = plan.waiting_since().map(|since| since.elapsed());
+                if plan.reported_long || waited.is_none_or(|waited| waited < long) {
+                    continue;
+                }
+                plan.reported_long = true;
+                plan.looks()
+            };
+            let others = self.others(&due.journal, &looks, None);
+            let evidence = Evidence {
+                kind: Kind::LongWait,
+                occurred: SystemTime::now(),
+                victim: view::of(&due.journal),
+                attempt: 1,
+                attempts: 1,
+                outcome: Outcome::StillWaiting,
+                error: None,
+                looks,
+                others,
+                missing: Vec::new(),
+                literals: self.settings.literals,
+            };
+            self.publish(&Incident::new(evidence, &self.history));
+        }
+    }
+
+    async fn ask(&self, sql: &str) -> Result<Reply, Error> {
+        self.connections.ask_soon(sql).await
+    }
+}
+
+/// An error and what is behind it, in one line.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,235 @@
+//! Looking while transactions wait, because afterwards it is too late.
+//!
+//! When a deadlock's error arrives, the victim's locks are gone and the survivor goes on. So one task for each keeper
+//! looks at the server while any transaction's statement has been running for a while: who of them waits, and for whom;
+//! once when a wait is noticed, and again shortly before the server would end it. What it has seen, what both sides have
+//! said ([`Journal`]) and what the server's error says become an [`Incident`].
+
+mod deliver;
+mod look;
+mod plan;
+mod view;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::runtime::Handle;
+
+use crate::error::{Failure, classify_db};
+use crate::incident::{Evidence, History, Incident, Kind, Outcome, ServerError};
+use crate::server_message;
+use crate::session::{Connections, Flights, Journal};
+use crate::transaction::{Failed, Reporter};
+use deliver::Delivery;
+pub(crate) use deliver::Sink;
+use plan::Plan;
+
+/// How often to see whether there is something to look at.
+const TICK: Duration = Duration::from_millis(100);
+/// After so many ticks without any transaction the task goes to sleep.
+const QUIET_TICKS: u32 = 10;
+/// How long what was seen of a transaction that has ended is kept.
+const KEEP: Duration = Duration::from_secs(10);
+
+/// How to watch.
+pub(crate) struct Settings {
+    pub(crate) enabled: bool,
+    /// Whether reports show the literals of statements.
+    pub(crate) literals: bool,
+    /// After how long a wait is reported although it goes on; `None` for never.
+    pub(crate) long_wait: Option<Duration>,
+    pub(crate) sink: Option<Sink>,
+}
+
+/// The watcher of one keeper.
+pub(crate) struct Watcher {
+    connections: Arc<Connections>,
+    settings: Settings,
+    running: AtomicBool,
+    /// By the numbers of flights.
+    plans: Mutex<HashMap<u64, Plan>>,
+    /// Columns of primary keys, by the relation's oid.
+    keys: Mutex<HashMap<u32, Arc<[String]>>>,
+    /// Why the last look failed, if it did.
+    trouble: Mutex<Option<Arc<str>>>,
+    history: History,
+    delivery: Delivery,
+}
+
+impl Watcher {
+    pub(crate) fn new(connections: Arc<Connections>, settings: Settings) -> Arc<Self> {
+        Arc::new(Self {
+            connections,
+            delivery: Delivery::new(settings.sink.clone()),
+            settings,
+            running: AtomicBool::new(false),
+            plans: Mutex::default(),
+            keys: Mutex::default(),
+            trouble: Mutex::default(),
+            history: History::default(),
+        })
+    }
+
+    /// Sees to it that the task runs, from when the first transaction is about to begin.
+    pub(crate) fn start(self: &Arc<Self>) {
+        if !self.settings.enabled || self.running.load(Ordering::Relaxed) {
+            return;
+        }
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
+        if self.running.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let running = Running(Arc::downgrade(self));
+        let flights = Arc::clone(self.connections.flights());
+        drop(runtime.spawn(watch(running, flights)));
+    }
+
+    /// The incident that a failed attempt was.
+    fn incident(&self, failed: &Failed<'_>) -> Incident {
+        let kind = match classify_db(failed.error) {
+            Failure::Deadlock => Kind::Deadlock,
+            _ => Kind::LockTimeout,
+        };
+        let statement = failed.journal.last().map(|(number, _)| number);
+        let mut missing = Vec::new();
+        let looks = {
+            let plans = lock(&self.plans);
+            match plans.get(&failed.number) {
+                Some(plan) if Some(plan.statement()) == statement => plan.looks(),
+                _ => Vec::new(),
+            }
+        };
+        if !self.settings.enabled {
+            missing.push("watching is switched off".into());
+        } else if looks.is_empty() {
+            missing.push(
+                lock(&self.trouble).clone().unwrap_or_else(|| {
+                    "the wait was over before the first look at the server".into()
+                }),
+            );
+        }
+        let error = ServerError {
+            sqlstate: failed.error.code().code().to_owned(),
+            message: failed.error.message().to_owned(),
+            detail: failed.error.detail().map(str::to_owned),
+            context: failed.error.where_().map(str::to_owned),
+            routine: failed.error.routine().map(str::to_owned),
+        };
+        let others = self.others(failed.journal, &looks, error.detail.as_deref());
+        let evidence = Evidence {
+            kind,
+            occurred: SystemTime::now(),
+            victim: view::of(failed.journal),
+            attempt: failed.attempt,
+            attempts: failed.attempts,
+            outcome: match failed.pause {
+                Some(pause) => Outcome::retried(pause),
+                None if failed.attempts == 1 => Outcome::NotRetried,
+                None => Outcome::GaveUp,
+            },
+            error: Some(error),
+            looks,
+            others,
+            missing,
+            literals: self.settings.literals,
+        };
+        Incident::new(evidence, &self.history)
+    }
+
+    /// What the other participants have said, where they are transactions of this process.
+    fn others(
+        &self,
+        victim: &Arc<Journal>,
+        looks: &[crate::incident::Look],
+        detail: Option<&str>,
+    ) -> Vec<crate::incident::Journal> {
+        let mut pids: Vec<i32> = Vec::new();
+        for edge in looks.iter().flat_map(|look| look.snapshot.edges()) {
+            pids.extend(edge.waiter().pid());
+            pids.extend(edge.blocker().pid());
+        }
+        if let Some(detail) = detail {
+            for wait in server_message::deadlock_detail(detail).waits() {
+                pids.extend([wait.waiter, wait.blocker]);
+            }
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        pids.into_iter()
+            .filter(|pid| victim.pid() != Some(*pid))
+            .filter_map(|pid| {
+                // The latest on that backend: a transaction that began after the incident has no part in it, but then
+                // its backend has been free for another, and the one before is not in flight any more.
+                let on_it = self.connections.flights().of_backend(pid);
+                on_it.first().map(|journal| view::of(journal))
+            })
+            .collect()
+    }
+
+    fn publish(&self, incident: &Incident) {
+        self.delivery.deliver(incident);
+    }
+}
+
+impl Reporter for Watcher {
+    fn failed(&self, failed: &Failed<'_>) -> Option<Incident> {
+        let incident = self.incident(failed);
+        self.publish(&incident);
+        Some(incident)
+    }
+}
+
+/// So that the task, which waits for transactions, sees that there will be none.
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.connections.flights().wake();
+    }
+}
+
+impl fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watcher")
+            .field("running", &self.running)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The task while it runs; with its runtime it ends, and the next transaction starts another.
+struct Running(Weak<Watcher>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(watcher) = self.0.upgrade() {
+            watcher.running.store(false, Ordering::Release);
+        }
+    }
+}
+
+async fn watch(running: Running, flights: Arc<Flights>) {
+    if let Some(watcher) = running.0.upgrade() {
+        // Opened before there is trouble, which may leave no connection to be had.
+        watcher.connections.open_side().await;
+    }
+    loop {
+        flights.begun().await;
+        let mut quiet = 0;
+        while quiet < QUIET_TICKS {
+            let Some(watcher) = running.0.upgrade() else {
+                return;
+            };
+            let next = watcher.tick().await;
+            drop(watcher);
+            quiet = if flights.is_empty() { quiet + 1 } else { 0 };
+            tokio::time::sleep_until(next.min(Instant::now() + TICK).into()).await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
