@@ -292,10 +292,7 @@ mod tests {
     fn functions_are_told_from_data_in_every_language() {
         for language in &LANGUAGES {
             let function = format(language.function, &[&"f(int4,numeric)", &12, &"PERFORM"]);
-            let sql = format(
-                language.sql,
-                &[&"SELECT 'PL/pgSQL',\n'PL/pgSQL'\n, PL/pgSQL"],
-            );
+            let sql = format(language.sql, &[&"SELECT\nPL/pgSQL 5\n, PL/pgSQL"]);
             let kinds: Vec<_> = context(&format!("{sql}\n{function}"))
                 .into_iter()
                 .map(|line| line.kind)

@@ -308,14 +308,17 @@ mod tests {
             let text = with_statements(
                 language,
                 &detail(language, &[10, 20], "ShareLock"),
-                &[(10, "UPDATE a\n SET x = 1\n10: y\n\n"), (20, "DELETE: 10")],
+                &[
+                    (10, "UPDATE a\n SET x = 1\n10: y\n20: z\n"),
+                    (20, "DELETE: 10"),
+                ],
             );
             for text in [text.clone(), text.replace('\n', "\n\t")] {
                 let read = deadlock_detail(&text);
                 assert!(read.is_cycle(), "{text}");
                 assert_eq!(
                     read.statement_of(10),
-                    Some("UPDATE a\n SET x = 1\n10: y\n\n"),
+                    Some("UPDATE a\n SET x = 1\n10: y\n20: z\n"),
                     "{text}"
                 );
                 assert_eq!(read.statement_of(20), Some("DELETE: 10"), "{text}");
@@ -354,6 +357,13 @@ mod tests {
         let read = deadlock_detail(&text);
         assert!(!read.is_cycle());
         assert_eq!(read.waits().count(), 1);
+    }
+
+    #[test]
+    fn a_backend_is_in_a_cycle_once() {
+        let once = detail(&LANGUAGES[0], &[10, 20], "ShareLock");
+        assert!(!deadlock_detail(&format!("{once}\n{once}")).is_cycle());
+        assert!(!deadlock_detail(&detail(&LANGUAGES[0], &[10], "ShareLock")).is_cycle());
     }
 
     /// The object is not understood, the backends are.

@@ -325,6 +325,7 @@ mod tests {
         ] {
             assert_eq!(kinds(&format!("a {open}")), [Word("a"), Literal], "{open}");
         }
+        assert_eq!(kinds("a -- b\rc"), [Word("a"), Word("c")]);
         for open in ["/* b", "/* /* b */", "-- b", "\"b", "$b"] {
             assert_eq!(kinds(&format!("a {open}")), [Word("a")], "{open}");
         }

@@ -1,7 +1,8 @@
 //! SQL text read as text: without its literals, as a fingerprint, what kind of statement it is and what it mentions.
 //!
 //! No parser: the text may be cut off anywhere, of any server version, or no SQL at all (`<insufficient privilege>`).
-//! What is right for every input is that nothing of a literal gets out; the rest is best effort.
+//! What is right for every input is that nothing of a literal gets out, as the server itself reads it (test
+//! `literals::what_the_server_reads_as_data_is_redacted`); the rest is best effort.
 #![allow(
     dead_code,
     unused_imports,

@@ -9,9 +9,11 @@
 )]
 
 mod common;
-/// The room itself: what it reads is not public.
+// Two rooms themselves: what they read is not public.
 #[path = "../../src/server_message/mod.rs"]
 mod server_message;
+#[path = "../../src/statement/mod.rs"]
+mod statement;
 
 mod cancel_safety;
 mod drops;
@@ -20,6 +22,7 @@ mod guards;
 mod isolation;
 mod keys;
 mod languages;
+mod literals;
 mod modes;
 mod pgbouncer;
 mod postgres_facts;
