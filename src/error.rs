@@ -361,11 +361,16 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     let code = error.code();
     if *code == SqlState::LOCK_NOT_AVAILABLE {
         // The two share the SQLSTATE and differ in the message, which is translated. The name of the C function that
-        // raised it is not (ProcessInterrupts in src/backend/tcop/postgres.c; test
-        // `a_lock_timeout_and_nowait_differ_in_their_routine`).
+        // raised it is not (test `nowait_is_told_from_a_lock_timeout_by_the_routine`).
         match error.routine() {
-            None | Some("ProcessInterrupts") => Failure::LockTimeout,
-            Some(_) => Failure::NotAvailable,
+            Some(
+                "heap_lock_tuple"
+                | "heapam_tuple_lock"
+                | "RangeVarGetRelidExtended"
+                | "LockTableRecurse"
+                | "LockViewRecurse_walker",
+            ) => Failure::NotAvailable,
+            _ => Failure::LockTimeout,
         }
     } else if *code == SqlState::T_R_DEADLOCK_DETECTED {
         Failure::Deadlock

@@ -437,7 +437,8 @@ fn the_pool_is_known_in_its_room_only() {
 fn only_the_session_room_spawns_and_cancels() {
     let mut found = Vec::new();
     for source in sources() {
-        if source.room() == "session" {
+        // The watcher is a task, and hands reports out on threads where blocking does no harm.
+        if source.room() == "session" || source.room() == "watcher" {
             continue;
         }
         for call in [
