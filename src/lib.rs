@@ -97,7 +97,9 @@ pub use keeper::{Keeper, KeeperBuilder};
 pub use key::LockKey;
 #[cfg(feature = "compat")]
 pub use key::compat;
-pub use mode::AdvisoryMode;
+pub use mode::{
+    AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
+};
 pub use session::ToStatement;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};

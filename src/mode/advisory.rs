@@ -1,4 +1,4 @@
-//! How strongly a lock is held, in PostgreSQL's words.
+//! How strongly an advisory lock is held, in PostgreSQL's words.
 
 use std::fmt;
 
