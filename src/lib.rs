@@ -32,6 +32,7 @@
 //! | take one more lock, or a savepoint, inside a transaction | [`Tx::advisory_lock`], [`Tx::savepoint`] |
 //! | know what a key is, and compute it in SQL | [`LockKey`] |
 //! | share a lock with a Rails, Django, Go or .NET program | `compat`, with the feature of that name |
+//! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //!

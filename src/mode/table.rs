@@ -26,7 +26,7 @@ use super::parse::{ParseModeError, same_words};
 /// let build: LockMode = "SHARE".parse()?;
 /// let write = LockMode::from_pg_locks("RowExclusiveLock").expect("that is what INSERT takes");
 /// assert!(build.conflicts_with(write));
-/// assert_eq!(format!("{build} blocks {}", build.blocks()).split(" (").next(), Some("ShareLock blocks writes"));
+/// assert!(build.blocks().starts_with("writes (INSERT, UPDATE, DELETE, MERGE, COPY FROM), VACUUM"));
 /// # Ok::<(), lockkeeper::ParseModeError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -23,6 +23,7 @@ mod isolation;
 mod keys;
 mod languages;
 mod literals;
+mod lock_modes;
 mod modes;
 mod pgbouncer;
 mod postgres_facts;

@@ -51,7 +51,7 @@ statements! {
         Table: AccessExclusive Rewrite;
     }
     "ALTER TABLE … ALTER COLUMN … TYPE (binary coercible)" {
-        Table: AccessExclusive Brief "varchar(10) to varchar(20) or text; indexes that need no other order stay";
+        Table: AccessExclusive Brief "such as varchar(10) to varchar(20) or text";
     }
     "ALTER TABLE … ALTER COLUMN … TYPE (foreign key)" {
         Table: AccessExclusive Rewrite;
@@ -170,6 +170,9 @@ statements! {
     "ALTER TABLE … ALTER CONSTRAINT … NOT ENFORCED" {
         Table: AccessExclusive Brief since 18;
         Referenced: AccessExclusive Brief since 18;
+    }
+    "ALTER TABLE … ALTER CONSTRAINT … INHERIT" {
+        Table: AccessExclusive Brief since 18;
     }
     "ALTER TABLE … ALTER CONSTRAINT … NO INHERIT" {
         Table: AccessExclusive Brief since 18;
@@ -332,7 +335,7 @@ statements! {
     }
     "ALTER TABLE … DETACH PARTITION (referred to)" {
         Parent: AccessExclusive Brief;
-        Partition: AccessExclusive Brief;
+        Partition: AccessExclusive Scan;
         Referencing: AccessExclusive Scan "its rows must not refer to the partition";
     }
     "ALTER TABLE … DETACH PARTITION … FINALIZE" {

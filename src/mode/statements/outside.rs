@@ -14,11 +14,11 @@ statements! {
     }
     "REINDEX INDEX CONCURRENTLY" {
         Table: ShareUpdateExclusive Scan;
-        Index: ShareUpdateExclusive Rewrite;
+        Index: AccessExclusive Rewrite "on the old one, at the very end, when nobody uses it any more";
     }
     "REINDEX TABLE CONCURRENTLY" {
         Table: ShareUpdateExclusive Scan;
-        Index: ShareUpdateExclusive Rewrite;
+        Index: AccessExclusive Rewrite "on the old one, at the very end, when nobody uses it any more";
     }
     "REINDEX SCHEMA" {
         Table: Share Scan "a transaction for each table";

@@ -59,7 +59,7 @@ statements! {
         Table: RowExclusive Rows rows Update;
         Source: AccessShare Rows "the tables of USING";
     }
-    "DELETE (of a row referred to)" {
+    "DELETE (from a table referred to)" {
         Table: RowExclusive Rows rows Update;
         Referencing: RowShare Rows;
     }
@@ -169,9 +169,9 @@ statements! {
         Index: AccessShare Brief;
     }
     "ANALYZE (inheritance parent)" {
-        Parent: ShareUpdateExclusive Brief;
-        Child: AccessShare Brief until 17;
-        Child: ShareUpdateExclusive Brief since 18 "analyzed too, without ONLY";
+        Parent: ShareUpdateExclusive Scan;
+        Child: AccessShare Scan until 17;
+        Child: ShareUpdateExclusive Scan since 18 "analyzed too, without ONLY";
     }
     "CLUSTER" {
         Table: AccessExclusive Rewrite;
