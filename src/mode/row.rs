@@ -137,8 +137,6 @@ impl FromStr for RowLock {
 
 #[cfg(test)]
 mod tests {
-    use std::fmt::Write as _;
-
     use super::*;
 
     #[test]
@@ -148,9 +146,15 @@ mod tests {
             assert_eq!(lock.as_sql().to_lowercase().parse(), Ok(lock));
             assert_eq!(RowLock::from_pg_locks(lock.as_pg_locks()), Some(lock));
         }
+        let message = "UPDATE"
+            .parse::<RowLock>()
+            .map_err(|error| error.to_string());
         assert_eq!(
-            "UPDATE".parse::<RowLock>().unwrap_err().to_string(),
-            "\"UPDATE\" is not a row lock; there are FOR KEY SHARE, FOR SHARE, FOR NO KEY UPDATE, FOR UPDATE"
+            message,
+            Err(
+                "\"UPDATE\" is not a row lock; there are FOR KEY SHARE, FOR SHARE, FOR NO KEY UPDATE, FOR UPDATE"
+                    .to_owned()
+            )
         );
         for text in ["", "SIReadLock", "ShareLock", "FOR UPDATE"] {
             assert_eq!(RowLock::from_pg_locks(text), None);
@@ -172,7 +176,10 @@ mod tests {
     #[test]
     fn the_words_say_what_the_matrix_says() {
         for lock in RowLock::ALL {
-            let (blocked, goes_on) = lock.blocks().split_once("; ").unwrap();
+            let (blocked, goes_on) = lock
+                .blocks()
+                .split_once("; ")
+                .expect("all let something in");
             assert!(goes_on.contains("reads"), "{lock}");
             let checks = lock.conflicts_with(KeyShare);
             assert_eq!(blocked.contains("foreign key checks"), checks, "{lock}");
@@ -187,11 +194,11 @@ mod tests {
     fn the_table_in_the_docs_is_the_matrix() {
         let mut table = String::from("| wanted ↓, held → |");
         for lock in RowLock::ALL {
-            write!(table, " {lock} |").unwrap();
+            table += &format!(" {lock} |");
         }
         table.push_str("\n|---|---|---|---|---|");
         for wanted in RowLock::ALL {
-            write!(table, "\n| **{wanted}** |").unwrap();
+            table += &format!("\n| **{wanted}** |");
             for held in RowLock::ALL {
                 let cell = wanted.conflicts_with(held);
                 table.push_str(if cell { " waits |" } else { " |" });

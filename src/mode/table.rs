@@ -207,8 +207,6 @@ impl FromStr for LockMode {
 
 #[cfg(test)]
 mod tests {
-    use std::fmt::Write as _;
-
     use super::*;
 
     #[test]
@@ -245,10 +243,16 @@ mod tests {
             );
         }
         assert_eq!(LockMode::from_pg_locks("ROW EXCLUSIVE"), None);
+        let message = "SIReadLock"
+            .parse::<LockMode>()
+            .map_err(|error| error.to_string());
         assert_eq!(
-            "SIReadLock".parse::<LockMode>().unwrap_err().to_string(),
-            "\"SIReadLock\" is not a table lock mode; there are ACCESS SHARE, ROW SHARE, ROW EXCLUSIVE, \
-             SHARE UPDATE EXCLUSIVE, SHARE, SHARE ROW EXCLUSIVE, EXCLUSIVE, ACCESS EXCLUSIVE"
+            message,
+            Err(
+                "\"SIReadLock\" is not a table lock mode; there are ACCESS SHARE, ROW SHARE, ROW EXCLUSIVE, \
+                 SHARE UPDATE EXCLUSIVE, SHARE, SHARE ROW EXCLUSIVE, EXCLUSIVE, ACCESS EXCLUSIVE"
+                    .to_owned()
+            )
         );
     }
 
@@ -305,12 +309,12 @@ mod tests {
     fn the_table_in_the_docs_is_the_matrix() {
         let mut table = String::from("| wanted ↓, held → |");
         for mode in LockMode::ALL {
-            write!(table, " {} |", mode.as_sql()).unwrap();
+            table += &format!(" {} |", mode.as_sql());
         }
         table.push_str("\n|---|");
         table.push_str(&"---|".repeat(LockMode::ALL.len()));
         for wanted in LockMode::ALL {
-            write!(table, "\n| **{}** |", wanted.as_sql()).unwrap();
+            table += &format!("\n| **{}** |", wanted.as_sql());
             for held in LockMode::ALL {
                 table.push_str(if wanted.conflicts_with(held) {
                     " waits |"
