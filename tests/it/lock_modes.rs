@@ -434,6 +434,32 @@ async fn what_the_notes_say() {
             "plain",
             Some(AccessExclusive),
         ),
+        // The forms of ALTER TABLE under other names.
+        (
+            "ALTER VIEW view SET SCHEMA other",
+            "view",
+            Some(AccessExclusive),
+        ),
+        (
+            "ALTER MATERIALIZED VIEW stored SET SCHEMA other",
+            "stored",
+            Some(AccessExclusive),
+        ),
+        (
+            "ALTER MATERIALIZED VIEW stored SET WITHOUT CLUSTER",
+            "stored",
+            Some(ShareUpdateExclusive),
+        ),
+        (
+            "ALTER FOREIGN TABLE remote ADD COLUMN added int",
+            "remote",
+            Some(AccessExclusive),
+        ),
+        (
+            "ALTER FOREIGN TABLE remote ALTER COLUMN id SET STATISTICS 5",
+            "remote",
+            Some(ShareUpdateExclusive),
+        ),
         // The statement behind.
         ("EXPLAIN SELECT FROM plain", "plain", Some(AccessShare)),
         ("EXPLAIN DELETE FROM plain", "plain", Some(RowExclusive)),

@@ -50,7 +50,7 @@ pub use relation::{LockedRelation, TableWork};
 ///
 /// It is said of ordinary tables. A statement that goes down to partitions or inheritance children locks them in the mode
 /// of the table it names, where no row says otherwise. Several forms of ALTER TABLE in one statement take the strongest
-/// of their locks. EXPLAIN and PREPARE take the locks of the statement behind them on the tables that it names.
+/// of their locks, and ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take what ALTER TABLE does. EXPLAIN and PREPARE take the locks of the statement behind them on the tables that it names.
 ///
 /// # The table
 ///
