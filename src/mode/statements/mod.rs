@@ -50,7 +50,11 @@ pub use relation::{LockedRelation, TableWork};
 ///
 /// It is said of ordinary tables. A statement that goes down to partitions or inheritance children locks them in the mode
 /// of the table it names, where no row says otherwise. Several forms of ALTER TABLE in one statement take the strongest
-/// of their locks, and ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take what ALTER TABLE does. EXPLAIN and PREPARE take the locks of the statement behind them on the tables that it names.
+/// of their locks, and ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take what ALTER TABLE does. EXPLAIN
+/// and PREPARE take the locks of the statement behind them on the tables that it names.
+///
+/// Where PostgreSQL's documentation says otherwise (of tables that refer to a partition which is detached, it says SHARE)
+/// it is what the servers do.
 ///
 /// # The table
 ///
@@ -103,7 +107,7 @@ impl StatementLock {
     /// that stands for names: `alter table add` finds `ALTER TABLE … ADD COLUMN` and more.
     ///
     /// It looks for names, it does not read SQL: `ALTER TABLE orders` finds nothing.
-    pub fn of(statement: &str) -> impl Iterator<Item = &'static Self> {
+    pub fn of(statement: &str) -> impl Iterator<Item = &'static Self> + use<> {
         let wanted: Vec<String> = words(statement).map(str::to_uppercase).collect();
         Self::all().filter(move |lock| {
             let mut name = words(lock.statement).map(str::to_uppercase);
