@@ -412,9 +412,8 @@ impl Advisory {
         request: Request,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
-        let (session, tried, request) =
-            self.acquire_session_locks(request, deadline, false).await?;
-        self.begin_over_session_locks(session, request, &tried, deadline)
+        let locked = self.acquire_session_locks(request, deadline, false).await?;
+        self.begin_over_session_locks(locked.session, locked.request, &locked.tried, deadline)
             .await
     }
 
@@ -423,9 +422,9 @@ impl Advisory {
         request: Request,
         deadline: &Deadline,
     ) -> Result<Option<Tx>, Error> {
-        match self.try_session_locks(request, deadline, false).await? {
+        match self.try_session_locks(&request, deadline, false).await? {
             None => Ok(None),
-            Some((session, tried, request)) => self
+            Some((session, tried)) => self
                 .begin_over_session_locks(session, request, &tried, deadline)
                 .await
                 .map(Some),

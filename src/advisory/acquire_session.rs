@@ -3,15 +3,40 @@
 use super::acquire::{ANSWER, LINE_LOOK, no_answer, slice, standby, timed_out};
 use super::environment::check_locking;
 use super::gate::Turn;
+use super::line::{Entered, Handed, Interrupted, Stake};
 use super::{Advisory, Request, SessionGuard};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
+use crate::mode::AdvisoryMode;
 use crate::session::{Reply, Scope, Session, Then, Undo};
 use crate::sql::advisory::{Locks, Names, Tried, Verdict};
 use crate::sql::{self, Ask, Preparable};
 
-/// A session that holds the locks, what the server said of it, and what was asked for.
-type Locked = (Session, Tried, Request);
+/// A session that holds the locks, what the server said of it, what was asked for, and what keeps the line in order.
+pub(super) struct Locked {
+    pub(super) session: Session,
+    pub(super) tried: Tried,
+    pub(super) request: Request,
+    pub(super) stake: Option<Stake>,
+}
+
+impl Locked {
+    fn new(session: Session, tried: Tried, request: Request) -> Self {
+        Self {
+            session,
+            tried,
+            request,
+            stake: None,
+        }
+    }
+
+    fn staked(self, stake: Stake) -> Self {
+        Self {
+            stake: Some(stake),
+            ..self
+        }
+    }
+}
 
 impl Advisory {
     /// Takes session locks, waiting as long as the request says.
@@ -20,7 +45,11 @@ impl Advisory {
     pub(crate) async fn acquire_session(&self, request: Request) -> Result<SessionGuard, Error> {
         let deadline = Deadline::after(request.wait);
         self.check_room(request.keys(), &deadline).await?;
-        let locked = self.acquire_session_locks(request, &deadline, true).await?;
+        let locked = if is_for_the_line(&request) {
+            self.acquire_in_line(request, &deadline).await?
+        } else {
+            self.acquire_session_locks(request, &deadline, true).await?
+        };
         self.guard(locked, &deadline).await
     }
 
@@ -33,17 +62,93 @@ impl Advisory {
     ) -> Result<Option<SessionGuard>, Error> {
         let deadline = Deadline::after(request.lock_wait);
         self.check_room(request.keys(), &deadline).await?;
-        match self.try_session_locks(request, &deadline, true).await? {
-            Some(locked) => self.guard(locked, &deadline).await.map(Some),
-            None => Ok(None),
+        let Some((session, tried)) = self.try_session_locks(&request, &deadline, true).await?
+        else {
+            return Ok(None);
+        };
+        let mut locked = Locked::new(session, tried, request);
+        if is_for_the_line(&locked.request) {
+            locked.stake = Some(self.line.stake(&locked.request.keys()[0]));
         }
+        self.guard(locked, &deadline).await.map(Some)
     }
 
-    async fn guard(
+    /// Takes a lock as one of those that line up for it in this process.
+    async fn acquire_in_line(
         &self,
-        (session, tried, request): Locked,
+        request: Request,
         deadline: &Deadline,
-    ) -> Result<SessionGuard, Error> {
+    ) -> Result<Locked, Error> {
+        let key = request.keys()[0].clone();
+        let name = request.session_names().holding.unwrap_or_default();
+        let mut waiting = match self.line.enter(&key, name) {
+            Entered::First(stake) => return self.acquire_as_first(request, deadline, stake).await,
+            Entered::Waiting(waiting) => waiting,
+        };
+        tracing::debug!(%key, "waiting in line for a session lock");
+        let handed = loop {
+            match waiting.handed(deadline).await {
+                Ok(handed) => break handed,
+                Err(Interrupted::Late) => {
+                    drop(waiting);
+                    return self
+                        .look_at_session_locks_afresh(request, deadline, true)
+                        .await;
+                }
+                Err(Interrupted::Look) => {
+                    // Not for long: the session that is to be handed over may be the pool's only one.
+                    let look = Deadline::after(LINE_LOOK);
+                    let tried = self.try_session_locks(&request, &look, true).await;
+                    if let Ok(Some((session, tried))) = tried {
+                        let stake = self.line.stake(&key);
+                        // With what may have been handed over in this very moment, and is not needed any more.
+                        drop(waiting);
+                        return Ok(Locked::new(session, tried, request).staked(stake));
+                    }
+                }
+                Err(Interrupted::Lost) => break Handed::Turn(self.line.stake(&key)),
+            }
+        };
+        let passed = match handed {
+            Handed::Turn(stake) => return self.acquire_as_first(request, deadline, stake).await,
+            Handed::Session(passed) => passed,
+        };
+        let (session, tried, stake) = passed.take();
+        let mut session = session;
+        session.identify(tried.pid, request.begin.application_name.as_deref());
+        if tried.granted {
+            return Ok(Locked::new(session, tried, request).staked(stake));
+        }
+        // Somebody else stood in the server's queue: so does this one now, unless transactions of this process are
+        // waiting for their turn there.
+        let Some(turn) = self.gate.try_turn(request.keys()) else {
+            session.give_back();
+            return self.acquire_as_first(request, deadline, stake).await;
+        };
+        let locked = self
+            .wait_for_session_locks(session, request, tried, deadline, true, Some(turn))
+            .await?;
+        Ok(locked.staked(stake))
+    }
+
+    /// Takes a lock as the one of its line that deals with the server.
+    async fn acquire_as_first(
+        &self,
+        request: Request,
+        deadline: &Deadline,
+        stake: Stake,
+    ) -> Result<Locked, Error> {
+        let locked = self.acquire_session_locks(request, deadline, true).await?;
+        Ok(locked.staked(stake))
+    }
+
+    async fn guard(&self, locked: Locked, deadline: &Deadline) -> Result<SessionGuard, Error> {
+        let Locked {
+            session,
+            tried,
+            request,
+            stake,
+        } = locked;
         for key in request.keys() {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
         }
@@ -53,7 +158,7 @@ impl Advisory {
             Ask::Execute(statement) => Some(statement),
             _ => None,
         };
-        let guard = SessionGuard::new(session, request, name, unlock);
+        let guard = SessionGuard::new(session, request, name, unlock, stake);
         let server = self.server(guard.session(), &tried);
         check_locking(
             guard.session(),
@@ -84,7 +189,7 @@ impl Advisory {
         loop {
             let (session, tried) = self.try_once(&request, deadline, named).await?;
             if tried.verdict == Verdict::Granted {
-                return Ok((session, tried, request));
+                return Ok(Locked::new(session, tried, request));
             }
             if turn.is_none() {
                 turn = self.gate.try_turn(request.keys());
@@ -107,13 +212,13 @@ impl Advisory {
 
     pub(super) async fn try_session_locks(
         &self,
-        request: Request,
+        request: &Request,
         deadline: &Deadline,
         named: bool,
-    ) -> Result<Option<Locked>, Error> {
-        let (session, tried) = self.try_once(&request, deadline, named).await?;
+    ) -> Result<Option<(Session, Tried)>, Error> {
+        let (session, tried) = self.try_once(request, deadline, named).await?;
         if tried.verdict == Verdict::Granted {
-            return Ok(Some((session, tried, request)));
+            return Ok(Some((session, tried)));
         }
         session.give_back();
         tracing::debug!(key = %request.keys()[0], "session lock busy");
@@ -209,7 +314,7 @@ impl Advisory {
             session = answered;
             let Err(error) = answer else {
                 drop(turn);
-                return Ok((session, tried, request));
+                return Ok(Locked::new(session, tried, request));
             };
             match classify(&error) {
                 // Both are raised before the grant of a transaction lock, which the next message rolls back.
@@ -274,7 +379,7 @@ impl Advisory {
         match sql::advisory::tried(&reply) {
             Some(tried) if tried.verdict == Verdict::Granted => {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
-                Ok((session, tried, request))
+                Ok(Locked::new(session, tried, request))
             }
             found => {
                 // Whatever else it is, its connection is closed.
@@ -290,6 +395,13 @@ impl Advisory {
             }
         }
     }
+}
+
+/// Whether others may want the same: one key, exclusively, by a name of one's own.
+fn is_for_the_line(request: &Request) -> bool {
+    request.keys().len() == 1
+        && request.mode() == AdvisoryMode::Exclusive
+        && request.begin.application_name.is_some()
 }
 
 fn names(request: &Request, named: bool) -> Names<'_> {

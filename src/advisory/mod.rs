@@ -8,7 +8,9 @@ mod acquire;
 mod acquire_session;
 mod environment;
 mod gate;
+mod hand_over;
 mod in_transaction;
+mod line;
 mod lock;
 mod request;
 mod session_guard;
@@ -29,6 +31,7 @@ use crate::session::Connections;
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
     gate: gate::Gate,
+    line: Arc<line::Line>,
 }
 
 impl Advisory {
@@ -36,6 +39,7 @@ impl Advisory {
         Arc::new(Self {
             connections,
             gate: gate::Gate::default(),
+            line: Arc::default(),
         })
     }
 }

@@ -3,14 +3,16 @@
 use std::time::{Duration, Instant};
 
 use super::Request;
+use super::hand_over::{Ending, is_unlocked};
+use super::line::Stake;
 use crate::call_site::CallSite;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{FromReply, Journal, Reply, Session, Then, Undo, query_methods};
+use crate::session::{Journal, Session, Then, Undo, query_methods};
+use crate::sql;
 use crate::sql::advisory::Locks;
-use crate::sql::{self, Message};
 use crate::transaction::{AsyncFunc, Tx};
 
 /// How often [`SessionGuard::lost`] looks.
@@ -28,6 +30,11 @@ const LOOK: Duration = Duration::from_millis(100);
 /// # Dropping
 /// The unlock is sent at once, without waiting; the connection is back in the pool when the server has said that the
 /// locks are gone, and closed when it says anything else.
+///
+/// Where others wait for the same key through the same [`Keeper`](crate::Keeper), exclusively and for the session, they
+/// wait in line without a connection, first come, first served. The first of them takes the connection over instead of
+/// the pool, if nothing was run on it: the message that unlocks tries the lock once more in its name. Waiters of other
+/// processes, which stand in the server's own queue, come first.
 #[must_use = "dropping the guard releases the lock at once"]
 #[clippy::has_significant_drop]
 #[derive(Debug)]
@@ -41,6 +48,8 @@ pub struct SessionGuard {
     application_name: Option<String>,
     /// The name of the prepared `try`, with which its unlock was prepared.
     prepared: Option<String>,
+    /// Keeps the others of this process in line; the last to be dropped, after the release has been sent.
+    stake: Option<Stake>,
     call_site: Option<CallSite>,
     lock_wait: Duration,
     since: Instant,
@@ -52,6 +61,7 @@ impl SessionGuard {
         request: Request,
         application_name: Option<String>,
         prepared: Option<String>,
+        stake: Option<Stake>,
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
@@ -67,6 +77,7 @@ impl SessionGuard {
             _names: names,
             application_name,
             prepared,
+            stake,
             call_site,
             lock_wait,
             since: Instant::now(),
@@ -152,18 +163,21 @@ impl SessionGuard {
         if session.is_closed() {
             return Err(lost);
         }
-        let undo = Undo::After(after_unlock(self.application_name.clone()));
+        let mut ending = Ending::of(&self, &session);
+        let undo = ending.undo();
         self.trace_end();
         // A statement that was given up is cancelled; what became of the locks is asked all the same.
-        let exchange = session.exchange(self.release_message(), undo);
+        let message = std::mem::replace(&mut ending.message, String::new().into());
+        let exchange = session.exchange(message, undo);
         let Some((session, answer)) = exchange.insist().await else {
             return Err(lost.with_detail("no answer from the server, the connection was closed"));
         };
         match answer {
-            Ok(reply) if !unlocked(&reply) => Err(lost),
+            Ok(reply) if !is_unlocked(&reply) => Err(lost),
             Ok(reply) => {
-                match after_unlock(self.application_name.clone())(&reply) {
+                match ending.then(&reply) {
                     Then::GiveBack => session.give_back(),
+                    Then::Pass(pass) => pass(session),
                     Then::Close => {}
                     // Unanswered, the connection is closed.
                     Then::Send(sql) => {
@@ -182,7 +196,7 @@ impl SessionGuard {
                 Failure::Aborted | Failure::Cancelled | Failure::MissingStatement => {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
                     match session.exchange(sql, Undo::Nothing).await {
-                        (session, Ok(reply)) if unlocked(&reply) => {
+                        (session, Ok(reply)) if is_unlocked(&reply) => {
                             session.give_back();
                             Ok(())
                         }
@@ -235,13 +249,17 @@ impl SessionGuard {
         }
     }
 
-    fn release_message(&self) -> Message {
-        match (&self.prepared, &self.application_name, self.keys.as_slice()) {
-            (Some(statement), Some(name), [key]) => {
-                sql::advisory::execute_unlock(statement, key, name)
-            }
-            _ => self.release_text().into(),
-        }
+    pub(super) fn application_name(&self) -> Option<&str> {
+        self.application_name.as_deref()
+    }
+
+    /// The name of the prepared `try`.
+    pub(super) fn prepared(&self) -> Option<&str> {
+        self.prepared.as_deref()
+    }
+
+    pub(super) fn stake(&self) -> Option<&Stake> {
+        self.stake.as_ref()
     }
 
     fn release_text(&self) -> String {
@@ -261,33 +279,11 @@ impl Drop for SessionGuard {
     fn drop(&mut self) {
         if let Some(session) = self.session.take() {
             self.trace_end();
-            let undo = Undo::After(after_unlock(self.application_name.clone()));
-            session.exchange(self.release_message(), undo).detach();
+            let ending = Ending::of(self, &session);
+            let undo = ending.undo();
+            session.exchange(ending.message, undo).detach();
         }
     }
-}
-
-/// What is left to do after an unlock: end the transaction that somebody left open, which would take the restored name
-/// with it.
-fn after_unlock(application_name: Option<String>) -> FromReply {
-    Box::new(move |reply| {
-        if !unlocked(reply) {
-            return Then::Close;
-        }
-        if sql::rows(reply).any(|row| sql::is_true(row, "fresh")) {
-            return Then::GiveBack;
-        }
-        let mut sql = String::from(sql::ROLLBACK);
-        if let Some(name) = &application_name {
-            sql.push_str("; ");
-            sql.push_str(&sql::advisory::set_application_name(name));
-        }
-        Then::Send(sql)
-    })
-}
-
-fn unlocked(reply: &Reply) -> bool {
-    sql::rows(reply).any(|row| sql::is_true(row, "unlocked"))
 }
 
 /// The guard's session lent to a transaction. However it ends, the session goes back to the guard.

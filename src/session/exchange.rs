@@ -29,12 +29,13 @@ const CANCEL_AGAIN: Duration = Duration::from_millis(100);
 const CANCELS: usize = 10;
 
 /// What a reply leaves to be done.
-#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Then {
     /// Nothing is left on the connection.
     GiveBack,
     /// This is to be sent; once it has succeeded, nothing is left.
     Send(String),
+    /// Somebody is waiting for the session.
+    Pass(Box<dyn FnOnce(Session) + Send>),
     /// The reply is not what it should be.
     Close,
 }
@@ -262,6 +263,7 @@ async fn settle(
         // Dropped, the session closes its connection.
         Then::Close => {}
         Then::GiveBack => session.give_back(),
+        Then::Pass(pass) => pass(session),
         Then::Send(sql) => {
             let exchange = session.exchange(sql, Undo::Nothing);
             if let Ok((session, Ok(_))) = tokio::time::timeout(PATIENCE, exchange).await {

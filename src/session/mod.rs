@@ -60,6 +60,8 @@ pub(crate) struct Session {
     unwatched: AtomicBool,
     /// A cancel is on its way that may hit any later statement.
     doubtful: AtomicBool,
+    /// Somebody has run something on it, beyond what takes and returns its locks.
+    used: AtomicBool,
     /// A statement has failed at some time, or its end is not known.
     flawed: AtomicBool,
     /// Where what is said on it is noted.
@@ -72,6 +74,7 @@ impl Session {
     /// The connection, for statements whose fate is not ours to know.
     pub(crate) fn unwatched_client(&self) -> &Object {
         self.unwatched.store(true, Ordering::Relaxed);
+        self.used.store(true, Ordering::Relaxed);
         self.client()
     }
 
@@ -99,6 +102,16 @@ impl Session {
     /// What we named the backend.
     pub(crate) fn application_name(&self) -> Option<&str> {
         self.application_name.as_deref()
+    }
+
+    /// Whether anything was run on it beyond what takes and returns its locks.
+    pub(crate) fn was_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Whether a cancel is on its way that may hit a later statement.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        self.doubtful.load(Ordering::Relaxed)
     }
 
     /// Notes that a statement has failed.
@@ -176,6 +189,7 @@ impl Session {
         &self,
         statement: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, tokio_postgres::Error> {
+        self.used.store(true, Ordering::Relaxed);
         self.unanswered.fetch_add(1, Ordering::Relaxed);
         let result = statement.await;
         self.unanswered.fetch_sub(1, Ordering::Relaxed);

@@ -125,6 +125,7 @@ impl Connections {
             unanswered: AtomicUsize::new(0),
             unwatched: AtomicBool::new(false),
             doubtful: AtomicBool::new(false),
+            used: AtomicBool::new(false),
             flawed: AtomicBool::new(false),
             flight: None,
             failure: Mutex::new(None),

@@ -24,7 +24,7 @@ pub(crate) enum Ask {
 /// A statement that is worth preparing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Preparable {
-    /// The `try` for one key, by scope, mode and key space; with a session lock's goes its unlock.
+    /// The `try` for one key, by scope, mode and key space; with a session lock's go its unlock and its handing over.
     Try {
         session: bool,
         shared: bool,
@@ -66,6 +66,11 @@ impl Preparable {
             ),
         }
     }
+}
+
+/// What the statement is called that hands a lock over, and goes with the `try` of this name.
+pub(crate) fn hand_over_of(statement: &str) -> String {
+    format!("{statement}_h")
 }
 
 /// What the unlock is called that goes with the `try` of this name.

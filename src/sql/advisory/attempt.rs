@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use tokio_postgres::SimpleQueryMessage;
 
 use super::keys::{Locks, all_of, shared_suffix, take_each};
-use super::release::push_unlock_select;
+use super::release::{push_prepare_hand_over, push_unlock_select};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::sql::begin::{FRESH, PID};
@@ -266,6 +266,7 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Mess
                     push_unlock_select(sql, name, locks.mode, arguments);
                 },
             );
+            push_prepare_hand_over(&mut sql, statement, key, locks.mode);
         }
         push_execute(&mut sql, statement, key, name);
         return match ask {

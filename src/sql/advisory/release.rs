@@ -7,7 +7,7 @@ use super::keys::{KeyRows, Locks, call, shared_suffix};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::sql::begin::FRESH;
-use crate::sql::prepared::unlock_of;
+use crate::sql::prepared::{hand_over_of, unlock_of};
 use crate::sql::{Begin, Message, blockers, literal};
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
@@ -60,6 +60,41 @@ pub(crate) fn execute_unlock(statement: &str, key: &LockKey, application_name: &
     let mut sql = String::with_capacity(128);
     push_execute(&mut sql, &unlock_of(statement), key, application_name);
     Message::of(1, sql)
+}
+
+/// Returns one key and tries it again in somebody else's name, by the statement that was prepared together with the `try`.
+/// In the one row `unlocked` is true when it was held, and `locked` when it is held again; only then the session goes by
+/// the name of the `next`, and else by its own.
+pub(crate) fn execute_hand_over(statement: &str, key: &LockKey, next: &str, own: &str) -> Message {
+    let mut sql = String::with_capacity(160);
+    push_execute(&mut sql, &hand_over_of(statement), key, next);
+    // Behind the last argument comes one more.
+    sql.truncate(sql.len() - 1);
+    let _ = write!(sql, ", {})", literal(own));
+    Message::of(1, sql)
+}
+
+/// The statement of [`execute_hand_over`]; the target list of the subquery is evaluated from left to right.
+pub(super) fn push_prepare_hand_over(
+    sql: &mut String,
+    statement: &str,
+    key: &LockKey,
+    mode: AdvisoryMode,
+) {
+    let (types, arguments, next, own) = if key.as_i32_pair().is_some() {
+        ("pg_catalog.int4, pg_catalog.int4", "($1, $2)", "$3", "$4")
+    } else {
+        ("pg_catalog.int8", "($1)", "$2", "$3")
+    };
+    let shared = shared_suffix(mode);
+    let _ = write!(
+        sql,
+        "PREPARE {} ({types}, pg_catalog.text, pg_catalog.text) AS SELECT h.unlocked, h.locked, \
+         pg_catalog.set_config('application_name', CASE WHEN h.locked THEN {next} ELSE {own} END, false) \
+         FROM (SELECT pg_catalog.pg_advisory_unlock{shared}{arguments} AS unlocked, \
+         pg_catalog.pg_try_advisory_lock{shared}{arguments} AS locked OFFSET 0) AS h; ",
+        hand_over_of(statement)
+    );
 }
 
 pub(super) fn push_unlock_select(

@@ -1,0 +1,126 @@
+//! How a session guard ends: its lock is released, or goes to the next in line together with its session.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::SessionGuard;
+use super::line::Next;
+use crate::key::LockKey;
+use crate::session::{FromReply, Reply, Session, Then, Undo};
+use crate::sql::advisory::{Tried, Verdict};
+use crate::sql::{self, Message};
+
+/// The end of a guard: what is sent, and what the reply leaves to be done.
+pub(super) struct Ending {
+    pub(super) message: Message,
+    // Taken by whoever reads the reply: the caller, or the background.
+    then: Arc<Mutex<Option<FromReply>>>,
+}
+
+impl Ending {
+    pub(super) fn of(guard: &SessionGuard, session: &Session) -> Self {
+        let application_name = guard.application_name();
+        let (message, then) = match (guard.prepared(), application_name, guard.held_keys()) {
+            (Some(statement), Some(name), [key]) => match next(guard, session) {
+                Some(next) => hand_over(statement, key, name, next),
+                None => (
+                    sql::advisory::execute_unlock(statement, key, name),
+                    after_unlock(Some(name.to_owned())),
+                ),
+            },
+            _ => (
+                sql::advisory::unlock(guard.locks(), application_name).into(),
+                after_unlock(application_name.map(str::to_owned)),
+            ),
+        };
+        Self {
+            message,
+            then: Arc::new(Mutex::new(Some(then))),
+        }
+    }
+
+    /// What to do with the reply if nobody waits for it.
+    pub(super) fn undo(&self) -> Undo {
+        let then = Arc::clone(&self.then);
+        Undo::After(Box::new(move |reply| read(&then, reply)))
+    }
+
+    /// What to do with the reply.
+    pub(super) fn then(&self, reply: &Reply) -> Then {
+        read(&self.then, reply)
+    }
+}
+
+fn read(then: &Mutex<Option<FromReply>>, reply: &Reply) -> Then {
+    let then = then.lock().unwrap_or_else(PoisonError::into_inner).take();
+    then.map_or(Then::Close, |then| then(reply))
+}
+
+/// The next in line, unless the session has been used: what somebody has set on it is not for the next one, and the pool
+/// may have its own way of cleaning a connection.
+fn next(guard: &SessionGuard, session: &Session) -> Option<Next> {
+    if session.was_used() {
+        return None;
+    }
+    guard.stake()?.next()
+}
+
+/// The lock is released and tried again for the next in line, in one message. A waiter of another process that is in the
+/// server's queue gets it in between.
+fn hand_over(statement: &str, key: &LockKey, name: &str, next: Next) -> (Message, FromReply) {
+    let message = sql::advisory::execute_hand_over(statement, key, &next.application_name, name);
+    let unlock = sql::advisory::execute_unlock(statement, key, name);
+    let name = name.to_owned();
+    let then: FromReply = Box::new(move |reply| {
+        if !is_unlocked(reply) {
+            return Then::Close;
+        }
+        let locked = sql::rows(reply).any(|row| sql::is_true(row, "locked"));
+        Then::Pass(Box::new(move |session: Session| {
+            if session.is_doubtful() {
+                return;
+            }
+            let own = name.clone();
+            let tried = Tried {
+                verdict: if locked {
+                    Verdict::Granted
+                } else {
+                    Verdict::Busy
+                },
+                granted: locked,
+                pid: session.server_pid().unwrap_or_default(),
+                application_name: name,
+                server: None,
+                timeouts: None,
+            };
+            let unlock = Box::new(move |session: Session| {
+                let undo = Undo::After(after_unlock(Some(own)));
+                session.exchange(unlock, undo).detach();
+            });
+            next.pass(session, tried, unlock);
+        }))
+    });
+    (message, then)
+}
+
+/// What is left to do after an unlock: end the transaction that somebody left open, which would take the restored name
+/// with it.
+fn after_unlock(application_name: Option<String>) -> FromReply {
+    Box::new(move |reply| {
+        if !is_unlocked(reply) {
+            return Then::Close;
+        }
+        if sql::rows(reply).any(|row| sql::is_true(row, "fresh")) {
+            return Then::GiveBack;
+        }
+        let mut sql = String::from(sql::ROLLBACK);
+        if let Some(name) = &application_name {
+            sql.push_str("; ");
+            sql.push_str(&sql::advisory::set_application_name(name));
+        }
+        Then::Send(sql)
+    })
+}
+
+pub(super) fn is_unlocked(reply: &Reply) -> bool {
+    sql::rows(reply).any(|row| sql::is_true(row, "unlocked"))
+}
