@@ -78,10 +78,10 @@ impl JournalLine {
     }
 }
 
-/// A journal, and which of its entries waited.
+/// A journal up to the incident, and which of its entries waited.
 pub(super) struct Reading<'a> {
     entries: &'a [JournalEntry],
-    pub(super) waited: Option<usize>,
+    waited: Option<usize>,
 }
 
 impl<'a> Reading<'a> {
@@ -95,24 +95,40 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Another one's, which has gone on since: the statement that the server was seen to run, else the one that had
-    /// then lasted longest of those that were not over.
-    pub(super) fn of_other(journal: &'a Journal, occurred: SystemTime, seen: Option<&str>) -> Self {
+    /// Another one's, which has gone on since.
+    pub(super) fn of_holder(journal: &'a Journal, occurred: SystemTime) -> Self {
         let at = occurred.duration_since(journal.began).unwrap_or_default();
         let begun = journal
             .statements
             .partition_point(|entry| entry.after <= at);
-        let entries = &journal.statements[..begun];
-        let end = |entry: &JournalEntry| entry.took.map_or(at, |took| (entry.after + took).min(at));
-        let open = entries.iter().enumerate().rev();
-        let open = open.filter(|(_, entry)| end(entry) + SAME_TIME >= at);
-        let is_seen = |entry: &JournalEntry| {
-            let text = entry.text.as_deref();
-            // The server keeps the beginning only.
-            seen.is_none_or(|seen| text.is_none_or(|text| text.starts_with(seen)))
+        Self {
+            entries: &journal.statements[..begun],
+            waited: None,
+        }
+    }
+
+    /// Another one's that waited too: the statement that the server was seen to run, else the one that had then lasted
+    /// longest of those that were not over.
+    pub(super) fn of_waiter(
+        journal: &'a Journal,
+        occurred: SystemTime,
+        seen: Option<&str>,
+    ) -> Self {
+        let entries = Self::of_holder(journal, occurred).entries;
+        let at = occurred.duration_since(journal.began).unwrap_or_default();
+        let end = |entry: &JournalEntry| {
+            let took = entry.took.unwrap_or(Duration::MAX);
+            entry.after.saturating_add(took).min(at)
         };
-        let waited = open
-            .filter(|(_, entry)| is_seen(entry))
+        // The server keeps the beginning of a statement only.
+        let is_seen = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
+            (Some(seen), Some(text)) => text.starts_with(seen),
+            _ => true,
+        };
+        let waited = entries
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| end(entry).saturating_add(SAME_TIME) >= at && is_seen(entry))
             .max_by_key(|(_, entry)| end(entry).saturating_sub(entry.after));
         Self {
             entries,
@@ -120,15 +136,16 @@ impl<'a> Reading<'a> {
         }
     }
 
-    pub(super) fn statement(&self) -> Option<&'a Arc<str>> {
-        self.entries[self.waited?].text.as_ref()
+    /// The statement that waited, or else the last one.
+    pub(super) fn statement(&self) -> Option<&'a str> {
+        let last = self.entries.len().checked_sub(1);
+        self.entries.get(self.waited.or(last)?)?.text.as_deref()
     }
 
     /// The lines, those marked that took what others waited for in these edges.
     pub(super) fn lines<'e>(
         &self,
         contested: impl Iterator<Item = &'e IncidentEdge>,
-        waits: bool,
         texts: Texts,
     ) -> Vec<JournalLine> {
         let mut lines: Vec<_> = self
@@ -136,7 +153,7 @@ impl<'a> Reading<'a> {
             .iter()
             .map(|entry| line(entry, texts))
             .collect();
-        if let Some(waited) = self.waited.filter(|_| waits) {
+        if let Some(waited) = self.waited {
             lines[waited].mark = Some(JournalMark::Waited);
         }
         for edge in contested {

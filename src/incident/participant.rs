@@ -11,7 +11,7 @@ use crate::statement;
 use super::journal::Reading;
 use super::scene::Scene;
 use super::texts::Texts;
-use super::{Evidence, Journal, JournalLine, Look};
+use super::{Evidence, IncidentEdge, Journal, JournalLine, Look};
 
 /// A session, or a prepared transaction, that took part in an incident.
 ///
@@ -212,7 +212,7 @@ fn participant(
 ) -> Participant {
     let seen = id.as_ref().and_then(|id| seen(evidence, scene, id));
     let backend = seen.map(|(_, backend)| backend);
-    let waits_for = |edge: &&super::IncidentEdge| Some(&edge.waiter) == id.as_ref();
+    let waits_for = |edge: &&IncidentEdge| Some(&edge.waiter) == id.as_ref();
     let own_edges = || scene.edges.iter().filter(waits_for);
     let held = scene.edges.iter();
     let held = held.filter(|edge| Some(&edge.blocker) == id.as_ref() && !edge.is_soft());
@@ -222,13 +222,20 @@ fn participant(
     let reading = journal.map(|journal| {
         if is_victim {
             Reading::of_victim(journal)
+        } else if waits {
+            let running = on_server.filter(|_| own_edges().any(IncidentEdge::was_seen));
+            Reading::of_waiter(journal, evidence.occurred, running)
         } else {
-            let running = on_server.filter(|_| own_edges().any(|edge| edge.was_seen()));
-            Reading::of_other(journal, evidence.occurred, running)
+            Reading::of_holder(journal, evidence.occurred)
         }
     });
-    let statement = reading.as_ref().and_then(Reading::statement);
-    let statement = statement.map(|text| &**text).or(on_server);
+    let said = reading.as_ref().and_then(Reading::statement);
+    // The server keeps the beginning only; but of one that does not wait it shows what it did when it was seen.
+    let statement = if waits {
+        said.or(on_server)
+    } else {
+        on_server.or(said)
+    };
     let name = backend.and_then(Backend::application_name).map(Arc::from);
     let name = name.or_else(|| journal?.application_name.clone());
     let call_site = match journal {
@@ -265,7 +272,7 @@ fn participant(
         in_this_process: journal.is_some(),
         waits,
         seen_after: seen.map(|(look, _)| look.after),
-        journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, waits, texts)),
+        journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, texts)),
         journal_dropped: journal.map_or(0, |journal| journal.dropped),
         conflict_group: journal.and_then(|journal| journal.conflict_group.clone()),
         fingerprint: statement.map(|sql| statement::fingerprint(as_kept(sql))),

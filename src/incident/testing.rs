@@ -282,3 +282,27 @@ pub(super) fn transfers() -> Evidence {
         ..evidence(Kind::Deadlock)
     }
 }
+
+/// One that waits for a lock timeout behind what the server shows.
+pub(super) fn timeout(server: Server) -> Evidence {
+    Evidence {
+        error: Some(timeout_error(None)),
+        looks: vec![server.look(960, Vec::new())],
+        ..evidence(Kind::LockTimeout)
+    }
+}
+
+/// Two that are in a deadlock, as the server shows it.
+pub(super) fn deadlock(server: Server) -> Evidence {
+    Evidence {
+        looks: vec![server.look(960, Vec::new())],
+        ..evidence(Kind::Deadlock)
+    }
+}
+
+pub(super) fn advisory(key: impl Into<crate::key::LockKey>) -> LockObject {
+    LockObject::Advisory {
+        key: key.into(),
+        database: None,
+    }
+}

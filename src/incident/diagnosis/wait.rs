@@ -321,3 +321,277 @@ fn sentence(text: &str) -> String {
         _ => text.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::super::testing::*;
+    use super::super::super::{Evidence, Incident, Kind};
+    use super::*;
+
+    fn found(evidence: Evidence) -> (Cause, bool, Incident) {
+        let report = report(evidence);
+        let diagnosis = report.diagnosis();
+        (diagnosis.cause(), diagnosis.is_certain(), report)
+    }
+
+    fn text(report: &Incident) -> &str {
+        report.diagnosis().text()
+    }
+
+    fn fix(report: &Incident) -> &str {
+        report.diagnosis().fix().unwrap_or_default()
+    }
+
+    fn row_held(state: &str, in_state: u64) -> Server {
+        Server::default()
+            .session_for(12, "psql", state, "SELECT 'secret'", in_state)
+            .waits_for_row(11, &row(account(), 1), 12, 958)
+    }
+
+    #[test]
+    fn the_holder_is_idle() {
+        let (cause, certain, report) = found(timeout(row_held("idle in transaction", 30_000)));
+        assert_eq!((cause, certain), (Cause::IdleInTransaction, true));
+        assert_eq!(
+            text(&report),
+            "pid 12 (psql) held row (0,1) of public.account, and was idle in its transaction for 30.0s: its client did \
+             something else meanwhile, or forgot it."
+        );
+        // On its way to the next statement, maybe.
+        let (cause, certain, _) = found(timeout(row_held("idle in transaction (aborted)", 3)));
+        assert_eq!((cause, certain), (Cause::IdleInTransaction, false));
+    }
+
+    #[test]
+    fn the_end_of_the_chain_counts() {
+        let server = row_held("active", 900)
+            .session_for(13, "worker", "idle in transaction", "", 5000)
+            .waits_for_row(12, &row(account(), 2), 13, 900);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::IdleInTransaction, true));
+        assert!(
+            text(&report).contains("not to be had from pid 12 (psql)"),
+            "{}",
+            text(&report)
+        );
+        assert!(
+            text(&report).contains("in the end for pid 13 (worker)"),
+            "{}",
+            text(&report)
+        );
+    }
+
+    #[test]
+    fn the_holder_is_busy() {
+        let (cause, certain, report) = found(timeout(row_held("active", 5000)));
+        assert_eq!((cause, certain), (Cause::RunningHolder, false));
+        assert!(text(&report).ends_with("and was busy for 5.0s with SELECT ?."));
+    }
+
+    #[test]
+    fn the_holder_is_hidden() {
+        let server =
+            Server::default()
+                .hidden(12, "psql")
+                .waits_for_row(11, &row(account(), 1), 12, 958);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::Unknown, false));
+        assert!(text(&report).contains("hidden from this role (pg_read_all_stats"));
+        assert!(
+            report
+                .missing()
+                .any(|line| line.contains("pid 12 (psql) are hidden"))
+        );
+        let server = Server::default().waits_for_row(11, &row(account(), 1), 12, 958);
+        let (cause, _, report) = found(timeout(server));
+        assert_eq!(cause, Cause::Unknown);
+        assert!(text(&report).contains("was not seen"));
+    }
+
+    #[test]
+    fn a_prepared_transaction() {
+        let prepared = BackendId::Prepared(Some("order-7".into()));
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .holds(prepared, &object, "RowExclusiveLock")
+            .waits(11, &object, "ShareLock", 958, &[0]);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::PreparedTransaction, true));
+        assert!(fix(&report).contains("ROLLBACK PREPARED or COMMIT PREPARED, of \"order-7\""));
+        let server = Server::default().waits(11, &object, "ShareLock", 958, &[0]);
+        let (cause, _, report) = found(timeout(server));
+        assert_eq!(cause, Cause::PreparedTransaction);
+        assert!(fix(&report).contains("pg_prepared_xacts"));
+    }
+
+    #[test]
+    fn behind_a_migration() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .session(12, "migrate", "active", "ALTER TABLE account ADD x int")
+            .session_for(13, "psql", "idle in transaction", "SELECT 1", 60_000)
+            .holds(13, &object, "AccessShareLock")
+            .waits(12, &object, "AccessExclusiveLock", 2000, &[13])
+            .waits(11, &object, "AccessShareLock", 958, &[12]);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::LockQueue, true));
+        let text = text(&report);
+        assert!(
+            text.contains("pid 12 (migrate) waited for it ahead in the queue"),
+            "{text}"
+        );
+        assert!(
+            text.contains("(AccessExclusiveLock); it waited for pid 13 (psql), which was idle"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn an_index_is_built() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .session(12, "migrate", "active", "CREATE INDEX ON account (note)")
+            .holds(12, &object, "ShareLock")
+            .waits(11, &object, "RowExclusiveLock", 958, &[12]);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::IndexBuild, true));
+        assert!(text(&report).contains("held table public.account in ShareLock"));
+        // The build waits, behind one who forgot to commit.
+        let mut victim = timeout(
+            Server::default()
+                .session_for(12, "psql", "idle in transaction", "", 60_000)
+                .holds(12, &object, "RowExclusiveLock")
+                .waits(11, &object, "ShareLock", 958, &[12]),
+        );
+        victim.victim.statements = vec![entry(0, "CREATE INDEX ON account (note)", None)];
+        let (cause, certain, report) = found(victim);
+        assert_eq!((cause, certain), (Cause::IndexBuild, true));
+        assert!(
+            fix(&report).starts_with("End the transaction of pid 12 (psql), which was idle for")
+        );
+    }
+
+    #[test]
+    fn an_advisory_lock() {
+        let key = advisory("invoice:1");
+        let server = Server::default()
+            .session_for(12, "billing src/pay.rs:7", "idle", "", 60_000)
+            .holds(12, &key, "ExclusiveLock")
+            .waits(11, &key, "ExclusiveLock", 958, &[12]);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::AdvisoryLockHeld, true));
+        assert_eq!(
+            text(&report),
+            "pid 12 (src/pay.rs:7) held advisory lock \"invoice:1\" (idle)."
+        );
+    }
+
+    #[test]
+    fn a_key_that_another_one_inserted() {
+        let transaction = LockObject::Transaction(12);
+        let server = || {
+            Server::default()
+                .session(
+                    11,
+                    "src/transfer.rs:41",
+                    "active",
+                    "INSERT INTO account VALUES (1)",
+                )
+                .session(12, "psql", "active", "SELECT 1")
+                .holds(12, &transaction, "ExclusiveLock")
+                .waits(11, &transaction, "ShareLock", 958, &[12])
+        };
+        let (cause, certain, _) = found(timeout(server()));
+        assert_eq!((cause, certain), (Cause::UniqueInsert, false));
+        let context = "while inserting index tuple (0,2) in relation \"account_pkey\"";
+        let told = Evidence {
+            error: Some(timeout_error(Some(context))),
+            ..timeout(server())
+        };
+        let (cause, certain, report) = found(told.clone());
+        assert_eq!((cause, certain), (Cause::UniqueInsert, true));
+        assert!(text(&report).contains("a key of account_pkey"));
+        let (cause, certain, report) = found(Evidence {
+            looks: Vec::new(),
+            ..told
+        });
+        assert_eq!((cause, certain), (Cause::UniqueInsert, true));
+        assert!(
+            text(&report).contains("A key of account_pkey"),
+            "{}",
+            text(&report)
+        );
+    }
+
+    const CHECK: &str = "while locking tuple (0,1) in relation \"customer\"\n\
+        SQL statement \"SELECT 1 FROM ONLY \"public\".\"customer\" x WHERE \"id\" OPERATOR(pg_catalog.=) $1 \
+        FOR KEY SHARE OF x\"";
+
+    #[test]
+    fn a_foreign_keys_parent() {
+        let server = Server::default()
+            .session(
+                11,
+                "src/transfer.rs:41",
+                "active",
+                "INSERT INTO orders VALUES (1)",
+            )
+            .session(
+                12,
+                "psql",
+                "active",
+                "SELECT * FROM public.customer FOR UPDATE",
+            )
+            .waits_for_row(11, &row(table(9, "customer"), 1), 12, 958);
+        let told = Evidence {
+            error: Some(timeout_error(Some(CHECK))),
+            ..timeout(server)
+        };
+        let (cause, certain, report) = found(told.clone());
+        assert_eq!((cause, certain), (Cause::ForeignKeyParent, true));
+        assert!(fix(&report).contains("Use FOR NO KEY UPDATE"));
+        let (cause, certain, report) = found(Evidence {
+            looks: Vec::new(),
+            ..told
+        });
+        assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
+        assert!(text(&report).contains("refers to public.customer"));
+    }
+
+    #[test]
+    fn behind_a_deadlock_of_others() {
+        let server = Server::default()
+            .waits_for_row(11, &row(account(), 1), 12, 958)
+            .waits_for_row(12, &row(account(), 2), 13, 900)
+            .waits_for_row(13, &row(account(), 1), 12, 900);
+        let (cause, certain, report) = found(timeout(server));
+        assert_eq!((cause, certain), (Cause::BehindDeadlock, true));
+        assert!(report.cycle().is_empty());
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_guessed() {
+        let (cause, certain, report) = found(evidence(Kind::LockTimeout));
+        assert_eq!((cause, certain), (Cause::Unknown, false));
+        assert_eq!(text(&report), "Nobody was seen in the way.");
+        let context = "while updating tuple (0,2) in relation \"account\"";
+        let (cause, _, report) = found(Evidence {
+            error: Some(deadlock_error("??", context)),
+            missing: vec![Arc::from("the side connection could not be opened")],
+            ..evidence(Kind::Deadlock)
+        });
+        assert_eq!(cause, Cause::Unknown);
+        assert_eq!(
+            text(&report),
+            "The deadlock was broken before it was seen; the wait was for row (0,2) of account."
+        );
+        // Who was in the way before is not why.
+        let early = Evidence {
+            error: None,
+            ..deadlock(row_held("idle in transaction", 30_000))
+        };
+        assert_eq!(found(early).0, Cause::Unknown);
+    }
+}

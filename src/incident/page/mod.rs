@@ -1,11 +1,10 @@
 //! The report as a page for people.
 
 mod paper;
+mod picture;
 
 use std::collections::HashSet;
 use std::fmt;
-
-use crate::graph::BackendId;
 
 use super::{
     Incident, IncidentEdge, IncidentKind, JournalLine, JournalMark, Outcome, Participant, Quality,
@@ -13,11 +12,8 @@ use super::{
 };
 use paper::Paper;
 
-/// Participants that are described, and edges that are drawn.
+/// Participants that are described.
 const MOST_DESCRIBED: usize = 10;
-const MOST_DRAWN: usize = 30;
-/// Deeper edges are not moved further to the right.
-const DEEPEST: usize = 8;
 /// Characters of a statement, and of one in a journal.
 const STATEMENT: usize = 800;
 const JOURNAL_STATEMENT: usize = 240;
@@ -28,7 +24,7 @@ const LAST_LINES: usize = 20;
 impl fmt::Display for Incident {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut paper = Paper::default();
-        self.headline(&mut paper);
+        self.head(&mut paper);
         self.picture(&mut paper);
         self.why(&mut paper);
         for participant in self.participants().iter().take(MOST_DESCRIBED) {
@@ -50,60 +46,75 @@ impl fmt::Display for Incident {
 }
 
 impl Incident {
-    fn headline(&self, paper: &mut Paper) {
-        let kind = match self.kind() {
+    /// What happened, where and to whom, on one line:
+    /// `Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another`.
+    #[must_use]
+    pub fn headline(&self) -> String {
+        let mut text = match self.kind() {
             IncidentKind::Deadlock => "Deadlock",
-            IncidentKind::HiddenDeadlock => "Deadlock, hidden by a timeout",
+            IncidentKind::HiddenDeadlock => "Deadlock that a timeout hid",
             IncidentKind::LockTimeout => "Lock timeout",
             IncidentKind::LongWait => "Long wait",
-        };
-        let mut text = kind.to_owned();
-        let circle = self.cycle();
-        if circle.is_empty() {
-            if let Some(age) = self.victim().wait_age() {
-                text.push_str(&format!(" after {}", words::age(age)));
-            }
-            let direct = self.edges().iter();
-            let direct = direct.filter(|edge| Some(edge.waiter()) == self.victim().id());
-            let mut direct: Vec<_> = direct.collect();
-            direct.sort_by_key(|edge| edge.is_soft());
-            if let Some(edge) = direct.first() {
-                let blocker = self
-                    .participant(edge.blocker())
-                    .map(words::who)
-                    .unwrap_or_default();
-                let others = match direct.len() {
-                    1 => String::new(),
-                    more => format!(" and {} more", more - 1),
-                };
-                text.push_str(&format!(
-                    " on {}: {} waited for {blocker}{others}",
-                    words::thing(edge),
-                    words::who(self.victim()),
-                ));
-            } else {
-                text.push_str(&format!(" of {}", words::who(self.victim())));
-            }
-        } else {
-            let mut subjects: Vec<_> = circle
-                .iter()
-                .filter(|edge| edge.relation().is_some() || edge.object().advisory_key().is_some())
-                .map(words::subject)
-                .collect();
-            subjects.sort();
-            subjects.dedup();
-            if !subjects.is_empty() {
-                text.push_str(&format!(" on {}", subjects.join(", ")));
-            }
-            let members = circle
-                .iter()
-                .filter_map(|edge| self.participant(edge.waiter()));
-            let names: Vec<_> = members
-                .map(|member| words::place(member).unwrap_or_else(|| words::who(member)))
-                .collect();
-            text.push_str(&format!(": {} waited for one another", names.join(" and ")));
         }
-        paper.write("", "  ", &text);
+        .to_owned();
+        let members: Vec<_> = self
+            .cycle()
+            .iter()
+            .filter_map(|edge| self.participant(edge.waiter()))
+            .collect();
+        if members.is_empty() {
+            text.push_str(&self.headline_of_wait());
+            return text;
+        }
+        let named = |edge: &&IncidentEdge| {
+            edge.relation().is_some() || edge.object().advisory_key().is_some()
+        };
+        let mut subjects: Vec<_> = self
+            .cycle()
+            .iter()
+            .filter(named)
+            .map(words::subject)
+            .collect();
+        subjects.sort();
+        subjects.dedup();
+        if !subjects.is_empty() {
+            text.push_str(&format!(" on {}", subjects.join(", ")));
+        }
+        let names: Vec<_> = members
+            .into_iter()
+            .map(|member| words::place(member).unwrap_or_else(|| words::who(member)))
+            .collect();
+        text.push_str(&format!(": {} waited for one another", names.join(" and ")));
+        text
+    }
+
+    fn headline_of_wait(&self) -> String {
+        let victim = words::who(self.victim());
+        let age = self.victim().wait_age();
+        let age = age.map(|age| format!(" of {}", words::age(age)));
+        let mut text = age.unwrap_or_default();
+        let direct = self.edges().iter();
+        let direct = direct.filter(|edge| Some(edge.waiter()) == self.victim().id());
+        let direct: Vec<_> = direct.collect();
+        let blockers: HashSet<_> = direct.iter().map(|edge| edge.blocker()).collect();
+        // A holder rather than one who only stands ahead.
+        match direct.iter().min_by_key(|edge| edge.is_soft()) {
+            Some(edge) => {
+                let blocker = self.participant(edge.blocker());
+                let blocker = blocker.map(words::who).unwrap_or_default();
+                let thing = words::thing(edge);
+                text.push_str(&format!(" on {thing}: {victim} waited for {blocker}"));
+                if blockers.len() > 1 {
+                    text.push_str(&format!(" and {} more", blockers.len() - 1));
+                }
+            }
+            None => text.push_str(&format!(": {victim}")),
+        }
+        text
+    }
+
+    fn head(&self, paper: &mut Paper) {
+        paper.write("", "  ", &self.headline());
         let outcome = match self.outcome() {
             Outcome::Retried { pause } => format!("retried after {}", words::age(pause)),
             Outcome::GaveUp => "given up".to_owned(),
@@ -127,17 +138,9 @@ impl Incident {
         paper.write(
             "  ",
             "  ",
-            &format!("{}{}", words::who(self.victim()), ", the victim"),
+            &format!("{}, the victim", words::who(self.victim())),
         );
-        let mut picture = Picture {
-            incident: self,
-            drawn: 0,
-            known: self.victim().id().into_iter().collect(),
-        };
-        if let Some(id) = self.victim().id() {
-            picture.draw(paper, id, "  ", 0);
-        }
-        let left = self.edges().len() - picture.drawn;
+        let left = self.edges().len() - picture::draw(self, paper);
         if left > 0 {
             paper.write("  ", "  ", &format!("and {left} more"));
         }
@@ -190,6 +193,9 @@ impl Incident {
         if let Some(age) = participant.wait_age() {
             state.push(format!("waited {} for a lock", words::age(age)));
         }
+        if let Some(key) = participant.conflict_group() {
+            state.push(format!("in the conflict group {key}"));
+        }
         if !state.is_empty() {
             paper.write("  ", "  ", &state.join(", "));
         }
@@ -222,9 +228,6 @@ impl Incident {
             return;
         }
         paper.write("  ", "    ", &format!("held {}", held.join(", ")));
-        if let Some(key) = participant.conflict_group() {
-            paper.write("  ", "    ", &format!("in the conflict group {key}"));
-        }
         let is_marked = |line: &JournalLine| {
             matches!(
                 line.mark(),
@@ -299,6 +302,12 @@ impl Incident {
             Quality::Nothing => "Nothing was seen while it lasted.".to_owned(),
         };
         paper.write("  ", "  ", &text);
+        let journals = self.participants().iter().flat_map(Participant::journal);
+        let mut marks = journals.map(JournalLine::mark);
+        if marks.any(|mark| mark == Some(JournalMark::MayHaveTaken)) {
+            let text = "\"took?\" is a guess: the first statement that names the relation and takes such locks";
+            paper.write("  - ", "    ", text);
+        }
         for missing in self.missing() {
             paper.write("  - ", "    ", missing);
         }
@@ -313,78 +322,6 @@ impl Incident {
             None => text.push_str("seen for the first time"),
         }
         paper.heading(&text);
-    }
-}
-
-/// Draws edges from the victim on.
-struct Picture<'a> {
-    incident: &'a Incident,
-    drawn: usize,
-    known: HashSet<&'a BackendId>,
-}
-
-impl<'a> Picture<'a> {
-    fn draw(&mut self, paper: &mut Paper, waiter: &BackendId, indent: &str, depth: usize) {
-        let edges = self
-            .incident
-            .edges()
-            .iter()
-            .filter(|edge| edge.waiter() == waiter);
-        let edges: Vec<&'a IncidentEdge> = edges.collect();
-        for (at, edge) in edges.iter().enumerate() {
-            if self.drawn >= MOST_DRAWN {
-                return;
-            }
-            self.drawn += 1;
-            let (branch, below) = if at + 1 < edges.len() {
-                ("├─ ", "│  ")
-            } else {
-                ("└─ ", "   ")
-            };
-            let hang = format!("{indent}{below}");
-            let waited = edge
-                .wait_age()
-                .map(|age| format!(" {}", words::age(age)))
-                .unwrap_or_default();
-            let what = match at {
-                0 => format!(
-                    "waited{waited} for {} ({}),",
-                    words::thing(edge),
-                    words::lock(edge)
-                ),
-                _ if edge.object() == edges[0].object() => "and".to_owned(),
-                _ => format!(
-                    "and{waited} for {} ({}),",
-                    words::thing(edge),
-                    words::lock(edge)
-                ),
-            };
-            let how = match (edge.mode_held(), edge.mode_queued()) {
-                (Some(mode), _) => format!("held in {mode} by"),
-                (_, Some(mode)) => format!("queued behind one that wanted {mode},"),
-                _ if edge.is_soft() => "queued behind".to_owned(),
-                _ => "held by".to_owned(),
-            };
-            let blocker = self.incident.participant(edge.blocker());
-            let name = blocker.map(words::who).unwrap_or_default();
-            let is_new = self.known.insert(edge.blocker());
-            let note = if blocker.is_some_and(Participant::is_victim) {
-                ": the circle is closed"
-            } else if !is_new {
-                ": see above"
-            } else {
-                ""
-            };
-            paper.write(
-                &format!("{indent}{branch}"),
-                &hang,
-                &format!("{what} {how} {name}{note}"),
-            );
-            if is_new {
-                let deeper = if depth < DEEPEST { &hang } else { indent };
-                self.draw(paper, edge.blocker(), deeper, depth + 1);
-            }
-        }
     }
 }
 
@@ -430,21 +367,160 @@ fn journal(paper: &mut Paper, participant: &Participant) {
         paper.write(&head, &hang, &text);
     }
     skip(paper, &mut skipped);
-    let is_guess = |line: &JournalLine| line.mark() == Some(JournalMark::MayHaveTaken);
-    if lines.iter().any(is_guess) {
-        let text =
-            "(took?: the first statement whose text names it and that takes such locks; a guess)";
-        paper.write("    ", "    ", text);
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::*;
+    use super::super::{Evidence, History, Kind};
+    use super::*;
+    use crate::graph::LockObject;
 
     #[test]
     fn a_deadlock_in_one_process() {
-        println!("{}", report(transfers()));
-        panic!();
+        let page = report(transfers()).to_string();
+        assert_eq!(page, TRANSFERS);
+    }
+
+    const TRANSFERS: &str = "\
+Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another
+2026-01-31T12:34:56.000000Z, attempt 1 of 5, retried after 12ms
+
+WHO WAITED FOR WHOM
+  pid 11 (src/transfer.rs:41), the victim
+  └─ waited 958ms for row id = 2 of public.account (ShareLock on transaction 12), held in
+     ExclusiveLock by pid 12 (src/refund.rs:17)
+     └─ waited 412ms for row id = 1 of public.account (ShareLock on transaction 11), held in
+        ExclusiveLock by pid 11 (src/transfer.rs:41): the circle is closed
+
+WHY: lock order inversion
+  The same locks were taken in different orders: pid 11 (src/transfer.rs:41) held row id = 1 of
+  public.account and wanted row id = 2 of public.account; pid 12 (src/refund.rs:17) held row id = 2
+  of public.account and wanted row id = 1 of public.account.
+  To do: Lock the rows of public.account in one order in every transaction, that of id, before the
+    first of them is written: SELECT … ORDER BY id FOR NO KEY UPDATE.
+
+PID 11 (src/transfer.rs:41), the victim, in this process
+  user app, database shop, client 10.0.0.7, application \"billing src/transfer.rs:41\"
+  active for 960ms, in its transaction for 1.2s, waited 958ms for a lock
+  ran: UPDATE account SET balance = balance + ? WHERE id = ?
+  held row id = 1 of public.account
+  its transaction until then:
+    took?     +1.0ms    1.0ms  UPDATE account SET balance = balance - ? WHERE id = ?
+              +3.0ms    0.0ms  INSERT INTO log VALUES (?)
+    waited    +240ms   failed  UPDATE account SET balance = balance + ? WHERE id = ?
+
+PID 12 (src/refund.rs:17), in this process
+  user app, database shop, client 10.0.0.7, application \"billing src/refund.rs:17\"
+  active for 412ms, in its transaction for 652ms, waited 412ms for a lock
+  ran: UPDATE account SET balance = balance - ?, note = ? WHERE id = ?
+  held row id = 2 of public.account
+  its transaction until then:
+              +0.0ms    1.0ms  SELECT ?
+    took?     +2.0ms    1.0ms  UPDATE account SET balance = balance + ? WHERE id = ?
+    waited    +400ms    411ms  UPDATE account SET balance = balance - ?, note = ? WHERE id = ?
+
+WHAT THE SERVER SAID
+  40P01 deadlock detected
+  DETAIL   Process 11 waits for ShareLock on transaction 12; blocked by process 12.
+           Process 12 waits for ShareLock on transaction 11; blocked by process 11.
+  CONTEXT  while updating tuple (0,2) in relation \"account\"
+
+HOW SURE THIS IS
+  The whole circle was seen 960ms after the victim's statement began.
+  - \"took?\" is a guess: the first statement that names the relation and takes such locks
+
+Fingerprint 5b62a63f352df502, seen for the first time";
+
+    #[test]
+    fn a_deadlock_of_which_the_server_alone_tells() {
+        let page = report(Evidence {
+            looks: Vec::new(),
+            others: Vec::new(),
+            missing: vec!["the side connection could not be opened: no room".into()],
+            ..transfers()
+        })
+        .to_string();
+        assert!(
+            page.starts_with("Deadlock: src/transfer.rs:41 and pid 12 waited for one another\n")
+        );
+        for part in [
+            "  └─ waited for row (0,2) of account (ShareLock on transaction 12), held by pid 12\n",
+            "     └─ waited for transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41): the circle is closed\n",
+            "\nWHY: unknown\n",
+            "\nPID 12, not seen\n",
+            "  Nothing was seen while it lasted: who waited for whom is from the server's DETAIL.\n",
+            "  - the side connection could not be opened: no room\n",
+            "  - pid 12 was not seen, and is not a transaction of this process\n",
+        ] {
+            assert!(page.contains(part), "{part:?} in:\n{page}");
+        }
+    }
+
+    #[test]
+    fn a_queue_is_a_tree() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .hidden(12, "migrate")
+            .session(13, "psql", "idle in transaction", "SELECT 'secret'")
+            .holds(13, &object, "AccessShareLock")
+            .waits(12, &object, "AccessExclusiveLock", 2000, &[13])
+            .waits(11, &object, "RowExclusiveLock", 958, &[12, 13])
+            .holds(13, &object, "ShareLock");
+        let mut evidence = timeout(server);
+        evidence.outcome = Outcome::GaveUp;
+        let history = History::default();
+        Incident::new(evidence.clone(), &history);
+        let page = Incident::new(evidence, &history).to_string();
+        for part in [
+            "Lock timeout of 958ms on table public.account: pid 11 (src/transfer.rs:41) waited for pid 13 (psql) and 1 \
+             more\n",
+            "attempt 1 of 5, given up\n",
+            "  ├─ waited 958ms for table public.account (RowExclusiveLock), queued behind one that wanted\n  │  \
+             AccessExclusiveLock, pid 12 (migrate)\n",
+            "  │  └─ waited 2.0s for table public.account (AccessExclusiveLock), held in ShareLock by pid 13\n",
+            "  └─ and held in ShareLock by pid 13 (psql): see above\n",
+            "\nPID 12 (migrate), partly hidden from this role\n",
+            "  last ran: SELECT ?\n",
+            "  held table public.account in ShareLock\n",
+            "  All that was in the way was seen 960ms after",
+            "  - statement and state of pid 12 (migrate) are hidden from this role; pg_read_all_stats",
+            ", seen 2 times since 2026-01-31T12:34:56.000000Z, last at",
+        ] {
+            let flat = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(flat(&page).contains(&flat(part)), "{part:?} in:\n{page}");
+        }
+    }
+
+    #[test]
+    fn long_journals_are_shortened() {
+        let mut evidence = transfers();
+        evidence.victim.dropped = 7;
+        let statements = &mut evidence.victim.statements;
+        let failed = statements.remove(2);
+        for n in 4..100 {
+            statements.push(entry(n, "SELECT 'x'", Some(1)));
+        }
+        statements.push(failed);
+        let page = report(evidence).to_string();
+        assert!(
+            page.contains("… 7 statements\n") && page.contains("… 76 statements\n"),
+            "{page}"
+        );
+        assert!(page.contains("    took?     +1.0ms") && page.contains("    waited    +240ms"));
+    }
+
+    #[test]
+    fn nothing_at_all() {
+        let mut evidence = evidence(Kind::LongWait);
+        evidence.victim.pid = None;
+        evidence.victim.call_site = None;
+        evidence.victim.application_name = None;
+        evidence.outcome = Outcome::StillWaiting;
+        let page = report(evidence).to_string();
+        assert!(page.starts_with("Long wait: the victim\n"), "{page}");
+        assert!(!page.contains("WHO WAITED FOR WHOM") && !page.contains("WHAT THE SERVER SAID"));
+        assert!(page.contains("still waiting\n") && page.contains("Nobody was seen in the way."));
+        assert!(page.contains("Nothing was seen while it lasted.\n"));
     }
 }
