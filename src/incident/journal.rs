@@ -136,10 +136,13 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// The statement that waited, or else the last one.
-    pub(super) fn statement(&self) -> Option<&'a str> {
-        let last = self.entries.len().checked_sub(1);
-        self.entries.get(self.waited.or(last)?)?.text.as_deref()
+    /// The statement that waited.
+    pub(super) fn waited(&self) -> Option<&'a str> {
+        self.entries.get(self.waited?)?.text.as_deref()
+    }
+
+    pub(super) fn last(&self) -> Option<&'a str> {
+        self.entries.last()?.text.as_deref()
     }
 
     /// The lines, those marked that took what others waited for in these edges.
@@ -272,4 +275,223 @@ fn takes(kind: StatementKind, mode: &str) -> bool {
         Is::AdvisoryLock | Is::Begin | Is::Commit | Is::Rollback | Is::Other => &[],
     };
     modes.contains(&mode)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::super::{Evidence, Incident, Kind, Participant};
+    use super::*;
+    use crate::graph::BackendId;
+
+    fn marks(participant: &Participant) -> Vec<Option<JournalMark>> {
+        participant
+            .journal()
+            .iter()
+            .map(JournalLine::mark)
+            .collect()
+    }
+
+    fn other(report: &Incident) -> &Participant {
+        report
+            .participant(&BackendId::Pid(12))
+            .expect("the other one")
+    }
+
+    /// What the other session of a deadlock that nobody saw ran, by its journal.
+    fn ran(statements: Vec<JournalEntry>) -> Option<String> {
+        let evidence = Evidence {
+            looks: Vec::new(),
+            others: vec![journal(12, REFUND, 1000, statements)],
+            ..transfers()
+        };
+        other(&report(evidence)).statement().map(str::to_owned)
+    }
+
+    #[test]
+    fn the_statement_that_waited_is_the_one_that_lasted() {
+        let ran = |statements| ran(statements).unwrap();
+        // It went on before this process heard of the error.
+        assert_eq!(
+            ran(vec![
+                entry(100, "SELECT a", Some(1)),
+                entry(600, "UPDATE b", Some(399)),
+                entry(999, "SELECT c", Some(0)),
+                entry(1000, "COMMIT", None),
+            ]),
+            "UPDATE b"
+        );
+        // What it did later is none of it.
+        assert_eq!(
+            ran(vec![
+                entry(990, "UPDATE b", Some(15)),
+                entry(1010, "SELECT c", Some(9000))
+            ]),
+            "UPDATE b"
+        );
+        assert_eq!(
+            ran(vec![
+                entry(0, "SELECT a", Some(800)),
+                entry(990, "UPDATE b", None)
+            ]),
+            "UPDATE b"
+        );
+    }
+
+    #[test]
+    fn what_the_server_was_seen_to_run_comes_first() {
+        let mut evidence = transfers();
+        evidence.others[0].statements = vec![
+            entry(100, "SELECT 1", Some(700)),
+            entry(790, &format!("{REFUND_SQL} RETURNING id"), Some(20)),
+        ];
+        let found = report(evidence.clone());
+        assert!(
+            other(&found)
+                .statement()
+                .is_some_and(|text| text.ends_with("RETURNING id"))
+        );
+        assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
+        // Sent by other ways: the journal does not have it.
+        evidence.others[0].statements = vec![entry(100, "SELECT 1", Some(710))];
+        let found = report(evidence);
+        assert_eq!(marks(other(&found)), [None]);
+        assert!(
+            other(&found)
+                .statement()
+                .is_some_and(|text| text.starts_with("UPDATE account"))
+        );
+    }
+
+    #[test]
+    fn an_advisory_lock_was_taken_by_whom_took_it() {
+        let (first, second) = (LockKey::from("a"), LockKey::from("b"));
+        let lock = |after, key: &LockKey, took| {
+            let mut entry = entry(after, "SELECT pg_advisory_xact_lock($1)", took);
+            entry.advisory = Some((key.clone(), AdvisoryMode::Exclusive));
+            entry
+        };
+        let server = || {
+            Server::default()
+                .holds(11, &advisory(first.as_i64().unwrap()), "ExclusiveLock")
+                .holds(12, &advisory(second.as_i64().unwrap()), "ExclusiveLock")
+                .waits(
+                    11,
+                    &advisory(second.as_i64().unwrap()),
+                    "ExclusiveLock",
+                    900,
+                    &[12],
+                )
+                .waits(
+                    12,
+                    &advisory(first.as_i64().unwrap()),
+                    "ExclusiveLock",
+                    400,
+                    &[11],
+                )
+        };
+        let mut failed = lock(240, &first, None);
+        failed.failed = true;
+        let mut evidence = deadlock(server());
+        evidence.victim.statements = vec![
+            entry(0, "SELECT 1", Some(1)),
+            failed.clone(),
+            lock(1, &first, Some(1)),
+        ];
+        evidence.victim.statements.push(lock(300, &second, None));
+        let found = report(evidence.clone());
+        let waited = Some(JournalMark::Waited);
+        assert_eq!(
+            marks(found.victim()),
+            [None, None, Some(JournalMark::Took), waited]
+        );
+        assert_eq!(found.edges()[0].object().to_string(), "advisory lock \"b\"");
+        // With SQL of the application's own it is a guess.
+        evidence.victim.statements = vec![
+            entry(0, "SELECT pg_advisory_lock(hashtext('x'))", Some(1)),
+            failed,
+        ];
+        let found = report(evidence);
+        assert_eq!(
+            marks(found.victim()),
+            [Some(JournalMark::MayHaveTaken), waited]
+        );
+    }
+
+    #[test]
+    fn a_relation_was_locked_by_whom_took_that_lock() {
+        let object = LockObject::Relation(account());
+        let server = |held| {
+            Server::default()
+                .session(12, "psql", "idle in transaction", "")
+                .holds(12, &object, held)
+                .waits(11, &object, "AccessExclusiveLock", 900, &[12])
+        };
+        let statements = vec![
+            entry(0, "SELECT * FROM audit", Some(1)),
+            entry(1, "SELECT * FROM account", Some(1)),
+            entry(2, "SELECT * FROM account FOR UPDATE", Some(1)),
+            entry(3, "DELETE FROM account", Some(1)),
+            entry(4, "LOCK TABLE account IN EXCLUSIVE MODE", Some(1)),
+        ];
+        for (held, expected) in [
+            ("AccessShareLock", Some(1)),
+            ("RowShareLock", Some(2)),
+            ("RowExclusiveLock", Some(3)),
+            ("ExclusiveLock", Some(4)),
+        ] {
+            let mut evidence = timeout(server(held));
+            evidence.others = vec![journal(12, REFUND, 900, statements.clone())];
+            let found = report(evidence);
+            let guess = |mark: &Option<JournalMark>| *mark == Some(JournalMark::MayHaveTaken);
+            assert_eq!(
+                marks(other(&found)).iter().position(guess),
+                expected,
+                "{held}"
+            );
+            assert!(
+                marks(other(&found))
+                    .iter()
+                    .flatten()
+                    .all(|mark| *mark != JournalMark::Waited)
+            );
+        }
+    }
+
+    #[test]
+    fn a_lock_that_no_statement_names() {
+        let mut evidence = transfers();
+        evidence.victim.statements[0] = entry(1, "SELECT move_money($1, $2)", Some(1));
+        let found = report(evidence.clone());
+        assert_eq!(
+            marks(found.victim()),
+            [None, None, Some(JournalMark::Waited)]
+        );
+        assert!(
+            found
+                .to_string()
+                .contains("with none of the statements below that names it")
+        );
+        evidence.victim.dropped = 1;
+        assert!(
+            report(evidence)
+                .to_string()
+                .contains("a statement that is no longer known, or")
+        );
+    }
+
+    #[test]
+    fn texts_may_be_unknown() {
+        let mut evidence = evidence(Kind::LockTimeout);
+        let mut unknown = entry(1, "", None);
+        unknown.text = None;
+        evidence.victim.statements = vec![unknown];
+        let found = report(evidence);
+        assert_eq!(found.victim().statement(), None);
+        assert!(
+            found
+                .to_string()
+                .contains("(a statement whose text is not known)")
+        );
+    }
 }

@@ -20,6 +20,8 @@ mod journal;
 mod json;
 mod page;
 mod participant;
+#[cfg(test)]
+mod properties;
 mod row_key;
 mod scene;
 mod server;

@@ -229,12 +229,13 @@ fn participant(
             Reading::of_holder(journal, evidence.occurred)
         }
     });
-    let said = reading.as_ref().and_then(Reading::statement);
     // The server keeps the beginning only; but of one that does not wait it shows what it did when it was seen.
     let statement = if waits {
-        said.or(on_server)
+        let waited = reading.as_ref().and_then(Reading::waited);
+        waited.or(on_server)
     } else {
-        on_server.or(said)
+        let last = reading.as_ref().and_then(Reading::last);
+        on_server.or(last)
     };
     let name = backend.and_then(Backend::application_name).map(Arc::from);
     let name = name.or_else(|| journal?.application_name.clone());

@@ -32,10 +32,16 @@ pub(super) struct Scene {
 impl Scene {
     pub(super) fn new(evidence: &Evidence, message: &Message) -> Self {
         let names = Names::new(evidence);
-        let detail = names.edges(&message.detail);
+        let mut detail = names.edges(&message.detail);
         let is_circle = message.detail.is_cycle() && is_circle(&detail);
-        let victim = victim(evidence, is_circle.then(|| detail.first()).flatten());
-        let Some(victim) = victim else {
+        let own = evidence.victim.pid.map(BackendId::from);
+        if let Some(own) = own.as_ref().filter(|_| is_circle) {
+            begin_with(&mut detail, own);
+        }
+        // The DETAIL names first whom the server failed (`DeadLockReport` in PostgreSQL's
+        // `src/backend/storage/lmgr/deadlock.c`).
+        let told = detail.first().filter(|_| is_circle);
+        let Some(victim) = own.or_else(|| told.map(|edge| edge.waiter.clone())) else {
             return Self::default();
         };
         let mut scene = Self {
@@ -158,11 +164,18 @@ impl Scene {
     }
 }
 
-/// The transaction's own pid, or the one that the server failed, which the DETAIL names first (`DeadLockReport` in
-/// PostgreSQL's `src/backend/storage/lmgr/deadlock.c`).
-fn victim(evidence: &Evidence, first: Option<&IncidentEdge>) -> Option<BackendId> {
-    let own = evidence.victim.pid.map(BackendId::from);
-    own.or_else(|| first.map(|edge| edge.waiter.clone()))
+/// Turns the circle so that it begins with this session. One that is not in it waited by a parallel worker that nobody
+/// saw: the one whom the server failed.
+fn begin_with(circle: &mut [IncidentEdge], own: &BackendId) {
+    match circle.iter().position(|edge| &edge.waiter == own) {
+        Some(at) => circle.rotate_left(at),
+        None => {
+            if let [first, .., last] = circle {
+                first.waiter.clone_from(own);
+                last.blocker.clone_from(own);
+            }
+        }
+    }
 }
 
 fn members(edges: &[IncidentEdge]) -> HashSet<BackendId> {
@@ -364,5 +377,247 @@ impl<'a> Names<'a> {
             // Its text is in the DETAIL, where that may be shown.
             Told::Unknown { .. } => LockObject::Other("not understood".into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::super::{Cause, History, Incident, IncidentKind, Participant};
+    use super::*;
+    use crate::graph::Backend;
+    use crate::mode::AdvisoryMode;
+
+    fn pids(report: &Incident) -> Vec<i32> {
+        report
+            .participants()
+            .iter()
+            .filter_map(Participant::pid)
+            .collect()
+    }
+
+    fn quality(report: &Incident) -> (Quality, Option<u64>) {
+        let after = report.captured_after();
+        let after = after.map(|after| u64::try_from(after.as_millis()).unwrap());
+        (report.quality(), after)
+    }
+
+    /// Each waits for a row of the next one, in a circle.
+    fn circle(members: &[i32]) -> Server {
+        let next = members.iter().cycle().skip(1);
+        let waits = members.iter().zip(next).enumerate();
+        waits.fold(Server::default(), |server, (at, (waiter, blocker))| {
+            let offset = u16::try_from(at).unwrap() + 1;
+            server.waits_for_row(*waiter, &row(account(), offset), *blocker, 100)
+        })
+    }
+
+    fn detail(members: &[i32]) -> String {
+        let next = members.iter().cycle().skip(1);
+        let lines = members.iter().zip(next).map(|(waiter, blocker)| {
+            format!("Process {waiter} waits for ShareLock on transaction {blocker}; blocked by process {blocker}.")
+        });
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    fn told(members: &[i32], looks: Vec<Look>) -> Evidence {
+        Evidence {
+            error: Some(deadlock_error(&detail(members), "")),
+            looks,
+            ..evidence(Kind::Deadlock)
+        }
+    }
+
+    #[test]
+    fn the_last_look_with_the_whole_circle_counts() {
+        let late = Server::default().waits_for_row(11, &row(account(), 9), 13, 1);
+        let looks = vec![
+            circle(&[11, 12]).look(1, Vec::new()),
+            circle(&[11, 12]).look(2, Vec::new()),
+            late.look(3, Vec::new()),
+        ];
+        let report = report(told(&[11, 12], looks));
+        assert_eq!(quality(&report), (Quality::Complete, Some(2)));
+        assert_eq!(pids(&report), [11, 12]);
+        assert_eq!(report.cycle().len(), 2);
+        assert!(report.edges().iter().all(IncidentEdge::was_seen));
+        assert!(report.victim().is_victim() && report.victim().pid() == Some(11));
+    }
+
+    #[test]
+    fn a_circle_of_others_is_another_one() {
+        let look = circle(&[11, 13]).look(2, Vec::new());
+        let report = report(told(&[11, 12], vec![look]));
+        assert_eq!(quality(&report), (Quality::DetailOnly, None));
+        assert_eq!(pids(&report), [11, 12]);
+    }
+
+    #[test]
+    fn what_was_seen_completes_what_was_told() {
+        let server = Server::default().waits_for_row(11, &row(account(), 9), 12, 700);
+        let looks = vec![server.look(800, vec![(row(account(), 9), key("id", "9"))])];
+        let report = report(told(&[11, 12], looks));
+        assert_eq!(quality(&report), (Quality::Partial, Some(800)));
+        let [first, second] = report.cycle() else {
+            panic!("{:?}", report.edges());
+        };
+        assert_eq!(first.row_key(), Some(&key("id", "9")));
+        assert_eq!(first.mode_held(), Some("ExclusiveLock"));
+        assert!(first.was_seen() && !second.was_seen());
+        assert_eq!(second.object(), &LockObject::Transaction(11));
+        assert!(
+            report
+                .to_string()
+                .contains("Part of the circle was seen 800ms after")
+        );
+    }
+
+    #[test]
+    fn a_wait_alone_is_not_a_circle() {
+        let server = Server::default().waits_for_row(11, &row(account(), 9), 12, 700);
+        let mut evidence = told(&[11, 12], vec![server.look(800, Vec::new())]);
+        evidence.error = None;
+        let found = report(evidence);
+        assert_eq!(quality(&found), (Quality::Partial, Some(800)));
+        assert!(found.cycle().is_empty());
+        assert!(
+            found
+                .to_string()
+                .contains("The victim's wait was seen 800ms after")
+        );
+        // The server's message, with a line that cannot be read.
+        let mut evidence = told(&[11, 12], Vec::new());
+        let text = format!("??\n{}", detail(&[11, 12]).lines().next().unwrap());
+        evidence.error = Some(deadlock_error(&text, ""));
+        let found = report(evidence);
+        assert_eq!(quality(&found), (Quality::DetailOnly, None));
+        assert_eq!((found.cycle().len(), found.edges().len()), (0, 1));
+    }
+
+    #[test]
+    fn a_timeout_may_hide_a_deadlock() {
+        for (kind, expected) in [
+            (Kind::LockTimeout, IncidentKind::HiddenDeadlock),
+            (Kind::LongWait, IncidentKind::HiddenDeadlock),
+            (Kind::Deadlock, IncidentKind::Deadlock),
+        ] {
+            let looks = vec![circle(&[12, 13, 11]).look(2, Vec::new())];
+            let report = report(Evidence {
+                looks,
+                ..evidence(kind)
+            });
+            assert_eq!(report.kind(), expected);
+            assert_eq!(pids(&report), [11, 12, 13], "from the victim on");
+            assert_eq!(report.diagnosis().cause(), Cause::OrderInversion);
+        }
+        // A circle that the victim only waits for is not its own.
+        let server = circle(&[12, 13]).waits_for_row(11, &row(account(), 9), 12, 700);
+        assert_eq!(report(timeout(server)).kind(), IncidentKind::LockTimeout);
+    }
+
+    #[test]
+    fn a_queue_may_be_overtaken() {
+        let object = LockObject::Relation(account());
+        let server = || {
+            Server::default()
+                .holds(13, &object, "AccessShareLock")
+                .waits(12, &object, "AccessExclusiveLock", 958, &[13])
+                .waits(11, &object, "AccessShareLock", 400, &[12])
+                .waits_for_row(13, &row(table(7, "audit"), 3), 11, 100)
+        };
+        let found = report(timeout(server()));
+        assert_eq!(
+            (found.kind(), found.cycle().len()),
+            (IncidentKind::LockTimeout, 0)
+        );
+        let found = report(deadlock(server()));
+        assert_eq!(
+            (found.kind(), found.cycle().len()),
+            (IncidentKind::Deadlock, 3)
+        );
+    }
+
+    #[test]
+    fn hundreds_are_not_all_named() {
+        let object = LockObject::Relation(account());
+        let many: Vec<i32> = (100..300).collect();
+        let server = many.iter().fold(Server::default(), |server, pid| {
+            server.holds(*pid, &object, "RowExclusiveLock")
+        });
+        let report = report(timeout(server.waits(11, &object, "ShareLock", 900, &many)));
+        assert_eq!(report.participants().len(), MOST_SESSIONS);
+        let left = 200 - (MOST_SESSIONS - 1);
+        let text = format!("{left} more sessions in the way are left out");
+        assert!(report.missing().any(|line| line == text));
+        assert!(report.to_string().contains("THE OTHERS"));
+    }
+
+    #[test]
+    fn without_a_pid_the_server_says_who_failed() {
+        let mut evidence = told(&[12, 11], vec![circle(&[12, 11]).look(2, Vec::new())]);
+        evidence.victim.pid = None;
+        let found = report(evidence.clone());
+        assert_eq!(found.victim().pid(), Some(12));
+        assert_eq!(found.quality(), Quality::Complete);
+        evidence.error = None;
+        let found = report(evidence);
+        assert_eq!(
+            (found.victim().id(), found.quality()),
+            (None, Quality::Nothing)
+        );
+    }
+
+    #[test]
+    fn parallel_workers_are_their_leaders() {
+        let object = LockObject::Relation(account());
+        let mut worker = Backend::unknown(21.into());
+        worker.leader_pid = Some(11);
+        let mut look = Server::default()
+            .waits(11, &object, "ShareLock", 5, &[12])
+            .look(5, Vec::new());
+        let edges = look.snapshot.edges().to_vec();
+        look.snapshot = Snapshot::new(vec![worker], edges, now(), ms(1)).into();
+        let mut evidence = told(&[21, 12], vec![look]);
+        evidence.victim.pid = Some(11);
+        let found = report(evidence);
+        assert_eq!(pids(&found), [11, 12]);
+        assert_eq!(
+            found.quality(),
+            Quality::DetailOnly,
+            "another lock was seen"
+        );
+    }
+
+    #[test]
+    fn what_is_told_by_number_is_called_by_name() {
+        let look = Server::default()
+            .waits(77, &LockObject::Relation(account()), "ShareLock", 5, &[78])
+            .look(5, Vec::new());
+        let named = LockKey::from("invoice:42");
+        let (a, b) = (named.classid(), named.objid());
+        let detail = format!(
+            "Process 11 waits for ShareLock on relation 16384 of database 5; blocked by process 12.\n\
+             Process 12 waits for ExclusiveLock on advisory lock [5,{a},{b},1]; blocked by process 11."
+        );
+        let mut evidence = told(&[11, 12], vec![look]);
+        evidence.error = Some(deadlock_error(&detail, ""));
+        let mut lock = entry(1, "SELECT pg_advisory_xact_lock($1)", Some(1));
+        lock.advisory = Some((named, AdvisoryMode::Exclusive));
+        evidence.victim.statements = vec![lock];
+        let found = Incident::new(evidence, &History::default());
+        let shown: Vec<_> = found
+            .edges()
+            .iter()
+            .map(|edge| edge.object().to_string())
+            .collect();
+        assert_eq!(
+            shown,
+            ["relation public.account", "advisory lock \"invoice:42\""]
+        );
+        assert!(
+            found
+                .headline()
+                .starts_with("Deadlock on advisory lock \"invoice:42\", table public.account:")
+        );
     }
 }

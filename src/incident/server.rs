@@ -101,25 +101,22 @@ impl Message {
 impl Shown {
     /// What cannot be read in the server's own DETAIL is in a language that is not known, and no data.
     fn detail(&mut self, raw: Option<&str>, read: &DeadlockDetail, is_own: bool) {
-        if raw.is_some() && read.lines.is_empty() {
-            self.withheld += 1;
+        if !is_own {
+            self.withheld += raw.map_or(0, |raw| raw.lines().count());
+            return;
         }
-        let mut lines = Vec::new();
-        for line in &read.lines {
-            match &line.kind {
-                LineKind::Wait(_) => lines.push(line.raw.clone()),
-                LineKind::Unread if is_own => lines.push(line.raw.clone()),
-                LineKind::Statement { statement, .. } => {
-                    let head = line
-                        .raw
-                        .strip_suffix(statement.as_str())
-                        .unwrap_or_default();
-                    lines.push(format!("{head}{}", statement::redact(statement)));
-                }
-                LineKind::Unread => self.withheld += 1,
+        let lines = read.lines.iter().map(|line| match &line.kind {
+            LineKind::Wait(_) | LineKind::Unread => line.raw.clone(),
+            LineKind::Statement { statement, .. } => {
+                let head = line.raw.strip_suffix(statement.as_str());
+                format!(
+                    "{}{}",
+                    head.unwrap_or_default(),
+                    statement::redact(statement)
+                )
             }
-        }
-        self.detail = joined(&lines);
+        });
+        self.detail = joined(&lines.collect::<Vec<_>>());
     }
 
     fn context(&mut self, context: &[ContextLine]) {
@@ -295,14 +292,19 @@ mod tests {
         let raised = read(Some(detail), None, Some("exec_stmt_raise"));
         assert_eq!(raised.detail.waits().count(), 0);
         assert_eq!((raised.shown.detail, raised.shown.message), (None, None));
-        assert_eq!(raised.shown.withheld, 1);
+        assert_eq!(raised.shown.withheld, 2);
         // A language that is not known.
         let unread = read(Some("??"), None, Some("DeadLockReport"));
         assert_eq!(unread.shown.detail.as_deref(), Some("??"));
         // Nobody says where it comes from.
-        let unknown = read(Some(&format!("{detail}\nsecret")), None, None);
+        let unknown = read(Some(detail), None, None);
         assert!(unknown.detail.is_cycle());
-        assert_eq!(unknown.shown.detail.as_deref(), Some(detail));
-        assert_eq!(unknown.shown.withheld, 1);
+        assert_eq!((unknown.shown.detail, unknown.shown.withheld), (None, 2));
+        // As in the server's log.
+        let logged = format!("{detail}\nProcess 1: UPDATE t SET a = 'secret'");
+        let logged = read(Some(&logged), None, Some("DeadLockReport"))
+            .shown
+            .detail;
+        assert!(logged.is_some_and(|text| text.ends_with("\nProcess 1: UPDATE t SET a = ?")));
     }
 }

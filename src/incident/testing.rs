@@ -48,7 +48,7 @@ pub(super) fn key(column: &str, value: &str) -> RowKey {
 }
 
 /// What a server shows.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Server {
     rows: Vec<LockRow>,
     backends: Vec<Backend>,

@@ -41,6 +41,8 @@ pub(super) fn thing(edge: &IncidentEdge) -> String {
     }
     match &edge.object {
         LockObject::Relation(relation) => format!("{} {relation}", kind(relation)),
+        // What it was exactly was not seen.
+        LockObject::Transaction(xid) => format!("a row or key of transaction {xid}"),
         object => object.to_string(),
     }
 }
@@ -67,7 +69,8 @@ pub(super) fn subject(edge: &IncidentEdge) -> String {
 pub(super) fn lock(edge: &IncidentEdge) -> String {
     let is_named = match &edge.object {
         LockObject::Relation(_) | LockObject::Advisory { .. } => true,
-        object => edge.row.is_none() && edge.context.is_none() && thing(edge) == object.to_string(),
+        LockObject::Transaction(_) => edge.row.is_none() && edge.context.is_none(),
+        object => thing(edge) == object.to_string(),
     };
     let mode = plain(edge.mode_wanted());
     if is_named {

@@ -6,6 +6,9 @@ mod picture;
 use std::collections::HashSet;
 use std::fmt;
 
+use crate::graph::Relation;
+use crate::key::LockKey;
+
 use super::{
     Incident, IncidentEdge, IncidentKind, JournalLine, JournalMark, Outcome, Participant, Quality,
     words,
@@ -214,9 +217,11 @@ impl Incident {
     /// What it held that others waited for.
     fn held(&self, paper: &mut Paper, participant: &Participant) {
         let edges = self.edges().iter();
-        let edges =
-            edges.filter(|edge| Some(edge.blocker()) == participant.id() && !edge.is_soft());
+        let edges: Vec<_> = edges
+            .filter(|edge| Some(edge.blocker()) == participant.id() && !edge.is_soft())
+            .collect();
         let mut held: Vec<_> = edges
+            .iter()
             .map(|edge| match edge.mode_held() {
                 Some(mode) if edge.row().is_none() => format!("{} in {mode}", words::thing(edge)),
                 _ => words::thing(edge),
@@ -234,7 +239,15 @@ impl Incident {
                 Some(JournalMark::Took | JournalMark::MayHaveTaken)
             )
         };
-        if participant.is_in_this_process() && !participant.journal().iter().any(is_marked) {
+        let is_named = |edge: &&IncidentEdge| {
+            let name = edge.relation().and_then(Relation::name);
+            let group = participant.conflict_group();
+            // The lock of its conflict group was taken with BEGIN.
+            let is_other = |key: &LockKey| !group.is_some_and(|group| group.same_lock(key));
+            name.is_some() || edge.object().advisory_key().is_some_and(is_other)
+        };
+        let is_known = participant.journal().iter().any(is_marked);
+        if participant.is_in_this_process() && !is_known && edges.iter().any(is_named) {
             let how = if participant.journal_dropped() > 0 {
                 "with a statement that is no longer known, or"
             } else {
@@ -446,7 +459,7 @@ Fingerprint 5b62a63f352df502, seen for the first time";
         );
         for part in [
             "  └─ waited for row (0,2) of account (ShareLock on transaction 12), held by pid 12\n",
-            "     └─ waited for transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41): the circle is closed\n",
+            "     └─ waited for a row or key of transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41):\n        the circle",
             "\nWHY: unknown\n",
             "\nPID 12, not seen\n",
             "  Nothing was seen while it lasted: who waited for whom is from the server's DETAIL.\n",
