@@ -24,6 +24,7 @@ impl Serialize for Incident {
 struct Document<'a> {
     version: u32,
     kind: &'a str,
+    headline: String,
     fingerprint: String,
     occurred: String,
     first_seen: String,
@@ -93,6 +94,7 @@ struct Line<'a> {
     took_ms: Option<f64>,
     failed: bool,
     advisory: Option<Key<'a>>,
+    advisory_mode: Option<&'static str>,
     mark: Option<&'static str>,
 }
 
@@ -152,6 +154,7 @@ impl<'a> Document<'a> {
         Self {
             version: VERSION,
             kind: incident.kind().as_str(),
+            headline: incident.headline(),
             fingerprint: incident.fingerprint().to_string(),
             occurred: words::timestamp(incident.occurred()),
             first_seen: words::timestamp(incident.first_seen()),
@@ -230,6 +233,7 @@ impl<'a> Line<'a> {
             took_ms: line.took().map(millis),
             failed: line.failed(),
             advisory: line.advisory().map(|(key, _)| Key::new(key)),
+            advisory_mode: line.advisory().map(|(_, mode)| mode.as_pg_locks()),
             mark: line.mark().map(|mark| match mark {
                 JournalMark::Took => "took",
                 JournalMark::MayHaveTaken => "may_have_taken",
@@ -300,7 +304,227 @@ fn millis(duration: Duration) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Kind;
+    use super::super::testing::*;
     use super::*;
+
+    #[test]
+    fn a_whole_document() {
+        let mut evidence = transfers();
+        evidence.looks.remove(0);
+        evidence.victim.statements.remove(1);
+        evidence.others[0].statements.truncate(1);
+        let document = serde_json::to_string_pretty(&report(evidence)).unwrap();
+        assert_eq!(document, DOCUMENT);
+    }
+
+    /// Programs read this: a change of what is in it is a new [`VERSION`].
+    const DOCUMENT: &str = r#"{
+  "version": 1,
+  "kind": "deadlock",
+  "headline": "Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another",
+  "fingerprint": "5b62a63f352df502",
+  "occurred": "2026-01-31T12:34:56.000000Z",
+  "first_seen": "2026-01-31T12:34:56.000000Z",
+  "last_seen": "2026-01-31T12:34:56.000000Z",
+  "previously_seen": null,
+  "count": 1,
+  "attempt": 1,
+  "attempts": 5,
+  "outcome": "retried",
+  "pause_ms": 12.0,
+  "diagnosis": {
+    "cause": "order_inversion",
+    "certain": true,
+    "text": "The same locks were taken in different orders: pid 11 (src/transfer.rs:41) held row id = 1 of public.account and wanted row id = 2 of public.account; pid 12 (src/refund.rs:17) held row id = 2 of public.account and wanted row id = 1 of public.account.",
+    "fix": "Lock the rows of public.account in one order in every transaction, that of id, before the first of them is written: SELECT … ORDER BY id FOR NO KEY UPDATE."
+  },
+  "quality": "complete",
+  "captured_after_ms": 960.0,
+  "missing": [],
+  "error": {
+    "sqlstate": "40P01",
+    "message": "deadlock detected",
+    "detail": "Process 11 waits for ShareLock on transaction 12; blocked by process 12.\nProcess 12 waits for ShareLock on transaction 11; blocked by process 11.",
+    "context": "while updating tuple (0,2) in relation \"account\""
+  },
+  "participants": [
+    {
+      "pid": 11,
+      "prepared": null,
+      "backend_start": "2026-01-31T12:33:56.000000Z",
+      "call_site": "src/transfer.rs:41",
+      "application_name": "billing src/transfer.rs:41",
+      "user": "app",
+      "database": "shop",
+      "client": "10.0.0.7",
+      "backend_type": "client backend",
+      "state": "active",
+      "in_state_ms": 960.0,
+      "transaction_age_ms": 1200.0,
+      "wait_age_ms": 958.0,
+      "statement": "UPDATE account SET balance = balance + ? WHERE id = ?",
+      "query_id": "11000",
+      "victim": true,
+      "waiting": true,
+      "hidden": false,
+      "in_this_process": true,
+      "seen_after_ms": 960.0,
+      "conflict_group": null,
+      "journal_dropped": 0,
+      "journal": [
+        {
+          "after_ms": 1.0,
+          "text": "UPDATE account SET balance = balance - ? WHERE id = ?",
+          "took_ms": 1.0,
+          "failed": false,
+          "advisory": null,
+          "advisory_mode": null,
+          "mark": "may_have_taken"
+        },
+        {
+          "after_ms": 240.0,
+          "text": "UPDATE account SET balance = balance + ? WHERE id = ?",
+          "took_ms": null,
+          "failed": true,
+          "advisory": null,
+          "advisory_mode": null,
+          "mark": "waited"
+        }
+      ]
+    },
+    {
+      "pid": 12,
+      "prepared": null,
+      "backend_start": "2026-01-31T12:33:56.000000Z",
+      "call_site": "src/refund.rs:17",
+      "application_name": "billing src/refund.rs:17",
+      "user": "app",
+      "database": "shop",
+      "client": "10.0.0.7",
+      "backend_type": "client backend",
+      "state": "active",
+      "in_state_ms": 412.0,
+      "transaction_age_ms": 652.0,
+      "wait_age_ms": 412.0,
+      "statement": "UPDATE account SET balance = balance - ?, note = ? WHERE id = ?",
+      "query_id": "12000",
+      "victim": false,
+      "waiting": true,
+      "hidden": false,
+      "in_this_process": true,
+      "seen_after_ms": 960.0,
+      "conflict_group": null,
+      "journal_dropped": 0,
+      "journal": [
+        {
+          "after_ms": 0.0,
+          "text": "SELECT ?",
+          "took_ms": 1.0,
+          "failed": false,
+          "advisory": null,
+          "advisory_mode": null,
+          "mark": null
+        }
+      ]
+    }
+  ],
+  "edges": [
+    {
+      "waiter": 0,
+      "blocker": 1,
+      "in_cycle": true,
+      "kind": "hard",
+      "mode_wanted": "ShareLock",
+      "mode_held": "ExclusiveLock",
+      "mode_queued": null,
+      "wait_age_ms": 958.0,
+      "locktype": "transactionid",
+      "object": "transaction 12",
+      "relation": {
+        "oid": 16384,
+        "schema": "public",
+        "name": "account"
+      },
+      "ctid": "(0,2)",
+      "row_key": [
+        {
+          "column": "id",
+          "value": "2"
+        }
+      ],
+      "advisory_key": null
+    },
+    {
+      "waiter": 1,
+      "blocker": 0,
+      "in_cycle": true,
+      "kind": "hard",
+      "mode_wanted": "ShareLock",
+      "mode_held": "ExclusiveLock",
+      "mode_queued": null,
+      "wait_age_ms": 412.0,
+      "locktype": "transactionid",
+      "object": "transaction 11",
+      "relation": {
+        "oid": 16384,
+        "schema": "public",
+        "name": "account"
+      },
+      "ctid": "(0,1)",
+      "row_key": [
+        {
+          "column": "id",
+          "value": "1"
+        }
+      ],
+      "advisory_key": null
+    }
+  ]
+}"#;
+
+    #[test]
+    fn an_advisory_lock_by_name() {
+        let mut entry = entry(0, "", Some(1));
+        entry.text = None;
+        entry.advisory = Some((
+            ("billing", "invoice:42").into(),
+            crate::mode::AdvisoryMode::Shared,
+        ));
+        let mut evidence = evidence(Kind::LongWait);
+        evidence.victim.statements = vec![entry];
+        evidence.outcome = Outcome::StillWaiting;
+        let document = serde_json::to_value(report(evidence)).unwrap();
+        let line = &document["participants"][0]["journal"][0];
+        assert_eq!(line["advisory"]["namespace"], "billing");
+        assert_eq!(line["advisory"]["name"], "invoice:42");
+        assert_eq!(line["advisory"]["objsubid"], 1);
+        assert_eq!(line["advisory_mode"], "ShareLock");
+        assert_eq!(document["error"], serde_json::Value::Null);
+        assert_eq!(document["outcome"], "still_waiting");
+        assert_eq!(document["pause_ms"], serde_json::Value::Null);
+    }
+
+    /// Each field of the document is in the table that describes it.
+    #[test]
+    fn every_field_is_documented() {
+        let table = include_str!("mod.rs");
+        let document: serde_json::Value = serde_json::from_str(DOCUMENT).unwrap();
+        let line = &document["participants"][0]["journal"][0];
+        let edge = &document["edges"][0];
+        for object in [
+            &document,
+            &document["diagnosis"],
+            &document["error"],
+            &document["participants"][0],
+            line,
+            edge,
+        ] {
+            for field in object.as_object().unwrap().keys() {
+                assert!(table.contains(&format!("`{field}`")), "{field}");
+            }
+        }
+    }
 
     #[test]
     fn milliseconds_have_three_digits_at_most() {

@@ -20,13 +20,9 @@ mod journal;
 mod json;
 mod page;
 mod participant;
-#[cfg(test)]
-mod properties;
 mod row_key;
 mod scene;
 mod server;
-#[cfg(test)]
-mod testing;
 mod texts;
 mod words;
 
@@ -55,7 +51,58 @@ use texts::Texts;
 /// Cheap to clone. No literal of any SQL is in it, unless that was asked for; keys of rows and names of advisory locks
 /// are.
 ///
-/// `Display` is a page of at most 100 columns, without colours.
+/// `Display` is a page of at most 100 columns, without colours; [`headline`](Self::headline) is its first line.
+///
+/// # JSON
+///
+/// With the feature `serde` it is `Serialize`. In JSON, `null` is what is not known; times are RFC 3339 in UTC, durations
+/// are milliseconds. Fields may be added; where one changes its meaning or goes away, `version` goes up.
+///
+/// | field | what it is |
+/// |---|---|
+/// | `version` | 1 |
+/// | `kind` | `deadlock`, `hidden_deadlock`, `lock_timeout`, `long_wait` |
+/// | `headline` | what happened, on one line |
+/// | `fingerprint` | 16 hexadecimal digits: [`Fingerprint`] |
+/// | `occurred`, `first_seen`, `last_seen`, `previously_seen`, `count` | when, and how often with this fingerprint |
+/// | `attempt`, `attempts` | which attempt of the transaction, of how many |
+/// | `outcome`, `pause_ms` | `retried` after that pause, `gave_up`, `not_retried`, `still_waiting` |
+/// | `diagnosis` | `cause` ([`Cause::as_str`]), `certain`, `text`, `fix` |
+/// | `quality`, `captured_after_ms` | `complete`, `partial`, `detail_only`, `nothing`; when it was seen, since the victim's statement began |
+/// | `missing` | what is not known and why, an array of sentences |
+/// | `error` | the server's: `sqlstate`, `message`, `detail`, `context`, as far as they carry no data |
+/// | `participants` | an array, the victim first |
+/// | `edges` | an array, those of the circle first |
+///
+/// A participant:
+///
+/// | field | what it is |
+/// |---|---|
+/// | `pid`, `prepared`, `backend_start` | the process id, or a prepared transaction's global identifier |
+/// | `call_site`, `application_name`, `user`, `database`, `client`, `backend_type` | who it is |
+/// | `state`, `in_state_ms`, `transaction_age_ms`, `wait_age_ms` | what it did when it was seen, and for how long |
+/// | `statement`, `query_id` | what it ran, without literals; the identifier is a string |
+/// | `victim`, `waiting`, `hidden`, `in_this_process` | true or false |
+/// | `seen_after_ms` | when it was seen, since the victim's statement began |
+/// | `conflict_group` | a key, as below |
+/// | `journal_dropped`, `journal` | earlier statements that are not known any more; an array of those that are |
+///
+/// A line of a journal: `after_ms` since the transaction began, `text`, `took_ms`, `failed`, `advisory` (a key) and
+/// `advisory_mode`, `mark` (`took`, `may_have_taken`, `waited`).
+///
+/// An edge:
+///
+/// | field | what it is |
+/// |---|---|
+/// | `waiter`, `blocker` | places in `participants`, counted from 0 |
+/// | `in_cycle` | whether it is part of the circle |
+/// | `kind` | `hard`, `soft`, or `null` where only the DETAIL tells of it |
+/// | `mode_wanted`, `mode_held`, `mode_queued` | as in `pg_locks.mode` |
+/// | `wait_age_ms` | for how long it had waited |
+/// | `locktype`, `object` | as in `pg_locks.locktype`; in words |
+/// | `relation` | its `oid`, `schema`, `name` |
+/// | `ctid`, `row_key` | of the row; an array of `column` and `value` |
+/// | `advisory_key` | a key: `namespace`, `name`, and `classid`, `objid`, `objsubid` as in `pg_locks` |
 #[derive(Clone, Debug)]
 pub struct Incident {
     inner: Arc<Inner>,
@@ -367,3 +414,8 @@ fn not_known(scene: &Scene, participants: &[Participant], message: &Message) -> 
     }
     missing
 }
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod testing;

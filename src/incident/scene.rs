@@ -586,6 +586,13 @@ mod tests {
             Quality::DetailOnly,
             "another lock was seen"
         );
+        // Which nobody saw.
+        let mut evidence = told(&[21, 12], Vec::new());
+        evidence.victim.pid = Some(11);
+        assert_eq!(pids(&report(evidence)), [11, 12]);
+        let mut evidence = told(&[12, 11], Vec::new());
+        evidence.victim.pid = Some(11);
+        assert_eq!(pids(&report(evidence)), [11, 12]);
     }
 
     #[test]
