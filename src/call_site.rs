@@ -47,6 +47,12 @@ impl CallSite {
     pub(crate) fn caller() -> Self {
         Self::from(Location::caller())
     }
+
+    /// Any place, for tests of what is made from it.
+    #[cfg(test)]
+    pub(crate) const fn at(file: &'static str, line: u32) -> Self {
+        Self { file, line }
+    }
 }
 
 impl From<&'static Location<'static>> for CallSite {

@@ -1,0 +1,648 @@
+//! Sessions that waited for one another in a circle.
+
+use crate::graph::LockObject;
+
+use super::super::{IncidentEdge, words};
+use super::{Cause, Diagnosis, Facts, foreign_key, index_fix};
+
+pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
+    upgrade(facts)
+        .or_else(|| index_build(facts))
+        .or_else(|| {
+            facts
+                .circle()
+                .iter()
+                .find_map(|edge| foreign_key(facts, edge))
+        })
+        .or_else(|| unique(facts))
+        .or_else(|| queue(facts))
+        .or_else(|| inversion(facts))
+        .unwrap_or_else(|| unknown(facts))
+}
+
+/// All of them are about one thing, which each of them has already.
+fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let (first, rest) = facts.circle().split_first()?;
+    let is_one = rest.iter().all(|edge| edge.same_thing(first));
+    let is_known = first.row.is_some()
+        || matches!(
+            first.object,
+            LockObject::Relation(_) | LockObject::Advisory { .. }
+        );
+    if !is_one || !is_known || facts.circle().iter().any(IncidentEdge::is_soft) {
+        return None;
+    }
+    let names: Vec<_> = facts
+        .circle()
+        .iter()
+        .map(|edge| facts.name(&edge.waiter))
+        .collect();
+    let all = if names.len() == 2 { "both" } else { "all" };
+    let thing = words::thing(first);
+    let (held, fix) = if let Some(row) = &first.row {
+        (
+            "in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check)"
+                .to_owned(),
+            format!(
+                "Lock the row of {} at once as strongly as it is needed, FOR NO KEY UPDATE before an update, and before \
+                 rows that refer to it are inserted.",
+                row.relation()
+            ),
+        )
+    } else if let LockObject::Advisory { .. } = first.object {
+        (
+            "shared".to_owned(),
+            "Ask for it exclusively from the start where it may be needed so.".to_owned(),
+        )
+    } else {
+        let modes = facts.circle().iter().filter_map(IncidentEdge::mode_held);
+        let mut modes: Vec<_> = modes.map(words::plain).collect();
+        modes.sort();
+        modes.dedup();
+        let held = match modes.as_slice() {
+            [] => "in a mode that can be shared".to_owned(),
+            modes => format!("in {}", modes.join(" and ")),
+        };
+        (
+            held,
+            format!(
+                "Lock {thing} at once as strongly as it is needed: LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE, or a \
+                 stronger one, before the first statement that uses it."
+            ),
+        )
+    };
+    let text = format!(
+        "{} {all} held {thing} {held}, and each wanted more of it, which the others' hold did not allow.",
+        list(&names)
+    );
+    let is_certain = facts.circle().iter().all(IncidentEdge::was_seen);
+    Some(Diagnosis::new(Cause::LockUpgrade, is_certain, text).with_fix(fix))
+}
+
+fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let (edge, kind) = facts.circle().iter().find_map(|edge| {
+        let waits = matches!(
+            edge.object,
+            LockObject::Relation(_) | LockObject::VirtualTransaction(_)
+        );
+        let kind = facts.builds_index(&edge.waiter).filter(|_| waits)?;
+        Some((edge, kind))
+    })?;
+    let before = facts
+        .circle()
+        .iter()
+        .find(|before| before.blocker == edge.waiter)?;
+    let what = match &edge.object {
+        LockObject::VirtualTransaction(_) => {
+            "the end of a transaction that was there before it".to_owned()
+        }
+        _ => words::thing(edge),
+    };
+    let text = format!(
+        "{} was building an index and waited for {what}, which {} had; meanwhile {} waited for {}, which the session of \
+         the index build held.",
+        facts.name(&edge.waiter),
+        facts.name(&edge.blocker),
+        facts.name(&before.waiter),
+        words::thing(before),
+    );
+    Some(Diagnosis::new(Cause::IndexBuild, true, text).with_fix(index_fix(kind)))
+}
+
+fn unique(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let waits = facts.circle().iter();
+    let waits: Vec<_> = waits
+        .filter_map(|edge| Some((edge, facts.is_unique_wait(edge)?)))
+        .collect();
+    let (edge, _) = waits.iter().max_by_key(|(_, is_told)| *is_told)?;
+    let is_told = waits.iter().any(|(_, is_told)| *is_told);
+    let key = match &edge.context {
+        Some(context) => format!("the same key of {}", words::plain(&context.relation)),
+        None => "the same unique key".to_owned(),
+    };
+    let all = waits.len() == facts.circle().len();
+    let (others, fix) = if all {
+        (
+            "; the others waited for keys that were inserted in another order",
+            "Insert rows in the order of their unique key, in every transaction: sort them before, or insert them with one \
+             statement that does (INSERT … SELECT … ORDER BY). ON CONFLICT does not help: it waits in the same way.",
+        )
+    } else {
+        (
+            ", while that one waited for a lock of the first",
+            "Insert the row whose key may be there already before anything else is locked, in every transaction, or \
+             lock what both need in one order.",
+        )
+    };
+    let text = format!(
+        "{} inserted {key} as {} had, and had to wait until that transaction ends{others}.",
+        facts.name(&edge.waiter),
+        facts.name(&edge.blocker),
+    );
+    Some(Diagnosis::new(Cause::UniqueInsert, is_told, text).with_fix(fix))
+}
+
+fn queue(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let soft = facts.circle().iter().find(|edge| edge.is_soft())?;
+    let text = format!(
+        "{} waited for {} only because {} waited for it too, ahead in the queue, in a mode that conflicts{}.",
+        facts.name(&soft.waiter),
+        words::thing(soft),
+        facts.name(&soft.blocker),
+        soft.mode_queued()
+            .map(|mode| format!(" ({})", words::plain(mode)))
+            .unwrap_or_default(),
+    );
+    let fix = "Take the strong lock under a short lock_timeout and try again after a pause, so that nobody queues behind it \
+               for long; and let transactions lock all they need at their beginning, in one order.";
+    Some(Diagnosis::new(Cause::LockQueue, true, text).with_fix(fix))
+}
+
+/// What a wait is known to be for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Row,
+    /// Of a transaction, whichever row it is.
+    AnyRow,
+    Relation,
+    Advisory,
+    Other,
+}
+
+fn class(edge: &IncidentEdge) -> Class {
+    match &edge.object {
+        _ if edge.row.is_some() => Class::Row,
+        LockObject::Transaction(_) => Class::AnyRow,
+        LockObject::Relation(_) => Class::Relation,
+        LockObject::Advisory { .. } => Class::Advisory,
+        _ => Class::Other,
+    }
+}
+
+fn differ(a: &IncidentEdge, b: &IncidentEdge) -> bool {
+    match (class(a), class(b)) {
+        (Class::Row | Class::AnyRow, Class::AnyRow) | (Class::AnyRow, Class::Row) => false,
+        (x, y) => x != y || !a.same_thing(b),
+    }
+}
+
+fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let circle = facts.circle();
+    let differs = circle.iter().any(|a| circle.iter().any(|b| differ(a, b)));
+    if !differs {
+        return None;
+    }
+    let orders = circle.iter().enumerate().map(|(at, wanted)| {
+        // The edge before it in the circle is the one that waits for this session.
+        let held = &circle[(at + circle.len() - 1) % circle.len()];
+        format!(
+            "{} held {} and wanted {}",
+            facts.name(&wanted.waiter),
+            words::thing(held),
+            words::thing(wanted),
+        )
+    });
+    let orders: Vec<_> = orders.collect();
+    let text = format!(
+        "The same locks were taken in different orders: {}.",
+        orders.join("; ")
+    );
+    let is_certain = circle.iter().all(IncidentEdge::was_seen)
+        && !circle
+            .iter()
+            .any(|edge| matches!(class(edge), Class::AnyRow | Class::Other));
+    Some(Diagnosis::new(Cause::OrderInversion, is_certain, text).with_fix(one_order(circle)))
+}
+
+/// The order to use.
+fn one_order(circle: &[IncidentEdge]) -> String {
+    let all = |class_of: Class| circle.iter().all(|edge| class(edge) == class_of);
+    if all(Class::Advisory) {
+        let mut keys: Vec<_> = circle
+            .iter()
+            .filter_map(|edge| edge.object.advisory_key())
+            .collect();
+        keys.sort();
+        keys.dedup();
+        let keys: Vec<_> = keys.into_iter().map(words::in_rust).collect();
+        return format!(
+            "Take them with one call, which puts them into one order: advisory_locks([{}]).",
+            keys.join(", ")
+        );
+    }
+    let relations = circle.iter().filter_map(words::relation_of);
+    let mut relations: Vec<_> = relations.map(ToString::to_string).collect();
+    relations.sort();
+    relations.dedup();
+    if all(Class::Row)
+        && let [relation] = relations.as_slice()
+    {
+        let edges: Vec<_> = circle.iter().collect();
+        let key = words::order(&edges).unwrap_or_else(|| "its primary key".to_owned());
+        return format!(
+            "Lock the rows of {relation} in one order in every transaction, that of {key}, before the first of them is \
+             written: SELECT … ORDER BY {} FOR NO KEY UPDATE.",
+            if key.starts_with("its ") {
+                "the primary key"
+            } else {
+                &key
+            },
+        );
+    }
+    if circle.iter().all(|edge| words::relation_of(edge).is_some()) {
+        return format!(
+            "Use one order in every transaction, such as that of the names: {}.",
+            relations.join(" before ")
+        );
+    }
+    if circle.iter().any(|edge| class(edge) == Class::Advisory) {
+        return "Take the advisory lock first, in every transaction, before anything else is locked.".to_owned();
+    }
+    "Take these locks in one order in every transaction.".to_owned()
+}
+
+fn unknown(facts: &Facts<'_>) -> Diagnosis {
+    let names: Vec<_> = facts
+        .circle()
+        .iter()
+        .map(|edge| facts.name(&edge.waiter))
+        .collect();
+    let text = format!(
+        "{} waited for one another, but for which rows or keys was not seen: the server's message names transactions only.",
+        list(&names)
+    );
+    Diagnosis::new(Cause::Unknown, false, text)
+}
+
+/// `a, b and c`
+fn list(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => one.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::graph::{LockObject, RowId};
+
+    use super::super::super::testing::*;
+    use super::super::super::{Evidence, Incident, Kind, ServerError};
+    use super::*;
+
+    fn found(evidence: Evidence) -> (Cause, bool, Incident) {
+        let report = report(evidence);
+        let diagnosis = report.diagnosis();
+        (diagnosis.cause(), diagnosis.is_certain(), report)
+    }
+
+    fn fix(report: &Incident) -> &str {
+        report.diagnosis().fix().unwrap_or_default()
+    }
+
+    /// Pid 11 waits for the second thing, which 12 holds; 12 waits for the first, which 11 holds.
+    fn two(first: (&LockObject, &'static str), second: (&LockObject, &'static str)) -> Server {
+        Server::default()
+            .session(11, "billing src/transfer.rs:41", "active", "SELECT 1")
+            .session(12, "billing src/refund.rs:17", "active", "SELECT 2")
+            .holds(11, first.0, first.1)
+            .holds(12, second.0, second.1)
+            .waits(11, second.0, second.1, 958, &[12])
+            .waits(12, first.0, first.1, 400, &[11])
+    }
+
+    fn rows(first: &RowId, second: &RowId, sql: [&str; 2]) -> Server {
+        Server::default()
+            .session(11, "src/transfer.rs:41", "active", sql[0])
+            .session(12, "src/refund.rs:17", "active", sql[1])
+            .waits_for_row(11, second, 12, 958)
+            .waits_for_row(12, first, 11, 400)
+    }
+
+    #[test]
+    fn rows_in_different_orders() {
+        let (cause, certain, report) = found(transfers());
+        assert_eq!((cause, certain), (Cause::OrderInversion, true));
+        let text = report.diagnosis().text();
+        for order in [
+            "pid 11 (src/transfer.rs:41) held row id = 1 of public.account and wanted row id = 2 of public.account",
+            "pid 12 (src/refund.rs:17) held row id = 2 of public.account and wanted row id = 1 of public.account",
+        ] {
+            assert!(text.contains(order), "{text}");
+        }
+        assert!(fix(&report).contains("rows of public.account in one order"));
+        assert!(fix(&report).contains("ORDER BY id FOR NO KEY UPDATE"));
+    }
+
+    #[test]
+    fn rows_without_a_key_are_ordered_by_it_all_the_same() {
+        let server = rows(&row(account(), 1), &row(account(), 2), ["", ""]);
+        let (cause, _, report) = found(deadlock(server));
+        assert_eq!(cause, Cause::OrderInversion);
+        assert!(
+            report
+                .diagnosis()
+                .text()
+                .contains("row (0,2) of public.account")
+        );
+        assert!(fix(&report).contains("that of its primary key"));
+    }
+
+    #[test]
+    fn tables_in_different_orders() {
+        let server = rows(&row(table(2, "zoo"), 1), &row(table(1, "ant"), 1), ["", ""]);
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::OrderInversion, true));
+        assert!(fix(&report).contains("public.ant before public.zoo"));
+        let (zoo, ant) = (
+            LockObject::Relation(table(2, "zoo")),
+            LockObject::Relation(table(1, "ant")),
+        );
+        let server = two((&zoo, "AccessExclusiveLock"), (&ant, "ExclusiveLock"));
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::OrderInversion, true));
+        assert!(report.diagnosis().text().contains("held table public.zoo"));
+        assert!(fix(&report).contains("public.ant before public.zoo"));
+    }
+
+    #[test]
+    fn advisory_locks_in_different_orders() {
+        let (a, b) = (advisory("b:2"), advisory(("billing", "a:1")));
+        let (cause, certain, report) =
+            found(deadlock(two((&a, "ExclusiveLock"), (&b, "ExclusiveLock"))));
+        assert_eq!((cause, certain), (Cause::OrderInversion, true));
+        let fix = fix(&report);
+        assert!(fix.contains("advisory_locks(["), "{fix}");
+        assert!(
+            fix.contains("(\"billing\", \"a:1\")") && fix.contains("\"b:2\""),
+            "{fix}"
+        );
+    }
+
+    #[test]
+    fn an_advisory_lock_and_a_row() {
+        let key = advisory("invoice:1");
+        let server = Server::default()
+            .waits_for_row(11, &row(account(), 1), 12, 958)
+            .holds(11, &key, "ExclusiveLock")
+            .waits(12, &key, "ExclusiveLock", 5, &[11]);
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::OrderInversion, true));
+        assert!(fix(&report).contains("advisory lock first"));
+    }
+
+    #[test]
+    fn an_advisory_lock_and_a_row_that_was_not_seen() {
+        let (cause, certain, _) = found(Evidence {
+            error: Some(deadlock_error(
+                "Process 11 waits for ShareLock on transaction 5; blocked by process 12.\n\
+                 Process 12 waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process 11.",
+                "",
+            )),
+            ..evidence(Kind::Deadlock)
+        });
+        assert_eq!((cause, certain), (Cause::OrderInversion, false));
+    }
+
+    #[test]
+    fn more_of_one_row() {
+        let row = row(account(), 1);
+        let server = Server::default()
+            .waits_for_row(11, &row, 12, 958)
+            // The second one in line.
+            .waits(
+                12,
+                &LockObject::Tuple(row.clone()),
+                "ExclusiveLock",
+                400,
+                &[11],
+            );
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::LockUpgrade, true));
+        assert!(
+            report
+                .diagnosis()
+                .text()
+                .contains("both held row (0,1) of public.account")
+        );
+        assert!(fix(&report).contains("FOR NO KEY UPDATE"));
+    }
+
+    #[test]
+    fn more_of_one_table() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .holds(11, &object, "ShareLock")
+            .holds(12, &object, "ShareLock")
+            .waits(11, &object, "RowExclusiveLock", 958, &[12])
+            .waits(12, &object, "RowExclusiveLock", 400, &[11]);
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::LockUpgrade, true));
+        assert!(report.diagnosis().text().contains("in ShareLock"));
+        assert!(fix(&report).contains("SHARE ROW EXCLUSIVE"));
+    }
+
+    #[test]
+    fn more_of_one_advisory_lock_as_the_server_alone_tells() {
+        let line = |waiter, blocker| {
+            format!(
+                "Process {waiter} waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process {blocker}."
+            )
+        };
+        let detail = [line(11, 12), line(12, 13), line(13, 11)].join("\n");
+        let (cause, certain, report) = found(Evidence {
+            error: Some(deadlock_error(&detail, "")),
+            ..evidence(Kind::Deadlock)
+        });
+        assert_eq!((cause, certain), (Cause::LockUpgrade, false));
+        assert!(
+            report
+                .diagnosis()
+                .text()
+                .contains("pid 12 and pid 13 all held advisory lock 7")
+        );
+        assert!(fix(&report).contains("exclusively from the start"));
+    }
+
+    #[test]
+    fn an_index_build_and_a_writer() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .session(11, "migrate", "active", "CREATE INDEX ON account (note)")
+            .session(12, "src/refund.rs:17", "active", "UPDATE audit SET x = 1")
+            .holds(12, &object, "RowExclusiveLock")
+            .waits(11, &object, "ShareLock", 958, &[12])
+            .waits_for_row(12, &row(table(7, "audit"), 3), 11, 400);
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::IndexBuild, true));
+        assert!(fix(&report).contains("CONCURRENTLY"));
+        let key = advisory("migrations");
+        let old = LockObject::VirtualTransaction("3/15".into());
+        let server = Server::default()
+            .session(
+                11,
+                "src/refund.rs:17",
+                "active",
+                "SELECT pg_advisory_lock(1)",
+            )
+            .session(
+                12,
+                "migrate",
+                "active",
+                "CREATE INDEX CONCURRENTLY ON account (note)",
+            )
+            .holds(11, &old, "ExclusiveLock")
+            .holds(12, &key, "ExclusiveLock")
+            .waits(11, &key, "ExclusiveLock", 958, &[12])
+            .waits(12, &old, "ShareLock", 400, &[11]);
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::IndexBuild, true));
+        assert!(
+            report
+                .diagnosis()
+                .text()
+                .starts_with("pid 12 (migrate) was building an index")
+        );
+        assert!(fix(&report).contains("an advisory one"));
+    }
+
+    const CHECK: &str = "while locking tuple (0,1) in relation \"customer\"\n\
+        SQL statement \"SELECT 1 FROM ONLY \"public\".\"customer\" x WHERE \"id\" OPERATOR(pg_catalog.=) $1 \
+        FOR KEY SHARE OF x\"";
+
+    fn with_context(evidence: Evidence, context: &str) -> Evidence {
+        let error = ServerError {
+            detail: None,
+            ..deadlock_error("", context)
+        };
+        Evidence {
+            error: Some(error),
+            ..evidence
+        }
+    }
+
+    /// The second session holds the parent's row, and waits for an order of the first.
+    fn parent(sql: [&str; 2]) -> Evidence {
+        let server = rows(
+            &row(table(8, "orders"), 4),
+            &row(table(9, "customer"), 1),
+            sql,
+        );
+        deadlock(server)
+    }
+
+    #[test]
+    fn a_foreign_keys_parent() {
+        let sql = ["INSERT INTO orders VALUES (1)", "UPDATE orders SET a = 1"];
+        let mut told = with_context(parent(sql), CHECK);
+        told.others = vec![journal(
+            12,
+            REFUND,
+            900,
+            vec![
+                entry(0, "SELECT * FROM customer WHERE id = 1 FOR UPDATE", Some(1)),
+                entry(500, sql[1], None),
+            ],
+        )];
+        let (cause, certain, report) = found(told.clone());
+        assert_eq!((cause, certain), (Cause::ForeignKeyParent, true));
+        assert!(
+            report
+                .diagnosis()
+                .text()
+                .contains("refers to public.customer")
+        );
+        assert!(fix(&report).contains("Use FOR NO KEY UPDATE"));
+
+        // Without the server's word for it, by what the insert waits for.
+        told.error = None;
+        let (cause, certain, _) = found(told.clone());
+        assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
+
+        // With its word for something else, it is not.
+        let (cause, ..) = found(with_context(
+            told.clone(),
+            "PL/pgSQL function f() line 3 at RAISE",
+        ));
+        assert_eq!(cause, Cause::OrderInversion);
+
+        // Nobody knows how the parent was locked.
+        let (cause, certain, report) = found(with_context(parent(sql), CHECK));
+        assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
+        assert!(report.diagnosis().text().contains("was not seen"));
+
+        told.others[0].statements[0] = entry(0, "DELETE FROM customer", Some(1));
+        let (cause, certain, report) = found(with_context(told, CHECK));
+        assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
+        assert!(report.diagnosis().text().contains("deleted the row"));
+    }
+
+    #[test]
+    fn keys_inserted_in_different_orders() {
+        let transaction = |pid| LockObject::Transaction(pid);
+        let server = || {
+            Server::default()
+                .session(
+                    11,
+                    "src/transfer.rs:41",
+                    "active",
+                    "INSERT INTO account VALUES (1)",
+                )
+                .session(
+                    12,
+                    "src/refund.rs:17",
+                    "active",
+                    "INSERT INTO account VALUES (2)",
+                )
+                .holds(11, &transaction(11), "ExclusiveLock")
+                .holds(12, &transaction(12), "ExclusiveLock")
+                .waits(11, &transaction(12), "ShareLock", 958, &[12])
+                .waits(12, &transaction(11), "ShareLock", 400, &[11])
+        };
+        let (cause, certain, report) = found(deadlock(server()));
+        assert_eq!((cause, certain), (Cause::UniqueInsert, false));
+        assert!(fix(&report).contains("in the order of their unique key"));
+        let context = "while inserting index tuple (0,2) in relation \"account_pkey\"";
+        let (cause, certain, report) = found(with_context(deadlock(server()), context));
+        assert_eq!((cause, certain), (Cause::UniqueInsert, true));
+        assert!(report.diagnosis().text().contains("account_pkey"));
+        // The other one waits for a row.
+        let server = server().holds(12, &LockObject::Tuple(row(account(), 7)), "ExclusiveLock");
+        let (cause, certain, report) = found(with_context(deadlock(server), context));
+        assert_eq!((cause, certain), (Cause::UniqueInsert, true));
+        assert!(fix(&report).contains("already before anything else"));
+    }
+
+    #[test]
+    fn over_the_queue_of_a_lock() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .holds(13, &object, "AccessShareLock")
+            .waits(12, &object, "AccessExclusiveLock", 958, &[13])
+            .waits(11, &object, "AccessShareLock", 400, &[12])
+            .waits_for_row(13, &row(table(7, "audit"), 3), 11, 100);
+        let (cause, certain, report) = found(deadlock(server));
+        assert_eq!((cause, certain), (Cause::LockQueue, true));
+        assert!(report.diagnosis().text().contains("AccessExclusiveLock"));
+        assert_eq!(report.cycle().len(), 3);
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_guessed() {
+        let evidence = Evidence {
+            looks: Vec::new(),
+            others: Vec::new(),
+            ..transfers()
+        };
+        let (cause, certain, report) = found(evidence);
+        assert_eq!((cause, certain), (Cause::Unknown, false));
+        assert_eq!(report.diagnosis().fix(), None);
+        assert!(
+            report
+                .diagnosis()
+                .text()
+                .contains("pid 11 (src/transfer.rs:41) and pid 12 waited")
+        );
+    }
+}

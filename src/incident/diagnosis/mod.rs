@@ -1,0 +1,317 @@
+//! Why it happened, in plain words, and what to do about it.
+
+mod cycle;
+mod wait;
+
+use std::fmt;
+
+use crate::graph::{BackendId, LockObject};
+use crate::statement::{self, StatementKind};
+
+use super::scene::Scene;
+use super::server::Message;
+use super::{IncidentEdge, IncidentKind, Participant, words};
+
+/// Why an incident happened, as far as the evidence bears it, and what would keep it from happening again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnosis {
+    cause: Cause,
+    is_certain: bool,
+    text: String,
+    fix: Option<String>,
+}
+
+/// What kind of mistake, or mishap, it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Cause {
+    /// Transactions took the same locks in different orders.
+    OrderInversion,
+    /// Several transactions held one thing in a mode that can be shared, and each wanted more of it.
+    LockUpgrade,
+    /// The check of a foreign key waited for the parent's row, which was locked more strongly than it had to be.
+    ForeignKeyParent,
+    /// An insert waited for a transaction that had inserted the same key of a unique index.
+    UniqueInsert,
+    /// An index build and a writer were in each other's way.
+    IndexBuild,
+    /// The holder was idle in its transaction.
+    IdleInTransaction,
+    /// The lock was free, or held in a mode that would not conflict; but another session waited for it ahead in the queue.
+    LockQueue,
+    /// Somebody held the advisory lock.
+    AdvisoryLockHeld,
+    /// A prepared transaction held the lock.
+    PreparedTransaction,
+    /// The holder was busy with a statement.
+    RunningHolder,
+    /// Those in the way were in a deadlock of their own.
+    BehindDeadlock,
+    /// The evidence does not tell.
+    Unknown,
+}
+
+impl Diagnosis {
+    /// What kind of mistake, or mishap, it was.
+    #[must_use]
+    pub fn cause(&self) -> Cause {
+        self.cause
+    }
+
+    /// Whether the evidence proves it; otherwise it is what fits best. Always false for [`Cause::Unknown`].
+    #[must_use]
+    pub fn is_certain(&self) -> bool {
+        self.is_certain
+    }
+
+    /// What happened, in whole sentences.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// What to do about it, in whole sentences.
+    #[must_use]
+    pub fn fix(&self) -> Option<&str> {
+        self.fix.as_deref()
+    }
+
+    fn new(cause: Cause, is_certain: bool, text: String) -> Self {
+        Self {
+            cause,
+            is_certain,
+            text,
+            fix: None,
+        }
+    }
+
+    fn with_fix(mut self, fix: impl Into<String>) -> Self {
+        self.fix = Some(fix.into());
+        self
+    }
+}
+
+impl Cause {
+    /// Its name in JSON, and for labels.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::OrderInversion => "order_inversion",
+            Self::LockUpgrade => "lock_upgrade",
+            Self::ForeignKeyParent => "foreign_key_parent",
+            Self::UniqueInsert => "unique_insert",
+            Self::IndexBuild => "index_build",
+            Self::IdleInTransaction => "idle_in_transaction",
+            Self::LockQueue => "lock_queue",
+            Self::AdvisoryLockHeld => "advisory_lock_held",
+            Self::PreparedTransaction => "prepared_transaction",
+            Self::RunningHolder => "running_holder",
+            Self::BehindDeadlock => "behind_deadlock",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// In plain words.
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OrderInversion => "lock order inversion",
+            Self::LockUpgrade => "lock upgrade",
+            Self::ForeignKeyParent => "foreign key's parent row locked",
+            Self::UniqueInsert => "same unique key inserted",
+            Self::IndexBuild => "index build against a writer",
+            Self::IdleInTransaction => "holder idle in its transaction",
+            Self::LockQueue => "queue of a lock",
+            Self::AdvisoryLockHeld => "advisory lock held",
+            Self::PreparedTransaction => "prepared transaction left open",
+            Self::RunningHolder => "holder busy with a statement",
+            Self::BehindDeadlock => "behind another deadlock",
+            Self::Unknown => "unknown",
+        })
+    }
+}
+
+/// The text and the fix, after the cause: `lock order inversion: …`.
+impl fmt::Display for Diagnosis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let probably = if self.is_certain || self.cause == Cause::Unknown {
+            ""
+        } else {
+            "probably "
+        };
+        write!(f, "{probably}{}: {}", self.cause, self.text)?;
+        match &self.fix {
+            Some(fix) => write!(f, " {fix}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// All that a diagnosis goes by.
+pub(super) struct Facts<'a> {
+    pub(super) kind: IncidentKind,
+    pub(super) scene: &'a Scene,
+    pub(super) participants: &'a [Participant],
+    pub(super) message: &'a Message,
+}
+
+pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
+    if facts.scene.cycle > 0 {
+        cycle::diagnose(facts)
+    } else {
+        wait::diagnose(facts)
+    }
+}
+
+impl<'a> Facts<'a> {
+    fn circle(&self) -> &'a [IncidentEdge] {
+        &self.scene.edges[..self.scene.cycle]
+    }
+
+    /// Edges of the victim.
+    fn direct(&self) -> impl Iterator<Item = &'a IncidentEdge> {
+        let victim = self.scene.victim.as_ref();
+        let edges = self.scene.edges.iter();
+        edges.filter(move |edge| Some(&edge.waiter) == victim)
+    }
+
+    fn participant(&self, id: &BackendId) -> Option<&'a Participant> {
+        let mut participants = self.participants.iter();
+        participants.find(|participant| participant.id.as_ref() == Some(id))
+    }
+
+    /// `pid 4711 (src/pay.rs:42)`
+    fn name(&self, id: &BackendId) -> String {
+        match self.participant(id) {
+            Some(participant) => words::who(participant),
+            None => id.to_string(),
+        }
+    }
+
+    fn statement(&self, id: &BackendId) -> Option<StatementKind> {
+        let statement = self.participant(id)?.statement.as_deref();
+        statement.map(statement::kind)
+    }
+
+    fn builds_index(&self, id: &BackendId) -> Option<StatementKind> {
+        let kind = self.statement(id)?;
+        let builds = matches!(
+            kind,
+            StatementKind::CreateIndex
+                | StatementKind::CreateIndexConcurrently
+                | StatementKind::Reindex
+        );
+        builds.then_some(kind)
+    }
+
+    /// Whether the waiter waits for a transaction to tell whether a key is taken. The second value says whether the
+    /// server's CONTEXT says so.
+    fn is_unique_wait(&self, edge: &IncidentEdge) -> Option<bool> {
+        if let Some(context) = &edge.context {
+            return context.index_entry.then_some(true);
+        }
+        if matches!(edge.object, LockObject::SpeculativeToken { .. }) {
+            return Some(true);
+        }
+        // Who waits for a row has lined up for it, and a plain insert waits for no other transaction.
+        let inserts = matches!(
+            self.statement(&edge.waiter),
+            Some(StatementKind::Insert | StatementKind::Copy)
+        );
+        let is_bare = edge.row.is_none() && matches!(edge.object, LockObject::Transaction(_));
+        (inserts && is_bare && edge.was_seen()).then_some(false)
+    }
+
+    /// Statements of somebody that name a relation, by what they do: those of its journal until then, and the one it was
+    /// seen with.
+    fn statements_on(&self, id: &BackendId, schema: &str, name: &str) -> Vec<StatementKind> {
+        let Some(participant) = self.participant(id) else {
+            return Vec::new();
+        };
+        let journal = participant
+            .journal
+            .iter()
+            .filter_map(|line| line.text.as_deref());
+        let all = journal.chain(participant.statement.as_deref());
+        all.filter(|text| statement::mentions(text, schema, name))
+            .map(statement::kind)
+            .collect()
+    }
+}
+
+/// Of a waiter whose foreign key's check waits for the parent's row, which another transaction has locked.
+fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
+    let waiter = facts.name(&edge.waiter);
+    let blocker = facts.name(&edge.blocker);
+    let is_victim = Some(&edge.waiter) == facts.scene.victim.as_ref();
+    let (schema, name, is_told) = match &facts.message.parent {
+        Some(parent) if is_victim => (parent.schema.as_str(), parent.name.as_str(), true),
+        _ if is_victim && facts.message.has_context => return None,
+        _ => {
+            // Not told: an insert that waits for the row of a table it does not name.
+            let relation = edge.row.as_ref()?.relation();
+            let (schema, name) = (relation.schema()?, relation.name()?);
+            let statement = facts.participant(&edge.waiter)?.statement.as_deref()?;
+            let inserts = statement::kind(statement) == StatementKind::Insert;
+            if !inserts || statement::mentions(statement, schema, name) {
+                return None;
+            }
+            (schema, name, false)
+        }
+    };
+    let table = format!("{}.{}", words::plain(schema), words::plain(name));
+    let on_parent = facts.statements_on(&edge.blocker, schema, name);
+    let locks = on_parent.contains(&StatementKind::SelectForUpdate);
+    let writes = [StatementKind::Delete, StatementKind::Update];
+    let writes = on_parent.iter().any(|kind| writes.contains(kind));
+    if !is_told && !locks {
+        return None;
+    }
+    let check = format!(
+        "{waiter} wrote a row that refers to {table}; the foreign key's check locks the row there FOR KEY SHARE, and had \
+         to wait for {blocker}"
+    );
+    let (text, fix) = if locks {
+        (
+            format!("{check}, which has selected it FOR UPDATE."),
+            "Use FOR NO KEY UPDATE there: it keeps others from changing the row, and does not conflict with the check. \
+             FOR UPDATE is for rows that are going to be deleted, or get another key."
+                .to_owned(),
+        )
+    } else if writes {
+        (
+            format!("{check}, which has deleted the row or changed its key."),
+            format!(
+                "Lock the rows of {table} before those that refer to them, in every transaction, and leave the columns \
+                 of its keys out of updates that do not change them."
+            ),
+        )
+    } else {
+        (
+            format!(
+                "{check}. Only FOR UPDATE, a DELETE or a change of its key conflicts with that check; which of them it \
+                 was, was not seen."
+            ),
+            format!(
+                "If it is SELECT … FOR UPDATE on {table}, use FOR NO KEY UPDATE: that does not conflict with the check."
+            ),
+        )
+    };
+    // Another row of that table may be meant, and another statement of a function's.
+    let is_certain = is_told && locks;
+    Some(Diagnosis::new(Cause::ForeignKeyParent, is_certain, text).with_fix(fix))
+}
+
+fn index_fix(kind: StatementKind) -> &'static str {
+    match kind {
+        StatementKind::CreateIndexConcurrently => {
+            "A concurrent build waits for every transaction that was there before it. Do not hold a lock, an advisory one \
+             included, that such transactions may wait for while the index is built, and keep transactions short meanwhile."
+        }
+        _ => {
+            "Build the index CONCURRENTLY, outside of any transaction: then it does not lock writers out. Where that \
+             cannot be, build it in a transaction of its own that holds no other lock, under a short lock_timeout."
+        }
+    }
+}

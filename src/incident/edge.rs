@@ -1,0 +1,181 @@
+//! One session that waits, and one in its way, with what the server's error and the row's key add to it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::graph::parts::Mode;
+use crate::graph::{self, BackendId, EdgeKind, LockObject, Relation, RowId};
+use crate::server_message::RowContext;
+
+use super::RowKey;
+
+/// A session that waited for a lock, and one that was in its way.
+#[derive(Clone, Debug, PartialEq)]
+pub struct IncidentEdge {
+    pub(super) waiter: BackendId,
+    pub(super) blocker: BackendId,
+    pub(super) object: LockObject,
+    pub(super) row: Option<RowId>,
+    pub(super) row_key: Option<RowKey>,
+    pub(super) mode_wanted: Mode,
+    pub(super) blocker_mode: Option<Mode>,
+    pub(super) kind: Option<EdgeKind>,
+    pub(super) wait_age: Option<Duration>,
+    pub(super) in_cycle: bool,
+    /// What the error's CONTEXT says of the row, where no look did.
+    pub(super) context: Option<Arc<RowContext>>,
+}
+
+impl IncidentEdge {
+    pub(super) fn of_look(edge: &graph::Edge) -> Self {
+        let mode = edge.mode_held().or_else(|| edge.mode_queued());
+        Self {
+            waiter: edge.waiter().clone(),
+            blocker: edge.blocker().clone(),
+            object: edge.object().clone(),
+            row: edge.row().cloned(),
+            row_key: None,
+            mode_wanted: graph::parts::interned(edge.mode_wanted()),
+            blocker_mode: mode.map(graph::parts::interned),
+            kind: Some(edge.kind()),
+            wait_age: edge.wait_age(),
+            in_cycle: false,
+            context: None,
+        }
+    }
+
+    pub(super) fn of_detail(
+        waiter: BackendId,
+        blocker: BackendId,
+        object: LockObject,
+        mode: &str,
+    ) -> Self {
+        Self {
+            waiter,
+            blocker,
+            row: object.row().cloned(),
+            object,
+            row_key: None,
+            mode_wanted: graph::parts::interned(mode),
+            blocker_mode: None,
+            kind: None,
+            wait_age: None,
+            in_cycle: false,
+            context: None,
+        }
+    }
+
+    /// Who waited. See [`Incident::participant`](super::Incident::participant).
+    #[must_use]
+    pub fn waiter(&self) -> &BackendId {
+        &self.waiter
+    }
+
+    /// Who was in its way.
+    #[must_use]
+    pub fn blocker(&self) -> &BackendId {
+        &self.blocker
+    }
+
+    /// What the lock was on.
+    #[must_use]
+    pub fn object(&self) -> &LockObject {
+        &self.object
+    }
+
+    /// The row version in dispute, also where the wait was for its transaction.
+    #[must_use]
+    pub fn row(&self) -> Option<&RowId> {
+        self.row.as_ref()
+    }
+
+    /// The key of that row, where it could be read.
+    #[must_use]
+    pub fn row_key(&self) -> Option<&RowKey> {
+        self.row_key.as_ref()
+    }
+
+    /// The relation that was locked, or that the row is in.
+    #[must_use]
+    pub fn relation(&self) -> Option<&Relation> {
+        let of_row = self.row.as_ref().map(RowId::relation);
+        of_row.or_else(|| self.object.relation())
+    }
+
+    /// The mode that was waited for, as `pg_locks.mode` spells it. For a row it is `ShareLock` on the transaction that
+    /// has the row, however the row was to be locked.
+    #[must_use]
+    pub fn mode_wanted(&self) -> &str {
+        &self.mode_wanted
+    }
+
+    /// The mode the blocker held. `None` for a soft edge, and where it was not seen.
+    #[must_use]
+    pub fn mode_held(&self) -> Option<&str> {
+        let mode = self.blocker_mode.as_deref();
+        mode.filter(|_| self.kind != Some(EdgeKind::Soft))
+    }
+
+    /// The mode the blocker itself waited for, ahead in the queue; only for a soft edge.
+    #[must_use]
+    pub fn mode_queued(&self) -> Option<&str> {
+        let mode = self.blocker_mode.as_deref();
+        mode.filter(|_| self.kind == Some(EdgeKind::Soft))
+    }
+
+    /// Whether the blocker held the lock or only stood ahead in its queue. `None` where this is known from the server's
+    /// DETAIL only, which does not say.
+    #[must_use]
+    pub fn kind(&self) -> Option<EdgeKind> {
+        self.kind
+    }
+
+    /// Whether the blocker only stood ahead in the lock's queue.
+    #[must_use]
+    pub fn is_soft(&self) -> bool {
+        self.kind == Some(EdgeKind::Soft)
+    }
+
+    /// For how long the waiter had waited when this was seen. `None` where it is known from the DETAIL only.
+    #[must_use]
+    pub fn wait_age(&self) -> Option<Duration> {
+        self.wait_age
+    }
+
+    /// Whether it is one of those that closed the circle.
+    #[must_use]
+    pub fn is_in_cycle(&self) -> bool {
+        self.in_cycle
+    }
+
+    /// Whether it was seen on the server; otherwise it is known from the server's DETAIL.
+    #[must_use]
+    pub fn was_seen(&self) -> bool {
+        self.kind.is_some()
+    }
+
+    /// Whether the other one is about the same thing: one row, one relation, one advisory lock.
+    pub(super) fn same_thing(&self, other: &Self) -> bool {
+        match (&self.row, &other.row) {
+            (Some(a), Some(b)) => same_row(a, b),
+            (None, None) => match (self.object.advisory_key(), other.object.advisory_key()) {
+                (Some(a), Some(b)) => a.same_lock(b),
+                _ => same_relation_lock(&self.object, &other.object),
+            },
+            _ => false,
+        }
+    }
+}
+
+/// Names may be missing from one of them.
+pub(super) fn same_row(a: &RowId, b: &RowId) -> bool {
+    (a.relation.oid, a.page, a.offset) == (b.relation.oid, b.page, b.offset)
+}
+
+fn same_relation_lock(a: &LockObject, b: &LockObject) -> bool {
+    a.locktype() == b.locktype()
+        && match (a.relation(), b.relation()) {
+            (Some(a), Some(b)) => a.oid == b.oid,
+            _ => a == b,
+        }
+}

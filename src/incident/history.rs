@@ -1,0 +1,97 @@
+//! Which incidents were there before.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use super::Fingerprint;
+
+const MOST: usize = 1024;
+
+/// The incidents that were there before, by their fingerprint. Of bounded size: the ones seen longest ago are forgotten.
+#[derive(Debug, Default)]
+pub(crate) struct History {
+    seen: Mutex<HashMap<Fingerprint, Sightings>>,
+}
+
+/// How often incidents with one fingerprint were there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sightings {
+    pub(super) first: SystemTime,
+    /// Before the one that asks.
+    pub(super) previous: Option<SystemTime>,
+    pub(super) last: SystemTime,
+    pub(super) count: u64,
+}
+
+impl History {
+    /// Counts one more, and says how often it was there with this one. Times may come in any order.
+    pub(super) fn count(&self, fingerprint: Fingerprint, at: SystemTime) -> Sightings {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.len() >= MOST && !seen.contains_key(&fingerprint) {
+            let oldest = seen.iter().min_by_key(|(_, sightings)| sightings.last);
+            if let Some(oldest) = oldest.map(|(fingerprint, _)| *fingerprint) {
+                seen.remove(&oldest);
+            }
+        }
+        match seen.entry(fingerprint) {
+            Entry::Occupied(mut known) => {
+                let known = known.get_mut();
+                known.previous = Some(known.last);
+                known.first = known.first.min(at);
+                known.last = known.last.max(at);
+                known.count = known.count.saturating_add(1);
+                *known
+            }
+            Entry::Vacant(new) => *new.insert(Sightings {
+                first: at,
+                previous: None,
+                last: at,
+                count: 1,
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn the_same_is_counted() {
+        let history = History::default();
+        assert_eq!(history.count(Fingerprint(1), at(10)).count, 1);
+        assert_eq!(history.count(Fingerprint(2), at(11)).previous, None);
+        let again = history.count(Fingerprint(1), at(20));
+        assert_eq!((again.first, again.previous), (at(10), Some(at(10))));
+        assert_eq!((again.last, again.count), (at(20), 2));
+        // The clock was set back.
+        let early = history.count(Fingerprint(1), at(5));
+        assert_eq!((early.first, early.previous), (at(5), Some(at(20))));
+        assert_eq!((early.last, early.count), (at(20), 3));
+    }
+
+    #[test]
+    fn what_was_seen_longest_ago_is_forgotten() {
+        let history = History::default();
+        for n in 0..MOST as u64 {
+            history.count(Fingerprint(n), at(n));
+        }
+        history.count(Fingerprint(0), at(5000));
+        history.count(Fingerprint(9999), at(5001));
+        assert_eq!(history.seen.lock().unwrap().len(), MOST);
+        assert_eq!(history.count(Fingerprint(0), at(5002)).count, 3);
+        assert_eq!(
+            history.count(Fingerprint(1), at(5003)).count,
+            1,
+            "forgotten"
+        );
+    }
+}

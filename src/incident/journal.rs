@@ -1,0 +1,497 @@
+//! What a transaction of this process said until then, and with which of it it took the lock that others waited for.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use crate::graph::{LockObject, Relation};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::statement::{self, StatementKind};
+
+use super::texts::Texts;
+use super::{IncidentEdge, Journal, JournalEntry};
+
+/// Other sessions' clients hear of the end of a deadlock at about the same time: a statement that ended this short
+/// before the error was seen was still waiting in it.
+const SAME_TIME: Duration = Duration::from_millis(100);
+
+/// A statement of a transaction of this process.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JournalLine {
+    pub(super) after: Duration,
+    pub(super) text: Option<Arc<str>>,
+    pub(super) took: Option<Duration>,
+    pub(super) failed: bool,
+    pub(super) advisory: Option<(LockKey, AdvisoryMode)>,
+    pub(super) mark: Option<JournalMark>,
+}
+
+/// What a statement had to do with the incident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum JournalMark {
+    /// It took the advisory lock that others waited for.
+    Took,
+    /// It is the first one that may have taken the lock that others waited for: it names the relation, and takes such
+    /// locks. That is a guess.
+    MayHaveTaken,
+    /// It waited for a lock.
+    Waited,
+}
+
+impl JournalLine {
+    /// When it began, since the transaction began.
+    #[must_use]
+    pub fn after(&self) -> Duration {
+        self.after
+    }
+
+    /// Its text, without literals unless they were asked for. `None` where it is not known, as for a statement that was
+    /// prepared elsewhere.
+    #[must_use]
+    pub fn text(&self) -> Option<&str> {
+        self.text.as_deref()
+    }
+
+    /// How long it took; `None` where it had not ended.
+    #[must_use]
+    pub fn took(&self) -> Option<Duration> {
+        self.took
+    }
+
+    /// Whether it failed.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.failed
+    }
+
+    /// The advisory lock it asked for.
+    #[must_use]
+    pub fn advisory(&self) -> Option<(&LockKey, AdvisoryMode)> {
+        self.advisory.as_ref().map(|(key, mode)| (key, *mode))
+    }
+
+    /// What it had to do with the incident.
+    #[must_use]
+    pub fn mark(&self) -> Option<JournalMark> {
+        self.mark
+    }
+}
+
+/// A journal up to the incident, and which of its entries waited.
+pub(super) struct Reading<'a> {
+    entries: &'a [JournalEntry],
+    waited: Option<usize>,
+}
+
+impl<'a> Reading<'a> {
+    /// The victim's: the statement that failed, or that has not ended.
+    pub(super) fn of_victim(journal: &'a Journal) -> Self {
+        let entries = &journal.statements[..];
+        let open = |entry: &JournalEntry| entry.failed || entry.took.is_none();
+        Self {
+            entries,
+            waited: entries.iter().rposition(open),
+        }
+    }
+
+    /// Another one's, which has gone on since.
+    pub(super) fn of_holder(journal: &'a Journal, occurred: SystemTime) -> Self {
+        let at = occurred.duration_since(journal.began).unwrap_or_default();
+        let begun = journal
+            .statements
+            .partition_point(|entry| entry.after <= at);
+        Self {
+            entries: &journal.statements[..begun],
+            waited: None,
+        }
+    }
+
+    /// Another one's that waited too: the statement that the server was seen to run, else the one that had then lasted
+    /// longest of those that were not over.
+    pub(super) fn of_waiter(
+        journal: &'a Journal,
+        occurred: SystemTime,
+        seen: Option<&str>,
+    ) -> Self {
+        let entries = Self::of_holder(journal, occurred).entries;
+        let at = occurred.duration_since(journal.began).unwrap_or_default();
+        let end = |entry: &JournalEntry| {
+            let took = entry.took.unwrap_or(Duration::MAX);
+            entry.after.saturating_add(took).min(at)
+        };
+        // The server keeps the beginning of a statement only.
+        let is_seen = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
+            (Some(seen), Some(text)) => text.starts_with(seen),
+            _ => true,
+        };
+        let waited = entries
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| end(entry).saturating_add(SAME_TIME) >= at && is_seen(entry))
+            .max_by_key(|(_, entry)| end(entry).saturating_sub(entry.after));
+        Self {
+            entries,
+            waited: waited.map(|(at, _)| at),
+        }
+    }
+
+    /// The statement that waited.
+    pub(super) fn waited(&self) -> Option<&'a str> {
+        self.entries.get(self.waited?)?.text.as_deref()
+    }
+
+    pub(super) fn last(&self) -> Option<&'a str> {
+        self.entries.last()?.text.as_deref()
+    }
+
+    /// The lines, those marked that took what others waited for in these edges.
+    pub(super) fn lines<'e>(
+        &self,
+        contested: impl Iterator<Item = &'e IncidentEdge>,
+        texts: Texts,
+    ) -> Vec<JournalLine> {
+        let mut lines: Vec<_> = self
+            .entries
+            .iter()
+            .map(|entry| line(entry, texts))
+            .collect();
+        if let Some(waited) = self.waited {
+            lines[waited].mark = Some(JournalMark::Waited);
+        }
+        for edge in contested {
+            if let Some((at, mark)) = self.taker(edge) {
+                let line = &mut lines[at];
+                line.mark = match (line.mark, mark) {
+                    (Some(JournalMark::Took), _) => line.mark,
+                    _ => Some(mark),
+                };
+            }
+        }
+        lines
+    }
+
+    /// The entry that took what the edge is about.
+    fn taker(&self, edge: &IncidentEdge) -> Option<(usize, JournalMark)> {
+        let before = &self.entries[..self.waited.unwrap_or(self.entries.len())];
+        if let LockObject::Advisory { key, .. } = &edge.object {
+            let exact = before.iter().position(|entry| {
+                let took = entry.took.is_some() && !entry.failed;
+                let lock = entry.advisory.as_ref();
+                took && lock.is_some_and(|(taken, _)| taken.same_lock(key))
+            });
+            return exact.map(|at| (at, JournalMark::Took)).or_else(|| {
+                // SQL of the application's own, which may compute its key.
+                let guess = |entry: &JournalEntry| {
+                    entry.advisory.is_none() && kind(entry) == Some(StatementKind::AdvisoryLock)
+                };
+                let at = before.iter().position(guess)?;
+                Some((at, JournalMark::MayHaveTaken))
+            });
+        }
+        let relation = edge.relation()?;
+        let is_row = edge.row.is_some();
+        let held = edge.mode_held();
+        let at = before.iter().position(|entry| {
+            let locks = kind(entry).is_some_and(|kind| match (is_row, held) {
+                (true, _) => locks_rows(kind),
+                (false, Some(held)) => takes(kind, held),
+                (false, None) => true,
+            });
+            locks && !entry.failed && names(entry.text.as_deref(), relation)
+        });
+        at.map(|at| (at, JournalMark::MayHaveTaken))
+    }
+}
+
+fn line(entry: &JournalEntry, texts: Texts) -> JournalLine {
+    JournalLine {
+        after: entry.after,
+        text: entry.text.as_deref().map(|text| texts.statement(text)),
+        took: entry.took,
+        failed: entry.failed,
+        advisory: entry.advisory.clone(),
+        mark: None,
+    }
+}
+
+fn kind(entry: &JournalEntry) -> Option<StatementKind> {
+    entry.text.as_deref().map(statement::kind)
+}
+
+pub(super) fn names(statement: Option<&str>, relation: &Relation) -> bool {
+    match (statement, relation.schema(), relation.name()) {
+        (Some(text), Some(schema), Some(name)) => statement::mentions(text, schema, name),
+        _ => false,
+    }
+}
+
+pub(super) fn locks_rows(kind: StatementKind) -> bool {
+    matches!(
+        kind,
+        StatementKind::SelectForUpdate
+            | StatementKind::SelectForNoKeyUpdate
+            | StatementKind::SelectForShare
+            | StatementKind::SelectForKeyShare
+            | StatementKind::Insert
+            | StatementKind::Update
+            | StatementKind::Delete
+            | StatementKind::Merge
+            | StatementKind::Copy
+    )
+}
+
+/// Whether statements of this kind take this lock on a relation they name (PostgreSQL's documentation, "Table-Level
+/// Locks").
+fn takes(kind: StatementKind, mode: &str) -> bool {
+    use StatementKind as Is;
+    let modes: &[&str] = match kind {
+        Is::Select => &["AccessShareLock"],
+        Is::SelectForUpdate
+        | Is::SelectForNoKeyUpdate
+        | Is::SelectForShare
+        | Is::SelectForKeyShare => &["RowShareLock"],
+        // The relations that they only read, too.
+        Is::Insert | Is::Update | Is::Delete | Is::Merge | Is::Copy => {
+            &["RowExclusiveLock", "AccessShareLock"]
+        }
+        Is::Truncate | Is::Drop => &["AccessExclusiveLock"],
+        Is::LockTable => return true,
+        Is::AlterTable => &[
+            "ShareUpdateExclusiveLock",
+            "ShareLock",
+            "ShareRowExclusiveLock",
+            "AccessExclusiveLock",
+        ],
+        Is::CreateIndex => &["ShareLock"],
+        Is::CreateIndexConcurrently => &["ShareUpdateExclusiveLock"],
+        Is::Reindex => &[
+            "ShareLock",
+            "ShareUpdateExclusiveLock",
+            "AccessExclusiveLock",
+        ],
+        Is::Vacuum => &["ShareUpdateExclusiveLock", "AccessExclusiveLock"],
+        Is::RefreshMaterializedView => &["ExclusiveLock", "AccessExclusiveLock"],
+        Is::AdvisoryLock | Is::Begin | Is::Commit | Is::Rollback | Is::Other => &[],
+    };
+    modes.contains(&mode)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::super::{Evidence, Incident, Kind, Participant};
+    use super::*;
+    use crate::graph::BackendId;
+
+    fn marks(participant: &Participant) -> Vec<Option<JournalMark>> {
+        participant
+            .journal()
+            .iter()
+            .map(JournalLine::mark)
+            .collect()
+    }
+
+    fn other(report: &Incident) -> &Participant {
+        report
+            .participant(&BackendId::Pid(12))
+            .expect("the other one")
+    }
+
+    /// What the other session of a deadlock that nobody saw ran, by its journal.
+    fn ran(statements: Vec<JournalEntry>) -> Option<String> {
+        let evidence = Evidence {
+            looks: Vec::new(),
+            others: vec![journal(12, REFUND, 1000, statements)],
+            ..transfers()
+        };
+        other(&report(evidence)).statement().map(str::to_owned)
+    }
+
+    #[test]
+    fn the_statement_that_waited_is_the_one_that_lasted() {
+        let ran = |statements| ran(statements).unwrap();
+        // It went on before this process heard of the error.
+        assert_eq!(
+            ran(vec![
+                entry(100, "SELECT a", Some(1)),
+                entry(600, "UPDATE b", Some(399)),
+                entry(999, "SELECT c", Some(0)),
+                entry(1000, "COMMIT", None),
+            ]),
+            "UPDATE b"
+        );
+        // What it did later is none of it.
+        assert_eq!(
+            ran(vec![
+                entry(990, "UPDATE b", Some(15)),
+                entry(1010, "SELECT c", Some(9000))
+            ]),
+            "UPDATE b"
+        );
+        assert_eq!(
+            ran(vec![
+                entry(0, "SELECT a", Some(800)),
+                entry(990, "UPDATE b", None)
+            ]),
+            "UPDATE b"
+        );
+    }
+
+    #[test]
+    fn what_the_server_was_seen_to_run_comes_first() {
+        let mut evidence = transfers();
+        evidence.others[0].statements = vec![
+            entry(100, "SELECT 1", Some(700)),
+            entry(790, &format!("{REFUND_SQL} RETURNING id"), Some(20)),
+        ];
+        let found = report(evidence.clone());
+        assert!(
+            other(&found)
+                .statement()
+                .is_some_and(|text| text.ends_with("RETURNING id"))
+        );
+        assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
+        // Sent by other ways: the journal does not have it.
+        evidence.others[0].statements = vec![entry(100, "SELECT 1", Some(710))];
+        let found = report(evidence);
+        assert_eq!(marks(other(&found)), [None]);
+        assert!(
+            other(&found)
+                .statement()
+                .is_some_and(|text| text.starts_with("UPDATE account"))
+        );
+    }
+
+    #[test]
+    fn an_advisory_lock_was_taken_by_whom_took_it() {
+        let (first, second) = (LockKey::from("a"), LockKey::from("b"));
+        let lock = |after, key: &LockKey, took| {
+            let mut entry = entry(after, "SELECT pg_advisory_xact_lock($1)", took);
+            entry.advisory = Some((key.clone(), AdvisoryMode::Exclusive));
+            entry
+        };
+        let server = || {
+            Server::default()
+                .holds(11, &advisory(first.as_i64().unwrap()), "ExclusiveLock")
+                .holds(12, &advisory(second.as_i64().unwrap()), "ExclusiveLock")
+                .waits(
+                    11,
+                    &advisory(second.as_i64().unwrap()),
+                    "ExclusiveLock",
+                    900,
+                    &[12],
+                )
+                .waits(
+                    12,
+                    &advisory(first.as_i64().unwrap()),
+                    "ExclusiveLock",
+                    400,
+                    &[11],
+                )
+        };
+        let mut failed = lock(240, &first, None);
+        failed.failed = true;
+        let mut evidence = deadlock(server());
+        evidence.victim.statements = vec![
+            entry(0, "SELECT 1", Some(1)),
+            failed.clone(),
+            lock(1, &first, Some(1)),
+        ];
+        evidence.victim.statements.push(lock(300, &second, None));
+        let found = report(evidence.clone());
+        let waited = Some(JournalMark::Waited);
+        assert_eq!(
+            marks(found.victim()),
+            [None, None, Some(JournalMark::Took), waited]
+        );
+        assert_eq!(found.edges()[0].object().to_string(), "advisory lock \"b\"");
+        // With SQL of the application's own it is a guess.
+        evidence.victim.statements = vec![
+            entry(0, "SELECT pg_advisory_lock(hashtext('x'))", Some(1)),
+            failed,
+        ];
+        let found = report(evidence);
+        assert_eq!(
+            marks(found.victim()),
+            [Some(JournalMark::MayHaveTaken), waited]
+        );
+    }
+
+    #[test]
+    fn a_relation_was_locked_by_whom_took_that_lock() {
+        let object = LockObject::Relation(account());
+        let server = |held| {
+            Server::default()
+                .session(12, "psql", "idle in transaction", "")
+                .holds(12, &object, held)
+                .waits(11, &object, "AccessExclusiveLock", 900, &[12])
+        };
+        let statements = vec![
+            entry(0, "SELECT * FROM audit", Some(1)),
+            entry(1, "SELECT * FROM account", Some(1)),
+            entry(2, "SELECT * FROM account FOR UPDATE", Some(1)),
+            entry(3, "DELETE FROM account", Some(1)),
+            entry(4, "LOCK TABLE account IN EXCLUSIVE MODE", Some(1)),
+        ];
+        for (held, expected) in [
+            ("AccessShareLock", Some(1)),
+            ("RowShareLock", Some(2)),
+            ("RowExclusiveLock", Some(3)),
+            ("ExclusiveLock", Some(4)),
+        ] {
+            let mut evidence = timeout(server(held));
+            evidence.others = vec![journal(12, REFUND, 900, statements.clone())];
+            let found = report(evidence);
+            let guess = |mark: &Option<JournalMark>| *mark == Some(JournalMark::MayHaveTaken);
+            assert_eq!(
+                marks(other(&found)).iter().position(guess),
+                expected,
+                "{held}"
+            );
+            assert!(
+                marks(other(&found))
+                    .iter()
+                    .flatten()
+                    .all(|mark| *mark != JournalMark::Waited)
+            );
+        }
+    }
+
+    #[test]
+    fn a_lock_that_no_statement_names() {
+        let mut evidence = transfers();
+        evidence.victim.statements[0] = entry(1, "SELECT move_money($1, $2)", Some(1));
+        let found = report(evidence.clone());
+        assert_eq!(
+            marks(found.victim()),
+            [None, None, Some(JournalMark::Waited)]
+        );
+        assert!(
+            found
+                .to_string()
+                .contains("with none of the statements below that names it")
+        );
+        evidence.victim.dropped = 1;
+        assert!(
+            report(evidence)
+                .to_string()
+                .contains("a statement that is no longer known, or")
+        );
+    }
+
+    #[test]
+    fn texts_may_be_unknown() {
+        let mut evidence = evidence(Kind::LockTimeout);
+        let mut unknown = entry(1, "", None);
+        unknown.text = None;
+        evidence.victim.statements = vec![unknown];
+        let found = report(evidence);
+        assert_eq!(found.victim().statement(), None);
+        assert!(
+            found
+                .to_string()
+                .contains("(a statement whose text is not known)")
+        );
+    }
+}

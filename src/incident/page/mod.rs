@@ -1,0 +1,539 @@
+//! The report as a page for people.
+
+mod paper;
+mod picture;
+
+use std::collections::HashSet;
+use std::fmt;
+
+use crate::graph::Relation;
+use crate::key::LockKey;
+
+use super::{
+    Incident, IncidentEdge, IncidentKind, JournalLine, JournalMark, Outcome, Participant, Quality,
+    words,
+};
+use paper::Paper;
+
+/// Participants that are described.
+const MOST_DESCRIBED: usize = 10;
+/// Characters of a statement, and of one in a journal.
+const STATEMENT: usize = 800;
+const JOURNAL_STATEMENT: usize = 240;
+/// Of a long journal the first and the last lines are shown, and those that are marked.
+const FIRST_LINES: usize = 3;
+const LAST_LINES: usize = 20;
+
+impl fmt::Display for Incident {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut paper = Paper::default();
+        self.head(&mut paper);
+        self.picture(&mut paper);
+        self.why(&mut paper);
+        for participant in self.participants().iter().take(MOST_DESCRIBED) {
+            self.describe(&mut paper, participant);
+        }
+        if let Some(more) = self
+            .participants()
+            .get(MOST_DESCRIBED..)
+            .filter(|more| !more.is_empty())
+        {
+            let names: Vec<_> = more.iter().map(words::who).collect();
+            paper.heading("THE OTHERS");
+            paper.write("  ", "  ", &names.join(", "));
+        }
+        self.server(&mut paper);
+        self.how_sure(&mut paper);
+        f.write_str(paper.text().trim_end())
+    }
+}
+
+impl Incident {
+    /// What happened, where and to whom, on one line:
+    /// `Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another`.
+    #[must_use]
+    pub fn headline(&self) -> String {
+        let mut text = match self.kind() {
+            IncidentKind::Deadlock => "Deadlock",
+            IncidentKind::HiddenDeadlock => "Deadlock that a timeout hid",
+            IncidentKind::LockTimeout => "Lock timeout",
+            IncidentKind::LongWait => "Long wait",
+        }
+        .to_owned();
+        let members: Vec<_> = self
+            .cycle()
+            .iter()
+            .filter_map(|edge| self.participant(edge.waiter()))
+            .collect();
+        if members.is_empty() {
+            text.push_str(&self.headline_of_wait());
+            return text;
+        }
+        let named = |edge: &&IncidentEdge| {
+            edge.relation().is_some() || edge.object().advisory_key().is_some()
+        };
+        let mut subjects: Vec<_> = self
+            .cycle()
+            .iter()
+            .filter(named)
+            .map(words::subject)
+            .collect();
+        subjects.sort();
+        subjects.dedup();
+        if !subjects.is_empty() {
+            text.push_str(&format!(" on {}", subjects.join(", ")));
+        }
+        let names: Vec<_> = members
+            .into_iter()
+            .map(|member| words::place(member).unwrap_or_else(|| words::who(member)))
+            .collect();
+        text.push_str(&format!(": {} waited for one another", names.join(" and ")));
+        text
+    }
+
+    fn headline_of_wait(&self) -> String {
+        let victim = words::who(self.victim());
+        let age = self.victim().wait_age();
+        let age = age.map(|age| format!(" of {}", words::age(age)));
+        let mut text = age.unwrap_or_default();
+        let direct = self.edges().iter();
+        let direct = direct.filter(|edge| Some(edge.waiter()) == self.victim().id());
+        let direct: Vec<_> = direct.collect();
+        let blockers: HashSet<_> = direct.iter().map(|edge| edge.blocker()).collect();
+        // A holder rather than one who only stands ahead.
+        match direct.iter().min_by_key(|edge| edge.is_soft()) {
+            Some(edge) => {
+                let blocker = self.participant(edge.blocker());
+                let blocker = blocker.map(words::who).unwrap_or_default();
+                let thing = words::thing(edge);
+                text.push_str(&format!(" on {thing}: {victim} waited for {blocker}"));
+                if blockers.len() > 1 {
+                    text.push_str(&format!(" and {} more", blockers.len() - 1));
+                }
+            }
+            None => text.push_str(&format!(": {victim}")),
+        }
+        text
+    }
+
+    fn head(&self, paper: &mut Paper) {
+        paper.write("", "  ", &self.headline());
+        let outcome = match self.outcome() {
+            Outcome::Retried { pause } => format!("retried after {}", words::age(pause)),
+            Outcome::GaveUp => "given up".to_owned(),
+            Outcome::NotRetried => "not retried".to_owned(),
+            Outcome::StillWaiting => "still waiting".to_owned(),
+        };
+        let text = format!(
+            "{}, attempt {} of {}, {outcome}",
+            words::timestamp(self.occurred()),
+            self.attempt(),
+            self.attempts()
+        );
+        paper.write("", "  ", &text);
+    }
+
+    fn picture(&self, paper: &mut Paper) {
+        if self.edges().is_empty() {
+            return;
+        }
+        paper.heading("WHO WAITED FOR WHOM");
+        paper.write(
+            "  ",
+            "  ",
+            &format!("{}, the victim", words::who(self.victim())),
+        );
+        let left = self.edges().len() - picture::draw(self, paper);
+        if left > 0 {
+            paper.write("  ", "  ", &format!("and {left} more"));
+        }
+    }
+
+    fn describe(&self, paper: &mut Paper, participant: &Participant) {
+        let name = words::who(participant);
+        let mut heading = match name.strip_prefix("pid ") {
+            Some(rest) => format!("PID {rest}"),
+            None => name,
+        };
+        if participant.is_victim() {
+            heading.push_str(", the victim");
+        }
+        if participant.is_in_this_process() {
+            heading.push_str(", in this process");
+        }
+        let was_seen = participant.seen_after().is_some();
+        if !was_seen && !participant.is_in_this_process() {
+            heading.push_str(", not seen");
+        }
+        if participant.is_hidden() {
+            heading.push_str(", partly hidden from this role");
+        }
+        paper.heading(&heading);
+        let mut who = Vec::new();
+        let mut add = |what: &str, value: Option<&str>, quote: &str| {
+            if let Some(value) = value.filter(|value| !value.is_empty()) {
+                who.push(format!("{what} {quote}{value}{quote}"));
+            }
+        };
+        add("user", participant.user(), "");
+        add("database", participant.database(), "");
+        add("client", participant.client_address(), "");
+        add("application", participant.application_name(), "\"");
+        let kind = participant.backend_type();
+        add("a", kind.filter(|kind| *kind != "client backend"), "");
+        if !who.is_empty() {
+            paper.write("  ", "  ", &who.join(", "));
+        }
+        let mut state = Vec::new();
+        match (participant.state(), participant.in_state()) {
+            (Some(what), Some(age)) => state.push(format!("{what} for {}", words::age(age))),
+            (Some(what), None) => state.push(what.to_owned()),
+            _ => {}
+        }
+        if let Some(age) = participant.transaction_age() {
+            state.push(format!("in its transaction for {}", words::age(age)));
+        }
+        if let Some(age) = participant.wait_age() {
+            state.push(format!("waited {} for a lock", words::age(age)));
+        }
+        if let Some(key) = participant.conflict_group() {
+            state.push(format!("in the conflict group {key}"));
+        }
+        if !state.is_empty() {
+            paper.write("  ", "  ", &state.join(", "));
+        }
+        if let Some(statement) = participant.statement() {
+            let verb = if participant.is_waiting() || participant.state() == Some("active") {
+                "  ran: "
+            } else {
+                "  last ran: "
+            };
+            paper.write(verb, "    ", &words::short(statement, STATEMENT));
+        }
+        self.held(paper, participant);
+        journal(paper, participant);
+    }
+
+    /// What it held that others waited for.
+    fn held(&self, paper: &mut Paper, participant: &Participant) {
+        let edges = self.edges().iter();
+        let edges: Vec<_> = edges
+            .filter(|edge| Some(edge.blocker()) == participant.id() && !edge.is_soft())
+            .collect();
+        let mut held: Vec<_> = edges
+            .iter()
+            .map(|edge| match edge.mode_held() {
+                Some(mode) if edge.row().is_none() => format!("{} in {mode}", words::thing(edge)),
+                _ => words::thing(edge),
+            })
+            .collect();
+        held.sort();
+        held.dedup();
+        if held.is_empty() {
+            return;
+        }
+        paper.write("  ", "    ", &format!("held {}", held.join(", ")));
+        let is_marked = |line: &JournalLine| {
+            matches!(
+                line.mark(),
+                Some(JournalMark::Took | JournalMark::MayHaveTaken)
+            )
+        };
+        let is_named = |edge: &&IncidentEdge| {
+            let name = edge.relation().and_then(Relation::name);
+            let group = participant.conflict_group();
+            // The lock of its conflict group was taken with BEGIN.
+            let is_other = |key: &LockKey| !group.is_some_and(|group| group.same_lock(key));
+            name.is_some() || edge.object().advisory_key().is_some_and(is_other)
+        };
+        let is_known = participant.journal().iter().any(is_marked);
+        if participant.is_in_this_process() && !is_known && edges.iter().any(is_named) {
+            let how = if participant.journal_dropped() > 0 {
+                "with a statement that is no longer known, or"
+            } else {
+                "with none of the statements below that names it:"
+            };
+            let text = format!("{how} a trigger, a foreign key, a view or a function may have");
+            paper.write("    ", "    ", &text);
+        }
+    }
+
+    fn server(&self, paper: &mut Paper) {
+        let Some(sqlstate) = self.sqlstate() else {
+            return;
+        };
+        paper.heading("WHAT THE SERVER SAID");
+        let message = self.message().unwrap_or("(a message that may carry data)");
+        paper.lines(
+            "  ",
+            "    ",
+            &format!("{} {message}", words::plain(sqlstate)),
+        );
+        for (name, text) in [("DETAIL", self.detail()), ("CONTEXT", self.context())] {
+            if let Some(text) = text {
+                paper.lines(&format!("  {name:7}  "), "           ", text);
+            }
+        }
+    }
+
+    fn why(&self, paper: &mut Paper) {
+        let diagnosis = self.diagnosis();
+        let probably = if diagnosis.is_certain() || diagnosis.cause() == super::Cause::Unknown {
+            ""
+        } else {
+            "probably "
+        };
+        paper.heading(&format!("WHY: {probably}{}", diagnosis.cause()));
+        paper.write("  ", "  ", diagnosis.text());
+        if let Some(fix) = diagnosis.fix() {
+            paper.write("  To do: ", "    ", fix);
+        }
+    }
+
+    fn how_sure(&self, paper: &mut Paper) {
+        paper.heading("HOW SURE THIS IS");
+        let when = match self.captured_after() {
+            Some(after) => format!(" {} after the victim's statement began", words::age(after)),
+            None => String::new(),
+        };
+        let is_circle = !self.cycle().is_empty();
+        let text = match self.quality() {
+            Quality::Complete if is_circle => format!("The whole circle was seen{when}."),
+            Quality::Complete => format!("All that was in the way was seen{when}."),
+            Quality::Partial if is_circle => {
+                format!(
+                    "Part of the circle was seen{when}; the rest of it is from the server's DETAIL."
+                )
+            }
+            Quality::Partial => {
+                format!("The victim's wait was seen{when}, but not what closed the circle.")
+            }
+            Quality::DetailOnly => {
+                "Nothing was seen while it lasted: who waited for whom is from the server's DETAIL."
+                    .to_owned()
+            }
+            Quality::Nothing => "Nothing was seen while it lasted.".to_owned(),
+        };
+        paper.write("  ", "  ", &text);
+        let journals = self.participants().iter().flat_map(Participant::journal);
+        let mut marks = journals.map(JournalLine::mark);
+        if marks.any(|mark| mark == Some(JournalMark::MayHaveTaken)) {
+            let text = "\"took?\" is a guess: the first statement that names the relation and takes such locks";
+            paper.write("  - ", "    ", text);
+        }
+        for missing in self.missing() {
+            paper.write("  - ", "    ", missing);
+        }
+        let mut text = format!("Fingerprint {}, ", self.fingerprint());
+        match self.previously_seen() {
+            Some(previous) => text.push_str(&format!(
+                "seen {} times since {}, last at {} before this one",
+                self.count(),
+                words::timestamp(self.first_seen()),
+                words::timestamp(previous),
+            )),
+            None => text.push_str("seen for the first time"),
+        }
+        paper.heading(&text);
+    }
+}
+
+fn journal(paper: &mut Paper, participant: &Participant) {
+    let lines = participant.journal();
+    if lines.is_empty() {
+        return;
+    }
+    paper.write("  ", "  ", "its transaction until then:");
+    let mut skipped = participant.journal_dropped();
+    let skip = |paper: &mut Paper, skipped: &mut usize| {
+        if *skipped > 0 {
+            paper.write("      ", "      ", &format!("… {skipped} statements"));
+        }
+        *skipped = 0;
+    };
+    for (at, line) in lines.iter().enumerate() {
+        let is_shown = at < FIRST_LINES || at + LAST_LINES >= lines.len() || line.mark().is_some();
+        if !is_shown {
+            skipped += 1;
+            continue;
+        }
+        skip(paper, &mut skipped);
+        let mark = match line.mark() {
+            Some(JournalMark::Took) => "took",
+            Some(JournalMark::MayHaveTaken) => "took?",
+            Some(JournalMark::Waited) => "waited",
+            None => "",
+        };
+        let took = match (line.failed(), line.took()) {
+            (true, _) => "failed".to_owned(),
+            (false, Some(took)) => words::age(took),
+            (false, None) => "open".to_owned(),
+        };
+        let after = format!("+{}", words::age(line.after()));
+        let head = format!("    {mark:<6} {after:>9} {took:>8}  ");
+        let hang = " ".repeat(paper::width(&head));
+        let text = match (line.text(), line.advisory()) {
+            (Some(text), _) => words::short(text, JOURNAL_STATEMENT),
+            (None, Some((key, mode))) => format!("(advisory lock {key} in {mode})"),
+            (None, None) => "(a statement whose text is not known)".to_owned(),
+        };
+        paper.write(&head, &hang, &text);
+    }
+    skip(paper, &mut skipped);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::super::{Evidence, History, Kind};
+    use super::*;
+    use crate::graph::LockObject;
+
+    #[test]
+    fn a_deadlock_in_one_process() {
+        let page = report(transfers()).to_string();
+        assert_eq!(page, TRANSFERS);
+    }
+
+    const TRANSFERS: &str = "\
+Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another
+2026-01-31T12:34:56.000000Z, attempt 1 of 5, retried after 12ms
+
+WHO WAITED FOR WHOM
+  pid 11 (src/transfer.rs:41), the victim
+  └─ waited 958ms for row id = 2 of public.account (ShareLock on transaction 12), held in
+     ExclusiveLock by pid 12 (src/refund.rs:17)
+     └─ waited 412ms for row id = 1 of public.account (ShareLock on transaction 11), held in
+        ExclusiveLock by pid 11 (src/transfer.rs:41): the circle is closed
+
+WHY: lock order inversion
+  The same locks were taken in different orders: pid 11 (src/transfer.rs:41) held row id = 1 of
+  public.account and wanted row id = 2 of public.account; pid 12 (src/refund.rs:17) held row id = 2
+  of public.account and wanted row id = 1 of public.account.
+  To do: Lock the rows of public.account in one order in every transaction, that of id, before the
+    first of them is written: SELECT … ORDER BY id FOR NO KEY UPDATE.
+
+PID 11 (src/transfer.rs:41), the victim, in this process
+  user app, database shop, client 10.0.0.7, application \"billing src/transfer.rs:41\"
+  active for 960ms, in its transaction for 1.2s, waited 958ms for a lock
+  ran: UPDATE account SET balance = balance + ? WHERE id = ?
+  held row id = 1 of public.account
+  its transaction until then:
+    took?     +1.0ms    1.0ms  UPDATE account SET balance = balance - ? WHERE id = ?
+              +3.0ms    0.0ms  INSERT INTO log VALUES (?)
+    waited    +240ms   failed  UPDATE account SET balance = balance + ? WHERE id = ?
+
+PID 12 (src/refund.rs:17), in this process
+  user app, database shop, client 10.0.0.7, application \"billing src/refund.rs:17\"
+  active for 412ms, in its transaction for 652ms, waited 412ms for a lock
+  ran: UPDATE account SET balance = balance - ?, note = ? WHERE id = ?
+  held row id = 2 of public.account
+  its transaction until then:
+              +0.0ms    1.0ms  SELECT ?
+    took?     +2.0ms    1.0ms  UPDATE account SET balance = balance + ? WHERE id = ?
+    waited    +400ms    411ms  UPDATE account SET balance = balance - ?, note = ? WHERE id = ?
+
+WHAT THE SERVER SAID
+  40P01 deadlock detected
+  DETAIL   Process 11 waits for ShareLock on transaction 12; blocked by process 12.
+           Process 12 waits for ShareLock on transaction 11; blocked by process 11.
+  CONTEXT  while updating tuple (0,2) in relation \"account\"
+
+HOW SURE THIS IS
+  The whole circle was seen 960ms after the victim's statement began.
+  - \"took?\" is a guess: the first statement that names the relation and takes such locks
+
+Fingerprint 5b62a63f352df502, seen for the first time";
+
+    #[test]
+    fn a_deadlock_of_which_the_server_alone_tells() {
+        let page = report(Evidence {
+            looks: Vec::new(),
+            others: Vec::new(),
+            missing: vec!["the side connection could not be opened: no room".into()],
+            ..transfers()
+        })
+        .to_string();
+        assert!(
+            page.starts_with("Deadlock: src/transfer.rs:41 and pid 12 waited for one another\n")
+        );
+        for part in [
+            "  └─ waited for row (0,2) of account (ShareLock on transaction 12), held by pid 12\n",
+            "     └─ waited for a row or key of transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41):\n        the circle",
+            "\nWHY: unknown\n",
+            "\nPID 12, not seen\n",
+            "  Nothing was seen while it lasted: who waited for whom is from the server's DETAIL.\n",
+            "  - the side connection could not be opened: no room\n",
+            "  - pid 12 was not seen, and is not a transaction of this process\n",
+        ] {
+            assert!(page.contains(part), "{part:?} in:\n{page}");
+        }
+    }
+
+    #[test]
+    fn a_queue_is_a_tree() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .hidden(12, "migrate")
+            .session(13, "psql", "idle in transaction", "SELECT 'secret'")
+            .holds(13, &object, "AccessShareLock")
+            .waits(12, &object, "AccessExclusiveLock", 2000, &[13])
+            .waits(11, &object, "RowExclusiveLock", 958, &[12, 13])
+            .holds(13, &object, "ShareLock");
+        let mut evidence = timeout(server);
+        evidence.outcome = Outcome::GaveUp;
+        let history = History::default();
+        Incident::new(evidence.clone(), &history);
+        let page = Incident::new(evidence, &history).to_string();
+        for part in [
+            "Lock timeout of 958ms on table public.account: pid 11 (src/transfer.rs:41) waited for pid 13 (psql) and 1 \
+             more\n",
+            "attempt 1 of 5, given up\n",
+            "  ├─ waited 958ms for table public.account (RowExclusiveLock), queued behind one that wanted\n  │  \
+             AccessExclusiveLock, pid 12 (migrate)\n",
+            "  │  └─ waited 2.0s for table public.account (AccessExclusiveLock), held in ShareLock by pid 13\n",
+            "  └─ and held in ShareLock by pid 13 (psql): see above\n",
+            "\nPID 12 (migrate), partly hidden from this role\n",
+            "  last ran: SELECT ?\n",
+            "  held table public.account in ShareLock\n",
+            "  All that was in the way was seen 960ms after",
+            "  - statement and state of pid 12 (migrate) are hidden from this role; pg_read_all_stats",
+            ", seen 2 times since 2026-01-31T12:34:56.000000Z, last at",
+        ] {
+            let flat = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(flat(&page).contains(&flat(part)), "{part:?} in:\n{page}");
+        }
+    }
+
+    #[test]
+    fn long_journals_are_shortened() {
+        let mut evidence = transfers();
+        evidence.victim.dropped = 7;
+        let statements = &mut evidence.victim.statements;
+        let failed = statements.remove(2);
+        for n in 4..100 {
+            statements.push(entry(n, "SELECT 'x'", Some(1)));
+        }
+        statements.push(failed);
+        let page = report(evidence).to_string();
+        assert!(
+            page.contains("… 7 statements\n") && page.contains("… 76 statements\n"),
+            "{page}"
+        );
+        assert!(page.contains("    took?     +1.0ms") && page.contains("    waited    +240ms"));
+    }
+
+    #[test]
+    fn nothing_at_all() {
+        let mut evidence = evidence(Kind::LongWait);
+        evidence.victim.pid = None;
+        evidence.victim.call_site = None;
+        evidence.victim.application_name = None;
+        evidence.outcome = Outcome::StillWaiting;
+        let page = report(evidence).to_string();
+        assert!(page.starts_with("Long wait: the victim\n"), "{page}");
+        assert!(!page.contains("WHO WAITED FOR WHOM") && !page.contains("WHAT THE SERVER SAID"));
+        assert!(page.contains("still waiting\n") && page.contains("Nobody was seen in the way."));
+        assert!(page.contains("Nothing was seen while it lasted.\n"));
+    }
+}

@@ -1,0 +1,367 @@
+//! One of those who took part, by all that is known of it.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use crate::call_site;
+use crate::graph::{Backend, BackendId};
+use crate::key::LockKey;
+use crate::statement;
+
+use super::journal::Reading;
+use super::scene::Scene;
+use super::texts::Texts;
+use super::{Evidence, IncidentEdge, Journal, JournalLine, Look};
+
+/// A session, or a prepared transaction, that took part in an incident.
+///
+/// What is not known, or hidden from the role that looked, is `None`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Participant {
+    pub(super) id: Option<BackendId>,
+    pub(super) backend_start: Option<SystemTime>,
+    pub(super) call_site: Option<Arc<str>>,
+    pub(super) application_name: Option<Arc<str>>,
+    pub(super) user: Option<Arc<str>>,
+    pub(super) database: Option<Arc<str>>,
+    pub(super) client_address: Option<Arc<str>>,
+    pub(super) backend_type: Option<Arc<str>>,
+    pub(super) state: Option<Arc<str>>,
+    pub(super) in_state: Option<Duration>,
+    pub(super) transaction_age: Option<Duration>,
+    pub(super) wait_age: Option<Duration>,
+    pub(super) statement: Option<Arc<str>>,
+    pub(super) query_id: Option<i64>,
+    pub(super) is_victim: bool,
+    pub(super) is_hidden: bool,
+    pub(super) in_this_process: bool,
+    pub(super) waits: bool,
+    pub(super) seen_after: Option<Duration>,
+    pub(super) journal: Vec<JournalLine>,
+    pub(super) journal_dropped: usize,
+    pub(super) conflict_group: Option<LockKey>,
+    /// What its call site has in common whether it is known here or read from `application_name`.
+    pub(super) site_key: Option<Arc<str>>,
+    /// Of the statement, as the server keeps it.
+    pub(super) fingerprint: Option<statement::Fingerprint>,
+}
+
+impl Participant {
+    /// What [`IncidentEdge`](super::IncidentEdge)s call it; `None` for a victim of which not even that is known.
+    #[must_use]
+    pub fn id(&self) -> Option<&BackendId> {
+        self.id.as_ref()
+    }
+
+    /// The process id; `None` for a prepared transaction too.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.id.as_ref()?.pid()
+    }
+
+    /// When the backend was started: with the process id it tells a backend from all others.
+    #[must_use]
+    pub fn backend_start(&self) -> Option<SystemTime> {
+        self.backend_start
+    }
+
+    /// Where in the program the transaction was asked for: `src/pay.rs:42`. Of other processes it is read from
+    /// `application_name`, where a long path has lost its beginning.
+    #[must_use]
+    pub fn call_site(&self) -> Option<&str> {
+        self.call_site.as_deref()
+    }
+
+    /// The `application_name`.
+    #[must_use]
+    pub fn application_name(&self) -> Option<&str> {
+        self.application_name.as_deref()
+    }
+
+    /// The role it was logged in as.
+    #[must_use]
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// The database it was connected to.
+    #[must_use]
+    pub fn database(&self) -> Option<&str> {
+        self.database.as_deref()
+    }
+
+    /// The client's IP address; `None` for a client on a Unix socket too.
+    #[must_use]
+    pub fn client_address(&self) -> Option<&str> {
+        self.client_address.as_deref()
+    }
+
+    /// What kind of process it was: `client backend`, `autovacuum worker`, …
+    #[must_use]
+    pub fn backend_type(&self) -> Option<&str> {
+        self.backend_type.as_deref()
+    }
+
+    /// Its state in PostgreSQL's words: `active`, `idle in transaction`, …
+    #[must_use]
+    pub fn state(&self) -> Option<&str> {
+        self.state.as_deref()
+    }
+
+    /// For how long it had been in that state.
+    #[must_use]
+    pub fn in_state(&self) -> Option<Duration> {
+        self.in_state
+    }
+
+    /// Age of its transaction.
+    #[must_use]
+    pub fn transaction_age(&self) -> Option<Duration> {
+        self.transaction_age
+    }
+
+    /// For how long it had waited for a lock when that was seen.
+    #[must_use]
+    pub fn wait_age(&self) -> Option<Duration> {
+        self.wait_age
+    }
+
+    /// The statement it ran, or the last one where it was idle; without literals unless they were asked for.
+    #[must_use]
+    pub fn statement(&self) -> Option<&str> {
+        self.statement.as_deref()
+    }
+
+    /// The statement's identifier, as in `pg_stat_statements.queryid`.
+    #[must_use]
+    pub fn query_id(&self) -> Option<i64> {
+        self.query_id
+    }
+
+    /// Whether it is the one that reports: the one that failed, or that waits on.
+    #[must_use]
+    pub fn is_victim(&self) -> bool {
+        self.is_victim
+    }
+
+    /// Whether parts were hidden from the role that looked, so that a `None` says nothing.
+    #[must_use]
+    pub fn is_hidden(&self) -> bool {
+        self.is_hidden
+    }
+
+    /// Whether it is a transaction of this process, made through this crate.
+    #[must_use]
+    pub fn is_in_this_process(&self) -> bool {
+        self.in_this_process
+    }
+
+    /// Whether it waited for a lock itself.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.waits
+    }
+
+    /// When it was seen on the server, since the victim's statement began; `None` where it was not seen at all.
+    #[must_use]
+    pub fn seen_after(&self) -> Option<Duration> {
+        self.seen_after
+    }
+
+    /// The statements of its transaction until then; empty for those of other processes.
+    #[must_use]
+    pub fn journal(&self) -> &[JournalLine] {
+        &self.journal
+    }
+
+    /// How many earlier statements are no longer in the [`journal`](Self::journal).
+    #[must_use]
+    pub fn journal_dropped(&self) -> usize {
+        self.journal_dropped
+    }
+
+    /// The conflict group its transaction ran in.
+    #[must_use]
+    pub fn conflict_group(&self) -> Option<&LockKey> {
+        self.conflict_group.as_ref()
+    }
+}
+
+/// Everybody who takes part, the victim first, then in the order of the edges.
+pub(super) fn participants(evidence: &Evidence, scene: &Scene, texts: Texts) -> Vec<Participant> {
+    let mut ids = vec![scene.victim.clone()];
+    for edge in &scene.edges {
+        for id in [&edge.waiter, &edge.blocker] {
+            if !ids.iter().flatten().any(|known| known == id) {
+                ids.push(Some(id.clone()));
+            }
+        }
+    }
+    let numbered = ids.into_iter().enumerate();
+    numbered
+        .map(|(at, id)| participant(evidence, scene, texts, id, at == 0))
+        .collect()
+}
+
+fn participant(
+    evidence: &Evidence,
+    scene: &Scene,
+    texts: Texts,
+    id: Option<BackendId>,
+    is_victim: bool,
+) -> Participant {
+    let seen = id.as_ref().and_then(|id| seen(evidence, scene, id));
+    let backend = seen.map(|(_, backend)| backend);
+    let waits_for = |edge: &&IncidentEdge| Some(&edge.waiter) == id.as_ref();
+    let own_edges = || scene.edges.iter().filter(waits_for);
+    let held = scene.edges.iter();
+    let held = held.filter(|edge| Some(&edge.blocker) == id.as_ref() && !edge.is_soft());
+    let journal = journal(evidence, id.as_ref(), is_victim);
+    let waits = is_victim || own_edges().next().is_some();
+    let on_server = backend.and_then(Backend::statement);
+    let reading = journal.map(|journal| {
+        if is_victim {
+            Reading::of_victim(journal)
+        } else if waits {
+            let running = on_server.filter(|_| own_edges().any(IncidentEdge::was_seen));
+            Reading::of_waiter(journal, evidence.occurred, running)
+        } else {
+            Reading::of_holder(journal, evidence.occurred)
+        }
+    });
+    // The server keeps the beginning only; but of one that does not wait it shows what it did when it was seen.
+    let statement = if waits {
+        let waited = reading.as_ref().and_then(Reading::waited);
+        waited.or(on_server)
+    } else {
+        let last = reading.as_ref().and_then(Reading::last);
+        on_server.or(last)
+    };
+    let name = backend.and_then(Backend::application_name).map(Arc::from);
+    let name = name.or_else(|| journal?.application_name.clone());
+    let call_site = match journal {
+        Some(journal) => journal.call_site.map(|site| Arc::from(site.to_string())),
+        None => name.as_deref().and_then(site_in).map(Arc::from),
+    };
+    let site_key = match journal {
+        Some(journal) => journal.call_site.map(|site| {
+            let name = call_site::application_name("", Some(&site));
+            Arc::from(without_folders(&name))
+        }),
+        None => call_site.as_deref().map(without_folders).map(Arc::from),
+    };
+    let text = |text: Option<&str>| text.map(Arc::from);
+    let journal_age =
+        journal.and_then(|journal| evidence.occurred.duration_since(journal.began).ok());
+    Participant {
+        backend_start: backend.and_then(Backend::backend_start),
+        call_site,
+        site_key,
+        application_name: name,
+        user: text(backend.and_then(Backend::user)),
+        database: text(backend.and_then(Backend::database)),
+        client_address: text(backend.and_then(Backend::client_address)),
+        backend_type: text(backend.and_then(Backend::backend_type)),
+        state: text(backend.and_then(Backend::state)),
+        in_state: backend.and_then(Backend::in_state),
+        transaction_age: backend.and_then(Backend::in_transaction).or(journal_age),
+        wait_age: own_edges().filter_map(|edge| edge.wait_age).max(),
+        statement: statement.map(|sql| texts.statement(sql)),
+        query_id: backend.and_then(Backend::query_id),
+        is_victim,
+        is_hidden: backend.is_some_and(Backend::is_hidden),
+        in_this_process: journal.is_some(),
+        waits,
+        seen_after: seen.map(|(look, _)| look.after),
+        journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, texts)),
+        journal_dropped: journal.map_or(0, |journal| journal.dropped),
+        conflict_group: journal.and_then(|journal| journal.conflict_group.clone()),
+        fingerprint: statement.map(|sql| statement::fingerprint(as_kept(sql))),
+        id,
+    }
+}
+
+/// In the look the edges are from, else in the last one that showed anything of it.
+fn seen<'a>(
+    evidence: &'a Evidence,
+    scene: &Scene,
+    id: &BackendId,
+) -> Option<(&'a Look, &'a Backend)> {
+    let best = scene.look.and_then(|at| evidence.looks.get(at));
+    let mut looks = best.into_iter().chain(evidence.looks.iter().rev());
+    looks.find_map(|look| {
+        let backend = look.snapshot.backend(id)?;
+        (!backend.is_gone()).then_some((look, backend))
+    })
+}
+
+fn journal<'a>(
+    evidence: &'a Evidence,
+    id: Option<&BackendId>,
+    is_victim: bool,
+) -> Option<&'a Journal> {
+    if is_victim {
+        return Some(&evidence.victim);
+    }
+    let pid = id?.pid()?;
+    evidence
+        .others
+        .iter()
+        .find(|journal| journal.pid == Some(pid))
+}
+
+/// The call site in an `application_name` as this crate sets it.
+fn site_in(name: &str) -> Option<&str> {
+    let site = name.rsplit(' ').next()?;
+    let (path, line) = site.rsplit_once(':')?;
+    let is_line = line.parse::<u32>().is_ok() && !line.starts_with('+');
+    (is_line && path.ends_with(".rs")).then_some(site)
+}
+
+/// The path may have lost its beginning.
+fn without_folders(site: &str) -> &str {
+    site.rsplit('/').next().unwrap_or(site)
+}
+
+/// The beginning of a statement that the server keeps by default (`track_activity_query_size`).
+fn as_kept(sql: &str) -> &str {
+    const KEPT: usize = 1023;
+    let mut end = sql.len().min(KEPT);
+    while !sql.is_char_boundary(end) {
+        end -= 1;
+    }
+    &sql[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn call_sites_are_read_from_application_names() {
+        for (name, site) in [
+            ("billing src/pay.rs:42", Some("src/pay.rs:42")),
+            ("src/pay.rs:42", Some("src/pay.rs:42")),
+            (
+                "my app .../pay.rs:4294967295",
+                Some(".../pay.rs:4294967295"),
+            ),
+            ("app 10.0.0.1:5432", None),
+            ("src/pay.rs", None),
+            ("pay.rs:+1", None),
+            ("pay.rs:", None),
+            ("", None),
+        ] {
+            assert_eq!(site_in(name), site, "{name}");
+        }
+        let own = call_site::application_name("billing", None);
+        assert_eq!(site_in(&own), None);
+    }
+
+    #[test]
+    fn a_statement_is_compared_as_the_server_keeps_it() {
+        let long = "é".repeat(600);
+        assert_eq!(as_kept(&long).len(), 1022);
+        assert_eq!(as_kept("SELECT 1"), "SELECT 1");
+    }
+}

@@ -1,0 +1,266 @@
+//! What participants, locks and times are called, in all texts for people.
+
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime};
+
+use crate::graph::{LockObject, Relation, RowId};
+use crate::key::LockKey;
+use crate::server_message::RowContext;
+
+use super::{IncidentEdge, Participant};
+
+/// `src/pay.rs:42`, or what else says most about who it is.
+pub(super) fn place(participant: &Participant) -> Option<String> {
+    let name = participant.application_name.as_deref();
+    let name = name.filter(|name| !name.is_empty());
+    participant.call_site().or(name).map(plain)
+}
+
+/// `pid 4711 (src/pay.rs:42)`
+pub(super) fn who(participant: &Participant) -> String {
+    let id = match &participant.id {
+        Some(id) => plain(&id.to_string()),
+        None => "the victim".to_owned(),
+    };
+    match place(participant) {
+        Some(place) => format!("{id} ({place})"),
+        None => id,
+    }
+}
+
+/// `row id = 7 of public.users`, `table public.users`, `advisory lock "invoice:42"`.
+pub(super) fn thing(edge: &IncidentEdge) -> String {
+    if let Some(row) = &edge.row {
+        return match &edge.row_key {
+            Some(key) => format!("row {key} of {}", row.relation),
+            None => row.to_string(),
+        };
+    }
+    if let Some(context) = &edge.context {
+        return row_of_context(context);
+    }
+    match &edge.object {
+        LockObject::Relation(relation) => format!("{} {relation}", kind(relation)),
+        // What it was exactly was not seen.
+        LockObject::Transaction(xid) => format!("a row or key of transaction {xid}"),
+        object => object.to_string(),
+    }
+}
+
+/// Where CONTEXT has an index entry, its row is the one that was being inserted.
+pub(super) fn row_of_context(context: &RowContext) -> String {
+    let relation = plain(&context.relation);
+    if context.index_entry {
+        format!("a key of {relation}")
+    } else {
+        format!("row ({},{}) of {relation}", context.page, context.offset)
+    }
+}
+
+/// The relation in question, or what else the lock is on.
+pub(super) fn subject(edge: &IncidentEdge) -> String {
+    match &edge.row {
+        Some(row) => row.relation().to_string(),
+        None => thing(edge),
+    }
+}
+
+/// The lock behind it, where [`thing`] does not say it: `ShareLock on transaction 733`.
+pub(super) fn lock(edge: &IncidentEdge) -> String {
+    let is_named = match &edge.object {
+        LockObject::Relation(_) | LockObject::Advisory { .. } => true,
+        LockObject::Transaction(_) => edge.row.is_none() && edge.context.is_none(),
+        object => thing(edge) == object.to_string(),
+    };
+    let mode = plain(edge.mode_wanted());
+    if is_named {
+        mode
+    } else {
+        format!("{mode} on {}", edge.object)
+    }
+}
+
+fn kind(relation: &Relation) -> &'static str {
+    match relation.kind() {
+        Some('r' | 'p' | 'f') => "table",
+        Some('i' | 'I') => "index",
+        Some('S') => "sequence",
+        Some('m') => "materialized view",
+        Some('v') => "view",
+        Some('t') => "TOAST table",
+        _ => "relation",
+    }
+}
+
+/// As it is written in Rust, where that is short: `"invoice:42"`, `("billing", "invoice:42")`, `(1, 2)`.
+pub(super) fn in_rust(key: &LockKey) -> String {
+    match (key.namespace(), key.name()) {
+        (Some(namespace), Some(name)) if namespace.len() + name.len() < 100 => {
+            format!("({namespace:?}, {name:?})")
+        }
+        _ => key.to_string(),
+    }
+}
+
+/// The columns of a row's key, for ORDER BY.
+pub(super) fn order(edges: &[&IncidentEdge]) -> Option<String> {
+    let keys = edges.iter().find_map(|edge| edge.row_key.as_ref());
+    let columns: Vec<_> = keys?.columns().map(|(name, _)| plain(name)).collect();
+    (!columns.is_empty()).then(|| columns.join(", "))
+}
+
+pub(super) fn relation_of(edge: &IncidentEdge) -> Option<&Relation> {
+    edge.row
+        .as_ref()
+        .map(RowId::relation)
+        .or_else(|| match &edge.object {
+            LockObject::Relation(relation) => Some(relation),
+            _ => None,
+        })
+}
+
+/// Nothing in it that a terminal would act on, or that changes the order of what is around it.
+pub(super) fn plain(text: &str) -> String {
+    let shown = |c: char| {
+        let acts = c.is_control()
+            || matches!(c, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if acts { '\u{fffd}' } else { c }
+    };
+    text.chars().map(shown).collect()
+}
+
+/// On one line, cut after so many characters.
+pub(super) fn short(statement: &str, most: usize) -> String {
+    let words: Vec<_> = statement.split_whitespace().map(plain).collect();
+    let line = words.join(" ");
+    match line.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
+/// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`; short ones in milliseconds.
+pub(super) fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        0 if age < Duration::from_millis(10) => {
+            format!("{}.{}ms", age.as_millis(), age.subsec_micros() / 100 % 10)
+        }
+        0 => format!("{}ms", age.as_millis()),
+        1..60 => format!("{}.{}s", seconds, age.subsec_millis() / 100),
+        60..3600 => format!("{}min {:02}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h {:02}min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d {:02}h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+/// `2026-01-31T12:34:56.789012Z` (RFC 3339); times before 1970 are shown as 1970.
+pub(super) fn timestamp(at: SystemTime) -> String {
+    let since = at
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    let (year, month, day) = date(days);
+    let mut text = format!("{year:04}-{month:02}-{day:02}T");
+    // Infallible: writing to a String.
+    let _ = write!(
+        text,
+        "{:02}:{:02}:{:02}.{:06}Z",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        since.subsec_micros()
+    );
+    text
+}
+
+/// Year, month and day of the Gregorian calendar, so many days after 1970-01-01.
+fn date(days: u64) -> (u64, u64, u64) {
+    // Years are counted from March on, so that the day that is not always there is the last of its year; an era has 400.
+    const ERA: u64 = 146_097;
+    let shifted = days + 719_468;
+    let (era, day) = (shifted / ERA, shifted % ERA);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, january) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
+    (era * 400 + year + january, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_have_dates() {
+        for (days, expected) in [
+            (0, (1970, 1, 1)),
+            (58, (1970, 2, 28)),
+            (59, (1970, 3, 1)),
+            (789, (1972, 2, 29)),
+            (790, (1972, 3, 1)),
+            (11_016, (2000, 2, 29)),
+            (20_483, (2026, 1, 30)),
+            (47_540, (2100, 2, 28)),
+            (47_541, (2100, 3, 1)),
+        ] {
+            assert_eq!(date(days), expected, "{days}");
+        }
+        let at = SystemTime::UNIX_EPOCH + Duration::from_micros(1_769_862_896_789_012);
+        assert_eq!(timestamp(at), "2026-01-31T12:34:56.789012Z");
+        let before = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
+        assert_eq!(timestamp(before), "1970-01-01T00:00:00.000000Z");
+    }
+
+    #[test]
+    fn every_day_follows_the_one_before() {
+        let length = |year: u64, month| match month {
+            2 if year.is_multiple_of(4)
+                && (!year.is_multiple_of(100) || year.is_multiple_of(400)) =>
+            {
+                29
+            }
+            2 => 28,
+            4 | 6 | 9 | 11 => 30,
+            _ => 31,
+        };
+        let mut expected = (1970, 1, 1);
+        for days in 0..200_000 {
+            assert_eq!(date(days), expected, "{days}");
+            expected = match expected {
+                (year, 12, 31) => (year + 1, 1, 1),
+                (year, month, day) if day == length(year, month) => (year, month + 1, 1),
+                (year, month, day) => (year, month, day + 1),
+            };
+        }
+    }
+
+    #[test]
+    fn ages_are_as_short_as_they_can_be() {
+        for (millis, expected) in [
+            (0, "0.0ms"),
+            (9, "9.0ms"),
+            (10, "10ms"),
+            (999, "999ms"),
+            (1999, "1.9s"),
+            (61_000, "1min 01s"),
+            (3_660_000, "1h 01min"),
+            (90_000_000, "1d 01h"),
+        ] {
+            assert_eq!(age(Duration::from_millis(millis)), expected);
+        }
+        assert_eq!(age(Duration::from_micros(412)), "0.4ms");
+    }
+
+    #[test]
+    fn nothing_moves_the_cursor() {
+        assert_eq!(plain("a\x1b[2J\u{202e}é"), "a\u{fffd}[2J\u{fffd}é");
+        assert_eq!(short("a \n\t b", 10), "a b");
+        assert_eq!(short("äbcdef", 3), "äbc…");
+    }
+}
