@@ -25,7 +25,6 @@ pub use tree::{LockTree, TreeNode};
 /// What rows of the server become, for the room that reads them.
 pub(crate) mod parts {
     pub(crate) use super::backend::{Sight, Verbatim};
-    pub(crate) use super::edge::Mode;
     pub(crate) use super::modes::interned;
 }
 
