@@ -1,15 +1,12 @@
 //! One session that waits, and one that is in its way.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::modes::Mode;
 use super::render::Age;
 use super::{BackendId, LockObject, RowId};
-
-/// A lock mode as `pg_locks.mode` spells it.
-pub(crate) type Mode = Cow<'static, str>;
 
 /// How one session is in the way of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,25 +76,23 @@ impl Edge {
 
     /// The mode that is waited for, as `pg_locks.mode` spells it.
     #[must_use]
-    pub fn mode_wanted(&self) -> &str {
-        &self.wait.mode
+    pub fn mode_wanted(&self) -> &'static str {
+        self.wait.mode.name()
     }
 
     /// The mode the blocker holds: the strongest of those in conflict. `None` for a soft edge, and where the lock was not to be
     /// seen in the moment it was looked for.
     #[must_use]
-    pub fn mode_held(&self) -> Option<&str> {
-        self.blocker_mode
-            .as_deref()
-            .filter(|_| self.kind == EdgeKind::Hard)
+    pub fn mode_held(&self) -> Option<&'static str> {
+        let hard = self.kind == EdgeKind::Hard;
+        self.blocker_mode.filter(|_| hard).map(Mode::name)
     }
 
     /// The mode the blocker itself waits for, ahead in the queue; only for a soft edge.
     #[must_use]
-    pub fn mode_queued(&self) -> Option<&str> {
-        self.blocker_mode
-            .as_deref()
-            .filter(|_| self.kind == EdgeKind::Soft)
+    pub fn mode_queued(&self) -> Option<&'static str> {
+        let soft = self.kind == EdgeKind::Soft;
+        self.blocker_mode.filter(|_| soft).map(Mode::name)
     }
 
     /// Whether the blocker holds the lock or only stands ahead in its queue.
@@ -137,7 +132,7 @@ impl fmt::Display for Edge {
         if let (Some(row), None) = (self.row(), self.object().row()) {
             write!(f, " ({row})")?;
         }
-        match (self.kind, &self.blocker_mode) {
+        match (self.kind, self.blocker_mode.map(Mode::name)) {
             (EdgeKind::Hard, Some(mode)) => write!(f, ", held by {} in {mode}", self.blocker),
             (EdgeKind::Hard, None) => write!(f, ", blocked by {}", self.blocker),
             (EdgeKind::Soft, Some(mode)) => {
@@ -159,13 +154,13 @@ mod tests {
                 worker: None,
                 object: LockObject::Transaction(733),
                 row: None,
-                mode: "ShareLock".into(),
+                mode: Mode::from_pg_locks("ShareLock").expect("a mode"),
                 since: None,
                 age: Some(Duration::from_millis(1500)),
             }),
             blocker: 11.into(),
             kind,
-            blocker_mode: mode.map(Into::into),
+            blocker_mode: mode.and_then(Mode::from_pg_locks),
         }
     }
 

@@ -15,18 +15,14 @@ mod render;
 mod snapshot;
 mod tree;
 
-pub(crate) use assemble::{LockRow, edges};
+pub(crate) use assemble::{LockRow, assemble};
 pub use backend::{Backend, BackendId};
+pub(crate) use backend::{Sight, Verbatim};
 pub use edge::{Edge, EdgeKind};
+pub(crate) use modes::Mode;
 pub use object::{LockObject, Relation, RowId};
 pub use snapshot::{Cycle, Snapshot};
 pub use tree::{LockTree, TreeNode};
-
-/// What rows of the server become, for the room that reads them.
-pub(crate) mod parts {
-    pub(crate) use super::backend::{Sight, Verbatim};
-    pub(crate) use super::modes::interned;
-}
 
 #[cfg(test)]
 mod testing;

@@ -1,6 +1,10 @@
 //! Which lock modes conflict.
 
-use super::edge::Mode;
+use std::fmt;
+
+/// A lock mode, by its place among [`NAMES`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Mode(u8);
 
 /// From the weakest to the strongest, as `pg_locks.mode` spells them.
 const NAMES: [&str; 8] = [
@@ -26,43 +30,40 @@ const CONFLICTS: [u8; 8] = [
     0b1111_1111,
 ];
 
+impl Mode {
+    /// The mode that `pg_locks.mode` spells like this. `SIReadLock` is none: it blocks nobody.
+    pub(crate) fn from_pg_locks(mode: &str) -> Option<Self> {
+        let rank = NAMES.iter().position(|name| *name == mode)?;
+        u8::try_from(rank).ok().map(Self)
+    }
+
+    /// As `pg_locks.mode` spells it.
+    pub(crate) fn name(self) -> &'static str {
+        NAMES[usize::from(self.0)]
+    }
+}
+
+impl fmt::Debug for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// A set of modes.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modes(u8);
 
 impl Modes {
-    pub(super) fn add(&mut self, mode: &Mode) {
-        if let Some(rank) = rank(mode) {
-            self.0 |= 1 << rank;
-        }
+    pub(super) fn add(&mut self, mode: Mode) {
+        self.0 |= 1 << mode.0;
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.0 == 0
+    /// The strongest of those that conflict with a mode.
+    pub(super) fn strongest_against(self, mode: Mode) -> Option<Mode> {
+        let both = self.0 & CONFLICTS[usize::from(mode.0)];
+        // Invariant: eight bits have at most seven zeros before the first one.
+        (both != 0).then(|| Mode(7 - u8::try_from(both.leading_zeros()).unwrap_or(7)))
     }
-}
-
-/// Those that conflict with a mode.
-pub(super) fn conflicting(mode: &Mode) -> Modes {
-    Modes(rank(mode).map_or(0, |rank| CONFLICTS[rank]))
-}
-
-/// The strongest of those in both sets.
-pub(super) fn strongest(modes: &Modes, among: Modes) -> Option<Mode> {
-    let both = modes.0 & among.0;
-    (0..NAMES.len())
-        .rev()
-        .find(|rank| both & (1 << rank) != 0)
-        .map(|rank| Mode::Borrowed(NAMES[rank]))
-}
-
-/// The mode without a copy of its own, if it is one of those there are.
-pub(crate) fn interned(mode: &str) -> Mode {
-    rank(mode).map_or_else(|| mode.to_owned().into(), |rank| NAMES[rank].into())
-}
-
-fn rank(mode: &str) -> Option<usize> {
-    NAMES.iter().position(|name| *name == mode)
 }
 
 #[cfg(test)]
@@ -82,5 +83,18 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn the_strongest_in_conflict_is_found() {
+        let mode = |name| Mode::from_pg_locks(name).expect("one of the eight");
+        let mut held = Modes::default();
+        held.add(mode("AccessShareLock"));
+        assert_eq!(held.strongest_against(mode("ExclusiveLock")), None);
+        held.add(mode("RowExclusiveLock"));
+        held.add(mode("RowShareLock"));
+        let found = held.strongest_against(mode("AccessExclusiveLock"));
+        assert_eq!(found.map(Mode::name), Some("RowExclusiveLock"));
+        assert_eq!(Mode::from_pg_locks("SIReadLock"), None);
     }
 }

@@ -17,7 +17,7 @@ pub(super) struct Arc {
 }
 
 /// Sets of nodes that can all reach one another; a node on its own is one too.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Components {
     /// Of each node, its set.
     pub(super) of: Vec<usize>,

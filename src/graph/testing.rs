@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use proptest::prelude::*;
 
 use super::edge::Wait;
+use super::modes::Mode;
 use super::{Backend, BackendId, Edge, EdgeKind, LockObject, Snapshot};
 
 /// `waiter` waits for `blocker`; those with greater numbers have waited for less long.
@@ -16,7 +17,7 @@ pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
             worker: None,
             object: LockObject::Transaction(blocker.unsigned_abs()),
             row: None,
-            mode: "ShareLock".into(),
+            mode: Mode::from_pg_locks("ShareLock").expect("a mode"),
             since: None,
             age: Some(
                 Duration::from_secs(60)
@@ -25,7 +26,7 @@ pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
         }),
         blocker: BackendId::Pid(blocker),
         kind,
-        blocker_mode: Some("ExclusiveLock".into()),
+        blocker_mode: Mode::from_pg_locks("ExclusiveLock"),
     }
 }
 
