@@ -8,8 +8,10 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::mode::LockMode;
+
 use super::edge::Wait;
-use super::modes::{Mode, Modes};
+use super::modes::Modes;
 use super::{Backend, BackendId, Edge, EdgeKind, LockObject, RowId, Snapshot};
 
 /// One row of `pg_locks`.
@@ -17,7 +19,7 @@ use super::{Backend, BackendId, Edge, EdgeKind, LockObject, RowId, Snapshot};
 pub(crate) struct LockRow {
     pub(crate) who: BackendId,
     pub(crate) object: LockObject,
-    pub(crate) mode: Mode,
+    pub(crate) mode: LockMode,
     pub(crate) granted: bool,
     pub(crate) since: Option<SystemTime>,
     /// What `pg_blocking_pids` said, for those who wait and were asked about.
@@ -212,12 +214,13 @@ impl Found {
                 .map(|since| self.now.duration_since(since).unwrap_or_default()),
         });
         self.waits += 1;
+        let conflicting = Modes::conflicting(row.mode);
         for &pid in blockers {
             if pid == 0 {
                 // Which of them, and how many, the server does not say.
                 let mut unknown = true;
                 for &place in prepared {
-                    if let Some(mode) = self.partakers[place].held.strongest_against(row.mode) {
+                    if let Some(mode) = self.partakers[place].held.strongest_of(conflicting) {
                         unknown = false;
                         self.edge(&wait, waiter, place, (EdgeKind::Hard, Some(mode)));
                     }
@@ -231,7 +234,7 @@ impl Found {
             // Parallel workers are given by their leader's pid, each of them (PostgreSQL's documentation,
             // `pg_blocking_pids`).
             let place = self.session(pid);
-            let way = self.partakers[place].way(row.mode);
+            let way = self.partakers[place].way(conflicting);
             self.edge(&wait, waiter, place, way);
         }
     }
@@ -241,7 +244,7 @@ impl Found {
         wait: &Arc<Wait>,
         waiter: usize,
         blocker: usize,
-        (kind, blocker_mode): (EdgeKind, Option<Mode>),
+        (kind, blocker_mode): (EdgeKind, Option<LockMode>),
     ) {
         let partaker = &mut self.partakers[blocker];
         if std::mem::replace(&mut partaker.counted, self.waits) == self.waits {
@@ -300,12 +303,12 @@ impl Found {
 }
 
 impl Partaker {
-    /// In which way it keeps the mode from being granted.
-    fn way(&self, wanted: Mode) -> (EdgeKind, Option<Mode>) {
-        if let Some(mode) = self.held.strongest_against(wanted) {
+    /// In which way it keeps a lock from being granted that conflicts with these modes.
+    fn way(&self, conflicting: Modes) -> (EdgeKind, Option<LockMode>) {
+        if let Some(mode) = self.held.strongest_of(conflicting) {
             return (EdgeKind::Hard, Some(mode));
         }
-        if let Some(mode) = self.wanted.strongest_against(wanted) {
+        if let Some(mode) = self.wanted.strongest_of(conflicting) {
             return (EdgeKind::Soft, Some(mode));
         }
         // It came by the lock, or into its queue, after the locks were read; or a parallel worker did whose leader the
@@ -334,7 +337,7 @@ mod tests {
         LockRow {
             who: who.into(),
             object: object.clone(),
-            mode: Mode::from_pg_locks(mode).expect("a mode"),
+            mode: LockMode::from_pg_locks(mode).expect("a mode"),
             granted: blockers.is_none(),
             since: blockers.map(|_| SystemTime::UNIX_EPOCH),
             blockers: blockers.map(<[i32]>::to_vec),
@@ -394,7 +397,7 @@ mod tests {
         ];
         let found = seen(&rows, &[]);
         let found = found.edges();
-        assert_eq!(found[0].mode_held(), Some("ShareRowExclusiveLock"));
+        assert_eq!(found[0].mode_held(), Some(LockMode::ShareRowExclusive));
     }
 
     #[test]
@@ -471,7 +474,7 @@ mod tests {
             (&2.into(), Some(21))
         );
         assert_eq!(found[0].blocker(), &1.into());
-        assert_eq!(found[0].mode_held(), Some("AccessShareLock"));
+        assert_eq!(found[0].mode_held(), Some(LockMode::AccessShare));
     }
 
     #[test]

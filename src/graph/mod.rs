@@ -17,12 +17,15 @@ mod tree;
 
 pub(crate) use assemble::{LockRow, assemble};
 pub use backend::{Backend, BackendId};
-pub(crate) use backend::{Sight, Verbatim};
 pub use edge::{Edge, EdgeKind};
-pub(crate) use modes::Mode;
 pub use object::{LockObject, Relation, RowId};
 pub use snapshot::{Cycle, Snapshot};
 pub use tree::{LockTree, TreeNode};
+
+/// What rows of the server become, for the rooms that read them.
+pub(crate) mod parts {
+    pub(crate) use crate::graph::backend::{Sight, Verbatim};
+}
 
 #[cfg(test)]
 mod testing;

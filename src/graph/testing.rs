@@ -5,8 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;
 
+use crate::mode::LockMode;
+
 use super::edge::Wait;
-use super::modes::Mode;
 use super::{Backend, BackendId, Edge, EdgeKind, LockObject, Snapshot};
 
 /// `waiter` waits for `blocker`; those with greater numbers have waited for less long.
@@ -17,7 +18,7 @@ pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
             worker: None,
             object: LockObject::Transaction(blocker.unsigned_abs()),
             row: None,
-            mode: Mode::from_pg_locks("ShareLock").expect("a mode"),
+            mode: LockMode::Share,
             since: None,
             age: Some(
                 Duration::from_secs(60)
@@ -26,7 +27,7 @@ pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
         }),
         blocker: BackendId::Pid(blocker),
         kind,
-        blocker_mode: Mode::from_pg_locks("ExclusiveLock"),
+        blocker_mode: Some(LockMode::Exclusive),
     }
 }
 

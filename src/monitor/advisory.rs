@@ -103,7 +103,7 @@ pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
             let backend = backends.get(&lock.who).cloned();
             Some(AdvisoryLockEntry {
                 key,
-                mode: AdvisoryMode::from_pg_locks(lock.mode.name())?,
+                mode: AdvisoryMode::from_pg_locks(lock.mode.as_pg_locks())?,
                 held: lock.granted,
                 wait_age: lock
                     .since

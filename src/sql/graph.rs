@@ -13,11 +13,10 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
 use super::rows;
-use crate::graph::{
-    Backend, BackendId, LockObject, LockRow, Mode, Relation, RowId, Sight, Snapshot, Verbatim,
-    assemble,
-};
+use crate::graph::parts::{Sight, Verbatim};
+use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, assemble};
 use crate::key::LockKey;
+use crate::mode::LockMode;
 
 /// A point in time as whole microseconds since 1970: exact, and the same in every `DateStyle` and time zone.
 macro_rules! micros {
@@ -267,7 +266,7 @@ fn lock(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockRow
             None => BackendId::Prepared(row.get("gid").map(Arc::from)),
         },
         object,
-        mode: Mode::from_pg_locks(row.get("mode")?)?,
+        mode: LockMode::from_pg_locks(row.get("mode")?)?,
         granted: row.get("granted") == Some("t"),
         since: row.time("waitstart"),
         blockers: row.get("blockers").map(numbers),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use lockkeeper::graph::{BackendId, Edge, EdgeKind, LockObject, LockTree, Snapshot, TreeNode};
-use lockkeeper::{AdvisoryMode, Keeper, LockKey, Monitor};
+use lockkeeper::{AdvisoryMode, Keeper, LockKey, LockMode, Monitor};
 use lockkeeper_testkit::Server;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
@@ -236,7 +236,7 @@ async fn a_chain_and_another_tree() {
     assert_eq!(edge.row().unwrap().relation().kind(), Some('r'));
     assert_eq!(
         (edge.mode_wanted(), edge.mode_held()),
-        ("ShareLock", Some("ExclusiveLock"))
+        (LockMode::Share, Some(LockMode::Exclusive))
     );
     assert!(edge.wait_age().unwrap() < SOON);
     assert_eq!(edge.worker(), None);
@@ -417,12 +417,12 @@ async fn readers_behind_a_waiting_alter_are_behind_it_only() {
     assert_eq!(edge.object().to_string(), "relation public.t");
     assert_eq!(
         (edge.mode_wanted(), edge.mode_held()),
-        ("AccessExclusiveLock", Some("AccessShareLock"))
+        (LockMode::AccessExclusive, Some(LockMode::AccessShare))
     );
     let edge = stage.edge(&snapshot, &c);
     assert_eq!(
         (edge.mode_held(), edge.mode_queued()),
-        (None, Some("AccessExclusiveLock"))
+        (None, Some(LockMode::AccessExclusive))
     );
     let tree = snapshot.tree();
     assert_eq!(stage.shape(&tree), "A[B[C D]]");
@@ -450,9 +450,12 @@ async fn a_session_that_holds_one_lock_and_queues_for_a_stronger_one() {
     );
     assert_eq!(
         stage.edge(&snapshot, &c).mode_held(),
-        Some("RowExclusiveLock")
+        Some(LockMode::RowExclusive)
     );
-    assert_eq!(stage.edge(&snapshot, &b).mode_held(), Some("RowShareLock"));
+    assert_eq!(
+        stage.edge(&snapshot, &b).mode_held(),
+        Some(LockMode::RowShare)
+    );
     stage.done().await;
 }
 
