@@ -81,6 +81,14 @@ impl Stage {
         }
     }
 
+    async fn actors<const N: usize>(&mut self) -> [Actor; N] {
+        let mut actors = Vec::new();
+        for _ in 0..N {
+            actors.push(self.actor().await);
+        }
+        actors.try_into().ok().unwrap()
+    }
+
     /// Starts something, and comes back when it waits for a lock.
     async fn waits(&mut self, actor: &Actor, sql: &str) {
         self.waits.push(actor.start(sql));
@@ -176,11 +184,7 @@ fn expected<const N: usize>(edges: [&str; N]) -> BTreeSet<String> {
 #[tokio::test]
 async fn a_chain_and_another_tree() {
     let mut stage = Stage::with_table().await;
-    let (a, b, c) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c] = stage.actors().await;
     a.run("BEGIN; UPDATE t SET v = 'secret-a' WHERE id = 1")
         .await;
     b.run("BEGIN; UPDATE t SET v = 'secret-b' WHERE id = 2")
@@ -330,12 +334,7 @@ async fn a_chain_and_another_tree() {
 #[tokio::test]
 async fn rows_that_several_want_have_a_queue() {
     let mut stage = Stage::with_table().await;
-    let (a, b, c, d) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c, d] = stage.actors().await;
     a.run("BEGIN; UPDATE t SET v = 'a' WHERE id = 1").await;
     for waiter in [&b, &c, &d] {
         stage
@@ -360,11 +359,7 @@ async fn rows_that_several_want_have_a_queue() {
 #[tokio::test]
 async fn a_deadlock_before_the_server_ends_it() {
     let mut stage = Stage::with_table().await;
-    let (a, b, c) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c] = stage.actors().await;
     a.run("BEGIN; UPDATE t SET v = 'a' WHERE id = 1").await;
     b.run("BEGIN; UPDATE t SET v = 'b' WHERE id = 2").await;
     stage.waits(&a, "UPDATE t SET v = 'a' WHERE id = 2").await;
@@ -398,12 +393,7 @@ async fn a_deadlock_before_the_server_ends_it() {
 #[tokio::test]
 async fn readers_behind_a_waiting_alter_are_behind_it_only() {
     let mut stage = Stage::with_table().await;
-    let (a, b, c, d) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c, d] = stage.actors().await;
     a.run("BEGIN; SELECT FROM t").await;
     stage.waits(&b, "ALTER TABLE t ADD COLUMN w int").await;
     stage.waits(&c, "SELECT FROM t").await;
@@ -433,11 +423,7 @@ async fn readers_behind_a_waiting_alter_are_behind_it_only() {
 #[tokio::test]
 async fn a_session_that_holds_one_lock_and_queues_for_a_stronger_one() {
     let mut stage = Stage::with_table().await;
-    let (a, b, c) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c] = stage.actors().await;
     a.run("BEGIN; LOCK TABLE t IN ROW SHARE MODE").await;
     b.run("BEGIN; LOCK TABLE t IN ROW EXCLUSIVE MODE").await;
     stage.waits(&b, "LOCK TABLE t IN EXCLUSIVE MODE").await;
@@ -462,11 +448,7 @@ async fn a_session_that_holds_one_lock_and_queues_for_a_stronger_one() {
 #[tokio::test]
 async fn prepared_transactions_are_roots_without_a_pid() {
     let mut stage = Stage::with_table().await;
-    let (a, b, c) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c] = stage.actors().await;
     let gid = format!("monitor-{}", stage.scene.database.name());
     a.run(&format!(
         "BEGIN; UPDATE t SET v = 'a' WHERE id = 1; PREPARE TRANSACTION '{gid}'"
@@ -520,7 +502,7 @@ async fn workers_of_a_parallel_query_count_as_their_leader() {
     let sql = "CREATE FUNCTION look() RETURNS bigint LANGUAGE plpgsql PARALLEL SAFE \
                AS 'BEGIN RETURN (SELECT count(*) FROM t); END'";
     stage.scene.observer.batch_execute(sql).await.unwrap();
-    let (a, b) = (stage.actor().await, stage.actor().await);
+    let [a, b] = stage.actors().await;
     let setting = if stage.scene.database.server().major() >= 16 {
         "debug_parallel_query"
     } else {
@@ -560,11 +542,7 @@ async fn a_role_without_privileges_sees_who_and_where_and_the_rest_as_hidden() {
     let role = format!("nobody_{}", stage.scene.database.name());
     let create = format!("CREATE ROLE {role} LOGIN PASSWORD 'secret'");
     stage.scene.observer.batch_execute(&create).await.unwrap();
-    let (a, b, c) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c] = stage.actors().await;
     a.run("BEGIN; UPDATE t SET v = 'a' WHERE id = 1").await;
     stage
         .waits(&b, "UPDATE t SET v = 'secret' WHERE id = 1")
@@ -625,7 +603,7 @@ async fn a_role_without_privileges_sees_who_and_where_and_the_rest_as_hidden() {
 async fn objects_of_another_database_have_no_name_here() {
     let mut stage = Stage::with_table().await;
     let other = stage.scene.database.server().database().await;
-    let (a, b) = (stage.actor().await, stage.actor().await);
+    let [a, b] = stage.actors().await;
     a.run("BEGIN; LOCK TABLE t; SELECT pg_advisory_xact_lock(77)")
         .await;
     stage.waits(&b, "SELECT FROM t").await;
@@ -668,12 +646,7 @@ async fn rarer_objects_are_named_too() {
         .batch_execute("CREATE SCHEMA s; CREATE TABLE \"T 2\" (id int)")
         .await
         .unwrap();
-    let (a, b, c, d) = (
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-        stage.actor().await,
-    );
+    let [a, b, c, d] = stage.actors().await;
     a.run("BEGIN; CREATE TABLE s.new (); INSERT INTO t VALUES (100, 'a'); LOCK TABLE \"T 2\" IN ROW EXCLUSIVE MODE").await;
     // The name of a schema in use is locked against its being dropped.
     stage.waits(&b, "DROP SCHEMA s").await;
@@ -847,23 +820,30 @@ async fn advisory_locks_with_their_names_and_owners() {
     // In a transaction it is not idle.
     other.batch_execute("BEGIN").await.unwrap();
     assert!(monitor.leaks(Duration::ZERO).await.unwrap().is_empty());
-    // A guard that is gone owns nothing any more.
-    let pid = guard.backend_pid().unwrap();
+    // What a guard has given back it owns no more, and what somebody leaves on the pool's connection is a leak.
     wait.abort();
+    drop(waiter);
     drop(guard);
     drop(other);
-    stage.scene.pool.get().await.unwrap();
-    eventually(SOON, "something is held", async || {
-        monitor
-            .advisory_locks()
-            .await
-            .unwrap()
-            .iter()
-            .all(|entry| entry.backend().pid() != Some(pid))
+    stage.scene.nothing_left().await;
+    let object = stage.scene.pool.get().await.unwrap();
+    object
+        .batch_execute("SELECT pg_advisory_lock(3)")
+        .await
+        .unwrap();
+    drop(object);
+    let leaks = monitor.leaks(Duration::ZERO).await.unwrap();
+    assert_eq!(leaks.len(), 1, "{leaks:?}");
+    assert_eq!(leaks[0].key(), &LockKey::from(3));
+    let sql = format!(
+        "SELECT pg_terminate_backend({})",
+        leaks[0].backend().pid().unwrap()
+    );
+    stage.scene.observer.batch_execute(&sql).await.unwrap();
+    eventually(SOON, "the leak is still there", async || {
+        monitor.leaks(Duration::ZERO).await.unwrap().is_empty()
     })
     .await;
-    drop(waiter);
-    stage.done().await;
 }
 
 /// Wherever a question is dropped, nothing is left of it and the next one is answered.
