@@ -604,9 +604,10 @@ async fn objects_of_another_database_have_no_name_here() {
     let mut stage = Stage::with_table().await;
     let other = stage.scene.database.server().database().await;
     let [a, b] = stage.actors().await;
-    a.run("BEGIN; LOCK TABLE t; SELECT pg_advisory_xact_lock(77)")
+    // The other database has one with this number too.
+    a.run("BEGIN; LOCK TABLE pg_language; SELECT pg_advisory_xact_lock(77)")
         .await;
-    stage.waits(&b, "SELECT FROM t").await;
+    stage.waits(&b, "SELECT FROM pg_language").await;
     let c = stage.actor().await;
     stage.waits(&c, "SELECT pg_advisory_lock(77)").await;
     let keeper = Keeper::new(other.pool(1));
