@@ -16,6 +16,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::incident::Incident;
 use crate::key::LockKey;
+use crate::monitor::Monitor;
 use crate::session::{Connections, Side, SideConnection};
 use crate::sql::Begin;
 use crate::transaction::{
@@ -274,6 +275,13 @@ impl Keeper {
             // Only a lock can be busy, and a group's is waited for.
             value.ok_or_else(|| Error::new(ErrorKind::Pool).into())
         }
+    }
+
+    /// Looks at the server's sessions and locks, over the [side connection](KeeperBuilder::side_connection) where
+    /// there is one. Nothing is sent before it is asked something.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        Monitor::new(Arc::clone(&self.inner.advisory.connections))
     }
 
     fn describe<P>(

@@ -34,6 +34,7 @@
 //! | share a lock with a Rails, Django, Go or .NET program | `compat`, with the feature of that name |
 //! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
+//! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //!
 //! # What it holds to
@@ -81,6 +82,7 @@ pub mod incident;
 mod keeper;
 mod key;
 mod mode;
+mod monitor;
 mod server_message;
 mod session;
 mod sql;
@@ -101,6 +103,7 @@ pub use key::compat;
 pub use mode::{
     AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
 };
+pub use monitor::{AdvisoryLockEntry, Monitor};
 pub use session::ToStatement;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};

@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::statement;
+
 /// What tells the participants of one [`Snapshot`](super::Snapshot) apart: a backend's process id, or a prepared
 /// transaction's global identifier.
 ///
@@ -264,20 +266,8 @@ pub(crate) struct Verbatim(pub(crate) Box<str>);
 
 impl fmt::Debug for Verbatim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&redacted(&self.0))
+        f.write_str(&statement::redact(&self.0))
     }
-}
-
-/// The statement without anything that could be a literal.
-pub(crate) fn redacted(statement: &str) -> String {
-    // Only its first word, until there is something that knows SQL.
-    let start = statement.trim_start();
-    let word: String = start
-        .chars()
-        .take_while(char::is_ascii_alphabetic)
-        .take(16)
-        .collect();
-    format!("{} …", word.to_ascii_uppercase())
 }
 
 #[cfg(test)]

@@ -1,15 +1,13 @@
 //! One session that waits, and one that is in its way.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::mode::LockMode;
+
 use super::render::Age;
 use super::{BackendId, LockObject, RowId};
-
-/// A lock mode as `pg_locks.mode` spells it.
-pub(crate) type Mode = Cow<'static, str>;
 
 /// How one session is in the way of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,7 +27,7 @@ pub(crate) struct Wait {
     pub(crate) worker: Option<i32>,
     pub(crate) object: LockObject,
     pub(crate) row: Option<RowId>,
-    pub(crate) mode: Mode,
+    pub(crate) mode: LockMode,
     pub(crate) since: Option<SystemTime>,
     pub(crate) age: Option<Duration>,
 }
@@ -42,7 +40,7 @@ pub struct Edge {
     pub(crate) wait: Arc<Wait>,
     pub(crate) blocker: BackendId,
     pub(crate) kind: EdgeKind,
-    pub(crate) blocker_mode: Option<Mode>,
+    pub(crate) blocker_mode: Option<LockMode>,
 }
 
 impl Edge {
@@ -77,27 +75,26 @@ impl Edge {
         self.wait.row.as_ref().or_else(|| self.wait.object.row())
     }
 
-    /// The mode that is waited for, as `pg_locks.mode` spells it.
+    /// The mode that is waited for. All kinds of objects are locked in the modes of tables, whatever they mean there: for
+    /// row locks see [`RowLock::from_pg_locks`](crate::RowLock::from_pg_locks).
     #[must_use]
-    pub fn mode_wanted(&self) -> &str {
-        &self.wait.mode
+    pub fn mode_wanted(&self) -> LockMode {
+        self.wait.mode
     }
 
     /// The mode the blocker holds: the strongest of those in conflict. `None` for a soft edge, and where the lock was not to be
     /// seen in the moment it was looked for.
     #[must_use]
-    pub fn mode_held(&self) -> Option<&str> {
-        self.blocker_mode
-            .as_deref()
-            .filter(|_| self.kind == EdgeKind::Hard)
+    pub fn mode_held(&self) -> Option<LockMode> {
+        let hard = self.kind == EdgeKind::Hard;
+        self.blocker_mode.filter(|_| hard)
     }
 
     /// The mode the blocker itself waits for, ahead in the queue; only for a soft edge.
     #[must_use]
-    pub fn mode_queued(&self) -> Option<&str> {
-        self.blocker_mode
-            .as_deref()
-            .filter(|_| self.kind == EdgeKind::Soft)
+    pub fn mode_queued(&self) -> Option<LockMode> {
+        let soft = self.kind == EdgeKind::Soft;
+        self.blocker_mode.filter(|_| soft)
     }
 
     /// Whether the blocker holds the lock or only stands ahead in its queue.
@@ -137,7 +134,7 @@ impl fmt::Display for Edge {
         if let (Some(row), None) = (self.row(), self.object().row()) {
             write!(f, " ({row})")?;
         }
-        match (self.kind, &self.blocker_mode) {
+        match (self.kind, self.blocker_mode) {
             (EdgeKind::Hard, Some(mode)) => write!(f, ", held by {} in {mode}", self.blocker),
             (EdgeKind::Hard, None) => write!(f, ", blocked by {}", self.blocker),
             (EdgeKind::Soft, Some(mode)) => {
@@ -152,46 +149,46 @@ impl fmt::Display for Edge {
 mod tests {
     use super::*;
 
-    fn edge(kind: EdgeKind, mode: Option<&'static str>) -> Edge {
+    fn edge(kind: EdgeKind, mode: Option<LockMode>) -> Edge {
         Edge {
             wait: Arc::new(Wait {
                 waiter: 12.into(),
                 worker: None,
                 object: LockObject::Transaction(733),
                 row: None,
-                mode: "ShareLock".into(),
+                mode: LockMode::Share,
                 since: None,
                 age: Some(Duration::from_millis(1500)),
             }),
             blocker: 11.into(),
             kind,
-            blocker_mode: mode.map(Into::into),
+            blocker_mode: mode,
         }
     }
 
     #[test]
     fn one_line_for_people() {
         assert_eq!(
-            edge(EdgeKind::Hard, Some("ExclusiveLock")).to_string(),
+            edge(EdgeKind::Hard, Some(LockMode::Exclusive)).to_string(),
             "pid 12 waits 1.5s for ShareLock on transaction 733, held by pid 11 in ExclusiveLock"
         );
         assert_eq!(
-            edge(EdgeKind::Soft, Some("ExclusiveLock")).to_string(),
+            edge(EdgeKind::Soft, Some(LockMode::Exclusive)).to_string(),
             "pid 12 waits 1.5s for ShareLock on transaction 733, queued behind pid 11 which wants ExclusiveLock"
         );
     }
 
     #[test]
     fn a_queued_mode_is_not_a_held_one() {
-        let soft = edge(EdgeKind::Soft, Some("ExclusiveLock"));
+        let soft = edge(EdgeKind::Soft, Some(LockMode::Exclusive));
         assert_eq!(
             (soft.mode_held(), soft.mode_queued()),
-            (None, Some("ExclusiveLock"))
+            (None, Some(LockMode::Exclusive))
         );
-        let hard = edge(EdgeKind::Hard, Some("ExclusiveLock"));
+        let hard = edge(EdgeKind::Hard, Some(LockMode::Exclusive));
         assert_eq!(
             (hard.mode_held(), hard.mode_queued()),
-            (Some("ExclusiveLock"), None)
+            (Some(LockMode::Exclusive), None)
         );
     }
 }

@@ -15,18 +15,16 @@ mod render;
 mod snapshot;
 mod tree;
 
-pub(crate) use assemble::{LockRow, edges};
+pub(crate) use assemble::{LockRow, assemble};
 pub use backend::{Backend, BackendId};
 pub use edge::{Edge, EdgeKind};
 pub use object::{LockObject, Relation, RowId};
 pub use snapshot::{Cycle, Snapshot};
 pub use tree::{LockTree, TreeNode};
 
-/// What rows of the server become, for the room that reads them.
+/// What rows of the server become, for the rooms that read them.
 pub(crate) mod parts {
-    pub(crate) use super::backend::{Sight, Verbatim};
-    pub(crate) use super::edge::Mode;
-    pub(crate) use super::modes::interned;
+    pub(crate) use crate::graph::backend::{Sight, Verbatim};
 }
 
 #[cfg(test)]

@@ -1,68 +1,31 @@
-//! Which lock modes conflict.
+//! Sets of lock modes.
 
-use super::edge::Mode;
+use crate::mode::LockMode;
 
-/// From the weakest to the strongest, as `pg_locks.mode` spells them.
-const NAMES: [&str; 8] = [
-    "AccessShareLock",
-    "RowShareLock",
-    "RowExclusiveLock",
-    "ShareUpdateExclusiveLock",
-    "ShareLock",
-    "ShareRowExclusiveLock",
-    "ExclusiveLock",
-    "AccessExclusiveLock",
-];
-
-/// Of each mode those it conflicts with, a bit for each (PostgreSQL's documentation, "Table-Level Locks").
-const CONFLICTS: [u8; 8] = [
-    0b1000_0000,
-    0b1100_0000,
-    0b1111_0000,
-    0b1111_1000,
-    0b1110_1100,
-    0b1111_1100,
-    0b1111_1110,
-    0b1111_1111,
-];
-
-/// A set of modes.
-#[derive(Clone, Copy, Debug, Default)]
+/// A set of modes: a bit for each, in the order of [`LockMode::ALL`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modes(u8);
 
 impl Modes {
-    pub(super) fn add(&mut self, mode: &Mode) {
-        if let Some(rank) = rank(mode) {
-            self.0 |= 1 << rank;
+    /// Those that conflict with a mode.
+    pub(super) fn conflicting(mode: LockMode) -> Self {
+        let mut modes = Self::default();
+        for other in mode.conflicting() {
+            modes.add(other);
         }
+        modes
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.0 == 0
+    pub(super) fn add(&mut self, mode: LockMode) {
+        self.0 |= 1 << mode as u8;
     }
-}
 
-/// Those that conflict with a mode.
-pub(super) fn conflicting(mode: &Mode) -> Modes {
-    Modes(rank(mode).map_or(0, |rank| CONFLICTS[rank]))
-}
-
-/// The strongest of those in both sets.
-pub(super) fn strongest(modes: &Modes, among: Modes) -> Option<Mode> {
-    let both = modes.0 & among.0;
-    (0..NAMES.len())
-        .rev()
-        .find(|rank| both & (1 << rank) != 0)
-        .map(|rank| Mode::Borrowed(NAMES[rank]))
-}
-
-/// The mode without a copy of its own, if it is one of those there are.
-pub(crate) fn interned(mode: &str) -> Mode {
-    rank(mode).map_or_else(|| mode.to_owned().into(), |rank| NAMES[rank].into())
-}
-
-fn rank(mode: &str) -> Option<usize> {
-    NAMES.iter().position(|name| *name == mode)
+    /// The strongest of those in both sets.
+    pub(super) fn strongest_of(self, others: Self) -> Option<LockMode> {
+        let both = self.0 & others.0;
+        let place = both.checked_ilog2()?;
+        LockMode::ALL.into_iter().nth(place as usize)
+    }
 }
 
 #[cfg(test)]
@@ -70,17 +33,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn conflicts_are_mutual() {
-        for (a, conflicts) in CONFLICTS.iter().enumerate() {
-            for (b, others) in CONFLICTS.iter().enumerate() {
-                assert_eq!(
-                    conflicts >> b & 1,
-                    others >> a & 1,
-                    "{} {}",
-                    NAMES[a],
-                    NAMES[b]
-                );
-            }
+    fn the_strongest_in_conflict_is_found() {
+        let mut held = Modes::default();
+        held.add(LockMode::AccessShare);
+        let exclusive = Modes::conflicting(LockMode::Exclusive);
+        assert_eq!(held.strongest_of(exclusive), None);
+        held.add(LockMode::RowExclusive);
+        held.add(LockMode::RowShare);
+        assert_eq!(held.strongest_of(exclusive), Some(LockMode::RowExclusive));
+        for (a, b) in LockMode::ALL
+            .iter()
+            .flat_map(|a| LockMode::ALL.map(|b| (*a, b)))
+        {
+            let mut only = Modes::default();
+            only.add(b);
+            let found = only.strongest_of(Modes::conflicting(a));
+            assert_eq!(found, a.conflicts_with(b).then_some(b));
         }
     }
 }

@@ -17,7 +17,7 @@ pub(super) struct Arc {
 }
 
 /// Sets of nodes that can all reach one another; a node on its own is one too.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Components {
     /// Of each node, its set.
     pub(super) of: Vec<usize>,
@@ -264,14 +264,10 @@ mod tests {
             let net = net(len, &links);
             let found = net.components();
             let reaches = reaches(len, &links);
-            for a in 0..len {
-                for b in 0..len {
-                    let together = a == b || (reaches[a][b] && reaches[b][a]);
-                    prop_assert_eq!(found.of[a] == found.of[b], together);
-                    if reaches[a][b] {
-                        prop_assert!(found.of[b] <= found.of[a]);
-                    }
-                }
+            for (a, b) in (0..len * len).map(|pair| (pair / len, pair % len)) {
+                let together = a == b || (reaches[a][b] && reaches[b][a]);
+                prop_assert_eq!(found.of[a] == found.of[b], together);
+                prop_assert!(!reaches[a][b] || found.of[b] <= found.of[a]);
                 prop_assert!(found.members[found.of[a]].contains(&a));
             }
             prop_assert_eq!(found.members.iter().map(Vec::len).sum::<usize>(), len);

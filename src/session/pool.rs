@@ -121,6 +121,7 @@ impl Connections {
             connections: Arc::clone(self),
             runtime,
             server_pid: None,
+            custody: None,
             application_name: None,
             unanswered: AtomicUsize::new(0),
             unwatched: AtomicBool::new(false),

@@ -13,9 +13,10 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
 use super::rows;
-use crate::graph::parts::{Sight, Verbatim, interned};
-use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, edges};
+use crate::graph::parts::{Sight, Verbatim};
+use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, assemble};
 use crate::key::LockKey;
+use crate::mode::LockMode;
 
 /// A point in time as whole microseconds since 1970: exact, and the same in every `DateStyle` and time zone.
 macro_rules! micros {
@@ -92,8 +93,8 @@ const PARTAKERS: &str = " FROM a WHERE a.pid OPERATOR(pg_catalog.=) ANY (SELECT 
 /// waits that can be reached from these sessions by going from waiters to blockers.
 ///
 /// Parts of it in order: `l` the lock table without predicate locks, which block nobody; `q` those who wait, with the
-/// session they belong to; `w` with those in their way; `x` the waits, other locks on the same objects, and the row locks
-/// that those who wait for a transaction have lined up for.
+/// session they belong to; `w` with those in their way; `v` those who still wait; `x` their waits, other locks on the
+/// same objects, and the row locks that those who wait for a transaction have lined up for.
 pub(crate) fn blocking(only: Option<&[i32]>) -> String {
     let mut sql = String::with_capacity(5000);
     // Infallible: writing to a String.
@@ -121,11 +122,19 @@ pub(crate) fn blocking(only: Option<&[i32]>) -> String {
     if only.is_some() {
         sql.push_str(" WHERE q.session OPERATOR(pg_catalog.=) ANY (SELECT r.pid FROM r)");
     }
-    // Operators, not functions, where it is to be a hash join.
+    // The lock table once more, in `z`: it refers to the count of `w`, so that it cannot be read before that is complete,
+    // and is not read where nobody waits. Only waits that were there both times are kept: what is put together from
+    // waits that were not there at one time can be a circle that never was (test
+    // `no_deadlock_is_seen_where_there_is_none`). Operators, not functions, where it is to be a hash join.
     let _ = write!(
         sql,
-        "), x AS (SELECT {LOCK}, l.blockers FROM w AS l \
-         UNION ALL SELECT {LOCK}, NULL FROM l WHERE EXISTS (SELECT FROM w WHERE \
+        "), n AS MATERIALIZED (SELECT pg_catalog.count(*) AS waits FROM w), \
+         z AS MATERIALIZED (SELECT z.pid, z.waitstart FROM n CROSS JOIN LATERAL (SELECT l.pid, l.waitstart \
+         FROM pg_catalog.pg_locks AS l WHERE NOT l.granted AND pg_catalog.int8gt(n.waits, 0) OFFSET 0) AS z), \
+         v AS MATERIALIZED (SELECT w.* FROM w WHERE EXISTS (SELECT FROM z WHERE z.pid OPERATOR(pg_catalog.=) w.pid \
+         AND pg_catalog.timestamptz_eq(z.waitstart, w.waitstart))), \
+         x AS (SELECT {LOCK}, l.blockers FROM v AS l \
+         UNION ALL SELECT {LOCK}, NULL FROM l WHERE EXISTS (SELECT FROM v AS w WHERE \
          COALESCE(w.relation, '0'::pg_catalog.oid) OPERATOR(pg_catalog.=) COALESCE(l.relation, '0'::pg_catalog.oid) \
          AND COALESCE(w.transactionid, '0'::pg_catalog.xid) OPERATOR(pg_catalog.=) \
          COALESCE(l.transactionid, '0'::pg_catalog.xid) \
@@ -133,10 +142,10 @@ pub(crate) fn blocking(only: Option<&[i32]>) -> String {
          AND COALESCE(w.classid, '0'::pg_catalog.oid) OPERATOR(pg_catalog.=) COALESCE(l.classid, '0'::pg_catalog.oid) \
          AND COALESCE(w.objid, '0'::pg_catalog.oid) OPERATOR(pg_catalog.=) COALESCE(l.objid, '0'::pg_catalog.oid) \
          AND pg_catalog.texteq(w.locktype, l.locktype)) \
-         AND (l.granted OR NOT l.pid OPERATOR(pg_catalog.=) ANY (SELECT w.pid FROM w)) \
+         AND (l.granted OR NOT l.pid OPERATOR(pg_catalog.=) ANY (SELECT v.pid FROM v)) \
          UNION ALL SELECT {LOCK}, NULL FROM l WHERE l.granted AND pg_catalog.texteq(l.locktype, 'tuple') \
-         AND l.pid OPERATOR(pg_catalog.=) ANY (SELECT w.pid FROM w)), {PREPARED}, \
-         t AS (SELECT w.session AS pid FROM w UNION SELECT w.pid FROM w UNION SELECT pg_catalog.unnest(w.blockers) FROM w) \
+         AND l.pid OPERATOR(pg_catalog.=) ANY (SELECT v.pid FROM v)), {PREPARED}, \
+         t AS (SELECT v.session AS pid FROM v UNION SELECT v.pid FROM v UNION SELECT pg_catalog.unnest(v.blockers) FROM v) \
          {TOLD}{WHO}{PARTAKERS}"
     );
     sql
@@ -170,18 +179,7 @@ pub(crate) struct Seen {
 impl Seen {
     /// Who waits for whom. Of a reply to [`blocking`] that took this long.
     pub(crate) fn snapshot(self, took: Duration) -> Snapshot {
-        let edges = edges(&self.locks, &self.backends, self.taken_at);
-        let mut partakers = HashSet::new();
-        for edge in &edges {
-            partakers.extend([edge.waiter(), edge.blocker()]);
-        }
-        let mut backends = self.backends;
-        backends.retain(|backend| {
-            let leader = backend.leader_pid.map(BackendId::Pid);
-            partakers.contains(backend.id())
-                || leader.is_some_and(|leader| partakers.contains(&leader))
-        });
-        Snapshot::new(backends, edges, self.taken_at, took)
+        assemble(&self.locks, self.backends, self.taken_at, took)
     }
 }
 
@@ -268,7 +266,7 @@ fn lock(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockRow
             None => BackendId::Prepared(row.get("gid").map(Arc::from)),
         },
         object,
-        mode: interned(row.get("mode")?),
+        mode: LockMode::from_pg_locks(row.get("mode")?)?,
         granted: row.get("granted") == Some("t"),
         since: row.time("waitstart"),
         blockers: row.get("blockers").map(numbers),

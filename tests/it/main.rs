@@ -25,6 +25,7 @@ mod languages;
 mod literals;
 mod lock_modes;
 mod modes;
+mod monitor_tree;
 mod pgbouncer;
 mod postgres_facts;
 mod processes;

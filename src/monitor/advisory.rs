@@ -1,0 +1,123 @@
+//! Who holds, or wants, an advisory lock.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::Duration;
+
+use crate::graph::{Backend, BackendId, LockObject};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::session;
+use crate::sql::graph::Seen;
+
+/// A session, or a prepared transaction, that holds an advisory lock or waits for it: a row of `pg_locks`.
+///
+/// A session lock that was taken several times is one row; so are a session lock and a transaction lock of one session in
+/// one mode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdvisoryLockEntry {
+    key: LockKey,
+    mode: AdvisoryMode,
+    held: bool,
+    wait_age: Option<Duration>,
+    backend: Backend,
+    guarded: bool,
+}
+
+impl AdvisoryLockEntry {
+    /// The lock, with its name where this process has used it or the application has
+    /// [given](super::Monitor::names) it.
+    #[must_use]
+    pub fn key(&self) -> &LockKey {
+        &self.key
+    }
+
+    /// The mode it is held or wanted in.
+    #[must_use]
+    pub fn mode(&self) -> AdvisoryMode {
+        self.mode
+    }
+
+    /// Whether it is held; `false` for one who waits for it.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// For how long it has been waited for; `None` for a holder.
+    #[must_use]
+    pub fn wait_age(&self) -> Option<Duration> {
+        self.wait_age
+    }
+
+    /// Who holds it, or waits for it, with the call site in its `application_name` where it uses this crate.
+    #[must_use]
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// For how long the session has been idle outside of any transaction; `None` for one that is not, or whose state the
+    /// role may not see.
+    #[must_use]
+    pub fn idle_for(&self) -> Option<Duration> {
+        self.backend
+            .in_state()
+            .filter(|_| self.backend.state() == Some("idle"))
+    }
+
+    /// Whether a guard or a transaction of this process, alive while this was asked, has the session that holds it.
+    ///
+    /// Sessions are told apart by process id, so that it may be true for one of another server too; never false for a
+    /// live guard's.
+    #[must_use]
+    pub fn is_guarded(&self) -> bool {
+        self.guarded
+    }
+}
+
+/// `"invoice:42" held in ExclusiveLock by pid 4711 (billing src/pay.rs:42, user app, idle for 3.2s)`
+impl fmt::Display for AdvisoryLockEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.held { "held" } else { "wanted" };
+        write!(
+            f,
+            "{} {what} in {} by {}",
+            self.key, self.mode, self.backend
+        )
+    }
+}
+
+pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
+    let backends: HashMap<BackendId, Backend> = seen
+        .backends
+        .into_iter()
+        .map(|backend| (backend.id().clone(), backend))
+        .collect();
+    let mut entries: Vec<_> = seen
+        .locks
+        .into_iter()
+        .filter_map(|lock| {
+            let LockObject::Advisory { key, .. } = lock.object else {
+                return None;
+            };
+            let backend = backends.get(&lock.who).cloned();
+            Some(AdvisoryLockEntry {
+                key,
+                mode: AdvisoryMode::from_pg_locks(lock.mode.as_pg_locks())?,
+                held: lock.granted,
+                wait_age: lock
+                    .since
+                    .map(|since| seen.taken_at.duration_since(since).unwrap_or_default()),
+                guarded: lock.who.pid().is_some_and(session::is_in_custody),
+                backend: backend.unwrap_or_else(|| Backend::unknown(lock.who)),
+            })
+        })
+        .collect();
+    entries.sort_by(|a, b| {
+        let rank = |entry: &AdvisoryLockEntry| (!entry.held, std::cmp::Reverse(entry.wait_age));
+        (a.key.cmp(&b.key))
+            .then_with(|| rank(a).cmp(&rank(b)))
+            .then_with(|| a.backend.id().cmp(b.backend.id()))
+    });
+    entries
+}

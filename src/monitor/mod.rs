@@ -1,0 +1,215 @@
+//! Looking at the server: who is there, who waits for whom, and who holds which advisory lock.
+
+mod advisory;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use advisory::AdvisoryLockEntry;
+
+use crate::error::{Error, ErrorKind};
+use crate::graph::{Backend, Edge, LockTree, Snapshot};
+use crate::key::{KeyId, LockKey, names};
+use crate::session::Connections;
+use crate::sql::graph::{self, Seen};
+
+/// Looks at the server's sessions and locks: [`Keeper::monitor`](crate::Keeper::monitor).
+///
+/// Every look is one message on the connection beside the pool, or on one of the pool's where there is none, and takes
+/// no lock that somebody would wait for. It sees the whole server; the names of tables only in the database it is
+/// connected to.
+///
+/// A role without `pg_read_all_stats` sees of other roles' sessions who is in whose way, in which modes and for how
+/// long, and `application_name` (with the call site of those who use this crate). The rest is `None`, which
+/// means *unknown*: [`Backend::is_hidden`].
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+/// let tree = keeper.monitor().lock_tree().await?;
+/// println!("{tree}");
+/// for root in tree.roots() {
+///     println!("{} keeps {} sessions waiting", root.backend().id(), root.blocks());
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Monitor {
+    connections: Arc<Connections>,
+    names: Arc<HashMap<KeyId, LockKey>>,
+}
+
+impl Monitor {
+    pub(crate) fn new(connections: Arc<Connections>) -> Self {
+        Self {
+            connections,
+            names: Arc::default(),
+        }
+    }
+
+    /// Names under which advisory locks are shown, besides those that this process has used itself: the server knows
+    /// numbers only.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// let monitor = keeper.monitor().names(["nightly-report", "invoice-run"]);
+    /// for entry in monitor.advisory_locks().await? {
+    ///     println!("{entry}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use = "gives back a monitor that knows the names"]
+    pub fn names<K: Into<LockKey>>(mut self, names: impl IntoIterator<Item = K>) -> Self {
+        let known = Arc::make_mut(&mut self.names);
+        for key in names {
+            let key = key.into();
+            known.insert(key.id(), key);
+        }
+        self
+    }
+
+    /// Every process of the server that `pg_stat_activity` shows, this look's own too.
+    ///
+    /// # SQL
+    /// One message: the server's clock, and `pg_stat_activity`.
+    ///
+    /// # Errors
+    /// The connection's: no connection was to be had, or it was lost, or the server took too long to answer.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point: nothing is changed on the server. The connection it was asked on is closed.
+    pub async fn activity(&self) -> Result<Vec<Backend>, Error> {
+        let (seen, _) = self.look(&graph::activity()).await?;
+        Ok(seen.backends)
+    }
+
+    /// Who waits for whom, in every database of the server: what [`blocking`](Self::blocking) and
+    /// [`lock_tree`](Self::lock_tree) are made from.
+    ///
+    /// # SQL
+    /// One message: the server's clock, and one statement over `pg_locks`, `pg_blocking_pids` for those who wait,
+    /// `pg_stat_activity`, `pg_prepared_xacts`, and `pg_class` for the names. Where nobody waits, it reads the lock
+    /// table and nothing else.
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn snapshot(&self) -> Result<Snapshot, Error> {
+        let (seen, took) = self.look(&graph::blocking(None)).await?;
+        Ok(seen.snapshot(took))
+    }
+
+    /// The same of a few sessions: those of these process ids that wait, who is in their way, who is in the way of
+    /// these, and so on.
+    ///
+    /// # SQL
+    /// As [`snapshot`](Self::snapshot), but `pg_blocking_pids` is asked about those waits only.
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn snapshot_of(&self, pids: &[i32]) -> Result<Snapshot, Error> {
+        let (seen, took) = self.look(&graph::blocking(Some(pids))).await?;
+        Ok(seen.snapshot(took))
+    }
+
+    /// Every pair of a session that waits for a lock and one that is in its way.
+    ///
+    /// # SQL
+    /// As [`snapshot`](Self::snapshot).
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn blocking(&self) -> Result<Vec<Edge>, Error> {
+        Ok(self.snapshot().await?.edges().to_vec())
+    }
+
+    /// Who waits for whom as a forest, root blockers first. The tree is built here, not by the server.
+    ///
+    /// # SQL
+    /// As [`snapshot`](Self::snapshot).
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn lock_tree(&self) -> Result<LockTree, Error> {
+        Ok(self.snapshot().await?.tree())
+    }
+
+    /// Every advisory lock of the database that is held or awaited, by whomever: sorted by key, holders before waiters.
+    ///
+    /// # SQL
+    /// One message: the server's clock, and one statement over `pg_locks`, `pg_stat_activity` and
+    /// `pg_prepared_xacts`.
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn advisory_locks(&self) -> Result<Vec<AdvisoryLockEntry>, Error> {
+        let (seen, _) = self.look(&graph::advisory_locks()).await?;
+        Ok(advisory::entries(seen))
+    }
+
+    /// The advisory locks that look forgotten: held by a session that has been idle, outside of any transaction, for at
+    /// least this long, and that no guard of this process owns.
+    ///
+    /// Guards of other processes are not known here: choose an age beyond which none of them rests. A holder whose
+    /// state the role may not see is never among them.
+    ///
+    /// # SQL
+    /// As [`advisory_locks`](Self::advisory_locks).
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn leaks(&self, age: Duration) -> Result<Vec<AdvisoryLockEntry>, Error> {
+        let mut entries = self.advisory_locks().await?;
+        entries.retain(|entry| {
+            entry.is_held()
+                && !entry.is_guarded()
+                && entry.idle_for().is_some_and(|idle| idle >= age)
+        });
+        Ok(entries)
+    }
+
+    async fn look(&self, sql: &str) -> Result<(Seen, Duration), Error> {
+        let started = Instant::now();
+        let reply = self.connections.ask(sql).await?;
+        let took = started.elapsed();
+        let named = |key: LockKey| {
+            let given = self.names.get(&key.id()).cloned();
+            given.or_else(|| names::lookup(key.id())).unwrap_or(key)
+        };
+        let seen = graph::seen(&reply, &named).ok_or_else(|| {
+            Error::new(ErrorKind::Database)
+                .with_detail("the server's answer about its locks cannot be read")
+        })?;
+        Ok((seen, took))
+    }
+}
+
+impl fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Monitor").finish_non_exhaustive()
+    }
+}
