@@ -1,13 +1,16 @@
 //! One session that waits, and one in its way, with what the server's error and the row's key add to it.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::graph::parts::Mode;
 use crate::graph::{self, BackendId, EdgeKind, LockObject, Relation, RowId};
 use crate::server_message::RowContext;
 
 use super::RowKey;
+
+/// A mode as the server spells it, in `pg_locks` or in an error's DETAIL: there it can be one that is not known here.
+type Mode = Cow<'static, str>;
 
 /// A session that waited for a lock, and one that was in its way.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,8 +38,8 @@ impl IncidentEdge {
             object: edge.object().clone(),
             row: edge.row().cloned(),
             row_key: None,
-            mode_wanted: graph::parts::interned(edge.mode_wanted()),
-            blocker_mode: mode.map(graph::parts::interned),
+            mode_wanted: edge.mode_wanted().as_pg_locks().into(),
+            blocker_mode: mode.map(|mode| mode.as_pg_locks().into()),
             kind: Some(edge.kind()),
             wait_age: edge.wait_age(),
             in_cycle: false,
@@ -56,7 +59,7 @@ impl IncidentEdge {
             row: object.row().cloned(),
             object,
             row_key: None,
-            mode_wanted: graph::parts::interned(mode),
+            mode_wanted: mode.to_owned().into(),
             blocker_mode: None,
             kind: None,
             wait_age: None,

@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::lock;
-use crate::incident::Incident;
+use crate::incident::{Incident, IncidentKind};
 
 /// What an application does with a report.
 pub(crate) type Sink = Arc<dyn Fn(&Incident) + Send + Sync>;
@@ -71,5 +71,31 @@ async fn hand_out(mut receiver: mpsc::Receiver<Incident>, sink: Sink) {
 
 /// One event for each report.
 fn trace(incident: &Incident) {
-    tracing::warn!(target: "lockkeeper::incident", kind = ?incident.kind(), "incident");
+    let fingerprint = incident.fingerprint();
+    let call_site = incident.victim().call_site();
+    let attempt = incident.attempt();
+    let outcome = incident.outcome();
+    let count = incident.count();
+    macro_rules! event {
+        ($level:ident, $message:literal) => {
+            tracing::$level!(
+                target: "lockkeeper::incident",
+                kind = ?incident.kind(),
+                %fingerprint,
+                call_site,
+                attempt,
+                ?outcome,
+                count,
+                report = %incident,
+                $message
+            )
+        };
+    }
+    match incident.kind() {
+        IncidentKind::Deadlock | IncidentKind::HiddenDeadlock => {
+            event!(warn, "a transaction was the victim of a deadlock");
+        }
+        IncidentKind::LockTimeout => event!(warn, "a transaction waited too long for a lock"),
+        _ => event!(warn, "a transaction waits for long"),
+    }
 }
