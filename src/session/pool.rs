@@ -134,12 +134,11 @@ impl Connections {
     }
 
     /// Opens the side connection, if there is to be one and it can be.
-    pub(crate) async fn open_side(self: &Arc<Self>) {
-        if self.side.is_some()
-            && let Err(error) = self.ask_side(crate::sql::PROBE).await
-        {
-            tracing::debug!(%error, "side connection not opened");
+    pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
+        if self.side.is_some() {
+            self.ask_side(crate::sql::PROBE).await?;
         }
+        Ok(())
     }
 
     /// Asks what is worth knowing only at once, and does without an answer rather than wait for a connection.

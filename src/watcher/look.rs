@@ -34,9 +34,7 @@ impl Watcher {
             match self.look_at(&due).await {
                 Ok(()) => *lock(&self.trouble) = None,
                 Err(error) => {
-                    tracing::debug!(%error, "the watcher could not look");
-                    let trouble = format!("the server could not be looked at: {}", chain(&error));
-                    *lock(&self.trouble) = Some(trouble.into());
+                    self.trouble(&chain(&error));
                     // Not at once again.
                     let now = Instant::now();
                     let mut plans = lock(&self.plans);
@@ -246,7 +244,7 @@ impl Watcher {
 }
 
 /// An error and what is behind it, in one line.
-fn chain(error: &Error) -> String {
+pub(super) fn chain(error: &Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {

@@ -171,6 +171,13 @@ impl Watcher {
             .collect()
     }
 
+    /// Notes why nothing is seen.
+    fn trouble(&self, why: &str) {
+        tracing::debug!(why, "the watcher cannot look");
+        let trouble = format!("the server could not be looked at: {why}");
+        *lock(&self.trouble) = Some(trouble.into());
+    }
+
     fn publish(&self, incident: &Incident) {
         self.delivery.deliver(incident);
     }
@@ -213,7 +220,11 @@ impl Drop for Running {
 async fn watch(running: Running, flights: Arc<Flights>) {
     if let Some(watcher) = running.0.upgrade() {
         // Opened before there is trouble, which may leave no connection to be had.
-        watcher.connections.open_side().await;
+        watcher.trouble("the side connection is still being opened");
+        match watcher.connections.open_side().await {
+            Ok(()) => *lock(&watcher.trouble) = None,
+            Err(error) => watcher.trouble(&look::chain(&error)),
+        }
     }
     loop {
         flights.begun().await;

@@ -19,6 +19,7 @@ mod cancel_safety;
 mod drops;
 mod environment;
 mod guards;
+mod incidents;
 mod isolation;
 mod keys;
 mod languages;
