@@ -5,10 +5,6 @@
 //! feature `serde` it is a JSON document for programs.
 
 // Pure: from `Evidence` to an `Incident`, without I/O.
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "for the watcher, which comes next")
-)]
 
 mod diagnosis;
 mod edge;
