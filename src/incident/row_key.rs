@@ -7,7 +7,9 @@ use std::sync::Arc;
 ///
 /// Values are in the server's text form. They are shown in reports also where literals are not.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RowKey(Arc<[(Box<str>, Option<Box<str>>)]>);
+pub struct RowKey(Arc<[Column]>);
+
+type Column = (Box<str>, Option<Box<str>>);
 
 impl RowKey {
     /// Columns with their values, in the order of the key; `None` for NULL.

@@ -169,8 +169,8 @@ fn parent(context: &[ContextLine]) -> Option<Parent> {
     let line = context
         .iter()
         .find(|line| line.kind == ContextKind::Other)?;
-    let (head, rest) = line.raw.split_once(" 1 FROM ")?;
-    if !head.ends_with("SELECT") || !rest.contains("FOR KEY SHARE OF x") {
+    let (_, rest) = line.raw.split_once(" 1 FROM ")?;
+    if !rest.contains(" FOR KEY SHARE OF x") {
         return None;
     }
     let rest = rest.strip_prefix("ONLY ").unwrap_or(rest);

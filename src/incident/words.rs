@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
 
-use crate::graph::{LockObject, Relation, RowId};
+use crate::graph::{LockObject, Relation};
 use crate::key::LockKey;
 use crate::server_message::RowContext;
 
@@ -109,14 +109,13 @@ pub(super) fn order(edges: &[&IncidentEdge]) -> Option<String> {
     (!columns.is_empty()).then(|| columns.join(", "))
 }
 
+/// Of a row or a whole relation.
 pub(super) fn relation_of(edge: &IncidentEdge) -> Option<&Relation> {
-    edge.row
-        .as_ref()
-        .map(RowId::relation)
-        .or_else(|| match &edge.object {
-            LockObject::Relation(relation) => Some(relation),
-            _ => None,
-        })
+    match (&edge.row, &edge.object) {
+        (Some(row), _) => Some(row.relation()),
+        (None, LockObject::Relation(relation)) => Some(relation),
+        _ => None,
+    }
 }
 
 /// Nothing in it that a terminal would act on, or that changes the order of what is around it.

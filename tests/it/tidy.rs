@@ -243,6 +243,7 @@ fn sources() -> Vec<Source> {
     assert!(files.len() > 20, "{files:?}");
     files
         .iter()
+        .filter(|file| !is_for_tests(file))
         .map(|file| {
             let path = file
                 .strip_prefix(&src)
@@ -252,6 +253,13 @@ fn sources() -> Vec<Source> {
             Source::parse(&path, &fs::read_to_string(file).unwrap())
         })
         .collect()
+}
+
+/// Whether the room declares the file for tests only.
+fn is_for_tests(file: &Path) -> bool {
+    let name = file.file_stem().unwrap().to_string_lossy();
+    let room = fs::read_to_string(file.with_file_name("mod.rs")).unwrap_or_default();
+    room.contains(&format!("#[cfg(test)]\nmod {name};\n"))
 }
 
 /// Panics with all that was found, a line each.
