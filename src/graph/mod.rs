@@ -4,6 +4,25 @@
 //! those in their way, and an [`Edge`] for each pair of them. A [`LockTree`] is the same arranged for people.
 //!
 //! What the role that looked may not see is `None` everywhere: *unknown*, never *idle* or *nobody*.
+//!
+//! # Examples
+//!
+//! Whom to ask to finish, and what about:
+//!
+//! ```no_run
+//! # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+//! let snapshot = keeper.monitor().snapshot().await?;
+//! for root in snapshot.roots() {
+//!     println!("{root} blocks {}", snapshot.blocked_by(root.id()));
+//! }
+//! for cycle in snapshot.cycles().iter().filter(|cycle| cycle.is_deadlock()) {
+//!     for edge in cycle.edges() {
+//!         println!("{edge}");
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 mod assemble;
 mod backend;

@@ -8,12 +8,22 @@ pub(super) struct Net {
     arcs: Vec<Arc>,
 }
 
-/// From one node to another.
+/// From one node to another. There can be very many, so they are small.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Arc {
-    pub(super) to: usize,
+    to: u32,
+    edge: u32,
+}
+
+impl Arc {
+    pub(super) fn to(self) -> usize {
+        self.to as usize
+    }
+
     /// The caller's number for it.
-    pub(super) edge: usize,
+    pub(super) fn edge(self) -> usize {
+        self.edge as usize
+    }
 }
 
 /// Sets of nodes that can all reach one another; a node on its own is one too.
@@ -44,8 +54,12 @@ impl Net {
         }
         let mut next = start.clone();
         let mut arcs = vec![Arc { to: 0, edge: 0 }; start[len]];
+        let small = |number| u32::try_from(number).expect("no server has 2³² locks");
         for (edge, (from, to)) in links.enumerate() {
-            arcs[next[from]] = Arc { to, edge };
+            arcs[next[from]] = Arc {
+                to: small(to),
+                edge: small(edge),
+            };
             next[from] += 1;
         }
         Self { start, arcs }
@@ -86,10 +100,10 @@ impl Net {
                 }
                 if let Some(arc) = self.arcs(node).get(next) {
                     path.push((node, next + 1));
-                    if index[arc.to] == NEW {
-                        path.push((arc.to, 0));
-                    } else if found.of[arc.to] == NEW {
-                        low[node] = low[node].min(index[arc.to]);
+                    if index[arc.to()] == NEW {
+                        path.push((arc.to(), 0));
+                    } else if found.of[arc.to()] == NEW {
+                        low[node] = low[node].min(index[arc.to()]);
                     }
                     continue;
                 }
@@ -115,7 +129,7 @@ impl Net {
     /// Whether the nodes of a set are on a cycle.
     pub(super) fn is_cyclic(&self, members: &[usize]) -> bool {
         match members {
-            [node] => self.arcs(*node).iter().any(|arc| arc.to == *node),
+            [node] => self.arcs(*node).iter().any(|arc| arc.to() == *node),
             _ => true,
         }
     }
@@ -134,11 +148,11 @@ impl Net {
                 for node in layer {
                     for arc in self.arcs(node) {
                         steps += 1;
-                        if components.of[arc.to] != set {
+                        if components.of[arc.to()] != set {
                             continue;
                         }
-                        if arc.to == start {
-                            best = vec![arc.edge];
+                        if arc.to() == start {
+                            best = vec![arc.edge()];
                             let mut at = node;
                             while at != start {
                                 let (_, edge, from) = reached[at];
@@ -148,9 +162,9 @@ impl Net {
                             best.reverse();
                             break 'search;
                         }
-                        if reached[arc.to].0 != start {
-                            reached[arc.to] = (start, arc.edge, node);
-                            next.push(arc.to);
+                        if reached[arc.to()].0 != start {
+                            reached[arc.to()] = (start, arc.edge(), node);
+                            next.push(arc.to());
                         }
                     }
                 }
@@ -182,7 +196,7 @@ impl Net {
                 let own = sets[set];
                 for &node in members {
                     for arc in self.arcs(node) {
-                        let target = &mut sets[components.of[arc.to]];
+                        let target = &mut sets[components.of[arc.to()]];
                         for (word, more) in target.iter_mut().zip(own) {
                             *word |= more;
                         }

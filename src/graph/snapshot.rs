@@ -91,7 +91,7 @@ impl Snapshot {
         let longest_wait = (0..net.len())
             .map(|node| {
                 let arcs = net.arcs(node).iter();
-                arcs.filter_map(|arc| edges[arc.edge].wait_age()).max()
+                arcs.filter_map(|arc| edges[arc.edge()].wait_age()).max()
             })
             .collect();
         Self {
@@ -130,7 +130,7 @@ impl Snapshot {
         let arcs = self
             .place(waiter)
             .map_or(&[][..], |at| self.inner.net.arcs(at));
-        arcs.iter().map(|arc| &self.inner.edges[arc.edge])
+        arcs.iter().map(|arc| &self.inner.edges[arc.edge()])
     }
 
     /// Those who wait for a lock, longest wait first.
@@ -153,7 +153,7 @@ impl Snapshot {
         let mut blocks = vec![false; net.len()];
         for node in 0..net.len() {
             for arc in net.arcs(node) {
-                blocks[arc.to] = true;
+                blocks[arc.to()] = true;
             }
         }
         (0..net.len())
@@ -246,9 +246,9 @@ impl Snapshot {
         let mut places = Vec::new();
         for node in 0..net.len() {
             for arc in net.arcs(node) {
-                if !self.inner.edges[arc.edge].is_soft() {
-                    links.push((node, arc.to));
-                    places.push(arc.edge);
+                if !self.inner.edges[arc.edge()].is_soft() {
+                    links.push((node, arc.to()));
+                    places.push(arc.edge());
                 }
             }
         }

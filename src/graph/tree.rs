@@ -54,8 +54,8 @@ impl LockTree {
         };
         let mut place = |node: usize, arc: Option<Arc>| match arc {
             Some(arc) => {
-                tree.above[node] = Some(arc.edge);
-                tree.below[arc.to].push(node);
+                tree.above[node] = Some(arc.edge());
+                tree.below[arc.to()].push(node);
             }
             None => tree.roots.push(node),
         };
@@ -143,8 +143,8 @@ impl<'a> TreeNode<'a> {
         let tree = self.tree;
         let above = tree.above[self.at];
         let arcs = tree.snapshot.net().arcs(self.at).iter();
-        arcs.filter(move |arc| Some(arc.edge) != above)
-            .map(|arc| &tree.snapshot.edges()[arc.edge])
+        arcs.filter(move |arc| Some(arc.edge()) != above)
+            .map(|arc| &tree.snapshot.edges()[arc.edge()])
     }
 
     /// Those whose principal blocker it is: first the one that keeps most others waiting.
@@ -172,7 +172,7 @@ impl<'a> TreeNode<'a> {
     pub fn workers(&self) -> Vec<i32> {
         let arcs = self.tree.snapshot.net().arcs(self.at).iter();
         let mut workers: Vec<_> = arcs
-            .filter_map(|arc| self.tree.snapshot.edges()[arc.edge].worker())
+            .filter_map(|arc| self.tree.snapshot.edges()[arc.edge()].worker())
             .collect();
         workers.sort_unstable();
         workers.dedup();
@@ -190,20 +190,20 @@ struct Arranger<'a> {
 
 impl Arranger<'_> {
     fn is_soft(&self, arc: Arc) -> bool {
-        self.snapshot.edges()[arc.edge].is_soft()
+        self.snapshot.edges()[arc.edge()].is_soft()
     }
 
     /// The principal blocker among those that `allowed` allows.
     fn best(&self, node: usize, allowed: impl Fn(&Arc) -> bool) -> Option<Arc> {
         let arcs = self.net.arcs(node).iter().copied().filter(allowed);
         arcs.min_by_key(|arc| {
-            let blocker = &self.snapshot.backends()[arc.to];
+            let blocker = &self.snapshot.backends()[arc.to()];
             let age = blocker.in_transaction();
             (
                 self.is_soft(*arc),
-                Reverse(self.blocks[arc.to]),
+                Reverse(self.blocks[arc.to()]),
                 Reverse(age),
-                arc.to,
+                arc.to(),
             )
         })
     }
@@ -218,7 +218,7 @@ impl Arranger<'_> {
         };
         place(
             head,
-            self.best(head, |arc| self.components.of[arc.to] != set),
+            self.best(head, |arc| self.components.of[arc.to()] != set),
         );
         // Who waits for each member, within the set.
         let place_of: std::collections::HashMap<usize, usize> = members
@@ -229,8 +229,8 @@ impl Arranger<'_> {
         let mut waiting: Vec<Vec<(usize, Arc)>> = vec![Vec::new(); members.len()];
         for &node in members {
             for arc in self.net.arcs(node) {
-                if self.components.of[arc.to] == set {
-                    waiting[place_of[&arc.to]].push((node, *arc));
+                if self.components.of[arc.to()] == set {
+                    waiting[place_of[&arc.to()]].push((node, *arc));
                 }
             }
         }

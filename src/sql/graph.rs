@@ -410,10 +410,13 @@ fn age(now: SystemTime, start: Option<SystemTime>) -> Option<Duration> {
 /// An array of numbers as the server writes it: `{1,2}`.
 fn numbers(array: &str) -> Vec<i32> {
     let inside = array.trim_start_matches('{').trim_end_matches('}');
-    inside
-        .split(',')
-        .filter_map(|number| number.parse().ok())
-        .collect()
+    let mut numbers = Vec::with_capacity(inside.bytes().filter(|byte| *byte == b',').count() + 1);
+    numbers.extend(
+        inside
+            .split(',')
+            .filter_map(|number| number.parse::<i32>().ok()),
+    );
+    numbers
 }
 
 #[cfg(test)]
