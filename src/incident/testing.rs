@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::call_site::CallSite;
 use crate::graph::parts::{Sight, Verbatim};
-use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, edges};
+use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, assemble};
+use crate::mode::LockMode;
 
 use super::{
     Evidence, History, Incident, Journal, JournalEntry, Kind, Look, Outcome, RowKey, ServerError,
@@ -104,7 +105,7 @@ impl Server {
         self.rows.push(LockRow {
             who: who.into(),
             object: object.clone(),
-            mode: mode.into(),
+            mode: LockMode::from_pg_locks(mode).expect("a mode"),
             granted: true,
             since: None,
             blockers: None,
@@ -123,7 +124,7 @@ impl Server {
         self.rows.push(LockRow {
             who: pid.into(),
             object: object.clone(),
-            mode: mode.into(),
+            mode: LockMode::from_pg_locks(mode).expect("a mode"),
             granted: false,
             since: Some(now() - ms(millis)),
             blockers: Some(blockers.to_vec()),
@@ -140,8 +141,7 @@ impl Server {
     }
 
     pub(super) fn look(self, after: u64, row_keys: Vec<(RowId, RowKey)>) -> Look {
-        let edges = edges(&self.rows, &self.backends, now());
-        let snapshot = Snapshot::new(self.backends, edges, now(), ms(1));
+        let snapshot = assemble(&self.rows, self.backends, now(), ms(1));
         Look {
             snapshot: Arc::new(snapshot),
             after: ms(after),
