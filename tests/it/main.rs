@@ -23,6 +23,7 @@ mod incidents;
 mod isolation;
 mod keys;
 mod languages;
+mod line;
 mod literals;
 mod lock_modes;
 mod modes;

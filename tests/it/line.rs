@@ -1,0 +1,335 @@
+//! The line inside the process before one session lock, and what is handed over in it.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lockkeeper::{ErrorKind, SessionGuard};
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::common::{Scene, eventually, poll_times_and_drop};
+
+const SOON: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(30);
+
+fn waiting(scene: &Scene, key: i64) -> JoinHandle<SessionGuard> {
+    let lock = scene.keeper.advisory_lock(key).wait(LONG).session();
+    tokio::spawn(async move { lock.acquire().await.unwrap() })
+}
+
+/// Those in line cost no connection and do not show on the server, so this is what there is to wait for.
+async fn settled() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn served<T>(waiter: JoinHandle<T>) -> T {
+    let served = tokio::time::timeout(SOON, waiter).await;
+    served.expect("not served").unwrap()
+}
+
+#[tokio::test]
+async fn the_next_in_line_gets_the_connection_with_the_lock_under_its_own_name() {
+    let scene = Scene::new(4).await;
+    // What is handed over was prepared on the connection by an earlier acquisition.
+    scene
+        .keeper
+        .advisory_lock(1)
+        .session()
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    for by_drop in [false, true] {
+        let first = scene
+            .keeper
+            .advisory_lock(1)
+            .session()
+            .acquire()
+            .await
+            .unwrap();
+        let pid = first.backend_pid();
+        let waiter = waiting(&scene, 1);
+        settled().await;
+        assert!(
+            scene.waiters(1).await.is_empty(),
+            "nobody waits at the server"
+        );
+        if by_drop {
+            drop(first);
+        } else {
+            first.release().await.unwrap();
+        }
+        let second = served(waiter).await;
+        assert_eq!(second.backend_pid(), pid);
+        assert_eq!(scene.holders(1).await, [pid.unwrap()]);
+        let row = scene
+            .observer
+            .query_one(
+                "SELECT application_name FROM pg_stat_activity WHERE pid = $1",
+                &[&pid],
+            )
+            .await
+            .unwrap();
+        let name: String = row.get(0);
+        assert!(name.starts_with("test tests/it/line.rs:"), "{name}");
+        second.release().await.unwrap();
+        assert_eq!(scene.show("application_name").await, "");
+    }
+    scene.nothing_left().await;
+}
+
+/// What somebody has set on a connection is not for the next one.
+#[tokio::test]
+async fn a_connection_that_was_used_goes_back_to_the_pool() {
+    let scene = Scene::new(4).await;
+    scene.pool_is_whole_within(SOON).await;
+    scene
+        .keeper
+        .advisory_lock(2)
+        .session()
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    let first = scene
+        .keeper
+        .advisory_lock(2)
+        .session()
+        .acquire()
+        .await
+        .unwrap();
+    let pid = first.backend_pid();
+    first.batch_execute("SET work_mem = '7MB'").await.unwrap();
+    let waiter = waiting(&scene, 2);
+    settled().await;
+    first.release().await.unwrap();
+    let second = served(waiter).await;
+    // The pool gives the connection that it got back the longest time ago.
+    assert_ne!(second.backend_pid(), pid);
+    second.release().await.unwrap();
+    scene.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_pool_of_one_goes_round() {
+    let scene = Scene::new(1).await;
+    let running = Arc::new(AtomicU32::new(0));
+    let mut tasks = JoinSet::new();
+    for _ in 0..20 {
+        let lock = scene.keeper.advisory_lock(3).wait(LONG).session();
+        let running = Arc::clone(&running);
+        tasks.spawn(async move {
+            let guard = lock.acquire().await.unwrap();
+            assert_eq!(running.fetch_add(1, Ordering::SeqCst), 0);
+            // Longer, now and then, than the first in line waits before it looks for itself.
+            tokio::time::sleep(Duration::from_millis(40)).await;
+            running.fetch_sub(1, Ordering::SeqCst);
+            drop(guard);
+        });
+    }
+    let all = async { while tasks.join_next().await.transpose().unwrap().is_some() {} };
+    tokio::time::timeout(LONG, all).await.expect("stuck");
+    scene.nothing_left().await;
+}
+
+#[tokio::test]
+async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
+    let scene = Scene::new(4).await;
+    scene
+        .keeper
+        .advisory_lock(4)
+        .session()
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    let first = scene
+        .keeper
+        .advisory_lock(4)
+        .session()
+        .acquire()
+        .await
+        .unwrap();
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let mut tasks = JoinSet::new();
+    for n in 0..3 {
+        let lock = scene.keeper.advisory_lock(4).wait(LONG).session();
+        let order = Arc::clone(&order);
+        tasks.spawn(async move {
+            let guard = lock.acquire().await.unwrap();
+            order.lock().unwrap().push(format!("ours {n}"));
+            guard.release().await.unwrap();
+        });
+        settled().await;
+    }
+    let other = scene.database.connect().await;
+    let stranger = {
+        let order = Arc::clone(&order);
+        tokio::spawn(async move {
+            other
+                .batch_execute("SELECT pg_advisory_lock(4)")
+                .await
+                .unwrap();
+            order.lock().unwrap().push("stranger".to_owned());
+            other
+                .batch_execute("SELECT pg_advisory_unlock(4)")
+                .await
+                .unwrap();
+        })
+    };
+    eventually(SOON, "the stranger does not wait", async || {
+        scene.waiters(4).await.len() == 1
+    })
+    .await;
+    drop(first);
+    served(stranger).await;
+    let all = async { while tasks.join_next().await.transpose().unwrap().is_some() {} };
+    tokio::time::timeout(SOON, all).await.expect("stuck");
+    assert_eq!(
+        *order.lock().unwrap(),
+        ["stranger", "ours 0", "ours 1", "ours 2"]
+    );
+    scene.nothing_left().await;
+}
+
+/// A guard whose connection has ended is still somebody's, but its lock is free.
+#[tokio::test]
+async fn a_guard_that_has_lost_its_lock_does_not_hold_up_the_line() {
+    let scene = Scene::new(4).await;
+    let lost = scene
+        .keeper
+        .advisory_lock(5)
+        .session()
+        .acquire()
+        .await
+        .unwrap();
+    let waiter = waiting(&scene, 5);
+    settled().await;
+    scene
+        .observer
+        .execute("SELECT pg_terminate_backend($1)", &[&lost.backend_pid()])
+        .await
+        .unwrap();
+    let second = served(waiter).await;
+    assert_eq!(
+        lost.release().await.unwrap_err().kind(),
+        ErrorKind::LockLost
+    );
+    assert_eq!(scene.holders(5).await, [second.backend_pid().unwrap()]);
+    second.release().await.unwrap();
+    scene.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_place_that_is_given_up_at_any_point_goes_to_the_next() {
+    let scene = Scene::new(4).await;
+    scene
+        .keeper
+        .advisory_lock(6)
+        .session()
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    for polls in 0..8 {
+        let first = scene
+            .keeper
+            .advisory_lock(6)
+            .session()
+            .acquire()
+            .await
+            .unwrap();
+        let lock = scene.keeper.advisory_lock(6).wait(LONG).session();
+        let given_up = tokio::spawn(async move {
+            drop(poll_times_and_drop(lock.acquire(), polls).await);
+        });
+        settled().await;
+        let waiter = waiting(&scene, 6);
+        settled().await;
+        // Handed to the one that is about to give up, if it has not yet.
+        drop(first);
+        let second = served(waiter).await;
+        served(given_up).await;
+        assert_eq!(scene.holders(6).await, [second.backend_pid().unwrap()]);
+        second.release().await.unwrap();
+        scene.nothing_left().await;
+    }
+}
+
+/// Dropped while the session is on its way to it.
+#[tokio::test]
+async fn a_session_that_nobody_takes_is_unlocked() {
+    let scene = Scene::new(4).await;
+    scene
+        .keeper
+        .advisory_lock(7)
+        .session()
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    for _ in 0..20 {
+        let first = scene
+            .keeper
+            .advisory_lock(7)
+            .session()
+            .acquire()
+            .await
+            .unwrap();
+        let waiter = waiting(&scene, 7);
+        settled().await;
+        // The message that hands over is sent; its answer has not been read.
+        drop(first);
+        waiter.abort();
+        drop(waiter.await);
+        eventually(SOON, "the lock is left", async || !scene.is_held(7).await).await;
+    }
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_left_over_when_waiters_come_and_go() {
+    let scene = Scene::new(4).await;
+    // A login takes longer than most of them have.
+    scene.pool_is_whole_within(SOON).await;
+    let inside = Arc::new(AtomicU32::new(0));
+    let entered = Arc::new(AtomicU32::new(0));
+    let mut tasks = JoinSet::new();
+    for task in 0..16_u64 {
+        let keeper = scene.keeper.clone();
+        let (inside, entered) = (Arc::clone(&inside), Arc::clone(&entered));
+        tasks.spawn(async move {
+            for round in 0..40_u64 {
+                let patience = Duration::from_micros((task * 7919 + round * 104_729) % 30_000);
+                let lock = keeper.advisory_lock(8).wait(LONG).session();
+                let Ok(guard) = tokio::time::timeout(patience, lock.acquire()).await else {
+                    continue;
+                };
+                let guard = guard.unwrap();
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two inside");
+                tokio::task::yield_now().await;
+                inside.fetch_sub(1, Ordering::SeqCst);
+                entered.fetch_add(1, Ordering::SeqCst);
+                if round % 2 == 0 {
+                    guard.release().await.unwrap();
+                }
+            }
+        });
+    }
+    let all = async { while tasks.join_next().await.transpose().unwrap().is_some() {} };
+    tokio::time::timeout(LONG * 2, all).await.expect("stuck");
+    assert!(entered.load(Ordering::SeqCst) > 0);
+    scene.nothing_left().await;
+}
