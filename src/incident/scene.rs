@@ -273,10 +273,7 @@ impl<'a> Names<'a> {
             }
         }
         for journal in std::iter::once(&evidence.victim).chain(&evidence.others) {
-            let taken = journal
-                .statements
-                .iter()
-                .filter_map(|entry| entry.advisory.as_ref());
+            let taken = journal.statements.iter().flat_map(|entry| &entry.advisory);
             let keys = taken.map(|(key, _)| key).chain(&journal.conflict_group);
             names.keys.extend(keys.filter(|key| key.name().is_some()));
         }
@@ -609,7 +606,7 @@ mod tests {
         let mut evidence = told(&[11, 12], vec![look]);
         evidence.error = Some(deadlock_error(&detail, ""));
         let mut lock = entry(1, "SELECT pg_advisory_xact_lock($1)", Some(1));
-        lock.advisory = Some((named, AdvisoryMode::Exclusive));
+        lock.advisory = vec![(named, AdvisoryMode::Exclusive)];
         evidence.victim.statements = vec![lock];
         let found = Incident::new(evidence, &History::default());
         let shown: Vec<_> = found
