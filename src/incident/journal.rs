@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_statement_that_waited_is_the_one_that_lasted() {
-        let ran = |statements| ran(statements).unwrap();
+        let ran = |statements| ran(statements).expect("a statement");
         // It went on before this process heard of the error.
         assert_eq!(
             ran(vec![
@@ -386,18 +386,26 @@ mod tests {
         };
         let server = || {
             Server::default()
-                .holds(11, &advisory(first.as_i64().unwrap()), "ExclusiveLock")
-                .holds(12, &advisory(second.as_i64().unwrap()), "ExclusiveLock")
+                .holds(
+                    11,
+                    &advisory(first.as_i64().expect("one number")),
+                    "ExclusiveLock",
+                )
+                .holds(
+                    12,
+                    &advisory(second.as_i64().expect("one number")),
+                    "ExclusiveLock",
+                )
                 .waits(
                     11,
-                    &advisory(second.as_i64().unwrap()),
+                    &advisory(second.as_i64().expect("one number")),
                     "ExclusiveLock",
                     900,
                     &[12],
                 )
                 .waits(
                     12,
-                    &advisory(first.as_i64().unwrap()),
+                    &advisory(first.as_i64().expect("one number")),
                     "ExclusiveLock",
                     400,
                     &[11],

@@ -325,7 +325,7 @@ mod tests {
         evidence.looks.remove(0);
         evidence.victim.statements.remove(1);
         evidence.others[0].statements.truncate(1);
-        let document = serde_json::to_string_pretty(&report(evidence)).unwrap();
+        let document = serde_json::to_string_pretty(&report(evidence)).expect("a document");
         assert_eq!(document, DOCUMENT);
     }
 
@@ -499,7 +499,7 @@ mod tests {
         let mut evidence = evidence(Kind::LongWait);
         evidence.victim.statements = vec![entry];
         evidence.outcome = Outcome::StillWaiting;
-        let document = serde_json::to_value(report(evidence)).unwrap();
+        let document = serde_json::to_value(report(evidence)).expect("a document");
         let line = &document["participants"][0]["journal"][0];
         let taken = &line["advisory"][0];
         assert_eq!(taken["key"]["namespace"], "billing");
@@ -515,7 +515,7 @@ mod tests {
     #[test]
     fn every_field_is_documented() {
         let table = include_str!("mod.rs");
-        let document: serde_json::Value = serde_json::from_str(DOCUMENT).unwrap();
+        let document: serde_json::Value = serde_json::from_str(DOCUMENT).expect("JSON");
         let line = &document["participants"][0]["journal"][0];
         let edge = &document["edges"][0];
         for object in [
@@ -526,7 +526,7 @@ mod tests {
             line,
             edge,
         ] {
-            for field in object.as_object().unwrap().keys() {
+            for field in object.as_object().expect("an object").keys() {
                 assert!(table.contains(&format!("`{field}`")), "{field}");
             }
         }
@@ -540,7 +540,8 @@ mod tests {
             (1_500_000, "1500.0"),
             (86_400_000_001, "86400000.001"),
         ] {
-            let text = serde_json::to_string(&millis(Duration::from_micros(micros))).unwrap();
+            let text =
+                serde_json::to_string(&millis(Duration::from_micros(micros))).expect("a document");
             assert_eq!(text, expected);
         }
         assert!(millis(Duration::MAX).is_finite());

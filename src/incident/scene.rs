@@ -395,7 +395,7 @@ mod tests {
 
     fn quality(report: &Incident) -> (Quality, Option<u64>) {
         let after = report.captured_after();
-        let after = after.map(|after| u64::try_from(after.as_millis()).unwrap());
+        let after = after.map(|after| u64::try_from(after.as_millis()).expect("a short time"));
         (report.quality(), after)
     }
 
@@ -404,7 +404,7 @@ mod tests {
         let next = members.iter().cycle().skip(1);
         let waits = members.iter().zip(next).enumerate();
         waits.fold(Server::default(), |server, (at, (waiter, blocker))| {
-            let offset = u16::try_from(at).unwrap() + 1;
+            let offset = u16::try_from(at).expect("a small number") + 1;
             server.waits_for_row(*waiter, &row(account(), offset), *blocker, 100)
         })
     }
@@ -484,7 +484,7 @@ mod tests {
         );
         // The server's message, with a line that cannot be read.
         let mut evidence = told(&[11, 12], Vec::new());
-        let text = format!("??\n{}", detail(&[11, 12]).lines().next().unwrap());
+        let text = format!("??\n{}", detail(&[11, 12]).lines().next().expect("a line"));
         evidence.error = Some(deadlock_error(&text, ""));
         let found = report(evidence);
         assert_eq!(quality(&found), (Quality::DetailOnly, None));
