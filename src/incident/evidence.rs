@@ -75,7 +75,7 @@ pub(crate) struct Journal {
     pub(crate) began: SystemTime,
     /// In order of time.
     pub(crate) statements: Vec<JournalEntry>,
-    /// Earlier entries, which are no longer kept.
+    /// Entries between the first and the second half of these, which are no longer kept.
     pub(crate) dropped: usize,
     pub(crate) conflict_group: Option<LockKey>,
 }
@@ -89,8 +89,8 @@ pub(crate) struct JournalEntry {
     /// `None`: still running, or not finished.
     pub(crate) took: Option<Duration>,
     pub(crate) failed: bool,
-    /// An advisory lock it took, or wanted to.
-    pub(crate) advisory: Option<(LockKey, AdvisoryMode)>,
+    /// Advisory locks it took, or wanted to.
+    pub(crate) advisory: Vec<(LockKey, AdvisoryMode)>,
 }
 
 /// Without the texts, which have literals.

@@ -229,7 +229,7 @@ mod tests {
     }
 
     fn relation(part: &Part, accident: &Accident) -> Relation {
-        let number = u32::try_from(part.relation.len()).unwrap();
+        let number = u32::try_from(part.relation.len()).expect("a short name");
         table(accident.oid + number, part.relation)
     }
 
@@ -241,7 +241,7 @@ mod tests {
             let blocker = accident.pids[(at + 1) % parts.len()];
             let name = call_site::application_name(accident.prefix, Some(&part.site));
             server = server.session(waiter, &name, "active", &sql(part, accident));
-            let number = u16::try_from(at).unwrap();
+            let number = u16::try_from(at).expect("a small number");
             server = match part.what {
                 What::Row => {
                     let row = row(relation(part, accident), accident.offset + number);

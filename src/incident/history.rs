@@ -86,7 +86,7 @@ mod tests {
         }
         history.count(Fingerprint(0), at(5000));
         history.count(Fingerprint(9999), at(5001));
-        assert_eq!(history.seen.lock().unwrap().len(), MOST);
+        assert_eq!(history.seen.lock().expect("nobody panicked").len(), MOST);
         assert_eq!(history.count(Fingerprint(0), at(5002)).count, 3);
         assert_eq!(
             history.count(Fingerprint(1), at(5003)).count,

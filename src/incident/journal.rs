@@ -22,7 +22,7 @@ pub struct JournalLine {
     pub(super) text: Option<Arc<str>>,
     pub(super) took: Option<Duration>,
     pub(super) failed: bool,
-    pub(super) advisory: Option<(LockKey, AdvisoryMode)>,
+    pub(super) advisory: Vec<(LockKey, AdvisoryMode)>,
     pub(super) mark: Option<JournalMark>,
 }
 
@@ -53,7 +53,7 @@ impl JournalLine {
         self.text.as_deref()
     }
 
-    /// How long it took; `None` where it had not ended.
+    /// How long it took; `None` where it had not ended, or that is not known.
     #[must_use]
     pub fn took(&self) -> Option<Duration> {
         self.took
@@ -65,10 +65,9 @@ impl JournalLine {
         self.failed
     }
 
-    /// The advisory lock it asked for.
-    #[must_use]
-    pub fn advisory(&self) -> Option<(&LockKey, AdvisoryMode)> {
-        self.advisory.as_ref().map(|(key, mode)| (key, *mode))
+    /// The advisory locks it asked for.
+    pub fn advisory(&self) -> impl Iterator<Item = (&LockKey, AdvisoryMode)> {
+        self.advisory.iter().map(|(key, mode)| (key, *mode))
     }
 
     /// What it had to do with the incident.
@@ -85,14 +84,26 @@ pub(super) struct Reading<'a> {
 }
 
 impl<'a> Reading<'a> {
-    /// The victim's: the statement that failed, or that has not ended.
+    /// The victim's: the statement that failed, or that has not ended. Of several that were sent without waiting for the
+    /// answers it is the first: those behind it had not begun.
     pub(super) fn of_victim(journal: &'a Journal) -> Self {
         let entries = &journal.statements[..];
         let open = |entry: &JournalEntry| entry.failed || entry.took.is_none();
-        Self {
-            entries,
-            waited: entries.iter().rposition(open),
+        let end = |entry: &JournalEntry| {
+            entry
+                .after
+                .saturating_add(entry.took.unwrap_or(Duration::MAX))
+        };
+        let mut waited = entries.iter().rposition(open);
+        while let Some(at) = waited.and_then(|at| at.checked_sub(1)) {
+            // One that failed earlier was undone by a savepoint, and one that nobody waited for has not failed.
+            let (before, this) = (&entries[at], &entries[at + 1]);
+            if !open(before) || before.failed != this.failed || end(before) <= this.after {
+                break;
+            }
+            waited = Some(at);
         }
+        Self { entries, waited }
     }
 
     /// Another one's, which has gone on since.
@@ -177,13 +188,12 @@ impl<'a> Reading<'a> {
         if let LockObject::Advisory { key, .. } = &edge.object {
             let exact = before.iter().position(|entry| {
                 let took = entry.took.is_some() && !entry.failed;
-                let lock = entry.advisory.as_ref();
-                took && lock.is_some_and(|(taken, _)| taken.same_lock(key))
+                took && entry.advisory.iter().any(|(taken, _)| taken.same_lock(key))
             });
             return exact.map(|at| (at, JournalMark::Took)).or_else(|| {
                 // SQL of the application's own, which may compute its key.
                 let guess = |entry: &JournalEntry| {
-                    entry.advisory.is_none() && kind(entry) == Some(StatementKind::AdvisoryLock)
+                    entry.advisory.is_empty() && kind(entry) == Some(StatementKind::AdvisoryLock)
                 };
                 let at = before.iter().position(guess)?;
                 Some((at, JournalMark::MayHaveTaken))
@@ -310,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_statement_that_waited_is_the_one_that_lasted() {
-        let ran = |statements| ran(statements).unwrap();
+        let ran = |statements| ran(statements).expect("a statement");
         // It went on before this process heard of the error.
         assert_eq!(
             ran(vec![
@@ -368,23 +378,34 @@ mod tests {
         let (first, second) = (LockKey::from("a"), LockKey::from("b"));
         let lock = |after, key: &LockKey, took| {
             let mut entry = entry(after, "SELECT pg_advisory_xact_lock($1)", took);
-            entry.advisory = Some((key.clone(), AdvisoryMode::Exclusive));
+            entry.advisory = vec![
+                (LockKey::from("other"), AdvisoryMode::Shared),
+                (key.clone(), AdvisoryMode::Exclusive),
+            ];
             entry
         };
         let server = || {
             Server::default()
-                .holds(11, &advisory(first.as_i64().unwrap()), "ExclusiveLock")
-                .holds(12, &advisory(second.as_i64().unwrap()), "ExclusiveLock")
+                .holds(
+                    11,
+                    &advisory(first.as_i64().expect("one number")),
+                    "ExclusiveLock",
+                )
+                .holds(
+                    12,
+                    &advisory(second.as_i64().expect("one number")),
+                    "ExclusiveLock",
+                )
                 .waits(
                     11,
-                    &advisory(second.as_i64().unwrap()),
+                    &advisory(second.as_i64().expect("one number")),
                     "ExclusiveLock",
                     900,
                     &[12],
                 )
                 .waits(
                     12,
-                    &advisory(first.as_i64().unwrap()),
+                    &advisory(first.as_i64().expect("one number")),
                     "ExclusiveLock",
                     400,
                     &[11],
@@ -478,6 +499,41 @@ mod tests {
                 .to_string()
                 .contains("a statement that is no longer known, or")
         );
+    }
+
+    #[test]
+    fn of_statements_sent_together_the_first_waited() {
+        let failed = |after, took| JournalEntry {
+            failed: true,
+            ..entry(after, "UPDATE b", Some(took))
+        };
+        let waits = |statements: Vec<JournalEntry>| {
+            let mut evidence = evidence(Kind::LockTimeout);
+            evidence.victim.statements = statements;
+            let found = report(evidence);
+            let waited = |mark: &Option<JournalMark>| *mark == Some(JournalMark::Waited);
+            marks(found.victim()).iter().position(waited)
+        };
+        let done = || entry(0, "SELECT a", Some(1));
+        let open = || entry(5, "SELECT c", None);
+        assert_eq!(
+            waits(vec![
+                done(),
+                failed(10, 990),
+                failed(11, 990),
+                failed(11, 990)
+            ]),
+            Some(1)
+        );
+        // The first one failed in a savepoint.
+        assert_eq!(
+            waits(vec![done(), failed(10, 100), failed(200, 790)]),
+            Some(2)
+        );
+        // Nobody waited for the first one.
+        assert_eq!(waits(vec![open(), failed(10, 990)]), Some(1));
+        assert_eq!(waits(vec![failed(2, 1), done(), open(), open()]), Some(2));
+        assert_eq!(waits(vec![done()]), None);
     }
 
     #[test]

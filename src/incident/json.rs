@@ -93,9 +93,14 @@ struct Line<'a> {
     text: Option<&'a str>,
     took_ms: Option<f64>,
     failed: bool,
-    advisory: Option<Key<'a>>,
-    advisory_mode: Option<&'static str>,
+    advisory: Vec<Taken<'a>>,
     mark: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Taken<'a> {
+    key: Key<'a>,
+    mode: &'static str,
 }
 
 #[derive(Serialize)]
@@ -232,8 +237,13 @@ impl<'a> Line<'a> {
             text: line.text(),
             took_ms: line.took().map(millis),
             failed: line.failed(),
-            advisory: line.advisory().map(|(key, _)| Key::new(key)),
-            advisory_mode: line.advisory().map(|(_, mode)| mode.as_pg_locks()),
+            advisory: line
+                .advisory()
+                .map(|(key, mode)| Taken {
+                    key: Key::new(key),
+                    mode: mode.as_pg_locks(),
+                })
+                .collect(),
             mark: line.mark().map(|mark| match mark {
                 JournalMark::Took => "took",
                 JournalMark::MayHaveTaken => "may_have_taken",
@@ -307,6 +317,7 @@ mod tests {
     use super::super::Kind;
     use super::super::testing::*;
     use super::*;
+    use crate::mode::AdvisoryMode;
 
     #[test]
     fn a_whole_document() {
@@ -314,7 +325,7 @@ mod tests {
         evidence.looks.remove(0);
         evidence.victim.statements.remove(1);
         evidence.others[0].statements.truncate(1);
-        let document = serde_json::to_string_pretty(&report(evidence)).unwrap();
+        let document = serde_json::to_string_pretty(&report(evidence)).expect("a document");
         assert_eq!(document, DOCUMENT);
     }
 
@@ -378,8 +389,7 @@ mod tests {
           "text": "UPDATE account SET balance = balance - ? WHERE id = ?",
           "took_ms": 1.0,
           "failed": false,
-          "advisory": null,
-          "advisory_mode": null,
+          "advisory": [],
           "mark": "may_have_taken"
         },
         {
@@ -387,8 +397,7 @@ mod tests {
           "text": "UPDATE account SET balance = balance + ? WHERE id = ?",
           "took_ms": null,
           "failed": true,
-          "advisory": null,
-          "advisory_mode": null,
+          "advisory": [],
           "mark": "waited"
         }
       ]
@@ -422,8 +431,7 @@ mod tests {
           "text": "SELECT ?",
           "took_ms": 1.0,
           "failed": false,
-          "advisory": null,
-          "advisory_mode": null,
+          "advisory": [],
           "mark": null
         }
       ]
@@ -487,19 +495,17 @@ mod tests {
     fn an_advisory_lock_by_name() {
         let mut entry = entry(0, "", Some(1));
         entry.text = None;
-        entry.advisory = Some((
-            ("billing", "invoice:42").into(),
-            crate::mode::AdvisoryMode::Shared,
-        ));
+        entry.advisory = vec![(("billing", "invoice:42").into(), AdvisoryMode::Shared)];
         let mut evidence = evidence(Kind::LongWait);
         evidence.victim.statements = vec![entry];
         evidence.outcome = Outcome::StillWaiting;
-        let document = serde_json::to_value(report(evidence)).unwrap();
+        let document = serde_json::to_value(report(evidence)).expect("a document");
         let line = &document["participants"][0]["journal"][0];
-        assert_eq!(line["advisory"]["namespace"], "billing");
-        assert_eq!(line["advisory"]["name"], "invoice:42");
-        assert_eq!(line["advisory"]["objsubid"], 1);
-        assert_eq!(line["advisory_mode"], "ShareLock");
+        let taken = &line["advisory"][0];
+        assert_eq!(taken["key"]["namespace"], "billing");
+        assert_eq!(taken["key"]["name"], "invoice:42");
+        assert_eq!(taken["key"]["objsubid"], 1);
+        assert_eq!(taken["mode"], "ShareLock");
         assert_eq!(document["error"], serde_json::Value::Null);
         assert_eq!(document["outcome"], "still_waiting");
         assert_eq!(document["pause_ms"], serde_json::Value::Null);
@@ -509,7 +515,7 @@ mod tests {
     #[test]
     fn every_field_is_documented() {
         let table = include_str!("mod.rs");
-        let document: serde_json::Value = serde_json::from_str(DOCUMENT).unwrap();
+        let document: serde_json::Value = serde_json::from_str(DOCUMENT).expect("JSON");
         let line = &document["participants"][0]["journal"][0];
         let edge = &document["edges"][0];
         for object in [
@@ -520,7 +526,7 @@ mod tests {
             line,
             edge,
         ] {
-            for field in object.as_object().unwrap().keys() {
+            for field in object.as_object().expect("an object").keys() {
                 assert!(table.contains(&format!("`{field}`")), "{field}");
             }
         }
@@ -534,7 +540,8 @@ mod tests {
             (1_500_000, "1500.0"),
             (86_400_000_001, "86400000.001"),
         ] {
-            let text = serde_json::to_string(&millis(Duration::from_micros(micros))).unwrap();
+            let text =
+                serde_json::to_string(&millis(Duration::from_micros(micros))).expect("a document");
             assert_eq!(text, expected);
         }
         assert!(millis(Duration::MAX).is_finite());

@@ -81,10 +81,10 @@ use texts::Texts;
 /// | `victim`, `waiting`, `hidden`, `in_this_process` | true or false |
 /// | `seen_after_ms` | when it was seen, since the victim's statement began |
 /// | `conflict_group` | a key, as below |
-/// | `journal_dropped`, `journal` | earlier statements that are not known any more; an array of those that are |
+/// | `journal_dropped`, `journal` | statements out of its middle that are not known any more; an array of those that are |
 ///
-/// A line of a journal: `after_ms` since the transaction began, `text`, `took_ms`, `failed`, `advisory` (a key) and
-/// `advisory_mode`, `mark` (`took`, `may_have_taken`, `waited`).
+/// A line of a journal: `after_ms` since the transaction began, `text`, `took_ms`, `failed`, `advisory` (an array of `key`
+/// and `mode`), `mark` (`took`, `may_have_taken`, `waited`).
 ///
 /// An edge:
 ///

@@ -39,6 +39,8 @@ pub struct Participant {
     pub(super) seen_after: Option<Duration>,
     pub(super) journal: Vec<JournalLine>,
     pub(super) journal_dropped: usize,
+    /// How many lines of the journal come before those.
+    pub(super) journal_gap: usize,
     pub(super) conflict_group: Option<LockKey>,
     /// What its call site has in common whether it is known here or read from `application_name`.
     pub(super) site_key: Option<Arc<str>>,
@@ -174,7 +176,7 @@ impl Participant {
         &self.journal
     }
 
-    /// How many earlier statements are no longer in the [`journal`](Self::journal).
+    /// How many statements, out of the middle of the [`journal`](Self::journal), are no longer known.
     #[must_use]
     pub fn journal_dropped(&self) -> usize {
         self.journal_dropped
@@ -275,6 +277,7 @@ fn participant(
         seen_after: seen.map(|(look, _)| look.after),
         journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, texts)),
         journal_dropped: journal.map_or(0, |journal| journal.dropped),
+        journal_gap: journal.map_or(0, |journal| journal.statements.len() / 2),
         conflict_group: journal.and_then(|journal| journal.conflict_group.clone()),
         fingerprint: statement.map(|sql| statement::fingerprint(as_kept(sql))),
         id,

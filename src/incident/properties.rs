@@ -61,14 +61,7 @@ fn object() -> impl Strategy<Value = LockObject> {
 }
 
 fn any_server() -> impl Strategy<Value = Server> {
-    let modes = || {
-        prop::sample::select(vec![
-            "ShareLock",
-            "ExclusiveLock",
-            "AccessShareLock",
-            "NewLock",
-        ])
-    };
+    let modes = || prop::sample::select(vec!["ShareLock", "ExclusiveLock", "AccessShareLock"]);
     let state = prop::sample::select(vec!["active", "idle in transaction", "idle"]);
     let session = (9..16_i32, state, statement(), any::<bool>());
     let lock = (
@@ -122,14 +115,17 @@ fn any_entry(text: BoxedStrategy<String>) -> impl Strategy<Value = JournalEntry>
         times,
         prop::option::of(text),
         any::<bool>(),
-        prop::option::of(0..4_i64),
+        prop::collection::vec(0..4_i64, 0..2),
     )
-        .prop_map(|((after, took), text, failed, key)| JournalEntry {
+        .prop_map(|((after, took), text, failed, keys)| JournalEntry {
             after: Duration::from_micros(after.into()),
             text: text.map(Arc::from),
             took: took.map(Duration::from_secs),
             failed,
-            advisory: key.map(|key| (LockKey::from(key), AdvisoryMode::Exclusive)),
+            advisory: keys
+                .into_iter()
+                .map(|key| (LockKey::from(key), AdvisoryMode::Exclusive))
+                .collect(),
         })
 }
 
@@ -221,7 +217,7 @@ fn any_evidence(
 fn all_texts(report: &Incident) -> String {
     let json = {
         #[cfg(feature = "serde")]
-        let json = serde_json::to_string_pretty(report).unwrap();
+        let json = serde_json::to_string_pretty(report).expect("a document");
         #[cfg(not(feature = "serde"))]
         let json = String::new();
         json

@@ -273,10 +273,7 @@ impl<'a> Names<'a> {
             }
         }
         for journal in std::iter::once(&evidence.victim).chain(&evidence.others) {
-            let taken = journal
-                .statements
-                .iter()
-                .filter_map(|entry| entry.advisory.as_ref());
+            let taken = journal.statements.iter().flat_map(|entry| &entry.advisory);
             let keys = taken.map(|(key, _)| key).chain(&journal.conflict_group);
             names.keys.extend(keys.filter(|key| key.name().is_some()));
         }
@@ -398,7 +395,7 @@ mod tests {
 
     fn quality(report: &Incident) -> (Quality, Option<u64>) {
         let after = report.captured_after();
-        let after = after.map(|after| u64::try_from(after.as_millis()).unwrap());
+        let after = after.map(|after| u64::try_from(after.as_millis()).expect("a short time"));
         (report.quality(), after)
     }
 
@@ -407,7 +404,7 @@ mod tests {
         let next = members.iter().cycle().skip(1);
         let waits = members.iter().zip(next).enumerate();
         waits.fold(Server::default(), |server, (at, (waiter, blocker))| {
-            let offset = u16::try_from(at).unwrap() + 1;
+            let offset = u16::try_from(at).expect("a small number") + 1;
             server.waits_for_row(*waiter, &row(account(), offset), *blocker, 100)
         })
     }
@@ -487,7 +484,7 @@ mod tests {
         );
         // The server's message, with a line that cannot be read.
         let mut evidence = told(&[11, 12], Vec::new());
-        let text = format!("??\n{}", detail(&[11, 12]).lines().next().unwrap());
+        let text = format!("??\n{}", detail(&[11, 12]).lines().next().expect("a line"));
         evidence.error = Some(deadlock_error(&text, ""));
         let found = report(evidence);
         assert_eq!(quality(&found), (Quality::DetailOnly, None));
@@ -609,7 +606,7 @@ mod tests {
         let mut evidence = told(&[11, 12], vec![look]);
         evidence.error = Some(deadlock_error(&detail, ""));
         let mut lock = entry(1, "SELECT pg_advisory_xact_lock($1)", Some(1));
-        lock.advisory = Some((named, AdvisoryMode::Exclusive));
+        lock.advisory = vec![(named, AdvisoryMode::Exclusive)];
         evidence.victim.statements = vec![lock];
         let found = Incident::new(evidence, &History::default());
         let shown: Vec<_> = found

@@ -105,7 +105,7 @@ impl Server {
         self.rows.push(LockRow {
             who: who.into(),
             object: object.clone(),
-            mode: LockMode::from_pg_locks(mode).expect("a mode"),
+            mode: LockMode::from_pg_locks(mode).expect("a mode that there is"),
             granted: true,
             since: None,
             blockers: None,
@@ -124,7 +124,7 @@ impl Server {
         self.rows.push(LockRow {
             who: pid.into(),
             object: object.clone(),
-            mode: LockMode::from_pg_locks(mode).expect("a mode"),
+            mode: LockMode::from_pg_locks(mode).expect("a mode that there is"),
             granted: false,
             since: Some(now() - ms(millis)),
             blockers: Some(blockers.to_vec()),
@@ -156,7 +156,7 @@ pub(super) fn entry(after: u64, text: &str, took: Option<u64>) -> JournalEntry {
         text: Some(text.into()),
         took: took.map(ms),
         failed: false,
-        advisory: None,
+        advisory: Vec::new(),
     }
 }
 

@@ -18,7 +18,7 @@ pub(super) fn of(journal: &Journal) -> incident::Journal {
                 text: said.text,
                 took: said.end.and_then(|end| end.succeeded.map(|_| end.after)),
                 failed: said.end.is_some_and(|end| end.succeeded == Some(false)),
-                advisory: said.took.first().cloned(),
+                advisory: said.took,
             })
             .collect(),
         dropped,
