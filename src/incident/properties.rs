@@ -66,7 +66,7 @@ fn any_server() -> impl Strategy<Value = Server> {
             "ShareLock",
             "ExclusiveLock",
             "AccessShareLock",
-            "NewLock",
+            "AccessExclusiveLock",
         ])
     };
     let state = prop::sample::select(vec!["active", "idle in transaction", "idle"]);
