@@ -61,7 +61,14 @@ fn object() -> impl Strategy<Value = LockObject> {
 }
 
 fn any_server() -> impl Strategy<Value = Server> {
-    let modes = || prop::sample::select(vec!["ShareLock", "ExclusiveLock", "AccessShareLock"]);
+    let modes = || {
+        prop::sample::select(vec![
+            "ShareLock",
+            "ExclusiveLock",
+            "AccessShareLock",
+            "AccessExclusiveLock",
+        ])
+    };
     let state = prop::sample::select(vec!["active", "idle in transaction", "idle"]);
     let session = (9..16_i32, state, statement(), any::<bool>());
     let lock = (
@@ -115,17 +122,14 @@ fn any_entry(text: BoxedStrategy<String>) -> impl Strategy<Value = JournalEntry>
         times,
         prop::option::of(text),
         any::<bool>(),
-        prop::collection::vec(0..4_i64, 0..2),
+        prop::option::of(0..4_i64),
     )
-        .prop_map(|((after, took), text, failed, keys)| JournalEntry {
+        .prop_map(|((after, took), text, failed, key)| JournalEntry {
             after: Duration::from_micros(after.into()),
             text: text.map(Arc::from),
             took: took.map(Duration::from_secs),
             failed,
-            advisory: keys
-                .into_iter()
-                .map(|key| (LockKey::from(key), AdvisoryMode::Exclusive))
-                .collect(),
+            advisory: key.map(|key| (LockKey::from(key), AdvisoryMode::Exclusive)),
         })
 }
 
@@ -217,7 +221,7 @@ fn any_evidence(
 fn all_texts(report: &Incident) -> String {
     let json = {
         #[cfg(feature = "serde")]
-        let json = serde_json::to_string_pretty(report).expect("a document");
+        let json = serde_json::to_string_pretty(report).unwrap();
         #[cfg(not(feature = "serde"))]
         let json = String::new();
         json
