@@ -16,6 +16,7 @@ mod server_message;
 mod statement;
 
 mod cancel_safety;
+mod commit_outcome;
 mod drops;
 mod environment;
 mod guards;
@@ -28,6 +29,7 @@ mod modes;
 mod pgbouncer;
 mod postgres_facts;
 mod processes;
+mod proxy;
 mod session_guard;
 mod settings;
 mod several;
