@@ -734,9 +734,14 @@ impl Restarted {
         eventually(SOON, "the server goes on", ended).await;
         let started = Instant::now();
         loop {
+            // One that connects before the postmaster has noticed is thrown out again.
             if let Ok((client, connection)) = self.lab.database.config().connect(NoTls).await {
                 tokio::spawn(connection);
-                return client;
+                let sql = "SELECT pg_last_wal_replay_lsn() IS NOT NULL";
+                let recovered = client.query_one(sql, &[]).await;
+                if recovered.is_ok_and(|row| row.get(0)) {
+                    return client;
+                }
             }
             assert!(started.elapsed() < SOON, "the server does not come back");
             tokio::time::sleep(Duration::from_millis(10)).await;
