@@ -20,6 +20,7 @@ mod commit_outcome;
 mod drops;
 mod environment;
 mod guards;
+mod hooks;
 mod isolation;
 mod keys;
 mod languages;
