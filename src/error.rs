@@ -365,6 +365,7 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
         match error.routine() {
             Some(
                 "heap_lock_tuple"
+                | "heap_acquire_tuplock"
                 | "heapam_tuple_lock"
                 | "RangeVarGetRelidExtended"
                 | "LockTableRecurse"

@@ -346,7 +346,10 @@ impl<'a> Loan<'a> {
             let commit = self.session().commit_message();
             self.session().message(&commit.text).await
         };
-        let Err(error) = answer else { return Ok(()) };
+        let Err(error) = answer else {
+            self.tx_mut().committed();
+            return Ok(());
+        };
         let kind = match classify(&error) {
             Failure::ConnectionLost | Failure::Driver => ErrorKind::CommitUnknown,
             failure => {

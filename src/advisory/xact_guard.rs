@@ -93,6 +93,11 @@ impl XactGuard {
         self.tx.advisory_locks(keys)
     }
 
+    /// Has `hook` run once [`commit`](Self::commit) has committed: see [`Tx::after_commit`].
+    pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
+        self.tx.after_commit(hook);
+    }
+
     /// A part of the transaction that can fail by itself: see [`Tx::savepoint`].
     ///
     /// # Errors

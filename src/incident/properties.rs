@@ -129,7 +129,10 @@ fn any_entry(text: BoxedStrategy<String>) -> impl Strategy<Value = JournalEntry>
             text: text.map(Arc::from),
             took: took.map(Duration::from_secs),
             failed,
-            advisory: key.map(|key| (LockKey::from(key), AdvisoryMode::Exclusive)),
+            advisory: key
+                .map(|key| (LockKey::from(key), AdvisoryMode::Exclusive))
+                .into_iter()
+                .collect(),
         })
 }
 

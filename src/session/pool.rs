@@ -170,13 +170,22 @@ impl Connections {
     /// Asks the server something small on a connection that is not stuck: the one beside the pool, else one of the
     /// pool's.
     pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        self.ask_within(SPARE, sql).await
+    }
+
+    /// The same, with the time that one of the pool's may be waited for.
+    pub(crate) async fn ask_within(
+        self: &Arc<Self>,
+        spare: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
         if self.side.is_some() {
             match self.ask_side(sql).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
-        let session = self.check_out(&Deadline::after(SPARE)).await?;
+        let session = self.check_out(&Deadline::after(spare)).await?;
         // Cancel safety: a question of one statement; unanswered, its connection is closed.
         let reply = session.message(sql).await?;
         session.give_back();

@@ -1,7 +1,7 @@
 //! COMMIT and ROLLBACK, and what is left to be done when they fail.
 
 use super::Tx;
-use super::resolve::{Mark, Resolved, resolve};
+use super::resolve::{Resolved, resolve};
 use super::tx::End;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::session::{Session, Undo};
@@ -26,17 +26,23 @@ impl Tx {
         }
         let mut mark = None;
         if self.resolves {
-            let asked = session.exchange(sql::commit::MARK.to_owned(), Undo::rollback());
+            let asked = session.exchange(sql::commit::mark(), Undo::rollback());
             let (answered, answer) = asked.await;
             session = answered;
             match answer {
-                Ok(reply) => mark = Some(Mark::of(&reply)),
-                // Nothing was sent that could commit.
-                Err(error) if classify(&error) == Failure::ConnectionLost => {
-                    return Err(self.about(Error::from(error)));
-                }
-                // It has failed already, and COMMIT will say so.
-                Err(_) => session.suspect(),
+                Ok(reply) => mark = sql::commit::marked(&reply),
+                Err(error) => match classify(&error) {
+                    // Nothing was sent that could commit.
+                    Failure::ConnectionLost => return Err(self.about(Error::from(error))),
+                    // It has failed already, and COMMIT will say so.
+                    Failure::Aborted => session.suspect(),
+                    // It has failed with this.
+                    _ => {
+                        session.suspect();
+                        let failure = error.as_db_error().cloned().map(Box::new);
+                        session.remember_failure(failure);
+                    }
+                },
             }
         }
         let connections = session.connections().clone();
@@ -67,7 +73,7 @@ impl Tx {
                     }
                     Resolved::RolledBack => Err(self.about(
                         Error::new(ErrorKind::ConnectionLost)
-                            .with_detail("during COMMIT, and the transaction was rolled back"),
+                            .with_detail("COMMIT was sent, and the server has rolled back"),
                     )),
                     Resolved::Unknown(why) => Err(self.about(unknown.with_detail(why))),
                 }

@@ -4,29 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::deadline::Deadline;
-use crate::session::{Connections, Reply};
-use crate::sql::commit;
+use crate::session::Connections;
+use crate::sql::commit::{self, Mark, Status};
 
 /// How long to go on asking.
 const PATIENCE: Duration = Duration::from_secs(15);
 const PAUSE: Duration = Duration::from_millis(50);
-
-/// What a transaction is known by, asked before COMMIT.
-#[derive(Debug)]
-pub(super) struct Mark {
-    /// `None` for a transaction that has written nothing.
-    xid: Option<u64>,
-    history: Option<commit::History>,
-}
-
-impl Mark {
-    pub(super) fn of(reply: &Reply) -> Self {
-        Self {
-            xid: commit::xid(reply),
-            history: commit::history(reply),
-        }
-    }
-}
+/// How long to wait for a connection to ask on, the first time; each time that none was had, twice as long, since a busy
+/// pool has a line of others before us.
+const SPARE: Duration = Duration::from_secs(1);
+/// How long a connection may be silent before another one is tried.
+const ANSWER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub(super) enum Resolved {
@@ -39,43 +27,42 @@ pub(super) enum Resolved {
 ///
 /// Cancel safety: only asks.
 pub(super) async fn resolve(connections: &Arc<Connections>, mark: &Mark) -> Resolved {
-    let Some(xid) = mark.xid else {
-        // It has written nothing that COMMIT could have made last.
+    let Mark::Written(transaction) = mark else {
         return Resolved::RolledBack;
     };
-    let question = commit::status(xid);
+    let question = commit::status(transaction);
     let deadline = Deadline::after(PATIENCE);
-    let mut last = "no other connection could ask for its status";
+    let mut spare = SPARE;
+    let mut last = "no other connection could ask for its outcome";
     while !deadline.has_passed() {
-        match connections.ask(&question).await {
-            Ok(reply) => match read(&reply, mark) {
-                Some(resolved) => return resolved,
-                None => last = "the server did not decide in time",
+        let most = deadline.remaining().min(spare.saturating_add(ANSWER));
+        let asking = Deadline::after(most);
+        let answer = asking.bound(Duration::ZERO, connections.ask_within(spare, &question));
+        match answer.await {
+            Some(Ok(reply)) => match commit::status_of(transaction, &reply) {
+                Status::Committed => return Resolved::Committed,
+                Status::RolledBack => return Resolved::RolledBack,
+                Status::Undecided => last = "the server did not decide in time",
+                Status::Elsewhere => {
+                    return Resolved::Unknown(
+                        "another server answers since a failover, and it may never have seen the transaction",
+                    );
+                }
+                Status::Ambiguous => {
+                    return Resolved::Unknown(
+                        "the server has been started again since, and another transaction may have got the same id",
+                    );
+                }
+                Status::Forgotten => {
+                    return Resolved::Unknown("the server no longer knows the transaction");
+                }
             },
-            Err(error) => tracing::debug!(%error, xid, "status of a commit not asked"),
+            failed => {
+                tracing::debug!(error = ?failed.map(|answer| answer.map(drop)), "outcome of a commit not asked");
+                spare *= 2;
+            }
         }
         tokio::time::sleep(PAUSE).await;
     }
     Resolved::Unknown(last)
-}
-
-/// `None` where it is to be asked again.
-fn read(reply: &Reply, mark: &Mark) -> Option<Resolved> {
-    if commit::in_recovery(reply) {
-        // A standby, perhaps soon to be promoted.
-        return None;
-    }
-    if commit::history(reply) != mark.history {
-        return Some(Resolved::Unknown(
-            "another server answers since a failover, and it may never have seen the transaction",
-        ));
-    }
-    match commit::said(reply).as_deref() {
-        Some("committed") => Some(Resolved::Committed),
-        Some("aborted") => Some(Resolved::RolledBack),
-        Some(_) => None,
-        None => Some(Resolved::Unknown(
-            "the server no longer knows the transaction",
-        )),
-    }
 }

@@ -193,6 +193,11 @@ impl Tx {
         self.hooks.push(self.depth, Box::new(hook));
     }
 
+    /// Runs the hooks: for who has committed on the session without this transaction's knowing.
+    pub(crate) fn committed(&mut self) {
+        self.hooks.run();
+    }
+
     /// ROLLBACK, after which the connection is back in the pool, or closed.
     ///
     /// Cancel safety: once polled it goes on in the background.

@@ -953,3 +953,201 @@ async fn pg_xact_status_tells_what_became_of_a_transaction() {
         assert_eq!(texts(&other, &ask).await, [status]);
     }
 }
+
+/// The C function that raised a lock's 55P03.
+fn routine(answer: Result<(), Error>) -> String {
+    let error = answer.expect_err("the lock was granted");
+    let error = error.as_db_error().expect("an error of the server");
+    assert_eq!(error.code().code(), "55P03");
+    error.routine().unwrap_or("none").to_owned()
+}
+
+/// NOWAIT and `lock_timeout` have one SQLSTATE; the function that raised it tells them apart, in every language.
+#[tokio::test]
+async fn nowait_is_told_from_a_lock_timeout_by_the_routine() {
+    let database = database().await;
+    let (holder, queued, client, observer) = (
+        database.connect().await,
+        database.connect().await,
+        database.connect().await,
+        database.connect().await,
+    );
+    holder
+        .batch_execute(
+            "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t VALUES (1, 0); \
+             CREATE VIEW v AS SELECT * FROM t; CREATE VIEW w AS SELECT * FROM v; \
+             CREATE TABLE p (id int, n int) PARTITION BY RANGE (id); \
+             CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10) PARTITION BY RANGE (id); \
+             CREATE TABLE p11 PARTITION OF p1 FOR VALUES FROM (0) TO (10); INSERT INTO p VALUES (1, 0); \
+             CREATE TABLE parent (id int); CREATE TABLE child () INHERITS (parent)",
+        )
+        .await
+        .unwrap();
+    let mut nowait = std::collections::BTreeSet::new();
+    for (held, asked) in [
+        ("UPDATE t SET n = 1", "SELECT FROM t FOR UPDATE NOWAIT"),
+        ("DELETE FROM t", "SELECT FROM t FOR KEY SHARE NOWAIT"),
+        (
+            "SELECT FROM t FOR KEY SHARE",
+            "SELECT FROM t FOR UPDATE NOWAIT",
+        ),
+        ("UPDATE t SET n = 1", "SELECT FROM w FOR UPDATE NOWAIT"),
+        ("UPDATE p SET n = 1", "SELECT FROM p FOR UPDATE NOWAIT"),
+        ("LOCK TABLE t", "LOCK TABLE t NOWAIT"),
+        (
+            "SELECT FROM t",
+            "LOCK TABLE t IN ACCESS EXCLUSIVE MODE NOWAIT",
+        ),
+        ("LOCK TABLE t", "LOCK TABLE v NOWAIT"),
+        ("LOCK TABLE t", "LOCK TABLE w NOWAIT"),
+        ("LOCK TABLE p11", "LOCK TABLE p NOWAIT"),
+        ("LOCK TABLE child", "LOCK TABLE parent NOWAIT"),
+    ] {
+        let begin = format!("BEGIN; {held}");
+        holder.batch_execute(&begin).await.unwrap();
+        let sql = format!("BEGIN; {asked}");
+        nowait.insert(routine(client.batch_execute(&sql).await));
+        client.batch_execute("ROLLBACK").await.unwrap();
+        // The same wait, ended by lock_timeout.
+        let waiting = asked.replace(" NOWAIT", "");
+        let sql = format!("BEGIN; SET LOCAL lock_timeout = 10; {waiting}");
+        assert_eq!(
+            routine(client.batch_execute(&sql).await),
+            "ProcessInterrupts",
+            "{waiting}"
+        );
+        client.batch_execute("ROLLBACK").await.unwrap();
+        holder.batch_execute("ROLLBACK").await.unwrap();
+    }
+    // Somebody waits for the row already, and holds the right to be the next.
+    holder
+        .batch_execute("BEGIN; UPDATE t SET n = 1")
+        .await
+        .unwrap();
+    let pid = pid(&queued).await;
+    let (first, raised) = tokio::join!(queued.batch_execute("UPDATE t SET n = 2"), async {
+        waits(&observer, pid).await;
+        let raised = client
+            .batch_execute("SELECT FROM t FOR UPDATE NOWAIT")
+            .await;
+        holder.batch_execute("ROLLBACK").await.unwrap();
+        raised
+    });
+    first.unwrap();
+    nowait.insert(routine(raised));
+    // The row has been changed since the statement began, and is being changed again.
+    let pid = self::pid(&client).await;
+    holder
+        .batch_execute("SELECT pg_advisory_lock(1)")
+        .await
+        .unwrap();
+    let (raised, ()) = tokio::join!(
+        client.batch_execute(
+            "WITH w AS MATERIALIZED (SELECT pg_advisory_xact_lock(1)) SELECT FROM w, t FOR UPDATE OF t NOWAIT"
+        ),
+        async {
+            waits(&observer, pid).await;
+            for sql in [
+                "UPDATE t SET n = 3",
+                "BEGIN; UPDATE t SET n = 4; SELECT pg_advisory_unlock(1)",
+            ] {
+                holder.batch_execute(sql).await.unwrap();
+            }
+        }
+    );
+    nowait.insert(routine(raised));
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    let expected = [
+        "LockTableRecurse",
+        "LockViewRecurse_walker",
+        "RangeVarGetRelidExtended",
+        "heap_acquire_tuplock",
+        "heap_lock_tuple",
+        "heapam_tuple_lock",
+    ];
+    assert_eq!(nowait, expected.map(str::to_owned).into());
+    // Advisory locks have no NOWAIT.
+    holder
+        .batch_execute("SELECT pg_advisory_lock(1)")
+        .await
+        .unwrap();
+    let sql = "BEGIN; SET LOCAL lock_timeout = 10; SELECT pg_advisory_xact_lock(1)";
+    let raised = routine(client.batch_execute(sql).await);
+    assert_eq!(raised, "ProcessInterrupts");
+}
+
+/// What tells one run of a server from another, besides its start: where recovery after a crash has ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_shows_in_the_position_replayed_last() {
+    let server = Server::start(&[]).unwrap();
+    let database = server.database().await;
+    let ask = async || {
+        let (client, connection) = database.config().connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(connection);
+        let row = client
+            .query_one(
+                "SELECT EXTRACT(epoch FROM pg_postmaster_start_time())::text, \
+                 (pg_last_wal_replay_lsn() - '0/0'::pg_lsn)::text, \
+                 (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::text",
+                &[],
+            )
+            .await?;
+        let number = |text: String| text.parse::<u64>().unwrap();
+        let replayed = row.get::<_, Option<String>>(1).map(number);
+        let started: String = row.get(0);
+        Ok::<_, Error>((client, started, replayed, number(row.get(2))))
+    };
+    let run = async || {
+        let started = Instant::now();
+        loop {
+            match ask().await {
+                Ok(answer) => return answer,
+                // A server that has lost a backend is away for a moment.
+                Err(error) => assert!(started.elapsed() < SOON, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let (client, first, replayed, _) = run().await;
+    assert_eq!(
+        replayed, None,
+        "the first start of a cluster is a clean one"
+    );
+    client
+        .batch_execute("CREATE TABLE t (n int)")
+        .await
+        .unwrap();
+
+    // The postmaster is killed.
+    tokio::task::block_in_place(|| {
+        server.kill();
+        server.restart();
+    });
+    let (client, second, replayed, written) = run().await;
+    let replayed = replayed.expect("nothing was replayed");
+    assert_ne!(first, second);
+    assert!(replayed < written);
+
+    // One of its backends is.
+    let pid = pid(&client).await;
+    let kill = format!("COPY (SELECT 1) TO PROGRAM 'kill -9 {pid}'");
+    drop(client.batch_execute(&kill).await);
+    eventually(SOON, "the backend lives on", async || client.is_closed()).await;
+    let started = Instant::now();
+    let (client, third, again, _) = loop {
+        let (client, third, again, written) = run().await;
+        // The postmaster may not have noticed yet.
+        if again != Some(replayed) || started.elapsed() > SOON {
+            break (client, third, again, written);
+        }
+    };
+    assert_eq!(second, third);
+    assert!(again.expect("nothing was replayed") > replayed);
+    drop(client);
+
+    // It is shut down in order.
+    tokio::task::block_in_place(|| server.restart());
+    let (_client, fourth, replayed, _) = run().await;
+    assert_ne!(third, fourth);
+    assert_eq!(replayed, None);
+}
