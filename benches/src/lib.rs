@@ -7,7 +7,11 @@
 //! cargo bench -p lockkeeper-benches --bench round_trips  through a proxy that makes the server a far one
 //! cargo bench -p lockkeeper-benches --bench contended    32 tasks, one key
 //! cargo bench -p lockkeeper-benches --bench cancelled    calls that are given up at random moments
+//! cargo bench -p lockkeeper-benches --bench transaction  transactions without locks: times, ratios, round trips
+//! cargo bench -p lockkeeper-benches --bench storm        8 workers that deadlock over 6 rows
 //! ```
+//!
+//! `-- --quick` behind it does a little of everything, to see that it works.
 //!
 //! The server is a private one, started for the run, or that of `DATABASE_URL`; see `lockkeeper-testkit`. Where
 //! `DATABASE_URL` leads to a server that waits for its disk, COMMIT after an UPDATE is slower for all alike, and the
@@ -50,10 +54,11 @@ pub mod contended;
 pub mod latency;
 pub mod markdown;
 pub mod round_trips;
+pub mod storm;
 
 pub use case::Case;
 pub use effort::Effort;
-pub use left::{Left, Observer};
+pub use left::{Left, Observer, Unfinished};
 pub use pools::{Peer, Pools};
 
 /// Whatever went wrong: a benchmark ends with it.
