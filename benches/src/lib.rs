@@ -9,6 +9,7 @@
 //! cargo bench -p lockkeeper-benches --bench cancelled    calls that are given up at random moments
 //! cargo bench -p lockkeeper-benches --bench transaction  transactions without locks: times, ratios, round trips
 //! cargo bench -p lockkeeper-benches --bench storm        8 workers that deadlock over 6 rows
+//! cargo bench -p lockkeeper-benches --bench watcher      what looking costs while 50 wait
 //! ```
 //!
 //! `-- --quick` behind it does a little of everything, to see that it works.
@@ -55,6 +56,7 @@ pub mod latency;
 pub mod markdown;
 pub mod round_trips;
 pub mod storm;
+pub mod watcher;
 
 pub use case::Case;
 pub use effort::Effort;
