@@ -10,6 +10,7 @@
 //! cargo bench -p lockkeeper-benches --bench transaction  transactions without locks: times, ratios, round trips
 //! cargo bench -p lockkeeper-benches --bench storm        8 workers that deadlock over 6 rows
 //! cargo bench -p lockkeeper-benches --bench watcher      what looking costs while 50 wait
+//! cargo bench -p lockkeeper-benches --bench deadlocks    40 deadlocks, and what their reports tell
 //! ```
 //!
 //! `-- --quick` behind it does a little of everything, to see that it works.
@@ -52,6 +53,7 @@ mod random;
 
 pub mod cancelled;
 pub mod contended;
+pub mod deadlocks;
 pub mod latency;
 pub mod markdown;
 pub mod round_trips;
