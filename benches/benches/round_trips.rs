@@ -5,14 +5,14 @@
     reason = "a program whose result is what it prints"
 )]
 
-use lockkeeper_benches::{Effort, Failure, Observer, round_trips};
+use lockkeeper_benches::{Case, Effort, Failure, Observer, round_trips};
 use lockkeeper_testkit::Server;
 
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
     let database = Server::shared().database().await;
     let _observer = Observer::new(&database).await?;
-    let trips = round_trips::measure(&database, Effort::from_args()).await?;
+    let trips = round_trips::measure(&database, &Case::ALL, Effort::from_args()).await?;
     println!("{}", round_trips::table(&trips));
     Ok(())
 }

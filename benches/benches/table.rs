@@ -27,12 +27,13 @@ fn main() -> Result<(), Failure> {
     let observer = runtime.block_on(Observer::new(&database))?;
 
     eprintln!("times …");
-    let times = runtime.block_on(latency::measure(&database, effort))?;
+    let times = runtime.block_on(latency::measure(&database, &Case::ALL, effort))?;
     let one_thread = Builder::new_current_thread().enable_all().build()?;
-    let times_of_one_thread = one_thread.block_on(latency::measure(&database, effort))?;
+    let times_of_one_thread =
+        one_thread.block_on(latency::measure(&database, &Case::ALL, effort))?;
     drop(one_thread);
     eprintln!("round trips …");
-    let trips = runtime.block_on(round_trips::measure(&database, effort))?;
+    let trips = runtime.block_on(round_trips::measure(&database, &Case::ALL, effort))?;
     eprintln!("contention …");
     let contended = runtime.block_on(contended::measure(&database, &observer, effort))?;
     eprintln!("cancellation …");

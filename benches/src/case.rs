@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use lockkeeper::TransactionOptions;
 use tokio_postgres::Client;
 
 use crate::{Failure, Peer, Pools};
@@ -12,6 +13,14 @@ const UPDATE: &str = "UPDATE account SET balance = balance + 1 WHERE id = $1";
 const LOCK: &str = "SELECT pg_advisory_xact_lock($1)";
 const SESSION_LOCK: &str = "SELECT pg_advisory_lock($1)";
 const SESSION_UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
+/// The timeouts of [`Case::OptionsAlike`], as whoever writes it by hand would set them: a round trip of its own, since the
+/// driver's BEGIN takes nothing with it.
+const SET: &str = "SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'; \
+                   SET LOCAL idle_in_transaction_session_timeout = '10s'; \
+                   SET LOCAL application_name = 'benches case.rs:42'";
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is said of a call that [`Case::is_for`] excludes.
 const NOT_MADE: &str = "this call is not made by this peer";
 /// The key where a peer takes a number and not a name.
@@ -36,11 +45,17 @@ pub enum Case {
     TransactionSelect,
     /// A transaction with the UPDATE of one row.
     TransactionUpdate,
+    /// `transaction_with` three timeouts and the call site around the SELECT of one row; the others' plain transaction.
+    OptionsSelect,
+    /// The same with the UPDATE of one row.
+    OptionsUpdate,
+    /// `transaction_with` three timeouts and the call site around the SELECT of one row; the others set the same.
+    OptionsAlike,
 }
 
 impl Case {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Nothing,
         Self::LockedSelect,
         Self::LockedUpdate,
@@ -49,6 +64,19 @@ impl Case {
         Self::SessionDropped,
         Self::TransactionSelect,
         Self::TransactionUpdate,
+        Self::OptionsSelect,
+        Self::OptionsUpdate,
+        Self::OptionsAlike,
+    ];
+
+    /// Those of [`ALL`](Self::ALL) that are transactions without a lock, and what one round trip costs.
+    pub const TRANSACTIONS: [Self; 6] = [
+        Self::Nothing,
+        Self::TransactionSelect,
+        Self::TransactionUpdate,
+        Self::OptionsSelect,
+        Self::OptionsUpdate,
+        Self::OptionsAlike,
     ];
 
     /// Its row's head.
@@ -63,6 +91,9 @@ impl Case {
             Self::SessionDropped => "session lock: `acquire`, drop",
             Self::TransactionSelect => "`transaction`, one SELECT in it",
             Self::TransactionUpdate => "`transaction`, one UPDATE in it",
+            Self::OptionsSelect => "`transaction_with` three timeouts, one SELECT in it",
+            Self::OptionsUpdate => "`transaction_with` three timeouts, one UPDATE in it",
+            Self::OptionsAlike => "… one SELECT in it, the others SET LOCAL the same",
         }
     }
 
@@ -78,6 +109,9 @@ impl Case {
             Self::SessionDropped => "session_acquire_drop",
             Self::TransactionSelect => "transaction_select",
             Self::TransactionUpdate => "transaction_update",
+            Self::OptionsSelect => "transaction_with_select",
+            Self::OptionsUpdate => "transaction_with_update",
+            Self::OptionsAlike => "transaction_with_select_set_local",
         }
     }
 
@@ -98,10 +132,21 @@ impl Case {
 
     fn statement(self) -> Option<&'static str> {
         match self {
-            Self::LockedSelect | Self::TransactionSelect => Some(SELECT),
-            Self::LockedUpdate | Self::TransactionUpdate => Some(UPDATE),
+            Self::LockedSelect
+            | Self::TransactionSelect
+            | Self::OptionsSelect
+            | Self::OptionsAlike => Some(SELECT),
+            Self::LockedUpdate | Self::TransactionUpdate | Self::OptionsUpdate => Some(UPDATE),
             _ => None,
         }
+    }
+
+    /// Whether a lock is taken before the statement.
+    fn locks(self) -> bool {
+        matches!(
+            self,
+            Self::LockedSelect | Self::LockedUpdate | Self::AcquireCommit
+        )
     }
 }
 
@@ -200,6 +245,24 @@ impl Pools {
                     })
                     .await?;
             }
+            Case::OptionsSelect | Case::OptionsAlike => {
+                self.keeper
+                    .transaction_with(options(), async |tx| {
+                        let statement = tx.prepare_cached(SELECT).await?;
+                        tx.query_one(&statement, &[&row]).await?;
+                        Ok::<_, lockkeeper::Error>(())
+                    })
+                    .await?;
+            }
+            Case::OptionsUpdate => {
+                self.keeper
+                    .transaction_with(options(), async |tx| {
+                        let statement = tx.prepare_cached(UPDATE).await?;
+                        tx.execute(&statement, &[&row]).await?;
+                        Ok::<_, lockkeeper::Error>(())
+                    })
+                    .await?;
+            }
         }
         Ok(())
     }
@@ -229,13 +292,16 @@ impl Pools {
                 client.execute(&unlock, &[&KEY]).await?;
             }
             Case::SessionDropped => return Err(NOT_MADE.into()),
-            Case::TransactionSelect => {
+            Case::TransactionSelect | Case::OptionsSelect | Case::OptionsAlike => {
                 let tx = client.transaction().await?;
+                if case == Case::OptionsAlike {
+                    tx.batch_execute(SET).await?;
+                }
                 let statement = tx.prepare_cached(SELECT).await?;
                 tx.query_one(&statement, &[&row]).await?;
                 tx.commit().await?;
             }
-            Case::TransactionUpdate => {
+            Case::TransactionUpdate | Case::OptionsUpdate => {
                 let tx = client.transaction().await?;
                 let statement = tx.prepare_cached(UPDATE).await?;
                 tx.execute(&statement, &[&row]).await?;
@@ -266,17 +332,16 @@ impl Pools {
             _ => {}
         }
         let mut tx = pool.begin().await?;
-        if !matches!(case, Case::TransactionSelect | Case::TransactionUpdate) {
+        if case == Case::OptionsAlike {
+            sqlx::raw_sql(SET).execute(&mut *tx).await?;
+        }
+        if case.locks() {
             sqlx::query(LOCK).bind(KEY).execute(&mut *tx).await?;
         }
-        match case {
-            Case::LockedSelect | Case::TransactionSelect => {
-                sqlx::query(SELECT).bind(row).fetch_one(&mut *tx).await?;
-            }
-            Case::LockedUpdate | Case::TransactionUpdate => {
-                sqlx::query(UPDATE).bind(row).execute(&mut *tx).await?;
-            }
-            _ => {}
+        match case.statement() {
+            Some(SELECT) => drop(sqlx::query(SELECT).bind(row).fetch_one(&mut *tx).await?),
+            Some(sql) => drop(sqlx::query(sql).bind(row).execute(&mut *tx).await?),
+            None => {}
         }
         tx.commit().await?;
         Ok(())
@@ -289,4 +354,11 @@ impl Pools {
     pub(crate) fn name(&self, turn: u32) -> &str {
         &self.names[self.number(turn)]
     }
+}
+
+fn options() -> TransactionOptions {
+    TransactionOptions::new()
+        .lock_timeout(LOCK_TIMEOUT)
+        .statement_timeout(STATEMENT_TIMEOUT)
+        .idle_timeout(IDLE_TIMEOUT)
 }

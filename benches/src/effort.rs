@@ -12,10 +12,11 @@ pub enum Effort {
 }
 
 impl Effort {
-    /// By the arguments: cargo gives `--bench` to a benchmark, and not to a test.
+    /// By the arguments: cargo gives `--bench` to a benchmark, and not to a test; `--quick` makes a trial of it too.
     #[must_use]
     pub fn from_args() -> Self {
-        if env::args().any(|arg| arg == "--bench") {
+        let given = |name| env::args().any(|arg| arg == name);
+        if given("--bench") && !given("--quick") {
             Self::Full
         } else {
             Self::Trial

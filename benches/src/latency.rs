@@ -46,16 +46,20 @@ impl Times {
 /// The times of all cases.
 pub type AllTimes = HashMap<Case, Times>;
 
-/// Lets the peers take turns at each case.
+/// Lets the peers take turns at each of the cases.
 ///
 /// Each case has pools of its own: one in which a lock is dropped leaves more connections in its pool than the others,
 /// and calls that go round over four backends are slower than calls that all go to one.
 ///
 /// # Errors
 /// The first call's that failed.
-pub async fn measure(database: &Database, effort: Effort) -> Result<AllTimes, Failure> {
+pub async fn measure(
+    database: &Database,
+    cases: &[Case],
+    effort: Effort,
+) -> Result<AllTimes, Failure> {
     let mut all = AllTimes::new();
-    for case in Case::ALL {
+    for &case in cases {
         let pools = Arc::new(Pools::new(&database.config(), POOL)?);
         let over = Arc::clone(&pools);
         // A task of the runtime, as a server's handlers are: the thread that runs `main` is a poor neighbour to the tasks

@@ -8,10 +8,13 @@ use tokio_postgres::Client;
 
 use crate::{Failure, case};
 
+/// How long what is going on may take to end.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// A connection beside all pools.
 #[derive(Debug)]
 pub struct Observer {
-    client: Client,
+    pub(crate) client: Client,
 }
 
 /// Advisory locks of the database.
@@ -34,6 +37,24 @@ impl Left {
 impl fmt::Display for Left {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&format!("{} held, {} waiting", self.held, self.waiting))
+    }
+}
+
+/// Transactions of the database.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Sessions with a transaction open.
+    pub open: i64,
+    /// Locks awaited, of whichever kind.
+    pub waiting: i64,
+}
+
+impl fmt::Display for Unfinished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!(
+            "{} transactions open, {} locks awaited",
+            self.open, self.waiting
+        ))
     }
 }
 
@@ -81,6 +102,81 @@ impl Observer {
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+    }
+
+    /// The transactions that are open now, but for the observer's own.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn unfinished(&self) -> Result<Unfinished, Failure> {
+        let row = self
+            .client
+            .query_one(
+                "SELECT count(*) FILTER (WHERE a.xact_start IS NOT NULL), \
+                 (SELECT count(*) FROM pg_locks AS l WHERE NOT l.granted AND l.pid = ANY (array_agg(a.pid))) \
+                 FROM pg_stat_activity AS a WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() \
+                 AND a.backend_type = 'client backend'",
+                &[],
+            )
+            .await?;
+        Ok(Unfinished {
+            open: row.get(0),
+            waiting: row.get(1),
+        })
+    }
+
+    /// Gives what is going on some time to end: a program's last question.
+    ///
+    /// # Errors
+    /// A transaction is still open, or an advisory lock still there; the server's.
+    pub async fn nothing_is_left(&self) -> Result<(), Failure> {
+        let started = Instant::now();
+        loop {
+            let (left, unfinished) = (self.left().await?, self.unfinished().await?);
+            if left.is_nothing() && unfinished == Unfinished::default() {
+                return Ok(());
+            }
+            if started.elapsed() > GRACE {
+                return Err(
+                    format!("left on the server: advisory locks {left}; {unfinished}").into(),
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Waits until as many locks are awaited.
+    ///
+    /// # Errors
+    /// They never were; the server's.
+    pub(crate) async fn waiting(&self, count: usize) -> Result<(), Failure> {
+        let started = Instant::now();
+        loop {
+            let unfinished = self.unfinished().await?;
+            if usize::try_from(unfinished.waiting) == Ok(count) {
+                return Ok(());
+            }
+            if started.elapsed() > Duration::from_secs(10) {
+                return Err(format!("{unfinished}, and {count} were to wait").into());
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// How many deadlocks the server has found in this database. A session tells of its own when it ends, if not before.
+    ///
+    /// # Errors
+    /// The server's.
+    pub(crate) async fn deadlocks_when_alone(&self) -> Result<i64, Failure> {
+        self.sessions_when_alone().await?;
+        let row = self
+            .client
+            .query_one(
+                "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()",
+                &[],
+            )
+            .await?;
+        Ok(row.get(0))
     }
 
     /// How many more connections the server takes.

@@ -7,7 +7,13 @@
 //! cargo bench -p lockkeeper-benches --bench round_trips  through a proxy that makes the server a far one
 //! cargo bench -p lockkeeper-benches --bench contended    32 tasks, one key
 //! cargo bench -p lockkeeper-benches --bench cancelled    calls that are given up at random moments
+//! cargo bench -p lockkeeper-benches --bench transaction  transactions without locks: times, ratios, round trips
+//! cargo bench -p lockkeeper-benches --bench storm        8 workers that deadlock over 6 rows
+//! cargo bench -p lockkeeper-benches --bench watcher      what looking costs while 50 wait
+//! cargo bench -p lockkeeper-benches --bench deadlocks    40 deadlocks, and what their reports tell
 //! ```
+//!
+//! `-- --quick` behind it does a little of everything, to see that it works.
 //!
 //! The server is a private one, started for the run, or that of `DATABASE_URL`; see `lockkeeper-testkit`. Where
 //! `DATABASE_URL` leads to a server that waits for its disk, COMMIT after an UPDATE is slower for all alike, and the
@@ -47,13 +53,16 @@ mod random;
 
 pub mod cancelled;
 pub mod contended;
+pub mod deadlocks;
 pub mod latency;
 pub mod markdown;
 pub mod round_trips;
+pub mod storm;
+pub mod watcher;
 
 pub use case::Case;
 pub use effort::Effort;
-pub use left::{Left, Observer};
+pub use left::{Left, Observer, Unfinished};
 pub use pools::{Peer, Pools};
 
 /// Whatever went wrong: a benchmark ends with it.

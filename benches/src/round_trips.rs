@@ -32,11 +32,15 @@ pub struct Trips {
 /// The figures of all calls of all peers.
 pub type AllTrips = HashMap<(Case, Peer), Trips>;
 
-/// Makes every call a few times through the proxy.
+/// Makes each of the calls a few times through the proxy.
 ///
 /// # Errors
 /// Whatever goes wrong.
-pub async fn measure(database: &Database, effort: Effort) -> Result<AllTrips, Failure> {
+pub async fn measure(
+    database: &Database,
+    cases: &[Case],
+    effort: Effort,
+) -> Result<AllTrips, Failure> {
     let proxy = Proxy::start(database.server(), DELAY)?;
     let config = through(&database.config(), proxy.port);
     let pools = Pools::new(&config, 2)?;
@@ -44,7 +48,7 @@ pub async fn measure(database: &Database, effort: Effort) -> Result<AllTrips, Fa
 
     let one = one_round_trip(&pools, effort).await?;
     let mut all = AllTrips::new();
-    for case in Case::ALL {
+    for &case in cases {
         for peer in case.peers() {
             // Statements are prepared, and the connection is known, after a few.
             for turn in 0..3 {
