@@ -224,7 +224,7 @@ fn any_evidence(
 fn all_texts(report: &Incident) -> String {
     let json = {
         #[cfg(feature = "serde")]
-        let json = serde_json::to_string_pretty(report).unwrap();
+        let json = serde_json::to_string_pretty(report).expect("JSON");
         #[cfg(not(feature = "serde"))]
         let json = String::new();
         json
