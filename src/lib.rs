@@ -1,5 +1,5 @@
-//! PostgreSQL advisory locks that cannot leak, and transactions that retry when that is right, beside the
-//! [`tokio-postgres`](tokio_postgres) and [`deadpool-postgres`](deadpool_postgres) an application already has.
+//! PostgreSQL advisory locks that cannot leak, and transactions that retry when that is right and explain their
+//! deadlocks, beside the [`tokio-postgres`](tokio_postgres) and [`deadpool-postgres`](deadpool_postgres) an application already has.
 //!
 //! ```no_run
 //! use lockkeeper::Keeper;
@@ -29,6 +29,7 @@
 //! | hold a lock over several transactions | [`AdvisoryLock::session`], [`SessionGuard`] |
 //! | lock several keys without deadlocks | [`Keeper::advisory_locks`] |
 //! | run a transaction that retries deadlocks and serialization failures | [`Keeper::transaction`], [`Keeper::transaction_with`], [`TransactionOptions`] |
+//! | know which two statements at which two places deadlocked | [`KeeperBuilder::on_incident`], [`Incident`], [`incident`] |
 //! | take one more lock, or a savepoint, inside a transaction | [`Tx::advisory_lock`], [`Tx::savepoint`] |
 //! | know what a key is, and compute it in SQL | [`LockKey`] |
 //! | share a lock with a Rails, Django, Go or .NET program | `compat`, with the feature of that name |
@@ -46,7 +47,8 @@
 //!   goes back only after the server has confirmed it.
 //! - **Waits are bounded, and in slices** shorter than the server's `deadlock_timeout`, so that a waiter does not
 //!   deadlock the `CREATE INDEX CONCURRENTLY` of a holder, and one whose process was killed leaves the queue soon.
-//!   Inside one [`Keeper`] waiters for a key form a line of their own: few of them occupy a connection.
+//!   Inside one [`Keeper`] waiters for a key form a line of their own: few of them occupy a connection, and of those for
+//!   a session lock only one.
 //! - **Settings are left as they were**: all are `SET LOCAL`, but for the session guard's `application_name`, which is
 //!   put back.
 //! - **`application_name` carries the call site** (`billing src/pay.rs:42`) while a lock or a transaction is held, since
@@ -59,6 +61,8 @@
 //!   ([`ErrorKind::ReadOnlyServer`]).
 //! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
 //!   drops packets silently is noticed only by TCP keepalives. Work on the guard's own connection fails with it.
+//! - A process that is killed while a long statement of it runs keeps its locks until the server notices, which is at that
+//!   statement's end, or earlier where `client_connection_check_interval` is set.
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
 //! - There is no first come, first served beyond one process: a wait in slices goes to the end of the server's queue
 //!   with each slice, half a second by default.
@@ -68,7 +72,7 @@
 //!
 //! Through `tracing`, with the lock's readable key: a `debug` span `advisory_lock` around each request for a lock, and
 //! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited` and `held`), and for
-//! attempts repeated; `warn` for a pool that gives connections with transactions
+//! attempts repeated; one `warn` event of target `lockkeeper::incident` for each [`Incident`]; `warn` for a pool that gives connections with transactions
 //! left open. Nothing at `info` and above where all is well.
 
 mod advisory;

@@ -52,7 +52,9 @@ impl XactGuard {
         self.tx.commit().await
     }
 
-    /// Rolls back, and so releases the locks; the connection is back in the pool, or closed, when this returns.
+    /// Rolls back, and so releases the locks; the connection is back in the pool, or closed, when this returns. Where a
+    /// statement whose future was dropped is still running on it, that happens in the background: the statement is
+    /// cancelled, and the connection closed.
     ///
     /// # Cancel safety
     /// Once polled, it goes on in the background if this is dropped.

@@ -9,7 +9,7 @@ use lockkeeper::tokio_postgres::{self, Client, NoTls};
 use lockkeeper::{
     Error, ErrorKind, Incident, IncidentKind, Keeper, KeeperBuilder, TransactionOptions,
 };
-use lockkeeper_testkit::Database;
+use lockkeeper_testkit::{Database, Skip};
 use tokio::sync::Barrier;
 
 use crate::common::{Scene, eventually};
@@ -497,6 +497,48 @@ async fn a_role_without_privileges_gets_the_same_report_with_what_is_hidden_mark
     assert_eq!(other.statement(), None);
     assert_eq!(other.state(), None);
     assert!(incident.to_string().contains("hidden"), "{incident}");
+}
+
+/// In other languages the server says the same: with looks, and with nothing but its DETAIL.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_report_is_the_same_in_other_languages() {
+    let mut expected = None;
+    for locale in ["C", "de_DE.UTF-8", "ja_JP.UTF-8", "ru_RU.UTF-8", "zh_CN.UTF-8"] {
+        for watch in [true, false] {
+            let reported = Reported::with(4, |builder, database| {
+                builder
+                    .side_connection(database.config(), NoTls)
+                    .watch(watch)
+            })
+            .await;
+            let name = reported.scene.database.name();
+            let spoken = format!("ALTER DATABASE {name} SET lc_messages = '{locale}'");
+            if reported.scene.observer.batch_execute(&spoken).await.is_err() {
+                Skip::new("locales", format!("the system has no {locale}")).report("incidents");
+                return;
+            }
+            let meeting = Meeting::new();
+            let options = TransactionOptions::new;
+            let (one, other) = tokio::join!(
+                write_two(reported.keeper(), options(), &meeting, [ONE, TWO]),
+                write_two(reported.keeper(), options(), &meeting, [TWO, ONE]),
+            );
+            assert_eq!(one.unwrap() + other.unwrap(), 3);
+            let incident = reported.after(1).await.remove(0);
+            let mut facts: Vec<String> = incident
+                .participants()
+                .iter()
+                .map(|p| format!("{:?} {:?}", p.call_site(), p.statement()))
+                .collect();
+            facts.extend(incident.cycle().iter().map(|edge| edge.mode_wanted().to_owned()));
+            facts.sort();
+            facts.push(format!("{:?} {:?}", incident.kind(), incident.diagnosis().cause()));
+            // The CONTEXT names the relation where no look does.
+            facts.push(incident.to_string().contains("account").to_string());
+            let expected = expected.get_or_insert_with(|| facts.clone());
+            assert_eq!(&facts, expected, "{locale}, watching: {watch}\n{incident}");
+        }
+    }
 }
 
 /// However the side connection fails, transactions go on as they would, and the report says what is missing.
