@@ -36,6 +36,7 @@
 //! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
+//! | know why a transaction deadlocked or waited too long, and what to do about it | [`Incident`], [`Error::incident`], [`KeeperBuilder::on_incident`], [`incident`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //!
 //! # What it holds to

@@ -8,7 +8,7 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::statement::{self, StatementKind};
 
-use super::texts::Texts;
+use super::texts::{Texts, is_call};
 use super::{IncidentEdge, Journal, JournalEntry};
 
 /// Other sessions' clients hear of the end of a deadlock at about the same time: a statement that ended this short
@@ -131,9 +131,15 @@ impl<'a> Reading<'a> {
             let took = entry.took.unwrap_or(Duration::MAX);
             entry.after.saturating_add(took).min(at)
         };
-        // The server keeps the beginning of a statement only.
+        // The server keeps the beginning of a statement only, and so does a journal.
+        let is_long = |text: &str| text.len() > 1023;
         let is_seen = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
-            (Some(seen), Some(text)) => text.starts_with(seen),
+            (Some(seen), Some(text)) if is_call(text) => {
+                statement::kind(seen) == StatementKind::AdvisoryLock
+            }
+            (Some(seen), Some(text)) => {
+                text.starts_with(seen) || seen.starts_with(text) && is_long(text)
+            }
             _ => true,
         };
         let waited = entries
@@ -362,6 +368,19 @@ mod tests {
                 .is_some_and(|text| text.ends_with("RETURNING id"))
         );
         assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
+        // Both keep the beginning.
+        for (noted, seen) in [(5000, 1023), (4096, 5000)] {
+            let long = format!("SELECT {}", "x".repeat(5000));
+            let mut evidence = evidence.clone();
+            let server = Server::default()
+                .session(12, "", "active", &long[..seen])
+                .waits_for_row(11, &row(account(), 2), 12, 900)
+                .waits_for_row(12, &row(account(), 1), 11, 400);
+            evidence.looks = vec![server.look(950, Vec::new())];
+            evidence.others[0].statements[1].text = Some(long[..noted].into());
+            let found = report(evidence);
+            assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
+        }
         // Sent by other ways: the journal does not have it.
         evidence.others[0].statements = vec![entry(100, "SELECT 1", Some(710))];
         let found = report(evidence);
@@ -371,6 +390,37 @@ mod tests {
                 .statement()
                 .is_some_and(|text| text.starts_with("UPDATE account"))
         );
+    }
+
+    #[test]
+    fn a_call_of_this_crates_is_its_sql() {
+        let mut evidence = transfers();
+        let (first, second) = (advisory("a"), advisory("b"));
+        let server = Server::default()
+            .session(
+                11,
+                "",
+                "active",
+                "SAVEPOINT a; SELECT pg_advisory_xact_lock(7)",
+            )
+            .session(
+                12,
+                "",
+                "active",
+                "SAVEPOINT a; SELECT pg_advisory_xact_lock(7)",
+            )
+            .holds(11, &first, "ExclusiveLock")
+            .holds(12, &second, "ExclusiveLock")
+            .waits(11, &second, "ExclusiveLock", 900, &[12])
+            .waits(12, &first, "ExclusiveLock", 400, &[11]);
+        evidence.looks = vec![server.look(950, Vec::new())];
+        evidence.others[0].statements = vec![
+            entry(0, "SELECT pg_sleep(1)", Some(790)),
+            entry(795, "advisory_lock(\"a\")", None),
+        ];
+        let found = report(evidence);
+        assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
+        assert_eq!(other(&found).statement(), Some("advisory_lock(\"a\")"));
     }
 
     #[test]
@@ -477,6 +527,20 @@ mod tests {
                     .all(|mark| *mark != JournalMark::Waited)
             );
         }
+    }
+
+    #[test]
+    fn a_row_was_locked_by_whom_locks_rows() {
+        let mut evidence = transfers();
+        let statements = &mut evidence.victim.statements;
+        statements.insert(0, entry(0, "SELECT * FROM account", Some(1)));
+        statements.insert(0, entry(0, "UPDATE accounts SET a = 1", Some(1)));
+        let found = report(evidence);
+        let guess = Some(JournalMark::MayHaveTaken);
+        assert_eq!(
+            marks(found.victim()),
+            [None, None, guess, None, Some(JournalMark::Waited)]
+        );
     }
 
     #[test]

@@ -49,6 +49,24 @@ use texts::Texts;
 ///
 /// `Display` is a page of at most 100 columns, without colours; [`headline`](Self::headline) is its first line.
 ///
+/// # Examples
+///
+/// ```
+/// use lockkeeper::incident::Cause;
+///
+/// fn explain(error: &lockkeeper::Error) {
+///     let Some(incident) = error.incident() else {
+///         return;
+///     };
+///     eprintln!("{incident}");
+///     if incident.diagnosis().cause() == Cause::OrderInversion {
+///         for edge in incident.cycle() {
+///             eprintln!("{} waited for {}", edge.waiter(), edge.object());
+///         }
+///     }
+/// }
+/// ```
+///
 /// # JSON
 ///
 /// With the feature `serde` it is `Serialize`. In JSON, `null` is what is not known; times are RFC 3339 in UTC, durations

@@ -10,7 +10,7 @@ use crate::statement;
 
 use super::journal::Reading;
 use super::scene::Scene;
-use super::texts::Texts;
+use super::texts::{self, Texts};
 use super::{Evidence, IncidentEdge, Journal, JournalLine, Look};
 
 /// A session, or a prepared transaction, that took part in an incident.
@@ -279,7 +279,7 @@ fn participant(
         journal_dropped: journal.map_or(0, |journal| journal.dropped),
         journal_gap: journal.map_or(0, |journal| journal.statements.len() / 2),
         conflict_group: journal.and_then(|journal| journal.conflict_group.clone()),
-        fingerprint: statement.map(|sql| statement::fingerprint(as_kept(sql))),
+        fingerprint: statement.map(texts::fingerprint),
         id,
     }
 }
@@ -326,16 +326,6 @@ fn without_folders(site: &str) -> &str {
     site.rsplit('/').next().unwrap_or(site)
 }
 
-/// The beginning of a statement that the server keeps by default (`track_activity_query_size`).
-fn as_kept(sql: &str) -> &str {
-    const KEPT: usize = 1023;
-    let mut end = sql.len().min(KEPT);
-    while !sql.is_char_boundary(end) {
-        end -= 1;
-    }
-    &sql[..end]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,12 +349,5 @@ mod tests {
         }
         let own = call_site::application_name("billing", None);
         assert_eq!(site_in(&own), None);
-    }
-
-    #[test]
-    fn a_statement_is_compared_as_the_server_keeps_it() {
-        let long = "é".repeat(600);
-        assert_eq!(as_kept(&long).len(), 1022);
-        assert_eq!(as_kept("SELECT 1"), "SELECT 1");
     }
 }

@@ -233,7 +233,7 @@ fn all_texts(report: &Incident) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn no_literal_is_in_any_text(

@@ -267,6 +267,9 @@ mod tests {
             ("unnamed portal with parameters: $1 = 'secret'", None, 1),
             ("PL/pgSQL assignment \"x := secret\"\nsecret", None, 2),
             ("secret", None, 1),
+            ("line 3 of t \"SELECT secret\"", None, 1),
+            ("column a: \"SELECT secret\"", None, 1),
+            ("COPY t, column a \"SELECT secret\"", None, 1),
         ] {
             let shown = read(None, Some(context), None).shown;
             // Two statements, one behind the other, are still two.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::statement;
+use crate::statement::{self, StatementKind};
 
 /// Longer statements are cut.
 const MOST_CHARS: usize = 4000;
@@ -15,7 +15,7 @@ pub(super) struct Texts {
 
 impl Texts {
     pub(super) fn statement(self, sql: &str) -> Arc<str> {
-        if self.literals {
+        if self.literals || is_call(sql) {
             shortened(sql)
         } else {
             shortened(&statement::redact(sql))
@@ -23,9 +23,79 @@ impl Texts {
     }
 }
 
+/// Whether it is a call of this crate's that takes advisory locks, as transactions note it: `advisory_lock("invoice:42")`.
+/// There is no data in it but keys.
+pub(super) fn is_call(text: &str) -> bool {
+    let name = text.split_once('(').map_or("", |(name, _)| name);
+    name.contains("advisory_lock")
+        && name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'_'))
+        && !name.starts_with("pg_")
+}
+
+/// What is the same for statements that differ in their data only, whether the client noted them or the server shows
+/// them.
+pub(super) fn fingerprint(sql: &str) -> statement::Fingerprint {
+    // The keys are data, and what the server is sent for it depends on the waits before.
+    if is_call(sql) || statement::kind(sql) == StatementKind::AdvisoryLock {
+        return statement::fingerprint("advisory_lock");
+    }
+    statement::fingerprint(as_kept(sql))
+}
+
+/// The beginning of a statement that the server keeps by default (`track_activity_query_size`).
+fn as_kept(sql: &str) -> &str {
+    const KEPT: usize = 1023;
+    let mut end = sql.len().min(KEPT);
+    while !sql.is_char_boundary(end) {
+        end -= 1;
+    }
+    &sql[..end]
+}
+
 fn shortened(text: &str) -> Arc<str> {
     match text.char_indices().nth(MOST_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]).into(),
         None => text.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_statement_is_compared_as_the_server_keeps_it() {
+        let long = "é".repeat(600);
+        assert_eq!(as_kept(&long).len(), 1022);
+        assert_eq!(as_kept("SELECT 1"), "SELECT 1");
+    }
+
+    #[test]
+    fn calls_are_told_from_statements() {
+        let redacted = Texts { literals: false };
+        for call in [
+            "advisory_lock(42)",
+            "try_advisory_lock(\"a'b\")",
+            "advisory_locks((1, 2) and 2 more)",
+        ] {
+            assert!(is_call(call), "{call}");
+            assert_eq!(&*redacted.statement(call), call);
+            assert_eq!(fingerprint(call), fingerprint("advisory_lock(7)"));
+        }
+        for sql in [
+            "SELECT advisory_lock(42)",
+            "pg_advisory_lock(42)",
+            "SELECT pg_advisory_lock('advisory_lock(')",
+            "advisory_lock",
+            "ADVISORY_LOCK(1)",
+            "",
+        ] {
+            assert!(!is_call(sql), "{sql}");
+        }
+        assert_eq!(
+            fingerprint("advisory_lock(42)"),
+            fingerprint("SAVEPOINT a; SELECT pg_catalog.pg_advisory_xact_lock(42); RELEASE a")
+        );
+        assert_ne!(fingerprint("advisory_lock(42)"), fingerprint("SELECT 42"));
     }
 }

@@ -1,9 +1,11 @@
 //! Sessions that waited for one another in a circle.
 
 use crate::graph::LockObject;
+use crate::statement::{self, StatementKind};
 
-use super::super::{IncidentEdge, words};
-use super::{Cause, Diagnosis, Facts, foreign_key, index_fix};
+use super::super::journal::locks_rows;
+use super::super::{IncidentEdge, JournalLine, JournalMark, words};
+use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
     upgrade(facts)
@@ -17,6 +19,7 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .or_else(|| unique(facts))
         .or_else(|| queue(facts))
         .or_else(|| inversion(facts))
+        .or_else(|| by_journals(facts))
         .unwrap_or_else(|| unknown(facts))
 }
 
@@ -214,6 +217,58 @@ fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
     Some(Diagnosis::new(Cause::OrderInversion, is_certain, text).with_fix(one_order(circle)))
 }
 
+/// Where rows were not seen, but every transaction is one of this process: each had written some, and wanted to write
+/// another one.
+fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let stories = facts.circle().iter().map(|edge| {
+        let participant = facts.participant(&edge.waiter)?;
+        let lines = participant.journal();
+        let waited = lines
+            .iter()
+            .position(|line| line.mark() == Some(JournalMark::Waited))?;
+        let kind = |line: &JournalLine| line.text().map(statement::kind);
+        let writes = |line: &JournalLine| kind(line).is_some_and(locks_for_itself);
+        let shares = |line: &JournalLine| {
+            kind(line).is_some_and(|kind| !locks_for_itself(kind) && locks_rows(kind))
+        };
+        let before = lines[..waited].iter().filter(|line| !line.failed());
+        // What was shared may have been asked for once more.
+        let first = before.clone().find(|line| writes(line))?;
+        let is_plain = writes(&lines[waited])
+            && participant.journal_dropped() == 0
+            && !before.clone().any(shares);
+        let quoted = |line: &JournalLine| words::short(line.text().unwrap_or_default(), QUOTED);
+        let (first, then) = (quoted(first), quoted(&lines[waited]));
+        is_plain.then(|| {
+            format!(
+                "{} ran {first} before it waited in {then}",
+                facts.name(&edge.waiter)
+            )
+        })
+    });
+    let stories = stories.collect::<Option<Vec<_>>>()?;
+    let text = format!(
+        "Rows were locked in different orders, if the rows of the first of these statements are those that others waited for, \
+         which was not seen: {}.",
+        stories.join("; ")
+    );
+    let fix = "Lock the rows in one order in every transaction, that of their keys, before the first of them is written: \
+               SELECT … ORDER BY … FOR NO KEY UPDATE.";
+    Some(Diagnosis::new(Cause::OrderInversion, false, text).with_fix(fix))
+}
+
+/// Whether statements of this kind lock rows so that no two transactions have one.
+fn locks_for_itself(kind: StatementKind) -> bool {
+    matches!(
+        kind,
+        StatementKind::Update
+            | StatementKind::Delete
+            | StatementKind::Merge
+            | StatementKind::SelectForUpdate
+            | StatementKind::SelectForNoKeyUpdate
+    )
+}
+
 /// The order to use.
 fn one_order(circle: &[IncidentEdge]) -> String {
     let all = |class_of: Class| circle.iter().all(|edge| class(edge) == class_of);
@@ -403,6 +458,16 @@ mod tests {
             ..evidence(Kind::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
+        // Whether they held them, or stood ahead in the queue, the server does not say.
+        let (cause, certain, _) = found(Evidence {
+            error: Some(deadlock_error(
+                "Process 11 waits for ExclusiveLock on advisory lock [1,0,8,1]; blocked by process 12.\n\
+                 Process 12 waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process 11.",
+                "",
+            )),
+            ..evidence(Kind::Deadlock)
+        });
+        assert_eq!((cause, certain), (Cause::OrderInversion, false));
     }
 
     #[test]
@@ -567,6 +632,10 @@ mod tests {
         ));
         assert_eq!(cause, Cause::OrderInversion);
 
+        // Any trigger may be what waits, as long as nobody is known to have locked the row.
+        let (cause, ..) = found(parent(sql));
+        assert_eq!(cause, Cause::OrderInversion);
+
         // Nobody knows how the parent was locked.
         let (cause, certain, report) = found(with_context(parent(sql), CHECK));
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
@@ -626,6 +695,33 @@ mod tests {
         assert_eq!((cause, certain), (Cause::LockQueue, true));
         assert!(report.diagnosis().text().contains("AccessExclusiveLock"));
         assert_eq!(report.cycle().len(), 3);
+    }
+
+    #[test]
+    fn rows_that_were_not_seen_by_what_was_run() {
+        let mut evidence = Evidence {
+            looks: Vec::new(),
+            ..transfers()
+        };
+        evidence.victim.statements.remove(1);
+        let (cause, certain, report) = found(evidence.clone());
+        assert_eq!((cause, certain), (Cause::OrderInversion, false));
+        let text = report.diagnosis().text();
+        let ran = "pid 11 (src/transfer.rs:41) ran UPDATE account SET balance = balance - ? WHERE id = ? before it waited";
+        assert!(text.contains(ran), "{text}");
+        // An upgrade, or a foreign key's parent, would look the same.
+        for shared in [
+            "INSERT INTO log VALUES (1)",
+            "SELECT * FROM account FOR SHARE",
+        ] {
+            let mut evidence = evidence.clone();
+            evidence.others[0].statements[0] = entry(0, shared, Some(1));
+            assert_eq!(found(evidence).0, Cause::Unknown);
+        }
+        evidence.others[0].dropped = 1;
+        assert_eq!(found(evidence.clone()).0, Cause::Unknown);
+        evidence.others.clear();
+        assert_eq!(found(evidence).0, Cause::Unknown);
     }
 
     #[test]

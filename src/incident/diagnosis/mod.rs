@@ -12,6 +12,9 @@ use super::scene::Scene;
 use super::server::Message;
 use super::{IncidentEdge, IncidentKind, Participant, words};
 
+/// How much of a statement is quoted.
+const QUOTED: usize = 120;
+
 /// Why an incident happened, as far as the evidence bears it, and what would keep it from happening again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {

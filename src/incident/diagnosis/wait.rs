@@ -6,10 +6,7 @@ use std::time::Duration;
 use crate::graph::{BackendId, LockObject};
 
 use super::super::{IncidentEdge, IncidentKind, Participant, words};
-use super::{Cause, Diagnosis, Facts, foreign_key, index_fix};
-
-/// How much of a statement is quoted.
-const QUOTED: usize = 120;
+use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
     let Some(first) = facts.direct().next() else {
@@ -446,6 +443,20 @@ mod tests {
             text.contains("(AccessExclusiveLock); it waited for pid 13 (psql), which was idle"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn holders_come_before_those_in_the_queue() {
+        let object = LockObject::Relation(account());
+        let server = Server::default()
+            .session_for(13, "psql", "idle in transaction", "", 60_000)
+            .holds(13, &object, "ShareLock")
+            // What it waits for was over in that moment.
+            .waits(12, &object, "AccessExclusiveLock", 2000, &[])
+            .waits(11, &object, "RowExclusiveLock", 958, &[12, 13]);
+        let (cause, _, report) = found(timeout(server));
+        assert_eq!(cause, Cause::IdleInTransaction);
+        assert!(text(&report).starts_with("pid 13 (psql) held"));
     }
 
     #[test]
