@@ -339,8 +339,12 @@ impl Pools {
             sqlx::query(LOCK).bind(KEY).execute(&mut *tx).await?;
         }
         match case.statement() {
-            Some(SELECT) => drop(sqlx::query(SELECT).bind(row).fetch_one(&mut *tx).await?),
-            Some(sql) => drop(sqlx::query(sql).bind(row).execute(&mut *tx).await?),
+            Some(SELECT) => {
+                sqlx::query(SELECT).bind(row).fetch_one(&mut *tx).await?;
+            }
+            Some(sql) => {
+                sqlx::query(sql).bind(row).execute(&mut *tx).await?;
+            }
             None => {}
         }
         tx.commit().await?;
