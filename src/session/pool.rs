@@ -133,6 +133,11 @@ impl Connections {
         })
     }
 
+    /// Whether there is to be a connection beside the pool.
+    pub(crate) fn has_side(&self) -> bool {
+        self.side.is_some()
+    }
+
     /// Opens the side connection, if there is to be one and it can be.
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
         if self.side.is_some() {

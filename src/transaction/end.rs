@@ -71,10 +71,10 @@ impl Tx {
                         self.hooks.run();
                         Ok(())
                     }
-                    Resolved::RolledBack => Err(self.about(
-                        Error::new(ErrorKind::ConnectionLost)
-                            .with_detail("COMMIT was sent, and the server has rolled back"),
-                    )),
+                    Resolved::RolledBack => Err(self
+                        .about(Error::new(ErrorKind::ConnectionLost).with_detail(
+                            "in the middle of COMMIT, and the server has rolled back",
+                        ))),
                     Resolved::Unknown(why) => Err(self.about(unknown.with_detail(why))),
                 }
             }

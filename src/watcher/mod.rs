@@ -220,7 +220,9 @@ impl Drop for Running {
 async fn watch(running: Running, flights: Arc<Flights>) {
     if let Some(watcher) = running.0.upgrade() {
         // Opened before there is trouble, which may leave no connection to be had.
-        watcher.trouble("the side connection is still being opened");
+        if watcher.connections.has_side() {
+            watcher.trouble("the side connection is still being opened");
+        }
         match watcher.connections.open_side().await {
             Ok(()) => *lock(&watcher.trouble) = None,
             Err(error) => watcher.trouble(&look::chain(&error)),

@@ -503,7 +503,13 @@ async fn a_role_without_privileges_gets_the_same_report_with_what_is_hidden_mark
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_report_is_the_same_in_other_languages() {
     let mut expected = None;
-    for locale in ["C", "de_DE.UTF-8", "ja_JP.UTF-8", "ru_RU.UTF-8", "zh_CN.UTF-8"] {
+    for locale in [
+        "C",
+        "de_DE.UTF-8",
+        "ja_JP.UTF-8",
+        "ru_RU.UTF-8",
+        "zh_CN.UTF-8",
+    ] {
         for watch in [true, false] {
             let reported = Reported::with(4, |builder, database| {
                 builder
@@ -513,7 +519,13 @@ async fn the_report_is_the_same_in_other_languages() {
             .await;
             let name = reported.scene.database.name();
             let spoken = format!("ALTER DATABASE {name} SET lc_messages = '{locale}'");
-            if reported.scene.observer.batch_execute(&spoken).await.is_err() {
+            if reported
+                .scene
+                .observer
+                .batch_execute(&spoken)
+                .await
+                .is_err()
+            {
                 Skip::new("locales", format!("the system has no {locale}")).report("incidents");
                 return;
             }
@@ -530,9 +542,18 @@ async fn the_report_is_the_same_in_other_languages() {
                 .iter()
                 .map(|p| format!("{:?} {:?}", p.call_site(), p.statement()))
                 .collect();
-            facts.extend(incident.cycle().iter().map(|edge| edge.mode_wanted().to_owned()));
+            facts.extend(
+                incident
+                    .cycle()
+                    .iter()
+                    .map(|edge| edge.mode_wanted().to_owned()),
+            );
             facts.sort();
-            facts.push(format!("{:?} {:?}", incident.kind(), incident.diagnosis().cause()));
+            facts.push(format!(
+                "{:?} {:?}",
+                incident.kind(),
+                incident.diagnosis().cause()
+            ));
             // The CONTEXT names the relation where no look does.
             facts.push(incident.to_string().contains("account").to_string());
             let expected = expected.get_or_insert_with(|| facts.clone());

@@ -2216,7 +2216,7 @@ async fn every_attempt_is_in_the_log() {
     for attempt in 1..=4 {
         let lines: Vec<_> = log
             .lines()
-            .filter(|line| line.contains(&format!("attempt={attempt} ")))
+            .filter(|line| line.contains(&format!("attempt failed attempt={attempt} ")))
             .collect();
         assert_eq!(lines.len(), 1, "attempt {attempt}: {log}");
         assert!(lines[0].contains("40P01"), "{}", lines[0]);
