@@ -11,7 +11,7 @@ use tokio::runtime::Runtime;
 fn main() -> Result<(), Failure> {
     let runtime = Runtime::new()?;
     let database = runtime.block_on(Server::shared().database());
-    let _observer = runtime.block_on(Observer::new(&database))?;
+    let observer = runtime.block_on(Observer::new(&database))?;
     // The pools of sqlx want a runtime around them when they are made.
     let _in_it = runtime.enter();
 
@@ -41,5 +41,5 @@ fn main() -> Result<(), Failure> {
         runtime.block_on(pools.close());
     }
     criterion.final_summary();
-    Ok(())
+    runtime.block_on(observer.nothing_is_left())
 }

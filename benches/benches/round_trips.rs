@@ -11,8 +11,8 @@ use lockkeeper_testkit::Server;
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
     let database = Server::shared().database().await;
-    let _observer = Observer::new(&database).await?;
+    let observer = Observer::new(&database).await?;
     let trips = round_trips::measure(&database, &Case::ALL, Effort::from_args()).await?;
     println!("{}", round_trips::table(&trips));
-    Ok(())
+    observer.nothing_is_left().await
 }
