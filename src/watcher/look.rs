@@ -16,6 +16,8 @@ use crate::sql::watch::Waiting;
 
 /// Rows whose keys are looked up in one look.
 const MOST_ROWS: usize = 4;
+/// How many times as long as a look has taken there is none after it: a server in trouble has other things to do.
+const REST: u32 = 5;
 /// Relations whose primary keys are remembered.
 const MOST_RELATIONS: usize = 1024;
 
@@ -59,7 +61,7 @@ impl Watcher {
         let now = Instant::now();
         let live = self.connections.flights().live();
         let mut plans = lock(&self.plans);
-        let mut due = Vec::new();
+        let (mut due, mut others) = (Vec::new(), Vec::new());
         for (number, journal) in live {
             let (Some((statement, since)), Some(pid)) = (journal.running(), journal.pid()) else {
                 continue;
@@ -70,13 +72,22 @@ impl Watcher {
             if plan.statement() != statement {
                 *plan = Plan::new(statement, since, journal.lock_timeout);
             }
-            if plan.next() <= now {
-                due.push(Due {
-                    number,
-                    journal,
-                    pid,
-                });
-            }
+            let due_or_not = if plan.next() <= now {
+                &mut due
+            } else if plan.waiting_since().is_some() {
+                &mut others
+            } else {
+                continue;
+            };
+            due_or_not.push(Due {
+                number,
+                journal,
+                pid,
+            });
+        }
+        // One look serves all who wait, so that many waits do not mean many looks.
+        if !due.is_empty() {
+            due.append(&mut others);
         }
         plans.retain(|_, plan| now.duration_since(plan.touched) < KEEP);
         due
@@ -111,10 +122,22 @@ impl Watcher {
         if waiting.is_empty() {
             return Ok(());
         }
+        let rested = *lock(&self.rested);
+        if now < rested {
+            // What was seen a moment ago has to do, or what will be seen in another.
+            let mut plans = lock(&self.plans);
+            for due in due {
+                if let Some(plan) = plans.get_mut(&due.number) {
+                    plan.not_before(rested);
+                }
+            }
+            return Ok(());
+        }
         let pids: Vec<i32> = waiting.keys().copied().collect();
         let asked = Instant::now();
         let reply = self.ask(&sql::graph::blocking(Some(&pids))).await?;
         let took = asked.elapsed();
+        *lock(&self.rested) = Instant::now() + took * REST;
         let Some(seen) = sql::graph::seen(&reply, &|key| names::lookup(key.id()).unwrap_or(key))
         else {
             return Ok(());

@@ -53,6 +53,8 @@ pub(crate) struct Watcher {
     plans: Mutex<HashMap<u64, Plan>>,
     /// Columns of primary keys, by the relation's oid.
     keys: Mutex<HashMap<u32, Arc<[String]>>>,
+    /// When the next look at who waits for whom may be.
+    rested: Mutex<Instant>,
     /// Why the last look failed, if it did.
     trouble: Mutex<Option<Arc<str>>>,
     history: History,
@@ -68,6 +70,7 @@ impl Watcher {
             running: AtomicBool::new(false),
             plans: Mutex::default(),
             keys: Mutex::default(),
+            rested: Mutex::new(Instant::now()),
             trouble: Mutex::default(),
             history: History::default(),
         })

@@ -100,6 +100,11 @@ impl Plan {
             .fold(now + LONG, Instant::min);
     }
 
+    /// Puts the next look off.
+    pub(super) fn not_before(&mut self, time: Instant) {
+        self.next = self.next.max(time);
+    }
+
     pub(super) fn saw(&mut self, look: Look) {
         if self.looks.len() >= LOOKS {
             drop(self.looks.remove(1));
