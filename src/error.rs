@@ -134,17 +134,18 @@ impl Error {
 
     /// Whether running the whole transaction once more can succeed without anything being changed.
     ///
-    /// True for a deadlock, a serialization failure, a lock timeout, and a connection lost before COMMIT. Never for
-    /// [`ErrorKind::CommitUnknown`]: that transaction may have been applied.
+    /// True for a deadlock, a serialization failure, a lock timeout, and a connection lost before COMMIT. Not for a lock
+    /// that NOWAIT did not get, which is the answer that was asked for. Never for [`ErrorKind::CommitUnknown`]: that
+    /// transaction may have been applied.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        matches!(
-            self.0.kind,
-            ErrorKind::Deadlock
-                | ErrorKind::Serialization
-                | ErrorKind::LockTimeout
-                | ErrorKind::ConnectionLost
-        )
+        match self.0.kind {
+            ErrorKind::Deadlock | ErrorKind::Serialization | ErrorKind::ConnectionLost => true,
+            ErrorKind::LockTimeout => self
+                .as_db_error()
+                .is_none_or(|error| classify_db(error) != Failure::NotAvailable),
+            _ => false,
+        }
     }
 
     /// The server's error behind this one.
@@ -424,10 +425,12 @@ pub(crate) fn is_unprepared(error: &Error) -> bool {
         || *code == SqlState::DUPLICATE_PSTATEMENT)
 }
 
-/// Whether an error, or one behind it, is a failure that PostgreSQL means to be retried: a deadlock, a serialization
-/// failure, or a lock timeout.
+/// Whether an error, or one behind it, is a failure that running the transaction again can mend: the first one of this
+/// crate where it [is retryable](Error::is_retryable), or the server's where that is a deadlock, a serialization failure,
+/// or a lock timeout (not a lock that NOWAIT did not get).
 ///
-/// For [`TransactionOptions::retry_if`](crate::TransactionOptions::retry_if), where an error type keeps its sources.
+/// For [`TransactionOptions::retry_if`](crate::TransactionOptions::retry_if), where an error type keeps its sources. One
+/// that is `#[error(transparent)]` hides the error itself, and shows what is behind that.
 ///
 /// # Examples
 /// ```

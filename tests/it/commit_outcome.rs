@@ -994,6 +994,14 @@ async fn a_reader_on_a_standby_may_have_the_option() {
         answer.unwrap();
         assert_eq!(counts.runs(), runs, "{cut:?}");
     }
+    // A group's lock would be the standby's own.
+    let answer = add(
+        &lab.keeper,
+        resolving().conflict_group(1),
+        &Counts::default(),
+    )
+    .await;
+    assert_eq!(answer.unwrap_err().kind(), ErrorKind::ReadOnlyServer);
 }
 
 /// Connections that have gone silent, as after a failover that nobody has told their sockets of.
