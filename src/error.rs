@@ -25,7 +25,9 @@ pub enum ErrorKind {
     RetriesExhausted,
     /// The connection was lost while COMMIT was under way: the server may or may not have committed.
     CommitUnknown,
-    /// The connection was lost before COMMIT was sent: the server rolls the transaction back.
+    /// The connection was lost, and the transaction is not committed: before COMMIT was sent, so that the server rolls it
+    /// back, or later, where the server was asked and says so
+    /// ([`resolve_commit`](crate::TransactionOptions::resolve_commit)).
     ConnectionLost,
     /// A session guard's lock is gone: its connection ended while the guard was alive.
     LockLost,
