@@ -25,7 +25,9 @@ pub enum ErrorKind {
     RetriesExhausted,
     /// The connection was lost while COMMIT was under way: the server may or may not have committed.
     CommitUnknown,
-    /// The connection was lost before COMMIT was sent: the server rolls the transaction back.
+    /// The connection was lost, and the transaction is not committed: before COMMIT was sent, so that the server rolls it
+    /// back, or later, where the server was asked and says so
+    /// ([`resolve_commit`](crate::TransactionOptions::resolve_commit)).
     ConnectionLost,
     /// A session guard's lock is gone: its connection ended while the guard was alive.
     LockLost,
@@ -134,17 +136,18 @@ impl Error {
 
     /// Whether running the whole transaction once more can succeed without anything being changed.
     ///
-    /// True for a deadlock, a serialization failure, a lock timeout, and a connection lost before COMMIT. Never for
-    /// [`ErrorKind::CommitUnknown`]: that transaction may have been applied.
+    /// True for a deadlock, a serialization failure, a lock timeout, and a connection lost before COMMIT. Not for a lock
+    /// that NOWAIT did not get, which is the answer that was asked for. Never for [`ErrorKind::CommitUnknown`]: that
+    /// transaction may have been applied.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        matches!(
-            self.0.kind,
-            ErrorKind::Deadlock
-                | ErrorKind::Serialization
-                | ErrorKind::LockTimeout
-                | ErrorKind::ConnectionLost
-        )
+        match self.0.kind {
+            ErrorKind::Deadlock | ErrorKind::Serialization | ErrorKind::ConnectionLost => true,
+            ErrorKind::LockTimeout => self
+                .as_db_error()
+                .is_none_or(|error| classify_db(error) != Failure::NotAvailable),
+            _ => false,
+        }
     }
 
     /// The server's error behind this one.
@@ -424,10 +427,12 @@ pub(crate) fn is_unprepared(error: &Error) -> bool {
         || *code == SqlState::DUPLICATE_PSTATEMENT)
 }
 
-/// Whether an error, or one behind it, is a failure that PostgreSQL means to be retried: a deadlock, a serialization
-/// failure, or a lock timeout.
+/// Whether an error, or one behind it, is a failure that running the transaction again can mend: the first one of this
+/// crate where it [is retryable](Error::is_retryable), or the server's where that is a deadlock, a serialization failure,
+/// or a lock timeout (not a lock that NOWAIT did not get).
 ///
-/// For [`TransactionOptions::retry_if`](crate::TransactionOptions::retry_if), where an error type keeps its sources.
+/// For [`TransactionOptions::retry_if`](crate::TransactionOptions::retry_if), where an error type keeps its sources. One
+/// that is `#[error(transparent)]` hides the error itself, and shows what is behind that.
 ///
 /// # Examples
 /// ```

@@ -215,8 +215,8 @@ impl Keeper {
 
     /// Runs a transaction as the options say: `Ok` commits, `Err` rolls back.
     ///
-    /// A deadlock, a serialization failure (COMMIT's too) and a lock timeout of a statement are followed by a rollback
-    /// of the whole transaction, a random pause, and another run from a clone of the closure, as often as
+    /// A deadlock, a serialization failure (COMMIT's too) and a lock timeout of a statement (not NOWAIT's refusal) are
+    /// followed by a rollback of the whole transaction, a random pause, and another run from a clone of the closure, as often as
     /// [`attempts`](TransactionOptions::attempts) says. They are recognized by what the server said to the transaction
     /// itself, whatever the closure's error type is.
     ///

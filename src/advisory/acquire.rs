@@ -36,7 +36,13 @@ const SHORTEST_SLICE: Duration = Duration::from_millis(5);
 /// before the server looks for deadlocks, so the build goes on in the pause (test
 /// `index_build_under_a_session_lock_finishes`). It also bounds how long a waiter whose process was killed stays in the
 /// queue.
-pub(super) fn slice(server: Option<&Server>) -> Duration {
+///
+/// Between two slices others go before. For a conflict group's lock the wait is a single one: who is to run alone would
+/// never come to it where the others run for longer than a slice, and none of them builds an index.
+pub(super) fn slice(request: &Request, server: Option<&Server>) -> Duration {
+    if request.is_group {
+        return Duration::MAX;
+    }
     server.map_or(LONGEST_SLICE, |server| {
         (server.deadlock_timeout / 2).clamp(SHORTEST_SLICE, LONGEST_SLICE)
     })
@@ -141,10 +147,7 @@ impl Advisory {
             &tried,
             Preparable::of(request.locks(), false),
         );
-        let any_snapshot = request.is_group && request.mode() == AdvisoryMode::Shared;
-        if any_snapshot && tried.granted && tried.verdict == Verdict::Snapshot {
-            tried.verdict = Verdict::Granted;
-        }
+        forgive_snapshot(request, &session, &mut tried);
         Ok((session, tried))
     }
 
@@ -283,7 +286,7 @@ impl Advisory {
         deadline: &Deadline,
         turn: Option<Turn>,
     ) -> Result<Tx, Error> {
-        let slice = slice(self.server(&session, tried).as_ref());
+        let slice = slice(&request, self.server(&session, tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
         while !deadline.has_passed() {
@@ -341,7 +344,11 @@ impl Advisory {
         let (mut session, reply) = self
             .send(session, sql, Undo::rollback(), deadline, &request)
             .await?;
-        match sql::advisory::tried(&reply) {
+        let mut tried = sql::advisory::tried(&reply);
+        if let Some(tried) = &mut tried {
+            forgive_snapshot(&request, &session, tried);
+        }
+        match tried {
             Some(tried) if tried.verdict == Verdict::Granted => {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
                 self.granted(session, request, &tried, deadline).await
@@ -448,6 +455,22 @@ impl Advisory {
         }
         session.identify(tried.pid, request.begin.application_name.as_deref());
         self.granted(session, request, tried, deadline).await
+    }
+}
+
+/// Lets a conflict group's lock count under a snapshot that is older.
+///
+/// What is read under a shared one need not be younger. An exclusive one is taken before the snapshot where that can be
+/// done: not through a pooler, where it still keeps the others out.
+fn forgive_snapshot(request: &Request, session: &Session, tried: &mut Tried) {
+    if !request.is_group || tried.verdict != Verdict::Snapshot {
+        return;
+    }
+    let pooled = session.login_pid() != Some(tried.pid);
+    if tried.granted && (pooled || request.mode() == AdvisoryMode::Shared) {
+        tried.verdict = Verdict::Granted;
+    } else if pooled {
+        tried.verdict = Verdict::Busy;
     }
 }
 

@@ -295,7 +295,7 @@ impl Advisory {
         named: bool,
         turn: Option<Turn>,
     ) -> Result<Locked, Error> {
-        let slice = slice(self.server(&session, &tried).as_ref());
+        let slice = slice(&request, self.server(&session, &tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
         while !deadline.has_passed() {

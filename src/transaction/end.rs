@@ -61,22 +61,22 @@ impl Tx {
             // No answer, or none that can be read: the server may have committed. Invariant: never retried.
             Failure::ConnectionLost | Failure::Driver => {
                 drop(session);
-                let unknown = Error::new(ErrorKind::CommitUnknown).with_source(error);
-                let Some(mark) = mark else {
-                    return Err(self.about(unknown));
+                let lost = match mark {
+                    None => Error::new(ErrorKind::CommitUnknown),
+                    Some(mark) => match resolve(&connections, &mark).await {
+                        Resolved::Committed => {
+                            self.trace_end(&End::Commit);
+                            self.hooks.run();
+                            return Ok(());
+                        }
+                        Resolved::RolledBack => Error::new(ErrorKind::ConnectionLost)
+                            .with_detail("COMMIT was sent, and the server has rolled back"),
+                        Resolved::Unknown(why) => {
+                            Error::new(ErrorKind::CommitUnknown).with_detail(why)
+                        }
+                    },
                 };
-                match resolve(&connections, &mark).await {
-                    Resolved::Committed => {
-                        self.trace_end(&End::Commit);
-                        self.hooks.run();
-                        Ok(())
-                    }
-                    Resolved::RolledBack => Err(self
-                        .about(Error::new(ErrorKind::ConnectionLost).with_detail(
-                            "in the middle of COMMIT, and the server has rolled back",
-                        ))),
-                    Resolved::Unknown(why) => Err(self.about(unknown.with_detail(why))),
-                }
+                Err(self.about(lost.with_source(error)))
             }
             // Some earlier statement failed, and its error was not passed on.
             Failure::Aborted => {

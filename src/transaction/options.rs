@@ -81,8 +81,12 @@ impl TransactionOptions {
     /// Which errors of the closure's own are worth another attempt, besides what PostgreSQL says of itself: for failures
     /// that only the application knows. They come back as they were when there are no attempts left.
     ///
-    /// For an error type that has sources, [`is_retryable`](crate::is_retryable) searches them for a failure that
-    /// PostgreSQL means to be retried.
+    /// It is asked, after the rollback, for each error that the closure returns, except where a deadlock, a serialization
+    /// failure or a lock timeout of this very transaction is behind it: that is run again in any case. What is run again
+    /// so has the same attempts, pauses, [`deadline`](Self::deadline) and retry budget.
+    ///
+    /// For an error type that has sources, [`is_retryable`](crate::is_retryable) searches them for a failure that can be
+    /// mended so: of another connection, or of this one when it is lost.
     ///
     /// ```
     /// use lockkeeper::TransactionOptions;
@@ -161,12 +165,17 @@ impl<P> TransactionOptions<P> {
     }
 
     /// When the connection is lost during COMMIT, finds out on another connection what became of it, by
-    /// `pg_xact_status`: it counts as committed, or is run again, and only where the server cannot say (it does not
-    /// answer for 15 s, or another one has taken over since) is the error
-    /// [`CommitUnknown`](crate::ErrorKind::CommitUnknown).
+    /// `pg_xact_status`: it counts as committed, or is run again. The error is
+    /// [`CommitUnknown`](crate::ErrorKind::CommitUnknown) only where that cannot be said: nobody answers for 15 s, or
+    /// COMMIT goes on for as long; another server has taken over; or the server has been started again, and the
+    /// transaction's id, found committed, may be another one's by now.
     ///
-    /// A connection lost after the closure and before COMMIT was sent is run again too. Costs one round trip, for the
-    /// transaction's id before COMMIT.
+    /// A connection lost after the closure and before COMMIT was sent is run again too.
+    ///
+    /// # SQL
+    /// One round trip more, before COMMIT, for the transaction's id. It has one then, even if it has only read. The
+    /// role needs no more than PostgreSQL gives to all: `pg_current_xact_id`, `pg_current_wal_insert_lsn`,
+    /// `pg_control_system` and their like.
     pub fn resolve_commit(mut self) -> Self {
         self.resolve_commit = true;
         self
@@ -176,8 +185,17 @@ impl<P> TransactionOptions<P> {
     /// go on side by side; and an exclusive one after the transaction has been a deadlock's victim twice, with which it
     /// runs alone in its group, so that it cannot lose for ever.
     ///
+    /// While one of them waits to be alone, until those that run have ended, no other begins. What makes a victim is the
+    /// server's word: deadlocks that [`lock_timeout`](Self::lock_timeout) ends before the server has found them do not
+    /// count. A transaction of the group must not wait for another one of it that it has begun itself.
+    ///
+    /// # SQL
     /// The lock is in the BEGIN message, without a round trip more while nobody of the group runs alone. It is waited for
-    /// as long as the keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait).
+    /// as long as the keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait), after which the error is
+    /// [`LockTimeout`](crate::ErrorKind::LockTimeout), and that is not retried. Under REPEATABLE READ and SERIALIZABLE
+    /// the exclusive lock comes before the transaction's snapshot, which costs some round trips more; through a pooler that
+    /// cannot be done, so there one that runs alone can still fail because of what was committed while it waited. A
+    /// standby refuses it, as all advisory locks.
     pub fn conflict_group(mut self, key: impl Into<LockKey>) -> Self {
         self.conflict_group = Some(key.into());
         self

@@ -60,7 +60,7 @@ where
         let mut tx = match open(victim).await {
             Ok(Some(tx)) => tx.resolving(policy.resolves),
             Ok(None) => return Ok(None),
-            Err(error) => return Err(error.with_attempts(attempt).into()),
+            Err(error) => return Err(error.with_attempts(attempt - 1).into()),
         };
         let result = f.clone()(&mut tx).await;
         let flight = tx

@@ -169,9 +169,9 @@ impl Tx {
 
     /// Has `hook` run once this transaction has been committed: after the server's answer, in the order they were given.
     ///
-    /// It is not run when the transaction is rolled back, with the savepoint it was given in or as a whole, nor when
-    /// COMMIT's outcome is not known. An attempt that is repeated starts without hooks. A hook must not block; for more
-    /// than a moment's work spawn a task. A panic in one is logged, and the others run.
+    /// It is not run when the transaction is rolled back, with the [`savepoint`](Self::savepoint) it was given in or as a
+    /// whole, nor when COMMIT's outcome is not known. An attempt that is repeated starts without hooks. A hook must not
+    /// block; for more than a moment's work spawn a task. A panic in one is logged, and the others run.
     ///
     /// # Cancel safety
     /// Where the future that commits is dropped half-way, the transaction may commit and the hook is not run: what must

@@ -17,6 +17,7 @@ mod statement;
 
 mod cancel_safety;
 mod commit_outcome;
+mod conflict_group;
 mod drops;
 mod environment;
 mod guards;
@@ -34,6 +35,7 @@ mod pgbouncer;
 mod postgres_facts;
 mod processes;
 mod proxy;
+mod retry;
 mod session_guard;
 mod settings;
 mod several;
