@@ -70,7 +70,7 @@ impl Tx {
                             return Ok(());
                         }
                         Resolved::RolledBack => Error::new(ErrorKind::ConnectionLost)
-                            .with_detail("COMMIT was sent, and the server has rolled back"),
+                            .with_detail("in the middle of COMMIT, and the server has rolled back"),
                         Resolved::Unknown(why) => {
                             Error::new(ErrorKind::CommitUnknown).with_detail(why)
                         }

