@@ -3,6 +3,9 @@
 //! A timer of the runtime that is set for each message wakes the runtime's driver thread each time, which costs more
 //! than the message. These bounds are for servers that have fallen silent, so they need not be exact: one task looks
 //! at all of them a few times a second, and ends when there have been none for a while.
+//!
+//! That task has to run on threads of its runtime: a current-thread runtime stands still outside of `block_on`, and the
+//! bounds of all others with it. There each bound is a timer, which wakes nobody: the thread that sets it drives it.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -10,7 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::time::Sleep;
 
 /// How late a bound may be.
 const TICK: Duration = Duration::from_millis(200);
@@ -48,7 +52,7 @@ impl Patience {
             runtime: runtime.clone(),
             // A bound too far away for the clock is none.
             end: Instant::now().checked_add(most),
-            entry: None,
+            watch: None,
         }
     }
 
@@ -75,7 +79,14 @@ pub(crate) struct Bounded<F> {
     patience: Patience,
     runtime: Handle,
     end: Option<Instant>,
-    entry: Option<u64>,
+    watch: Option<Watch>,
+}
+
+/// What tells that a bound has passed.
+enum Watch {
+    /// The task, by this entry.
+    Task(u64),
+    Timer(Pin<Box<Sleep>>),
 }
 
 impl<F: Future + Unpin> Future for Bounded<F> {
@@ -89,15 +100,28 @@ impl<F: Future + Unpin> Future for Bounded<F> {
         let Some(end) = this.end else {
             return Poll::Pending;
         };
-        if this.entry.is_some() && Instant::now() >= end {
-            return Poll::Ready(None);
+        // Not the session's own runtime, which may have ended: this one runs.
+        let current = Handle::try_current().ok();
+        let driven_here = |current: &Handle| {
+            current.runtime_flavor() == RuntimeFlavor::CurrentThread && this.watch.is_none()
+        };
+        if current.as_ref().is_some_and(driven_here) {
+            let timer = tokio::time::sleep_until(end.into());
+            this.watch = Some(Watch::Timer(Box::pin(timer)));
         }
+        let entry = match &mut this.watch {
+            Some(Watch::Timer(timer)) => return timer.as_mut().poll(cx).map(|()| None),
+            Some(Watch::Task(_)) if Instant::now() >= end => return Poll::Ready(None),
+            Some(Watch::Task(entry)) => Some(*entry),
+            None => None,
+        };
         let start = {
             let mut waits = this.patience.lock();
-            let entry = *this.entry.get_or_insert_with(|| {
+            let entry = entry.unwrap_or_else(|| {
                 waits.next += 1;
                 waits.next
             });
+            this.watch = Some(Watch::Task(entry));
             waits.used = true;
             match waits.pending.get_mut(&entry) {
                 Some((_, waker)) => waker.clone_from(cx.waker()),
@@ -106,7 +130,8 @@ impl<F: Future + Unpin> Future for Bounded<F> {
             !std::mem::replace(&mut waits.ticking, true)
         };
         if start {
-            this.patience.start(&this.runtime);
+            this.patience
+                .start(current.as_ref().unwrap_or(&this.runtime));
         }
         Poll::Pending
     }
@@ -114,7 +139,7 @@ impl<F: Future + Unpin> Future for Bounded<F> {
 
 impl<F> Drop for Bounded<F> {
     fn drop(&mut self) {
-        if let Some(entry) = self.entry {
+        if let Some(Watch::Task(entry)) = self.watch {
             drop(self.patience.lock().pending.remove(&entry));
         }
     }
@@ -162,8 +187,17 @@ impl Drop for Ticking {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn a_silent_future_is_given_up_and_a_late_one_is_not() {
+        given_up_or_not().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn so_it_is_on_one_thread() {
+        given_up_or_not().await;
+    }
+
+    async fn given_up_or_not() {
         let patience = Patience::default();
         let runtime = Handle::current();
         let silent = Box::pin(std::future::pending::<()>());
@@ -187,8 +221,10 @@ mod tests {
         };
         let first = runtime();
         let silent = || Box::pin(std::future::pending::<()>());
-        let mut bounded = patience.bound(first.handle(), Duration::MAX, silent());
+        let long = Duration::from_secs(3600);
+        let mut bounded = patience.bound(first.handle(), long, silent());
         assert!(super::super::exchange::poll_once(Pin::new(&mut bounded)).is_none());
+        assert!(patience.lock().ticking);
         let second = runtime();
         let waiting =
             second.spawn(patience.bound(second.handle(), Duration::from_millis(400), silent()));
@@ -198,12 +234,57 @@ mod tests {
         assert!(matches!(given_up, Ok(Ok(None))));
     }
 
+    /// A current-thread runtime does nothing outside of `block_on`.
+    #[test]
+    fn an_idle_runtime_does_not_stop_the_bounds_of_another() {
+        let patience = Patience::default();
+        let idle = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let silent = || Box::pin(std::future::pending::<()>());
+        let long = Duration::from_secs(3600);
+        let mut bounded = patience.bound(idle.handle(), long, silent());
+        let once = async { super::super::exchange::poll_once(Pin::new(&mut bounded)) };
+        assert!(idle.block_on(once).is_none());
+        let driven = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        // In a task of its own: a timeout around it would poll it once more.
+        let soon = Duration::from_millis(100);
+        let waiting = driven.spawn(patience.bound(driven.handle(), soon, silent()));
+        let given_up =
+            driven.block_on(async { tokio::time::timeout(Duration::from_secs(20), waiting).await });
+        assert!(matches!(given_up, Ok(Ok(None))));
+    }
+
+    /// A session can outlive the runtime that it was taken on.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_bound_does_not_spin_when_its_first_runtime_has_ended() {
+        let patience = Patience::default();
+        let ended = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let handle = ended.handle().clone();
+        ended.shutdown_background();
+        let mut polls = 0;
+        let counted = std::future::poll_fn(|_| {
+            polls += 1;
+            Poll::<()>::Pending
+        });
+        let bounded = patience.bound(&handle, Duration::from_millis(300), counted);
+        assert_eq!(bounded.await, None);
+        assert!(polls < 10, "{polls} polls");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn the_task_ends_when_there_is_nothing_to_bound() {
         let patience = Patience::default();
-        let late = Box::pin(tokio::time::sleep(TICK / 2));
-        let bounded = patience.bound(&Handle::current(), TICK, late);
-        assert_eq!(bounded.await, Some(()));
+        patience.lock().ticking = true;
+        patience.start(&Handle::current());
+        tokio::time::sleep(TICK * 2).await;
         assert!(patience.lock().ticking);
         tokio::time::sleep(TICK * (IDLE_TICKS + 2)).await;
         assert!(!patience.lock().ticking);
