@@ -12,16 +12,23 @@ use crate::sql::{self, Message};
 /// The end of a guard: what is sent, and what the reply leaves to be done.
 pub(super) struct Ending {
     pub(super) message: Message,
+    /// Whether somebody waits for what comes of it.
+    pub(super) hands_over: bool,
     // Taken by whoever reads the reply: the caller, or the background.
     then: Arc<Mutex<Option<FromReply>>>,
 }
 
 impl Ending {
-    pub(super) fn of(guard: &SessionGuard, session: &Session) -> Self {
+    pub(super) fn of(guard: &SessionGuard, session: &mut Session) -> Self {
         let application_name = guard.application_name();
+        let mut hands_over = false;
         let (message, then) = match (guard.prepared(), application_name, guard.held_keys()) {
             (Some(statement), Some(name), [key]) => match next(guard, session) {
-                Some(next) => hand_over(statement, key, name, next),
+                Some(next) => {
+                    hands_over = true;
+                    session.move_to(next.runtime.as_ref());
+                    hand_over(statement, key, name, next)
+                }
                 None => (
                     sql::advisory::execute_unlock(statement, key, name),
                     after_unlock(Some(name.to_owned())),
@@ -34,6 +41,7 @@ impl Ending {
         };
         Self {
             message,
+            hands_over,
             then: Arc::new(Mutex::new(Some(then))),
         }
     }
@@ -56,9 +64,10 @@ fn read(then: &Mutex<Option<FromReply>>, reply: &Reply) -> Then {
 }
 
 /// The next in line, unless the session has been used: what somebody has set on it is not for the next one, and the pool
-/// may have its own way of cleaning a connection.
+/// may have its own way of cleaning a connection. And unless somebody waits for one of the pool's: a line that does not
+/// end would keep the connection for itself.
 fn next(guard: &SessionGuard, session: &Session) -> Option<Next> {
-    if session.was_used() {
+    if session.was_used() || session.connections().are_awaited() {
         return None;
     }
     guard.stake()?.next()

@@ -10,6 +10,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::deadline::Deadline;
@@ -38,6 +39,8 @@ struct Place {
 struct Waiter {
     number: u64,
     application_name: String,
+    /// Where it waits.
+    runtime: Option<Handle>,
     sender: oneshot::Sender<Handed>,
 }
 
@@ -72,6 +75,7 @@ impl Line {
         place.waiting.push_back(Waiter {
             number,
             application_name: application_name.to_owned(),
+            runtime: Handle::try_current().ok(),
             sender,
         });
         Entered::Waiting(Waiting {
@@ -97,8 +101,11 @@ impl Line {
     }
 
     /// The first in line that still waits, with a stake for it.
-    fn pop(self: &Arc<Self>, id: KeyId) -> Option<(Waiter, Stake)> {
-        let mut places = self.lock();
+    fn pop(
+        self: &Arc<Self>,
+        places: &mut HashMap<KeyId, Place>,
+        id: KeyId,
+    ) -> Option<(Waiter, Stake)> {
         let place = places.get_mut(&id)?;
         while let Some(waiter) = place.waiting.pop_front() {
             if !waiter.sender.is_closed() {
@@ -133,9 +140,10 @@ pub(crate) struct Stake {
 impl Stake {
     /// The next in line, if there is one.
     pub(crate) fn next(&self) -> Option<Next> {
-        let (waiter, stake) = self.line.pop(self.id)?;
+        let (waiter, stake) = self.line.pop(&mut self.line.lock(), self.id)?;
         Some(Next {
             application_name: waiter.application_name,
+            runtime: waiter.runtime,
             sender: waiter.sender,
             stake,
         })
@@ -144,7 +152,7 @@ impl Stake {
 
 impl Drop for Stake {
     fn drop(&mut self) {
-        {
+        let next = {
             let mut places = self.line.lock();
             let Some(place) = places.get_mut(&self.id) else {
                 return;
@@ -153,13 +161,13 @@ impl Drop for Stake {
             if place.stakes > 0 {
                 return;
             }
-            if place.waiting.is_empty() {
+            let next = self.line.pop(&mut places, self.id);
+            if next.is_none() {
                 places.remove(&self.id);
-                return;
             }
-        }
-        // Somebody can come in between: then there is a stake more, and the line has its order all the same.
-        if let Some((waiter, stake)) = self.line.pop(self.id) {
+            next
+        };
+        if let Some((waiter, stake)) = next {
             // Refused, the stake in it is dropped, and so goes on to the next.
             drop(waiter.sender.send(Handed::Turn(stake)));
         }
@@ -175,6 +183,8 @@ impl fmt::Debug for Stake {
 /// Somebody who waits for a session to be passed on. Dropped, its stake is, and the line goes on.
 pub(crate) struct Next {
     pub(crate) application_name: String,
+    /// The runtime it waits on, which sees to the session from now on: that of the one before may stand still, or end.
+    pub(crate) runtime: Option<Handle>,
     sender: oneshot::Sender<Handed>,
     stake: Stake,
 }
@@ -241,7 +251,7 @@ pub(crate) struct Waiting {
 pub(crate) enum Interrupted {
     /// The deadline has passed.
     Late,
-    /// First in line, and time to look for oneself.
+    /// First in line, or out of it to be handed a session whose answer does not come, and time to look for oneself.
     Look,
     /// Taken out of the line, to be handed a session that was then lost.
     Lost,
@@ -269,8 +279,12 @@ impl Waiting {
 
     fn is_first(&self) -> bool {
         let places = self.line.lock();
-        let first = places.get(&self.id).and_then(|place| place.waiting.front());
-        first.is_some_and(|first| first.number == self.number)
+        let Some(place) = places.get(&self.id) else {
+            return true;
+        };
+        // They stand in the order of their numbers.
+        let first = place.waiting.front();
+        first.is_none_or(|first| self.number <= first.number)
     }
 }
 

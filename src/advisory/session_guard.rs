@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{Journal, Session, Then, Undo, query_methods};
+use crate::session::{Journal, Session, Then, Undo, query_methods, see_through};
 use crate::sql;
 use crate::sql::advisory::Locks;
 use crate::transaction::{AsyncFunc, Tx};
@@ -157,15 +157,25 @@ impl SessionGuard {
     /// was dropped is still running on the guard's connection: it is cancelled, and the connection closed.
     pub async fn release(mut self) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
-        let Some(session) = self.session.take() else {
+        let Some(mut session) = self.session.take() else {
             return Err(lost);
         };
         if session.is_closed() {
             return Err(lost);
         }
-        let mut ending = Ending::of(&self, &session);
-        let undo = ending.undo();
+        let ending = Ending::of(&self, &mut session);
         self.trace_end();
+        if !ending.hands_over {
+            return self.end(session, ending).await;
+        }
+        // The next one shall not have to wait until this future is polled again.
+        let released = see_through(self.end(session, ending)).await;
+        released.unwrap_or(Err(lost))
+    }
+
+    async fn end(self, session: Session, mut ending: Ending) -> Result<(), Error> {
+        let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
+        let undo = ending.undo();
         // A statement that was given up is cancelled; what became of the locks is asked all the same.
         let message = std::mem::replace(&mut ending.message, String::new().into());
         let exchange = session.exchange(message, undo);
@@ -277,9 +287,9 @@ query_methods!(SessionGuard);
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
-        if let Some(session) = self.session.take() {
+        if let Some(mut session) = self.session.take() {
             self.trace_end();
-            let ending = Ending::of(self, &session);
+            let ending = Ending::of(self, &mut session);
             let undo = ending.undo();
             session.exchange(ending.message, undo).detach();
         }

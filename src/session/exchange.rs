@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_core::Stream;
 use tokio::runtime::Handle;
 use tokio_postgres::SimpleQueryMessage;
+use tracing::Instrument as _;
 
 use super::cancel::Canceller;
 use super::{Reply, Session};
@@ -209,6 +210,25 @@ impl fmt::Debug for Exchange {
         f.debug_struct("Exchange")
             .field("sent", &self.sent)
             .finish_non_exhaustive()
+    }
+}
+
+/// Goes on with `work` in the background, whether this is polled again or not: somebody else waits for what comes of it.
+/// What it sends at its first poll is sent at once. `None` where the runtime ends before.
+///
+/// Cancel safety: once polled, the work goes on if this is dropped.
+pub(crate) async fn see_through<F>(work: F) -> Option<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    let mut work = Box::pin(work.in_current_span());
+    let first = poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
+    if let Poll::Ready(output) = first {
+        return Some(output);
+    }
+    match Handle::try_current() {
+        Ok(runtime) => runtime.spawn(work).await.ok(),
+        Err(_) => Some(work.await),
     }
 }
 

@@ -32,7 +32,7 @@ use crate::error::{Failure, classify};
 use crate::sql::Message;
 
 pub(crate) use custody::is_in_custody;
-pub(crate) use exchange::{Exchange, FromReply, Then, Undo};
+pub(crate) use exchange::{Exchange, FromReply, Then, Undo, see_through};
 pub(crate) use findings::Scope;
 pub(crate) use flights::{Flight, Flights};
 use journal::Noted;
@@ -121,6 +121,13 @@ impl Session {
     /// Notes that a statement has failed.
     pub(crate) fn suspect(&self) {
         self.flawed.store(true, Ordering::Relaxed);
+    }
+
+    /// Has another runtime see to what nobody waits for.
+    pub(crate) fn move_to(&mut self, runtime: Option<&Handle>) {
+        if let Some(runtime) = runtime {
+            self.runtime = runtime.clone();
+        }
     }
 
     /// Where the connection comes from.

@@ -86,6 +86,12 @@ impl Connections {
         self.pool.status().max_size
     }
 
+    /// Whether somebody waits for a connection to come back to the pool.
+    pub(crate) fn are_awaited(&self) -> bool {
+        let status = self.pool.status();
+        status.waiting > 0 && status.size >= status.max_size
+    }
+
     pub(super) fn side(&self) -> Option<&Side> {
         self.side.as_ref()
     }

@@ -1,13 +1,17 @@
 //! The line inside the process before one session lock, and what is handed over in it.
 
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
-use lockkeeper::{ErrorKind, SessionGuard};
+use lockkeeper::{ErrorKind, Keeper, SessionGuard};
+use tokio::runtime::Builder;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
+use crate::proxy::{Cut, Proxy};
 
 const SOON: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_secs(30);
@@ -332,4 +336,122 @@ async fn nobody_is_left_over_when_waiters_come_and_go() {
     tokio::time::timeout(LONG * 2, all).await.expect("stuck");
     assert!(entered.load(Ordering::SeqCst) > 0);
     scene.nothing_left().await;
+}
+
+/// What is handed over was prepared on the connection by an earlier acquisition.
+async fn prepare(scene: &Scene, key: i64) {
+    let guard = scene.keeper.advisory_lock(key).session().acquire().await;
+    guard.unwrap().release().await.unwrap();
+}
+
+async fn is_pending<F: Future + Unpin>(future: &mut F) -> bool {
+    std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *future).poll(cx).is_pending())).await
+}
+
+/// A line that never ends goes round on one connection; somebody waits for the pool's.
+#[tokio::test]
+async fn a_line_does_not_keep_the_pools_connection_from_others() {
+    let scene = Scene::new(1).await;
+    let rounds = Arc::new(AtomicU32::new(0));
+    let mut tasks = JoinSet::new();
+    for _ in 0..3 {
+        let (keeper, rounds) = (scene.keeper.clone(), Arc::clone(&rounds));
+        tasks.spawn(async move {
+            loop {
+                let lock = keeper.advisory_lock(9).wait(LONG).session();
+                let guard = lock.acquire().await.unwrap();
+                rounds.fetch_add(1, Ordering::SeqCst);
+                guard.release().await.unwrap();
+            }
+        });
+    }
+    eventually(SOON, "the lock does not go round", async || {
+        rounds.load(Ordering::SeqCst) > 10
+    })
+    .await;
+    let others = tokio::time::timeout(SOON, scene.pool.get()).await;
+    tasks.shutdown().await;
+    drop(
+        others
+            .expect("the pool's connection never came back")
+            .unwrap(),
+    );
+    scene.nothing_left().await;
+}
+
+/// A current-thread runtime does nothing outside of `block_on`, so it cannot see to a session on its way to another one.
+#[test]
+fn a_guard_dropped_beside_its_idle_runtime_is_handed_over() {
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let scene = runtime.block_on(async {
+        let scene = Scene::new(1).await;
+        prepare(&scene, 10).await;
+        scene
+    });
+    let idle = Builder::new_current_thread().enable_all().build().unwrap();
+    let lock = scene.keeper.advisory_lock(10).session();
+    let first = idle.block_on(lock.acquire()).unwrap();
+    let lock = scene.keeper.advisory_lock(10).wait(LONG).session();
+    let mut waiter = Box::pin(lock.acquire());
+    assert!(runtime.block_on(is_pending(&mut waiter)));
+    drop(first);
+    let second = runtime.block_on(async { tokio::time::timeout(SOON, waiter).await });
+    drop(second.expect("not served").unwrap());
+    runtime.block_on(scene.nothing_left());
+}
+
+/// Its future is alive, and whoever has it is busy with something else.
+#[tokio::test]
+async fn a_release_that_nobody_polls_to_its_end_reaches_the_next() {
+    let scene = Scene::new(4).await;
+    prepare(&scene, 11).await;
+    let lock = scene.keeper.advisory_lock(11).session();
+    let first = lock.acquire().await.unwrap();
+    let waiter = waiting(&scene, 11);
+    settled().await;
+    let mut release = Box::pin(first.release());
+    assert!(is_pending(&mut release).await);
+    let second = served(waiter).await;
+    second.release().await.unwrap();
+    release.await.unwrap();
+    scene.nothing_left().await;
+}
+
+/// The connection on which the lock was to be handed over has fallen silent, and the server has given it up: whoever it
+/// was to go to looks for itself.
+#[tokio::test]
+async fn a_hand_over_that_is_never_answered_does_not_hold_up_the_next() {
+    let scene = Scene::new(1).await;
+    let proxy = Proxy::before(&scene.database).await;
+    let pool = proxy.pool(&scene.database.config(), 2);
+    let keeper = Keeper::builder(pool).application("test").build();
+    let lock = keeper.advisory_lock(12).wait(LONG).session();
+    lock.clone()
+        .acquire()
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    let first = lock.clone().acquire().await.unwrap();
+    let pid = first.backend_pid();
+    let waiter = tokio::spawn(async move { lock.acquire().await.unwrap() });
+    settled().await;
+    // The holder's own name, which is put back if the next one does not get the lock.
+    proxy.cut(", '')", Cut::Silence);
+    drop(first);
+    eventually(SOON, "not handed over", async || proxy.cuts_left() == 0).await;
+    scene
+        .observer
+        .execute("SELECT pg_terminate_backend($1)", &[&pid])
+        .await
+        .unwrap();
+    let soon = Duration::from_secs(5);
+    let second = tokio::time::timeout(soon, waiter).await;
+    drop(second.expect("not served").unwrap());
+    eventually(SOON, "the lock is left", async || !scene.is_held(12).await).await;
 }
