@@ -33,8 +33,8 @@ const LOOK: Duration = Duration::from_millis(100);
 ///
 /// Where others wait for the same key through the same [`Keeper`](crate::Keeper), exclusively and for the session, they
 /// wait in line without a connection, first come, first served. The first of them takes the connection over instead of
-/// the pool, if nothing was run on it: the message that unlocks tries the lock once more in its name. Waiters of other
-/// processes, which stand in the server's own queue, come first.
+/// the pool, if nothing was run on it and nobody waits for one of the pool's: the message that unlocks tries the lock once
+/// more in its name. Waiters of other processes, which stand in the server's own queue, come first.
 #[must_use = "dropping the guard releases the lock at once"]
 #[clippy::has_significant_drop]
 #[derive(Debug)]
