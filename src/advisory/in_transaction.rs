@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Request;
 use super::environment::{check_locking, check_room_on, is_worth_counting};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::{Saying, Scope, Session};
@@ -111,7 +111,7 @@ impl<'a> TxAdvisoryLock<'a> {
         let (tx, request) = self.checked()?;
         let saying = say(tx, "try_advisory_lock", &request);
         let locked = try_once(tx, request).await.map(|tried| tried.is_ok());
-        end(saying, locked.is_ok());
+        end(saying, &locked);
         locked
     }
 
@@ -126,7 +126,7 @@ impl<'a> TxAdvisoryLock<'a> {
             }
             Err(error) => Err(error),
         };
-        end(saying, locked.is_ok());
+        end(saying, &locked);
         locked
     }
 
@@ -169,9 +169,10 @@ fn say(tx: &Tx, call: &str, request: &Request) -> Option<Saying> {
     tx.session().say(&text)
 }
 
-fn end(saying: Option<Saying>, succeeded: bool) {
+fn end<T>(saying: Option<Saying>, locked: &Result<T, Error>) {
     if let Some(saying) = saying {
-        saying.end(succeeded);
+        let error = locked.as_ref().err();
+        saying.end(error.map(|error| error.as_db_error().map_or(Failure::Driver, classify_db)));
     }
 }
 

@@ -14,6 +14,8 @@ use super::journal::Journal;
 /// have ended already.
 const MOST_RECENT: usize = 256;
 const RECENT: Duration = Duration::from_secs(5);
+/// How long the answer to BEGIN may be on its way.
+const ANSWER: Duration = Duration::from_millis(50);
 
 /// Who is in flight.
 #[derive(Default)]
@@ -60,23 +62,30 @@ impl Flights {
             .collect()
     }
 
-    /// Those on the backend with this pid, the latest first.
-    pub(crate) fn of_backend(&self, pid: i32) -> Vec<Arc<Journal>> {
+    /// The one on the backend with this pid at that time: of a session guard's and that of the transaction on it, the
+    /// transaction's.
+    pub(crate) fn of_backend(&self, pid: i32, at: Instant) -> Option<Arc<Journal>> {
         let state = self.lock();
         let recent = state
             .recent
             .iter()
             .filter(|(ended, _)| ended.elapsed() < RECENT)
             .map(|(_, journal)| journal);
-        let mut found: Vec<_> = state
+        let on_it: Vec<_> = state
             .live
             .values()
             .chain(recent)
             .filter(|journal| journal.pid() == Some(pid))
-            .map(Arc::clone)
             .collect();
-        found.sort_by_key(|journal| std::cmp::Reverse(journal.began));
-        found
+        let then = on_it.iter().filter(|journal| journal.was_alive(at));
+        let found = then.max_by_key(|journal| journal.began).or_else(|| {
+            // Locks that BEGIN's message took are held before its answer is here.
+            let soon = on_it
+                .iter()
+                .filter(|journal| journal.began > at && journal.began - at < ANSWER);
+            soon.min_by_key(|journal| journal.began)
+        });
+        found.map(|journal| Arc::clone(journal))
     }
 
     /// Whether no transaction is alive. Session guards do not count: they idle for long.
@@ -118,11 +127,19 @@ impl fmt::Debug for Flights {
 }
 
 /// One that is alive. Dropping it ends its journal.
-#[derive(Debug)]
 pub(crate) struct Flight {
     flights: Arc<Flights>,
     number: u64,
     journal: Arc<Journal>,
+}
+
+/// Without the journal, which has statements with their literals in it.
+impl fmt::Debug for Flight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flight")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Flight {
@@ -167,19 +184,48 @@ mod tests {
         assert_eq!(numbers(&flights), 2);
         drop(first);
         assert_eq!(numbers(&flights), 1);
-        let found = flights.of_backend(7);
-        assert_eq!(
-            found
-                .iter()
-                .map(|journal| journal.has_ended())
-                .collect::<Vec<_>>(),
-            [false, true]
-        );
-        assert!(flights.of_backend(8).is_empty());
+        let now = Instant::now();
+        let found = |at: Instant| {
+            let found = flights.of_backend(7, at);
+            found.map(|journal| journal.has_ended())
+        };
+        assert_eq!(found(now), Some(false));
+        assert!(flights.of_backend(8, now).is_none());
         for _ in 0..MOST_RECENT * 2 {
             drop(flights.enter(journal()));
         }
-        assert_eq!(flights.of_backend(7).len(), 1);
+        assert_eq!(found(now), Some(false));
+    }
+
+    #[test]
+    fn a_backend_is_told_apart_by_the_time() {
+        let flights = Arc::new(Flights::default());
+        let enter = || {
+            std::thread::sleep(Duration::from_millis(1));
+            let flight = flights.enter(journal());
+            flight.journal().identify(7);
+            std::thread::sleep(Duration::from_millis(1));
+            flight
+        };
+        let is = |at: Instant, flight: &Arc<Journal>| {
+            let found = flights.of_backend(7, at);
+            found.is_some_and(|found| Arc::ptr_eq(&found, flight))
+        };
+        let before = Instant::now();
+        let guard = enter();
+        let guards = Instant::now();
+        let (first, second) = (enter(), Instant::now());
+        let inside = Arc::clone(first.journal());
+        drop(first);
+        let after = Instant::now();
+        assert!(is(before, guard.journal()), "its BEGIN was being answered");
+        assert!(is(guards, guard.journal()));
+        assert!(is(second, &inside));
+        assert!(is(after, guard.journal()));
+        drop(guard);
+        assert!(is(second, &inside));
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(flights.of_backend(7, Instant::now()).is_none());
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio_postgres::Statement;
 
 use crate::call_site::CallSite;
+use crate::error::Failure;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 
@@ -30,6 +31,8 @@ pub(crate) struct Journal {
     /// What bounds each of its waits for a lock, where that is known.
     pub(crate) lock_timeout: Option<Duration>,
     pub(crate) conflict_group: OnceLock<LockKey>,
+    /// Which attempt of its transaction it is, and of how many, where there may be several.
+    pub(crate) attempt: OnceLock<(u32, u32)>,
     /// Whether it is a session guard's: those hold locks between their statements.
     pub(crate) of_guard: bool,
     log: Mutex<Log>,
@@ -42,7 +45,16 @@ struct Log {
     statements: VecDeque<Said>,
     dropped: usize,
     prepared: Vec<(Statement, Arc<str>)>,
-    ended: bool,
+    failure: Option<Failing>,
+    ended: Option<Instant>,
+}
+
+/// A statement that failed by itself, not because one before it had.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failing {
+    pub(crate) number: u64,
+    /// When its error was there.
+    pub(crate) ended: Instant,
 }
 
 /// A statement.
@@ -79,6 +91,7 @@ impl Journal {
             began_at: SystemTime::now(),
             lock_timeout,
             conflict_group: OnceLock::new(),
+            attempt: OnceLock::new(),
             of_guard,
             log: Mutex::default(),
         }
@@ -96,12 +109,17 @@ impl Journal {
     /// Whether the transaction is over.
     #[cfg(test)]
     pub(crate) fn has_ended(&self) -> bool {
-        self.lock().ended
+        self.lock().ended.is_some()
+    }
+
+    /// Whether the transaction was under way at that time.
+    pub(super) fn was_alive(&self, at: Instant) -> bool {
+        self.began <= at && self.lock().ended.is_none_or(|ended| ended >= at)
     }
 
     pub(super) fn end(&self) {
         let mut log = self.lock();
-        log.ended = true;
+        log.ended = Some(Instant::now());
         // They belong to a connection that others use from now on.
         log.prepared.clear();
     }
@@ -110,17 +128,17 @@ impl Journal {
     /// are concerned: those behind it wait for it.
     pub(crate) fn running(&self) -> Option<(u64, Instant)> {
         let log = self.lock();
-        if log.ended {
+        if log.ended.is_some() {
             return None;
         }
         let said = log.statements.iter().find(|said| said.end.is_none())?;
         Some((said.number, said.at))
     }
 
-    /// The last statement begun.
-    pub(crate) fn last(&self) -> Option<(u64, Instant)> {
-        let log = self.lock();
-        log.statements.back().map(|said| (said.number, said.at))
+    /// The last statement that failed by itself. Others may have been begun since: sent together with it, or by who
+    /// looked into its error.
+    pub(crate) fn failure(&self) -> Option<Failing> {
+        self.lock().failure
     }
 
     /// What was said, and how many statements between the first and the last half are not kept.
@@ -158,6 +176,13 @@ impl Journal {
                 succeeded,
             });
         }
+    }
+
+    fn failed(&self, number: u64) {
+        self.lock().failure = Some(Failing {
+            number,
+            ended: Instant::now(),
+        });
     }
 
     fn unsay(&self, number: u64) {
@@ -266,9 +291,13 @@ impl Saying {
         }
     }
 
-    pub(crate) fn end(mut self, succeeded: bool) {
+    /// It has ended, and so; `Aborted` where it failed because another had.
+    pub(crate) fn end(mut self, failure: Option<Failure>) {
         self.heard = true;
-        self.journal.heard(self.number, Some(succeeded));
+        self.journal.heard(self.number, Some(failure.is_none()));
+        if failure.is_some_and(|failure| failure != Failure::Aborted) {
+            self.journal.failed(self.number);
+        }
     }
 
     /// Ends the preparing of this statement, which is not worth a line.

@@ -232,7 +232,7 @@ impl Session {
         let saying = self.say(statement);
         let result = self.watch(running).await;
         if let Some(saying) = saying {
-            saying.end(result.is_ok());
+            saying.end(result.as_ref().err().map(classify));
         }
         result
     }
@@ -248,7 +248,7 @@ impl Session {
         if let Some(saying) = saying {
             match &result {
                 Ok(statement) => saying.end_prepared(sql, statement),
-                Err(_) => saying.end(false),
+                Err(error) => saying.end(Some(classify(error))),
             }
         }
         result

@@ -47,9 +47,6 @@ where
                     tracing::debug!(%error, "side connection ended");
                 }
             }));
-            client
-                .batch_execute(crate::sql::environment::SIDE_SETTINGS)
-                .await?;
             Ok(client)
         })
     }
@@ -76,6 +73,10 @@ impl Side {
         T::TlsConnect: Send + Sync,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
+        let mut connection = connection;
+        connection
+            .config
+            .application_name(crate::sql::environment::SIDE_NAME);
         Self {
             connect: Box::new(connection),
             client: Mutex::new(None),
@@ -101,7 +102,8 @@ impl Side {
                 }
             },
         };
-        let reply = client.simple_query(sql).await;
+        let bounded = format!("{}{sql}", crate::sql::environment::SMALL);
+        let reply = client.simple_query(&bounded).await;
         *place = Some(client);
         Ok(reply?)
     }

@@ -72,11 +72,11 @@ pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String
     )
 }
 
-/// What is asked on the side connection is small: a server that cannot answer it soon is left alone.
-pub(crate) const SIDE_SETTINGS: &str = "SET statement_timeout = 2000; SET lock_timeout = 1000; \
-     SET application_name = 'lockkeeper side connection'";
+/// What the side connection goes by.
+pub(crate) const SIDE_NAME: &str = "lockkeeper side connection";
 
-/// The same for one message on another connection, which is one transaction.
+/// What is asked beside the transactions is small: a server that cannot answer it soon is left alone. For one message,
+/// which is one transaction: settings of the session would be left to others where a pooler shares it out.
 pub(crate) const SMALL: &str =
     "SET LOCAL statement_timeout = 2000; SET LOCAL lock_timeout = 1000; ";
 

@@ -47,7 +47,12 @@ impl Tx {
         }
         let connections = session.connections().clone();
         let message = session.commit_message();
+        // It can wait for locks, and fail by a deadlock: deferred constraints are checked by it.
+        let saying = session.say(sql::COMMIT);
         let (session, answer) = session.exchange(message, Undo::Nothing).await;
+        if let Some(saying) = saying {
+            saying.end(answer.as_ref().err().map(classify));
+        }
         let error = match answer {
             Ok(_) => {
                 self.trace_end(&End::Commit);

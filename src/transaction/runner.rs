@@ -62,6 +62,10 @@ where
             Ok(None) => return Ok(None),
             Err(error) => return Err(error.with_attempts(attempt - 1).into()),
         };
+        if let Some(flight) = tx.session().flight() {
+            // Each attempt has a journal of its own.
+            let _ = flight.journal().attempt.set((attempt, policy.attempts));
+        }
         let result = f.clone()(&mut tx).await;
         let flight = tx
             .session()

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
 
-use super::plan::Plan;
+use super::plan::{AGAIN, Plan};
 use super::{KEEP, TICK, Watcher, lock, view};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::graph::{RowId, Snapshot};
 use crate::incident::{Evidence, Incident, Kind, Look, Outcome, RowKey};
 use crate::key::names;
@@ -14,6 +15,8 @@ use crate::session::{Journal, Reply};
 use crate::sql;
 use crate::sql::watch::Waiting;
 
+/// The longest pause after looks that failed.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Rows whose keys are looked up in one look.
 const MOST_ROWS: usize = 4;
 /// How many times as long as a look has taken there is none after it: a server in trouble has other things to do.
@@ -34,31 +37,48 @@ impl Watcher {
         let due = self.due();
         if !due.is_empty() {
             match self.look_at(&due).await {
-                Ok(()) => *lock(&self.trouble) = None,
+                Ok(()) => {
+                    *lock(&self.trouble) = None;
+                    self.failures.store(0, Ordering::Relaxed);
+                }
                 Err(error) => {
                     self.trouble(&chain(&error));
-                    // Not at once again.
+                    // Not at once again, and more and more seldom: it may be a server without a connection to spare.
+                    let failures = if error.kind() == ErrorKind::Pool {
+                        // All of the pool is in use, which may change soon and costs the server nothing.
+                        0
+                    } else {
+                        self.failures.fetch_add(1, Ordering::Relaxed)
+                    };
+                    let pause = (AGAIN * 2_u32.pow(failures.min(5))).min(LONGEST_PAUSE);
                     let now = Instant::now();
                     let mut plans = lock(&self.plans);
                     for due in &due {
                         if let Some(plan) = plans.get_mut(&due.number) {
-                            plan.is_running(now);
+                            plan.not_seen(now);
                         }
                     }
+                    *lock(&self.paused_until) = Some(now + pause);
                 }
             }
         }
         let live = self.connections.flights().live();
+        let now = Instant::now();
         let plans = lock(&self.plans);
         live.iter()
             .filter_map(|(number, _)| plans.get(number))
             .map(Plan::next)
             .fold(Instant::now() + TICK, Instant::min)
+            .max(lock(&self.paused_until).unwrap_or(now))
     }
 
-    /// Makes a plan for each statement that runs; those whose time has come are due.
+    /// Makes a plan for each statement that runs; those whose time has come are due, and with them those whose time is
+    /// soon: however many there are, they are looked at together.
     fn due(&self) -> Vec<Due> {
         let now = Instant::now();
+        if lock(&self.paused_until).is_some_and(|until| now < until) {
+            return Vec::new();
+        }
         let live = self.connections.flights().live();
         let mut plans = lock(&self.plans);
         let (mut due, mut others) = (Vec::new(), Vec::new());
@@ -74,7 +94,7 @@ impl Watcher {
             }
             let due_or_not = if plan.next() <= now {
                 &mut due
-            } else if plan.waiting_since().is_some() {
+            } else if plan.waiting_since().is_some() || plan.next() <= now + AGAIN {
                 &mut others
             } else {
                 continue;
@@ -85,7 +105,7 @@ impl Watcher {
                 pid,
             });
         }
-        // One look serves all who wait, so that many waits do not mean many looks.
+        // One look serves all who wait, and one question all who run, so that many of them do not mean many.
         if !due.is_empty() {
             due.append(&mut others);
         }
@@ -189,7 +209,11 @@ impl Watcher {
             match self.row_key(row).await {
                 Ok(Some(key)) => keys.push((row.clone(), key)),
                 Ok(None) => {}
-                Err(error) => tracing::debug!(%error, %row, "the row's key could not be read"),
+                Err(error) => {
+                    tracing::debug!(%error, %row, "the row's key could not be read");
+                    // The key may be another one by now.
+                    drop(lock(&self.keys).remove(&row.relation().oid()));
+                }
             }
         }
         keys
@@ -231,7 +255,7 @@ impl Watcher {
             return;
         };
         for due in due {
-            let looks = {
+            let (looks, seen) = {
                 let mut plans = lock(&self.plans);
                 let Some(plan) = plans.get_mut(&due.number) else {
                     continue;
@@ -241,15 +265,17 @@ impl Watcher {
                     continue;
                 }
                 plan.reported_long = true;
-                plan.looks()
+                (plan.looks(), plan.seen())
             };
-            let others = self.others(&due.journal, &looks, None);
+            let now = Instant::now();
+            let others = self.others(&due.journal, &looks, None, seen.unwrap_or(now));
+            let (attempt, attempts) = due.journal.attempt.get().copied().unwrap_or((1, 1));
             let evidence = Evidence {
                 kind: Kind::LongWait,
                 occurred: SystemTime::now(),
-                victim: view::of(&due.journal),
-                attempt: 1,
-                attempts: 1,
+                victim: view::of(&due.journal, now),
+                attempt,
+                attempts,
                 outcome: Outcome::StillWaiting,
                 error: None,
                 looks,

@@ -12,7 +12,7 @@ mod view;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -31,6 +31,8 @@ use plan::Plan;
 const TICK: Duration = Duration::from_millis(100);
 /// After so many ticks without any transaction the task goes to sleep.
 const QUIET_TICKS: u32 = 10;
+/// What was seen so long before an error was there is of the same time.
+const SHORTLY: Duration = Duration::from_millis(100);
 /// How long what was seen of a transaction that has ended is kept.
 const KEEP: Duration = Duration::from_secs(10);
 
@@ -57,6 +59,9 @@ pub(crate) struct Watcher {
     rested: Mutex<Instant>,
     /// Why the last look failed, if it did.
     trouble: Mutex<Option<Arc<str>>>,
+    /// How many looks have failed one after another, and until when there is none.
+    failures: AtomicU32,
+    paused_until: Mutex<Option<Instant>>,
     history: History,
     delivery: Delivery,
 }
@@ -72,6 +77,8 @@ impl Watcher {
             keys: Mutex::default(),
             rested: Mutex::new(Instant::now()),
             trouble: Mutex::default(),
+            failures: AtomicU32::new(0),
+            paused_until: Mutex::default(),
             history: History::default(),
         })
     }
@@ -98,15 +105,22 @@ impl Watcher {
             Failure::Deadlock => Kind::Deadlock,
             _ => Kind::LockTimeout,
         };
-        let statement = failed.journal.last().map(|(number, _)| number);
+        let failure = failed.journal.failure();
+        let now = Instant::now();
+        // The closure may have done other things since.
+        let ended = failure.map_or(now, |failure| failure.ended);
         let mut missing = Vec::new();
-        let looks = {
+        let (looks, seen) = {
             let plans = lock(&self.plans);
-            match plans.get(&failed.number) {
-                Some(plan) if Some(plan.statement()) == statement => plan.looks(),
-                _ => Vec::new(),
+            match (plans.get(&failed.number), failure) {
+                (Some(plan), Some(failure)) if plan.statement() == failure.number => {
+                    (plan.looks(), plan.seen())
+                }
+                _ => (Vec::new(), None),
             }
         };
+        // What was seen shortly before is nearer to the truth: an error may be a while on its way to its task.
+        let at = seen.filter(|seen| ended.saturating_duration_since(*seen) < SHORTLY);
         if !self.settings.enabled {
             missing.push("watching is switched off".into());
         } else if looks.is_empty() {
@@ -123,11 +137,14 @@ impl Watcher {
             context: failed.error.where_().map(str::to_owned),
             routine: failed.error.routine().map(str::to_owned),
         };
-        let others = self.others(failed.journal, &looks, error.detail.as_deref());
+        let detail = error.detail.as_deref();
+        let others = self.others(failed.journal, &looks, detail, at.unwrap_or(ended));
         let evidence = Evidence {
             kind,
-            occurred: SystemTime::now(),
-            victim: view::of(failed.journal),
+            occurred: SystemTime::now()
+                .checked_sub(now.saturating_duration_since(ended))
+                .unwrap_or_else(SystemTime::now),
+            victim: view::of(failed.journal, ended),
             attempt: failed.attempt,
             attempts: failed.attempts,
             outcome: match failed.pause {
@@ -144,12 +161,14 @@ impl Watcher {
         Incident::new(evidence, &self.history)
     }
 
-    /// What the other participants have said, where they are transactions of this process.
+    /// What the other participants have said, where they are transactions of this keeper: of those that were on their
+    /// backends at that time.
     fn others(
         &self,
         victim: &Arc<Journal>,
         looks: &[crate::incident::Look],
         detail: Option<&str>,
+        at: Instant,
     ) -> Vec<crate::incident::Journal> {
         let mut pids: Vec<i32> = Vec::new();
         for edge in looks.iter().flat_map(|look| look.snapshot.edges()) {
@@ -166,10 +185,9 @@ impl Watcher {
         pids.into_iter()
             .filter(|pid| victim.pid() != Some(*pid))
             .filter_map(|pid| {
-                // The latest on that backend: a transaction that began after the incident has no part in it, but then
-                // its backend has been free for another, and the one before is not in flight any more.
-                let on_it = self.connections.flights().of_backend(pid);
-                on_it.first().map(|journal| view::of(journal))
+                let journal = self.connections.flights().of_backend(pid, at)?;
+                // What it said later is no part of it, its COMMIT least of all.
+                Some(view::of(&journal, at))
             })
             .collect()
     }

@@ -12,7 +12,7 @@ const FIRST: Duration = Duration::from_millis(100);
 /// The least of it, where a short `lock_timeout` asks for an earlier look.
 const EARLIEST: Duration = Duration::from_millis(15);
 /// How often to look again at a statement that does not wait.
-const AGAIN: Duration = Duration::from_millis(100);
+pub(super) const AGAIN: Duration = Duration::from_millis(100);
 /// How often at one that has waited for longer than any limit known.
 const LONG: Duration = Duration::from_millis(500);
 /// How long before the server ends a wait to look: as late as possible, because a deadlock's second half may come at any
@@ -67,6 +67,17 @@ impl Plan {
     /// When to look next.
     pub(super) fn next(&self) -> Instant {
         self.next
+    }
+
+    /// When it was last seen to wait.
+    pub(super) fn seen(&self) -> Option<Instant> {
+        self.since.checked_add(self.looks.back()?.after)
+    }
+
+    /// Notes that nothing could be seen.
+    pub(super) fn not_seen(&mut self, now: Instant) {
+        self.touched = now;
+        self.next = now;
     }
 
     /// Notes that it does not wait.

@@ -1,10 +1,12 @@
 //! A running transaction's journal as reports have it.
 
+use std::time::Instant;
+
 use crate::incident;
 use crate::session::Journal;
 
-/// What it has said up to now.
-pub(super) fn of(journal: &Journal) -> incident::Journal {
+/// What it has said up to then.
+pub(super) fn of(journal: &Journal, until: Instant) -> incident::Journal {
     let (statements, dropped) = journal.statements();
     incident::Journal {
         pid: journal.pid(),
@@ -13,6 +15,7 @@ pub(super) fn of(journal: &Journal) -> incident::Journal {
         began: journal.began_at,
         statements: statements
             .into_iter()
+            .filter(|said| said.at <= until)
             .map(|said| incident::JournalEntry {
                 after: said.at.duration_since(journal.began),
                 text: said.text,

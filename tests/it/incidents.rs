@@ -17,20 +17,20 @@ use crate::common::{Scene, eventually};
 const SOON: Duration = Duration::from_secs(10);
 
 /// A scene with a table of three rows, whose keeper has a side connection and whose reports are kept.
-struct Reported {
-    scene: Scene,
+pub(crate) struct Reported {
+    pub(crate) scene: Scene,
     incidents: Arc<Mutex<Vec<Incident>>>,
 }
 
 impl Reported {
-    async fn new(pool_size: usize) -> Self {
+    pub(crate) async fn new(pool_size: usize) -> Self {
         Self::with(pool_size, |builder, database| {
             builder.side_connection(database.config(), NoTls)
         })
         .await
     }
 
-    async fn with(
+    pub(crate) async fn with(
         pool_size: usize,
         configure: impl FnOnce(KeeperBuilder, &Database) -> KeeperBuilder,
     ) -> Self {
@@ -52,17 +52,17 @@ impl Reported {
         Self { scene, incidents }
     }
 
-    fn incidents(&self) -> Vec<Incident> {
+    pub(crate) fn incidents(&self) -> Vec<Incident> {
         self.incidents.lock().unwrap().clone()
     }
 
     /// The reports, once there are so many.
-    async fn after(&self, count: usize) -> Vec<Incident> {
+    pub(crate) async fn after(&self, count: usize) -> Vec<Incident> {
         eventually(SOON, "no report", async || self.incidents().len() >= count).await;
         self.incidents()
     }
 
-    fn keeper(&self) -> &Keeper {
+    pub(crate) fn keeper(&self) -> &Keeper {
         &self.scene.keeper
     }
 }

@@ -19,6 +19,7 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .or_else(|| unique(facts))
         .or_else(|| queue(facts))
         .or_else(|| inversion(facts))
+        .or_else(|| shared_row(facts))
         .or_else(|| by_journals(facts))
         .unwrap_or_else(|| unknown(facts))
 }
@@ -314,6 +315,39 @@ fn one_order(circle: &[IncidentEdge]) -> String {
         return "Take the advisory lock first, in every transaction, before anything else is locked.".to_owned();
     }
     "Take these locks in one order in every transaction.".to_owned()
+}
+
+/// Who wants a row lines up for it before waiting for its holders, unless it is one of those who share a lock on it
+/// (`current_is_member` in PostgreSQL's `src/backend/access/heap/heapam.c`; test `diagnoses::lock_upgrade_of_a_row`). So
+/// nobody in this circle has lined up because all had the row already.
+fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let circle = facts.circle();
+    let is_member = |edge: &IncidentEdge| {
+        let changes = matches!(
+            facts.statement(&edge.waiter),
+            Some(
+                StatementKind::Update
+                    | StatementKind::Delete
+                    | StatementKind::SelectForUpdate
+                    | StatementKind::SelectForNoKeyUpdate
+            )
+        );
+        changes && edge.was_seen() && !edge.is_soft() && class(edge) == Class::AnyRow
+    };
+    if circle.is_empty() || !circle.iter().all(is_member) {
+        return None;
+    }
+    let names: Vec<_> = circle.iter().map(|edge| facts.name(&edge.waiter)).collect();
+    let context = circle.iter().find_map(|edge| edge.context.as_ref());
+    let row = context.map_or_else(|| "a row".to_owned(), |row| words::row_of_context(row));
+    let text = format!(
+        "{} held {row} in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check), and each wanted \
+         to change it, which the others' hold did not allow.",
+        list(&names)
+    );
+    let fix = "Lock the row at once as strongly as it is needed, FOR NO KEY UPDATE before an update, and before rows that \
+               refer to it are inserted.";
+    Some(Diagnosis::new(Cause::LockUpgrade, false, text).with_fix(fix))
 }
 
 fn unknown(facts: &Facts<'_>) -> Diagnosis {

@@ -10,7 +10,7 @@ use crate::statement::{self, StatementKind};
 
 use super::scene::Scene;
 use super::server::Message;
-use super::{IncidentEdge, IncidentKind, Participant, words};
+use super::{IncidentEdge, IncidentKind, JournalMark, Participant, words};
 
 /// How much of a statement is quoted.
 const QUOTED: usize = 120;
@@ -226,19 +226,27 @@ impl<'a> Facts<'a> {
         (inserts && is_bare && edge.was_seen()).then_some(false)
     }
 
-    /// Statements of somebody that name a relation, by what they do: those of its journal until then, and the one it was
-    /// seen with.
-    fn statements_on(&self, id: &BackendId, schema: &str, name: &str) -> Vec<StatementKind> {
+    /// Statements of somebody that name a relation, by what they do, and whether they were waiting: those of its journal
+    /// until then, and the one it was seen with.
+    fn statements_on(
+        &self,
+        id: &BackendId,
+        schema: &str,
+        name: &str,
+    ) -> Vec<(StatementKind, bool)> {
         let Some(participant) = self.participant(id) else {
             return Vec::new();
         };
-        let journal = participant
-            .journal
-            .iter()
-            .filter_map(|line| line.text.as_deref());
-        let all = journal.chain(participant.statement.as_deref());
-        all.filter(|text| statement::mentions(text, schema, name))
-            .map(statement::kind)
+        let journal = participant.journal.iter().filter_map(|line| {
+            Some((
+                line.text.as_deref()?,
+                line.mark == Some(JournalMark::Waited),
+            ))
+        });
+        let seen = participant.statement.as_deref();
+        let all = journal.chain(seen.map(|text| (text, participant.waits)));
+        all.filter(|(text, _)| statement::mentions(text, schema, name))
+            .map(|(text, waits)| (statement::kind(text), waits))
             .collect()
     }
 }
@@ -265,9 +273,14 @@ fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
     };
     let table = format!("{}.{}", words::plain(schema), words::plain(name));
     let on_parent = facts.statements_on(&edge.blocker, schema, name);
-    let locks = on_parent.contains(&StatementKind::SelectForUpdate);
+    let locks = on_parent
+        .iter()
+        .any(|(kind, _)| *kind == StatementKind::SelectForUpdate);
     let writes = [StatementKind::Delete, StatementKind::Update];
-    let writes = on_parent.iter().any(|kind| writes.contains(kind));
+    // One that itself waits has done nothing yet.
+    let writes = on_parent
+        .iter()
+        .any(|(kind, waits)| !waits && writes.contains(kind));
     if !is_told && !locks {
         return None;
     }

@@ -1,0 +1,549 @@
+//! Each cause that a report can name, from a live scene: what is told is what was done.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use lockkeeper::incident::{Cause, Quality};
+use lockkeeper::tokio_postgres::Client;
+use lockkeeper::{Error, Incident, IncidentKind, TransactionOptions};
+use tokio::sync::{Barrier, Notify};
+use tokio::task::JoinHandle;
+
+use crate::common::eventually;
+use crate::incidents::Reported;
+
+const SOON: Duration = Duration::from_secs(10);
+const ONE: &str = "UPDATE account SET balance = 1 WHERE id = 1";
+const TWO: &str = "UPDATE account SET balance = 1 WHERE id = 2";
+const THREE: &str = "UPDATE account SET balance = 1 WHERE id = 3";
+
+/// A transaction's two statements: the second waits.
+type Steps = [&'static str; 2];
+
+/// Deadlocks a keeper's transaction with somebody else's, and gives the report. Each has done its first step before
+/// either does its second; the other one, who looks for no deadlock, waits second. The closure's second attempt does
+/// nothing.
+async fn deadlock(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
+    let client = stranger(reported, &format!("BEGIN; {}", theirs[0])).await;
+    let attempts = &AtomicU32::new(0);
+    let ran = reported.keeper().transaction(async |tx| {
+        if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
+            tx.batch_execute(ours[0]).await?;
+            tx.batch_execute(ours[1]).await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let (ran, ()) = tokio::join!(ran, async {
+        waiters(reported, 1).await;
+        client.batch_execute(theirs[1]).await.unwrap();
+        client.batch_execute("ROLLBACK").await.unwrap();
+    });
+    ran.unwrap();
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.kind(), IncidentKind::Deadlock, "{incident}");
+    assert_eq!(incident.sqlstate(), Some("40P01"));
+    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(incident.cycle().len(), 2, "{incident}");
+    incident
+}
+
+/// The same where each wants more of one thing. That the server sees at once, when the second one begins to wait: us.
+async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
+    let client = stranger(reported, &format!("BEGIN; {}", theirs[0])).await;
+    let held = &Notify::new();
+    let waits = &Notify::new();
+    let attempts = &AtomicU32::new(0);
+    let ran = reported.keeper().transaction(async |tx| {
+        if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
+            tx.batch_execute(ours[0]).await?;
+            held.notify_one();
+            waits.notified().await;
+            tx.batch_execute(ours[1]).await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let waiting = async {
+        waiters(reported, 1).await;
+        waits.notify_one();
+    };
+    let (ran, (), ()) = tokio::join!(ran, waiting, async {
+        held.notified().await;
+        client.batch_execute(theirs[1]).await.unwrap();
+        client.batch_execute("ROLLBACK").await.unwrap();
+    });
+    ran.unwrap();
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.kind(), IncidentKind::Deadlock, "{incident}");
+    assert_eq!(incident.cycle().len(), 2, "{incident}");
+    incident
+}
+
+/// Lets a keeper's statement time out, and gives the report.
+async fn time_out(reported: &Reported, sql: &str) -> Incident {
+    let options = TransactionOptions::new()
+        .attempts(1)
+        .lock_timeout(Duration::from_millis(400));
+    let before = reported.incidents().len();
+    let ran = reported.keeper().transaction_with(options, async |tx| {
+        tx.batch_execute(sql).await.map_err(Error::from)
+    });
+    ran.await.unwrap_err();
+    let incident = reported.after(before + 1).await.remove(before);
+    assert_eq!(incident.kind(), IncidentKind::LockTimeout, "{incident}");
+    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    incident
+}
+
+/// Somebody who does not use this crate, and does not look for deadlocks.
+async fn stranger(reported: &Reported, sql: &str) -> Client {
+    let client = reported.scene.database.connect().await;
+    let set = "SET deadlock_timeout = '1h'";
+    client.batch_execute(set).await.unwrap();
+    client.batch_execute(sql).await.unwrap();
+    client
+}
+
+/// One whose statement goes on by itself.
+fn goes_on(client: Client, sql: &'static str) -> JoinHandle<Client> {
+    tokio::spawn(async move {
+        let _ended = client.batch_execute(sql).await;
+        client
+    })
+}
+
+/// Waits until so many wait for a lock of this database.
+async fn waiters(reported: &Reported, count: i64) {
+    eventually(SOON, "nobody waits", async || {
+        let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
+                   WHERE NOT l.granted AND a.datname = current_database()";
+        let row = reported.scene.observer.query_one(sql, &[]).await.unwrap();
+        row.get::<_, i64>(0) >= count
+    })
+    .await;
+}
+
+async fn scene(sql: &str) -> Reported {
+    let reported = Reported::new(4).await;
+    reported.scene.observer.batch_execute(sql).await.unwrap();
+    reported
+}
+
+#[track_caller]
+fn is(incident: &Incident, cause: Cause) {
+    let diagnosis = incident.diagnosis();
+    assert_eq!(diagnosis.cause(), cause, "{incident}");
+    assert_ne!(diagnosis.fix(), None, "{incident}");
+}
+
+/// What the whole page has, wherever its lines end.
+#[track_caller]
+fn says(incident: &Incident, text: &str) {
+    let page = incident.to_string();
+    let page: Vec<_> = page.split_whitespace().collect();
+    let page = page.join(" ");
+    assert!(page.contains(text), "{text} is not in\n{incident}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_of_rows() {
+    let reported = scene("").await;
+    let incident = deadlock(&reported, [ONE, TWO], [TWO, ONE]).await;
+    is(&incident, Cause::OrderInversion);
+    assert!(incident.diagnosis().is_certain());
+    says(
+        &incident,
+        "held row id = 1 of public.account and wanted row id = 2",
+    );
+    says(&incident, "ORDER BY id FOR NO KEY UPDATE");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_of_rows_and_tables() {
+    let reported = scene("CREATE TABLE ledger (n int)").await;
+    let ours = [ONE, "LOCK TABLE ledger IN EXCLUSIVE MODE"];
+    let theirs = ["INSERT INTO ledger VALUES (1)", ONE];
+    let incident = deadlock(&reported, ours, theirs).await;
+    is(&incident, Cause::OrderInversion);
+    says(&incident, "public.account before public.ledger");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_of_an_advisory_lock_and_a_row() {
+    let reported = scene("").await;
+    let ours = ["SELECT pg_advisory_xact_lock(7)", ONE];
+    let theirs = [ONE, "SELECT pg_advisory_xact_lock(7)"];
+    let incident = deadlock(&reported, ours, theirs).await;
+    is(&incident, Cause::OrderInversion);
+    says(&incident, "Take the advisory lock first");
+}
+
+/// The row's lock is taken and wanted by a function and by a trigger; the statements do not name the table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_through_a_function_and_a_trigger() {
+    let reported = scene(
+        "CREATE FUNCTION bump(n int) RETURNS void LANGUAGE plpgsql AS \
+         'BEGIN UPDATE account SET balance = 4711 WHERE id = n; END'; \
+         CREATE TABLE audit (n int); \
+         CREATE FUNCTION audited() RETURNS trigger LANGUAGE plpgsql AS \
+         'BEGIN PERFORM bump(NEW.n); RETURN NEW; END'; \
+         CREATE TRIGGER audited AFTER INSERT ON audit FOR EACH ROW EXECUTE FUNCTION audited()",
+    )
+    .await;
+    let ours = ["SELECT bump(1)", "INSERT INTO audit VALUES (2)"];
+    let incident = deadlock(&reported, ours, ["SELECT bump(2)", "SELECT bump(1)"]).await;
+    is(&incident, Cause::OrderInversion);
+    says(
+        &incident,
+        "held row id = 1 of public.account and wanted row id = 2",
+    );
+    let victim = incident.victim().statement().unwrap();
+    assert!(victim.starts_with("INSERT INTO audit"), "{incident}");
+    let all = format!("{incident}{incident:?}");
+    assert!(!all.contains("4711"), "{all}");
+    assert!(incident.context().unwrap().contains("bump"), "{incident}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_of_rows_of_a_partition() {
+    let reported = scene(
+        "CREATE TABLE event (id int PRIMARY KEY, n int) PARTITION BY RANGE (id); \
+         CREATE TABLE event_1 PARTITION OF event FOR VALUES FROM (1) TO (10); \
+         INSERT INTO event VALUES (1, 0), (2, 0)",
+    )
+    .await;
+    let (one, two) = (
+        "UPDATE event SET n = 1 WHERE id = 1",
+        "UPDATE event SET n = 1 WHERE id = 2",
+    );
+    let incident = deadlock(&reported, [one, two], [two, one]).await;
+    is(&incident, Cause::OrderInversion);
+    says(&incident, "row id = 1 of public.event_1");
+}
+
+/// The savepoint cannot save it; the closure passes the error on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_in_a_savepoint() {
+    let reported = scene("").await;
+    let client = stranger(&reported, &format!("BEGIN; {TWO}")).await;
+    let attempts = &AtomicU32::new(0);
+    let ran = reported.keeper().transaction(async |tx| {
+        if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
+            tx.batch_execute(ONE).await?;
+            tx.savepoint(async |tx| tx.batch_execute(TWO).await.map_err(Error::from))
+                .await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let (ran, ()) = tokio::join!(ran, async {
+        waiters(&reported, 1).await;
+        client
+            .batch_execute(&format!("{ONE}; ROLLBACK"))
+            .await
+            .unwrap();
+    });
+    ran.unwrap();
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    is(&incident, Cause::OrderInversion);
+}
+
+/// The other one's statements are run past the journal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_with_a_statement_through_the_bare_client() {
+    let reported = scene("").await;
+    let (meet, met) = (&Barrier::new(2), &AtomicU32::new(0));
+    let waits = &Notify::new();
+    let survivor = reported.keeper().transaction(async |tx| {
+        tx.batch_execute("SET LOCAL deadlock_timeout = '1h'")
+            .await?;
+        tx.client().batch_execute(TWO).await?;
+        meet.wait().await;
+        waits.notified().await;
+        tx.client().batch_execute(ONE).await?;
+        Ok::<_, Error>(())
+    });
+    let victim = reported.keeper().transaction(async |tx| {
+        if met.fetch_add(1, Ordering::Relaxed) == 0 {
+            tx.batch_execute(ONE).await?;
+            meet.wait().await;
+            tx.batch_execute(TWO).await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let waiting = async {
+        waiters(&reported, 1).await;
+        waits.notify_one();
+    };
+    let (survivor, victim, ()) = tokio::join!(survivor, victim, waiting);
+    survivor.unwrap();
+    victim.unwrap();
+    let incident = reported.after(1).await.remove(0);
+    is(&incident, Cause::OrderInversion);
+    let other = &incident.participants()[1];
+    assert!(other.is_in_this_process());
+    assert!(
+        other.statement().unwrap().ends_with("WHERE id = ?"),
+        "{incident}"
+    );
+    // What is not known to have waited is not said to have.
+    let marks: Vec<_> = other.journal().iter().map(|line| line.mark()).collect();
+    assert_eq!(marks, [None], "{incident}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_inversion_of_three() {
+    let reported = scene("").await;
+    let meet = Arc::new(Barrier::new(3));
+    let all: Vec<_> = [[ONE, TWO], [TWO, THREE], [THREE, ONE]]
+        .into_iter()
+        .map(|[first, second]| {
+            let (keeper, meet) = (reported.keeper().clone(), Arc::clone(&meet));
+            tokio::spawn(async move {
+                let attempts = &AtomicU32::new(0);
+                let ran = keeper.transaction(async |tx| {
+                    tx.batch_execute(first).await?;
+                    if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
+                        meet.wait().await;
+                    }
+                    tx.batch_execute(second).await?;
+                    Ok::<_, Error>(())
+                });
+                ran.await
+            })
+        })
+        .collect();
+    for ran in all {
+        ran.await.unwrap().unwrap();
+    }
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(incident.cycle().len(), 3, "{incident}");
+    assert_eq!(incident.participants().len(), 3, "{incident}");
+    is(&incident, Cause::OrderInversion);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lock_upgrade_of_a_row() {
+    let reported = scene("").await;
+    let share = "SELECT FROM account WHERE id = 1 FOR SHARE";
+    let incident = deadlock(&reported, [share, ONE], [share, ONE]).await;
+    is(&incident, Cause::LockUpgrade);
+    says(&incident, "row (0,1) of account");
+}
+
+/// A writer's lock on the table does not conflict with another writer's, but with what both want then. The server finds
+/// it at once, so there is no look.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lock_upgrade_of_a_table() {
+    let reported = scene("").await;
+    let exclusive = "LOCK TABLE account IN EXCLUSIVE MODE";
+    let incident = deadlock_at_once(&reported, [ONE, exclusive], [TWO, exclusive]).await;
+    is(&incident, Cause::LockUpgrade);
+    says(&incident, "LOCK TABLE");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lock_upgrade_of_an_advisory_lock() {
+    let reported = scene("").await;
+    let shared = "SELECT pg_advisory_xact_lock_shared(7)";
+    let exclusive = "SELECT pg_advisory_xact_lock(7)";
+    let incident = deadlock_at_once(&reported, [shared, exclusive], [shared, exclusive]).await;
+    is(&incident, Cause::LockUpgrade);
+}
+
+const CHILD: &str = "CREATE TABLE item (id int, account int REFERENCES account (id))";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_keys_parent_under_for_update() {
+    let reported = scene(CHILD).await;
+    let holder = stranger(
+        &reported,
+        "BEGIN; SELECT FROM account WHERE id = 1 FOR UPDATE",
+    )
+    .await;
+    let incident = time_out(&reported, "INSERT INTO item VALUES (1, 1)").await;
+    drop(holder);
+    // What to do about that is the same whatever it holds.
+    is(&incident, Cause::IdleInTransaction);
+    let theirs = ["SELECT FROM account WHERE id = 1 FOR UPDATE", TWO];
+    let ours = [TWO, "INSERT INTO item VALUES (1, 1)"];
+    let reported = scene(CHILD).await;
+    let incident = deadlock(&reported, ours, theirs).await;
+    is(&incident, Cause::ForeignKeyParent);
+    says(&incident, "NO KEY UPDATE");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unique_keys_inserted_in_another_order() {
+    let reported = scene("").await;
+    let (four, five) = (
+        "INSERT INTO account VALUES (4, 0)",
+        "INSERT INTO account VALUES (5, 0)",
+    );
+    let incident = deadlock(&reported, [four, five], [five, four]).await;
+    is(&incident, Cause::UniqueInsert);
+    says(&incident, "order of their unique key");
+    assert!(incident.diagnosis().is_certain(), "{incident}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_index_build_against_a_writer() {
+    let reported = scene("CREATE TABLE ledger (n int)").await;
+    let theirs = [
+        "UPDATE account SET balance = 1 WHERE id = 1",
+        "INSERT INTO ledger VALUES (1)",
+    ];
+    let ours = [
+        "CREATE INDEX ON ledger (n)",
+        "CREATE INDEX ON account (balance)",
+    ];
+    let incident = deadlock(&reported, ours, theirs).await;
+    is(&incident, Cause::IndexBuild);
+    // A writer behind an index build that waits for another writer.
+    let reported = scene("").await;
+    let writer = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let build = stranger(&reported, "").await;
+    let build = goes_on(build, "CREATE INDEX ON account (balance)");
+    waiters(&reported, 1).await;
+    let incident = time_out(&reported, TWO).await;
+    is(&incident, Cause::LockQueue);
+    writer.batch_execute("ROLLBACK").await.unwrap();
+    drop(build.await.unwrap());
+    // A writer behind one that has its lock.
+    let build = stranger(&reported, "BEGIN; CREATE INDEX ON account (balance)").await;
+    let build = goes_on(build, "CREATE INDEX ON account (note); SELECT pg_sleep(0)");
+    let build = build.await.unwrap();
+    let build = goes_on(build, "REINDEX TABLE account; SELECT pg_sleep(3)");
+    let incident = time_out(&reported, TWO).await;
+    is(&incident, Cause::IndexBuild);
+    drop(build.await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_that_is_idle_in_its_transaction() {
+    let reported = scene("").await;
+    let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let incident = time_out(&reported, ONE).await;
+    is(&incident, Cause::IdleInTransaction);
+    drop(holder);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_that_is_busy() {
+    let reported = scene("").await;
+    let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let holder = goes_on(holder, "SELECT pg_sleep(2)");
+    let incident = time_out(&reported, ONE).await;
+    is(&incident, Cause::RunningHolder);
+    says(&incident, "pg_sleep");
+    drop(holder.await.unwrap());
+}
+
+/// A reader who waits only because an ALTER TABLE does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_queue_behind_a_strong_lock() {
+    let reported = scene("").await;
+    let reader = stranger(&reported, "BEGIN; SELECT FROM account").await;
+    let alter = stranger(&reported, "").await;
+    let alter = goes_on(alter, "ALTER TABLE account ADD COLUMN more int");
+    waiters(&reported, 1).await;
+    let incident = time_out(&reported, "SELECT FROM account").await;
+    is(&incident, Cause::LockQueue);
+    says(&incident, "AccessExclusiveLock");
+    reader.batch_execute("ROLLBACK").await.unwrap();
+    drop(alter.await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_circle_through_the_queue_is_no_deadlock() {
+    let reported = scene("").await;
+    // The reader holds the table, the ALTER waits for it, and we wait behind the ALTER with what the reader wants.
+    let reader = stranger(&reported, "BEGIN; SELECT FROM account").await;
+    let alter = stranger(&reported, "").await;
+    let attempts = &AtomicU32::new(0);
+    let ran = reported.keeper().transaction(async |tx| {
+        if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
+            tx.batch_execute("SELECT pg_advisory_xact_lock(7)").await?;
+            tx.batch_execute("SELECT FROM account").await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let alter = goes_on(alter, "ALTER TABLE account ADD COLUMN more int");
+    waiters(&reported, 1).await;
+    let (ran, ()) = tokio::join!(ran, async {
+        waiters(&reported, 2).await;
+        reader
+            .batch_execute("SELECT pg_advisory_xact_lock(7)")
+            .await
+            .unwrap();
+        reader.batch_execute("ROLLBACK").await.unwrap();
+    });
+    ran.unwrap();
+    drop(alter.await.unwrap());
+    // The server has let us overtake the ALTER.
+    assert!(reported.incidents().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_advisory_lock_that_is_held() {
+    let reported = scene("").await;
+    let holder = stranger(&reported, "SELECT pg_advisory_lock(7)").await;
+    let incident = time_out(&reported, "SELECT pg_advisory_xact_lock(7)").await;
+    is(&incident, Cause::AdvisoryLockHeld);
+    drop(holder);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepared_transaction_that_was_left() {
+    let reported = scene("").await;
+    let gid = format!("{}_left", reported.scene.database.name());
+    let sql = format!("BEGIN; {ONE}; PREPARE TRANSACTION '{gid}'");
+    let holder = stranger(&reported, &sql).await;
+    let incident = time_out(&reported, ONE).await;
+    let end = format!("ROLLBACK PREPARED '{gid}'");
+    holder.batch_execute(&end).await.unwrap();
+    is(&incident, Cause::PreparedTransaction);
+    says(&incident, &gid);
+}
+
+/// Two others wait for one another, and we wait for one of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_the_deadlock_of_others() {
+    let reported = scene("").await;
+    let one = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let two = stranger(&reported, &format!("BEGIN; {TWO}; {THREE}")).await;
+    let one = goes_on(one, TWO);
+    waiters(&reported, 1).await;
+    let cancel = two.cancel_token();
+    let two = goes_on(two, ONE);
+    waiters(&reported, 2).await;
+    let incident = time_out(&reported, THREE).await;
+    is(&incident, Cause::BehindDeadlock);
+    cancel
+        .cancel_query(lockkeeper::tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    drop(two.await.unwrap());
+    drop(one.await.unwrap());
+}
+
+/// Nothing was seen and the server says little: no cause is made up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_seen_is_not_explained() {
+    let reported = Reported::with(2, |builder, _| builder.watch(false)).await;
+    let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let options = TransactionOptions::new()
+        .attempts(1)
+        .lock_timeout(Duration::from_millis(50));
+    let ran = reported.keeper().transaction_with(options, async |tx| {
+        tx.batch_execute(ONE).await.map_err(Error::from)
+    });
+    ran.await.unwrap_err();
+    drop(holder);
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.diagnosis().cause(), Cause::Unknown, "{incident}");
+    assert!(!incident.diagnosis().is_certain());
+    assert_eq!(incident.diagnosis().fix(), None);
+    assert!(incident.missing().any(|why| why.contains("switched off")));
+}
