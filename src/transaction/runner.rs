@@ -13,6 +13,10 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify_db};
 use crate::incident::Incident;
 
+/// The least pause after a deadlock. A row's lock is not handed over to the one who waits for it: who comes back at once
+/// can take it before the one who was woken, and close the circle again.
+const AFTER_DEADLOCK: Duration = Duration::from_millis(2);
+
 /// How often a transaction is run, and how long between.
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
@@ -96,7 +100,10 @@ where
                 }
             }
         };
-        let pause = policy.backoff.delay(attempt - 1, policy.jitter.next());
+        let mut pause = policy.backoff.delay(attempt - 1, policy.jitter.next());
+        if again.db_error().map(classify_db) == Some(Failure::Deadlock) {
+            pause = pause.max(AFTER_DEADLOCK);
+        }
         let out_of = if attempt >= policy.attempts {
             Some("attempts")
         } else if deadline.is_some_and(|deadline| deadline.remaining() < pause) {

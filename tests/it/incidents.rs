@@ -10,7 +10,7 @@ use lockkeeper::{
     Error, ErrorKind, Incident, IncidentKind, Keeper, KeeperBuilder, TransactionOptions,
 };
 use lockkeeper_testkit::{Database, Skip};
-use tokio::sync::Barrier;
+use tokio::sync::{Barrier, Semaphore};
 
 use crate::common::{Scene, eventually};
 
@@ -71,6 +71,7 @@ impl Reported {
 struct Meeting {
     barrier: Barrier,
     arrivals: AtomicU32,
+    finished: Semaphore,
 }
 
 impl Meeting {
@@ -78,7 +79,15 @@ impl Meeting {
         Self {
             barrier: Barrier::new(2),
             arrivals: AtomicU32::new(0),
+            finished: Semaphore::new(0),
         }
+    }
+
+    /// A row's lock is not handed over: who comes back at once may take it before the one who was woken for it, and close
+    /// the circle again.
+    async fn let_the_other_finish(&self) {
+        let finished = tokio::time::timeout(Duration::from_secs(2), self.finished.acquire());
+        drop(finished.await);
     }
 
     async fn meet(&self) {
@@ -99,12 +108,16 @@ async fn write_two(
     keeper
         .transaction_with(options, async |tx| {
             let attempt = attempts.fetch_add(1, Ordering::Relaxed) + 1;
+            if attempt > 1 {
+                meeting.let_the_other_finish().await;
+            }
             tx.batch_execute(first).await?;
             meeting.meet().await;
             tx.batch_execute(second).await?;
             Ok(attempt)
         })
         .await
+        .inspect(|_| meeting.finished.add_permits(1))
 }
 
 const ONE: &str = "UPDATE account SET balance = balance + 7711 WHERE id = 1";
@@ -130,6 +143,7 @@ async fn stranger(client: Client, meeting: &Meeting) {
         .batch_execute(&format!("{ONE}; COMMIT"))
         .await
         .unwrap();
+    meeting.finished.add_permits(1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
