@@ -117,6 +117,11 @@ impl Journal {
         self.began <= at && self.lock().ended.is_none_or(|ended| ended >= at)
     }
 
+    /// When it ended.
+    pub(super) fn ended(&self) -> Option<Instant> {
+        self.lock().ended
+    }
+
     pub(super) fn end(&self) {
         let mut log = self.lock();
         log.ended = Some(Instant::now());
