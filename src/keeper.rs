@@ -420,8 +420,8 @@ impl KeeperBuilder {
     /// Whether to look at the server while transactions wait, which is what gives a report its evidence; on by default.
     ///
     /// A task looks at statements that have run for 100 ms, ten times a second, in one query for all of them, on the
-    /// [`side_connection`](Self::side_connection); where there is none, on a connection of the pool if one is free at
-    /// once. While no transaction is running it sleeps.
+    /// [`side_connection`](Self::side_connection); where there is none, on a connection of the pool if one is to
+    /// be had within 20 ms. While no transaction is running it sleeps.
     pub fn watch(mut self, watch: bool) -> Self {
         self.watching.enabled = watch;
         self
