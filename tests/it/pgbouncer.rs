@@ -495,7 +495,7 @@ async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
                 assert!(sleep.await.is_err());
             }
             "dropped query" => {
-                let query = guard.query("SELECT pg_sleep(0)", &[]);
+                let query = guard.query("SELECT pg_sleep(0.05)", &[]);
                 assert!(crate::common::poll_times_and_drop(query, 1).await.is_none());
             }
             _ => {}
