@@ -143,9 +143,7 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self.0.kind {
             ErrorKind::Deadlock | ErrorKind::Serialization | ErrorKind::ConnectionLost => true,
-            ErrorKind::LockTimeout => self
-                .as_db_error()
-                .is_none_or(|error| classify_db(error) != Failure::NotAvailable),
+            ErrorKind::LockTimeout => self.failure() != Some(Failure::NotAvailable),
             _ => false,
         }
     }
@@ -153,6 +151,11 @@ impl Error {
     /// The server's error behind this one.
     pub(crate) fn as_db_error(&self) -> Option<&DbError> {
         db_error(self.0.source.as_deref()?)
+    }
+
+    /// What the server's error behind this one means.
+    pub(crate) fn failure(&self) -> Option<Failure> {
+        self.as_db_error().map(classify_db)
     }
 
     /// The SQLSTATE of the server's error behind this one.
@@ -331,6 +334,14 @@ impl Failure {
             | Self::Driver => ErrorKind::Database,
         }
     }
+
+    /// Whether it is the connection that was left in a state in which nothing can begin on it: another one will do.
+    pub(crate) fn is_of_the_connection(self) -> bool {
+        matches!(
+            self,
+            Self::Aborted | Self::InTransaction | Self::MissingStatement | Self::DuplicateStatement
+        )
+    }
 }
 
 /// Sorts a driver's error by its SQLSTATE and severity; the server's translated texts are never looked at.
@@ -405,26 +416,9 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     }
 }
 
-/// Whether BEGIN was refused because of a transaction that is open already, and has failed or done something.
-pub(crate) fn is_in_transaction(error: &Error) -> bool {
-    matches!(error.sqlstate(), Some(code) if *code == SqlState::IN_FAILED_SQL_TRANSACTION
-        || *code == SqlState::ACTIVE_SQL_TRANSACTION)
-}
-
-/// Whether a statement that should have been prepared is not.
-pub(crate) fn is_missing_statement(error: &Error) -> bool {
-    error.sqlstate() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
-}
-
 /// Whether the server cannot do at all what was asked.
 pub(crate) fn is_not_supported(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)
-}
-
-/// Whether a statement that should have been prepared was not, or the other way round.
-pub(crate) fn is_unprepared(error: &Error) -> bool {
-    matches!(error.sqlstate(), Some(code) if *code == SqlState::INVALID_SQL_STATEMENT_NAME
-        || *code == SqlState::DUPLICATE_PSTATEMENT)
 }
 
 /// Whether an error, or one behind it, is a failure that running the transaction again can mend: the first one of this

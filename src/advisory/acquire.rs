@@ -6,10 +6,7 @@ use super::environment::check_locking;
 use super::gate::Turn;
 use super::{Advisory, Request};
 use crate::deadline::Deadline;
-use crate::error::{
-    Error, ErrorKind, Failure, classify, is_in_transaction, is_missing_statement, is_not_supported,
-    is_unprepared,
-};
+use crate::error::{Error, ErrorKind, Failure, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
 use crate::session::{Reply, Scope, Session, Undo};
 use crate::sql::advisory::{Tried, Verdict};
@@ -200,14 +197,11 @@ impl Advisory {
                 },
                 // Nothing was done yet that could be done twice: a connection that died in the pool is not an error.
                 Err(error) if is_lost_at_once(&error) && stale < most => {}
-                // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something.
-                Err(error) if is_in_transaction(&error) && stale < most => {}
-                // Somebody deallocates prepared statements, or prepares some of our names.
-                // The other way round, where a message that prepared was given up before its answer, only its connection
-                // is lost.
-                Err(error) if is_unprepared(&error) && stale < most => {
-                    if is_missing_statement(&error) {
-                        self.connections.known().missing_statement();
+                // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something, and
+                // one on which somebody deallocates prepared statements, or prepares some of our names.
+                Err(error) if stale < most && is_of_the_connection(&error) => {
+                    if let Some(failure) = error.failure() {
+                        self.connections.known().failed(failure);
                     }
                 }
                 // A standby refuses to begin a SERIALIZABLE transaction.
@@ -243,15 +237,10 @@ impl Advisory {
         tried: &Tried,
         statement: Option<Preparable>,
     ) {
+        let lasting = !matches!(tried.verdict, Verdict::Standby | Verdict::Dirty);
+        let server = tried.server.as_ref().filter(|_| lasting);
         let known = self.connections.known();
-        if let (Ask::Prepare(_), Some(statement)) = (ask, statement) {
-            known.prepared(session, statement);
-        }
-        if let Some(server) = &tried.server
-            && !matches!(tried.verdict, Verdict::Standby | Verdict::Dirty)
-        {
-            known.learn(session, tried.pid, server);
-        }
+        known.answered(session, ask, statement, tried.pid, server);
     }
 
     /// The server that has answered, by its own word or by what is remembered of the connection.
@@ -472,6 +461,10 @@ fn forgive_snapshot(request: &Request, session: &Session, tried: &mut Tried) {
     } else if pooled {
         tried.verdict = Verdict::Busy;
     }
+}
+
+fn is_of_the_connection(error: &Error) -> bool {
+    error.failure().is_some_and(Failure::is_of_the_connection)
 }
 
 /// Whether the connection was dead, rather than its server silent: that will not be better on the next one.

@@ -113,8 +113,7 @@ impl Advisory {
             Handed::Turn(stake) => return self.acquire_as_first(request, deadline, stake).await,
             Handed::Session(passed) => passed,
         };
-        let (session, tried, stake) = passed.take();
-        let mut session = session;
+        let (mut session, tried, stake) = passed.take();
         session.identify(tried.pid, request.begin.application_name.as_deref());
         if tried.granted {
             return Ok(Locked::new(session, tried, request).staked(stake));

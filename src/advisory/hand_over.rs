@@ -14,9 +14,12 @@ pub(super) struct Ending {
     pub(super) message: Message,
     /// Whether somebody waits for what comes of it.
     pub(super) hands_over: bool,
-    // Taken by whoever reads the reply: the caller, or the background.
-    then: Arc<Mutex<Option<FromReply>>>,
+    pub(super) then: Once,
 }
+
+/// What the reply leaves to be done: taken by whoever reads it, the caller or the background.
+#[derive(Clone)]
+pub(super) struct Once(Arc<Mutex<Option<FromReply>>>);
 
 impl Ending {
     pub(super) fn of(guard: &SessionGuard, session: &mut Session) -> Self {
@@ -35,32 +38,30 @@ impl Ending {
                 ),
             },
             _ => (
-                sql::advisory::unlock(guard.locks(), application_name).into(),
+                guard.release_text().into(),
                 after_unlock(application_name.map(str::to_owned)),
             ),
         };
         Self {
             message,
             hands_over,
-            then: Arc::new(Mutex::new(Some(then))),
+            then: Once(Arc::new(Mutex::new(Some(then)))),
         }
-    }
-
-    /// What to do with the reply if nobody waits for it.
-    pub(super) fn undo(&self) -> Undo {
-        let then = Arc::clone(&self.then);
-        Undo::After(Box::new(move |reply| read(&then, reply)))
-    }
-
-    /// What to do with the reply.
-    pub(super) fn then(&self, reply: &Reply) -> Then {
-        read(&self.then, reply)
     }
 }
 
-fn read(then: &Mutex<Option<FromReply>>, reply: &Reply) -> Then {
-    let then = then.lock().unwrap_or_else(PoisonError::into_inner).take();
-    then.map_or(Then::Close, |then| then(reply))
+impl Once {
+    /// What to do with the reply if nobody waits for it.
+    pub(super) fn undo(&self) -> Undo {
+        let then = self.clone();
+        Undo::After(Box::new(move |reply| then.read(reply)))
+    }
+
+    /// What to do with the reply.
+    pub(super) fn read(&self, reply: &Reply) -> Then {
+        let then = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        then.map_or(Then::Close, |then| then(reply))
+    }
 }
 
 /// The next in line, unless the session has been used: what somebody has set on it is not for the next one, and the pool

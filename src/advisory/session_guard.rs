@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{Journal, Session, Then, Undo, query_methods, see_through};
+use crate::session::{Journal, Session, Undo, query_methods, see_through};
 use crate::sql;
 use crate::sql::advisory::Locks;
 use crate::transaction::{AsyncFunc, Tx};
@@ -173,36 +173,24 @@ impl SessionGuard {
         released.unwrap_or(Err(lost))
     }
 
-    async fn end(self, session: Session, mut ending: Ending) -> Result<(), Error> {
+    async fn end(self, session: Session, ending: Ending) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
-        let undo = ending.undo();
+        let Ending { message, then, .. } = ending;
         // A statement that was given up is cancelled; what became of the locks is asked all the same.
-        let message = std::mem::replace(&mut ending.message, String::new().into());
-        let exchange = session.exchange(message, undo);
+        let exchange = session.exchange(message, then.undo());
         let Some((session, answer)) = exchange.insist().await else {
             return Err(lost.with_detail("no answer from the server, the connection was closed"));
         };
         match answer {
             Ok(reply) if !is_unlocked(&reply) => Err(lost),
             Ok(reply) => {
-                match ending.then(&reply) {
-                    Then::GiveBack => session.give_back(),
-                    Then::Pass(pass) => pass(session),
-                    Then::Close => {}
-                    // Unanswered, the connection is closed.
-                    Then::Send(sql) => {
-                        if let (session, Ok(_)) = session.exchange(sql, Undo::Nothing).await {
-                            session.give_back();
-                        }
-                    }
-                }
+                then.read(&reply).carry_out(session).await;
                 Ok(())
             }
             Err(error) => match classify(&error) {
                 Failure::ConnectionLost | Failure::Driver => Err(lost.with_source(error)),
                 // A transaction that failed and was left open refuses the unlock: it is ended first. And a cancel of a
-                // statement that was given up can hit the unlock instead.
-                // Or somebody has deallocated it.
+                // statement that was given up can hit the unlock instead. Or somebody has deallocated it.
                 Failure::Aborted | Failure::Cancelled | Failure::MissingStatement => {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
                     match session.exchange(sql, Undo::Nothing).await {
@@ -272,7 +260,7 @@ impl SessionGuard {
         self.stake.as_ref()
     }
 
-    fn release_text(&self) -> String {
+    pub(super) fn release_text(&self) -> String {
         sql::advisory::unlock(self.locks(), self.application_name.as_deref())
     }
 
@@ -289,9 +277,8 @@ impl Drop for SessionGuard {
     fn drop(&mut self) {
         if let Some(mut session) = self.session.take() {
             self.trace_end();
-            let ending = Ending::of(self, &mut session);
-            let undo = ending.undo();
-            session.exchange(ending.message, undo).detach();
+            let Ending { message, then, .. } = Ending::of(self, &mut session);
+            session.exchange(message, then.undo()).detach();
         }
     }
 }

@@ -41,6 +41,23 @@ pub(crate) enum Then {
     Close,
 }
 
+impl Then {
+    /// Does it. Where this returns without [`Session::give_back`], the session closes its connection.
+    pub(crate) async fn carry_out(self, session: Session) {
+        match self {
+            Self::Close => {}
+            Self::GiveBack => session.give_back(),
+            Self::Pass(pass) => pass(session),
+            Self::Send(sql) => {
+                let exchange = session.exchange(sql, Undo::Nothing);
+                if let Some((session, Ok(_))) = exchange.within(PATIENCE).await {
+                    session.give_back();
+                }
+            }
+        }
+    }
+}
+
 pub(crate) type FromReply = Box<dyn FnOnce(&Reply) -> Then + Send>;
 
 /// What to do about a message whose answer nobody waits for any more.
@@ -86,11 +103,9 @@ impl Exchange {
             self.detach();
             return None;
         }
-        if self.patience == PATIENCE_UNWATCHED {
-            // Behind statements that we do not know of, only for a moment.
-            return tokio::time::timeout(PATIENCE_UNWATCHED, self).await.ok();
-        }
-        self.within(PATIENCE).await
+        // Behind statements that we do not know of, only for a moment.
+        let patience = self.patience;
+        self.within(patience).await
     }
 
     /// The answer, also behind statements of the caller that were given up: they are cancelled, and the connection does
@@ -106,16 +121,9 @@ impl Exchange {
         };
         let runtime = self.runtime.clone();
         for cancels in 0..=CANCELS {
-            let answered = if patience == PATIENCE {
-                let answering = Pin::new(&mut self);
-                canceller
-                    .connections
-                    .bound(&runtime, patience, answering)
-                    .await
-            } else {
-                tokio::time::timeout(patience, &mut self).await.ok()
-            };
-            if let Some((session, answer)) = answered {
+            let connections = &canceller.connections;
+            let answer = connections.bound(&runtime, patience, &mut self).await;
+            if let Some((session, answer)) = answer {
                 if cancels > 0 {
                     session.doubtful.store(true, Ordering::Relaxed);
                 }
@@ -265,32 +273,16 @@ async fn settle(
         Undo::Nothing => None,
         Undo::After(text) => Some(text),
     };
-    let answered = if patience == PATIENCE {
-        let connections = Arc::clone(&canceller.canceller.connections);
-        connections
-            .bound(&Handle::current(), patience, answering.as_mut())
-            .await
-    } else {
-        tokio::time::timeout(patience, &mut answering).await.ok()
-    };
-    let Some((session, answer)) = answered else {
+    let connections = &canceller.canceller.connections;
+    let answered = connections.bound(&Handle::current(), patience, &mut answering);
+    let Some((session, answer)) = answered.await else {
         canceller.armed = true;
         return cancel_until_answered(answering, canceller).await;
     };
     canceller.armed = false;
     let Ok(reply) = answer else { return };
-    match undo.map_or(Then::GiveBack, |then| then(&reply)) {
-        // Dropped, the session closes its connection.
-        Then::Close => {}
-        Then::GiveBack => session.give_back(),
-        Then::Pass(pass) => pass(session),
-        Then::Send(sql) => {
-            let exchange = session.exchange(sql, Undo::Nothing);
-            if let Ok((session, Ok(_))) = tokio::time::timeout(PATIENCE, exchange).await {
-                session.give_back();
-            }
-        }
-    }
+    let then = undo.map_or(Then::GiveBack, |then| then(&reply));
+    then.carry_out(session).await;
 }
 
 /// Cancels what the backend is running until the answer is there, and closes the connection even then: a cancel that

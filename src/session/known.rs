@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Session;
+use crate::error::Failure;
 use crate::sql::environment::Server;
 use crate::sql::{Ask, Preparable};
 
@@ -67,14 +68,14 @@ impl Known {
     }
 
     /// Remembers that what was to be prepared is: its message was answered.
-    pub(crate) fn prepared(&self, session: &Session, statement: Preparable) {
+    fn prepared(&self, session: &Session, statement: Preparable) {
         if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
             connection.prepared.insert(statement);
         }
     }
 
     /// Remembers the server behind a connection, if that is direct: behind a pooler there may be another the next time.
-    pub(crate) fn learn(&self, session: &Session, pid: i32, server: &Server) {
+    fn learn(&self, session: &Session, pid: i32, server: &Server) {
         if session.login_pid() != Some(pid) {
             return;
         }
@@ -92,6 +93,23 @@ impl Known {
         );
     }
 
+    /// Remembers what the answer to `ask` has brought to light: that the statement is prepared, and the server.
+    pub(crate) fn answered(
+        &self,
+        session: &Session,
+        ask: &Ask,
+        statement: Option<Preparable>,
+        pid: i32,
+        server: Option<&Server>,
+    ) {
+        if let (Ask::Prepare(_), Some(statement)) = (ask, statement) {
+            self.prepared(session, statement);
+        }
+        if let Some(server) = server {
+            self.learn(session, pid, server);
+        }
+    }
+
     /// The server behind a connection.
     pub(crate) fn server(&self, session: &Session) -> Option<Server> {
         let connections = self.lock();
@@ -99,9 +117,12 @@ impl Known {
         Some(connection.server.clone())
     }
 
-    /// What was prepared is not there: something deallocates it, and whole texts are sent from now on.
-    pub(crate) fn missing_statement(&self) {
-        self.prepares.store(false, Ordering::Relaxed);
+    /// Where what was prepared is not there, something deallocates it, and whole texts are sent from now on. The other way
+    /// round, where a message that prepared was given up before its answer, only its connection is lost.
+    pub(crate) fn failed(&self, failure: Failure) {
+        if failure == Failure::MissingStatement {
+            self.prepares.store(false, Ordering::Relaxed);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {

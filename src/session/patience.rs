@@ -4,6 +4,8 @@
 //! than the message. These bounds are for servers that have fallen silent, so they need not be exact: one task looks
 //! at all of them a few times a second, and ends when there have been none for a while.
 //!
+//! What is shorter than a few of its looks is bounded exactly, by a timer.
+//!
 //! That task has to run on threads of its runtime: a current-thread runtime stands still outside of `block_on`, and the
 //! bounds of all others with it. There each bound is a timer, which wakes nobody: the thread that sets it drives it.
 
@@ -18,6 +20,8 @@ use tokio::time::Sleep;
 
 /// How late a bound may be.
 const TICK: Duration = Duration::from_millis(200);
+/// Shorter bounds are exact.
+const EXACT: Duration = Duration::from_secs(1);
 /// After so many ticks without anything to bound, the task ends.
 const IDLE_TICKS: u32 = 25;
 
@@ -37,7 +41,8 @@ struct Waits {
 }
 
 impl Patience {
-    /// What `future` gives, or `None` where it takes more than `most`, and up to a fifth of a second longer.
+    /// What `future` gives, or `None` where it takes more than `most`, and up to a fifth of a second longer where that is a
+    /// second or more.
     ///
     /// Cancel safety: as the future's own.
     pub(crate) fn bound<F: Future + Unpin>(
@@ -52,6 +57,7 @@ impl Patience {
             runtime: runtime.clone(),
             // A bound too far away for the clock is none.
             end: Instant::now().checked_add(most),
+            exact: most < EXACT,
             watch: None,
         }
     }
@@ -79,6 +85,7 @@ pub(crate) struct Bounded<F> {
     patience: Patience,
     runtime: Handle,
     end: Option<Instant>,
+    exact: bool,
     watch: Option<Watch>,
 }
 
@@ -102,10 +109,11 @@ impl<F: Future + Unpin> Future for Bounded<F> {
         };
         // Not the session's own runtime, which may have ended: this one runs.
         let current = Handle::try_current().ok();
-        let driven_here = |current: &Handle| {
-            current.runtime_flavor() == RuntimeFlavor::CurrentThread && this.watch.is_none()
+        let by_timer = |current: &Handle| {
+            let driven_here = current.runtime_flavor() == RuntimeFlavor::CurrentThread;
+            this.watch.is_none() && (this.exact || driven_here)
         };
-        if current.as_ref().is_some_and(driven_here) {
+        if current.as_ref().is_some_and(by_timer) {
             let timer = tokio::time::sleep_until(end.into());
             this.watch = Some(Watch::Timer(Box::pin(timer)));
         }
@@ -226,8 +234,7 @@ mod tests {
         assert!(super::super::exchange::poll_once(Pin::new(&mut bounded)).is_none());
         assert!(patience.lock().ticking);
         let second = runtime();
-        let waiting =
-            second.spawn(patience.bound(second.handle(), Duration::from_millis(400), silent()));
+        let waiting = second.spawn(patience.bound(second.handle(), EXACT, silent()));
         drop(first);
         let given_up =
             second.block_on(async { tokio::time::timeout(Duration::from_secs(20), waiting).await });
@@ -252,7 +259,7 @@ mod tests {
             .build()
             .expect("a runtime");
         // In a task of its own: a timeout around it would poll it once more.
-        let soon = Duration::from_millis(100);
+        let soon = EXACT;
         let waiting = driven.spawn(patience.bound(driven.handle(), soon, silent()));
         let given_up =
             driven.block_on(async { tokio::time::timeout(Duration::from_secs(20), waiting).await });
@@ -274,7 +281,7 @@ mod tests {
             polls += 1;
             Poll::<()>::Pending
         });
-        let bounded = patience.bound(&handle, Duration::from_millis(300), counted);
+        let bounded = patience.bound(&handle, EXACT, counted);
         assert_eq!(bounded.await, None);
         assert!(polls < 10, "{polls} polls");
     }

@@ -8,7 +8,7 @@ use crate::call_site::CallSite;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::session::{Connections, Undo};
-use crate::sql::{self, Ask, Preparable};
+use crate::sql::{self, Preparable};
 
 /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
 ///
@@ -33,12 +33,8 @@ pub(crate) async fn open(
         let error = match answer {
             Ok(reply) => match sql::begun(&reply) {
                 Some(begun) if begun.fresh => {
-                    if let (Ask::Prepare(_), Some(statement)) = (&ask, statement) {
-                        known.prepared(&session, statement);
-                    }
-                    if let Some(server) = &begun.server {
-                        known.learn(&session, begun.pid, server);
-                    }
+                    let server = begun.server.as_ref();
+                    known.answered(&session, &ask, statement, begun.pid, server);
                     session.identify(begun.pid, begin.application_name.as_deref());
                     return Ok(Tx::new(session, call_site, lock_wait, begin.lock_timeout));
                 }
@@ -48,14 +44,9 @@ pub(crate) async fn open(
             // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
             // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
             Err(error) => match classify(&error) {
-                failure @ (Failure::ConnectionLost
-                | Failure::Aborted
-                | Failure::InTransaction
-                | Failure::MissingStatement
-                | Failure::DuplicateStatement) => {
-                    if failure == Failure::MissingStatement {
-                        known.missing_statement();
-                    }
+                Failure::ConnectionLost => error.into(),
+                failure if failure.is_of_the_connection() => {
+                    known.failed(failure);
                     error.into()
                 }
                 _ => return Err(error.into()),
