@@ -118,14 +118,18 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Another one's that waited too: the statement that the server was seen to run, else the one that had then lasted
-    /// longest of those that were not over.
+    /// Another one's that waited too, and was last seen to wait at `waited_at`: the statement that the server was seen to
+    /// run, else the one that had then lasted longest of those that were not over.
+    ///
+    /// It hears of the end at about the same time as the victim, so that it may have gone on before that: what it said
+    /// after its wait is not of the incident.
     pub(super) fn of_waiter(
         journal: &'a Journal,
         occurred: SystemTime,
+        waited_at: SystemTime,
         seen: Option<&str>,
     ) -> Self {
-        let entries = Self::of_holder(journal, occurred).entries;
+        let entries = Self::of_holder(journal, occurred.min(waited_at)).entries;
         let at = occurred.duration_since(journal.began).unwrap_or_default();
         let end = |entry: &JournalEntry| {
             let took = entry.took.unwrap_or(Duration::MAX);
@@ -146,11 +150,24 @@ impl<'a> Reading<'a> {
             .iter()
             .enumerate()
             .filter(|(_, entry)| end(entry).saturating_add(SAME_TIME) >= at && is_seen(entry))
-            .max_by_key(|(_, entry)| end(entry).saturating_sub(entry.after));
+            .max_by_key(|(_, entry)| end(entry).saturating_sub(entry.after))
+            .map(|(at, _)| at);
+        let said = waited.map_or(entries.len(), |waited| {
+            let over = entries[waited]
+                .took
+                .map(|took| entries[waited].after.saturating_add(took));
+            let is_before = |entry: &JournalEntry| over.is_none_or(|over| entry.after < over);
+            waited + 1 + entries[waited + 1..].partition_point(is_before)
+        });
         Self {
-            entries,
-            waited: waited.map(|(at, _)| at),
+            entries: &entries[..said],
+            waited,
         }
+    }
+
+    /// When the statement that waited began, since the transaction began.
+    pub(super) fn waited_since(&self) -> Option<Duration> {
+        Some(self.entries.get(self.waited?)?.after)
     }
 
     /// The statement that waited.
@@ -358,8 +375,8 @@ mod tests {
     fn what_the_server_was_seen_to_run_comes_first() {
         let mut evidence = transfers();
         evidence.others[0].statements = vec![
-            entry(100, "SELECT 1", Some(700)),
-            entry(790, &format!("{REFUND_SQL} RETURNING id"), Some(20)),
+            entry(100, "SELECT 1", Some(630)),
+            entry(735, &format!("{REFUND_SQL} RETURNING id"), Some(75)),
         ];
         let found = report(evidence.clone());
         assert!(
@@ -393,6 +410,24 @@ mod tests {
     }
 
     #[test]
+    fn what_a_waiter_said_after_its_wait_is_left_out() {
+        let mut evidence = transfers();
+        let looked = evidence.looks.last().expect("a look").after;
+        let since = evidence.victim.statements.last().expect("one").after;
+        let looked = u64::try_from((since + looked).as_millis()).expect("a short time");
+        evidence.others[0].statements = vec![
+            entry(100, REFUND_SQL, Some(looked - 90)),
+            entry(looked + 10, "COMMIT", None),
+        ];
+        let found = report(evidence.clone());
+        assert_eq!(marks(other(&found)), [Some(JournalMark::Waited)]);
+        // Not even where its wait is not in the journal.
+        evidence.others[0].statements[0] = entry(100, "SELECT 1", Some(1));
+        let found = report(evidence);
+        assert_eq!(marks(other(&found)), [None]);
+    }
+
+    #[test]
     fn a_call_of_this_crates_is_its_sql() {
         let mut evidence = transfers();
         let (first, second) = (advisory("a"), advisory("b"));
@@ -415,8 +450,8 @@ mod tests {
             .waits(12, &first, "ExclusiveLock", 400, &[11]);
         evidence.looks = vec![server.look(950, Vec::new())];
         evidence.others[0].statements = vec![
-            entry(0, "SELECT pg_sleep(1)", Some(790)),
-            entry(795, "advisory_lock(\"a\")", None),
+            entry(0, "SELECT pg_sleep(1)", Some(740)),
+            entry(745, "advisory_lock(\"a\")", None),
         ];
         let found = report(evidence);
         assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);

@@ -225,8 +225,11 @@ fn participant(
         if is_victim {
             Reading::of_victim(journal)
         } else if waits {
-            let running = on_server.filter(|_| own_edges().any(IncidentEdge::was_seen));
-            Reading::of_waiter(journal, evidence.occurred, running)
+            let was_seen = own_edges().any(IncidentEdge::was_seen);
+            let running = on_server.filter(|_| was_seen);
+            let waited_at = looked_at(evidence, scene).filter(|_| was_seen);
+            let occurred = evidence.occurred;
+            Reading::of_waiter(journal, occurred, waited_at.unwrap_or(occurred), running)
         } else {
             Reading::of_holder(journal, evidence.occurred)
         }
@@ -296,6 +299,13 @@ fn seen<'a>(
         let backend = look.snapshot.backend(id)?;
         (!backend.is_gone()).then_some((look, backend))
     })
+}
+
+/// When the look was taken that the edges are from.
+fn looked_at(evidence: &Evidence, scene: &Scene) -> Option<SystemTime> {
+    let since = Reading::of_victim(&evidence.victim).waited_since()?;
+    let began = evidence.victim.began.checked_add(since)?;
+    began.checked_add(scene.after(&evidence.looks)?)
 }
 
 fn journal<'a>(

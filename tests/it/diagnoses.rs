@@ -83,7 +83,7 @@ async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> In
 async fn time_out(reported: &Reported, sql: &str) -> Incident {
     let options = TransactionOptions::new()
         .attempts(1)
-        .lock_timeout(Duration::from_millis(400));
+        .lock_timeout(Duration::from_millis(900));
     let before = reported.incidents().len();
     let ran = reported.keeper().transaction_with(options, async |tx| {
         tx.batch_execute(sql).await.map_err(Error::from)

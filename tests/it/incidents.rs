@@ -318,7 +318,7 @@ async fn a_deadlock_of_advisory_locks_names_them() {
 async fn a_deadlock_that_a_lock_timeout_hides_is_found() {
     let reported = Reported::new(4).await;
     let meeting = Meeting::new();
-    let options = || TransactionOptions::new().lock_timeout(Duration::from_millis(400));
+    let options = || TransactionOptions::new().lock_timeout(Duration::from_millis(800));
     let (one, other) = tokio::join!(
         write_two(reported.keeper(), options(), &meeting, [ONE, TWO]),
         write_two(reported.keeper(), options(), &meeting, [TWO, ONE]),
@@ -350,7 +350,7 @@ async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
         .unwrap();
     let options = TransactionOptions::new()
         .attempts(2)
-        .lock_timeout(Duration::from_millis(300));
+        .lock_timeout(Duration::from_secs(2));
     let error = reported
         .keeper()
         .transaction_with(options, async |tx| {

@@ -86,7 +86,8 @@ async fn the_next_transaction_on_a_backend_is_not_taken_for_the_one_before() {
     };
     let closer = async {
         eventually(SOON, "the first does not wait", async || {
-            let sql = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+            let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
+                       WHERE NOT l.granted AND a.datname = current_database()";
             let row = reported.scene.observer.query_one(sql, &[]).await.unwrap();
             row.get::<_, i64>(0) > 0
         })
@@ -130,7 +131,7 @@ async fn a_session_guard_is_not_taken_for_the_transaction_that_ran_on_it() {
     ran.await.unwrap();
     let options = TransactionOptions::new()
         .attempts(1)
-        .lock_timeout(Duration::from_millis(300));
+        .lock_timeout(Duration::from_secs(2));
     let waited = keeper.transaction_with(options, async |tx| {
         let sql = format!(
             "SELECT pg_advisory_xact_lock({})",
@@ -450,7 +451,7 @@ async fn a_row_is_named_by_its_key_after_the_key_was_renamed() {
             .unwrap();
         let options = TransactionOptions::new()
             .attempts(1)
-            .lock_timeout(Duration::from_millis(300));
+            .lock_timeout(Duration::from_secs(2));
         let waited = reported.keeper().transaction_with(options, async |tx| {
             tx.batch_execute(&sql).await.map_err(Error::from)
         });
