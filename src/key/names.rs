@@ -45,6 +45,11 @@ pub(crate) fn lookup(id: KeyId) -> Option<LockKey> {
     lock().entries.get(&id).map(|entry| entry.key.clone())
 }
 
+/// The key with the name that this process knows for it, if it knows one.
+pub(crate) fn named(key: LockKey) -> LockKey {
+    lookup(key.id()).unwrap_or(key)
+}
+
 /// A name in use. Dropping it ends the use; the name is remembered for a while.
 #[derive(Debug)]
 #[must_use = "the name counts as in use only while the registration lives"]

@@ -198,7 +198,7 @@ impl Monitor {
         let took = started.elapsed();
         let named = |key: LockKey| {
             let given = self.names.get(&key.id()).cloned();
-            given.or_else(|| names::lookup(key.id())).unwrap_or(key)
+            given.unwrap_or_else(|| names::named(key))
         };
         let seen = graph::seen(&reply, &named).ok_or_else(|| {
             Error::new(ErrorKind::Database)

@@ -35,7 +35,7 @@ pub(crate) struct Flights {
 struct State {
     next: u64,
     live: HashMap<u64, Arc<Journal>>,
-    recent: VecDeque<(Instant, Arc<Journal>)>,
+    recent: VecDeque<Arc<Journal>>,
 }
 
 impl Flights {
@@ -71,11 +71,9 @@ impl Flights {
     /// transaction's.
     pub(crate) fn of_backend(&self, pid: i32, at: Instant) -> Option<Arc<Journal>> {
         let state = self.lock();
-        let recent = state
-            .recent
-            .iter()
-            .filter(|(ended, _)| ended.elapsed() < RECENT)
-            .map(|(_, journal)| journal);
+        let is_recent = |ended: Instant| ended.elapsed() < RECENT;
+        let recent = state.recent.iter();
+        let recent = recent.filter(|journal| journal.ended().is_some_and(is_recent));
         let on_it: Vec<_> = state
             .live
             .values()
@@ -176,7 +174,7 @@ impl Drop for Flight {
             if state.recent.len() >= MOST_RECENT {
                 drop(state.recent.pop_front());
             }
-            state.recent.push_back((Instant::now(), journal));
+            state.recent.push_back(journal);
         }
     }
 }
@@ -203,7 +201,7 @@ mod tests {
         let now = Instant::now() + SETTLED;
         let found = |at: Instant| {
             let found = flights.of_backend(7, at);
-            found.map(|journal| journal.has_ended())
+            found.map(|journal| journal.ended().is_some())
         };
         assert_eq!(found(now), Some(false));
         assert!(flights.of_backend(8, now).is_none());

@@ -106,12 +106,6 @@ impl Journal {
         self.lock().pid = Some(pid);
     }
 
-    /// Whether the transaction is over.
-    #[cfg(test)]
-    pub(crate) fn has_ended(&self) -> bool {
-        self.lock().ended.is_some()
-    }
-
     /// Whether the transaction was under way at that time.
     pub(super) fn was_alive(&self, at: Instant) -> bool {
         self.began <= at && self.lock().ended.is_none_or(|ended| ended >= at)

@@ -146,20 +146,20 @@ impl Connections {
 
     /// Opens the side connection, if there is to be one and it can be.
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
-        if self.side.is_some() {
-            self.ask_side(crate::sql::PROBE).await?;
+        if let Some(side) = &self.side {
+            ask_side(side, crate::sql::PROBE).await?;
         }
         Ok(())
     }
 
     /// Asks what is worth knowing only at once, and does without an answer rather than wait for a connection.
     pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
-        if self.side.is_some() {
-            return self.ask_side(sql).await;
+        if let Some(side) = &self.side {
+            return ask_side(side, sql).await;
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
-        let bounded = format!("{}{sql}", crate::sql::environment::SMALL);
+        let bounded = crate::sql::environment::small(sql);
         // Cancel safety: unanswered, its connection is closed.
         let reply = session.message(&bounded).await;
         // What fails (for want of a privilege, or behind a lock) leaves nothing, unless there was a transaction already.
@@ -167,18 +167,6 @@ impl Connections {
             session.give_back();
         }
         Ok(reply?)
-    }
-
-    async fn ask_side(&self, sql: &str) -> Result<Reply, Error> {
-        let side = self.side.as_ref().ok_or_else(|| {
-            Error::config("there is no side connection; give one to KeeperBuilder::side_connection")
-        })?;
-        match tokio::time::timeout(SIDE, side.ask(sql)).await {
-            Ok(reply) => reply,
-            Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
-                .with_detail("no answer on the side connection")
-                .with_waited(SIDE)),
-        }
     }
 
     /// Asks the server something small on a connection that is not stuck: the one beside the pool, else one of the
@@ -193,8 +181,8 @@ impl Connections {
         spare: Duration,
         sql: &str,
     ) -> Result<Reply, Error> {
-        if self.side.is_some() {
-            match self.ask_side(sql).await {
+        if let Some(side) = &self.side {
+            match ask_side(side, sql).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
@@ -204,5 +192,14 @@ impl Connections {
         let reply = session.message(sql).await?;
         session.give_back();
         Ok(reply)
+    }
+}
+
+async fn ask_side(side: &Side, sql: &str) -> Result<Reply, Error> {
+    match tokio::time::timeout(SIDE, side.ask(sql)).await {
+        Ok(reply) => reply,
+        Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
+            .with_detail("no answer on the side connection")
+            .with_waited(SIDE)),
     }
 }

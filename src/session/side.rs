@@ -3,7 +3,6 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
@@ -12,9 +11,6 @@ use tokio_postgres::{CancelToken, Client, Config, Socket};
 use super::Reply;
 
 type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
-
-/// How long a login may take, so that a server which does not answer does not hold up whoever asks.
-const LOGIN: Duration = Duration::from_secs(2);
 
 /// How to reach the server beside the pool, without the type of the TLS connector.
 trait Connect: Send + Sync {
@@ -87,22 +83,15 @@ impl Side {
         self.connect.cancel(token).await
     }
 
+    /// Takes as long as the server, login included: callers bound it.
     pub(super) async fn ask(&self, sql: &str) -> Result<Reply, crate::error::Error> {
         let mut place = self.client.lock().await;
         // Cancel safety: taken out while in use, so that one whose answer was not awaited is closed, not used again.
         let client = match place.take().filter(|client| !client.is_closed()) {
             Some(client) => client,
-            None => match tokio::time::timeout(LOGIN, self.connect.connect()).await {
-                Ok(client) => client?,
-                Err(_) => {
-                    return Err(
-                        crate::error::Error::new(crate::error::ErrorKind::ConnectionLost)
-                            .with_detail("the side connection's login took too long"),
-                    );
-                }
-            },
+            None => self.connect.connect().await?,
         };
-        let bounded = format!("{}{sql}", crate::sql::environment::SMALL);
+        let bounded = crate::sql::environment::small(sql);
         let reply = client.simple_query(&bounded).await;
         *place = Some(client);
         Ok(reply?)

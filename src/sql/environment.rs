@@ -77,8 +77,9 @@ pub(crate) const SIDE_NAME: &str = "lockkeeper side connection";
 
 /// What is asked beside the transactions is small: a server that cannot answer it soon is left alone. For one message,
 /// which is one transaction: settings of the session would be left to others where a pooler shares it out.
-pub(crate) const SMALL: &str =
-    "SET LOCAL statement_timeout = 2000; SET LOCAL lock_timeout = 1000; ";
+pub(crate) fn small(sql: &str) -> String {
+    format!("SET LOCAL statement_timeout = 2000; SET LOCAL lock_timeout = 1000; {sql}")
+}
 
 /// Whether the server is a standby.
 pub(crate) const IN_RECOVERY: &str = "SELECT pg_catalog.pg_is_in_recovery() AS recovery";

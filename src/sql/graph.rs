@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use super::rows;
+use super::{int4_array, rows};
 use crate::graph::parts::{Sight, Verbatim};
 use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, assemble};
 use crate::key::LockKey;
@@ -106,14 +106,13 @@ pub(crate) fn blocking(only: Option<&[i32]>) -> String {
          LEFT JOIN a ON a.pid OPERATOR(pg_catalog.=) l.pid WHERE NOT l.granted), "
     );
     if let Some(only) = only {
-        let pids: Vec<_> = only.iter().map(i32::to_string).collect();
+        let pids = int4_array(only);
         // UNION, not UNION ALL: each session once, so that it ends on cycles.
         let _ = write!(
             sql,
-            "r AS (SELECT s.pid FROM pg_catalog.unnest('{{{}}}'::pg_catalog.int4[]) AS s (pid) \
+            "r AS (SELECT s.pid FROM pg_catalog.unnest({pids}) AS s (pid) \
              UNION SELECT b.pid FROM r JOIN q ON q.session OPERATOR(pg_catalog.=) r.pid \
              CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(q.pid)) AS b (pid)), ",
-            pids.join(",")
         );
     }
     sql.push_str(

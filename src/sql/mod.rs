@@ -106,6 +106,12 @@ pub(crate) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\"").replace('\0', ""))
 }
 
+/// An array of numbers, for a simple message.
+pub(crate) fn int4_array(numbers: &[i32]) -> String {
+    let numbers: Vec<_> = numbers.iter().map(i32::to_string).collect();
+    format!("'{{{}}}'::pg_catalog.int4[]", numbers.join(","))
+}
+
 /// The rows of a reply, without the frames around them.
 pub(crate) fn rows(reply: &[SimpleQueryMessage]) -> impl Iterator<Item = &SimpleQueryRow> {
     reply.iter().filter_map(|message| match message {

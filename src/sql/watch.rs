@@ -5,22 +5,18 @@ use std::time::Duration;
 
 use tokio_postgres::SimpleQueryMessage;
 
-use super::{identifier, literal, parsed, rows, seconds, setting_duration, text};
+use super::{identifier, int4_array, literal, parsed, rows, seconds, setting_duration, text};
 use crate::graph::RowId;
 
 /// Which of these backends wait for a lock, and how long by now. Cheap, because most of the time nobody does.
 pub(crate) fn waits(pids: &[i32]) -> String {
-    let mut list = String::new();
-    for (n, pid) in pids.iter().enumerate() {
-        let comma = if n > 0 { "," } else { "" };
-        let _ = write!(list, "{comma}{pid}");
-    }
+    let pids = int4_array(pids);
     format!(
         "SELECT l.pid, pg_catalog.date_part('epoch', \
          pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) l.waitstart) AS waited, \
          pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout \
          FROM pg_catalog.pg_locks AS l WHERE NOT l.granted \
-         AND l.pid OPERATOR(pg_catalog.=) ANY ('{{{list}}}'::pg_catalog.int4[])"
+         AND l.pid OPERATOR(pg_catalog.=) ANY ({pids})"
     )
 }
 

@@ -52,12 +52,7 @@ impl Watcher {
                     };
                     let pause = (AGAIN * 2_u32.pow(failures.min(5))).min(LONGEST_PAUSE);
                     let now = Instant::now();
-                    let mut plans = lock(&self.plans);
-                    for due in &due {
-                        if let Some(plan) = plans.get_mut(&due.number) {
-                            plan.not_seen(now);
-                        }
-                    }
+                    self.for_each(&due, |plan, _| plan.not_seen(now));
                     *lock(&self.paused_until) = Some(now + pause);
                 }
             }
@@ -68,7 +63,7 @@ impl Watcher {
         live.iter()
             .filter_map(|(number, _)| plans.get(number))
             .map(Plan::next)
-            .fold(Instant::now() + TICK, Instant::min)
+            .fold(now + TICK, Instant::min)
             .max(lock(&self.paused_until).unwrap_or(now))
     }
 
@@ -121,78 +116,65 @@ impl Watcher {
             .into_iter()
             .map(|waiting| (waiting.pid, waiting))
             .collect();
-        {
-            let mut plans = lock(&self.plans);
-            for due in due {
-                let Some(plan) = plans.get_mut(&due.number) else {
-                    continue;
-                };
-                match waiting.get(&due.pid) {
-                    None => plan.is_running(now),
-                    Some(waiting) => plan.is_waiting(
-                        now,
-                        now.checked_sub(waiting.waited).unwrap_or(now),
-                        [waiting.deadlock_timeout, due.journal.lock_timeout]
-                            .into_iter()
-                            .flatten(),
-                    ),
-                }
-            }
-        }
+        self.for_each(due, |plan, due| match waiting.get(&due.pid) {
+            None => plan.is_running(now),
+            Some(waiting) => plan.is_waiting(
+                now,
+                now.checked_sub(waiting.waited).unwrap_or(now),
+                [waiting.deadlock_timeout, due.journal.lock_timeout]
+                    .into_iter()
+                    .flatten(),
+            ),
+        });
         if waiting.is_empty() {
             return Ok(());
         }
         let rested = *lock(&self.rested);
         if now < rested {
             // What was seen a moment ago has to do, or what will be seen in another.
-            let mut plans = lock(&self.plans);
-            for due in due {
-                if let Some(plan) = plans.get_mut(&due.number) {
-                    plan.not_before(rested);
-                }
-            }
+            self.for_each(due, |plan, _| plan.not_before(rested));
             return Ok(());
         }
         let pids: Vec<i32> = waiting.keys().copied().collect();
         let asked = Instant::now();
         let reply = self.ask(&sql::graph::blocking(Some(&pids))).await?;
-        let took = asked.elapsed();
-        *lock(&self.rested) = Instant::now() + took * REST;
-        let Some(seen) = sql::graph::seen(&reply, &|key| names::lookup(key.id()).unwrap_or(key))
-        else {
+        let answered = Instant::now();
+        let took = answered - asked;
+        *lock(&self.rested) = answered + took * REST;
+        let Some(seen) = sql::graph::seen(&reply, &names::named) else {
             return Ok(());
         };
         let snapshot = Arc::new(seen.snapshot(took));
-        self.keep(due, &snapshot);
+        self.keep(due, &snapshot, answered);
         // After what matters most has been kept: a row's key can take a moment.
         let row_keys = self.row_keys(&snapshot).await;
         if !row_keys.is_empty() {
-            let mut plans = lock(&self.plans);
-            for due in due {
-                if let Some(plan) = plans.get_mut(&due.number) {
-                    plan.learned(&snapshot, &row_keys);
-                }
-            }
+            self.for_each(due, |plan, _| plan.learned(&snapshot, &row_keys));
         }
         self.report_long_waits(due);
         Ok(())
     }
 
     /// Adds what was seen to the plans of those who wait in it.
-    fn keep(&self, due: &[Due], snapshot: &Arc<Snapshot>) {
+    fn keep(&self, due: &[Due], snapshot: &Arc<Snapshot>, answered: Instant) {
+        self.for_each(due, |plan, due| {
+            if snapshot.edges_of(&due.pid.into()).next().is_some() {
+                plan.saw(Look {
+                    snapshot: Arc::clone(snapshot),
+                    after: answered.saturating_duration_since(plan.since()),
+                    row_keys: Vec::new(),
+                });
+            }
+        });
+    }
+
+    /// The plans of those who are due, and there still.
+    fn for_each(&self, due: &[Due], mut note: impl FnMut(&mut Plan, &Due)) {
         let mut plans = lock(&self.plans);
         for due in due {
-            let Some(plan) = plans.get_mut(&due.number) else {
-                continue;
-            };
-            if snapshot.edges_of(&due.pid.into()).next().is_none() {
-                continue;
+            if let Some(plan) = plans.get_mut(&due.number) {
+                note(plan, due);
             }
-            plan.saw(Look {
-                snapshot: Arc::clone(snapshot),
-                after: plan.since().elapsed(),
-                row_keys: Vec::new(),
-            });
         }
     }
 

@@ -717,7 +717,8 @@ async fn dropped_at_any_point_it_is_done_once_or_not_at_all() {
             polls += 1;
             assert!(polls < 300);
         }
-        assert!(polls > 5, "{polls} polls are too few to show anything");
+        // One for each of the messages, at least: on a busy machine an answer is there when the next one is waited for.
+        assert!(polls > 2, "{polls} polls are too few to show anything");
     }
 }
 
