@@ -108,7 +108,7 @@ pub use key::compat;
 pub use mode::{
     AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
 };
-pub use monitor::{AdvisoryLockEntry, Monitor};
+pub use monitor::{AdvisoryLockEntry, Monitor, Protection, SignalOutcome};
 pub use session::ToStatement;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};

@@ -1,6 +1,8 @@
 //! Looking at the server: who is there, who waits for whom, and who holds which advisory lock.
 
 mod advisory;
+mod protection;
+mod signal;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -8,6 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use advisory::AdvisoryLockEntry;
+pub use protection::Protection;
+pub use signal::SignalOutcome;
 
 use crate::error::{Error, ErrorKind};
 use crate::graph::{Backend, Edge, LockTree, Snapshot};

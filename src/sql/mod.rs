@@ -12,6 +12,7 @@ pub(crate) mod commit;
 pub(crate) mod environment;
 pub(crate) mod graph;
 mod prepared;
+pub(crate) mod signal;
 pub(crate) mod watch;
 
 use std::fmt::Write as _;

@@ -40,6 +40,7 @@ mod retry;
 mod session_guard;
 mod settings;
 mod several;
+mod signals;
 mod tidy;
 mod timeouts;
 mod transactions;

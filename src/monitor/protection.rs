@@ -1,0 +1,100 @@
+//! Sessions that are left alone, and why.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Why a session is not signalled.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Protection {
+    /// It is the session that looks and signals.
+    Oneself,
+    /// It is the connection beside the pool of some [`Keeper`](crate::Keeper), which holds nothing anybody waits for.
+    SideConnection,
+    /// A guard or a transaction of this process, alive now, has it.
+    OwnSession,
+    /// It sends the write-ahead log to a standby, an archive or a subscriber, or applies what it is sent.
+    Replication,
+    /// It takes a backup.
+    Backup,
+    /// It is an autovacuum that has to be done before transaction ids run out; it would only begin again.
+    WraparoundVacuum,
+    /// It is an autovacuum worker: to be cancelled, as the server does itself when one is in the way, and never
+    /// terminated.
+    Autovacuum,
+    /// It is another of the server's own processes, such as the checkpointer or a background worker.
+    ServerProcess,
+    /// It is of a superuser, and not of the role that signals.
+    Superuser,
+    /// It changes the schema, or holds the lock of a program that does.
+    Migration,
+    /// It builds an index, or writes a table anew (CLUSTER, VACUUM FULL).
+    IndexBuild,
+    /// Its `application_name` matches this pattern of the policy.
+    Application(Arc<str>),
+}
+
+impl fmt::Display for Protection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self {
+            Self::Oneself => "it is the session that looks",
+            Self::SideConnection => "it is a keeper's side connection",
+            Self::OwnSession => "a guard or a transaction of this process has it",
+            Self::Replication => "it is replication",
+            Self::Backup => "it is a backup",
+            Self::WraparoundVacuum => "it is an autovacuum to prevent wraparound",
+            Self::Autovacuum => "it is an autovacuum, which is never terminated",
+            Self::ServerProcess => "it is one of the server's own processes",
+            Self::Superuser => "it is of another role, which is a superuser",
+            Self::Migration => "it is a migration",
+            Self::IndexBuild => "it builds an index or writes a table anew",
+            Self::Application(pattern) => {
+                return write!(f, "its application_name matches {pattern:?}");
+            }
+        };
+        f.write_str(text)
+    }
+}
+
+/// What kind of backend it is, where that alone protects it.
+pub(crate) fn of_kind(backend_type: &str) -> Option<Protection> {
+    match backend_type {
+        "client backend" | "autovacuum worker" => None,
+        "walsender" | "walreceiver" | "startup" | "slotsync worker" => {
+            Some(Protection::Replication)
+        }
+        // `logical replication launcher`, `… worker` (15 and before), `… apply worker`, `… tablesync worker`, …
+        kind if kind.starts_with("logical replication") => Some(Protection::Replication),
+        _ => Some(Protection::ServerProcess),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_clients_and_autovacuum_are_ever_signalled() {
+        assert_eq!(of_kind("client backend"), None);
+        assert_eq!(of_kind("autovacuum worker"), None);
+        for kind in [
+            "walsender",
+            "walreceiver",
+            "startup",
+            "logical replication worker",
+            "logical replication parallel worker",
+            "logical replication launcher",
+        ] {
+            assert_eq!(of_kind(kind), Some(Protection::Replication), "{kind}");
+        }
+        for kind in [
+            "checkpointer",
+            "autovacuum launcher",
+            "parallel worker",
+            "pg_cron launcher",
+            "",
+        ] {
+            assert_eq!(of_kind(kind), Some(Protection::ServerProcess), "{kind}");
+        }
+    }
+}

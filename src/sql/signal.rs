@@ -1,0 +1,356 @@
+//! Signals to backends, and what must be so for one to be sent.
+//!
+//! A process id is used again, and a transaction that was in the way may have ended while somebody thought about it. So
+//! whom a signal is for is compared in the very statement that sends it.
+
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime};
+
+use tokio_postgres::SimpleQueryMessage;
+
+use super::environment::SIDE_NAME;
+use super::{identifier, is_true, literal, rows, text};
+use crate::graph::Backend;
+
+/// What is done to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Signal {
+    /// `pg_cancel_backend`: ends the running statement, if there is one.
+    Cancel,
+    /// `pg_terminate_backend`: ends the session.
+    Terminate,
+}
+
+/// Sessions that are left alone besides those that always are.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Spared {
+    /// Those of superusers other than the role that signals.
+    pub(crate) superusers: bool,
+    /// Those that build an index, or write a table anew.
+    pub(crate) builds: bool,
+}
+
+/// Sends the signal if the process id still belongs to the session that was seen, if that is still in the transaction
+/// that it was seen in, or in none still, and if it is still idle where it was; a cancel, only while a statement runs.
+///
+/// Conditions and signal are one statement, which looks at the activity once: what can come in between is the server's
+/// own way from a row to its function. The answer has a row with each of the conditions; none for a session that has
+/// ended. The conditions are columns of a subquery with OFFSET, so that the signal is not weighed before they are.
+pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) -> String {
+    let seen = Moments::of(backend);
+    let is_idle = backend
+        .state()
+        .is_some_and(|state| state.starts_with("idle"));
+    let same_state = match signal {
+        // Whatever it was: a cancel ends a statement, and does nothing to a session that runs none.
+        Signal::Cancel => "COALESCE(pg_catalog.texteq(a.state, 'active') \
+             OR pg_catalog.texteq(a.state, 'fastpath function call'), false)"
+            .to_owned(),
+        // One that was idle and has gone on to work is not what was seen.
+        Signal::Terminate if is_idle => same("a.state_change", seen.state_change),
+        Signal::Terminate => "true".to_owned(),
+    };
+    let kinds = match signal {
+        Signal::Cancel => "'{client backend,autovacuum worker}'",
+        Signal::Terminate => "'{client backend}'",
+    };
+    let function = match signal {
+        Signal::Cancel => "pg_catalog.pg_cancel_backend(t.pid)",
+        Signal::Terminate => "pg_catalog.pg_terminate_backend(t.pid)",
+    };
+    let mut sql = format!(
+        "SELECT t.*, CASE WHEN t.same_backend AND t.same_transaction AND t.same_state AND t.permitted \
+         AND NOT t.hidden AND NOT t.oneself AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup"
+    );
+    if spared.superusers {
+        sql.push_str(" AND NOT t.superuser");
+    }
+    if spared.builds {
+        sql.push_str(" AND NOT t.builds");
+    }
+    let _ = write!(
+        sql,
+        " THEN {function} END AS signalled FROM (SELECT a.pid, a.state, a.backend_type, {} AS same_backend, \
+         {} AS same_transaction, {same_state} AS same_state, a.backend_start IS NULL AS hidden, \
+         pg_catalog.int4eq(a.pid, pg_catalog.pg_backend_pid()) AS oneself, \
+         COALESCE(pg_catalog.texteq(a.application_name, {}), false) AS side, \
+         NOT COALESCE(a.backend_type OPERATOR(pg_catalog.=) ANY ({kinds}::pg_catalog.text[]), true) AS other_kind, \
+         {WRAPAROUND} AS wraparound, {IN_BACKUP} AS backup, {BUILDS} AS builds, \
+         COALESCE(r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER), false) AS superuser, \
+         {PERMITTED} AS permitted, r.oid IS NULL AS nobodys, COALESCE(r.rolsuper, false) AS is_superusers, \
+         CURRENT_USER AS me, pg_catalog.current_setting('server_version_num') AS version \
+         FROM pg_catalog.pg_stat_activity AS a \
+         LEFT JOIN pg_catalog.pg_roles AS r ON r.oid OPERATOR(pg_catalog.=) a.usesysid \
+         WHERE pg_catalog.int4eq(a.pid, {pid}) OFFSET 0) AS t",
+        same("a.backend_start", seen.backend_start),
+        match seen.transaction_start {
+            Some(_) => same("a.xact_start", seen.transaction_start),
+            None => "a.xact_start IS NULL".to_owned(),
+        },
+        literal(SIDE_NAME),
+    );
+    sql
+}
+
+/// What its own text says of an autovacuum that must not be stopped (PostgreSQL's source, `autovacuum.c`,
+/// `autovac_report_activity`). A client could say that too; then it is spared for nothing.
+const WRAPAROUND: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum worker') \
+     AND pg_catalog.int4gt(pg_catalog.strpos(a.query, '(to prevent wraparound)'), 0), false)";
+
+/// Whether it sends a base backup: such a session is a walsender too.
+const IN_BACKUP: &str = "EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
+     WHERE b.pid OPERATOR(pg_catalog.=) a.pid)";
+
+/// Whether it builds an index, or runs CLUSTER or VACUUM FULL.
+const BUILDS: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index AS b \
+     WHERE b.pid OPERATOR(pg_catalog.=) a.pid) OR EXISTS (SELECT FROM pg_catalog.pg_stat_progress_cluster AS b \
+     WHERE b.pid OPERATOR(pg_catalog.=) a.pid))";
+
+/// Whether the server lets this role signal that backend: its own role's, and those of the roles it is a member of; with
+/// `pg_signal_backend` every role's but a superuser's; autovacuum's with `pg_signal_autovacuum_worker` (18+). The other
+/// processes belong to no role. PostgreSQL's documentation, "Server Signaling Functions"; source, `signalfuncs.c`.
+const PERMITTED: &str = "((SELECT m.rolsuper FROM pg_catalog.pg_roles AS m \
+     WHERE pg_catalog.nameeq(m.rolname, CURRENT_USER)) OR CASE \
+     WHEN r.oid IS NULL THEN EXISTS (SELECT FROM pg_catalog.pg_roles AS w \
+     WHERE pg_catalog.nameeq(w.rolname, 'pg_signal_autovacuum_worker') \
+     AND pg_catalog.pg_has_role(w.oid, 'USAGE'::pg_catalog.text) \
+     AND COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum worker'), false)) \
+     WHEN r.rolsuper THEN false \
+     ELSE pg_catalog.pg_has_role(r.oid, 'USAGE'::pg_catalog.text) \
+     OR pg_catalog.pg_has_role('pg_signal_backend'::pg_catalog.name, 'USAGE'::pg_catalog.text) END)";
+
+/// A column of a time, the same to the microsecond.
+fn same(column: &str, seen: Option<SystemTime>) -> String {
+    match seen.and_then(micros) {
+        Some(micros) => format!(
+            "COALESCE(pg_catalog.int8eq((EXTRACT(epoch FROM {column}) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8, \
+             '{micros}'::pg_catalog.int8), false)"
+        ),
+        None => "false".to_owned(),
+    }
+}
+
+fn micros(time: SystemTime) -> Option<i64> {
+    match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_micros()).ok(),
+        Err(before) => i64::try_from(before.duration().as_micros())
+            .ok()
+            .map(|n| -n),
+    }
+}
+
+/// The times by which a session is known again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Moments {
+    backend_start: Option<SystemTime>,
+    transaction_start: Option<SystemTime>,
+    /// Its ages are all of one moment, so that each start can be had from any other. An age that was cut off at zero
+    /// gives a time that is not the session's, and no signal.
+    state_change: Option<SystemTime>,
+}
+
+impl Moments {
+    fn of(backend: &Backend) -> Self {
+        let seen_at = || {
+            backend
+                .backend_start()?
+                .checked_add(backend.connected_for()?)
+        };
+        let back = |age: Option<Duration>| seen_at()?.checked_sub(age?);
+        Self {
+            backend_start: backend.backend_start(),
+            transaction_start: backend.transaction_start(),
+            state_change: back(backend.in_state()),
+        }
+    }
+}
+
+/// What [`send`] found, and whether it signalled.
+#[derive(Clone, Debug)]
+pub(crate) struct Sent {
+    pub(crate) signalled: bool,
+    pub(crate) same_backend: bool,
+    pub(crate) same_transaction: bool,
+    pub(crate) same_state: bool,
+    pub(crate) state: Option<String>,
+    /// Not to be seen by this role.
+    pub(crate) hidden: bool,
+    pub(crate) oneself: bool,
+    pub(crate) side: bool,
+    /// `backend_type`, where that is none that such a signal is sent to.
+    pub(crate) other_kind: Option<String>,
+    pub(crate) wraparound: bool,
+    pub(crate) backup: bool,
+    pub(crate) builds: bool,
+    /// It is of a superuser, who is not the role that asks.
+    pub(crate) superuser: bool,
+    /// What would permit it; `None` where it is permitted.
+    pub(crate) lacks: Option<String>,
+}
+
+/// Reads the reply of [`send`]; `None` where there is no such backend.
+pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
+    let row = rows(reply).next()?;
+    let permitted = is_true(row, "permitted");
+    let hidden = is_true(row, "hidden");
+    let me = text(row, "me").unwrap_or_default();
+    let mut roles = Vec::new();
+    if hidden {
+        roles.push("pg_read_all_stats");
+    }
+    let mut lacks = None;
+    if !permitted {
+        let kind = text(row, "backend_type");
+        let version: u32 = super::parsed(row, "version").unwrap_or(0);
+        if is_true(row, "is_superusers") {
+            lacks =
+                Some("nothing to GRANT: only a superuser may signal a superuser's session".into());
+        } else if !is_true(row, "nobodys") {
+            roles.push("pg_signal_backend");
+        } else if version >= 180_000 && kind.as_deref() == Some("autovacuum worker") {
+            roles.push("pg_signal_autovacuum_worker");
+        } else {
+            lacks = Some(
+                "nothing to GRANT: only a superuser may signal the server's own processes".into(),
+            );
+        }
+    }
+    if !roles.is_empty() && lacks.is_none() {
+        lacks = Some(grant(&roles, &me));
+    }
+    Some(Sent {
+        signalled: is_true(row, "signalled"),
+        same_backend: is_true(row, "same_backend"),
+        same_transaction: is_true(row, "same_transaction"),
+        same_state: is_true(row, "same_state"),
+        state: text(row, "state"),
+        hidden,
+        oneself: is_true(row, "oneself"),
+        side: is_true(row, "side"),
+        other_kind: text(row, "backend_type").filter(|_| is_true(row, "other_kind")),
+        wraparound: is_true(row, "wraparound"),
+        backup: is_true(row, "backup"),
+        builds: is_true(row, "builds"),
+        superuser: is_true(row, "superuser"),
+        lacks,
+    })
+}
+
+/// The statement that makes a role a member of others.
+pub(crate) fn grant(roles: &[&str], to: &str) -> String {
+    format!("GRANT {} TO {}", roles.join(", "), identifier(to))
+}
+
+/// The statement that ends a prepared transaction, for somebody to run who knows that it is nobody's any more.
+pub(crate) fn rollback_prepared(gid: &str) -> String {
+    format!("ROLLBACK PREPARED {}", literal(gid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(micros: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_micros(micros)
+    }
+
+    fn seen() -> Backend {
+        Backend {
+            backend_start: Some(at(1_000_001)),
+            connected_for: Some(Duration::from_micros(500)),
+            in_state: Some(Duration::from_micros(100)),
+            state: Some("idle in transaction".into()),
+            ..Backend::unknown(7.into())
+        }
+    }
+
+    #[test]
+    fn the_change_of_state_is_had_from_the_ages() {
+        let moments = Moments::of(&seen());
+        assert_eq!(moments.state_change, Some(at(1_000_401)));
+        assert_eq!(Moments::of(&Backend::unknown(7.into())).state_change, None);
+    }
+
+    #[test]
+    fn nothing_is_sent_to_one_of_which_nothing_is_known() {
+        for signal in [Signal::Cancel, Signal::Terminate] {
+            let sql = send(signal, &Backend::unknown(7.into()), 7, Spared::default());
+            assert!(sql.contains("false AS same_backend"), "{sql}");
+        }
+    }
+
+    #[test]
+    fn who_was_idle_is_known_by_since_when() {
+        let sql = send(Signal::Terminate, &seen(), 7, Spared::default());
+        assert!(
+            sql.contains("a.state_change") && sql.contains("1000401"),
+            "{sql}"
+        );
+        assert!(
+            sql.contains("a.xact_start IS NULL AS same_transaction"),
+            "{sql}"
+        );
+    }
+
+    /// Process ids come again too seldom to wait for one: here it is the start that differs, in each part.
+    #[tokio::test]
+    async fn another_backend_with_the_same_process_id_is_safe() {
+        let database = lockkeeper_testkit::Server::shared().database().await;
+        let (client, victim) = (database.connect().await, database.connect().await);
+        victim.batch_execute("BEGIN").await.expect("it begins");
+        let sql = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::int8, \
+             (extract(epoch FROM xact_start) * 1000000)::int8, (extract(epoch FROM state_change) * 1000000)::int8 \
+             FROM pg_stat_activity WHERE pid = $1";
+        let pid = victim.query_one("SELECT pg_backend_pid()", &[]).await;
+        let pid: i32 = pid.expect("it lives").get(0);
+        let row = client.query_one(sql, &[&pid]).await.expect("it is there");
+        let time = |column| at(u64::try_from(row.get::<_, i64>(column)).expect("after 1970"));
+        let tick = Duration::from_micros(1);
+        let right = Backend {
+            backend_start: Some(time(1)),
+            transaction_start: Some(time(2)),
+            connected_for: Some(Duration::from_secs(60)),
+            in_state: (time(1) + Duration::from_secs(60))
+                .duration_since(time(3))
+                .ok(),
+            ..seen()
+        };
+        let earlier = |time: Option<SystemTime>| time.map(|time| time - tick);
+        let mut wrong = vec![right.clone(); 5];
+        wrong[0].backend_start = earlier(right.backend_start);
+        wrong[1].transaction_start = earlier(right.transaction_start);
+        wrong[2].transaction_start = None;
+        wrong[3].in_state = right.in_state.map(|age| age + tick);
+        wrong[4].backend_start = None;
+        let ask = async |signal, backend: &Backend| {
+            let sql = send(signal, backend, pid, Spared::default());
+            sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
+        };
+        for (at, backend) in wrong.iter().enumerate() {
+            let sent = ask(Signal::Terminate, backend).await;
+            assert!(!sent.signalled, "{at}: {sent:?}");
+            assert_eq!(sent.same_backend, !matches!(at, 0 | 4), "{sent:?}");
+        }
+        victim.batch_execute("SELECT").await.expect("it lives");
+        // The right one, but it has been used since.
+        assert!(!ask(Signal::Terminate, &right).await.signalled);
+        let row = client.query_one(sql, &[&pid]).await.expect("it is there");
+        let used = at(u64::try_from(row.get::<_, i64>(3)).expect("after 1970"));
+        let again = Backend {
+            in_state: (time(1) + Duration::from_secs(60))
+                .duration_since(used)
+                .ok(),
+            ..right
+        };
+        assert!(ask(Signal::Terminate, &again).await.signalled);
+    }
+
+    #[test]
+    fn names_are_quoted() {
+        assert_eq!(
+            grant(&["pg_signal_backend"], "O'Hara \"x\""),
+            "GRANT pg_signal_backend TO \"O'Hara \"\"x\"\"\""
+        );
+        assert_eq!(rollback_prepared("it's"), "ROLLBACK PREPARED 'it''s'");
+    }
+}
