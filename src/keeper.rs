@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind};
 use crate::incident::Incident;
 use crate::key::LockKey;
 use crate::monitor::Monitor;
+use crate::monitor::resolver::{Resolver, ResolverPolicy};
 use crate::session::{Connections, Side, SideConnection};
 use crate::sql::Begin;
 use crate::transaction::{
@@ -282,6 +283,14 @@ impl Keeper {
     #[must_use]
     pub fn monitor(&self) -> Monitor {
         Monitor::new(Arc::clone(&self.inner.advisory.connections))
+    }
+
+    /// Clears a pile-up of lock waits as a policy says: as [`Monitor::resolver`] of its [`monitor`](Self::monitor).
+    ///
+    /// # Errors
+    /// As [`Monitor::resolver`].
+    pub fn resolver(&self, policy: ResolverPolicy) -> Result<Resolver, Error> {
+        self.monitor().resolver(policy)
     }
 
     fn describe<P>(

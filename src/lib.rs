@@ -108,7 +108,11 @@ pub use key::compat;
 pub use mode::{
     AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
 };
-pub use monitor::{AdvisoryLockEntry, Monitor, Protection, SignalOutcome};
+pub use monitor::{
+    AdvisoryLockEntry, Monitor, Protection, Recovery, RecoveryCheck, RecoveryCriterion,
+    SignalOutcome, Trend, Waits, resolver,
+};
+pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
 pub use session::ToStatement;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};

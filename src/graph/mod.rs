@@ -44,6 +44,9 @@ pub use tree::{LockTree, TreeNode};
 /// What rows of the server become, for the rooms that read them.
 pub(crate) mod parts {
     pub(crate) use crate::graph::backend::{Sight, Verbatim};
+    #[cfg(test)]
+    pub(crate) use crate::graph::edge::Wait;
+    pub(crate) use crate::graph::render::Age;
 }
 
 #[cfg(test)]

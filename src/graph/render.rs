@@ -292,7 +292,7 @@ impl fmt::Display for Pids<'_> {
 }
 
 /// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`.
-pub(super) struct Age(pub(super) Duration);
+pub(crate) struct Age(pub(crate) Duration);
 
 impl fmt::Display for Age {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

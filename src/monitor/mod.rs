@@ -1,8 +1,15 @@
 //! Looking at the server: who is there, who waits for whom, and who holds which advisory lock.
 
 mod advisory;
+mod background;
+mod pattern;
 mod protection;
+mod recovery;
+pub mod resolver;
 mod signal;
+#[cfg(test)]
+mod testing;
+mod waits;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,7 +18,9 @@ use std::time::{Duration, Instant};
 
 pub use advisory::AdvisoryLockEntry;
 pub use protection::Protection;
+pub use recovery::{Recovery, RecoveryCheck, RecoveryCriterion, Trend};
 pub use signal::SignalOutcome;
+pub use waits::Waits;
 
 use crate::error::{Error, ErrorKind};
 use crate::graph::{Backend, Edge, LockTree, Snapshot};

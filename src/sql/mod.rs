@@ -13,6 +13,7 @@ pub(crate) mod environment;
 pub(crate) mod graph;
 mod prepared;
 pub(crate) mod signal;
+pub(crate) mod surroundings;
 pub(crate) mod watch;
 
 use std::fmt::Write as _;

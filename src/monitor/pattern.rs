@@ -1,0 +1,89 @@
+//! Patterns of names, as shells have them.
+
+use std::sync::Arc;
+
+/// A pattern in which `*` stands for any characters and `?` for any one; upper and lower case are the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Pattern {
+    text: Arc<str>,
+    folded: Vec<char>,
+}
+
+impl Pattern {
+    pub(super) fn new(text: &str) -> Self {
+        Self {
+            text: text.into(),
+            folded: fold(text),
+        }
+    }
+
+    /// As it was given.
+    pub(super) fn text(&self) -> &Arc<str> {
+        &self.text
+    }
+
+    pub(super) fn matches(&self, name: &str) -> bool {
+        let (pattern, name) = (&self.folded, fold(name));
+        let (mut at, mut place) = (0, 0);
+        // Where the last star stands, and how much of the name it stands for: if what follows does not match, it stands
+        // for one character more. Only the last one has to be tried again, so that it takes no more than the product.
+        let mut star: Option<(usize, usize)> = None;
+        while place < name.len() {
+            match pattern.get(at) {
+                Some('*') => {
+                    star = Some((at, place));
+                    at += 1;
+                }
+                Some(c) if *c == '?' || *c == name[place] => {
+                    at += 1;
+                    place += 1;
+                }
+                _ => match &mut star {
+                    Some((before, taken)) => {
+                        *taken += 1;
+                        at = *before + 1;
+                        place = *taken;
+                    }
+                    None => return false,
+                },
+            }
+        }
+        pattern[at..].iter().all(|c| *c == '*')
+    }
+}
+
+fn fold(text: &str) -> Vec<char> {
+    text.chars().flat_map(char::to_lowercase).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stars_and_question_marks() {
+        for (pattern, name, expected) in [
+            ("pg_dump", "pg_dump", true),
+            ("pg_dump", "pg_dumpall", false),
+            ("pg_dump*", "pg_dumpall", true),
+            ("*migrat*", "App DB-Migrations 3", true),
+            ("*migrat*", "immigrant", false),
+            ("a?c", "abc", true),
+            ("a?c", "ac", false),
+            ("", "", true),
+            ("", "x", false),
+            ("*", "", true),
+            ("**a*b**", "xaxxabx", true),
+            ("*ab", "aab", true),
+            ("?ä*", "XÄ", true),
+        ] {
+            assert_eq!(
+                Pattern::new(pattern).matches(name),
+                expected,
+                "{pattern} {name}"
+            );
+        }
+        let hard = Pattern::new(&"a*".repeat(500));
+        assert!(!hard.matches(&format!("{}b", "a".repeat(499))));
+    }
+}

@@ -1,0 +1,1000 @@
+//! The resolver: waits, then cancels, then terminates, and leaves alone whom it must.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lockkeeper::resolver::{Action, RunEnd, Step, StepOutcome, Verdict};
+use lockkeeper::{
+    ErrorKind, LoadChange, Monitor, Protection, RecoveryCriterion, Resolver, ResolverPolicy,
+    RunLog, SignalOutcome,
+};
+use lockkeeper_testkit::Server;
+use tokio::task::JoinHandle;
+
+use crate::common::poll_times_and_drop;
+use crate::signals::{Ground, SOON, Session, keeper, seen_by};
+
+const TICK: Duration = Duration::from_millis(20);
+
+/// Quick, and of this database only: the server is shared with other tests.
+fn policy(ground: &Ground) -> ResolverPolicy {
+    ResolverPolicy::new()
+        .database(ground.database.name())
+        .wait(10 * TICK)
+        .idle_grace(10 * TICK)
+        .settle(50 * TICK)
+        .poll(TICK)
+        .deadline(4 * SOON)
+        .recovered_when(RecoveryCriterion::no_waits().checks(2))
+}
+
+fn resolver(ground: &Ground, policy: ResolverPolicy) -> Resolver {
+    ground.monitor.resolver(policy).unwrap()
+}
+
+/// Somebody who has the row 1, and two who wait for it.
+struct PileUp {
+    holder: Session,
+    waits: Vec<JoinHandle<Result<(), tokio_postgres::Error>>>,
+}
+
+impl PileUp {
+    async fn behind(ground: &Ground, holder: Session) -> Self {
+        holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
+        let mut waits = Vec::new();
+        for _ in 0..2 {
+            let waiter = ground.session().await;
+            waits.push(waiter.start("UPDATE t SET v = 'w' WHERE id = 1"));
+            ground.eventually_waits(waiter.pid).await;
+        }
+        Self { holder, waits }
+    }
+
+    async fn new(ground: &Ground) -> Self {
+        let holder = ground.session().await;
+        Self::behind(ground, holder).await
+    }
+
+    async fn all_go_on(self) {
+        for wait in self.waits {
+            wait.await.unwrap().unwrap();
+        }
+    }
+
+    /// The holder is there still, and in its transaction.
+    async fn is_untouched(&self) {
+        assert!(self.holder.is_alive().await);
+        let sql = "SELECT 1 FROM t WHERE id = 1 AND v = 'h'";
+        let rows = self.holder.client.query(sql, &[]).await.unwrap();
+        assert_eq!(rows.len(), 1);
+    }
+}
+
+/// What was done to whom, without the baseline.
+fn actions(log: &RunLog) -> Vec<(Action, Option<i32>)> {
+    log.rows()
+        .iter()
+        .filter(|row| row.action() != Action::Baseline)
+        .map(|row| {
+            let pid = row.target().and_then(|target| target.pid());
+            (row.action(), pid)
+        })
+        .collect()
+}
+
+fn left_alone(log: &RunLog, pid: i32) -> String {
+    let rows = log.rows().iter();
+    let mut rows = rows.filter(|row| row.target().and_then(|target| target.pid()) == Some(pid));
+    let row = rows.next().unwrap_or_else(|| panic!("{log}"));
+    assert_eq!(row.action(), Action::LeaveAlone, "{log}");
+    row.outcome().to_string()
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let called = Arc::new(Mutex::new(Vec::new()));
+    let calls = Arc::clone(&called);
+    let policy = policy(&ground)
+        .wait(Duration::ZERO)
+        .idle_grace(Duration::ZERO)
+        .shed_load(move |change| calls.lock().unwrap().push(change));
+    let resolver = resolver(&ground, policy);
+    let log = resolver.run().await.unwrap();
+    assert_eq!(*log.end(), RunEnd::DryRun);
+    assert_eq!(log.signals(), 0);
+    let pid = Some(pile.holder.pid);
+    assert_eq!(
+        actions(&log),
+        [(Action::Wait, pid), (Action::Terminate, pid)]
+    );
+    for row in &log.rows()[1..] {
+        assert_eq!(*row.outcome(), StepOutcome::DryRun);
+    }
+    let text = log.to_string();
+    assert!(
+        text.contains("dry run") && text.contains("keeps 2 sessions waiting"),
+        "{text}"
+    );
+    pile.is_untouched().await;
+    assert!(called.lock().unwrap().is_empty());
+    // The baseline is of that time.
+    let baseline = log.baseline();
+    assert_eq!(baseline.snapshot().blocked_by(&pile.holder.pid.into()), 2);
+    assert!(baseline.activity().iter().any(|b| b.pid() == pid));
+    let setting = |name: &str| {
+        let mut settings = baseline.settings().iter();
+        settings
+            .find(|setting| setting.name() == name)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(
+        setting("deadlock_timeout").to_string(),
+        "deadlock_timeout = 1000 ms"
+    );
+    assert_eq!(
+        setting("lock_timeout").value(),
+        "1000",
+        "the side connection's own"
+    );
+    pile.holder.run("COMMIT").await;
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn who_finishes_is_waited_for() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    // It works until the gate opens, which is when the run has begun.
+    ground
+        .observer
+        .batch_execute("CREATE TABLE gate ()")
+        .await
+        .unwrap();
+    let working = pile.holder.start(
+        "DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.01); END LOOP; END $$; COMMIT",
+    );
+    ground.eventually_in(pile.holder.pid, "active").await;
+    let (sender, mut begun) = tokio::sync::mpsc::unbounded_channel();
+    let patient = policy(&ground)
+        .wait(4 * SOON)
+        .shed_load(move |change| sender.send(change).unwrap())
+        .execute(true);
+    let resolver = resolver(&ground, patient);
+    let run = tokio::spawn(async move { resolver.run().await });
+    assert_eq!(begun.recv().await, Some(LoadChange::Shed));
+    ground
+        .observer
+        .batch_execute("INSERT INTO gate DEFAULT VALUES")
+        .await
+        .unwrap();
+    let log = run.await.unwrap().unwrap();
+    assert!(log.is_recovered() && log.signals() == 0, "{log}");
+    for row in log.rows() {
+        if row.action() == Action::Wait {
+            assert_eq!(*row.outcome(), StepOutcome::Helped, "{log}");
+        }
+    }
+    working.await.unwrap().unwrap();
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn a_statement_is_cancelled_when_waiting_did_not_help() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let working = pile.holder.start("SELECT pg_sleep(600)");
+    ground.eventually_in(pile.holder.pid, "active").await;
+    let called = Arc::new(Mutex::new(Vec::new()));
+    let calls = Arc::clone(&called);
+    let policy = policy(&ground)
+        .shed_load(move |change| calls.lock().unwrap().push(change))
+        .execute(true);
+    let log = resolver(&ground, policy).run().await.unwrap();
+    let pid = Some(pile.holder.pid);
+    assert_eq!(
+        actions(&log),
+        [
+            (Action::ShedLoad, None),
+            (Action::Wait, pid),
+            (Action::Cancel, pid),
+            (Action::ResumeLoad, None)
+        ],
+        "{log}"
+    );
+    assert!(log.is_recovered() && log.signals() == 1, "{log}");
+    let cancel = &log.rows()[3];
+    assert_eq!(*cancel.outcome(), StepOutcome::Helped);
+    assert_eq!(cancel.waits_before().unwrap().sessions(), 2);
+    assert_eq!(cancel.waits_fell(), Some(true), "{log}");
+    let waited = &log.rows()[2];
+    assert_eq!(*waited.outcome(), StepOutcome::DidNotHelp);
+    assert!(waited.after() >= 10 * TICK);
+    assert_eq!(
+        *called.lock().unwrap(),
+        [LoadChange::Shed, LoadChange::Resume]
+    );
+    let error = working.await.unwrap().unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "57014");
+    // Its session lives.
+    pile.holder.run("ROLLBACK").await;
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn a_session_is_terminated_when_a_cancel_did_not_help() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let stubborn = "DO $$ BEGIN LOOP BEGIN PERFORM pg_sleep(600); \
+                    EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$";
+    let working = pile.holder.start(stubborn);
+    ground.eventually_in(pile.holder.pid, "active").await;
+    let policy = policy(&ground).execute(true);
+    let polite = resolver(&ground, policy.clone().may_terminate(false));
+    let log = polite.run().await.unwrap();
+    let pid = Some(pile.holder.pid);
+    assert_eq!(
+        actions(&log),
+        [
+            (Action::Wait, pid),
+            (Action::Cancel, pid),
+            (Action::LeaveAlone, pid)
+        ],
+        "{log}"
+    );
+    assert_eq!(*log.end(), RunEnd::NothingLeftToDo);
+    assert_eq!(*log.rows()[2].outcome(), StepOutcome::DidNotHelp);
+
+    let log = resolver(&ground, policy).run().await.unwrap();
+    assert_eq!(
+        actions(&log),
+        [
+            (Action::Wait, pid),
+            (Action::Cancel, pid),
+            (Action::Terminate, pid)
+        ],
+        "{log}"
+    );
+    assert!(log.is_recovered() && log.signals() == 2, "{log}");
+    assert!(working.await.unwrap().is_err());
+    ground.eventually_gone(pile.holder.pid).await;
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its_grace() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let patient = policy(&ground)
+        .idle_grace(2 * SOON)
+        .deadline(20 * TICK)
+        .execute(true);
+    let log = resolver(&ground, patient).run().await.unwrap();
+    assert_eq!(*log.end(), RunEnd::Deadline, "{log}");
+    assert_eq!(log.signals(), 0);
+    pile.is_untouched().await;
+    // It has just done something: the grace begins anew.
+    let log = resolver(&ground, policy(&ground).execute(true))
+        .run()
+        .await
+        .unwrap();
+    let pid = Some(pile.holder.pid);
+    assert_eq!(
+        actions(&log),
+        [(Action::Wait, pid), (Action::Terminate, pid)],
+        "{log}"
+    );
+    let target = log.rows()[2].target().unwrap();
+    assert!(target.in_state().unwrap() >= 10 * TICK, "{log}");
+    assert!(log.is_recovered(), "{log}");
+    ground.eventually_gone(pile.holder.pid).await;
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn one_root_blocker_after_another() {
+    let ground = Ground::new().await;
+    let first = PileUp::new(&ground).await;
+    let other = ground.session().await;
+    other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2").await;
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 2");
+    ground.eventually_waits(waiter.pid).await;
+    let log = resolver(&ground, policy(&ground).execute(true))
+        .run()
+        .await
+        .unwrap();
+    let (one, two) = (Some(first.holder.pid), Some(other.pid));
+    assert_eq!(
+        actions(&log),
+        [
+            (Action::Wait, one),
+            (Action::Terminate, one),
+            (Action::Wait, two),
+            (Action::Terminate, two)
+        ],
+        "{log}"
+    );
+    assert!(log.is_recovered());
+    waiting.await.unwrap().unwrap();
+    first.all_go_on().await;
+
+    // As many signals as are allowed, and no more.
+    let again = PileUp::new(&ground).await;
+    other_pile_behind(&ground).await;
+    let policy = policy(&ground).most_signals(1).execute(true);
+    let log = resolver(&ground, policy).run().await.unwrap();
+    assert_eq!(
+        (log.end(), log.signals()),
+        (&RunEnd::MostSignals, 1),
+        "{log}"
+    );
+    again.all_go_on().await;
+}
+
+/// Somebody idle in a transaction with one waiter, on another row. They stay until the database goes.
+async fn other_pile_behind(ground: &Ground) {
+    let other = ground.session().await;
+    other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 3").await;
+    let waiter = ground.session().await;
+    drop(waiter.start("UPDATE t SET v = 'w' WHERE id = 3"));
+    ground.eventually_waits(waiter.pid).await;
+    std::mem::forget((other, waiter));
+}
+
+#[tokio::test]
+async fn migrations_index_builds_and_patterns_are_left_alone() {
+    let ground = Ground::new().await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .idle_grace(Duration::ZERO)
+        .settle(TICK)
+        .execute(true);
+    // By what it has said.
+    let migration = ground.session().await;
+    migration.run("BEGIN; ALTER TABLE t ADD w int").await;
+    let reader = ground.session().await;
+    let reading = reader.start("SELECT FROM t");
+    ground.eventually_waits(reader.pid).await;
+    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    assert!(left_alone(&log, migration.pid).contains("migration"));
+    assert_eq!((log.end(), log.signals()), (&RunEnd::NothingLeftToDo, 0));
+    migration.run("COMMIT").await;
+    reading.await.unwrap().unwrap();
+
+    // By the name of the lock it holds, though it writes rows by now.
+    let guard_key = lockkeeper::LockKey::from("app-migrations");
+    let migration = ground.session().await;
+    let lock = format!("SELECT pg_advisory_lock({})", guard_key.as_i64().unwrap());
+    migration.run(&lock).await;
+    let pile = PileUp::behind(&ground, migration).await;
+    let named = ground.monitor.clone().names([guard_key.clone()]);
+    let log = named.resolver(eager.clone()).unwrap().run().await.unwrap();
+    assert!(left_alone(&log, pile.holder.pid).contains("migration"));
+    pile.is_untouched().await;
+    // A monitor that does not know the name is told the key.
+    let told = eager.clone().migration_key(guard_key.as_i64().unwrap());
+    let log = resolver(&ground, told).run().await.unwrap();
+    assert!(left_alone(&log, pile.holder.pid).contains("migration"));
+    pile.is_untouched().await;
+    pile.holder
+        .run("COMMIT; SELECT pg_advisory_unlock_all()")
+        .await;
+    pile.all_go_on().await;
+
+    // By a name that the policy gives.
+    let named = ground.session().await;
+    named.run("SET application_name = 'Payroll \"07\"'").await;
+    let pile = PileUp::behind(&ground, named).await;
+    let log = resolver(&ground, eager.clone().protect("payroll *"))
+        .run()
+        .await
+        .unwrap();
+    assert!(left_alone(&log, pile.holder.pid).contains("payroll *"));
+    pile.is_untouched().await;
+    pile.holder
+        .run("SET LOCAL application_name = 'pg_dump'; SELECT")
+        .await;
+    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    assert!(left_alone(&log, pile.holder.pid).contains("backup"));
+    pile.is_untouched().await;
+    pile.holder.run("ROLLBACK").await;
+    pile.all_go_on().await;
+
+    // An index build that waits for an old transaction is no root; one that others wait for is left alone.
+    let gate = ground.session().await;
+    gate.run("SELECT pg_advisory_lock(2)").await;
+    let function = "CREATE FUNCTION slow(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS \
+                    $$ BEGIN PERFORM pg_sleep(600); RETURN $1; END $$";
+    ground.observer.batch_execute(function).await.unwrap();
+    let builder = ground.session().await;
+    let building = builder.start("CREATE INDEX ON t (slow(id))");
+    ground.eventually_in(builder.pid, "active").await;
+    let writer = ground.session().await;
+    // Only once the build has its lock.
+    crate::common::eventually(SOON, "it builds nothing", async || {
+        let sql = "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE pid = $1)";
+        let row = ground
+            .observer
+            .query_one(sql, &[&builder.pid])
+            .await
+            .unwrap();
+        row.get(0)
+    })
+    .await;
+    let writing = writer.start("UPDATE t SET v = 'w' WHERE id = 5");
+    ground.eventually_waits(writer.pid).await;
+    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    assert!(left_alone(&log, builder.pid).contains("builds an index"));
+    assert!(!building.is_finished());
+    // With leave it is cancelled.
+    let log = resolver(&ground, eager.touch_migrations(true).settle(SOON))
+        .run()
+        .await
+        .unwrap();
+    assert!(log.is_recovered(), "{log}");
+    assert!(building.await.unwrap().is_err());
+    writing.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn oneself_is_left_alone() {
+    let ground = Ground::new().await;
+    let guard = ground.keeper.advisory_lock("k").acquire().await.unwrap();
+    guard
+        .execute("UPDATE t SET v = 'h' WHERE id = 1", &[])
+        .await
+        .unwrap();
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
+    ground.eventually_waits(waiter.pid).await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .idle_grace(Duration::ZERO)
+        .settle(TICK)
+        .execute(true);
+    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    let pid = guard.backend_pid().unwrap();
+    assert!(left_alone(&log, pid).contains("this process"), "{log}");
+    guard.execute("SELECT 1", &[]).await.unwrap();
+    // The pure plan knows as much.
+    let tree = ground.monitor.lock_tree().await.unwrap();
+    let plan = resolver(&ground, eager.clone()).plan(&tree);
+    let mut roots = plan.roots().iter();
+    let root = roots
+        .find(|root| root.backend().pid() == Some(pid))
+        .unwrap();
+    assert_eq!(*root.verdict(), Verdict::LeaveAlone(Protection::OwnSession));
+    let allowed = eager.touch_own_sessions(true).settle(SOON);
+    let log = resolver(&ground, allowed).run().await.unwrap();
+    assert!(log.is_recovered() && log.signals() == 1, "{log}");
+    waiting.await.unwrap().unwrap();
+    drop(guard);
+}
+
+#[tokio::test]
+async fn prepared_transactions_and_circles_are_for_others() {
+    let ground = Ground::new().await;
+    let gid = format!("order {}", ground.database.name());
+    let session = ground.session().await;
+    session
+        .run(&format!(
+            "BEGIN; UPDATE t SET v = 'p' WHERE id = 1; PREPARE TRANSACTION '{gid}'"
+        ))
+        .await;
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
+    ground.eventually_waits(waiter.pid).await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .settle(TICK)
+        .execute(true);
+    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    assert_eq!(
+        (log.end(), log.signals()),
+        (&RunEnd::NothingLeftToDo, 0),
+        "{log}"
+    );
+    let statement = format!("ROLLBACK PREPARED '{gid}'");
+    assert!(log.to_string().contains(&statement), "{log}");
+    let root = &log.plan().roots()[0];
+    let by_hand = Verdict::ByHand {
+        statement: Some(statement.as_str().into()),
+    };
+    assert!(format!("{:?}", root.verdict()) == format!("{by_hand:?}"));
+    ground.observer.batch_execute(&statement).await.unwrap();
+    waiting.await.unwrap().unwrap();
+
+    let (a, b) = (ground.session().await, ground.session().await);
+    for (session, id) in [(&a, 1), (&b, 2)] {
+        let sql =
+            format!("SET deadlock_timeout = '30s'; BEGIN; UPDATE t SET v = 'd' WHERE id = {id}");
+        session.run(&sql).await;
+    }
+    let one = a.start("UPDATE t SET v = 'd' WHERE id = 2");
+    ground.eventually_waits(a.pid).await;
+    let two = b.start("UPDATE t SET v = 'd' WHERE id = 1");
+    ground.eventually_waits(b.pid).await;
+    let log = resolver(&ground, eager).run().await.unwrap();
+    assert_eq!(
+        (log.end(), log.signals()),
+        (&RunEnd::NothingLeftToDo, 0),
+        "{log}"
+    );
+    assert!(log.to_string().contains("deadlock_timeout"), "{log}");
+    assert!(!one.is_finished() && !two.is_finished());
+    drop((a, b));
+    one.abort();
+    two.abort();
+}
+
+#[tokio::test]
+async fn an_idle_sessions_lock_is_only_cleared_if_told_to() {
+    let ground = Ground::new().await;
+    let holder = ground.session().await;
+    holder.run("SELECT pg_advisory_lock(77)").await;
+    let waiter = ground.session().await;
+    let waiting = waiter.start("SELECT pg_advisory_lock(77)");
+    ground.eventually_waits(waiter.pid).await;
+    let eager = policy(&ground).settle(TICK).execute(true);
+    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    assert!(left_alone(&log, holder.pid).contains("idle_session_grace"));
+    assert!(holder.is_alive().await);
+    let told = eager.idle_session_grace(TICK).settle(SOON);
+    let log = resolver(&ground, told).run().await.unwrap();
+    assert!(log.is_recovered() && log.signals() == 1, "{log}");
+    waiting.await.unwrap().unwrap();
+    ground.eventually_gone(holder.pid).await;
+}
+
+#[tokio::test]
+async fn roles() {
+    let ground = Ground::new().await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .idle_grace(Duration::ZERO)
+        .settle(SOON)
+        .execute(true);
+    let quick = eager.clone().settle(TICK);
+    let app = ground.role("app", "").await;
+    let boss = ground.role("boss", "SUPERUSER").await;
+    let plain = ground.role("plain \"ops\"", "").await;
+    let signals = ground
+        .role("signaller", "IN ROLE pg_signal_backend, pg_read_all_stats")
+        .await;
+    let monitor_of = |config: &tokio_postgres::Config| -> Monitor {
+        keeper(&ground.database, config.clone()).monitor()
+    };
+
+    // A plain role sees that there is something, not what, and says what would show it.
+    let pile = PileUp::behind(&ground, Session::new(&app).await).await;
+    let monitor = monitor_of(&plain);
+    let log = monitor
+        .resolver(quick.clone())
+        .unwrap()
+        .run()
+        .await
+        .unwrap();
+    let needs = left_alone(&log, pile.holder.pid);
+    let grant = format!(
+        "GRANT pg_read_all_stats TO {}",
+        crate::signals::quoted(plain.get_user().unwrap())
+    );
+    assert!(needs.contains(&grant), "{needs}");
+    ground.observer.batch_execute(&grant).await.unwrap();
+    // Now it sees, and may not signal.
+    let log = monitor
+        .resolver(quick.clone())
+        .unwrap()
+        .run()
+        .await
+        .unwrap();
+    let refused = log.rows().iter().find_map(|row| match row.outcome() {
+        StepOutcome::NotSignalled(SignalOutcome::NotPermitted { needs, .. }) => Some(needs.clone()),
+        _ => None,
+    });
+    let refused = refused.unwrap_or_else(|| panic!("{log}"));
+    assert_eq!(log.signals(), 0);
+    pile.is_untouched().await;
+    ground.observer.batch_execute(&refused).await.unwrap();
+    let log = monitor
+        .resolver(eager.clone())
+        .unwrap()
+        .run()
+        .await
+        .unwrap();
+    assert!(log.is_recovered(), "{log}");
+    ground.eventually_gone(pile.holder.pid).await;
+    pile.all_go_on().await;
+
+    // Who may signal reaches no superuser, and does not try.
+    let pile = PileUp::behind(&ground, Session::new(&boss).await).await;
+    let monitor = monitor_of(&signals);
+    let log = monitor
+        .resolver(quick.clone())
+        .unwrap()
+        .run()
+        .await
+        .unwrap();
+    assert!(
+        left_alone(&log, pile.holder.pid).contains("superuser"),
+        "{log}"
+    );
+    // Nor does another superuser, unless told to.
+    let log = resolver(&ground, quick.clone()).run().await.unwrap();
+    assert!(
+        left_alone(&log, pile.holder.pid).contains("superuser"),
+        "{log}"
+    );
+    pile.is_untouched().await;
+    let told = monitor.resolver(quick.touch_superusers(true)).unwrap();
+    let log = told.run().await.unwrap();
+    assert!(log.to_string().contains("only a superuser"), "{log}");
+    pile.is_untouched().await;
+    let log = resolver(&ground, eager.touch_superusers(true))
+        .run()
+        .await
+        .unwrap();
+    assert!(log.is_recovered(), "{log}");
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let policy = policy(&ground).hook_timeout(TICK).execute(true);
+    let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (go, gate) = std::sync::mpsc::channel::<()>();
+    let gate = Mutex::new(gate);
+    let tell = sender.clone();
+    let slow = policy.clone().idle_grace(SOON).shed_load(move |change| {
+        if change == LoadChange::Shed {
+            gate.lock().unwrap().recv().ok();
+        }
+        tell.send(change).unwrap();
+    });
+    // Dropped on the way.
+    let slow = resolver(&ground, slow);
+    let mut polls = 0;
+    let mut run = Box::pin(slow.run());
+    while polls < 200 {
+        if tokio::time::timeout(TICK / 4, &mut run).await.is_ok() {
+            panic!("it ended");
+        }
+        polls += 1;
+    }
+    drop(run);
+    go.send(()).unwrap();
+    assert_eq!(told.recv().await, Some(LoadChange::Shed));
+    assert_eq!(told.recv().await, Some(LoadChange::GaveUp));
+    pile.is_untouched().await;
+
+    let panics = policy.hook_timeout(SOON).shed_load(move |change| {
+        sender.send(change).unwrap();
+        panic!("as it was told to");
+    });
+    let log = resolver(&ground, panics).run().await.unwrap();
+    assert!(log.is_recovered(), "{log}");
+    assert_eq!(*log.rows()[1].outcome(), StepOutcome::HookPanicked);
+    assert_eq!(told.recv().await, Some(LoadChange::Shed));
+    assert_eq!(told.recv().await, Some(LoadChange::Resume));
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn dropped_at_any_point_a_run_leaves_no_transaction() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let dry = resolver(&ground, policy(&ground));
+    let mut polls = 0;
+    while poll_times_and_drop(dry.run(), polls).await.is_none() {
+        polls += 1;
+    }
+    assert!(polls > 4, "{polls}");
+    pile.is_untouched().await;
+    pile.holder.run("COMMIT").await;
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn with_nobody_waiting_there_is_nothing_to_do() {
+    let ground = Ground::new().await;
+    let idle = ground.session().await;
+    idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
+    let policy = policy(&ground)
+        .idle_grace(Duration::ZERO)
+        .shed_load(|_| panic!("it is called"))
+        .execute(true);
+    let log = resolver(&ground, policy).run().await.unwrap();
+    assert!(log.is_recovered() && log.signals() == 0, "{log}");
+    assert_eq!(log.rows().len(), 1, "{log}");
+    assert!(idle.is_alive().await);
+}
+
+#[tokio::test]
+async fn bad_policies_are_refused_before_anything_is_sent() {
+    let ground = Ground::new().await;
+    for policy in [
+        ResolverPolicy::new().poll(Duration::ZERO),
+        ResolverPolicy::new().deadline(Duration::ZERO),
+        ResolverPolicy::new().recovered_when(RecoveryCriterion::no_waits().checks(0)),
+    ] {
+        let error = ground.monitor.resolver(policy).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_plan_needs_no_server() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let working = pile.holder.start("SELECT pg_sleep(600)");
+    ground.eventually_in(pile.holder.pid, "active").await;
+    let tree = ground.monitor.lock_tree().await.unwrap();
+    let plan = resolver(&ground, policy(&ground)).plan(&tree);
+    let mut roots = plan.roots().iter();
+    let root = roots
+        .find(|root| root.backend().pid() == Some(pile.holder.pid))
+        .unwrap();
+    assert_eq!(
+        root.steps(),
+        [Step::Wait(10 * TICK), Step::Cancel, Step::Terminate]
+    );
+    assert_eq!(root.blocks(), 2);
+    assert!(plan.is_from_tree_only() && plan.to_string().contains("before any step"));
+    let seen = seen_by(&ground.monitor, pile.holder.pid).await;
+    ground.monitor.cancel(&seen).await.unwrap();
+    assert!(working.await.unwrap().is_err());
+    pile.all_go_on().await;
+}
+
+/// A standby that streams, a base backup that runs, and a walsender that stands in the way of others.
+#[tokio::test]
+async fn replication_and_a_running_backup_are_left_alone() {
+    let name = "replication_and_a_running_backup_are_left_alone";
+    let server = Server::start(&[]).unwrap();
+    let ground = Ground::on(&server).await;
+    let standby = match server.standby() {
+        Ok(standby) => standby,
+        Err(skip) => return skip.report(name),
+    };
+    let backup = BaseBackup::start(&ground).await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .idle_grace(Duration::ZERO)
+        .touch_migrations(true)
+        .touch_superusers(true)
+        .settle(TICK)
+        .execute(true);
+
+    // A walsender with a database runs statements like any session, and holds their locks.
+    let mut sender = WalSender::connect(&server, ground.database.name());
+    sender.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1");
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
+    ground.eventually_waits(waiter.pid).await;
+    let snapshot = ground.monitor.snapshot().await.unwrap();
+    let root = snapshot.roots()[0].clone();
+    assert_eq!(root.backend_type(), Some("walsender"));
+    let log = resolver(&ground, eager).run().await.unwrap();
+    assert!(
+        left_alone(&log, root.pid().unwrap()).contains("replication"),
+        "{log}"
+    );
+    assert_eq!(
+        (log.end(), log.signals()),
+        (&RunEnd::NothingLeftToDo, 0),
+        "{log}"
+    );
+
+    let mut senders = Vec::new();
+    for backend in ground.monitor.activity().await.unwrap() {
+        let backup = backup
+            .as_ref()
+            .is_some_and(|backup| backend.pid() == Some(backup.pid));
+        if !backup && backend.backend_type() != Some("walsender") {
+            continue;
+        }
+        for outcome in [
+            ground.monitor.cancel(&backend).await.unwrap(),
+            ground.monitor.terminate(&backend).await.unwrap(),
+        ] {
+            let expected = match backup {
+                true => Protection::Backup,
+                false => Protection::Replication,
+            };
+            assert_eq!(outcome, SignalOutcome::Protected(expected));
+        }
+        senders.push((backend.pid(), backend.backend_start()));
+    }
+    assert_eq!(senders.len(), 2 + usize::from(backup.is_some()));
+    // All are there still, and go on.
+    sender.run("COMMIT");
+    waiting.await.unwrap().unwrap();
+    let after = ground.monitor.activity().await.unwrap();
+    for (pid, start) in senders {
+        let mut same = after
+            .iter()
+            .filter(|b| (b.pid(), b.backend_start()) == (pid, start));
+        assert!(same.next().is_some(), "{pid:?} is gone");
+    }
+    if let Some(mut backup) = backup {
+        assert!(
+            backup.child.try_wait().unwrap().is_none(),
+            "the backup has ended"
+        );
+    }
+    drop(standby);
+}
+
+/// A real one: the server ends other autovacuums itself when somebody waits for them, and never this.
+#[tokio::test]
+async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
+    let server = Server::start(&[
+        ("autovacuum_freeze_max_age", "100000"),
+        ("autovacuum_naptime", "1s"),
+    ])
+    .unwrap();
+    let ground = Ground::on(&server).await;
+    let slowly = "INSERT INTO t SELECT n, repeat('x', 1000) FROM generate_series(10, 5000) n; \
+        ALTER TABLE t SET (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1, \
+        autovacuum_freeze_max_age = 100000)";
+    ground.observer.batch_execute(slowly).await.unwrap();
+    let age = "DO $$ BEGIN FOR n IN 1..110000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$";
+    ground.observer.batch_execute(age).await.unwrap();
+    let mut worker = 0;
+    crate::common::eventually(4 * SOON, "no autovacuum comes", async || {
+        let sql = "SELECT a.pid FROM pg_stat_activity a JOIN pg_locks l USING (pid) \
+                   WHERE a.backend_type = 'autovacuum worker' AND l.relation = 't'::regclass \
+                   AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted \
+                   AND a.query LIKE '%(to prevent wraparound)'";
+        let row = ground.observer.query_opt(sql, &[]).await.unwrap();
+        worker = row.map_or(0, |row| row.get(0));
+        worker != 0
+    })
+    .await;
+    let waiter = ground.session().await;
+    let waiting = waiter.start("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE");
+    ground.eventually_waits(waiter.pid).await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .touch_migrations(true)
+        .touch_superusers(true)
+        .settle(TICK)
+        .execute(true);
+    let log = resolver(&ground, eager).run().await.unwrap();
+    assert!(left_alone(&log, worker).contains("wraparound"), "{log}");
+    assert_eq!(
+        (log.end(), log.signals()),
+        (&RunEnd::NothingLeftToDo, 0),
+        "{log}"
+    );
+    let seen = ground.seen(worker).await;
+    for outcome in [
+        ground.monitor.cancel(&seen).await.unwrap(),
+        ground.monitor.terminate(&seen).await.unwrap(),
+    ] {
+        assert_eq!(
+            outcome,
+            SignalOutcome::Protected(Protection::WraparoundVacuum)
+        );
+    }
+    waiting.abort();
+}
+
+/// The program itself, slowed down; `None` where it is not installed.
+struct BaseBackup {
+    child: std::process::Child,
+    pid: i32,
+    folder: std::path::PathBuf,
+}
+
+impl BaseBackup {
+    async fn start(ground: &Ground) -> Option<Self> {
+        let sql = "SELECT setting FROM pg_config WHERE name = 'BINDIR'";
+        let row = ground.observer.query_one(sql, &[]).await.unwrap();
+        let program = std::path::Path::new(&row.get::<_, String>(0)).join("pg_basebackup");
+        if !program.is_file() {
+            return None;
+        }
+        let folder = std::env::temp_dir().join(format!("{}-backup", ground.database.name()));
+        let server = ground.database.server();
+        let child = std::process::Command::new(program)
+            .args([
+                "-h",
+                "127.0.0.1",
+                "-U",
+                "postgres",
+                "-X",
+                "none",
+                "--no-sync",
+            ])
+            .args(["--max-rate=32k", "--checkpoint=fast"])
+            .args(["-p", &server.port().to_string(), "-D"])
+            .arg(&folder)
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut pid = None;
+        crate::common::eventually(SOON, "no backup runs", async || {
+            let sql = "SELECT pid FROM pg_stat_progress_basebackup WHERE backup_streamed > 0";
+            let row = ground.observer.query_opt(sql, &[]).await.unwrap();
+            pid = row.map(|row| row.get(0));
+            pid.is_some()
+        })
+        .await;
+        Some(Self {
+            child,
+            pid: pid.unwrap(),
+            folder,
+        })
+    }
+}
+
+impl Drop for BaseBackup {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+        std::fs::remove_dir_all(&self.folder).ok();
+    }
+}
+
+/// A connection with `replication=database`, which the driver does not offer: the first messages by hand.
+struct WalSender(std::net::TcpStream);
+
+impl WalSender {
+    fn connect(server: &Server, database: &str) -> Self {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+        let mut body = 196_608_i32.to_be_bytes().to_vec();
+        for text in [
+            "user",
+            "postgres",
+            "database",
+            database,
+            "replication",
+            "database",
+            "",
+        ] {
+            body.extend(text.as_bytes());
+            body.push(0);
+        }
+        Self::send(&mut stream, &body);
+        let mut sender = Self(stream);
+        sender.until_ready();
+        sender
+    }
+
+    fn run(&mut self, sql: &str) {
+        use std::io::Write as _;
+        self.0.write_all(b"Q").unwrap();
+        let mut body = sql.as_bytes().to_vec();
+        body.push(0);
+        Self::send(&mut self.0, &body);
+        self.until_ready();
+    }
+
+    fn send(stream: &mut std::net::TcpStream, body: &[u8]) {
+        use std::io::Write as _;
+        let length = i32::try_from(body.len() + 4).unwrap();
+        stream.write_all(&length.to_be_bytes()).unwrap();
+        stream.write_all(body).unwrap();
+    }
+
+    fn until_ready(&mut self) {
+        use std::io::Read as _;
+        loop {
+            let mut head = [0; 5];
+            self.0.read_exact(&mut head).unwrap();
+            let length = i32::from_be_bytes(head[1..].try_into().unwrap());
+            let mut body = vec![0; usize::try_from(length).unwrap() - 4];
+            self.0.read_exact(&mut body).unwrap();
+            assert_ne!(head[0], b'E', "{}", String::from_utf8_lossy(&body));
+            if head[0] == b'Z' {
+                return;
+            }
+        }
+    }
+}
