@@ -109,8 +109,8 @@ pub use mode::{
     AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
 };
 pub use monitor::{
-    AdvisoryLockEntry, Monitor, Protection, Recovery, RecoveryCheck, RecoveryCriterion,
-    SignalOutcome, Trend, Waits, resolver,
+    AdvisoryLockEntry, Changes, Monitor, Protection, Recovery, RecoveryCheck, RecoveryCriterion,
+    SignalOutcome, Trend, Waits, Watch, WatchUpdate, resolver,
 };
 pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
 pub use session::ToStatement;

@@ -10,6 +10,7 @@ mod signal;
 #[cfg(test)]
 mod testing;
 mod waits;
+mod watch;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -21,6 +22,7 @@ pub use protection::Protection;
 pub use recovery::{Recovery, RecoveryCheck, RecoveryCriterion, Trend};
 pub use signal::SignalOutcome;
 pub use waits::Waits;
+pub use watch::{Changes, Watch, WatchUpdate};
 
 use crate::error::{Error, ErrorKind};
 use crate::graph::{Backend, Edge, LockTree, Snapshot};

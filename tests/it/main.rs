@@ -36,6 +36,7 @@ mod pgbouncer;
 mod postgres_facts;
 mod processes;
 mod proxy;
+mod recovery;
 mod resolver;
 mod retry;
 mod session_guard;

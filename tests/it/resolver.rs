@@ -639,6 +639,7 @@ async fn roles() {
         .unwrap();
     assert!(log.is_recovered(), "{log}");
     pile.all_go_on().await;
+    ground.drop_roles().await;
 }
 
 #[tokio::test]

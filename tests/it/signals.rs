@@ -27,6 +27,8 @@ impl Session {
         let (client, connection) = config.connect(NoTls).await.unwrap();
         drop(tokio::spawn(connection));
         let pid = pid_of(&client).await;
+        // The statement that asked is closed by a message of its own, which is to be over by the time this is.
+        client.batch_execute("").await.unwrap();
         Self {
             client: Arc::new(client),
             pid,
@@ -91,6 +93,17 @@ impl Ground {
         let mut config = self.database.config();
         config.user(&name).password("secret");
         config
+    }
+
+    /// Roles are of the whole server, and outlive the database.
+    pub(crate) async fn drop_roles(&self) {
+        let like = format!("% {}", self.database.name());
+        let sql = "SELECT rolname FROM pg_roles WHERE rolname LIKE $1";
+        for row in self.observer.query(sql, &[&like]).await.unwrap() {
+            let role = quoted(row.get(0));
+            let sql = format!("DROP OWNED BY {role}; DROP ROLE {role}");
+            self.observer.batch_execute(&sql).await.unwrap();
+        }
     }
 
     /// The session as the monitor sees it now.
@@ -316,6 +329,7 @@ async fn what_a_role_lacks_is_said() {
     let outcome = monitor.terminate(&seen).await.unwrap();
     assert_eq!(outcome, SignalOutcome::Signalled);
     ground.eventually_gone(own.pid).await;
+    ground.drop_roles().await;
 }
 
 #[tokio::test]

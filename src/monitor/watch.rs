@@ -1,0 +1,366 @@
+//! Looking again and again, and what has changed in between.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime};
+
+use futures_core::Stream;
+use tokio::time::{Instant, Sleep};
+
+use super::Monitor;
+use super::waits::Waits;
+use crate::error::Error;
+use crate::graph::{Backend, BackendId, Edge, LockObject, Snapshot};
+use crate::mode::LockMode;
+
+/// Ten looks a second cost a server nothing that could be measured, and more would tell nobody more.
+const SHORTEST: Duration = Duration::from_millis(100);
+
+/// One look of a [`Watch`], and what has changed since the one before.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WatchUpdate {
+    snapshot: Snapshot,
+    changes: Changes,
+}
+
+/// What has changed between two snapshots.
+///
+/// Waits are told apart by who waits, for what, in which mode and since when, root blockers by their session and its
+/// transaction: a process id that comes again is somebody else.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Changes {
+    new_waits: Vec<Edge>,
+    ended_waits: Vec<Edge>,
+    new_roots: Vec<Backend>,
+    ended_roots: Vec<Backend>,
+}
+
+/// Looks at who waits for whom in intervals: [`Monitor::watch`].
+///
+/// A [`Stream`] that never ends. The first look is at once; one that takes longer than the interval is followed by a
+/// whole interval. What cannot be seen (the server restarts, no connection is to be had) is an item too, and the next
+/// look is made all the same; changes are then those since the last snapshot that there was.
+#[must_use = "a stream looks at nothing unless it is polled"]
+pub struct Watch {
+    monitor: Monitor,
+    interval: Duration,
+    last: Option<Snapshot>,
+    state: State,
+}
+
+enum State {
+    Looking(
+        Pin<Box<dyn Future<Output = Result<Snapshot, Error>> + Send>>,
+        Instant,
+    ),
+    Resting(Pin<Box<Sleep>>),
+    /// Before the first poll: timers need a runtime, which there may not be yet.
+    New,
+}
+
+impl Monitor {
+    /// Looks at who waits for whom every `interval`, 100 milliseconds at least, and says what has changed.
+    ///
+    /// # SQL
+    /// As [`snapshot`](Self::snapshot), at each look. Nothing is sent before the stream is polled.
+    ///
+    /// # Errors
+    /// [`Config`](crate::ErrorKind::Config) for an interval that is too short. Looks that fail are items of the stream.
+    ///
+    /// # Cancel safety
+    /// The stream may be dropped at any point, and no item is lost when a `next()` on it is.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// use futures::StreamExt as _;
+    ///
+    /// let mut watch = keeper.monitor().watch(std::time::Duration::from_secs(1))?;
+    /// while let Some(update) = watch.next().await {
+    ///     match update {
+    ///         Ok(update) if update.changes().is_empty() => {}
+    ///         Ok(update) => println!("{update}"),
+    ///         Err(error) => println!("cannot look: {error}"),
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn watch(&self, interval: Duration) -> Result<Watch, Error> {
+        if interval < SHORTEST {
+            return Err(Error::config(format!(
+                "a watch every {interval:?}: at least {SHORTEST:?}"
+            )));
+        }
+        Ok(Watch {
+            monitor: self.clone(),
+            interval,
+            last: None,
+            state: State::New,
+        })
+    }
+}
+
+impl WatchUpdate {
+    /// Who waits for whom.
+    #[must_use]
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// What has changed since the last one; of the first, everything that there is.
+    #[must_use]
+    pub fn changes(&self) -> &Changes {
+        &self.changes
+    }
+}
+
+impl Changes {
+    /// What has changed from one to another.
+    #[must_use]
+    pub fn between(before: &Snapshot, after: &Snapshot) -> Self {
+        let (waits_before, waits_after) = (waits(before), waits(after));
+        let (roots_before, roots_after) = (roots(before), roots(after));
+        Self {
+            new_waits: only_in(&waits_after, &waits_before),
+            ended_waits: only_in(&waits_before, &waits_after),
+            new_roots: only_in(&roots_after, &roots_before),
+            ended_roots: only_in(&roots_before, &roots_after),
+        }
+    }
+
+    /// Of a first snapshot.
+    fn first(after: &Snapshot) -> Self {
+        Self {
+            new_waits: only_in(&waits(after), &BTreeMap::new()),
+            new_roots: only_in(&roots(after), &BTreeMap::new()),
+            ..Self::default()
+        }
+    }
+
+    /// Waits that have begun: of each, one pair of the waiter and somebody in its way.
+    #[must_use]
+    pub fn new_waits(&self) -> &[Edge] {
+        &self.new_waits
+    }
+
+    /// Waits that have ended, as they were last seen.
+    #[must_use]
+    pub fn ended_waits(&self) -> &[Edge] {
+        &self.ended_waits
+    }
+
+    /// Those who have become root blockers.
+    #[must_use]
+    pub fn new_roots(&self) -> &[Backend] {
+        &self.new_roots
+    }
+
+    /// Those who are none any more, as they were last seen.
+    #[must_use]
+    pub fn ended_roots(&self) -> &[Backend] {
+        &self.ended_roots
+    }
+
+    /// Whether nothing has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.new_waits.is_empty()
+            && self.ended_waits.is_empty()
+            && self.new_roots.is_empty()
+            && self.ended_roots.is_empty()
+    }
+}
+
+/// A line of what is waited, then one for each change: `+ pid 12 waits …`, `- pid 11 (…) is in nobody's way any more`.
+impl fmt::Display for WatchUpdate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", Waits::of(&self.snapshot))?;
+        self.changes.fmt(f)
+    }
+}
+
+impl fmt::Display for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for root in &self.new_roots {
+            writeln!(f, "+ {root} is in the way of others")?;
+        }
+        for wait in &self.new_waits {
+            writeln!(f, "+ {wait}")?;
+        }
+        for wait in &self.ended_waits {
+            writeln!(f, "- {} waits no more for {}", wait.waiter(), wait.object())?;
+        }
+        for root in &self.ended_roots {
+            writeln!(f, "- {root} is in nobody's way any more")?;
+        }
+        Ok(())
+    }
+}
+
+impl Stream for Watch {
+    type Item = Result<WatchUpdate, Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        loop {
+            match &mut this.state {
+                State::New => this.look(),
+                State::Resting(sleep) => {
+                    ready!(sleep.as_mut().poll(cx));
+                    this.look();
+                }
+                State::Looking(look, began) => {
+                    let seen = ready!(look.as_mut().poll(cx));
+                    let next = (*began + this.interval).max(Instant::now());
+                    let late = next - *began > this.interval;
+                    let next = if late { next + this.interval } else { next };
+                    this.state = State::Resting(Box::pin(tokio::time::sleep_until(next)));
+                    return Poll::Ready(Some(seen.map(|snapshot| this.update(snapshot))));
+                }
+            }
+        }
+    }
+}
+
+impl Watch {
+    fn look(&mut self) {
+        let monitor = self.monitor.clone();
+        let look = async move { monitor.snapshot().await };
+        self.state = State::Looking(Box::pin(look), Instant::now());
+    }
+
+    fn update(&mut self, snapshot: Snapshot) -> WatchUpdate {
+        let changes = match &self.last {
+            Some(last) => Changes::between(last, &snapshot),
+            None => Changes::first(&snapshot),
+        };
+        self.last = Some(snapshot.clone());
+        WatchUpdate { snapshot, changes }
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch")
+            .field("interval", &self.interval)
+            .finish_non_exhaustive()
+    }
+}
+
+type WaitId<'a> = (
+    &'a BackendId,
+    Option<i32>,
+    String,
+    LockMode,
+    Option<SystemTime>,
+);
+
+/// Each wait once, with one of its edges, a hard one if there is one.
+fn waits(snapshot: &Snapshot) -> BTreeMap<WaitId<'_>, &Edge> {
+    let mut waits: BTreeMap<WaitId<'_>, &Edge> = BTreeMap::new();
+    for edge in snapshot.edges() {
+        let object: &LockObject = edge.object();
+        let id = (
+            edge.waiter(),
+            edge.worker(),
+            object.to_string(),
+            edge.mode_wanted(),
+            edge.waiting_since(),
+        );
+        let known = waits.entry(id).or_insert(edge);
+        if known.is_soft() && !edge.is_soft() {
+            *known = edge;
+        }
+    }
+    waits
+}
+
+type RootId<'a> = (&'a BackendId, Option<SystemTime>, Option<SystemTime>);
+
+fn roots(snapshot: &Snapshot) -> BTreeMap<RootId<'_>, &Backend> {
+    let roots = snapshot.roots().into_iter();
+    roots
+        .map(|root| {
+            let id = (root.id(), root.backend_start(), root.transaction_start());
+            (id, root)
+        })
+        .collect()
+}
+
+fn only_in<K: Ord, V: Clone>(these: &BTreeMap<K, &V>, those: &BTreeMap<K, &V>) -> Vec<V> {
+    let known: BTreeSet<&K> = those.keys().collect();
+    let these = these.iter().filter(|(id, _)| !known.contains(id));
+    these.map(|(_, value)| (*value).clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{backend, edge, snapshot};
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn waiters(edges: &[Edge]) -> Vec<i32> {
+        edges
+            .iter()
+            .filter_map(|edge| edge.waiter().pid())
+            .collect()
+    }
+
+    fn pids(backends: &[Backend]) -> Vec<i32> {
+        backends.iter().filter_map(Backend::pid).collect()
+    }
+
+    #[test]
+    fn what_begins_ends_and_stays() {
+        let before = snapshot(
+            vec![],
+            vec![edge(2, 1, SECOND), edge(3, 1, SECOND), edge(3, 2, SECOND)],
+        );
+        let after = snapshot(
+            vec![],
+            vec![edge(3, 1, SECOND), edge(5, 4, SECOND), edge(5, 1, SECOND)],
+        );
+        let changes = Changes::between(&before, &after);
+        assert_eq!(waiters(changes.new_waits()), [5, 5], "for two objects");
+        assert_eq!(waiters(changes.ended_waits()), [2, 3]);
+        assert_eq!(pids(changes.new_roots()), [4]);
+        assert!(changes.ended_roots().is_empty());
+        assert!(Changes::between(&after, &after).is_empty());
+        let first = Changes::first(&before);
+        assert_eq!(pids(first.new_roots()), [1]);
+        assert!(first.ended_waits().is_empty());
+    }
+
+    #[test]
+    fn the_same_process_id_is_somebody_else() {
+        let with = |start: u64| {
+            let mut root = backend(1);
+            root.transaction_start =
+                SystemTime::UNIX_EPOCH.checked_add(SECOND * u32::try_from(start).expect("small"));
+            snapshot(vec![root], vec![edge(2, 1, SECOND)])
+        };
+        let changes = Changes::between(&with(1), &with(2));
+        assert_eq!(
+            (pids(changes.new_roots()), pids(changes.ended_roots())),
+            (vec![1], vec![1])
+        );
+        assert!(changes.new_waits().is_empty());
+        // Waiting again, for the same.
+        let (before, after) = (
+            snapshot(vec![], vec![edge(2, 1, SECOND)]),
+            snapshot(vec![], vec![edge(2, 1, 2 * SECOND)]),
+        );
+        let changes = Changes::between(&before, &after);
+        assert_eq!(
+            (changes.new_waits().len(), changes.ended_waits().len()),
+            (1, 1)
+        );
+        assert!(changes.to_string().contains("waits no more for"));
+    }
+}
