@@ -18,6 +18,7 @@ use crate::incident::Incident;
 use crate::key::LockKey;
 use crate::monitor::Monitor;
 use crate::monitor::resolver::{Resolver, ResolverPolicy};
+use crate::monitor::watchdog::{Watchdog, WatchdogPolicy};
 use crate::session::{Connections, Side, SideConnection};
 use crate::sql::Begin;
 use crate::transaction::{
@@ -291,6 +292,17 @@ impl Keeper {
     /// As [`Monitor::resolver`].
     pub fn resolver(&self, policy: ResolverPolicy) -> Result<Resolver, Error> {
         self.monitor().resolver(policy)
+    }
+
+    /// Starts a task that reports leaked advisory locks, sessions idle in the way of others and waits that nobody waits
+    /// out, and clears them only if told to: as [`Monitor::watchdog`] of its [`monitor`](Self::monitor), but looks for
+    /// the last among sessions that bear its [application](KeeperBuilder::application).
+    ///
+    /// # Errors
+    /// As [`Monitor::watchdog`].
+    pub fn watchdog(&self, policy: WatchdogPolicy) -> Result<Watchdog, Error> {
+        let policy = policy.or_zombies_of(&application_name(&self.inner.application, None));
+        self.monitor().watchdog(policy)
     }
 
     fn describe<P>(

@@ -110,12 +110,13 @@ pub use mode::{
 };
 pub use monitor::{
     AdvisoryLockEntry, Changes, Monitor, Protection, Recovery, RecoveryCheck, RecoveryCriterion,
-    SignalOutcome, Trend, Waits, Watch, WatchUpdate, resolver,
+    SignalOutcome, Trend, Waits, Watch, WatchUpdate, resolver, watchdog,
 };
 pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
 pub use session::ToStatement;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};
+pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -11,6 +11,7 @@ mod signal;
 mod testing;
 mod waits;
 mod watch;
+pub mod watchdog;
 
 use std::collections::HashMap;
 use std::fmt;

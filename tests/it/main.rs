@@ -47,4 +47,5 @@ mod tidy;
 mod timeouts;
 mod transactions;
 mod uses;
+mod watchdog;
 mod watching;

@@ -458,6 +458,10 @@ fn only_the_session_room_spawns_and_cancels() {
         if source.room() == "session" || source.room() == "watcher" {
             continue;
         }
+        // So is the watchdog, and so are a resolver's hooks: in one file.
+        if source.path == "monitor/background.rs" {
+            continue;
+        }
         for call in [
             "spawn(",
             "cancel_token(",

@@ -17,8 +17,9 @@ pub use policy::ResolverPolicy;
 use std::collections::HashSet;
 
 use super::Monitor;
+use super::protection::Protection;
 use crate::error::Error;
-use crate::graph::LockTree;
+use crate::graph::{Backend, LockTree};
 use crate::session;
 use protect::Known;
 
@@ -134,11 +135,23 @@ impl Resolver {
     }
 }
 
+/// Why one session must not be signalled, if so: what a policy says, and what the server and this process know now.
+pub(super) async fn left_alone(
+    monitor: &Monitor,
+    policy: &ResolverPolicy,
+    backend: &Backend,
+) -> Result<Option<Protection>, Error> {
+    let mut known = run::known(monitor, policy).await?;
+    let own = backend.pid().filter(|pid| session::is_in_custody(*pid));
+    known.own.extend(own);
+    Ok(protect::of(policy, &known, backend))
+}
+
 /// Those who take part in a tree and whom a guard or a transaction of this process has.
 fn own(tree: &LockTree) -> HashSet<i32> {
     let backends = tree.snapshot().backends().iter();
     backends
-        .filter_map(crate::graph::Backend::pid)
+        .filter_map(Backend::pid)
         .filter(|pid| session::is_in_custody(*pid))
         .collect()
 }

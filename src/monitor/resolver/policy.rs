@@ -257,6 +257,11 @@ impl ResolverPolicy {
         self
     }
 
+    /// Whether a session of this database is dealt with.
+    pub(in crate::monitor) fn concerns_database(&self, name: Option<&str>) -> bool {
+        self.databases.has(name)
+    }
+
     pub(super) fn check(&self) -> Result<(), Error> {
         if self.poll < SHORTEST_POLL {
             return Err(Error::config(format!(

@@ -82,7 +82,7 @@ pub(super) async fn run(monitor: &Monitor, policy: &ResolverPolicy) -> Result<Ru
         settings: settings(monitor).await?,
     };
     let tree = baseline.snapshot.tree();
-    let known = known(monitor, policy, &tree).await?;
+    let known = known_of(monitor, policy, &tree).await?;
     let plan = Plan::new(policy, &known, &tree);
     let mut run = Run {
         monitor,
@@ -207,7 +207,7 @@ impl Run<'_> {
         if tree.is_empty() {
             return Ok(None);
         }
-        let known = known(self.monitor, self.policy, tree).await?;
+        let known = known_of(self.monitor, self.policy, tree).await?;
         let plan = Plan::new(self.policy, &known, tree);
         for root in plan.roots() {
             if self.settled.contains(&Identity::of(root.backend())) {
@@ -246,7 +246,7 @@ impl Run<'_> {
                 return Next::End(RunEnd::Recovered);
             }
             seen = *backend;
-            let verdict = match known(self.monitor, self.policy, &tree).await {
+            let verdict = match known_of(self.monitor, self.policy, &tree).await {
                 Ok(known) => plan::verdict(self.policy, &known, &seen),
                 Err(error) => {
                     self.failed(&error);
@@ -522,24 +522,29 @@ fn outcome_of(told: Told) -> StepOutcome {
 }
 
 /// What is known of those who take part, besides who waits for whom.
-async fn known(
+async fn known_of(
     monitor: &Monitor,
     policy: &ResolverPolicy,
     tree: &LockTree,
 ) -> Result<Known, Error> {
+    let mut known = known(monitor, policy).await?;
+    known.own = super::own(tree);
+    Ok(known)
+}
+
+/// The same, but for what this process has.
+pub(super) async fn known(monitor: &Monitor, policy: &ResolverPolicy) -> Result<Known, Error> {
     let reply = monitor.connections.ask(surroundings::LOOK).await?;
     let around = surroundings::surroundings(&reply).ok_or_else(|| {
         Error::new(ErrorKind::Database)
             .with_detail("the server's answer about its sessions cannot be read")
     })?;
-    let advisory = if tree.is_empty() || policy.migrations {
+    let advisory = if policy.migrations {
         Vec::new()
     } else {
         monitor.advisory_locks().await?
     };
-    let mut known = Known::new(policy, around, &advisory);
-    known.own = super::own(tree);
-    Ok(known)
+    Ok(Known::new(policy, around, &advisory))
 }
 
 async fn settings(monitor: &Monitor) -> Result<Vec<Setting>, Error> {

@@ -1,0 +1,319 @@
+//! The watchdog: reports, clears only if told to, and ends with its handle.
+
+use std::time::Duration;
+
+use lockkeeper::{
+    ErrorKind, Finding, FindingKind, Keeper, LockKey, Protection, SignalOutcome, Watchdog,
+    WatchdogPolicy,
+};
+use lockkeeper_testkit::Server;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio_postgres::NoTls;
+
+use crate::common::eventually;
+use crate::signals::{Ground, SOON};
+
+const OFTEN: Duration = Duration::from_millis(100);
+const TICK: Duration = Duration::from_millis(20);
+
+/// Looks for nothing, often, and only in this database: the server is shared with other tests.
+fn policy(ground: &Ground) -> WatchdogPolicy {
+    WatchdogPolicy::new()
+        .every(OFTEN)
+        .leaked_locks(None)
+        .idle_blockers(None)
+        .zombie_waiters(None)
+        .database(ground.database.name())
+}
+
+fn start(keeper: &Keeper, policy: WatchdogPolicy) -> (Watchdog, UnboundedReceiver<Finding>) {
+    let (sender, findings) = unbounded_channel();
+    let policy = policy.on_finding(move |finding| drop(sender.send(finding.clone())));
+    (keeper.watchdog(policy).unwrap(), findings)
+}
+
+async fn next(findings: &mut UnboundedReceiver<Finding>) -> Finding {
+    let next = tokio::time::timeout(SOON, findings.recv()).await;
+    next.expect("nothing is found").unwrap()
+}
+
+/// So many more looks.
+async fn looks(watchdog: &Watchdog, more: u64) {
+    let before = watchdog.looks();
+    eventually(SOON, "it does not look", async || {
+        watchdog.looks() >= before + more
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
+    let ground = Ground::new().await;
+    let guard = ground
+        .keeper
+        .advisory_lock("kept")
+        .session()
+        .acquire()
+        .await
+        .unwrap();
+    let key = LockKey::from("forgotten");
+    let lock = format!("SELECT pg_advisory_lock({})", key.as_i64().unwrap());
+    let leaker = ground.session().await;
+    leaker.run(&lock).await;
+    let named = ground.monitor.clone().names([key.clone()]);
+    let (sender, mut findings) = unbounded_channel();
+    let reports = policy(&ground)
+        .leaked_locks(TICK)
+        .on_finding(move |finding: &Finding| drop(sender.send(finding.clone())));
+    let watchdog = named.watchdog(reports).unwrap();
+    let found = next(&mut findings).await;
+    assert_eq!(found.kind(), FindingKind::LeakedLock);
+    assert_eq!(found.backend().pid(), Some(leaker.pid));
+    assert_eq!(found.keys(), [key]);
+    assert!(found.age() >= TICK && found.cleared().is_none());
+    assert!(found.to_string().contains("\"forgotten\""), "{found}");
+    // Told once, and the guard never.
+    looks(&watchdog, 4).await;
+    assert!(findings.try_recv().is_err());
+    assert!(leaker.is_alive().await);
+    watchdog.stop().await;
+
+    let clears = policy(&ground)
+        .leaked_locks(2 * TICK)
+        .clear_leaked_locks(true);
+    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let found = next(&mut findings).await;
+    assert_eq!(found.backend().pid(), Some(leaker.pid));
+    assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
+    ground.eventually_gone(leaker.pid).await;
+    looks(&watchdog, 2).await;
+    watchdog.stop().await;
+    assert!(guard.release().await.is_ok());
+}
+
+#[tokio::test]
+async fn who_idles_in_the_way_of_others_is_told_and_cleared_if_told_to() {
+    let ground = Ground::new().await;
+    let idle = ground.session().await;
+    idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
+    let harmless = ground.session().await;
+    harmless
+        .run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2")
+        .await;
+    let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+    looks(&watchdog, 2).await;
+    assert!(findings.try_recv().is_err(), "it is in nobody's way");
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
+    let found = next(&mut findings).await;
+    assert_eq!(found.kind(), FindingKind::IdleBlocker);
+    assert_eq!((found.backend().pid(), found.blocks()), (Some(idle.pid), 1));
+    assert_eq!(found.cleared(), None);
+    looks(&watchdog, 3).await;
+    assert!(findings.try_recv().is_err(), "it is told once");
+    assert!(idle.is_alive().await);
+    watchdog.stop().await;
+
+    let clears = policy(&ground)
+        .idle_blockers(2 * TICK)
+        .clear_idle_blockers(true);
+    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let found = next(&mut findings).await;
+    assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
+    waiting.await.unwrap().unwrap();
+    ground.eventually_gone(idle.pid).await;
+    assert!(harmless.is_alive().await);
+    drop(watchdog);
+}
+
+#[tokio::test]
+async fn those_whom_a_resolver_leaves_alone_are_only_told() {
+    let ground = Ground::new().await;
+    let migration = ground.session().await;
+    migration.run("BEGIN; ALTER TABLE t ADD w int").await;
+    let waiter = ground.session().await;
+    let waiting = waiter.start("SELECT FROM t");
+    let clears = policy(&ground)
+        .idle_blockers(TICK)
+        .clear_idle_blockers(true);
+    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let found = next(&mut findings).await;
+    assert_eq!(
+        found.cleared(),
+        Some(&SignalOutcome::Protected(Protection::Migration))
+    );
+    looks(&watchdog, 3).await;
+    assert!(findings.try_recv().is_err(), "the same is not told again");
+    migration.run("COMMIT").await;
+    waiting.await.unwrap().unwrap();
+
+    // A transaction of this process, which idles while the application computes.
+    let guard = ground.keeper.advisory_lock("k").acquire().await.unwrap();
+    guard
+        .execute("UPDATE t SET v = 'h' WHERE id = 1", &[])
+        .await
+        .unwrap();
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
+    let found = next(&mut findings).await;
+    assert_eq!(
+        found.cleared(),
+        Some(&SignalOutcome::Protected(Protection::OwnSession))
+    );
+    guard.commit().await.unwrap();
+    waiting.await.unwrap().unwrap();
+    watchdog.stop().await;
+}
+
+#[tokio::test]
+async fn a_wait_that_nobody_waits_out_is_taken_from_the_queue() {
+    let ground = Ground::new().await;
+    let holder = ground.session().await;
+    holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
+    let mut config = ground.database.config();
+    config.application_name("test src/gone.rs:7");
+    // Its client is gone: the socket is closed, and nobody cancels.
+    let gone = crate::signals::Session::new(&config).await;
+    let waiting = gone.start("UPDATE t SET v = 'w' WHERE id = 1");
+    ground.eventually_waits(gone.pid).await;
+    waiting.abort();
+    // Another program's session waits as long, and is none of this keeper's.
+    let other = ground.session().await;
+    let others = other.start("UPDATE t SET v = 'w' WHERE id = 1");
+    ground.eventually_waits(other.pid).await;
+    // Nor is one that is alive in this process.
+    let transaction = {
+        let keeper = ground.keeper.clone();
+        tokio::spawn(async move {
+            keeper
+                .transaction(async |tx| {
+                    tx.execute("UPDATE t SET v = 'a' WHERE id = 1", &[]).await?;
+                    Ok::<_, lockkeeper::Error>(())
+                })
+                .await
+        })
+    };
+    let gone_pid = gone.pid;
+    drop(gone);
+    let clears = policy(&ground)
+        .zombie_waiters(5 * TICK)
+        .clear_zombie_waiters(true);
+    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let found = next(&mut findings).await;
+    assert_eq!(found.kind(), FindingKind::ZombieWaiter);
+    assert_eq!(found.backend().pid(), Some(gone_pid), "{found}");
+    assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled));
+    ground.eventually_gone(gone_pid).await;
+    looks(&watchdog, 3).await;
+    assert!(findings.try_recv().is_err());
+    watchdog.stop().await;
+    holder.run("COMMIT").await;
+    others.await.unwrap().unwrap();
+    transaction.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn it_survives_a_restart_and_ends_with_its_handle() {
+    let server = Server::start(&[]).unwrap();
+    let ground = Ground::on(&server).await;
+    let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+    looks(&watchdog, 1).await;
+    server.stop();
+    eventually(SOON, "no look fails", async || watchdog.failures() > 0).await;
+    server.restart();
+    looks(&watchdog, 2).await;
+    assert!(watchdog.is_running());
+    let observer = ground.database.connect().await;
+    let idle = ground.session().await;
+    idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
+    let waiter = ground.session().await;
+    let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
+    let found = next(&mut findings).await;
+    assert_eq!(found.backend().pid(), Some(idle.pid));
+    // Stopped, it says nothing any more, and what it held is given back: the channel is closed.
+    watchdog.stop().await;
+    let rest = async { while findings.recv().await.is_some() {} };
+    tokio::time::timeout(SOON, rest)
+        .await
+        .expect("something is left of it");
+    idle.run("COMMIT").await;
+    waiting.await.unwrap().unwrap();
+    // With the keeper goes the last one who has a connection.
+    drop(ground);
+    eventually(SOON, "a connection is left", async || {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lockkeeper side connection'";
+        observer.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn dropped_it_ends_too() {
+    let ground = Ground::new().await;
+    for _ in 0..3 {
+        let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+        // At once, and after looks.
+        if watchdog.looks() == 0 {
+            looks(&watchdog, 1).await;
+        }
+        drop(watchdog);
+        let rest = async { while findings.recv().await.is_some() {} };
+        tokio::time::timeout(SOON, rest)
+            .await
+            .expect("something is left of it");
+    }
+    // A stop that nobody waits for.
+    let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+    let mut stop = Box::pin(watchdog.stop());
+    assert!(futures::poll!(&mut stop).is_pending());
+    drop(stop);
+    let rest = async { while findings.recv().await.is_some() {} };
+    tokio::time::timeout(SOON, rest)
+        .await
+        .expect("something is left of it");
+}
+
+#[tokio::test]
+async fn a_callback_that_panics_is_given_the_next_one_too() {
+    let ground = Ground::new().await;
+    let (sender, mut told) = unbounded_channel();
+    let reports = policy(&ground)
+        .leaked_locks(TICK)
+        .on_finding(move |finding| {
+            sender.send(finding.backend().pid()).unwrap();
+            panic!("as it was told to");
+        });
+    let watchdog = ground.keeper.watchdog(reports).unwrap();
+    for _ in 0..2 {
+        let leaker = ground.session().await;
+        leaker.run("SELECT pg_advisory_lock_shared(5)").await;
+        let pid = tokio::time::timeout(SOON, told.recv())
+            .await
+            .expect("nothing is told");
+        assert_eq!(pid, Some(Some(leaker.pid)));
+        drop(leaker);
+    }
+    watchdog.stop().await;
+}
+
+#[test]
+fn bad_policies_and_a_missing_runtime_are_refused() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let keeper = runtime.block_on(async {
+        let ground = Ground::new().await;
+        let database = &ground.database;
+        Keeper::builder(database.pool(1))
+            .side_connection(database.config(), NoTls)
+            .build()
+    });
+    for policy in [
+        WatchdogPolicy::new(),
+        WatchdogPolicy::new().every(Duration::ZERO),
+        WatchdogPolicy::new()
+            .leaked_locks(None)
+            .clear_leaked_locks(true),
+    ] {
+        let error = keeper.watchdog(policy).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    }
+}
