@@ -57,11 +57,11 @@ impl Drop for Task {
     }
 }
 
-/// Runs something that ends by itself.
+/// Has something run on that ends by itself.
 ///
 /// # Panics
 /// Outside of a runtime: it is for what runs in one.
-pub(super) fn spawn(work: impl Future<Output = ()> + Send + 'static) {
+pub(super) fn run_on(work: impl Future<Output = ()> + Send + 'static) {
     drop(tokio::spawn(work));
 }
 

@@ -7,8 +7,6 @@ mod protection;
 mod recovery;
 pub mod resolver;
 mod signal;
-#[cfg(test)]
-mod testing;
 mod waits;
 mod watch;
 pub mod watchdog;
@@ -229,3 +227,6 @@ impl fmt::Debug for Monitor {
         f.debug_struct("Monitor").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod testing;

@@ -58,9 +58,9 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
         Signal::Cancel => "pg_catalog.pg_cancel_backend(t.pid)",
         Signal::Terminate => "pg_catalog.pg_terminate_backend(t.pid)",
     };
-    let mut sql = format!(
+    let mut sql = String::from(
         "SELECT t.*, CASE WHEN t.same_backend AND t.same_transaction AND t.same_state AND t.permitted \
-         AND NOT t.hidden AND NOT t.oneself AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup"
+         AND NOT t.hidden AND NOT t.oneself AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup",
     );
     if spared.superusers {
         sql.push_str(" AND NOT t.superuser");

@@ -323,7 +323,7 @@ async fn one_root_blocker_after_another() {
 
     // As many signals as are allowed, and no more.
     let again = PileUp::new(&ground).await;
-    other_pile_behind(&ground).await;
+    let _other = other_pile(&ground).await;
     let policy = policy(&ground).most_signals(1).execute(true);
     let log = resolver(&ground, policy).run().await.unwrap();
     assert_eq!(
@@ -334,14 +334,14 @@ async fn one_root_blocker_after_another() {
     again.all_go_on().await;
 }
 
-/// Somebody idle in a transaction with one waiter, on another row. They stay until the database goes.
-async fn other_pile_behind(ground: &Ground) {
+/// Somebody idle in a transaction with one waiter, on another row, for as long as they are kept.
+async fn other_pile(ground: &Ground) -> (Session, Session) {
     let other = ground.session().await;
     other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 3").await;
     let waiter = ground.session().await;
     drop(waiter.start("UPDATE t SET v = 'w' WHERE id = 3"));
     ground.eventually_waits(waiter.pid).await;
-    std::mem::forget((other, waiter));
+    (other, waiter)
 }
 
 #[tokio::test]
@@ -404,8 +404,6 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     pile.all_go_on().await;
 
     // An index build that waits for an old transaction is no root; one that others wait for is left alone.
-    let gate = ground.session().await;
-    gate.run("SELECT pg_advisory_lock(2)").await;
     let function = "CREATE FUNCTION slow(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS \
                     $$ BEGIN PERFORM pg_sleep(600); RETURN $1; END $$";
     ground.observer.batch_execute(function).await.unwrap();

@@ -43,7 +43,7 @@ impl Shedder {
     pub(super) fn new(hook: Hook, timeout: Duration) -> Self {
         let (calls, queue) = mpsc::unbounded_channel();
         // It ends by itself, when all was told that there is to tell.
-        background::spawn(tell(hook, queue));
+        background::run_on(tell(hook, queue));
         Self {
             calls,
             timeout,
@@ -127,7 +127,7 @@ mod tests {
                 if change == LoadChange::Shed {
                     gate.lock().expect("nobody panics").recv().ok();
                 }
-                drop(sender.send(change));
+                sender.send(change).ok();
             }),
             Duration::from_millis(10),
         );
