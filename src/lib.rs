@@ -37,6 +37,10 @@
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
 //! | know why a transaction deadlocked or waited too long, and what to do about it | [`Incident`], [`Error::incident`], [`KeeperBuilder::on_incident`], [`incident`] |
+//! | watch waits come and go, and know when an incident is over | [`Monitor::watch`], [`Monitor::recovery`] |
+//! | cancel or terminate the session that was seen, and nobody else | [`Monitor::cancel`], [`Monitor::terminate`] |
+//! | clear a pile-up of lock waits in the safest order | [`Keeper::resolver`], [`resolver`] |
+//! | be told of leaked locks and of sessions idle in the way of others | [`Keeper::watchdog`], [`watchdog`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //!
 //! # What it holds to
@@ -74,7 +78,8 @@
 //! Through `tracing`, with the lock's readable key: a `debug` span `advisory_lock` around each request for a lock, and
 //! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited` and `held`), and for
 //! attempts repeated; one `warn` event of target `lockkeeper::incident` for each [`Incident`]; `warn` for a pool that gives connections with transactions
-//! left open. Nothing at `info` and above where all is well.
+//! left open. Of target `lockkeeper::resolver` an `info` event for each step of a [`Resolver`], of target
+//! `lockkeeper::watchdog` a `warn` event for each [`Finding`]. Nothing at `info` and above where all is well.
 
 mod advisory;
 mod backoff;

@@ -24,6 +24,9 @@ pub enum Protection {
     Autovacuum,
     /// It is another of the server's own processes, such as the checkpointer or a background worker.
     ServerProcess,
+    /// Its transaction has committed and waits for a synchronous standby to have it. A signal would not undo that, but
+    /// tell its client so before the standby has it.
+    Committing,
     /// It is of a superuser, and not of the role that signals.
     Superuser,
     /// It changes the schema, or holds the lock of a program that does.
@@ -45,6 +48,7 @@ impl fmt::Display for Protection {
             Self::WraparoundVacuum => "it is an autovacuum to prevent wraparound",
             Self::Autovacuum => "it is an autovacuum, which is never terminated",
             Self::ServerProcess => "it is one of the server's own processes",
+            Self::Committing => "it has committed and waits for a synchronous standby",
             Self::Superuser => "it is of another role, which is a superuser",
             Self::Migration => "it is a migration",
             Self::IndexBuild => "it builds an index or writes a table anew",

@@ -73,8 +73,8 @@ impl Monitor {
     ///
     /// The signal is sent by the statement that compares process id, start of the backend and start of its transaction
     /// with what was seen, and only while a statement runs. So a process id that is another backend's by now is safe, and
-    /// so is the session once that transaction has ended. Replication, backups, autovacuum to prevent wraparound, the
-    /// server's own processes and the connection that asks are never signalled.
+    /// so is the session once that transaction has ended. Replication, backups, autovacuum to prevent wraparound, a commit that
+    /// waits for a synchronous standby, the server's own processes and the connection that asks are never signalled.
     ///
     /// A session that is idle in a transaction runs no statement: see [`terminate`](Self::terminate).
     ///
@@ -203,6 +203,9 @@ fn protection(spared: Spared, sent: &Sent) -> Option<Protection> {
     if sent.side {
         return Some(Protection::SideConnection);
     }
+    if sent.committing {
+        return Some(Protection::Committing);
+    }
     if sent.backup {
         return Some(Protection::Backup);
     }
@@ -244,6 +247,7 @@ mod tests {
             other_kind: None,
             wraparound: false,
             backup: false,
+            committing: false,
             builds: false,
             superuser: false,
             lacks: None,

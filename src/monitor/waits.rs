@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use crate::graph::parts::Age;
 use crate::graph::{BackendId, Snapshot};
 
 /// How many sessions wait for a lock in one moment, and how long by then.
@@ -71,8 +72,8 @@ impl fmt::Display for Waits {
             n => write!(f, "{n} sessions wait")?,
         }
         match self.longest {
-            Some(longest) if self.sessions > 1 => write!(f, ", the longest for {longest:.1?}"),
-            Some(longest) => write!(f, ", for {longest:.1?}"),
+            Some(longest) if self.sessions > 1 => write!(f, ", the longest for {}", Age(longest)),
+            Some(longest) => write!(f, ", for {}", Age(longest)),
             None => Ok(()),
         }
     }

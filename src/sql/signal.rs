@@ -60,7 +60,8 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
     };
     let mut sql = String::from(
         "SELECT t.*, CASE WHEN t.same_backend AND t.same_transaction AND t.same_state AND t.permitted \
-         AND NOT t.hidden AND NOT t.oneself AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup",
+         AND NOT t.hidden AND NOT t.oneself AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup \
+         AND NOT t.committing",
     );
     if spared.superusers {
         sql.push_str(" AND NOT t.superuser");
@@ -75,7 +76,7 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
          pg_catalog.int4eq(a.pid, pg_catalog.pg_backend_pid()) AS oneself, \
          COALESCE(pg_catalog.texteq(a.application_name, {}), false) AS side, \
          NOT COALESCE(a.backend_type OPERATOR(pg_catalog.=) ANY ({kinds}::pg_catalog.text[]), true) AS other_kind, \
-         {WRAPAROUND} AS wraparound, {IN_BACKUP} AS backup, {BUILDS} AS builds, \
+         {WRAPAROUND} AS wraparound, {IN_BACKUP} AS backup, {COMMITTING} AS committing, {BUILDS} AS builds, \
          COALESCE(r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER), false) AS superuser, \
          {PERMITTED} AS permitted, r.oid IS NULL AS nobodys, COALESCE(r.rolsuper, false) AS is_superusers, \
          CURRENT_USER AS me, pg_catalog.current_setting('server_version_num') AS version \
@@ -100,6 +101,10 @@ const WRAPAROUND: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum
 /// Whether it sends a base backup: such a session is a walsender too.
 const IN_BACKUP: &str = "EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid)";
+
+/// Whether its transaction has committed, and only its client does not know yet. A cancel would end the wait with a warning,
+/// and the commit would not be on the standby (PostgreSQL's source, `SyncRepWaitForLSN`).
+const COMMITTING: &str = "COALESCE(pg_catalog.texteq(a.wait_event, 'SyncRep'), false)";
 
 /// Whether it builds an index, or runs CLUSTER or VACUUM FULL.
 const BUILDS: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_index AS b \
@@ -181,6 +186,8 @@ pub(crate) struct Sent {
     pub(crate) other_kind: Option<String>,
     pub(crate) wraparound: bool,
     pub(crate) backup: bool,
+    /// It waits for a synchronous standby.
+    pub(crate) committing: bool,
     pub(crate) builds: bool,
     /// It is of a superuser, who is not the role that asks.
     pub(crate) superuser: bool,
@@ -230,6 +237,7 @@ pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
         other_kind: text(row, "backend_type").filter(|_| is_true(row, "other_kind")),
         wraparound: is_true(row, "wraparound"),
         backup: is_true(row, "backup"),
+        committing: is_true(row, "committing"),
         builds: is_true(row, "builds"),
         superuser: is_true(row, "superuser"),
         lacks,

@@ -829,6 +829,81 @@ async fn replication_and_a_running_backup_are_left_alone() {
     drop(standby);
 }
 
+/// What it holds it holds until the standby has its commit, which it has made already.
+#[tokio::test]
+async fn a_commit_that_waits_for_a_standby_is_left_alone() {
+    let server = Server::start(&[
+        ("synchronous_standby_names", "nobody"),
+        ("synchronous_commit", "local"),
+    ])
+    .unwrap();
+    let ground = Ground::on(&server).await;
+    let pile = PileUp::new(&ground).await;
+    let committing = pile
+        .holder
+        .start("SET LOCAL synchronous_commit = on; COMMIT");
+    crate::common::eventually(SOON, "it does not wait for the standby", async || {
+        ground.seen(pile.holder.pid).await.wait_event() == Some("SyncRep")
+    })
+    .await;
+    let eager = policy(&ground)
+        .wait(Duration::ZERO)
+        .settle(TICK)
+        .execute(true);
+    let log = resolver(&ground, eager).run().await.unwrap();
+    assert!(
+        left_alone(&log, pile.holder.pid).contains("synchronous standby"),
+        "{log}"
+    );
+    let seen = ground.seen(pile.holder.pid).await;
+    for outcome in [
+        ground.monitor.cancel(&seen).await.unwrap(),
+        ground.monitor.terminate(&seen).await.unwrap(),
+    ] {
+        assert_eq!(outcome, SignalOutcome::Protected(Protection::Committing));
+    }
+    assert!(!committing.is_finished());
+    // It is told when there is none to wait for any more.
+    let release = "ALTER SYSTEM SET synchronous_standby_names = ''";
+    ground.observer.batch_execute(release).await.unwrap();
+    ground
+        .observer
+        .batch_execute("SELECT pg_reload_conf()")
+        .await
+        .unwrap();
+    committing.await.unwrap().unwrap();
+    pile.all_go_on().await;
+}
+
+#[tokio::test]
+async fn a_run_goes_on_after_a_restart_of_the_server() {
+    let server = Server::start(&[]).unwrap();
+    let ground = Ground::on(&server).await;
+    let pile = PileUp::new(&ground).await;
+    let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let patient = policy(&ground)
+        .idle_grace(4 * SOON)
+        .shed_load(move |change| sender.send(change).unwrap())
+        .execute(true);
+    let resolver = resolver(&ground, patient);
+    let run = tokio::spawn(async move { resolver.run().await });
+    assert_eq!(told.recv().await, Some(LoadChange::Shed));
+    server.stop();
+    // Whatever the run sees of it, it ends well; most often looks fail in this time.
+    crate::common::eventually(SOON, "the server is there still", async || {
+        ground.observer.is_closed()
+    })
+    .await;
+    tokio::time::sleep(10 * TICK).await;
+    server.restart();
+    let log = run.await.unwrap().unwrap();
+    assert!(log.is_recovered() && log.signals() == 0, "{log}");
+    assert_eq!(told.recv().await, Some(LoadChange::Resume));
+    for wait in pile.waits {
+        assert!(wait.await.unwrap().is_err());
+    }
+}
+
 /// A real one: the server ends other autovacuums itself when somebody waits for them, and never this.
 #[tokio::test]
 async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {

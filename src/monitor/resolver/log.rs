@@ -288,13 +288,16 @@ impl fmt::Display for RunEnd {
     }
 }
 
-/// `+12.0s cancel pid 4711 (…): keeps 3 sessions waiting, runs a statement: it is in nobody's way any more; 3 sessions
+/// `+12.0s cancel pid 4711 (billing src/pay.rs:42): keeps 3 sessions waiting, runs a statement: it is in nobody's way any more; 3 sessions
 /// wait, … → nobody waits`
 impl fmt::Display for LogRow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "+{} {}", Age(self.after), self.action)?;
         if let Some(target) = &self.target {
-            write!(f, " {target}")?;
+            write!(f, " {}", target.id())?;
+            if let Some(name) = target.application_name().filter(|name| !name.is_empty()) {
+                write!(f, " ({})", name.escape_debug())?;
+            }
         }
         if !self.why.is_empty() {
             write!(f, ": {}", self.why)?;

@@ -40,8 +40,8 @@ use protect::Known;
 ///
 /// # Who is left alone
 ///
-/// Always: replication (walsenders, logical workers, the startup process), backups, autovacuum to prevent wraparound, the
-/// server's own processes, and the session that asks. Other autovacuum workers are cancelled, as the server does
+/// Always: replication (walsenders, logical workers, the startup process), backups, autovacuum to prevent wraparound,
+/// commits that wait for a synchronous standby, the server's own processes, and the session that asks. Other autovacuum workers are cancelled, as the server does
 /// itself, and never terminated. Unless the policy says otherwise: sessions of other roles that are superusers, migrations and
 /// index builds, sessions that guards and transactions of this process have, and what the policy
 /// [protects](ResolverPolicy::protect) by name.

@@ -69,6 +69,9 @@ pub(super) fn of(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> O
     {
         return Some(Protection::WraparoundVacuum);
     }
+    if backend.wait_event() == Some("SyncRep") {
+        return Some(Protection::Committing);
+    }
     let named = |patterns: &[crate::monitor::pattern::Pattern]| {
         patterns.iter().any(|pattern| pattern.matches(name))
     };
@@ -323,6 +326,9 @@ mod tests {
             named.application_name = Some(name.into());
             assert_eq!(of(&policy, &known, &named), Some(expected), "{name}");
         }
+        let mut committing = backend(20);
+        committing.wait_event = Some("SyncRep".into());
+        assert_eq!(default_of(&committing), Some(Protection::Committing));
         let mut sender = backend(20);
         sender.backend_type = Some("walsender".into());
         assert_eq!(of(&policy, &known, &sender), Some(Protection::Replication));

@@ -11,6 +11,7 @@ use super::policy::ResolverPolicy;
 use super::protect::Known;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
+use crate::graph::parts::Age;
 use crate::graph::{Backend, BackendId, LockTree};
 use crate::monitor::Monitor;
 use crate::monitor::recovery::Course;
@@ -234,7 +235,7 @@ impl Run<'_> {
             };
             let place = place(&tree, &who);
             if !course.waited && !matches!(place, Place::Root(_)) {
-                let why = format!("left to finish for {:.1?}", began.elapsed());
+                let why = format!("left to finish for {}", Age(began.elapsed()));
                 let waits = (Some(before), Some(self.waits));
                 self.notes
                     .write(Action::Wait, Some(&seen), why, fate(&place), waits);
@@ -265,7 +266,7 @@ impl Run<'_> {
             }
             if !course.waited {
                 course.waited = true;
-                let why = format!("left to finish for {:.1?}", began.elapsed());
+                let why = format!("left to finish for {}", Age(began.elapsed()));
                 let waits = (Some(before), Some(self.waits));
                 let outcome = StepOutcome::DidNotHelp;
                 self.notes
