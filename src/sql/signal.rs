@@ -353,6 +353,73 @@ mod tests {
         assert!(ask(Signal::Terminate, &again).await.signalled);
     }
 
+    /// What is asked of `pg_stat_activity` of a session, as a look at it would have it.
+    async fn look(client: &tokio_postgres::Client, pid: i32) -> Backend {
+        let sql = "SELECT (extract(epoch FROM backend_start) * 1000000)::int8, \
+             (extract(epoch FROM xact_start) * 1000000)::int8 FROM pg_stat_activity WHERE pid = $1";
+        let row = client.query_one(sql, &[&pid]).await.expect("it is there");
+        let time = |micros: i64| at(u64::try_from(micros).expect("after 1970"));
+        Backend {
+            backend_start: Some(time(row.get(0))),
+            transaction_start: row.get::<_, Option<i64>>(1).map(time),
+            state: Some("active".into()),
+            ..Backend::unknown(pid.into())
+        }
+    }
+
+    #[tokio::test]
+    async fn whom_a_policy_spares_is_checked_by_the_statement_too() {
+        let database = lockkeeper_testkit::Server::shared().database().await;
+        let client = database.connect().await;
+        let role = format!("boss {}", database.name());
+        let sql = format!(
+            "CREATE ROLE \"{role}\" SUPERUSER LOGIN PASSWORD 'secret'; CREATE TABLE t AS SELECT 1 AS a; \
+             CREATE FUNCTION slow(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS \
+             $$ BEGIN PERFORM pg_sleep(600); RETURN $1; END $$"
+        );
+        client.batch_execute(&sql).await.expect("it is made");
+        let mut config = database.config();
+        config.user(&role).password("secret");
+        let (boss, connection) = config
+            .connect(tokio_postgres::NoTls)
+            .await
+            .expect("it may log in");
+        let ended = tokio::spawn(connection);
+        let row = boss.query_one("SELECT pg_backend_pid()", &[]).await;
+        let pid: i32 = row.expect("it lives").get(0);
+        let building =
+            tokio::spawn(async move { boss.batch_execute("CREATE INDEX ON t (slow(a))").await });
+        loop {
+            let sql = "SELECT FROM pg_stat_progress_create_index WHERE pid = $1";
+            if client
+                .query_opt(sql, &[&pid])
+                .await
+                .expect("it answers")
+                .is_some()
+            {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let backend = look(&client, pid).await;
+        let ask = async |signal, superusers, builds| {
+            let sql = send(signal, &backend, pid, Spared { superusers, builds });
+            sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
+        };
+        for (superusers, builds) in [(true, false), (false, true), (true, true)] {
+            for signal in [Signal::Cancel, Signal::Terminate] {
+                let sent = ask(signal, superusers, builds).await;
+                assert!(!sent.signalled && sent.superuser && sent.builds, "{sent:?}");
+            }
+        }
+        assert!(!building.is_finished());
+        assert!(ask(Signal::Terminate, false, false).await.signalled);
+        assert!(building.await.expect("no panic").is_err());
+        drop(ended.await);
+        let sql = format!("DROP ROLE \"{role}\"");
+        client.batch_execute(&sql).await.expect("nobody uses it");
+    }
+
     #[test]
     fn names_are_quoted() {
         assert_eq!(
