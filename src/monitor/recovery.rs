@@ -9,6 +9,9 @@ use crate::deadline::Deadline;
 use crate::error::Error;
 use crate::graph::Snapshot;
 
+/// Checks are not worth more often than that.
+const SHORTEST: Duration = Duration::from_millis(10);
+
 /// When an incident counts as over: nobody waits for a lock, or nobody for long, so many checks in a row.
 ///
 /// # Examples
@@ -246,14 +249,15 @@ impl Recovery {
         self.course.observe(snapshot)
     }
 
-    /// Checks every `interval` until it is over, for `within` at most; gives the last check. Looks that fail are
-    /// passed over while there is time.
+    /// Checks every `interval`, 10 milliseconds at least, until it is over, for `within` at most; gives the last check.
+    /// Looks that fail are passed over while there is time.
     ///
     /// # SQL
     /// As [`check`](Self::check), over and over.
     ///
     /// # Errors
-    /// Those of the last look, where that failed and the time is over.
+    /// Those of the last look, where that failed and the time is over; [`Config`](crate::ErrorKind::Config) for an interval
+    /// that is too short.
     ///
     /// # Cancel safety
     /// As [`check`](Self::check).
@@ -262,6 +266,11 @@ impl Recovery {
         interval: Duration,
         within: Duration,
     ) -> Result<RecoveryCheck, Error> {
+        if interval < SHORTEST {
+            return Err(Error::config(format!(
+                "a check every {interval:?}: at least {SHORTEST:?}"
+            )));
+        }
         let deadline = Deadline::after(within);
         loop {
             let check = self.check().await;

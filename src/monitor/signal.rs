@@ -28,7 +28,7 @@ pub enum SignalOutcome {
     NothingRuns,
     /// This role may not signal that session, or may not see enough of it to be sure whom it would signal.
     NotPermitted {
-        /// The GRANT that would help, or that none would.
+        /// The GRANT that would help, what gives effect to one that there is, or that none would.
         needs: Box<str>,
     },
     /// It is one of those sessions that are left alone.

@@ -216,10 +216,9 @@ impl Stream for Watch {
                 }
                 State::Looking(look, began) => {
                     let seen = ready!(look.as_mut().poll(cx));
-                    let next = (*began + this.interval).max(Instant::now());
-                    let late = next - *began > this.interval;
-                    let next = if late { next + this.interval } else { next };
-                    this.state = State::Resting(Box::pin(tokio::time::sleep_until(next)));
+                    let rest = this.interval.checked_sub(began.elapsed());
+                    let rest = tokio::time::sleep(rest.unwrap_or(this.interval));
+                    this.state = State::Resting(Box::pin(rest));
                     return Poll::Ready(Some(seen.map(|snapshot| this.update(snapshot))));
                 }
             }

@@ -79,7 +79,7 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
          {WRAPAROUND} AS wraparound, {IN_BACKUP} AS backup, {COMMITTING} AS committing, {BUILDS} AS builds, \
          COALESCE(r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER), false) AS superuser, \
          {PERMITTED} AS permitted, r.oid IS NULL AS nobodys, COALESCE(r.rolsuper, false) AS is_superusers, \
-         CURRENT_USER AS me, pg_catalog.current_setting('server_version_num') AS version \
+         {MEMBERSHIPS}, CURRENT_USER AS me, pg_catalog.current_setting('server_version_num') AS version \
          FROM pg_catalog.pg_stat_activity AS a \
          LEFT JOIN pg_catalog.pg_roles AS r ON r.oid OPERATOR(pg_catalog.=) a.usesysid \
          WHERE pg_catalog.int4eq(a.pid, {pid}) OFFSET 0) AS t",
@@ -123,6 +123,14 @@ const PERMITTED: &str = "((SELECT m.rolsuper FROM pg_catalog.pg_roles AS m \
      WHEN r.rolsuper THEN false \
      ELSE pg_catalog.pg_has_role(r.oid, 'USAGE'::pg_catalog.text) \
      OR pg_catalog.pg_has_role('pg_signal_backend'::pg_catalog.name, 'USAGE'::pg_catalog.text) END)";
+
+/// Whether this role is a member of those that would permit it, inheriting or not.
+const MEMBERSHIPS: &str = "pg_catalog.pg_has_role('pg_read_all_stats'::pg_catalog.name, 'MEMBER'::pg_catalog.text) \
+     AS pg_read_all_stats, \
+     pg_catalog.pg_has_role('pg_signal_backend'::pg_catalog.name, 'MEMBER'::pg_catalog.text) AS pg_signal_backend, \
+     EXISTS (SELECT FROM pg_catalog.pg_roles AS w \
+     WHERE pg_catalog.nameeq(w.rolname, 'pg_signal_autovacuum_worker') \
+     AND pg_catalog.pg_has_role(w.oid, 'MEMBER'::pg_catalog.text)) AS pg_signal_autovacuum_worker";
 
 /// A column of a time, the same to the microsecond.
 fn same(column: &str, seen: Option<SystemTime>) -> String {
@@ -201,21 +209,25 @@ pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
     let permitted = is_true(row, "permitted");
     let hidden = is_true(row, "hidden");
     let me = text(row, "me").unwrap_or_default();
+    let version = super::parsed(row, "version").unwrap_or(0);
+    let lacking = |role| Lacking {
+        role,
+        is_member: is_true(row, role),
+    };
     let mut roles = Vec::new();
     if hidden {
-        roles.push("pg_read_all_stats");
+        roles.push(lacking("pg_read_all_stats"));
     }
     let mut lacks = None;
     if !permitted {
         let kind = text(row, "backend_type");
-        let version: u32 = super::parsed(row, "version").unwrap_or(0);
         if is_true(row, "is_superusers") {
             lacks =
                 Some("nothing to GRANT: only a superuser may signal a superuser's session".into());
         } else if !is_true(row, "nobodys") {
-            roles.push("pg_signal_backend");
+            roles.push(lacking("pg_signal_backend"));
         } else if version >= 180_000 && kind.as_deref() == Some("autovacuum worker") {
-            roles.push("pg_signal_autovacuum_worker");
+            roles.push(lacking("pg_signal_autovacuum_worker"));
         } else {
             lacks = Some(
                 "nothing to GRANT: only a superuser may signal the server's own processes".into(),
@@ -223,7 +235,7 @@ pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
         }
     }
     if !roles.is_empty() && lacks.is_none() {
-        lacks = Some(grant(&roles, &me));
+        lacks = Some(grant(&roles, &me, version));
     }
     Some(Sent {
         signalled: is_true(row, "signalled"),
@@ -244,9 +256,35 @@ pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
     })
 }
 
-/// The statement that makes a role a member of others.
-pub(crate) fn grant(roles: &[&str], to: &str) -> String {
-    format!("GRANT {} TO {}", roles.join(", "), identifier(to))
+/// A predefined role whose privileges somebody does not have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lacking {
+    pub(crate) role: &'static str,
+    /// It is a member, and does not inherit its privileges.
+    pub(crate) is_member: bool,
+}
+
+/// What gives somebody the privileges of these roles. To a member a GRANT gives nothing more: whether privileges are
+/// inherited is a property of the member, and since 16 of the membership (PostgreSQL's documentation, "Role Membership").
+pub(crate) fn grant(roles: &[Lacking], to: &str, version: u32) -> String {
+    let to = identifier(to);
+    let names = |roles: &mut dyn Iterator<Item = &Lacking>| {
+        let names: Vec<_> = roles.map(|lacking| lacking.role).collect();
+        names.join(", ")
+    };
+    if roles.iter().all(|lacking| !lacking.is_member) {
+        return format!("GRANT {} TO {to}", names(&mut roles.iter()));
+    }
+    if version >= 160_000 {
+        let all = names(&mut roles.iter());
+        return format!("GRANT {all} TO {to} WITH INHERIT TRUE");
+    }
+    let mut needed = format!("ALTER ROLE {to} INHERIT");
+    let others = names(&mut roles.iter().filter(|lacking| !lacking.is_member));
+    if !others.is_empty() {
+        let _ = write!(needed, "; GRANT {others} TO {to}");
+    }
+    needed
 }
 
 /// The statement that ends a prepared transaction, for somebody to run who knows that it is nobody's any more.
@@ -422,9 +460,20 @@ mod tests {
 
     #[test]
     fn names_are_quoted() {
+        let lacking = |role, is_member| Lacking { role, is_member };
+        let signal = lacking("pg_signal_backend", false);
         assert_eq!(
-            grant(&["pg_signal_backend"], "O'Hara \"x\""),
+            grant(&[signal], "O'Hara \"x\"", 150_000),
             "GRANT pg_signal_backend TO \"O'Hara \"\"x\"\"\""
+        );
+        let both = [lacking("pg_read_all_stats", true), signal];
+        assert_eq!(
+            grant(&both, "ops", 150_018),
+            "ALTER ROLE \"ops\" INHERIT; GRANT pg_signal_backend TO \"ops\""
+        );
+        assert_eq!(
+            grant(&both, "ops", 160_000),
+            "GRANT pg_read_all_stats, pg_signal_backend TO \"ops\" WITH INHERIT TRUE"
         );
         assert_eq!(rollback_prepared("it's"), "ROLLBACK PREPARED 'it''s'");
     }

@@ -8,7 +8,8 @@ use super::{is_true, parsed, rows, text};
 
 /// Who asks, of which sessions it cannot be seen what they do, and which ones are whose and at what.
 pub(crate) const LOOK: &str = "SELECT CURRENT_USER AS me, pg_catalog.current_database() AS here, \
-     pg_catalog.pg_backend_pid() AS own; \
+     pg_catalog.pg_backend_pid() AS own, pg_catalog.current_setting('server_version_num') AS version, \
+     pg_catalog.pg_has_role('pg_read_all_stats'::pg_catalog.name, 'MEMBER'::pg_catalog.text) AS is_member; \
      SELECT a.pid, r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER) AS superuser, \
      EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid) AS backup, \
@@ -22,6 +23,9 @@ pub(crate) const LOOK: &str = "SELECT CURRENT_USER AS me, pg_catalog.current_dat
 pub(crate) struct Surroundings {
     /// The role that asks.
     pub(crate) me: Option<Box<str>>,
+    /// It is a member of `pg_read_all_stats`.
+    pub(crate) reads_all: bool,
+    pub(crate) version: u32,
     /// The database it is connected to.
     pub(crate) here: Option<Box<str>>,
     /// The backend that answered.
@@ -38,6 +42,8 @@ pub(crate) fn surroundings(reply: &[SimpleQueryMessage]) -> Option<Surroundings>
     let first = rows.next()?;
     let mut found = Surroundings {
         me: text(first, "me").map(Into::into),
+        reads_all: is_true(first, "is_member"),
+        version: parsed(first, "version").unwrap_or(0),
         here: text(first, "here").map(Into::into),
         own: parsed(first, "own"),
         ..Surroundings::default()

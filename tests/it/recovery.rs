@@ -178,4 +178,11 @@ async fn what_cannot_work_is_refused() {
     let criterion = RecoveryCriterion::no_waits().checks(0);
     let error = monitor.recovery(criterion).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
+    let mut recovery = monitor.recovery(RecoveryCriterion::no_waits()).unwrap();
+    let error = recovery.wait(Duration::ZERO, SOON).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    // The longest there is: it looks once.
+    let mut watch = monitor.watch(Duration::MAX).unwrap();
+    watch.next().await.unwrap().unwrap();
+    assert!(watch.next().now_or_never().is_none());
 }

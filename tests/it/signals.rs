@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockkeeper::graph::{Backend, BackendId};
-use lockkeeper::{Keeper, Monitor, Protection, SignalOutcome};
+use lockkeeper::{Keeper, Monitor, Protection, ResolverPolicy, SignalOutcome};
 use lockkeeper_testkit::{Database, Server};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config, NoTls};
@@ -316,7 +316,16 @@ async fn what_a_role_lacks_is_said() {
     .await;
     let needed = needs(victim.pid).await;
     assert_eq!(*needed, *format!("GRANT pg_signal_backend TO {quoted}"));
-    run(&needed).await;
+    // A member that does not inherit has no privilege by it, and another GRANT would give it none.
+    run(&format!(
+        "GRANT pg_signal_backend TO {quoted}; ALTER ROLE {quoted} NOINHERIT"
+    ))
+    .await;
+    if ground.database.server().major() < 16 {
+        let needed = needs(victim.pid).await;
+        assert_eq!(*needed, *format!("ALTER ROLE {quoted} INHERIT"));
+        run(&needed).await;
+    }
     assert!(needs(root.pid).await.contains("only a superuser"));
     let seen = seen_by(&monitor, victim.pid).await;
     let outcome = monitor.terminate(&seen).await.unwrap();
@@ -352,6 +361,9 @@ async fn functions_planted_on_the_search_path_are_not_run() {
     let outcome = monitor.cancel(&seen).await.unwrap();
     assert_eq!(outcome, SignalOutcome::Signalled);
     assert!(sleeping.await.unwrap().is_err());
+    let dry = monitor.resolver(ResolverPolicy::new()).unwrap();
+    let log = dry.run().await.unwrap();
+    assert!(!log.baseline().settings().is_empty());
 }
 
 #[tokio::test]

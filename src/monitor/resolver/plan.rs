@@ -9,7 +9,7 @@ use crate::graph::parts::Age;
 use crate::graph::{Backend, LockTree, TreeNode};
 use crate::monitor::Waits;
 use crate::monitor::protection::Protection;
-use crate::sql::signal;
+use crate::sql::signal::{self, Lacking};
 
 /// What is done about a root blocker, one after another, each only where what came before has not helped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,7 +36,7 @@ pub enum Verdict {
     LeaveAlone(Protection),
     /// This role cannot see what it does, so it is left alone.
     Hidden {
-        /// The GRANT that would show it.
+        /// The GRANT, or what else is lacking, that would show it.
         grant: Box<str>,
     },
     /// It is a prepared transaction, which has no session to be signalled.
@@ -271,9 +271,14 @@ pub(super) fn verdict(policy: &ResolverPolicy, known: &Known, backend: &Backend)
     }
     // Unknown is not idle.
     let (Some(state), false) = (backend.state(), backend.is_hidden()) else {
-        let me = known.surroundings.me.as_deref().unwrap_or("this role");
+        let around = &known.surroundings;
+        let lacking = Lacking {
+            role: "pg_read_all_stats",
+            is_member: around.reads_all,
+        };
+        let me = around.me.as_deref().unwrap_or("this role");
         return Verdict::Hidden {
-            grant: signal::grant(&["pg_read_all_stats"], me).into(),
+            grant: signal::grant(&[lacking], me, around.version).into(),
         };
     };
     let left = |grace: Duration| grace.saturating_sub(backend.in_state().unwrap_or_default());
