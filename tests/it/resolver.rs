@@ -698,6 +698,58 @@ async fn dropped_at_any_point_a_run_leaves_no_transaction() {
     pile.all_go_on().await;
 }
 
+/// What `tracing` was told, as text.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Told {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn every_step_is_an_event_and_shows_no_literal() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    let told = Told::default();
+    let writer = told.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    let log = {
+        // For this thread, on which the whole test runs.
+        let _default = tracing::subscriber::set_default(subscriber);
+        let resolver = resolver(&ground, policy(&ground).execute(true));
+        resolver.run().await.unwrap()
+    };
+    assert!(log.is_recovered(), "{log}");
+    let told = String::from_utf8(told.0.lock().unwrap().clone()).unwrap();
+    let events: Vec<_> = told
+        .lines()
+        .filter(|line| line.contains("lockkeeper::resolver"))
+        .collect();
+    assert_eq!(events.len(), log.rows().len() + 1, "{told}");
+    for (event, row) in events.iter().zip(log.rows()) {
+        assert!(event.contains(" INFO "), "{event}");
+        assert!(event.contains(&row.to_string()), "{event}");
+    }
+    assert!(events.last().unwrap().contains("recovered"));
+    // What the holder wrote is in the baseline, and in no text.
+    let holder = log.baseline().snapshot().backend(&pile.holder.pid.into());
+    assert!(holder.unwrap().statement().unwrap().contains("'h'"));
+    for text in [told, log.to_string(), format!("{log:?}")] {
+        assert!(!text.contains("'h'"), "{text}");
+    }
+    pile.all_go_on().await;
+}
+
 #[tokio::test]
 async fn with_nobody_waiting_there_is_nothing_to_do() {
     let ground = Ground::new().await;
