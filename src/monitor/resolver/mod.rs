@@ -3,10 +3,12 @@
 mod baseline;
 mod load;
 mod log;
+mod place;
 mod plan;
 mod policy;
 mod protect;
 mod run;
+mod treatment;
 
 pub use baseline::{Baseline, Setting};
 pub use load::LoadChange;

@@ -1,50 +1,26 @@
 //! Doing it: one root blocker at a time, a look after each step.
 
 use std::collections::HashSet;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::baseline::{Baseline, Setting};
 use super::load::{LoadChange, Shedder, Told};
 use super::log::{Action, Notes, RunEnd, RunLog, StepOutcome};
+use super::place::{Identity, Place, fate, place};
 use super::plan::{self, Plan, Step, Verdict};
 use super::policy::ResolverPolicy;
 use super::protect::Known;
+use super::treatment::Treatment;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::graph::parts::Age;
-use crate::graph::{Backend, BackendId, LockTree};
+use crate::graph::{Backend, LockTree};
 use crate::monitor::Monitor;
 use crate::monitor::recovery::Course;
 use crate::monitor::signal::SignalOutcome;
 use crate::monitor::waits::Waits;
 use crate::sql::signal::{Signal, Spared};
 use crate::sql::surroundings;
-
-/// After so many cancels that met no statement, one is taken for no help: the session is too quick for it.
-const MISSES: u32 = 10;
-
-/// A session in one transaction, however many snapshots it is in.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Identity(BackendId, Option<SystemTime>, Option<SystemTime>);
-
-impl Identity {
-    fn of(backend: &Backend) -> Self {
-        Self(
-            backend.id().clone(),
-            backend.backend_start(),
-            backend.transaction_start(),
-        )
-    }
-}
-
-/// Where somebody who was a root blocker stands now.
-enum Place {
-    Root(Box<Backend>),
-    /// It is in the way still, and waits for somebody itself.
-    Waits,
-    /// It is in nobody's way.
-    Out,
-}
 
 /// How it goes on.
 enum Next {
@@ -326,8 +302,7 @@ impl Run<'_> {
             let again = match outcome {
                 SignalOutcome::Gone | SignalOutcome::Changed(_) => true,
                 SignalOutcome::NothingRuns => {
-                    course.misses += 1;
-                    course.cancelled |= course.misses >= MISSES;
+                    course.missed();
                     true
                 }
                 _ => false,
@@ -443,77 +418,6 @@ impl Run<'_> {
     }
 }
 
-/// What has been done about one root blocker so far.
-#[derive(Clone, Copy, Debug, Default)]
-struct Treatment {
-    waited: bool,
-    cancelled: bool,
-    terminated: bool,
-    misses: u32,
-}
-
-impl Treatment {
-    /// How long it is to be left alone yet; `None` when the next step is due.
-    fn left_to_wait(
-        self,
-        steps: &[Step],
-        since: Duration,
-        policy: &ResolverPolicy,
-    ) -> Option<Duration> {
-        if self.terminated {
-            return None;
-        }
-        let left = if steps.contains(&Step::Cancel) {
-            // It works: from when it was first dealt with, and only before the first signal.
-            if self.cancelled {
-                Duration::ZERO
-            } else {
-                policy.wait.saturating_sub(since)
-            }
-        } else {
-            // It is idle: that has a grace of its own, whatever was done to it when it was not.
-            let waits = steps.iter().filter_map(|step| match step {
-                Step::Wait(left) => Some(*left),
-                _ => None,
-            });
-            waits.max().unwrap_or_default()
-        };
-        (!left.is_zero()).then_some(left)
-    }
-
-    /// The next of the steps that has not been tried.
-    fn next_signal(self, steps: &[Step]) -> Option<Signal> {
-        steps.iter().find_map(|step| match step {
-            Step::Cancel if !self.cancelled => Some(Signal::Cancel),
-            Step::Terminate if !self.terminated => Some(Signal::Terminate),
-            _ => None,
-        })
-    }
-}
-
-fn place(tree: &LockTree, who: &Identity) -> Place {
-    let is_it = |backend: &Backend| Identity::of(backend) == *who;
-    let root = tree.roots().find(|root| is_it(root.backend()));
-    if let Some(root) = root
-        && !root.is_in_cycle()
-    {
-        return Place::Root(Box::new(root.backend().clone()));
-    }
-    let snapshot = tree.snapshot();
-    match snapshot.backend(&who.0) {
-        Some(backend) if is_it(backend) && snapshot.blocked_by(&who.0) > 0 => Place::Waits,
-        _ => Place::Out,
-    }
-}
-
-fn fate(place: &Place) -> StepOutcome {
-    match place {
-        Place::Root(_) => StepOutcome::DidNotHelp,
-        Place::Waits => StepOutcome::LeftAlone("it waits for another one now".into()),
-        Place::Out => StepOutcome::Helped,
-    }
-}
-
 fn outcome_of(told: Told) -> StepOutcome {
     match told {
         Told::Done => StepOutcome::Done,
@@ -557,52 +461,4 @@ async fn settings(monitor: &Monitor) -> Result<Vec<Setting>, Error> {
         source: source.map(Into::into),
     });
     Ok(settings.collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    #[test]
-    fn each_step_only_after_the_one_before() {
-        let policy = ResolverPolicy::new().wait(30 * SECOND);
-        let active = [Step::Wait(30 * SECOND), Step::Cancel, Step::Terminate];
-        let mut course = Treatment::default();
-        assert_eq!(
-            course.left_to_wait(&active, 12 * SECOND, &policy),
-            Some(18 * SECOND)
-        );
-        assert_eq!(course.left_to_wait(&active, 30 * SECOND, &policy), None);
-        assert_eq!(course.next_signal(&active), Some(Signal::Cancel));
-        course.cancelled = true;
-        assert_eq!(course.next_signal(&active), Some(Signal::Terminate));
-        course.terminated = true;
-        assert_eq!(course.next_signal(&active), None);
-    }
-
-    #[test]
-    fn one_that_was_cancelled_and_idles_now_has_its_grace() {
-        let policy = ResolverPolicy::new();
-        let idle = [Step::Wait(40 * SECOND), Step::Terminate];
-        let course = Treatment {
-            cancelled: true,
-            ..Treatment::default()
-        };
-        assert_eq!(
-            course.left_to_wait(&idle, 999 * SECOND, &policy),
-            Some(40 * SECOND)
-        );
-    }
-
-    #[test]
-    fn who_is_only_cancelled_is_not_terminated() {
-        let steps = [Step::Wait(SECOND), Step::Cancel];
-        let course = Treatment {
-            cancelled: true,
-            ..Treatment::default()
-        };
-        assert_eq!(course.next_signal(&steps), None);
-    }
 }
