@@ -36,6 +36,8 @@
 //! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
+//! | watch the server's locks in numbers, and export them | [`Monitor::health`], [`Health`] |
+//! | know whether the server is set up well for this | [`Monitor::settings`], [`SettingsFinding`] |
 //! | know why a transaction deadlocked or waited too long, and what to do about it | [`Incident`], [`Error::incident`], [`KeeperBuilder::on_incident`], [`incident`] |
 //! | watch waits come and go, and know when an incident is over | [`Monitor::watch`], [`Monitor::recovery`] |
 //! | cancel or terminate the session that was seen, and nobody else | [`Monitor::cancel`], [`Monitor::terminate`] |
@@ -114,8 +116,10 @@ pub use mode::{
     AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
 };
 pub use monitor::{
-    AdvisoryLockEntry, Changes, Monitor, Protection, Recovery, RecoveryCheck, RecoveryCriterion,
-    SignalOutcome, Trend, Waits, Watch, WatchUpdate, resolver, watchdog,
+    AdvisoryLockEntry, Changes, Deadlocks, Effect, Health, InvalidIndexes, LockTable, Monitor,
+    PreparedTransactions, Protection, Reading, Recovery, RecoveryCheck, RecoveryCriterion,
+    Settings, SettingsFinding, SettingsFindingKind, Severity, SignalOutcome, Trend, Waits, Watch,
+    WatchUpdate, resolver, watchdog,
 };
 pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
 pub use session::ToStatement;

@@ -2,10 +2,15 @@
 
 mod advisory;
 mod background;
+mod doctor;
+mod health;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod pattern;
 mod protection;
 mod recovery;
 pub mod resolver;
+mod settings;
 mod signal;
 mod waits;
 mod watch;
@@ -17,8 +22,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use advisory::AdvisoryLockEntry;
+pub use health::{Deadlocks, Health, InvalidIndexes, LockTable, PreparedTransactions, Reading};
 pub use protection::Protection;
 pub use recovery::{Recovery, RecoveryCheck, RecoveryCriterion, Trend};
+pub use settings::{Effect, Settings, SettingsFinding, SettingsFindingKind, Severity};
 pub use signal::SignalOutcome;
 pub use waits::Waits;
 pub use watch::{Changes, Watch, WatchUpdate};
@@ -28,6 +35,7 @@ use crate::graph::{Backend, Edge, LockTree, Snapshot};
 use crate::key::{KeyId, LockKey, names};
 use crate::session::Connections;
 use crate::sql::graph::{self, Seen};
+use crate::sql::health as numbers;
 
 /// Looks at the server's sessions and locks: [`Keeper::monitor`](crate::Keeper::monitor).
 ///
@@ -206,20 +214,79 @@ impl Monitor {
         Ok(entries)
     }
 
+    /// The numbers to watch: who waits and for how long, how old transactions get, how full the lock table is, and what
+    /// was left behind.
+    ///
+    /// # SQL
+    /// One message, made to be sent every few seconds: what [`snapshot`](Self::snapshot) sends; one row of numbers
+    /// from `pg_locks`, `pg_prepared_xacts`, `pg_stat_database` and `pg_stat_activity`; the INVALID indexes from
+    /// `pg_index`, without those that `pg_stat_progress_create_index` or a lock shows to be at work; two rows of
+    /// `pg_stat_activity`.
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    pub async fn health(&self) -> Result<Health, Error> {
+        let started = Instant::now();
+        let reply = self.connections.ask(&numbers::health()).await?;
+        let took = started.elapsed();
+        let numbers =
+            numbers::numbers(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("health"))?;
+        Ok(Health::new(numbers, took))
+    }
+
+    /// The server's settings and this role's privileges as they concern locks, with what to mend.
+    ///
+    /// The values are those that the application's own connections see: asked on one of the pool's, as the pool gives
+    /// it, with what the role, the database, the connection string and the pool's hooks have set. The privileges are
+    /// those of the role that looks, which is the side connection's where there is one.
+    ///
+    /// # SQL
+    /// One message on a connection of the pool: `pg_settings`, and where the server and this connection are. One on
+    /// the connection that looks: the role's privileges, and how full the lock table is. Where a pooler stands
+    /// between, two more on two connections of the pool. Nothing is set.
+    ///
+    /// # Errors
+    /// As [`activity`](Self::activity); without a connection of the pool the settings are not known.
+    ///
+    /// # Cancel safety
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// for finding in keeper.monitor().settings().await?.findings() {
+    ///     eprintln!("{finding}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn settings(&self) -> Result<Settings, Error> {
+        settings::examine(&self.connections).await
+    }
+
     async fn look(&self, sql: &str) -> Result<(Seen, Duration), Error> {
         let started = Instant::now();
         let reply = self.connections.ask(sql).await?;
         let took = started.elapsed();
-        let named = |key: LockKey| {
-            let given = self.names.get(&key.id()).cloned();
-            given.unwrap_or_else(|| names::named(key))
-        };
-        let seen = graph::seen(&reply, &named).ok_or_else(|| {
-            Error::new(ErrorKind::Database)
-                .with_detail("the server's answer about its locks cannot be read")
-        })?;
+        let seen =
+            graph::seen(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("locks"))?;
         Ok((seen, took))
     }
+
+    fn named(&self, key: LockKey) -> LockKey {
+        let given = self.names.get(&key.id()).cloned();
+        given.unwrap_or_else(|| names::named(key))
+    }
+}
+
+fn unreadable(what: &str) -> Error {
+    Error::new(ErrorKind::Database).with_detail(format!(
+        "the server's answer about its {what} cannot be read"
+    ))
 }
 
 impl fmt::Debug for Monitor {

@@ -45,7 +45,7 @@ const LOCK: &str = "l.locktype, l.database, l.relation, l.page, l.tuple, l.virtu
 const ACTIVITY: &str = "a AS MATERIALIZED (SELECT a.* FROM pg_catalog.pg_stat_activity AS a)";
 
 /// What is told of a backend, from `a`.
-const WHO: &str = concat!(
+pub(super) const WHO: &str = concat!(
     "a.pid AS who, a.application_name, a.usename, a.datname, pg_catalog.host(a.client_addr) AS client, a.backend_type, \
      a.state, a.wait_event_type, a.wait_event, a.query, a.query_id, a.leader_pid, ",
     micros!("a.backend_start"),
@@ -215,7 +215,7 @@ pub(crate) fn seen(
     Some(seen)
 }
 
-fn backend(row: &Columns<'_>, pid: i32, now: SystemTime) -> Backend {
+pub(super) fn backend(row: &Columns<'_>, pid: i32, now: SystemTime) -> Backend {
     let started = row.time("backend_start");
     let statement = row.get("query");
     // Somebody may have sent that text, but then the start is there.
@@ -361,12 +361,12 @@ fn name(row: &Columns<'_>) -> Option<(Box<str>, Box<str>)> {
 }
 
 /// A row with the places of its columns, which the driver would look for by name each time.
-struct Columns<'a> {
-    row: &'a SimpleQueryRow,
-    columns: &'a HashMap<String, usize>,
+pub(super) struct Columns<'a> {
+    pub(super) row: &'a SimpleQueryRow,
+    pub(super) columns: &'a HashMap<String, usize>,
 }
 
-fn columns_of(row: &SimpleQueryRow) -> HashMap<String, usize> {
+pub(super) fn columns_of(row: &SimpleQueryRow) -> HashMap<String, usize> {
     let names = row.columns().iter().enumerate();
     names
         .map(|(at, column)| (column.name().to_owned(), at))
@@ -374,19 +374,19 @@ fn columns_of(row: &SimpleQueryRow) -> HashMap<String, usize> {
 }
 
 impl Columns<'_> {
-    fn get(&self, column: &str) -> Option<&str> {
+    pub(super) fn get(&self, column: &str) -> Option<&str> {
         self.row.try_get(*self.columns.get(column)?).ok().flatten()
     }
 
-    fn parsed<T: FromStr>(&self, column: &str) -> Option<T> {
+    pub(super) fn parsed<T: FromStr>(&self, column: &str) -> Option<T> {
         self.get(column)?.parse().ok()
     }
 
-    fn text(&self, column: &str) -> Option<Box<str>> {
+    pub(super) fn text(&self, column: &str) -> Option<Box<str>> {
         self.get(column).map(Box::from)
     }
 
-    fn time(&self, column: &str) -> Option<SystemTime> {
+    pub(super) fn time(&self, column: &str) -> Option<SystemTime> {
         micros(self.get(column)?)
     }
 }
@@ -402,7 +402,7 @@ fn micros(text: &str) -> Option<SystemTime> {
 }
 
 /// Negative ages (clocks step, and the clock is read first) are zero.
-fn age(now: SystemTime, start: Option<SystemTime>) -> Option<Duration> {
+pub(super) fn age(now: SystemTime, start: Option<SystemTime>) -> Option<Duration> {
     start.map(|start| now.duration_since(start).unwrap_or_default())
 }
 

@@ -1,0 +1,172 @@
+//! [`Health`] as metrics.
+
+use std::time::Duration;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
+
+use super::health::{Health, Reading};
+
+/// What stands for a number that the role may not see.
+const UNKNOWN: f64 = f64::NAN;
+
+impl Health {
+    /// Hands the numbers to the application's recorder of the [`metrics`](https://docs.rs/metrics) facade; without one
+    /// it does nothing. Call it after each [`Monitor::health`](crate::Monitor::health), for instance every 15 seconds.
+    ///
+    /// Every metric has one label, `database`: the name of the [database](Self::database) the look was made from, so
+    /// that two keepers of one process do not overwrite each other's. The server-wide ones are the same from each of a
+    /// server's databases: take the maximum, not the sum.
+    ///
+    /// | gauge | unit | what |
+    /// |---|---|---|
+    /// | `lockkeeper_lock_waiters` | sessions | that wait for a lock, server-wide |
+    /// | `lockkeeper_lock_wait_longest_seconds` | seconds | the longest of these waits; 0 where nobody waits |
+    /// | `lockkeeper_root_blockers` | sessions | that are in the way and wait for nobody |
+    /// | `lockkeeper_root_blocker_blocks_most` | sessions | that the worst of them keeps waiting |
+    /// | `lockkeeper_lock_cycles` | circles | in which sessions wait for one another |
+    /// | `lockkeeper_hidden_sessions` | sessions | of which the role may not see how old their transactions are |
+    /// | `lockkeeper_transaction_oldest_seconds` | seconds | the oldest open transaction, server-wide |
+    /// | `lockkeeper_idle_in_transaction_oldest_seconds` | seconds | the longest that a session has been idle in its transaction |
+    /// | `lockkeeper_lock_table_entries`, `lockkeeper_lock_table_capacity` | objects | the lock table of the server |
+    /// | `lockkeeper_prepared_transactions` | transactions | prepared ones, server-wide |
+    /// | `lockkeeper_prepared_transaction_oldest_seconds` | seconds | the oldest of these |
+    /// | `lockkeeper_invalid_indexes` | indexes | INVALID ones of the database |
+    /// | `lockkeeper_advisory_locks_held` | locks | of the database |
+    ///
+    /// And one counter, `lockkeeper_deadlocks_total`: deadlocks of the database since its statistics were reset, set to
+    /// the server's own count. It does not go back when that does; where the server does not count, it is not touched.
+    ///
+    /// A reading that is [hidden](crate::Reading::Hidden) is NaN, never 0; one that is
+    /// [not all](crate::Reading::AtLeast) is what was seen: `lockkeeper_hidden_sessions` above 0 tells that ages may be
+    /// higher.
+    pub fn record(&self) {
+        describe();
+        let database = self.database();
+        let set = |name: &'static str, value: f64| {
+            gauge!(name, "database" => database.to_owned()).set(value);
+        };
+        let age = |age: Option<Duration>| age.unwrap_or_default().as_secs_f64();
+        let oldest = |reading: &Reading<_>, of: fn(&crate::graph::Backend) -> Option<Duration>| {
+            reading.seen().map_or(UNKNOWN, |backend: &Option<_>| {
+                age(backend.as_ref().and_then(of))
+            })
+        };
+        let roots = self.root_blockers();
+        let most = roots.iter().map(|(_, blocks)| *blocks).max();
+        set("lockkeeper_lock_waiters", self.lock_waiters() as f64);
+        set(
+            "lockkeeper_lock_wait_longest_seconds",
+            age(self.longest_wait()),
+        );
+        set("lockkeeper_root_blockers", roots.len() as f64);
+        set(
+            "lockkeeper_root_blocker_blocks_most",
+            most.unwrap_or(0) as f64,
+        );
+        set("lockkeeper_lock_cycles", self.cycles() as f64);
+        set("lockkeeper_hidden_sessions", self.hidden_sessions() as f64);
+        set(
+            "lockkeeper_transaction_oldest_seconds",
+            oldest(self.oldest_transaction(), |session| {
+                session.in_transaction()
+            }),
+        );
+        set(
+            "lockkeeper_idle_in_transaction_oldest_seconds",
+            oldest(self.oldest_idle_in_transaction(), |session| {
+                session.in_state()
+            }),
+        );
+        let table = self.lock_table();
+        set("lockkeeper_lock_table_entries", table.entries() as f64);
+        set("lockkeeper_lock_table_capacity", table.capacity() as f64);
+        let prepared = self.prepared_transactions();
+        set("lockkeeper_prepared_transactions", prepared.count() as f64);
+        set(
+            "lockkeeper_prepared_transaction_oldest_seconds",
+            age(prepared.oldest()),
+        );
+        let invalid = self.invalid_indexes().seen();
+        set(
+            "lockkeeper_invalid_indexes",
+            invalid.map_or(UNKNOWN, |indexes| indexes.count() as f64),
+        );
+        set(
+            "lockkeeper_advisory_locks_held",
+            self.advisory_locks_held() as f64,
+        );
+        if let Some(deadlocks) = self.deadlocks() {
+            counter!("lockkeeper_deadlocks_total", "database" => database.to_owned())
+                .absolute(deadlocks.count());
+        }
+    }
+}
+
+/// Each time, since the recorder may be another one.
+fn describe() {
+    let seconds = [
+        (
+            "lockkeeper_lock_wait_longest_seconds",
+            "The longest wait for a lock",
+        ),
+        (
+            "lockkeeper_transaction_oldest_seconds",
+            "The oldest open transaction",
+        ),
+        (
+            "lockkeeper_idle_in_transaction_oldest_seconds",
+            "The longest that a session has been idle in its transaction",
+        ),
+        (
+            "lockkeeper_prepared_transaction_oldest_seconds",
+            "The oldest prepared transaction",
+        ),
+    ];
+    for (name, what) in seconds {
+        describe_gauge!(name, Unit::Seconds, what);
+    }
+    let counts = [
+        ("lockkeeper_lock_waiters", "Sessions that wait for a lock"),
+        (
+            "lockkeeper_root_blockers",
+            "Sessions in the way of others that wait for no lock themselves",
+        ),
+        (
+            "lockkeeper_root_blocker_blocks_most",
+            "Sessions that the worst root blocker keeps waiting",
+        ),
+        (
+            "lockkeeper_lock_cycles",
+            "Circles in which sessions wait for one another",
+        ),
+        (
+            "lockkeeper_hidden_sessions",
+            "Sessions whose state the role may not see",
+        ),
+        (
+            "lockkeeper_lock_table_entries",
+            "Objects in the server's lock table",
+        ),
+        (
+            "lockkeeper_lock_table_capacity",
+            "Objects that the server's lock table is made for",
+        ),
+        ("lockkeeper_prepared_transactions", "Prepared transactions"),
+        (
+            "lockkeeper_invalid_indexes",
+            "INVALID indexes of the database that nobody is at work on",
+        ),
+        (
+            "lockkeeper_advisory_locks_held",
+            "Advisory locks held in the database",
+        ),
+    ];
+    for (name, what) in counts {
+        describe_gauge!(name, Unit::Count, what);
+    }
+    describe_counter!(
+        "lockkeeper_deadlocks_total",
+        Unit::Count,
+        "Deadlocks of the database that the server has ended"
+    );
+}
