@@ -33,6 +33,7 @@ mod languages;
 mod line;
 mod literals;
 mod lock_modes;
+mod locktop;
 mod modes;
 mod monitor_tree;
 mod pgbouncer;
