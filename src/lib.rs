@@ -95,10 +95,12 @@ mod keeper;
 mod key;
 mod mode;
 mod monitor;
+mod picture;
 mod server_message;
 mod session;
 mod sql;
 mod statement;
+mod timestamp;
 mod transaction;
 mod watcher;
 

@@ -30,6 +30,7 @@ mod edge;
 mod modes;
 mod net;
 mod object;
+mod picture;
 mod render;
 mod snapshot;
 mod tree;

@@ -118,6 +118,15 @@ impl LockTree {
         &self.snapshot
     }
 
+    /// The roots, and of each backend of the snapshot those below it.
+    pub(super) fn forest(&self) -> (&[usize], &[Vec<usize>]) {
+        (&self.roots, &self.below)
+    }
+
+    pub(super) fn node(&self, at: usize) -> TreeNode<'_> {
+        TreeNode { tree: self, at }
+    }
+
     /// Whether nobody waited.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -153,6 +162,11 @@ impl<'a> TreeNode<'a> {
         tree.below[self.at]
             .iter()
             .map(|at| TreeNode { tree, at: *at })
+    }
+
+    /// Its place among the snapshot's backends.
+    pub(super) fn place(&self) -> usize {
+        self.at
     }
 
     /// How many sessions could not go on before this one does, wherever they stand; see [`Snapshot::blocked_by`].

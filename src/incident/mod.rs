@@ -7,6 +7,7 @@
 // Pure: from `Evidence` to an `Incident`, without I/O.
 
 mod diagnosis;
+mod drawing;
 mod edge;
 mod evidence;
 mod fingerprint;

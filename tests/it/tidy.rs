@@ -14,6 +14,8 @@ const FLOORS: [&[&str]; 8] = [
         "deadline",
         "statement",
         "server_message",
+        "picture",
+        "timestamp",
     ],
     &["blocker", "graph"],
     &["incident"],

@@ -118,19 +118,22 @@ impl Incident {
 
     fn head(&self, paper: &mut Paper) {
         paper.write("", "  ", &self.headline());
+        paper.write("", "  ", &self.attempt_line());
+    }
+
+    pub(super) fn attempt_line(&self) -> String {
         let outcome = match self.outcome() {
             Outcome::Retried { pause } => format!("retried after {}", words::age(pause)),
             Outcome::GaveUp => "given up".to_owned(),
             Outcome::NotRetried => "not retried".to_owned(),
             Outcome::StillWaiting => "still waiting".to_owned(),
         };
-        let text = format!(
+        format!(
             "{}, attempt {} of {}, {outcome}",
             words::timestamp(self.occurred()),
             self.attempt(),
             self.attempts()
-        );
-        paper.write("", "  ", &text);
+        )
     }
 
     fn picture(&self, paper: &mut Paper) {
@@ -276,28 +279,34 @@ impl Incident {
         }
     }
 
-    fn why(&self, paper: &mut Paper) {
+    /// `Why: probably …`
+    pub(super) fn why_heading(&self) -> String {
         let diagnosis = self.diagnosis();
         let probably = if diagnosis.is_certain() || diagnosis.cause() == super::Cause::Unknown {
             ""
         } else {
             "probably "
         };
-        paper.heading(&format!("WHY: {probably}{}", diagnosis.cause()));
+        format!("Why: {probably}{}", diagnosis.cause())
+    }
+
+    fn why(&self, paper: &mut Paper) {
+        let diagnosis = self.diagnosis();
+        paper.heading(&self.why_heading().replacen("Why", "WHY", 1));
         paper.write("  ", "  ", diagnosis.text());
         if let Some(fix) = diagnosis.fix() {
             paper.write("  To do: ", "    ", fix);
         }
     }
 
-    fn how_sure(&self, paper: &mut Paper) {
-        paper.heading("HOW SURE THIS IS");
+    /// How much of it was seen, as a sentence.
+    pub(super) fn certainty(&self) -> String {
         let when = match self.captured_after() {
             Some(after) => format!(" {} after the victim's statement began", words::age(after)),
             None => String::new(),
         };
         let is_circle = !self.cycle().is_empty();
-        let text = match self.quality() {
+        match self.quality() {
             Quality::Complete if is_circle => format!("The whole circle was seen{when}."),
             Quality::Complete => format!("All that was in the way was seen{when}."),
             Quality::Partial if is_circle => {
@@ -313,17 +322,11 @@ impl Incident {
                     .to_owned()
             }
             Quality::Nothing => "Nothing was seen while it lasted.".to_owned(),
-        };
-        paper.write("  ", "  ", &text);
-        let journals = self.participants().iter().flat_map(Participant::journal);
-        let mut marks = journals.map(JournalLine::mark);
-        if marks.any(|mark| mark == Some(JournalMark::MayHaveTaken)) {
-            let text = "\"took?\" is a guess: the first statement that names the relation and takes such locks";
-            paper.write("  - ", "    ", text);
         }
-        for missing in self.missing() {
-            paper.write("  - ", "    ", missing);
-        }
+    }
+
+    /// How often it was there, as a sentence without its end.
+    pub(super) fn sightings_line(&self) -> String {
         let mut text = format!("Fingerprint {}, ", self.fingerprint());
         match self.previously_seen() {
             Some(previous) => text.push_str(&format!(
@@ -334,7 +337,22 @@ impl Incident {
             )),
             None => text.push_str("seen for the first time"),
         }
-        paper.heading(&text);
+        text
+    }
+
+    fn how_sure(&self, paper: &mut Paper) {
+        paper.heading("HOW SURE THIS IS");
+        paper.write("  ", "  ", &self.certainty());
+        let journals = self.participants().iter().flat_map(Participant::journal);
+        let mut marks = journals.map(JournalLine::mark);
+        if marks.any(|mark| mark == Some(JournalMark::MayHaveTaken)) {
+            let text = "\"took?\" is a guess: the first statement that names the relation and takes such locks";
+            paper.write("  - ", "    ", text);
+        }
+        for missing in self.missing() {
+            paper.write("  - ", "    ", missing);
+        }
+        paper.heading(&self.sightings_line());
     }
 }
 
