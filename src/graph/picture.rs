@@ -10,7 +10,7 @@ use crate::statement::redact;
 use crate::timestamp::rfc3339;
 
 use super::render::{Age, count};
-use super::{Backend, BackendId, Edge, LockTree, TreeNode};
+use super::{Backend, BackendId, Edge, LockObject, LockTree, TreeNode};
 
 /// Circles that are told of above the picture.
 const MOST_ALARMS: usize = 10;
@@ -166,8 +166,7 @@ impl LockTree {
                 "State",
                 "Waits for",
                 "In its way",
-                "Keeps waiting",
-                "Statement",
+                "Statement, running or last",
             ],
             rows: rows.collect(),
         }
@@ -190,6 +189,14 @@ fn row_id(place: usize) -> String {
 fn card(node: &TreeNode<'_>, at: usize, above: Option<usize>) -> Card {
     let backend = node.backend();
     let mut lines = Vec::new();
+    // A line of its own: there is no end to it that could be left out.
+    let name = match backend.prepared_transaction() {
+        Some(gid) => {
+            lines.push(Line::new(format!("{gid:?}")));
+            "prepared transaction".to_owned()
+        }
+        None => backend.id().to_string(),
+    };
     if let Some(name) = backend.application_name().filter(|name| !name.is_empty()) {
         lines.push(Line::keeping_end(name));
     }
@@ -204,7 +211,7 @@ fn card(node: &TreeNode<'_>, at: usize, above: Option<usize>) -> Card {
         lines.push(Line::new(redact(statement)));
     }
     Card {
-        name: backend.id().to_string(),
+        name,
         badge: (node.blocks() > 0).then(|| format!("blocks {}", node.blocks())),
         lines,
         look: if edge.is_none() {
@@ -303,22 +310,21 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
             in_the_way.push(format!("and {} more", at + 1 - MOST_NAMED));
         }
     }
-    let blocks = match node.blocks() {
-        0 => String::new(),
-        blocks => blocks.to_string(),
-    };
+    let mut session = vec![backend.id().to_string()];
+    if node.blocks() > 0 {
+        session.push(format!("blocks {}", node.blocks()));
+    }
     let statement = match backend.statement() {
         Some(statement) => shortened(&redact(statement)),
         None if backend.is_hidden() => "hidden from this role".to_owned(),
         None => String::new(),
     };
     vec![
-        Cell::new(backend.id().to_string()),
+        Cell::lines(session),
         Cell::lines(application),
         Cell::lines(doing),
         Cell::lines(waits),
         Cell::lines(in_the_way),
-        Cell::new(blocks),
         Cell::code(statement),
     ]
 }
@@ -346,9 +352,10 @@ fn wait(edge: &Edge) -> String {
 
 /// The row rather than the transaction that has it.
 fn object(edge: &Edge) -> String {
-    match edge.row() {
-        Some(row) => format!("on {row}"),
-        None => format!("on {}", edge.object()),
+    match (edge.row(), edge.object()) {
+        (Some(row), _) => format!("on {row}"),
+        (None, LockObject::Relation(relation)) => format!("on {relation}"),
+        (None, object) => format!("on {object}"),
     }
 }
 

@@ -230,7 +230,7 @@ impl Incident {
                 "State",
                 "Waited for",
                 "In its way",
-                "Statement",
+                "Statement, running or last",
             ],
             rows: rows.collect(),
         }

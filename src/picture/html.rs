@@ -120,9 +120,14 @@ fn graph(out: &mut String, picture: &Picture) {
     out.push_str(&svg);
     out.push_str(
         "</div>\n<p class=\"legend\">An arrow leads from a session that waits to one in its way, with the mode that one \
-         holds. <span class=\"key\">Dashed</span>: it holds nothing in conflict, but waits for the same lock further ahead. \
-         A card leads to its row below.",
+         holds. A card leads to its row below.",
     );
+    if picture.links.iter().any(|link| link.soft) {
+        out.push_str(
+            " <span class=\"key\">Dashed</span>: it holds nothing in conflict, but waits for the same lock further ahead, \
+             in that mode.",
+        );
+    }
     if picture.links.iter().any(|link| link.in_circle) {
         out.push_str(" <span class=\"key circle\">Violet</span>: part of a circle.");
     }

@@ -2,11 +2,11 @@
 
 use super::Card;
 
-pub(super) const CARD_WIDTH: usize = 292;
+pub(super) const CARD_WIDTH: usize = 300;
 /// Columns of text in a card.
 pub(super) const CARD_COLUMNS: usize = 38;
 /// Between two columns of cards: room for the label of a link.
-pub(super) const GAP: usize = 176;
+pub(super) const GAP: usize = 216;
 pub(super) const LINE: usize = 16;
 const PADDING: usize = 10;
 const BETWEEN: usize = 16;

@@ -7,7 +7,7 @@ use super::text::{fit, html, width};
 use super::{Card, Link, Look, Picture};
 
 /// Columns of a link's label.
-const LABEL: usize = 23;
+const LABEL: usize = 24;
 
 /// An `svg` element; nothing where there is nothing to draw.
 pub(super) fn write(picture: &Picture) -> String {
@@ -26,7 +26,7 @@ pub(super) fn write(picture: &Picture) -> String {
     for (id, class) in [("arrow", "tip"), ("arrow-circle", "tip circle")] {
         let _ = write!(
             out,
-            "<marker id=\"{id}\" viewBox=\"0 0 8 8\" refX=\"7\" refY=\"4\" markerWidth=\"8\" markerHeight=\"8\" \
+            "<marker id=\"{id}\" viewBox=\"0 0 8 8\" refX=\"7\" refY=\"4\" markerWidth=\"11\" markerHeight=\"11\" markerUnits=\"userSpaceOnUse\" \
              orient=\"auto\"><path class=\"{class}\" d=\"M0 0.5L8 4L0 7.5z\"/></marker>"
         );
     }
@@ -92,7 +92,7 @@ fn curve(waiter: &Place, blocker: &Place, principal: bool) -> String {
     };
     // A straight piece below the label, then over to the other height.
     if principal {
-        let bend = x1 - (GAP - 56);
+        let bend = x1 - (GAP - 46);
         let half = x2.midpoint(bend);
         return format!("M{x1} {y1}L{bend} {y1}C{half} {y1} {half} {y2} {x2} {y2}");
     }
@@ -127,7 +127,7 @@ fn draw_card(out: &mut String, card: &Card, place: &Place) {
     let mut room = CARD_COLUMNS;
     if let Some(badge) = &card.badge {
         let badge = fit(badge, CARD_COLUMNS / 2, false);
-        room -= width(&badge) + 1;
+        room -= width(&badge) + 2;
         let _ = write!(
             out,
             "<text class=\"badge\" x=\"{}\" y=\"{}\">{}</text>",

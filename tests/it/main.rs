@@ -37,6 +37,7 @@ mod locktop;
 mod modes;
 mod monitor_tree;
 mod pgbouncer;
+mod pictures;
 mod postgres_facts;
 mod processes;
 mod proxy;
