@@ -364,6 +364,21 @@ pub(crate) fn classify(error: &tokio_postgres::Error) -> Failure {
     }
 }
 
+/// Whether this SQLSTATE is that of messages that are no errors.
+pub(crate) fn is_success(code: &str) -> bool {
+    SqlState::from_code(code) == SqlState::SUCCESSFUL_COMPLETION
+}
+
+/// Whether this SQLSTATE is that of a deadlock's victim.
+pub(crate) fn is_deadlock(code: &str) -> bool {
+    SqlState::from_code(code) == SqlState::T_R_DEADLOCK_DETECTED
+}
+
+/// Whether this SQLSTATE is that of a lock that was not granted, by `lock_timeout` or by NOWAIT.
+pub(crate) fn is_lock_not_available(code: &str) -> bool {
+    SqlState::from_code(code) == SqlState::LOCK_NOT_AVAILABLE
+}
+
 /// [`classify`] for an error that was kept apart from the driver's wrapper.
 pub(crate) fn classify_db(error: &DbError) -> Failure {
     if matches!(

@@ -38,6 +38,7 @@
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
 //! | watch the server's locks in numbers, and export them | [`Monitor::health`], [`Health`] |
 //! | know whether the server is set up well for this | [`Monitor::settings`], [`SettingsFinding`] |
+//! | read what the server's own log says about locks | [`server_log`] |
 //! | know why a transaction deadlocked or waited too long, and what to do about it | [`Incident`], [`Error::incident`], [`KeeperBuilder::on_incident`], [`incident`] |
 //! | watch waits come and go, and know when an incident is over | [`Monitor::watch`], [`Monitor::recovery`] |
 //! | cancel or terminate the session that was seen, and nobody else | [`Monitor::cancel`], [`Monitor::terminate`] |
@@ -96,6 +97,7 @@ mod key;
 mod mode;
 mod monitor;
 mod picture;
+pub mod server_log;
 mod server_message;
 mod session;
 mod sql;

@@ -1,7 +1,7 @@
 //! Moments as texts, and back.
 
 use std::fmt::Write as _;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// `2026-01-31T12:34:56.789012Z` (RFC 3339); times before 1970 are shown as 1970.
 pub(crate) fn rfc3339(at: SystemTime) -> String {
@@ -21,6 +21,55 @@ pub(crate) fn rfc3339(at: SystemTime) -> String {
         since.subsec_micros()
     );
     text
+}
+
+/// A local time such as `2026-01-31 12:34:56.789`, of a zone that is so many seconds ahead of UTC; `None` for anything else,
+/// and for times before 1970.
+pub(crate) fn in_zone(text: &str, ahead: i32) -> Option<SystemTime> {
+    let (day, time) = text.split_once([' ', 'T'])?;
+    let (time, fraction) = time.split_once('.').unwrap_or((time, ""));
+    let numbers = |text: &str, between: char| -> Option<[u64; 3]> {
+        let mut parts = text.split(between).map(|part| {
+            let is_number = !part.is_empty() && part.len() < 7;
+            let is_number = is_number && part.bytes().all(|byte| byte.is_ascii_digit());
+            is_number.then(|| part.parse().ok()).flatten()
+        });
+        let three = [parts.next()??, parts.next()??, parts.next()??];
+        parts.next().is_none().then_some(three)
+    };
+    let [year, month, day] = numbers(day, '-')?;
+    let [hours, minutes, seconds] = numbers(time, ':')?;
+    if !(1970..10_000).contains(&year) || hours > 23 || minutes > 59 || seconds > 60 {
+        return None;
+    }
+    let days = days(year, month, day)?;
+    let local = days * 86_400 + hours * 3600 + minutes * 60 + seconds;
+    let utc = i64::try_from(local).ok()?.checked_sub(i64::from(ahead))?;
+    let is_fraction = fraction.len() <= 9 && fraction.bytes().all(|byte| byte.is_ascii_digit());
+    let nanos: u32 = if is_fraction {
+        format!("{fraction:0<9}").parse().ok()?
+    } else {
+        return None;
+    };
+    SystemTime::UNIX_EPOCH.checked_add(Duration::new(u64::try_from(utc).ok()?, nanos))
+}
+
+/// The reverse of [`date`]; `None` where there is no such day.
+fn days(year: u64, month: u64, day: u64) -> Option<u64> {
+    if !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    // As there: years begin in March.
+    let (shifted, month_of_march) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
+    let (era, of_era) = (shifted / 400, shifted % 400);
+    let of_year = (153 * month_of_march + 2) / 5 + day - 1;
+    let days = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year;
+    let days = days.checked_sub(719_468)?;
+    (date(days) == (year, month, day)).then_some(days)
 }
 
 /// Year, month and day of the Gregorian calendar, so many days after 1970-01-01.
@@ -43,8 +92,6 @@ fn date(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -89,5 +136,33 @@ mod tests {
                 (year, month, day) => (year, month, day + 1),
             };
         }
+    }
+
+    #[test]
+    fn times_are_read_back() {
+        for days in (0..200_000).step_by(7) {
+            let (year, month, day) = date(days);
+            assert_eq!(super::days(year, month, day), Some(days));
+        }
+        let at = SystemTime::UNIX_EPOCH + Duration::from_micros(1_769_862_896_789_012);
+        assert_eq!(in_zone("2026-01-31 12:34:56.789012", 0), Some(at));
+        assert_eq!(in_zone("2026-01-31T14:34:56.789012", 7200), Some(at));
+        for text in [
+            "",
+            "2026-01-31",
+            "2026-02-30 12:34:56",
+            "2026-00-01 12:34:56",
+            "2026-01-31 24:00:00",
+            "2026-01-31 12:34",
+            "2026-01-31 12:34:56.x",
+            "1969-12-31 23:59:59",
+            "2026-01-31 12:34:56.1234567890",
+            "+2026-01-31 12:34:56",
+            "2026-01-31-01 12:34:56",
+            "99999999-01-01 00:00:00",
+        ] {
+            assert_eq!(in_zone(text, 0), None, "{text}");
+        }
+        assert_eq!(in_zone("1970-01-01 00:30:00", 3600), None);
     }
 }

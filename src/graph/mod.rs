@@ -39,6 +39,7 @@ pub(crate) use assemble::{LockRow, assemble};
 pub use backend::{Backend, BackendId};
 pub use edge::{Edge, EdgeKind};
 pub use object::{LockObject, Relation, RowId};
+pub(crate) use render::Age;
 pub use snapshot::{Cycle, Snapshot};
 pub use tree::{LockTree, TreeNode};
 

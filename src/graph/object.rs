@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::key::LockKey;
+use crate::server_message;
 
 /// What a lock is on, one variant for each `pg_locks.locktype`.
 ///
@@ -142,7 +143,91 @@ impl LockObject {
     }
 }
 
+impl LockObject {
+    /// As a message of the server has it: without names.
+    pub(crate) fn from_message(object: &server_message::LockObject) -> Self {
+        Self::of_message(object, Relation::nameless)
+    }
+
+    /// As a message of the server has it, with what is known of the relations.
+    pub(crate) fn of_message(
+        object: &server_message::LockObject,
+        relation: impl Fn(u32) -> Relation,
+    ) -> Self {
+        use server_message::LockObject as Told;
+        match *object {
+            Told::Relation { relation: oid, .. } => Self::Relation(relation(oid)),
+            Told::Extension { relation: oid, .. } => Self::Extend(relation(oid)),
+            Told::FrozenIds { .. } => Self::FrozenId(None),
+            Told::Page {
+                relation: oid,
+                page,
+                ..
+            } => Self::Page {
+                relation: relation(oid),
+                page,
+            },
+            Told::Tuple {
+                relation: oid,
+                page,
+                offset,
+                ..
+            } => Self::Tuple(RowId {
+                relation: relation(oid),
+                page,
+                offset,
+            }),
+            Told::Transaction { xid } => Self::Transaction(xid),
+            Told::VirtualTransaction { backend, local } => {
+                Self::VirtualTransaction(format!("{backend}/{local}").into())
+            }
+            Told::SpeculativeToken { xid, token } => Self::SpeculativeToken {
+                transaction: Some(xid),
+                token,
+            },
+            Told::Object { class, object, .. } => Self::Object {
+                catalog: relation(class),
+                oid: object,
+                column: 0,
+                database: None,
+            },
+            Told::UserLock { fields: [a, b, c] } => {
+                Self::Userlock(a, b, u16::try_from(c).unwrap_or(u16::MAX))
+            }
+            Told::Advisory {
+                classid,
+                objid,
+                objsubid,
+                ..
+            } => match LockKey::from_pg_locks(classid, objid, objsubid) {
+                Some(key) => Self::Advisory {
+                    key,
+                    database: None,
+                },
+                None => Self::Other("advisory".into()),
+            },
+            Told::RemoteTransaction {
+                subscription, xid, ..
+            } => Self::ApplyTransaction {
+                subscription,
+                transaction: xid,
+            },
+            // Its text is in the message, where that may be shown.
+            Told::Unknown { .. } => Self::Other("not understood".into()),
+        }
+    }
+}
+
 impl Relation {
+    fn nameless(oid: u32) -> Self {
+        Self {
+            oid,
+            name: None,
+            kind: None,
+            database: None,
+        }
+    }
+
     /// Its oid (`pg_class.oid`).
     #[must_use]
     pub fn oid(&self) -> u32 {

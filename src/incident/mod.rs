@@ -33,6 +33,7 @@ pub use fingerprint::Fingerprint;
 pub(crate) use history::History;
 pub use journal::{JournalLine, JournalMark};
 pub use participant::Participant;
+pub(crate) use participant::site_in;
 pub use row_key::RowKey;
 
 use crate::graph::BackendId;

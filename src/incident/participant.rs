@@ -324,7 +324,7 @@ fn journal<'a>(
 }
 
 /// The call site in an `application_name` as this crate sets it.
-fn site_in(name: &str) -> Option<&str> {
+pub(crate) fn site_in(name: &str) -> Option<&str> {
     let site = name.rsplit(' ').next()?;
     let (path, line) = site.rsplit_once(':')?;
     let is_line = line.parse::<u32>().is_ok() && !line.starts_with('+');

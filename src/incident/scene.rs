@@ -317,63 +317,7 @@ impl<'a> Names<'a> {
     }
 
     fn object(&self, object: &server_message::LockObject) -> LockObject {
-        use server_message::LockObject as Told;
-        match *object {
-            Told::Relation { relation, .. } => LockObject::Relation(self.relation(relation)),
-            Told::Extension { relation, .. } => LockObject::Extend(self.relation(relation)),
-            Told::FrozenIds { .. } => LockObject::FrozenId(None),
-            Told::Page { relation, page, .. } => LockObject::Page {
-                relation: self.relation(relation),
-                page,
-            },
-            Told::Tuple {
-                relation,
-                page,
-                offset,
-                ..
-            } => LockObject::Tuple(RowId {
-                relation: self.relation(relation),
-                page,
-                offset,
-            }),
-            Told::Transaction { xid } => LockObject::Transaction(xid),
-            Told::VirtualTransaction { backend, local } => {
-                LockObject::VirtualTransaction(format!("{backend}/{local}").into())
-            }
-            Told::SpeculativeToken { xid, token } => LockObject::SpeculativeToken {
-                transaction: Some(xid),
-                token,
-            },
-            Told::Object { class, object, .. } => LockObject::Object {
-                catalog: self.relation(class),
-                oid: object,
-                column: 0,
-                database: None,
-            },
-            Told::UserLock { fields: [a, b, c] } => {
-                LockObject::Userlock(a, b, u16::try_from(c).unwrap_or(u16::MAX))
-            }
-            Told::Advisory {
-                classid,
-                objid,
-                objsubid,
-                ..
-            } => match LockKey::from_pg_locks(classid, objid, objsubid) {
-                Some(key) => LockObject::Advisory {
-                    key,
-                    database: None,
-                },
-                None => LockObject::Other("advisory".into()),
-            },
-            Told::RemoteTransaction {
-                subscription, xid, ..
-            } => LockObject::ApplyTransaction {
-                subscription,
-                transaction: xid,
-            },
-            // Its text is in the DETAIL, where that may be shown.
-            Told::Unknown { .. } => LockObject::Other("not understood".into()),
-        }
+        LockObject::of_message(object, |oid| self.relation(oid))
     }
 }
 

@@ -10,11 +10,13 @@
 
 mod context;
 mod deadlock;
+mod lock_wait;
 mod number;
 mod object;
 
 pub(crate) use context::{ContextKind, ContextLine, RowContext, context};
 pub(crate) use deadlock::{DeadlockDetail, DetailLine, LineKind, Wait, deadlock_detail};
+pub(crate) use lock_wait::{LockQueue, LockWait, WaitNews, is_lock_timeout, lock_queue, lock_wait};
 pub(crate) use object::LockObject;
 
 #[cfg(test)]

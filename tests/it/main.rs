@@ -44,6 +44,7 @@ mod proxy;
 mod recovery;
 mod resolver;
 mod retry;
+mod server_log;
 mod session_guard;
 mod settings;
 mod several;

@@ -22,7 +22,7 @@ const FLOORS: [&[&str]; 8] = [
     &["sql", "error"],
     &["session"],
     &["transaction"],
-    &["advisory", "watcher", "monitor", "schema"],
+    &["advisory", "watcher", "monitor", "schema", "server_log"],
     &["keeper"],
 ];
 

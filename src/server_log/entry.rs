@@ -1,0 +1,140 @@
+//! One message of the server's log, in whichever format it was written.
+
+use std::time::{Duration, SystemTime};
+
+use crate::error;
+use crate::graph::LockObject;
+use crate::key::names;
+use crate::mode::LockMode;
+use crate::server_message::{
+    self, ContextKind, Wait, WaitNews, context, deadlock_detail, is_lock_timeout, lock_queue,
+    lock_wait,
+};
+
+use super::event::{Event, LogEvent, LogEventKind, LogRow, LogWait, Verbatim};
+
+/// A message with all that the log has about it. What is not there is empty or `None`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) origin: Origin,
+    /// An error, or something the server notes; `None` where the format says it by [`sqlstate`](Self::sqlstate).
+    pub(super) is_error: Option<bool>,
+    pub(super) sqlstate: Option<String>,
+    pub(super) message: String,
+    pub(super) detail: String,
+    pub(super) context: String,
+    pub(super) statement: String,
+}
+
+/// When, and by whom.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Origin {
+    pub(super) time: Option<SystemTime>,
+    pub(super) time_text: Option<String>,
+    pub(super) pid: Option<i32>,
+    pub(super) user: Option<String>,
+    pub(super) database: Option<String>,
+    pub(super) application: Option<String>,
+    pub(super) query_id: Option<i64>,
+}
+
+impl Entry {
+    /// What it says about locks.
+    pub(super) fn event(self) -> Option<LogEvent> {
+        let found = match (&self.sqlstate, self.is_error) {
+            (Some(sqlstate), _) if error::is_success(sqlstate) => self.lock_wait(),
+            (Some(sqlstate), _) if error::is_deadlock(sqlstate) => Some(self.deadlock()),
+            (Some(sqlstate), _) if error::is_lock_not_available(sqlstate) => {
+                let kind = if is_lock_timeout(&self.message) {
+                    LogEventKind::LockTimeout
+                } else {
+                    LogEventKind::NotAvailable
+                };
+                Some(Event::new(kind))
+            }
+            (Some(_), _) => None,
+            // Without a SQLSTATE errors are known by what only they say.
+            (None, Some(true)) if is_lock_timeout(&self.message) => {
+                Some(Event::new(LogEventKind::LockTimeout))
+            }
+            (None, Some(true)) => Some(self.deadlock()).filter(|event| !event.waits.is_empty()),
+            (None, Some(false)) => self.lock_wait(),
+            (None, None) => None,
+        };
+        let mut event = found?;
+        event.row = row(&self.context);
+        event.statement = Some(self.statement)
+            .filter(|statement| !statement.is_empty())
+            .map(|statement| Verbatim(statement.into()));
+        Some(LogEvent::new(self.origin, event))
+    }
+
+    fn lock_wait(&self) -> Option<Event> {
+        let detail = Some(self.detail.as_str()).filter(|detail| !detail.is_empty());
+        let wait = lock_wait(&self.message, detail)?;
+        // Each process tells of itself.
+        if self.origin.pid.is_some_and(|pid| pid != wait.pid) {
+            return None;
+        }
+        let queue = detail.and_then(lock_queue).unwrap_or_default();
+        Some(Event {
+            pid: Some(wait.pid),
+            mode: Some(LockMode::from_pg_locks(&wait.mode)?),
+            object: Some(named(&wait.object)),
+            waited: wait.micros.map(Duration::from_micros),
+            holders: queue.holders,
+            queue: queue.waiters,
+            ..Event::new(match wait.what {
+                WaitNews::StillWaiting => LogEventKind::StillWaiting,
+                WaitNews::Acquired => LogEventKind::Acquired,
+                WaitNews::Failed => LogEventKind::NotAcquired,
+                WaitNews::DeadlockAvoided => LogEventKind::DeadlockAvoided,
+                WaitNews::DeadlockDetected => LogEventKind::DeadlockFound,
+                WaitNews::NotAvailable => LogEventKind::NotAvailable,
+            })
+        })
+    }
+
+    fn deadlock(&self) -> Event {
+        let detail = deadlock_detail(&self.detail);
+        let waits: Vec<LogWait> = if detail.is_cycle() {
+            let read = |wait: &Wait| {
+                LogWait::new(
+                    wait,
+                    detail
+                        .statement_of(wait.waiter)
+                        .map(|text| Verbatim(text.into())),
+                )
+            };
+            detail.waits().map(read).collect()
+        } else {
+            Vec::new()
+        };
+        let first = waits.first();
+        Event {
+            pid: first.map(LogWait::waiter),
+            mode: first.and_then(LogWait::mode),
+            object: first.map(|wait| wait.object().clone()),
+            waits,
+            ..Event::new(LogEventKind::Deadlock)
+        }
+    }
+}
+
+/// With the name of an advisory lock, where this process knows it.
+pub(super) fn named(object: &server_message::LockObject) -> LockObject {
+    let mut object = LockObject::from_message(object);
+    if let LockObject::Advisory { key, .. } = &mut object
+        && let Some(known) = names::lookup(key.id())
+    {
+        *key = known;
+    }
+    object
+}
+
+fn row(text: &str) -> Option<LogRow> {
+    context(text).into_iter().find_map(|line| match line.kind {
+        ContextKind::Row(row) => Some(LogRow::new(row)),
+        _ => None,
+    })
+}

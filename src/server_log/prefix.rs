@@ -1,0 +1,382 @@
+//! `log_line_prefix`: read as it was written.
+
+use std::collections::HashSet;
+
+use super::entry::Origin;
+use super::words::{self, Label};
+use super::zones::Zones;
+
+/// Bytes of a line that may be its prefix.
+const LONGEST: usize = 1024;
+
+/// A prefix taken apart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Prefix {
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    Literal(char),
+    Field(char),
+    /// `%q`: processes without a session end here.
+    SessionsOnly,
+}
+
+/// What stands before the text of a message.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Head<'a> {
+    pub(super) origin: Origin,
+    pub(super) sqlstate: Option<String>,
+    pub(super) label: Option<Label>,
+    pub(super) rest: &'a str,
+}
+
+impl Prefix {
+    pub(super) fn new(text: &str) -> Self {
+        let mut parts = Vec::new();
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            if c != '%' {
+                parts.push(Part::Literal(c));
+                continue;
+            }
+            // `%-10u`: padding, which is blanks in the line.
+            while chars.next_if(|c| *c == '-' || c.is_ascii_digit()).is_some() {}
+            match chars.next() {
+                Some('%') => parts.push(Part::Literal('%')),
+                Some('q') => parts.push(Part::SessionsOnly),
+                // The server writes nothing for a letter it does not know.
+                Some(c) if "abcdehilLmnpPQrstuvxY".contains(c) => parts.push(Part::Field(c)),
+                _ => {}
+            }
+        }
+        Self { parts }
+    }
+
+    /// Takes a line apart that begins with the prefix and a label; `None` for any other.
+    pub(super) fn head<'a>(&self, line: &'a str, zones: &Zones) -> Option<Head<'a>> {
+        let sessions = self
+            .parts
+            .iter()
+            .position(|part| *part == Part::SessionsOnly);
+        let attempts = [Some(self.parts.len()), sessions];
+        attempts.into_iter().flatten().find_map(|end| {
+            let mut search = Search {
+                parts: &self.parts[..end],
+                line,
+                failed: HashSet::new(),
+                fields: Vec::new(),
+            };
+            let (label, rest) = search.from(0, 0)?;
+            let mut head = Head {
+                label: Some(label),
+                rest,
+                ..Head::default()
+            };
+            for (field, text) in search.fields.into_iter().rev() {
+                head.field(field, text, zones);
+            }
+            Some(head)
+        })
+    }
+}
+
+/// Fields of free text end where the rest fits; each place is tried once for each part.
+struct Search<'p, 'a> {
+    parts: &'p [Part],
+    line: &'a str,
+    failed: HashSet<(usize, usize)>,
+    /// From the last to the first.
+    fields: Vec<(char, &'a str)>,
+}
+
+impl<'a> Search<'_, 'a> {
+    fn from(&mut self, part: usize, at: usize) -> Option<(Label, &'a str)> {
+        if at > LONGEST || self.failed.contains(&(part, at)) {
+            return None;
+        }
+        let line = self.line;
+        let found = match self.parts.get(part) {
+            None => words::label(&line[at..]),
+            Some(Part::SessionsOnly) => self.from(part + 1, at),
+            Some(Part::Literal(c)) => line[at..]
+                .starts_with(*c)
+                .then(|| self.from(part + 1, at + c.len_utf8()))
+                .flatten(),
+            Some(Part::Field(field)) => self.field(*field, part, at),
+        };
+        if found.is_none() {
+            self.failed.insert((part, at));
+        }
+        found
+    }
+
+    fn field(&mut self, field: char, part: usize, at: usize) -> Option<(Label, &'a str)> {
+        let rest = &self.line[at..];
+        for length in lengths(field, rest) {
+            if let Some(found) = self.from(part + 1, at + length) {
+                self.fields.push((field, &rest[..length]));
+                return Some(found);
+            }
+        }
+        None
+    }
+}
+
+/// How long a field may be that begins here, the most likely first.
+fn lengths(field: char, text: &str) -> Vec<usize> {
+    let padding = text.len() - text.trim_start_matches(' ').len();
+    let value = &text[padding..];
+    let run = |allowed: fn(char) -> bool| value.find(|c| !allowed(c)).unwrap_or(value.len());
+    let blanks_behind = |length: usize| {
+        let behind = &value[length..];
+        behind.len() - behind.trim_start_matches(' ').len()
+    };
+    let length = match field {
+        'p' | 'P' | 'l' | 'x' => run(|c| c.is_ascii_digit()),
+        'Q' => run(|c| c.is_ascii_digit() || c == '-'),
+        'n' => run(|c| c.is_ascii_digit() || c == '.'),
+        'e' => run(|c| c.is_ascii_uppercase() || c.is_ascii_digit()),
+        'c' => run(|c| c.is_ascii_hexdigit() || c == '.'),
+        'v' => run(|c| c.is_ascii_digit() || c == '/' || c == '-'),
+        't' | 'm' | 's' => time_length(value),
+        _ => {
+            // Free text, the shortest first.
+            let ends = text.char_indices().map(|(at, _)| at).chain([text.len()]);
+            return ends.take_while(|end| *end <= LONGEST).collect();
+        }
+    };
+    let most = blanks_behind(length);
+    (0..=most.min(64))
+        .map(|blanks| padding + length + blanks)
+        .collect()
+}
+
+/// `2026-01-31 12:34:56.789 CET`, and without the fraction.
+fn time_length(text: &str) -> usize {
+    let mut words = text.splitn(4, ' ');
+    let (Some(date), Some(time), Some(zone)) = (words.next(), words.next(), words.next()) else {
+        return 0;
+    };
+    let is_number = |c: char| c.is_ascii_digit() || matches!(c, '-' | ':' | '.');
+    if date.len() != 10 || time.len() < 8 || !date.chars().chain(time.chars()).all(is_number) {
+        return 0;
+    }
+    let zone = zone
+        .find(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '_')))
+        .unwrap_or(zone.len());
+    date.len() + time.len() + 2 + zone
+}
+
+impl Head<'_> {
+    fn field(&mut self, field: char, text: &str, zones: &Zones) {
+        let known = words::known(text.trim_matches(' '));
+        let owned = known.map(str::to_owned);
+        let origin = &mut self.origin;
+        match field {
+            'a' => origin.application = owned,
+            'u' => origin.user = owned,
+            'd' => origin.database = owned,
+            'p' => origin.pid = known.and_then(|pid| pid.parse().ok()),
+            'Q' => origin.query_id = known.and_then(|id| id.parse().ok()).filter(|id| *id != 0),
+            'e' => self.sqlstate = owned,
+            // The finer one wins.
+            't' if origin.time.is_some() => {}
+            't' | 'm' | 'n' => {
+                origin.time = known.and_then(|time| zones.time(time));
+                origin.time_text = owned;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Takes a line apart whose prefix is not known: a label, and before it what looks like something.
+pub(super) fn guess<'a>(line: &'a str, zones: &Zones) -> Option<Head<'a>> {
+    let (at, label, rest) = words::first_label(line)?;
+    if at > LONGEST {
+        return None;
+    }
+    let before = &line[..at];
+    let mut head = Head {
+        label: Some(label),
+        rest,
+        ..Head::default()
+    };
+    let length = time_length(before);
+    if length > 0 {
+        head.field('m', &before[..length], zones);
+    }
+    let mut unknown = &before[length..];
+    if length == 0
+        && let Some(first) = unknown
+            .split(' ')
+            .next()
+            .filter(|first| zones.is_epoch(first))
+    {
+        head.field('n', first, zones);
+        unknown = &unknown[first.len()..];
+    }
+    let bracketed = unknown.split('[').skip(1).find_map(|part| {
+        let number = part.split([']', '-', ':']).next()?;
+        number.parse::<i32>().ok()
+    });
+    let words = || {
+        unknown
+            .split([' ', ',', ';', '(', ')', '[', ']', '|'])
+            .map(|word| word.trim_end_matches(':'))
+            .filter(|word| !word.is_empty())
+    };
+    let mut bare = words().filter_map(|word| word.parse::<i32>().ok());
+    head.origin.pid = bracketed.or_else(|| bare.next()).filter(|pid| *pid > 0);
+    for word in words() {
+        if let Some((key, value)) = word.split_once('=') {
+            match key {
+                "user" => head.field('u', value, zones),
+                "db" | "database" => head.field('d', value, zones),
+                "app" | "application" => head.field('a', value, zones),
+                "pid" => head.field('p', value, zones),
+                _ => {}
+            }
+        } else if let Some((user, database)) = word.split_once('@')
+            && head.origin.user.is_none()
+        {
+            head.field('u', user, zones);
+            head.field('d', database, zones);
+        }
+    }
+    Some(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read<'a>(prefix: &str, line: &'a str) -> Option<Head<'a>> {
+        Prefix::new(prefix).head(line, &Zones::default())
+    }
+
+    type Told<'a> = (
+        Option<i32>,
+        Option<&'a str>,
+        Option<&'a str>,
+        Option<&'a str>,
+    );
+
+    fn told<'a>(head: &'a Head<'_>) -> Told<'a> {
+        let origin = &head.origin;
+        (
+            origin.pid,
+            origin.user.as_deref(),
+            origin.database.as_deref(),
+            origin.application.as_deref(),
+        )
+    }
+
+    #[test]
+    fn prefixes_of_all_kinds() {
+        let whole = (Some(77), Some("app"), Some("shop"), Some("a b"));
+        for (prefix, line) in [
+            (
+                "%m [%p] %q%u@%d %a ",
+                "2026-01-31 12:34:56.789 UTC [77] app@shop a b LOG:  x: y",
+            ),
+            (
+                "%t:%r:%u@%d:[%p]: app=%a ",
+                "2026-01-31 12:34:56 UTC:10.0.0.7(5555):app@shop:[77]: app=a b LOG:  x: y",
+            ),
+            (
+                "%n %e %5p %-8u %d %c %l %v %x %Q %i <%a>%% ",
+                "1769862896.789 40P01    77 app      shop 65.4d 12 3/15 0 -77 UPDATE waiting <a b>% LOG:  x: y",
+            ),
+            ("%p%u%d|%a|", "77appshop|a b|LOG:  x: y"),
+        ] {
+            let head = read(prefix, line).unwrap_or_else(|| panic!("{prefix}"));
+            assert_eq!(head.rest, "x: y", "{prefix}");
+            if prefix.starts_with("%p") {
+                assert_eq!(told(&head).0, Some(77));
+                continue;
+            }
+            assert_eq!(told(&head), whole, "{prefix}");
+            assert!(head.origin.time.is_some(), "{prefix}");
+        }
+        let head = read("%e ", "40P01 ERROR:  x").expect("a code");
+        assert_eq!(
+            (head.sqlstate.as_deref(), head.label),
+            (Some("40P01"), Some(Label::Error))
+        );
+    }
+
+    #[test]
+    fn processes_without_a_session_stop_at_q() {
+        let line = "2026-01-31 12:34:56.789 UTC [77] LOG:  checkpoint starting";
+        let head = read("%m [%p] %q%u@%d ", line).expect("a line");
+        assert_eq!(told(&head), (Some(77), None, None, None));
+        assert!(read("%m [%p] %u@%d ", line).is_none());
+        let unknown = read("%u@%d ", "[unknown]@[unknown] LOG:  x").expect("a line");
+        assert_eq!(told(&unknown), (None, None, None, None));
+    }
+
+    #[test]
+    fn other_lines_have_no_head() {
+        for line in [
+            "",
+            "\tLOG:  x",
+            "LOG:  x",
+            "2026-01-31 12:34:56.789 UTC [77] x",
+            "2026-01-31 12:34:56.789 UTC [seven] LOG:  x",
+            "2026-01-31 LOG:  x",
+        ] {
+            assert!(read("%m [%p] ", line).is_none(), "{line}");
+        }
+        assert!(read("", "LOG:  x").is_some());
+    }
+
+    #[test]
+    fn a_prefix_that_is_not_known_is_guessed() {
+        let zones = Zones::default();
+        for (line, expected) in [
+            (
+                "2026-01-31 12:34:56.789 UTC [77] app@shop LOG:  x",
+                (Some(77), Some("app"), Some("shop"), None),
+            ),
+            (
+                "2026-01-31 12:34:56 CET [77-1] user=app,db=shop,app=billing LOG:  x",
+                (Some(77), Some("app"), Some("shop"), Some("billing")),
+            ),
+            (
+                "2026-01-31 12:34:56 UTC:10.0.0.7(5555):app@shop:[77]: LOG:  x",
+                (Some(77), Some(":10.0.0.7"), None, None),
+            ),
+            ("77 LOG:  x", (Some(77), None, None, None)),
+            ("LOG:  x", (None, None, None, None)),
+        ] {
+            let head = guess(line, &zones).unwrap_or_else(|| panic!("{line}"));
+            assert_eq!((head.rest, head.origin.pid), ("x", expected.0), "{line}");
+            if !line.contains("(5555)") {
+                assert_eq!(told(&head), expected, "{line}");
+            }
+        }
+        assert!(guess("nothing", &zones).is_none());
+    }
+
+    #[test]
+    fn a_line_made_to_be_slow_is_not() {
+        let line = "a ".repeat(5000);
+        assert!(read("%u%d%a%u%d%a%u%d%a%u%d%a%u%d%a ", &line).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn any_prefix_and_any_line(prefix in any::<String>(), line in any::<String>(), known in "(%[-a-zA-Z0-9]|[ @:]){0,8}") {
+            read(&prefix, &line);
+            read(&known, &line);
+            let told = format!("{line} LOG:  x");
+            read(&known, &told);
+            guess(&told, &Zones::default());
+        }
+    }
+}

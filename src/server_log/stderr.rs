@@ -1,0 +1,136 @@
+//! The format `stderr`: a prefix, a label and a text, further lines behind a tab.
+
+use super::entry::Entry;
+use super::prefix::{Head, Prefix, guess};
+use super::words::{self, Label};
+use super::zones::Zones;
+
+/// Bytes of one message that are kept: the server writes none that long, but others may.
+const LONGEST: usize = 4 << 20;
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Stderr {
+    prefix: Option<Prefix>,
+    open: Option<Entry>,
+    /// The part of the open message that further lines belong to.
+    part: Part,
+    length: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Part {
+    #[default]
+    Nothing,
+    Message,
+    Detail,
+    Context,
+    Statement,
+}
+
+impl Stderr {
+    /// With the prefix, where it is known.
+    pub(super) fn new(prefix: Option<Prefix>) -> Self {
+        Self {
+            prefix,
+            ..Self::default()
+        }
+    }
+
+    /// A line without its end; the message that was there before, if this is no part of it.
+    pub(super) fn line(&mut self, line: &str, zones: &Zones) -> Option<Entry> {
+        if let Some(more) = line.strip_prefix('\t') {
+            self.add(more, true);
+            return None;
+        }
+        let head = match &self.prefix {
+            Some(prefix) => prefix.head(line, zones),
+            None => guess(line, zones),
+        };
+        let Some(head) = head else {
+            self.part = Part::Nothing;
+            return None;
+        };
+        let part = match head.label {
+            Some(Label::Detail) => Part::Detail,
+            Some(Label::Context) => Part::Context,
+            Some(Label::Statement) => Part::Statement,
+            Some(Label::More) => Part::Nothing,
+            _ => return self.begin(head),
+        };
+        // Of another backend it is no part of this message.
+        let is_same = self
+            .open
+            .as_ref()
+            .is_some_and(|open| open.origin.pid == head.origin.pid);
+        self.part = if is_same { part } else { Part::Nothing };
+        self.add(head.rest, false);
+        None
+    }
+
+    pub(super) fn finish(&mut self) -> Option<Entry> {
+        self.part = Part::Nothing;
+        self.open.take().map(closed)
+    }
+
+    fn begin(&mut self, head: Head<'_>) -> Option<Entry> {
+        let is_error = match head.label {
+            Some(Label::Error) => Some(true),
+            Some(Label::Log) => Some(false),
+            _ => None,
+        };
+        let (code, message) = verbose(head.rest);
+        let entry = Entry {
+            // What is neither cannot be about locks.
+            sqlstate: head.sqlstate.or(code).filter(|_| is_error.is_some()),
+            is_error,
+            origin: head.origin,
+            ..Entry::default()
+        };
+        self.part = Part::Message;
+        self.length = 0;
+        let before = self.open.replace(entry);
+        self.add(message, false);
+        before.map(closed)
+    }
+
+    fn add(&mut self, text: &str, on_a_new_line: bool) {
+        let Some(open) = &mut self.open else { return };
+        let part = match self.part {
+            Part::Nothing => return,
+            Part::Message => &mut open.message,
+            Part::Detail => &mut open.detail,
+            Part::Context => &mut open.context,
+            Part::Statement => &mut open.statement,
+        };
+        self.length = self.length.saturating_add(text.len() + 1);
+        if self.length <= LONGEST {
+            if on_a_new_line {
+                part.push('\n');
+            }
+            part.push_str(text);
+        }
+    }
+}
+
+/// With its message as it was before the place in the statement was put behind it.
+fn closed(mut entry: Entry) -> Entry {
+    let length = words::without_position(&entry.message).len();
+    entry.message.truncate(length);
+    entry
+}
+
+/// `log_error_verbosity = verbose` puts the SQLSTATE before the message.
+fn verbose(message: &str) -> (Option<String>, &str) {
+    match message.split_once(": ") {
+        Some((code, rest))
+            if code.len() == 5
+                && code
+                    .bytes()
+                    .all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit())
+                && code.bytes().any(|byte| byte.is_ascii_digit()) =>
+        {
+            (Some(code.to_owned()), rest)
+        }
+        _ => (None, message),
+    }
+}
