@@ -255,7 +255,7 @@ impl Snapshot {
         (Net::new(net.len(), links.iter().copied()), places)
     }
 
-    fn place(&self, id: &BackendId) -> Option<usize> {
+    pub(super) fn place(&self, id: &BackendId) -> Option<usize> {
         self.inner
             .backends
             .binary_search_by(|backend| backend.id.cmp(id))

@@ -1,11 +1,9 @@
 //! The report as a document for programs. Its fields are documented at [`Incident`].
 
-use std::time::Duration;
-
 use serde::{Serialize, Serializer};
 
-use crate::graph::{BackendId, EdgeKind, Relation};
-use crate::key::LockKey;
+use crate::graph::json::{Key, Name, millis};
+use crate::graph::{BackendId, EdgeKind};
 
 use super::{
     Incident, IncidentEdge, JournalLine, JournalMark, Outcome, Participant, Quality, RowKey, words,
@@ -122,25 +120,9 @@ struct Edge<'a> {
 }
 
 #[derive(Serialize)]
-struct Name<'a> {
-    oid: u32,
-    schema: Option<&'a str>,
-    name: Option<&'a str>,
-}
-
-#[derive(Serialize)]
 struct Column<'a> {
     column: &'a str,
     value: Option<&'a str>,
-}
-
-#[derive(Serialize)]
-struct Key<'a> {
-    namespace: Option<&'a str>,
-    name: Option<&'a str>,
-    classid: u32,
-    objid: u32,
-    objsubid: u16,
 }
 
 impl<'a> Document<'a> {
@@ -277,28 +259,6 @@ impl<'a> Edge<'a> {
     }
 }
 
-impl<'a> Name<'a> {
-    fn new(relation: &'a Relation) -> Self {
-        Self {
-            oid: relation.oid(),
-            schema: relation.schema(),
-            name: relation.name(),
-        }
-    }
-}
-
-impl<'a> Key<'a> {
-    fn new(key: &'a LockKey) -> Self {
-        Self {
-            namespace: key.namespace(),
-            name: key.name(),
-            classid: key.classid(),
-            objid: key.objid(),
-            objsubid: key.objsubid(),
-        }
-    }
-}
-
 fn columns(key: &RowKey) -> Vec<Column<'_>> {
     let columns = key.columns();
     columns
@@ -306,14 +266,10 @@ fn columns(key: &RowKey) -> Vec<Column<'_>> {
         .collect()
 }
 
-/// With three digits behind the point at most.
-fn millis(duration: Duration) -> f64 {
-    // Precise for centuries: a sum of floats would show digits that are not there.
-    duration.as_micros() as f64 / 1000.0
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::super::Kind;
     use super::super::testing::*;
     use super::*;

@@ -75,6 +75,27 @@ impl AdvisoryLockEntry {
     }
 }
 
+/// Documented at [`graph`](crate::graph#json).
+#[cfg(feature = "serde")]
+impl serde::Serialize for AdvisoryLockEntry {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct as _;
+
+        use crate::graph::json::{Key, VERSION, millis};
+
+        let mut document = serializer.serialize_struct("AdvisoryLockEntry", 8)?;
+        document.serialize_field("version", &VERSION)?;
+        document.serialize_field("advisory_key", &Key::new(&self.key))?;
+        document.serialize_field("mode", self.mode.as_pg_locks())?;
+        document.serialize_field("held", &self.held)?;
+        document.serialize_field("wait_age_ms", &self.wait_age.map(millis))?;
+        document.serialize_field("idle_ms", &self.idle_for().map(millis))?;
+        document.serialize_field("guarded", &self.guarded)?;
+        document.serialize_field("backend", &self.backend)?;
+        document.end()
+    }
+}
+
 /// `"invoice:42" held in ExclusiveLock by pid 4711 (billing src/pay.rs:42, user app, idle for 3.2s)`
 impl fmt::Display for AdvisoryLockEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -28,6 +28,7 @@ mod health_metrics;
 mod hooks;
 mod incidents;
 mod isolation;
+mod json_graph;
 mod keys;
 mod languages;
 mod line;
