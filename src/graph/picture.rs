@@ -298,17 +298,16 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
     }
     let mut waits = Vec::new();
     let mut in_the_way = Vec::new();
-    let edges = node.edge().into_iter().chain(node.other_edges());
-    for (at, edge) in edges.enumerate() {
-        if at == 0 {
+    let mut edges = node.edge().into_iter().chain(node.other_edges());
+    for edge in edges.by_ref().take(MOST_NAMED) {
+        if waits.is_empty() {
             waits = vec![wait(edge), object(edge)];
         }
-        if at < MOST_NAMED {
-            in_the_way.push(blocker(edge));
-        } else {
-            in_the_way.truncate(MOST_NAMED);
-            in_the_way.push(format!("and {} more", at + 1 - MOST_NAMED));
-        }
+        in_the_way.push(blocker(edge));
+    }
+    match edges.count() {
+        0 => {}
+        more => in_the_way.push(format!("and {more} more")),
     }
     let mut session = vec![backend.id().to_string()];
     if node.blocks() > 0 {

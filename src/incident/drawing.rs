@@ -266,16 +266,16 @@ impl Incident {
         }
         let mut waits = Vec::new();
         let mut blockers = Vec::new();
-        for (at, edge) in self.edges_of(at).enumerate() {
-            if at == 0 {
+        let mut edges = self.edges_of(at);
+        for edge in edges.by_ref().take(MOST_NAMED) {
+            if waits.is_empty() {
                 waits = vec![waited(edge), format!("on {}", words::thing(edge))];
             }
-            if at < MOST_NAMED {
-                blockers.push(in_the_way(edge));
-            } else {
-                blockers.truncate(MOST_NAMED);
-                blockers.push(format!("and {} more", at + 1 - MOST_NAMED));
-            }
+            blockers.push(in_the_way(edge));
+        }
+        match edges.count() {
+            0 => {}
+            more => blockers.push(format!("and {more} more")),
         }
         let statement = match participant.statement() {
             Some(statement) => words::short(statement, STATEMENT),

@@ -80,7 +80,7 @@ pub struct Reader {
 
 #[derive(Clone)]
 enum Format {
-    Stderr(Stderr),
+    Stderr(Box<Stderr>),
     Csv(Csv),
     Json,
 }
@@ -93,7 +93,7 @@ impl Reader {
     /// (`%t`, `%m`, `%n`, `%p`, `%u`, `%d`, `%a`, `%e`, `%Q`). Lines that do not begin with it are passed over.
     #[must_use]
     pub fn stderr(log_line_prefix: &str) -> Self {
-        Self::new(Format::Stderr(Stderr::new(Some(Prefix::new(
+        Self::new(Format::Stderr(Box::new(Stderr::of_prefix(Prefix::new(
             log_line_prefix,
         )))))
     }
@@ -102,7 +102,7 @@ impl Reader {
     /// found where they look like it; more cannot be had.
     #[must_use]
     pub fn stderr_of_any_prefix() -> Self {
-        Self::new(Format::Stderr(Stderr::new(None)))
+        Self::new(Format::Stderr(Box::default()))
     }
 
     /// For `log_destination = csvlog`.

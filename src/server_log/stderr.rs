@@ -10,6 +10,7 @@ const LONGEST: usize = 4 << 20;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Stderr {
+    /// `None` where it is not known.
     prefix: Option<Prefix>,
     open: Option<Entry>,
     /// The part of the open message that further lines belong to.
@@ -28,10 +29,9 @@ enum Part {
 }
 
 impl Stderr {
-    /// With the prefix, where it is known.
-    pub(super) fn new(prefix: Option<Prefix>) -> Self {
+    pub(super) fn of_prefix(prefix: Prefix) -> Self {
         Self {
-            prefix,
+            prefix: Some(prefix),
             ..Self::default()
         }
     }

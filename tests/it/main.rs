@@ -17,6 +17,7 @@ mod statement;
 
 mod cancel_safety;
 mod commit_outcome;
+mod comparison;
 mod conflict_group;
 mod diagnoses;
 mod doctor;
