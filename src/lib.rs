@@ -38,6 +38,7 @@
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
 //! | watch the server's locks in numbers, and export them | [`Monitor::health`], [`Health`] |
 //! | know whether the server is set up well for this | [`Monitor::settings`], [`SettingsFinding`] |
+//! | draw that, or an incident: a page of HTML, Mermaid, DOT | [`graph::LockTree::to_html`], [`Incident::to_html`] |
 //! | read what the server's own log says about locks | [`server_log`] |
 //! | know why a transaction deadlocked or waited too long, and what to do about it | [`Incident`], [`Error::incident`], [`KeeperBuilder::on_incident`], [`incident`] |
 //! | watch waits come and go, and know when an incident is over | [`Monitor::watch`], [`Monitor::recovery`] |

@@ -12,7 +12,8 @@ use super::{Backend, Cycle, Edge, Snapshot};
 /// before one that only queues ahead, then the one that keeps most others waiting); who else is in its way, its node
 /// [refers to](TreeNode::other_edges). Of sessions that wait in a circle, the one who has waited longest stands above the others.
 ///
-/// `Display` draws it for a terminal, statements without their literals.
+/// `Display` draws it for a terminal, statements without their literals; [`to_html`](Self::to_html),
+/// [`to_mermaid`](Self::to_mermaid) and [`to_dot`](Self::to_dot) for others.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LockTree {
     snapshot: Snapshot,

@@ -50,6 +50,7 @@ use texts::Texts;
 /// are.
 ///
 /// `Display` is a page of at most 100 columns, without colours; [`headline`](Self::headline) is its first line.
+/// [`to_html`](Self::to_html) is a page for browsers, with a picture.
 ///
 /// # Examples
 ///

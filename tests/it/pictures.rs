@@ -20,7 +20,7 @@ use crate::guards::{pid_of, scene_on};
 
 use browser::Scheme;
 
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(60);
 
 /// Markup, quotes, an end of line, and what would be code in a script.
 const ODD: &str = "<script>alert(\"x\")</script> & 'q' `b` #35; \\";

@@ -51,7 +51,10 @@ pub(crate) fn open(page: &str, scheme: Scheme, folder: &Path) -> Result<Seen, Sk
         Scheme::Dark => 0,
         Scheme::Light => 1,
     };
-    let output = Command::new(chromium)
+    // A browser that hangs fails its test, not the whole run.
+    let output = Command::new("timeout")
+        .arg("180")
+        .arg(chromium)
         .args([
             "--headless",
             "--no-sandbox",
