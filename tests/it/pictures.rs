@@ -331,8 +331,7 @@ async fn incidents() -> Vec<Incident> {
     reported(2).await;
     other.batch_execute("ROLLBACK").await.unwrap();
     scene.nothing_left_within(SOON).await;
-    let found = found.lock().unwrap().clone();
-    found
+    found.lock().unwrap().clone()
 }
 
 #[tokio::test]
