@@ -13,6 +13,9 @@ use crate::server_message::{
 
 use super::event::{Event, LogEvent, LogEventKind, LogRow, LogWait, Verbatim};
 
+/// Bytes of the DETAIL of a deadlock that are read. Anybody may raise an error that looks like one.
+const LONGEST_DETAIL: usize = 256 << 10;
+
 /// A message with all that the log has about it. What is not there is empty or `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Entry {
@@ -96,7 +99,11 @@ impl Entry {
     }
 
     fn deadlock(&self) -> Event {
-        let detail = deadlock_detail(&self.detail);
+        let mut end = self.detail.len().min(LONGEST_DETAIL);
+        while !self.detail.is_char_boundary(end) {
+            end -= 1;
+        }
+        let detail = deadlock_detail(&self.detail[..end]);
         let waits: Vec<LogWait> = if detail.is_cycle() {
             let read = |wait: &Wait| {
                 LogWait::new(

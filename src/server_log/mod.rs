@@ -136,6 +136,9 @@ impl Reader {
     /// Any part of the log's text, in its order: lines, many lines, or parts of lines.
     ///
     /// In `stderr` format a message ends where the next one begins: it is given then, or by [`finish`](Self::finish).
+    ///
+    /// Databases of several encodings write into one log: of lines that are no UTF-8, give what
+    /// [`String::from_utf8_lossy`] makes of them.
     pub fn push(&mut self, text: &str) -> impl Iterator<Item = LogEvent> + use<> {
         let mut events = Vec::new();
         let mut rest = text;

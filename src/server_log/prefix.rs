@@ -1,13 +1,13 @@
 //! `log_line_prefix`: read as it was written.
 
-use std::collections::HashSet;
-
 use super::entry::Origin;
 use super::words::{self, Label};
 use super::zones::Zones;
 
 /// Bytes of a line that may be its prefix.
 const LONGEST: usize = 1024;
+/// Bytes of a field of free text: names have 63 of them, others not many more.
+const LONGEST_TEXT: usize = 256;
 
 /// A prefix taken apart.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Prefix {
             let mut search = Search {
                 parts: &self.parts[..end],
                 line,
-                failed: HashSet::new(),
+                failed: Vec::new(),
                 fields: Vec::new(),
             };
             let (label, rest) = search.from(0, 0)?;
@@ -86,14 +86,16 @@ impl Prefix {
 struct Search<'p, 'a> {
     parts: &'p [Part],
     line: &'a str,
-    failed: HashSet<(usize, usize)>,
+    /// By part and place, once something has failed.
+    failed: Vec<bool>,
     /// From the last to the first.
     fields: Vec<(char, &'a str)>,
 }
 
 impl<'a> Search<'_, 'a> {
     fn from(&mut self, part: usize, at: usize) -> Option<(Label, &'a str)> {
-        if at > LONGEST || self.failed.contains(&(part, at)) {
+        let attempt = part * (LONGEST + 1) + at;
+        if at > LONGEST || self.failed.get(attempt).copied().unwrap_or(false) {
             return None;
         }
         let line = self.line;
@@ -107,32 +109,40 @@ impl<'a> Search<'_, 'a> {
             Some(Part::Field(field)) => self.field(*field, part, at),
         };
         if found.is_none() {
-            self.failed.insert((part, at));
+            self.failed
+                .resize((self.parts.len() + 1) * (LONGEST + 1), false);
+            self.failed[attempt] = true;
         }
         found
     }
 
     fn field(&mut self, field: char, part: usize, at: usize) -> Option<(Label, &'a str)> {
         let rest = &self.line[at..];
-        for length in lengths(field, rest) {
-            if let Some(found) = self.from(part + 1, at + length) {
-                self.fields.push((field, &rest[..length]));
-                return Some(found);
+        let mut attempt = |length: usize| {
+            let found = self.from(part + 1, at + length)?;
+            self.fields.push((field, &rest[..length]));
+            Some(found)
+        };
+        match length(field, rest) {
+            Some((length, blanks)) => {
+                (0..=blanks.min(64)).find_map(|blanks| attempt(length + blanks))
+            }
+            // Free text, the shortest first.
+            None => {
+                let ends = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
+                let mut ends = ends.take_while(|end| *end <= LONGEST_TEXT);
+                ends.find_map(attempt)
             }
         }
-        None
     }
 }
 
-/// How long a field may be that begins here, the most likely first.
-fn lengths(field: char, text: &str) -> Vec<usize> {
+/// How long a field is that begins here, with the padding before it, and how many blanks are behind it; `None` for free
+/// text.
+fn length(field: char, text: &str) -> Option<(usize, usize)> {
     let padding = text.len() - text.trim_start_matches(' ').len();
     let value = &text[padding..];
     let run = |allowed: fn(char) -> bool| value.find(|c| !allowed(c)).unwrap_or(value.len());
-    let blanks_behind = |length: usize| {
-        let behind = &value[length..];
-        behind.len() - behind.trim_start_matches(' ').len()
-    };
     let length = match field {
         'p' | 'P' | 'l' | 'x' => run(|c| c.is_ascii_digit()),
         'Q' => run(|c| c.is_ascii_digit() || c == '-'),
@@ -141,16 +151,11 @@ fn lengths(field: char, text: &str) -> Vec<usize> {
         'c' => run(|c| c.is_ascii_hexdigit() || c == '.'),
         'v' => run(|c| c.is_ascii_digit() || c == '/' || c == '-'),
         't' | 'm' | 's' => time_length(value),
-        _ => {
-            // Free text, the shortest first.
-            let ends = text.char_indices().map(|(at, _)| at).chain([text.len()]);
-            return ends.take_while(|end| *end <= LONGEST).collect();
-        }
+        _ => return None,
     };
-    let most = blanks_behind(length);
-    (0..=most.min(64))
-        .map(|blanks| padding + length + blanks)
-        .collect()
+    let behind = &value[length..];
+    let blanks = behind.len() - behind.trim_start_matches(' ').len();
+    Some((padding + length, blanks))
 }
 
 /// `2026-01-31 12:34:56.789 CET`, and without the fraction.

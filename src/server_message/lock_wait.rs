@@ -130,9 +130,15 @@ const UNITS: [&str; 4] = ["ms", "мс", "ミリ秒", "毫秒"];
 /// Characters before the process id, at most: no sentence of the server has more.
 const MOST_BEFORE: usize = 24;
 
+/// Bytes of such a message, at most.
+const LONGEST: usize = 1000;
+
 /// Reads `process 1 still waiting for ShareLock on transaction 2 after 1000.123 ms` in any language. `detail` is the
 /// message's, which tells of a queue where the words are not known.
 pub(crate) fn lock_wait(message: &str, detail: Option<&str>) -> Option<LockWait> {
+    if message.len() > LONGEST {
+        return None;
+    }
     let pid = numbers(message).into_iter().next()?;
     let before = &message[..pid.at.start];
     // What a client's statement says in a message of its own comes behind a colon or a quote.
@@ -246,8 +252,11 @@ pub(crate) fn is_lock_timeout(message: &str) -> bool {
         "锁超时",
         "锁定超时",
     ];
+    if message.len() > LONGEST {
+        return false;
+    }
     let lower = message.to_lowercase();
-    message.chars().count() < 120 && WORDS.iter().any(|word| lower.contains(word))
+    WORDS.iter().any(|word| lower.contains(word))
 }
 
 #[cfg(test)]
