@@ -36,9 +36,9 @@
 //! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
+//! | draw that, or an incident: a page of HTML, Mermaid, DOT | [`graph::LockTree::to_html`], [`Incident::to_html`] |
 //! | watch the server's locks in numbers, and export them | [`Monitor::health`], [`Health`] |
 //! | know whether the server is set up well for this | [`Monitor::settings`], [`SettingsFinding`] |
-//! | draw that, or an incident: a page of HTML, Mermaid, DOT | [`graph::LockTree::to_html`], [`Incident::to_html`] |
 //! | read what the server's own log says about locks | [`server_log`] |
 //! | know why a transaction deadlocked or waited too long, and what to do about it | [`Incident`], [`Error::incident`], [`KeeperBuilder::on_incident`], [`incident`] |
 //! | watch waits come and go, and know when an incident is over | [`Monitor::watch`], [`Monitor::recovery`] |
