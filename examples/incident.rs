@@ -48,6 +48,9 @@ async fn main() -> Result<(), Box<dyn StdError>> {
         tokio::time::sleep(MOMENT).await;
     };
     println!("The pile-up:\n\n{tree}");
+    let page = std::env::temp_dir().join("lockkeeper-incident.html");
+    std::fs::write(&page, tree.to_html())?;
+    println!("The same as a page: {}\n", page.display());
 
     // Heavy jobs look at this before each piece of work.
     let paused = Arc::new(AtomicBool::new(false));
