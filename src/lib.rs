@@ -128,6 +128,7 @@ pub use monitor::{
 };
 pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
 pub use session::ToStatement;
+pub use sql::TableName;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};
 pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};

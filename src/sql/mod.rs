@@ -12,6 +12,7 @@ pub(crate) mod commit;
 pub(crate) mod environment;
 pub(crate) mod graph;
 pub(crate) mod health;
+mod name;
 mod prepared;
 pub(crate) mod settings;
 pub(crate) mod signal;
@@ -24,6 +25,8 @@ use std::time::Duration;
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
 pub(crate) use begin::{Begin, begin_transaction, begun};
+pub use name::TableName;
+pub(crate) use name::name_flaw;
 pub(crate) use prepared::{Ask, Preparable};
 
 pub(crate) const BEGIN: &str = "BEGIN";
