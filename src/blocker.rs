@@ -3,9 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::mode::AdvisoryMode;
+use crate::mode::{AdvisoryMode, LockMode};
 
-/// A backend that keeps an advisory lock from being granted, as `pg_locks` and `pg_stat_activity` showed it while the
+/// A backend that keeps a lock from being granted, an advisory lock or, for [schema changes](crate::Schema), any other, as `pg_locks` and `pg_stat_activity` showed it while the
 /// waiter was still being refused.
 ///
 /// What the role in use may not see is `None`: it means *unknown*, never *idle* or *nobody*. A role without
@@ -21,6 +21,8 @@ pub struct Blocker {
     pub(crate) in_state: Option<Duration>,
     pub(crate) in_transaction: Option<Duration>,
     pub(crate) mode: AdvisoryMode,
+    /// What else is locked, and how, where it is not the advisory lock in question.
+    pub(crate) object: Option<(String, LockMode)>,
     pub(crate) granted: bool,
 }
 
@@ -68,10 +70,26 @@ impl Blocker {
         self.in_transaction
     }
 
-    /// The mode it holds, or waits for.
+    /// The mode it holds, or waits for, of an advisory lock; of other locks see [`lock_mode`](Self::lock_mode).
     #[must_use]
     pub fn mode(&self) -> AdvisoryMode {
         self.mode
+    }
+
+    /// The mode it holds, or waits for, of whatever lock it is.
+    #[must_use]
+    pub fn lock_mode(&self) -> LockMode {
+        match (&self.object, self.mode) {
+            (Some((_, mode)), _) => *mode,
+            (None, AdvisoryMode::Shared) => LockMode::Share,
+            (None, AdvisoryMode::Exclusive) => LockMode::Exclusive,
+        }
+    }
+
+    /// What the lock is on where it is no advisory lock, in words: `relation public.orders`.
+    #[must_use]
+    pub fn object(&self) -> Option<&str> {
+        self.object.as_ref().map(|(object, _)| object.as_str())
     }
 
     /// Whether it holds the lock; `false` for one that waits in the lock's queue ahead of us.
@@ -111,7 +129,10 @@ impl fmt::Display for Blocker {
             f.write_str(")")?;
         }
         let verb = if self.granted { "holds" } else { "waits for" };
-        write!(f, " {verb} {}", self.mode)
+        match &self.object {
+            Some((object, mode)) => write!(f, " {verb} {mode} on {}", object.escape_debug()),
+            None => write!(f, " {verb} {}", self.mode),
+        }
     }
 }
 
@@ -129,6 +150,7 @@ mod tests {
             in_state: Some(Duration::from_millis(3200)),
             in_transaction: None,
             mode: AdvisoryMode::Exclusive,
+            object: None,
             granted: true,
         }
     }
@@ -139,6 +161,21 @@ mod tests {
             blocker().to_string(),
             "pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s) holds ExclusiveLock"
         );
+    }
+
+    #[test]
+    fn a_lock_of_another_kind_is_said() {
+        let table = Blocker {
+            object: Some(("relation orders".into(), LockMode::AccessShare)),
+            ..blocker()
+        };
+        assert!(
+            table
+                .to_string()
+                .ends_with(" holds AccessShareLock on relation orders")
+        );
+        assert_eq!(table.lock_mode(), LockMode::AccessShare);
+        assert_eq!(blocker().lock_mode(), LockMode::Exclusive);
     }
 
     #[test]

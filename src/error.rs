@@ -52,7 +52,7 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    const fn describe(self) -> &'static str {
+    pub(crate) const fn describe(self) -> &'static str {
         match self {
             Self::LockTimeout => "lock not granted in time",
             Self::Deadlock => "deadlock",
@@ -434,6 +434,17 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
 /// Whether the server cannot do at all what was asked.
 pub(crate) fn is_not_supported(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)
+}
+
+/// Whether something of that name is there already: the server has found it, or another session has won the race for its
+/// name in a catalog.
+pub(crate) fn is_already_there(error: &Error) -> bool {
+    error.as_db_error().is_some_and(|error| {
+        *error.code() == SqlState::DUPLICATE_TABLE
+            || *error.code() == SqlState::DUPLICATE_SCHEMA
+            || *error.code() == SqlState::DUPLICATE_OBJECT
+            || *error.code() == SqlState::UNIQUE_VIOLATION && error.schema() == Some("pg_catalog")
+    })
 }
 
 /// Whether an error, or one behind it, is a failure that running the transaction again can mend: the first one of this

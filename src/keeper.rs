@@ -19,6 +19,7 @@ use crate::key::LockKey;
 use crate::monitor::Monitor;
 use crate::monitor::resolver::{Resolver, ResolverPolicy};
 use crate::monitor::watchdog::{Watchdog, WatchdogPolicy};
+use crate::schema::{self, Schema};
 use crate::session::{Connections, Side, SideConnection};
 use crate::sql::Begin;
 use crate::transaction::{
@@ -303,6 +304,19 @@ impl Keeper {
     pub fn watchdog(&self, policy: WatchdogPolicy) -> Result<Watchdog, Error> {
         let policy = policy.or_zombies_of(&application_name(&self.inner.application, None));
         self.monitor().watchdog(policy)
+    }
+
+    /// Schema changes that keep nobody waiting for long. Nothing is sent before one is awaited.
+    #[track_caller]
+    pub fn schema(&self) -> Schema {
+        let call_site = self.call_site(CallSite::caller());
+        Schema::new(schema::Context {
+            advisory: Arc::clone(&self.inner.advisory),
+            application_name: application_name(&self.inner.application, call_site.as_ref()),
+            call_site,
+            lock_wait: self.inner.lock_wait,
+            jitter: Arc::clone(&self.inner.jitter),
+        })
     }
 
     fn describe<P>(

@@ -45,6 +45,7 @@
 //! | cancel or terminate the session that was seen, and nobody else | [`Monitor::cancel`], [`Monitor::terminate`] |
 //! | clear a pile-up of lock waits in the safest order | [`Keeper::resolver`], [`resolver`] |
 //! | be told of leaked locks and of sessions idle in the way of others | [`Keeper::watchdog`], [`watchdog`] |
+//! | change a schema without keeping others waiting, and know beforehand who is in the way | [`Keeper::schema`], [`Schema`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //!
 //! # What it holds to
@@ -98,6 +99,7 @@ mod key;
 mod mode;
 mod monitor;
 mod picture;
+mod schema;
 pub mod server_log;
 mod server_message;
 mod session;
@@ -127,6 +129,11 @@ pub use monitor::{
     WatchUpdate, resolver, watchdog,
 };
 pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
+pub use schema::{
+    AddCheck, AddColumn, AddForeignKey, AddPrimaryKey, Change, ChangeAttempt, ChangeFailed,
+    ChangeReport, CreateIndex, DropIndex, DryRun, IndexColumn, IndexProgress, Intent, Migration,
+    Preflight, PreflightLock, RecipeReport, ReferentialAction, ReplaceTable, Schema, SetNotNull,
+};
 pub use session::ToStatement;
 pub use sql::TableName;
 pub use tokio_postgres;

@@ -77,6 +77,7 @@ pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<
                 in_state: seconds(row, "in_state"),
                 in_transaction: seconds(row, "in_transaction"),
                 mode: held,
+                object: None,
                 granted: is_true(row, "granted"),
             })
         })

@@ -14,6 +14,7 @@ pub(crate) mod graph;
 pub(crate) mod health;
 mod name;
 mod prepared;
+pub(crate) mod schema;
 pub(crate) mod settings;
 pub(crate) mod signal;
 pub(crate) mod surroundings;

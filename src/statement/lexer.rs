@@ -2,6 +2,7 @@
 //! text alone does not say how the server read it, so that too much counts as a literal, never too little.
 
 use std::iter::Peekable;
+use std::ops::Range;
 use std::str::CharIndices;
 
 /// A token, and what stood between it and the one before.
@@ -13,7 +14,7 @@ pub(super) struct Token<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind<'a> {
+pub(crate) enum Kind<'a> {
     /// A keyword or an unquoted identifier, as written.
     Word(&'a str),
     /// What stands between the quotes of a quoted identifier, a `"` in it still doubled.
@@ -32,6 +33,18 @@ pub(super) enum Kind<'a> {
 /// bytes of a statement. An identifier or comment cut off in its middle is left out.
 pub(super) fn tokens(sql: &str) -> impl Iterator<Item = Token<'_>> {
     Lexer { rest: sql }
+}
+
+/// The tokens with the bytes that each stands on.
+pub(crate) fn spans(sql: &str) -> impl Iterator<Item = (Range<usize>, Kind<'_>)> {
+    let mut rest = sql;
+    std::iter::from_fn(move || {
+        rest = after_space(rest);
+        let start = sql.len() - rest.len();
+        let (length, kind) = next_token(rest)?;
+        rest = &rest[length..];
+        Some((start..start + length, kind))
+    })
 }
 
 struct Lexer<'a> {

@@ -27,7 +27,11 @@ const FLOORS: [&[&str]; 8] = [
 ];
 
 /// Neighbours that do import one another: the room, what it imports, and why.
-const NEIGHBOURS: [(&str, &str, &str); 0] = [];
+const NEIGHBOURS: [(&str, &str, &str); 1] = [(
+    "schema",
+    "advisory",
+    "of many processes that migrate at once, one does it, under a session lock",
+)];
 
 /// Where pool types are named besides `session/`: the file, the names, and why.
 const POOL_TYPES: [(&str, &[&str], &str); 3] = [
@@ -41,7 +45,7 @@ const POOL_TYPES: [(&str, &[&str], &str); 3] = [
 ];
 
 /// Files with SQL text besides `sql/`, and why.
-const SQL_TEXTS: [(&str, &str); 6] = [
+const SQL_TEXTS: [(&str, &str); 11] = [
     (
         "key/mod.rs",
         "the expression for a name's key is part of what a key is, and public",
@@ -51,6 +55,14 @@ const SQL_TEXTS: [(&str, &str); 6] = [
     ("mode/statements/indexes.rs", NAMES_ONLY),
     ("mode/statements/outside.rs", NAMES_ONLY),
     ("mode/statements/queries.rs", NAMES_ONLY),
+    ("schema/ddl/alter.rs", NAMES_ONLY),
+    ("schema/ddl/other.rs", NAMES_ONLY),
+    ("schema/plan.rs", NAMES_ONLY),
+    ("schema/refusal.rs", NAMES_ONLY),
+    (
+        "schema/constraint.rs",
+        "the words for what a foreign key does",
+    ),
 ];
 
 const NAMES_ONLY: &str = "what statements are called; nobody runs it";

@@ -1,0 +1,287 @@
+//! Steps that find out what is left to do and do that, so that a recipe can be run again after it failed half-way.
+
+use super::index::{Build, shortened};
+use super::pace::Pace;
+use super::report::RecipeReport;
+use super::run::{Context, How};
+use super::table::Table;
+use crate::deadline::Deadline;
+use crate::error::{Error, is_already_there};
+use crate::sql::name_flaw;
+use crate::sql::schema::index::{Definition, Part, attach};
+use crate::sql::schema::recipe::{self, Column, Constraint, ForeignKey};
+
+/// A recipe under way.
+pub(super) struct Recipe<'a> {
+    cx: &'a Context,
+    pace: &'a Pace,
+    deadline: Deadline,
+    pub(super) report: RecipeReport,
+}
+
+impl<'a> Recipe<'a> {
+    pub(super) fn new(cx: &'a Context, pace: &'a Pace) -> Result<Self, Error> {
+        pace.check()?;
+        Ok(Self {
+            cx,
+            pace,
+            deadline: pace.deadline(),
+            report: RecipeReport::default(),
+        })
+    }
+
+    pub(super) fn cx(&self) -> &Context {
+        self.cx
+    }
+
+    /// Runs one statement, or a batch, as a change.
+    pub(super) async fn step(&mut self, sql: String) -> Result<(), Error> {
+        let pace = self.pace.until(&self.deadline);
+        let done = self.cx.run(&pace, &sql, How::Transaction).await?;
+        self.report.push(sql, done);
+        Ok(())
+    }
+
+    pub(super) async fn constraints(&self, table: &Table) -> Result<Vec<Constraint>, Error> {
+        let reply = self.cx.ask(&recipe::constraints(table.oid)).await?;
+        Ok(recipe::found_constraints(&reply))
+    }
+
+    async fn constraint(&self, table: &Table, name: &str) -> Result<Option<Constraint>, Error> {
+        let mut all = self.constraints(table).await?.into_iter();
+        Ok(all.find(|one| one.name == name))
+    }
+
+    pub(super) async fn column(
+        &self,
+        table: &Table,
+        name: &str,
+        ty: Option<&str>,
+    ) -> Result<Option<Column>, Error> {
+        let reply = self.cx.ask(&recipe::column(table.oid, name, ty)).await?;
+        Ok(recipe::found_column(&reply))
+    }
+
+    async fn existing_column(&self, table: &Table, name: &str) -> Result<Column, Error> {
+        self.column(table, name, None)
+            .await?
+            .ok_or_else(|| Error::config(format!("{} has no column {name:?}", table.full_name())))
+    }
+
+    /// Adds a constraint that is not valid yet by `add`, unless it is there, and validates it, unless it is.
+    async fn add_and_validate(
+        &mut self,
+        table: &Table,
+        name: &str,
+        kind: char,
+        add: String,
+    ) -> Result<(), Error> {
+        if self.constraint(table, name).await?.is_none() {
+            match self.step(add).await {
+                // Another session was faster.
+                Err(error) if is_already_there(&error) => {}
+                added => added?,
+            }
+        }
+        match self.constraint(table, name).await? {
+            Some(there) if there.kind != kind => Err(Error::config(format!(
+                "{} has a constraint {name:?} already, of another kind; choose another name",
+                table.full_name()
+            ))),
+            Some(there) if !there.is_valid => {
+                self.step(recipe::validate(&table.full_name(), name)).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn check(
+        &mut self,
+        table: &Table,
+        name: &str,
+        expression: &str,
+    ) -> Result<(), Error> {
+        sound("constraint", name)?;
+        let add = recipe::add_check(&table.full_name(), name, expression);
+        self.add_and_validate(table, name, 'c', add).await
+    }
+
+    /// A foreign key; of a partitioned table those of its partitions first, which that of the table then takes over
+    /// without looking at the rows again.
+    pub(super) async fn foreign_key(
+        &mut self,
+        table: &Table,
+        name: Option<&str>,
+        key: &ForeignKey,
+    ) -> Result<(), Error> {
+        let own = default_key_name(table, key);
+        let name = name.unwrap_or(&own);
+        sound("constraint", name)?;
+        let full = table.full_name();
+        if table.kind != 'p' {
+            let add = recipe::add_foreign_key(&full, name, key, false);
+            return self.add_and_validate(table, name, 'f', add).await;
+        }
+        match self.constraint(table, name).await? {
+            Some(there) if there.kind == 'f' && there.is_valid => return Ok(()),
+            _ => {}
+        }
+        for partition in table.partitions(self.cx).await? {
+            Box::pin(self.foreign_key(&partition, None, key)).await?;
+        }
+        self.step(recipe::add_foreign_key(&full, name, key, true))
+            .await
+    }
+
+    /// A valid CHECK that the column is not NULL, and its name; `None` where the column is NOT NULL.
+    async fn prove_not_null(
+        &mut self,
+        table: &Table,
+        column: &str,
+    ) -> Result<Option<String>, Error> {
+        let name = proof_name(table, column);
+        if self.existing_column(table, column).await?.not_null {
+            return Ok(None);
+        }
+        self.check(table, &name, &recipe::is_not_null(column))
+            .await?;
+        Ok(Some(name))
+    }
+
+    pub(super) async fn not_null(&mut self, table: &Table, column: &str) -> Result<(), Error> {
+        sound("column", column)?;
+        let full = table.full_name();
+        if let Some(proof) = self.prove_not_null(table, column).await? {
+            let set = recipe::set_not_null(&full, column);
+            let drop = recipe::drop_constraint(&full, &proof);
+            return self.step(recipe::batch(&[set, drop])).await;
+        }
+        self.drop_proof(table, column).await
+    }
+
+    /// Drops the CHECK that an earlier run has left.
+    async fn drop_proof(&mut self, table: &Table, column: &str) -> Result<(), Error> {
+        let name = proof_name(table, column);
+        if self.constraint(table, &name).await?.is_some() {
+            let sql = recipe::drop_constraint(&table.full_name(), &name);
+            self.step(sql).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn primary_key(
+        &mut self,
+        table: &Table,
+        name: Option<&str>,
+        key: &[String],
+    ) -> Result<(), Error> {
+        let own = shortened(&table.name, "pkey");
+        let name = name.unwrap_or(&own);
+        sound("constraint", name)?;
+        for column in key {
+            sound("column", column)?;
+        }
+        let full = table.full_name();
+        let all = self.constraints(table).await?;
+        if let Some(there) = all.iter().find(|one| one.kind == 'p') {
+            if there.columns != key {
+                return Err(Error::config(format!(
+                    "{full} has a primary key already, of {}",
+                    there.columns.join(", ")
+                )));
+            }
+            if table.kind == 'p' {
+                return self.attach_keys(table, there, key).await;
+            }
+            for column in key {
+                self.drop_proof(table, column).await?;
+            }
+            return Ok(());
+        }
+        if table.kind == 'p' {
+            for partition in table.partitions(self.cx).await? {
+                Box::pin(self.primary_key(&partition, None, key)).await?;
+            }
+            for column in key {
+                Box::pin(self.not_null(table, column)).await?;
+            }
+            self.step(recipe::primary_key_only(&full, name, key))
+                .await?;
+            let all = self.constraints(table).await?;
+            return match all.iter().find(|one| one.kind == 'p') {
+                Some(there) => self.attach_keys(table, there, key).await,
+                None => Ok(()),
+            };
+        }
+        let definition = Definition {
+            name: name.to_owned(),
+            unique: true,
+            parts: key.iter().map(|column| Part::column(column)).collect(),
+            ..Definition::default()
+        };
+        // Before the proofs, because it may take the longest and fail for the data.
+        let mut batch = Vec::new();
+        let build = Build {
+            cx: self.cx,
+            pace: self.pace,
+            deadline: &self.deadline,
+            progress: None,
+            waits: true,
+        };
+        build.on(table, &definition, &mut self.report).await?;
+        let mut proofs = Vec::new();
+        for column in key {
+            if let Some(proof) = self.prove_not_null(table, column).await? {
+                batch.push(recipe::set_not_null(&full, column));
+                proofs.push(recipe::drop_constraint(&full, &proof));
+            }
+        }
+        batch.push(recipe::primary_key_using(&full, name));
+        batch.extend(proofs);
+        self.step(recipe::batch(&batch)).await
+    }
+
+    /// Attaches the primary keys of partitions to that of the partitioned table.
+    async fn attach_keys(
+        &mut self,
+        table: &Table,
+        parent: &Constraint,
+        key: &[String],
+    ) -> Result<(), Error> {
+        for partition in table.partitions(self.cx).await? {
+            // One that has come since, or was not reached.
+            Box::pin(self.primary_key(&partition, None, key)).await?;
+            let all = self.constraints(&partition).await?;
+            let Some(own) = all.into_iter().find(|one| one.kind == 'p') else {
+                continue;
+            };
+            let build = Build {
+                cx: self.cx,
+                pace: self.pace,
+                deadline: &self.deadline,
+                progress: None,
+                waits: true,
+            };
+            let index = build.find(&partition, &own.name).await?;
+            if index.is_some_and(|index| index.attached_to.is_none()) {
+                let (parent, own) = (table.sibling(&parent.name), partition.sibling(&own.name));
+                self.step(attach(&parent, &own)).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a name that no server can have.
+pub(super) fn sound(what: &str, name: &str) -> Result<(), Error> {
+    name_flaw(what, name).map_or(Ok(()), |flaw| Err(Error::config(flaw)))
+}
+
+/// The name that the server would choose.
+fn default_key_name(table: &Table, key: &ForeignKey) -> String {
+    shortened(&format!("{}_{}", table.name, key.columns.join("_")), "fkey")
+}
+
+fn proof_name(table: &Table, column: &str) -> String {
+    shortened(&format!("{}_{column}", table.name), "is_not_null")
+}

@@ -1,0 +1,139 @@
+//! A table built aside and put in another one's place.
+
+use super::pace::{Pace, awaited, paced};
+use super::recipe::Recipe;
+use super::report::RecipeReport;
+use super::run::{Context, How};
+use super::table::Table;
+use super::{ddl, index};
+use crate::error::Error;
+use crate::sql::TableName;
+use crate::sql::schema::catalog::{self, Kin};
+use crate::sql::schema::recipe;
+
+/// A table to be replaced: [`Schema::replace_table`](crate::Schema::replace_table). Awaiting it replaces it.
+#[must_use = "a table is not replaced until it is awaited"]
+#[derive(Clone, Debug)]
+pub struct ReplaceTable {
+    pub(super) cx: Context,
+    pub(super) pace: Pace,
+    pub(super) table: TableName,
+    pub(super) new: String,
+    pub(super) build: Option<String>,
+    pub(super) catch_up: Option<String>,
+    pub(super) drop_old: bool,
+}
+
+impl ReplaceTable {
+    /// SQL of the caller's that creates and fills the new table, run in one transaction where the new table is not there
+    /// yet. It takes as long as it takes; nobody waits for it. Without it the new table has to be there.
+    pub fn build(mut self, sql: impl Into<String>) -> Self {
+        self.build = Some(sql.into());
+        self
+    }
+
+    /// SQL of the caller's that brings the new table up to date, run in the transaction that swaps the two, while nobody
+    /// else can read or write the old one: it should touch what has changed since the build, and no more.
+    pub fn catch_up(mut self, sql: impl Into<String>) -> Self {
+        self.catch_up = Some(sql.into());
+        self
+    }
+
+    /// Drops the old table in the end. By default it stays, under the table's name with `_old` behind.
+    pub fn drop_old(mut self) -> Self {
+        self.drop_old = true;
+        self
+    }
+
+    /// Builds the new table, unless it is there, and puts it in the other's place.
+    ///
+    /// What belongs to the table and not to its rows is the caller's to give the new one: indexes, constraints, grants,
+    /// triggers, owned sequences. Views go on to read the old one. A table that foreign keys of others refer to is
+    /// refused, since they would refer to the old one. Writes between build and swap are lost, but for what
+    /// [`catch_up`](Self::catch_up) brings over: have a trigger note them.
+    ///
+    /// # SQL
+    /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of
+    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, and two `ALTER TABLE … RENAME`; then `DROP TABLE`, if asked.
+    ///
+    /// # Errors
+    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) when foreign keys refer to the table,
+    /// or the new one is not there and nothing builds it.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point, and called again: a table that was built is not built again, and a swap that was made
+    /// is not undone.
+    pub async fn run(self) -> Result<RecipeReport, Error> {
+        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
+        let table = Table::of(&self.cx, &self.table).await?;
+        let full = table.full_name();
+        let new = table.sibling(&self.new);
+        let old = index::shortened(&table.name, "old");
+        let old_name = table.sibling(&old);
+        let old_is_there = Table::find(&self.cx, &old_name).await?.is_some();
+        let new_is_there = Table::find(&self.cx, &new).await?.is_some();
+        if !(old_is_there && !new_is_there) {
+            if old_is_there {
+                return Err(Error::config(format!(
+                    "there is {old_name} already, of an earlier replacement; drop or rename it first"
+                )));
+            }
+            self.swap(&mut recipe, &table, &new, &old, new_is_there)
+                .await?;
+        }
+        if self.drop_old {
+            recipe.step(recipe::drop_table(&old_name)).await?;
+        }
+        tracing::debug!(table = %full, "table replaced");
+        Ok(recipe.report)
+    }
+
+    async fn swap(
+        &self,
+        recipe: &mut Recipe<'_>,
+        table: &Table,
+        new: &TableName,
+        old: &str,
+        new_is_there: bool,
+    ) -> Result<(), Error> {
+        let full = table.full_name();
+        let family = catalog::relations(&self.cx.ask(&catalog::family(&full)).await?);
+        if let Some(one) = family
+            .iter()
+            .find(|one| one.kin == Kin::Referencing && one.oid != table.oid)
+        {
+            return Err(Error::config(format!(
+                "a foreign key of {} refers to {full}, and would go on to refer to the old table; drop it first, and \
+                 add it again by add_foreign_key",
+                one.label()
+            )));
+        }
+        let catches = self.catch_up.iter();
+        for sql in catches.chain(&self.build) {
+            if (ddl::read(sql).iter()).any(|one| one.block != ddl::Block::May) {
+                return Err(Error::config(
+                    "what builds or brings up to date runs in a transaction of its own, which it must not end",
+                ));
+            }
+        }
+        if !new_is_there {
+            let Some(build) = &self.build else {
+                return Err(Error::config(format!(
+                    "there is no table {new} to put in the place of {full}; build it, or give the SQL that does"
+                )));
+            };
+            let done = (self.cx).run(&self.pace, build, How::Transaction).await?;
+            recipe.report.push(build, done);
+            if Table::find(&self.cx, new).await?.is_none() {
+                return Err(Error::config(format!(
+                    "what was to build {new} has not created it"
+                )));
+            }
+        }
+        let sql = recipe::swap(&full, new, old, self.catch_up.as_deref());
+        recipe.step(sql).await
+    }
+}
+
+paced!(ReplaceTable);
+awaited!(ReplaceTable => RecipeReport);
