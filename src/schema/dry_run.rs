@@ -78,7 +78,7 @@ pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, 
     };
     let looked = looked.await;
     tx.rollback().await;
-    let mut all = match looked {
+    let own = match looked {
         Ok(reply) => catalog::own_locks(&reply),
         Err(error) => {
             let error = Error::from(error);
@@ -90,6 +90,26 @@ pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, 
             });
         }
     };
+    // Rolled back, what it dropped has its name again.
+    let nameless = own.iter().filter(|lock| lock.name.is_none());
+    let dropped: Vec<u32> = nameless.map(|lock| lock.oid).collect();
+    let dropped = if dropped.is_empty() {
+        Vec::new()
+    } else {
+        catalog::names(&cx.ask(&catalog::names_of(&dropped)).await?)
+    };
+    let named = |oid| dropped.iter().find(|(of, _)| *of == oid);
+    let mut all: Vec<(TableName, LockMode)> = own
+        .into_iter()
+        .filter_map(|lock| {
+            let name = lock
+                .name
+                .or_else(|| named(lock.oid).map(|(_, name)| name.clone()));
+            Some((name?, lock.mode))
+        })
+        // The tables beside tables are nobody's to lock but through them.
+        .filter(|(name, _)| name.schema() != Some("pg_toast"))
+        .collect();
     all.sort();
     let mut locks: Vec<(TableName, LockMode)> = Vec::new();
     for (name, mode) in all {

@@ -127,7 +127,7 @@ fn locked<'a>(
         .collect();
     let is_index = of(Kin::Itself).any(|one| matches!(one.kind, 'i' | 'I'));
     let of_partitions =
-        lock.statement().contains(" PARTITION ") || lock.statement().starts_with("CREATE INDEX");
+        lock.statement().contains(" PARTITION") || lock.statement().starts_with("CREATE INDEX");
     match lock.on() {
         LockedRelation::Table if is_index => of(Kin::TableOfIndex).collect(),
         LockedRelation::Table if stays_at_the_table(lock.statement()) => of(Kin::Itself).collect(),

@@ -213,19 +213,48 @@ pub(crate) fn who(
     rows(reply).filter_map(read).collect()
 }
 
-/// The locks on relations that this very backend holds: those of user relations, catalogs left out.
-pub(crate) const OWN_LOCKS: &str = "SELECT n.nspname, c.relname, l.mode FROM pg_catalog.pg_locks AS l \
-     JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) l.relation \
-     JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+/// The locks on relations that this very backend holds: those of the users', catalogs left out. A relation that the
+/// transaction has dropped has no name in it any more.
+pub(crate) const OWN_LOCKS: &str = "SELECT l.relation, n.nspname, c.relname, l.mode FROM pg_catalog.pg_locks AS l \
+     LEFT JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) l.relation \
+     LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
      WHERE pg_catalog.texteq(l.locktype, 'relation') AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
-     AND l.granted AND n.nspname OPERATOR(pg_catalog.<>) 'pg_catalog' \
-     AND n.nspname OPERATOR(pg_catalog.<>) 'pg_toast' AND c.oid OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid";
+     AND l.granted AND l.relation OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid";
 
-/// Relation and mode of each row of [`OWN_LOCKS`].
-pub(crate) fn own_locks(reply: &[SimpleQueryMessage]) -> Vec<(TableName, LockMode)> {
+/// A lock of one's own.
+pub(crate) struct OwnLock {
+    pub(crate) oid: u32,
+    pub(crate) name: Option<TableName>,
+    pub(crate) mode: LockMode,
+}
+
+pub(crate) fn own_locks(reply: &[SimpleQueryMessage]) -> Vec<OwnLock> {
+    let read = |row| {
+        let name = text(row, "nspname").zip(text(row, "relname"));
+        Some(OwnLock {
+            oid: parsed(row, "relation")?,
+            name: name.map(|(schema, name)| TableName::in_schema(schema, name)),
+            mode: LockMode::from_pg_locks(&text(row, "mode")?)?,
+        })
+    };
+    rows(reply).filter_map(read).collect()
+}
+
+/// What relations are called.
+pub(crate) fn names_of(oids: &[u32]) -> String {
+    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
+    format!(
+        "SELECT c.oid, n.nspname, c.relname FROM pg_catalog.pg_class AS c \
+         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+         WHERE c.oid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[])",
+        oids.join(",")
+    )
+}
+
+pub(crate) fn names(reply: &[SimpleQueryMessage]) -> Vec<(u32, TableName)> {
     let read = |row| {
         let name = TableName::in_schema(text(row, "nspname")?, text(row, "relname")?);
-        Some((name, LockMode::from_pg_locks(&text(row, "mode")?)?))
+        Some((parsed(row, "oid")?, name))
     };
     rows(reply).filter_map(read).collect()
 }

@@ -1,0 +1,171 @@
+//! One process of many migrates, and the others see that it is done.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use lockkeeper::{Error, ErrorKind, Keeper, Schema};
+use tokio_postgres::NoTls;
+
+use crate::common::{Scene, eventually, poll_times_and_drop};
+use crate::schema_change::{LONG, holds, table};
+
+/// As another process would have it: a pool and a keeper of its own.
+fn process(scene: &Scene) -> Schema {
+    Keeper::new(scene.database.pool(3)).schema()
+}
+
+#[tokio::test]
+async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
+    let scene = Scene::new(2).await;
+    table(&scene, "t", 20_000).await;
+    let ran = Arc::new(AtomicU32::new(0));
+    let mut tasks = Vec::new();
+    for _ in 0..6 {
+        let (schema, ran) = (process(&scene), Arc::clone(&ran));
+        tasks.push(tokio::spawn(async move {
+            schema
+                .migrate_once("add index", async |migration| {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                    // Any waiter with a snapshot would deadlock with these.
+                    for _ in 0..3 {
+                        migration.schema().create_index("t", ["a"]).await?;
+                        migration.schema().drop_index("t_a_idx").await?;
+                    }
+                    let report = migration.schema().create_index("t", ["a"]).await?;
+                    Ok::<_, Error>(report.steps().len())
+                })
+                .await
+        }));
+    }
+    let mut outcomes = Vec::new();
+    for task in tasks {
+        outcomes.push(task.await.unwrap().unwrap());
+    }
+    assert_eq!(ran.load(Ordering::Relaxed), 1);
+    assert_eq!(outcomes.iter().flatten().collect::<Vec<_>>(), [&1], "{outcomes:?}");
+    assert!(holds(&scene, "(SELECT indisvalid FROM pg_index WHERE indexrelid = 't_a_idx'::regclass)").await);
+    let row = scene
+        .observer
+        .query_one("SELECT key, done_by, done_at <= now() FROM public.lockkeeper_migration", &[])
+        .await
+        .unwrap();
+    assert_eq!(row.get::<_, &str>(0), "add index");
+    assert!(row.get::<_, &str>(1).contains("migrate_once.rs"), "{row:?}");
+    assert!(row.get::<_, bool>(2));
+    scene.nothing_left_within(LONG).await;
+}
+
+#[tokio::test]
+async fn what_fails_is_not_done_and_the_next_one_runs_it() {
+    let scene = Scene::new(3).await;
+    let schema = scene.keeper.schema();
+    let failed: Result<Option<()>, Error> = schema
+        .migrate_once("k'e\\y", async |migration| {
+            migration.schema().change("CREATE TABLE half (a int)").await?;
+            migration.schema().change("CREATE TABLE half (a int)").await?;
+            Ok(())
+        })
+        .await;
+    assert_eq!(failed.unwrap_err().sqlstate().unwrap().code(), "42P07");
+    scene.nothing_left_within(LONG).await;
+    for expected in [Some(7), None, None] {
+        let ran = schema.migrate_once("k'e\\y", async |_| Ok::<_, Error>(7)).await;
+        assert_eq!(ran.unwrap(), expected);
+    }
+    // Another key is another migration.
+    assert_eq!(schema.migrate_once("key", async |_| Ok::<_, Error>(8)).await.unwrap(), Some(8));
+    assert!(holds(&scene, "(SELECT count(*) = 2 FROM lockkeeper_migration)").await);
+    let error = schema.migrate_once("\0", async |_| Ok::<_, Error>(())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    scene.nothing_left_within(LONG).await;
+}
+
+#[tokio::test]
+async fn a_dropped_or_killed_one_is_taken_over() {
+    let scene = Scene::new(3).await;
+    let schema = scene.keeper.schema();
+    for polls in [1, 3, 5, 8, 12, 16, 20] {
+        let once = schema.migrate_once("k", async |_| {
+            tokio::time::sleep(LONG * 10).await;
+            Ok::<_, Error>(())
+        });
+        assert!(poll_times_and_drop(once, polls).await.is_none());
+    }
+    // A backend that is killed meanwhile: not noted as done, and said so.
+    let observer = scene.database.connect().await;
+    let lost = schema
+        .migrate_once("k", async |migration| {
+            let pid = migration.guard().backend_pid().unwrap();
+            let sql = format!("SELECT pg_terminate_backend({pid})");
+            observer.batch_execute(&sql).await?;
+            migration.guard().lost().await;
+            Ok::<_, Error>(())
+        })
+        .await;
+    assert_eq!(lost.unwrap_err().kind(), ErrorKind::LockLost);
+    assert_eq!(schema.migrate_once("k", async |_| Ok::<_, Error>(1)).await.unwrap(), Some(1));
+    scene.nothing_left_within(LONG).await;
+}
+
+#[tokio::test]
+async fn who_waits_too_long_says_so() {
+    let scene = Scene::new(3).await;
+    let (schema, other) = (scene.keeper.schema(), process(&scene));
+    let outcome = schema
+        .migrate_once("slow", async |_| {
+            let other = other.clone().deadline(Duration::from_millis(200));
+            let waited = other.migrate_once("slow", async |_| Ok::<_, Error>(())).await;
+            Ok::<_, Error>(waited.unwrap_err())
+        })
+        .await;
+    let error = outcome.unwrap().unwrap();
+    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_eq!(error.key().unwrap().to_string(), lockkeeper::LockKey::from(("lockkeeper migration", "slow")).to_string());
+    scene.nothing_left_within(LONG).await;
+}
+
+/// The table is created by one of them, wherever it is wanted, and later ones need no right to.
+#[tokio::test]
+async fn the_table_is_created_once_in_any_schema() {
+    let scene = Scene::new(3).await;
+    scene.observer.batch_execute("CREATE SCHEMA \"Book \"\"keeping\"").await.unwrap();
+    let mut tasks = Vec::new();
+    for n in 0..8 {
+        let schema = process(&scene).bookkeeping("Book \"keeping");
+        tasks.push(tokio::spawn(async move {
+            schema.migrate_once(format!("migration {n}"), async |_| Ok::<_, Error>(())).await
+        }));
+    }
+    for task in tasks {
+        assert_eq!(task.await.unwrap().unwrap(), Some(()));
+    }
+    assert!(holds(&scene, "(SELECT count(*) = 8 FROM \"Book \"\"keeping\".lockkeeper_migration)").await);
+    let role = format!("reader_{}", scene.database.name());
+    scene
+        .observer
+        .batch_execute(&format!(
+            "CREATE ROLE \"{role}\" LOGIN; GRANT USAGE ON SCHEMA \"Book \"\"keeping\" TO \"{role}\"; \
+             GRANT SELECT, INSERT ON \"Book \"\"keeping\".lockkeeper_migration TO \"{role}\""
+        ))
+        .await
+        .unwrap();
+    let mut config = scene.database.config();
+    config.user(&role);
+    let manager = lockkeeper::deadpool_postgres::Manager::new(config, NoTls);
+    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap();
+    let schema = Keeper::new(pool.clone()).schema().bookkeeping("Book \"keeping");
+    for (key, expected) in [("migration 1", None), ("one of its own", Some(()))] {
+        let ran = schema.migrate_once(key, async |_| Ok::<_, Error>(())).await;
+        assert_eq!(ran.unwrap(), expected);
+    }
+    let error = schema.bookkeeping("nowhere").migrate_once("k", async |_| Ok::<_, Error>(())).await.unwrap_err();
+    assert_eq!(error.sqlstate().unwrap().code(), "3F000", "{error}");
+    pool.close();
+    drop(pool);
+    eventually(LONG, "the role cannot be dropped", async || {
+        let sql = format!("DROP OWNED BY \"{role}\"; DROP ROLE \"{role}\"");
+        scene.observer.batch_execute(&sql).await.is_ok()
+    })
+    .await;
+}
