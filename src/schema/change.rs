@@ -48,7 +48,9 @@ impl Change {
     /// Questions to the catalogs first, which lock nothing (but that the size of a table that the change would go through
     /// is asked under ACCESS SHARE). Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's text in one
     /// message, and COMMIT; meanwhile, on another connection, who is in the way. A statement that may not stand in a
-    /// transaction is sent by itself, under settings of the session that are put back.
+    /// transaction is sent by itself, under settings of the session that are put back; one with CONCURRENTLY waits up to the
+    /// deadline, since neither readers nor writers wait behind it, and is not repeated: see
+    /// [`create_index`](crate::Schema::create_index) for what cleans up after it.
     ///
     /// # Errors
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout) (or [`Deadlock`](crate::ErrorKind::Deadlock),
@@ -86,6 +88,13 @@ fn how(statements: &[ddl::Statement<'_>]) -> Result<How, Error> {
                 return Err(Error::config(format!(
                     "the batch runs in a transaction of its own, which {} would end or change; leave it out",
                     first_word(statement.text)
+                )));
+            }
+            Block::Setting => {
+                return Err(Error::config(format!(
+                    "{:?} would stay on a connection of the pool, or change the lock_timeout of the attempt; what a batch \
+                     sets it sets by LOCAL, and the timeout is the builder's to set",
+                    statement.text
                 )));
             }
             Block::MustNot | Block::Concurrently if statements.len() > 1 => {

@@ -72,7 +72,7 @@ impl AddColumn {
         };
         let default = self.default.as_deref();
         let there = recipe.column(&table, &self.column, Some(&self.ty)).await?;
-        if there.is_some_and(|there| !there.same_type) {
+        if there.as_ref().is_some_and(|there| !there.same_type) {
             return Err(Error::config(format!(
                 "{full} has a column {:?} already, and its type is not {}",
                 self.column, self.ty

@@ -135,7 +135,7 @@ impl AddForeignKey {
         let referenced = Table::of(&self.cx, &self.key.referenced).await?;
         self.key.referenced = referenced.full_name();
         recipe
-            .foreign_key(&table, self.name.as_deref(), &self.key)
+            .foreign_key(&table, self.name.as_deref(), &self.key, referenced.oid)
             .await?;
         Ok(recipe.report)
     }

@@ -333,16 +333,13 @@ impl Build<'_> {
         let mut attempt = 1;
         let mut refused = false;
         loop {
-            self.wait_for_builders(table).await?;
-            let all = self.indexes(table).await?;
-            let of_name = |one: &&Index| one.name == definition.name;
-            if let Some(there) = all.iter().find(of_name).filter(|one| one.is_valid) {
-                return differs(there, definition);
+            for left in self.left_over(table, &definition.name).await? {
+                self.drop_one(table, &left, report).await?;
             }
-            for left in all.iter().filter(|one| {
-                !one.is_valid && (of_name(one) || is_left_of(&one.name, &definition.name))
-            }) {
-                self.drop_one(table, left, report).await?;
+            if let Some(there) = self.find(table, &definition.name).await?
+                && there.is_valid
+            {
+                return differs(&there, definition);
             }
             let sql = definition.concurrently(&table.full_name());
             let pace = self.pace.until(self.deadline);
@@ -382,6 +379,21 @@ impl Build<'_> {
         }
     }
 
+    /// What failed builds have left of an index, once nobody builds one of the table.
+    ///
+    /// Invariant: none of them is somebody's who has just finished. One that is not valid may be under way; who is seen to
+    /// build nothing after it was has finished or failed, and only if it is not valid afterwards either has it failed.
+    async fn left_over(&self, table: &Table, name: &str) -> Result<Vec<Index>, Error> {
+        let before = self.indexes(table).await?;
+        self.wait_for_builders(table).await?;
+        let mut after = self.indexes(table).await?;
+        after.retain(|one| {
+            let was = before.iter().any(|was| was.oid == one.oid && !was.is_valid);
+            was && !one.is_valid && (one.name == name || is_left_of(&one.name, name))
+        });
+        Ok(after)
+    }
+
     /// Drops what a failed build of ours has left, if nobody else has begun to build it.
     async fn clean_up(
         &self,
@@ -392,10 +404,10 @@ impl Build<'_> {
         if !self.builders(table).await?.is_empty() {
             return Ok(());
         }
-        match self.find(table, &definition.name).await? {
-            Some(left) if !left.is_valid => self.drop_one(table, &left, report).await,
-            _ => Ok(()),
+        for left in self.left_over(table, &definition.name).await? {
+            self.drop_one(table, &left, report).await?;
         }
+        Ok(())
     }
 
     async fn drop_one(

@@ -113,24 +113,47 @@ impl<'a> Recipe<'a> {
         table: &Table,
         name: Option<&str>,
         key: &ForeignKey,
+        referenced: u32,
     ) -> Result<(), Error> {
         let own = default_key_name(table, key);
         let name = name.unwrap_or(&own);
         sound("constraint", name)?;
         let full = table.full_name();
         if table.kind != 'p' {
+            self.same_key(table, name, key, referenced).await?;
             let add = recipe::add_foreign_key(&full, name, key, false);
             return self.add_and_validate(table, name, 'f', add).await;
         }
-        match self.constraint(table, name).await? {
-            Some(there) if there.kind == 'f' && there.is_valid => return Ok(()),
-            _ => {}
+        if self.same_key(table, name, key, referenced).await? {
+            return Ok(());
         }
         for partition in table.partitions(self.cx).await? {
-            Box::pin(self.foreign_key(&partition, None, key)).await?;
+            Box::pin(self.foreign_key(&partition, None, key, referenced)).await?;
         }
         self.step(recipe::add_foreign_key(&full, name, key, true))
             .await
+    }
+
+    /// Whether the foreign key is there and valid. Another one of that name is refused.
+    async fn same_key(
+        &self,
+        table: &Table,
+        name: &str,
+        key: &ForeignKey,
+        referenced: u32,
+    ) -> Result<bool, Error> {
+        match self.constraint(table, name).await? {
+            Some(there) if there.kind == 'f' => {
+                if there.columns != key.columns || there.referenced != Some(referenced) {
+                    return Err(Error::config(format!(
+                        "{} has a foreign key {name:?} already, and it differs from the one wanted; choose another name",
+                        table.full_name()
+                    )));
+                }
+                Ok(there.is_valid)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// A valid CHECK that the column is not NULL, and its name; `None` where the column is NOT NULL.
@@ -151,6 +174,10 @@ impl<'a> Recipe<'a> {
     pub(super) async fn not_null(&mut self, table: &Table, column: &str) -> Result<(), Error> {
         sound("column", column)?;
         let full = table.full_name();
+        let unproven = self.existing_column(table, column).await?.unproven;
+        if let Some(constraint) = unproven {
+            self.step(recipe::validate(&full, &constraint)).await?;
+        }
         if let Some(proof) = self.prove_not_null(table, column).await? {
             let set = recipe::set_not_null(&full, column);
             let drop = recipe::drop_constraint(&full, &proof);

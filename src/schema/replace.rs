@@ -50,7 +50,8 @@ impl ReplaceTable {
     /// What belongs to the table and not to its rows is the caller's to give the new one: indexes, constraints, grants,
     /// triggers, owned sequences. Views go on to read the old one. A table that foreign keys of others refer to is
     /// refused, since they would refer to the old one. Writes between build and swap are lost, but for what
-    /// [`catch_up`](Self::catch_up) brings over: have a trigger note them.
+    /// [`catch_up`](Self::catch_up) brings over: have a trigger note them. An `…_old` table without a new one beside it is
+    /// how a swap that was made is recognized: before the next replacement drop it.
     ///
     /// # SQL
     /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of

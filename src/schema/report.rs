@@ -49,7 +49,8 @@ impl ChangeAttempt {
     }
 
     /// Who was in the way when it was last looked, while the attempt waited: those that hold what it wanted, and those
-    /// queued ahead. Empty where it did not wait for long enough to be seen, or nobody could look.
+    /// queued ahead; where nobody could be seen then, who held, right after it, what it is known to lock. Empty where nobody
+    /// did any more.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
         &self.blockers

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
+use super::preflight::Preflight;
 use super::report::{ChangeAttempt, ChangeFailed, ChangeReport};
 use super::watch::{OnProgress, Watch};
 use crate::advisory::Advisory;
@@ -111,9 +112,16 @@ impl Context {
                     self.outside(pace, sql, wait, progress).await
                 }
             };
+            let took = began.elapsed();
+            let blockers = match &result {
+                Err(error) if error.kind() == ErrorKind::LockTimeout && blockers.is_empty() => {
+                    self.still_there(sql).await
+                }
+                _ => blockers,
+            };
             let mut attempt = ChangeAttempt {
                 number,
-                took: began.elapsed(),
+                took,
                 failure: result.as_ref().err().map(Error::kind),
                 sqlstate: (result.as_ref().err())
                     .and_then(|error| Some(error.sqlstate()?.code().to_owned())),
@@ -156,6 +164,17 @@ impl Context {
             // Cancel safety: nothing is held between two attempts.
             tokio::time::sleep(pause).await;
             number += 1;
+        }
+    }
+
+    /// Who is in the way after an attempt during which nobody could be seen: it was too short, or nobody could look.
+    async fn still_there(&self, sql: &str) -> Vec<Blocker> {
+        match Preflight::of(self, sql.into()).await {
+            Ok(preflight) => preflight.blockers().cloned().collect(),
+            Err(error) => {
+                tracing::debug!(%error, "nobody can look at who is in the way");
+                Vec::new()
+            }
         }
     }
 

@@ -43,11 +43,24 @@ async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
         outcomes.push(task.await.unwrap().unwrap());
     }
     assert_eq!(ran.load(Ordering::Relaxed), 1);
-    assert_eq!(outcomes.iter().flatten().collect::<Vec<_>>(), [&1], "{outcomes:?}");
-    assert!(holds(&scene, "(SELECT indisvalid FROM pg_index WHERE indexrelid = 't_a_idx'::regclass)").await);
+    assert_eq!(
+        outcomes.iter().flatten().collect::<Vec<_>>(),
+        [&1],
+        "{outcomes:?}"
+    );
+    assert!(
+        holds(
+            &scene,
+            "(SELECT indisvalid FROM pg_index WHERE indexrelid = 't_a_idx'::regclass)"
+        )
+        .await
+    );
     let row = scene
         .observer
-        .query_one("SELECT key, done_by, done_at <= now() FROM public.lockkeeper_migration", &[])
+        .query_one(
+            "SELECT key, done_by, done_at <= now() FROM public.lockkeeper_migration",
+            &[],
+        )
         .await
         .unwrap();
     assert_eq!(row.get::<_, &str>(0), "add index");
@@ -62,21 +75,38 @@ async fn what_fails_is_not_done_and_the_next_one_runs_it() {
     let schema = scene.keeper.schema();
     let failed: Result<Option<()>, Error> = schema
         .migrate_once("k'e\\y", async |migration| {
-            migration.schema().change("CREATE TABLE half (a int)").await?;
-            migration.schema().change("CREATE TABLE half (a int)").await?;
+            migration
+                .schema()
+                .change("CREATE TABLE half (a int)")
+                .await?;
+            migration
+                .schema()
+                .change("CREATE TABLE half (a int)")
+                .await?;
             Ok(())
         })
         .await;
     assert_eq!(failed.unwrap_err().sqlstate().unwrap().code(), "42P07");
     scene.nothing_left_within(LONG).await;
     for expected in [Some(7), None, None] {
-        let ran = schema.migrate_once("k'e\\y", async |_| Ok::<_, Error>(7)).await;
+        let ran = schema
+            .migrate_once("k'e\\y", async |_| Ok::<_, Error>(7))
+            .await;
         assert_eq!(ran.unwrap(), expected);
     }
     // Another key is another migration.
-    assert_eq!(schema.migrate_once("key", async |_| Ok::<_, Error>(8)).await.unwrap(), Some(8));
+    assert_eq!(
+        schema
+            .migrate_once("key", async |_| Ok::<_, Error>(8))
+            .await
+            .unwrap(),
+        Some(8)
+    );
     assert!(holds(&scene, "(SELECT count(*) = 2 FROM lockkeeper_migration)").await);
-    let error = schema.migrate_once("\0", async |_| Ok::<_, Error>(())).await.unwrap_err();
+    let error = schema
+        .migrate_once("\0", async |_| Ok::<_, Error>(()))
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
     scene.nothing_left_within(LONG).await;
 }
@@ -87,7 +117,10 @@ async fn a_dropped_or_killed_one_is_taken_over() {
     let schema = scene.keeper.schema();
     for polls in [1, 3, 5, 8, 12, 16, 20] {
         let once = schema.migrate_once("k", async |_| {
-            tokio::time::sleep(LONG * 10).await;
+            // Pending at each poll.
+            while !LONG.is_zero() {
+                tokio::task::yield_now().await;
+            }
             Ok::<_, Error>(())
         });
         assert!(poll_times_and_drop(once, polls).await.is_none());
@@ -104,7 +137,13 @@ async fn a_dropped_or_killed_one_is_taken_over() {
         })
         .await;
     assert_eq!(lost.unwrap_err().kind(), ErrorKind::LockLost);
-    assert_eq!(schema.migrate_once("k", async |_| Ok::<_, Error>(1)).await.unwrap(), Some(1));
+    assert_eq!(
+        schema
+            .migrate_once("k", async |_| Ok::<_, Error>(1))
+            .await
+            .unwrap(),
+        Some(1)
+    );
     scene.nothing_left_within(LONG).await;
 }
 
@@ -115,13 +154,18 @@ async fn who_waits_too_long_says_so() {
     let outcome = schema
         .migrate_once("slow", async |_| {
             let other = other.clone().deadline(Duration::from_millis(200));
-            let waited = other.migrate_once("slow", async |_| Ok::<_, Error>(())).await;
+            let waited = other
+                .migrate_once("slow", async |_| Ok::<_, Error>(()))
+                .await;
             Ok::<_, Error>(waited.unwrap_err())
         })
         .await;
     let error = outcome.unwrap().unwrap();
     assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
-    assert_eq!(error.key().unwrap().to_string(), lockkeeper::LockKey::from(("lockkeeper migration", "slow")).to_string());
+    assert_eq!(
+        error.key().unwrap().to_string(),
+        lockkeeper::LockKey::from(("lockkeeper migration", "slow")).to_string()
+    );
     scene.nothing_left_within(LONG).await;
 }
 
@@ -129,18 +173,30 @@ async fn who_waits_too_long_says_so() {
 #[tokio::test]
 async fn the_table_is_created_once_in_any_schema() {
     let scene = Scene::new(3).await;
-    scene.observer.batch_execute("CREATE SCHEMA \"Book \"\"keeping\"").await.unwrap();
+    scene
+        .observer
+        .batch_execute("CREATE SCHEMA \"Book \"\"keeping\"")
+        .await
+        .unwrap();
     let mut tasks = Vec::new();
     for n in 0..8 {
         let schema = process(&scene).bookkeeping("Book \"keeping");
         tasks.push(tokio::spawn(async move {
-            schema.migrate_once(format!("migration {n}"), async |_| Ok::<_, Error>(())).await
+            schema
+                .migrate_once(format!("migration {n}"), async |_| Ok::<_, Error>(()))
+                .await
         }));
     }
     for task in tasks {
         assert_eq!(task.await.unwrap().unwrap(), Some(()));
     }
-    assert!(holds(&scene, "(SELECT count(*) = 8 FROM \"Book \"\"keeping\".lockkeeper_migration)").await);
+    assert!(
+        holds(
+            &scene,
+            "(SELECT count(*) = 8 FROM \"Book \"\"keeping\".lockkeeper_migration)"
+        )
+        .await
+    );
     let role = format!("reader_{}", scene.database.name());
     scene
         .observer
@@ -153,13 +209,22 @@ async fn the_table_is_created_once_in_any_schema() {
     let mut config = scene.database.config();
     config.user(&role);
     let manager = lockkeeper::deadpool_postgres::Manager::new(config, NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap();
-    let schema = Keeper::new(pool.clone()).schema().bookkeeping("Book \"keeping");
+    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
+        .max_size(2)
+        .build()
+        .unwrap();
+    let schema = Keeper::new(pool.clone())
+        .schema()
+        .bookkeeping("Book \"keeping");
     for (key, expected) in [("migration 1", None), ("one of its own", Some(()))] {
         let ran = schema.migrate_once(key, async |_| Ok::<_, Error>(())).await;
         assert_eq!(ran.unwrap(), expected);
     }
-    let error = schema.bookkeeping("nowhere").migrate_once("k", async |_| Ok::<_, Error>(())).await.unwrap_err();
+    let error = schema
+        .bookkeeping("nowhere")
+        .migrate_once("k", async |_| Ok::<_, Error>(()))
+        .await
+        .unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "3F000", "{error}");
     pool.close();
     drop(pool);

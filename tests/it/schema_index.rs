@@ -240,6 +240,25 @@ async fn what_failed_builds_have_left_is_dropped_first() {
         .unwrap();
     assert_eq!(sent(&report, "DROP INDEX CONCURRENTLY"), 2, "{report}");
     assert_eq!(indexes(&scene, "t").await, valid(&["other", "wanted"]));
+    // Of one that is valid, too.
+    scene
+        .observer
+        .batch_execute("DROP INDEX wanted; CREATE INDEX wanted ON t (a)")
+        .await
+        .unwrap();
+    let left = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'wanted_ccnew'::regclass";
+    scene
+        .observer
+        .batch_execute(&format!("CREATE INDEX wanted_ccnew ON t (a); {left}"))
+        .await
+        .unwrap();
+    let report = schema
+        .create_index("t", ["a"])
+        .name("wanted")
+        .await
+        .unwrap();
+    assert_eq!(report.steps().len(), 1, "{report}");
+    assert_eq!(indexes(&scene, "t").await, valid(&["other", "wanted"]));
 }
 
 #[tokio::test]

@@ -18,7 +18,9 @@ async fn constraints(scene: &Scene, table: &str) -> Vec<String> {
 }
 
 async fn is_not_null(scene: &Scene, table: &str, column: &str) -> bool {
-    let sql = format!("(SELECT attnotnull FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname = '{column}')");
+    let sql = format!(
+        "(SELECT attnotnull FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname = '{column}')"
+    );
     holds(scene, &sql).await
 }
 
@@ -26,8 +28,20 @@ async fn is_not_null(scene: &Scene, table: &str, column: &str) -> bool {
 fn verbs(report: &RecipeReport) -> Vec<&'static str> {
     let all = report.steps().iter().map(|(sql, _)| {
         [
-            "CREATE INDEX", "CREATE UNIQUE INDEX", "USING INDEX", "NOT VALID", "VALIDATE", "SET NOT NULL", "RENAME",
-            "ADD COLUMN", "DROP CONSTRAINT", "DROP TABLE", "ATTACH", "CREATE TABLE", "PRIMARY KEY", "FOREIGN KEY",
+            "CREATE INDEX",
+            "CREATE UNIQUE INDEX",
+            "USING INDEX",
+            "NOT VALID",
+            "VALIDATE",
+            "SET NOT NULL",
+            "RENAME",
+            "ADD COLUMN",
+            "DROP CONSTRAINT",
+            "DROP TABLE",
+            "ATTACH",
+            "CREATE TABLE",
+            "PRIMARY KEY",
+            "FOREIGN KEY",
         ]
         .into_iter()
         .find(|verb| sql.contains(verb))
@@ -45,23 +59,53 @@ async fn a_check_is_added_and_validated() {
     let scene = scene().await;
     table(&scene, "t", 100).await;
     let schema = scene.keeper.schema();
-    let report = schema.add_check("t", "small", "a < 10 -- always").await.unwrap();
+    let report = schema
+        .add_check("t", "small", "a < 10 -- always")
+        .await
+        .unwrap();
     assert_eq!(verbs(&report), ["NOT VALID", "VALIDATE"]);
     assert_eq!(constraints(&scene, "t").await, ["small: CHECK ((a < 10))"]);
-    assert!(schema.add_check("t", "small", "a < 10").await.unwrap().steps().is_empty());
+    assert!(
+        schema
+            .add_check("t", "small", "a < 10")
+            .await
+            .unwrap()
+            .steps()
+            .is_empty()
+    );
     // A row that does not pass: it stays not valid, keeps out new ones, and is validated the next time.
-    let error = schema.add_check("t", "positive", "a > 0").await.unwrap_err();
+    let error = schema
+        .add_check("t", "positive", "a > 0")
+        .await
+        .unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "23514");
-    assert_eq!(constraints(&scene, "t").await[0], "positive: CHECK ((a > 0)) NOT VALID");
-    scene.observer.batch_execute("DELETE FROM t WHERE a = 0").await.unwrap();
+    assert_eq!(
+        constraints(&scene, "t").await[0],
+        "positive: CHECK ((a > 0)) NOT VALID"
+    );
+    scene
+        .observer
+        .batch_execute("DELETE FROM t WHERE a = 0")
+        .await
+        .unwrap();
     let report = schema.add_check("t", "positive", "a > 0").await.unwrap();
     assert_eq!(verbs(&report), ["VALIDATE"]);
-    assert_eq!(constraints(&scene, "t").await[0], "positive: CHECK ((a > 0))");
+    assert_eq!(
+        constraints(&scene, "t").await[0],
+        "positive: CHECK ((a > 0))"
+    );
     // One of another kind under the name.
-    scene.observer.batch_execute("ALTER TABLE t ADD CONSTRAINT uniq UNIQUE (id)").await.unwrap();
+    scene
+        .observer
+        .batch_execute("ALTER TABLE t ADD CONSTRAINT uniq UNIQUE (id)")
+        .await
+        .unwrap();
     let error = schema.add_check("t", "uniq", "a > 0").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    for wrong in [schema.add_check("nowhere", "c", "true"), schema.add_check("t", "", "true")] {
+    for wrong in [
+        schema.add_check("nowhere", "c", "true"),
+        schema.add_check("t", "", "true"),
+    ] {
         assert_eq!(wrong.await.unwrap_err().kind(), ErrorKind::Config);
     }
     scene.nothing_left_within(LONG).await;
@@ -77,10 +121,20 @@ async fn a_foreign_key_is_added_and_validated() {
         .await
         .unwrap();
     let schema = scene.keeper.schema();
-    let error = schema.add_foreign_key("t", ["a"], "far.P", ["Id"]).await.unwrap_err();
+    let error = schema
+        .add_foreign_key("t", ["a"], "far.P", ["Id"])
+        .await
+        .unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "23503");
-    scene.observer.batch_execute("INSERT INTO far.\"P\" VALUES (0)").await.unwrap();
-    let report = schema.add_foreign_key("t", ["a"], "far.P", ["Id"]).await.unwrap();
+    scene
+        .observer
+        .batch_execute("INSERT INTO far.\"P\" VALUES (0)")
+        .await
+        .unwrap();
+    let report = schema
+        .add_foreign_key("t", ["a"], "far.P", ["Id"])
+        .await
+        .unwrap();
     assert_eq!(verbs(&report), ["VALIDATE"]);
     let named = schema
         .add_foreign_key("t", ["a"], ("far", "P"), Vec::<String>::new())
@@ -95,7 +149,18 @@ async fn a_foreign_key_is_added_and_validated() {
             "t_a_fkey: FOREIGN KEY (a) REFERENCES far.\"P\"(\"Id\")",
         ]
     );
-    assert!(schema.add_foreign_key("t", ["a"], "far.P", ["Id"]).await.unwrap().steps().is_empty());
+    // Another one under the name.
+    let other = schema.add_foreign_key("t", ["id"], "far.P", ["Id"]);
+    let error = other.name("t_a_fkey").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert!(
+        schema
+            .add_foreign_key("t", ["a"], "far.P", ["Id"])
+            .await
+            .unwrap()
+            .steps()
+            .is_empty()
+    );
     scene.nothing_left_within(LONG).await;
 }
 
@@ -103,20 +168,50 @@ async fn a_foreign_key_is_added_and_validated() {
 async fn a_column_becomes_not_null() {
     let scene = scene().await;
     table(&scene, "t", 100).await;
-    scene.observer.batch_execute("UPDATE t SET a = NULL WHERE id = 5").await.unwrap();
+    scene
+        .observer
+        .batch_execute("UPDATE t SET a = NULL WHERE id = 5")
+        .await
+        .unwrap();
     let schema = scene.keeper.schema();
     let error = schema.set_not_null("t", "a").await.unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "23514");
-    scene.observer.batch_execute("UPDATE t SET a = 0 WHERE a IS NULL").await.unwrap();
+    scene
+        .observer
+        .batch_execute("UPDATE t SET a = 0 WHERE a IS NULL")
+        .await
+        .unwrap();
     let report = schema.set_not_null("t", "a").await.unwrap();
     assert_eq!(verbs(&report), ["VALIDATE", "SET NOT NULL"]);
     assert!(is_not_null(&scene, "t", "a").await);
     assert_eq!(constraints(&scene, "t").await, [""; 0]);
-    assert!(schema.set_not_null("t", "a").await.unwrap().steps().is_empty());
+    assert!(
+        schema
+            .set_not_null("t", "a")
+            .await
+            .unwrap()
+            .steps()
+            .is_empty()
+    );
     // What an earlier run has left behind.
-    scene.observer.batch_execute("ALTER TABLE t ADD CONSTRAINT t_a_is_not_null CHECK (a IS NOT NULL) NOT VALID").await.unwrap();
+    scene
+        .observer
+        .batch_execute(
+            "ALTER TABLE t ADD CONSTRAINT t_a_is_not_null CHECK (a IS NOT NULL) NOT VALID",
+        )
+        .await
+        .unwrap();
     schema.set_not_null("t", "a").await.unwrap();
     assert_eq!(constraints(&scene, "t").await, [""; 0]);
+    // PostgreSQL 18 has constraints NOT NULL that are not valid.
+    if scene.database.server().major() >= 18 {
+        let sql = "ALTER TABLE t ADD CONSTRAINT b_there NOT NULL b NOT VALID";
+        scene.observer.batch_execute(sql).await.unwrap();
+        let report = schema.set_not_null("t", "b").await.unwrap();
+        assert_eq!(verbs(&report), ["VALIDATE"]);
+        let valid = "(SELECT convalidated FROM pg_constraint WHERE conname = 'b_there')";
+        assert!(holds(&scene, valid).await);
+    }
     let error = schema.set_not_null("t", "nothing").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     scene.nothing_left_within(LONG).await;
@@ -126,18 +221,43 @@ async fn a_column_becomes_not_null() {
 async fn a_primary_key_is_added() {
     let scene = scene().await;
     table(&scene, "t", 100).await;
-    scene.observer.batch_execute("ALTER TABLE t RENAME id TO \"Id\"; INSERT INTO t (\"Id\", a) VALUES (1, 1)").await.unwrap();
+    scene
+        .observer
+        .batch_execute("ALTER TABLE t RENAME id TO \"Id\"; INSERT INTO t (\"Id\", a) VALUES (1, 1)")
+        .await
+        .unwrap();
     let schema = scene.keeper.schema();
     let error = schema.add_primary_key("t", ["Id", "a"]).await.unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "23505");
     assert!(holds(&scene, "to_regclass('t_pkey') IS NULL").await);
-    scene.observer.batch_execute("DELETE FROM t WHERE b IS NULL").await.unwrap();
+    scene
+        .observer
+        .batch_execute("DELETE FROM t WHERE b IS NULL")
+        .await
+        .unwrap();
     let report = schema.add_primary_key("t", ["Id", "a"]).await.unwrap();
-    let all = ["CREATE UNIQUE INDEX", "NOT VALID", "VALIDATE", "NOT VALID", "VALIDATE", "USING INDEX"];
+    let all = [
+        "CREATE UNIQUE INDEX",
+        "NOT VALID",
+        "VALIDATE",
+        "NOT VALID",
+        "VALIDATE",
+        "USING INDEX",
+    ];
     assert_eq!(verbs(&report), all);
-    assert_eq!(constraints(&scene, "t").await, ["t_pkey: PRIMARY KEY (\"Id\", a)"]);
+    assert_eq!(
+        constraints(&scene, "t").await,
+        ["t_pkey: PRIMARY KEY (\"Id\", a)"]
+    );
     assert!(is_not_null(&scene, "t", "Id").await && is_not_null(&scene, "t", "a").await);
-    assert!(schema.add_primary_key("t", ["Id", "a"]).await.unwrap().steps().is_empty());
+    assert!(
+        schema
+            .add_primary_key("t", ["Id", "a"])
+            .await
+            .unwrap()
+            .steps()
+            .is_empty()
+    );
     let error = schema.add_primary_key("t", ["a"]).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     scene.nothing_left_within(LONG).await;
@@ -148,7 +268,9 @@ async fn a_primary_key_is_added() {
 async fn recipes_dropped_half_way_go_on() {
     let scene = scene().await;
     let schema = scene.keeper.schema();
-    for polls in [1, 5, 9, 13, 17, 21, 25, 29, 33, 38, 43, 48, 55, 62, 70, 80, 90] {
+    for polls in [
+        1, 5, 9, 13, 17, 21, 25, 29, 33, 38, 43, 48, 55, 62, 70, 80, 90,
+    ] {
         let name = format!("t{polls}");
         table(&scene, &name, 50).await;
         drop(poll_times_and_drop(schema.add_primary_key(&name, ["id"]).run(), polls).await);
@@ -161,7 +283,10 @@ async fn recipes_dropped_half_way_go_on() {
         })
         .await;
         schema.add_primary_key(&name, ["id"]).await.unwrap();
-        assert_eq!(constraints(&scene, &name).await, [format!("{name}_pkey: PRIMARY KEY (id)")]);
+        assert_eq!(
+            constraints(&scene, &name).await,
+            [format!("{name}_pkey: PRIMARY KEY (id)")]
+        );
         assert!(is_not_null(&scene, &name, "id").await);
     }
     scene.nothing_left_within(LONG).await;
@@ -185,7 +310,10 @@ async fn of_a_partitioned_table() {
     schema.add_check("p", "positive", "a >= 0").await.unwrap();
     schema.set_not_null("p", "a").await.unwrap();
     assert!(is_not_null(&scene, "p", "a").await && is_not_null(&scene, "p2", "a").await);
-    schema.add_foreign_key("p", ["a"], "r", ["id"]).await.unwrap();
+    schema
+        .add_foreign_key("p", ["a"], "r", ["id"])
+        .await
+        .unwrap();
     schema.add_primary_key("p", ["id"]).await.unwrap();
     for table in ["p", "p1", "p2"] {
         let found = constraints(&scene, table).await;
@@ -198,9 +326,29 @@ async fn of_a_partitioned_table() {
     }
     // One constraint of the whole, valid, with those of the partitions below it.
     assert!(holds(&scene, "(SELECT count(*) = 4 FROM pg_constraint WHERE conparentid <> 0 AND conrelid IN ('p1'::regclass, 'p2'::regclass))").await);
-    assert!(holds(&scene, "(SELECT indisvalid FROM pg_index WHERE indexrelid = 'p_pkey'::regclass)").await);
-    assert!(schema.add_foreign_key("p", ["a"], "r", ["id"]).await.unwrap().steps().is_empty());
-    assert!(schema.add_primary_key("p", ["id"]).await.unwrap().steps().is_empty());
+    assert!(
+        holds(
+            &scene,
+            "(SELECT indisvalid FROM pg_index WHERE indexrelid = 'p_pkey'::regclass)"
+        )
+        .await
+    );
+    assert!(
+        schema
+            .add_foreign_key("p", ["a"], "r", ["id"])
+            .await
+            .unwrap()
+            .steps()
+            .is_empty()
+    );
+    assert!(
+        schema
+            .add_primary_key("p", ["id"])
+            .await
+            .unwrap()
+            .steps()
+            .is_empty()
+    );
     scene.nothing_left_within(LONG).await;
 }
 
@@ -211,28 +359,73 @@ async fn a_column_is_added_without_a_rewrite() {
     let file = async || rows(&scene, "SELECT pg_relation_filenode('t')::int8").await;
     let before = file().await;
     let schema = scene.keeper.schema();
-    schema.add_column("t", "plain", "numeric(10, 2)").await.unwrap();
-    schema.add_column("t", "Fixed", "text").default("'x' -- always").not_null().await.unwrap();
-    schema.add_column("t", "at", "timestamptz").default("now()").await.unwrap();
-    let report = schema.add_column("t", "chance", "float8").default("random()").not_null().await.unwrap();
+    schema
+        .add_column("t", "plain", "numeric(10, 2)")
+        .await
+        .unwrap();
+    schema
+        .add_column("t", "Fixed", "text")
+        .default("'x' -- always")
+        .not_null()
+        .await
+        .unwrap();
+    schema
+        .add_column("t", "at", "timestamptz")
+        .default("now()")
+        .await
+        .unwrap();
+    let report = schema
+        .add_column("t", "chance", "float8")
+        .default("random()")
+        .not_null()
+        .await
+        .unwrap();
     let backfill = report.backfill().unwrap().to_owned();
     assert_eq!(file().await, before, "the table was rewritten");
-    assert_eq!(rows(&scene, "SELECT count(*) FROM t WHERE \"Fixed\" = 'x' AND at IS NOT NULL AND chance IS NULL").await, 100);
-    scene.observer.batch_execute("INSERT INTO t (id) VALUES (0)").await.unwrap();
-    assert_eq!(rows(&scene, "SELECT count(*) FROM t WHERE chance IS NULL").await, 100);
+    assert_eq!(
+        rows(
+            &scene,
+            "SELECT count(*) FROM t WHERE \"Fixed\" = 'x' AND at IS NOT NULL AND chance IS NULL"
+        )
+        .await,
+        100
+    );
+    scene
+        .observer
+        .batch_execute("INSERT INTO t (id) VALUES (0)")
+        .await
+        .unwrap();
+    assert_eq!(
+        rows(&scene, "SELECT count(*) FROM t WHERE chance IS NULL").await,
+        100
+    );
     // Said again while there is something left to do; and what is left is that.
-    let report = schema.add_column("t", "chance", "float8").default("random()").await.unwrap();
+    let report = schema
+        .add_column("t", "chance", "float8")
+        .default("random()")
+        .await
+        .unwrap();
     assert!(report.steps().is_empty() && report.backfill() == Some(&*backfill));
     scene.observer.batch_execute(&backfill).await.unwrap();
-    assert_eq!(rows(&scene, "SELECT count(*) FROM t WHERE chance IS NULL").await, 0);
+    assert_eq!(
+        rows(&scene, "SELECT count(*) FROM t WHERE chance IS NULL").await,
+        0
+    );
     schema.set_not_null("t", "chance").await.unwrap();
-    let report = schema.add_column("t", "chance", "double precision").default("random()").await.unwrap();
+    let report = schema
+        .add_column("t", "chance", "double precision")
+        .default("random()")
+        .await
+        .unwrap();
     assert!(report.steps().is_empty() && report.backfill().is_none());
     assert!(is_not_null(&scene, "t", "Fixed").await);
     let error = schema.add_column("t", "plain", "text").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     for rewriting in ["serial", "bigint GENERATED ALWAYS AS IDENTITY"] {
-        let error = schema.add_column("t", "number", rewriting).await.unwrap_err();
+        let error = schema
+            .add_column("t", "number", rewriting)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config, "{rewriting}: {error}");
     }
     scene.nothing_left_within(LONG).await;
@@ -253,21 +446,39 @@ async fn a_table_is_replaced() {
     // It has to wait for its turn, and rows that come meanwhile are caught up with.
     let reader = scene.database.connect().await;
     reader.batch_execute("BEGIN; SELECT FROM t").await.unwrap();
-    let replacing = tokio::spawn(replace.clone().lock_timeout(Duration::from_millis(50)).run());
+    let replacing = tokio::spawn(
+        replace
+            .clone()
+            .lock_timeout(Duration::from_millis(50))
+            .run(),
+    );
     eventually(LONG, "the new table is not built", async || {
         holds(&scene, "to_regclass('t_new') IS NOT NULL").await
     })
     .await;
-    reader.batch_execute("INSERT INTO t VALUES (101, 1, 'late'); COMMIT").await.unwrap();
+    reader
+        .batch_execute("INSERT INTO t VALUES (101, 1, 'late'); COMMIT")
+        .await
+        .unwrap();
     let report = replacing.await.unwrap().unwrap();
     assert_eq!(report.steps().len(), 2, "{report}");
     assert_eq!(rows(&scene, "SELECT count(*) FROM t").await, 101);
-    assert!(holds(&scene, "to_regclass('t_old') IS NOT NULL AND to_regclass('t_new') IS NULL").await);
+    assert!(
+        holds(
+            &scene,
+            "to_regclass('t_old') IS NOT NULL AND to_regclass('t_new') IS NULL"
+        )
+        .await
+    );
     // It is done; what is left to do is to drop the old one, if that is wanted.
     let again = replace.clone().drop_old().await.unwrap();
     assert_eq!(verbs(&again), ["DROP TABLE"]);
     assert_eq!(rows(&scene, "SELECT count(*) FROM t").await, 101);
-    scene.observer.batch_execute("ALTER TABLE t ADD PRIMARY KEY (id); CREATE TABLE c (t int REFERENCES t)").await.unwrap();
+    scene
+        .observer
+        .batch_execute("ALTER TABLE t ADD PRIMARY KEY (id); CREATE TABLE c (t int REFERENCES t)")
+        .await
+        .unwrap();
     let error = replace.await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     assert!(error.to_string().contains("foreign key"), "{error}");
@@ -287,7 +498,10 @@ async fn another_schema_on_the_search_path() {
     let mut config = scene.database.config();
     config.options("-c search_path=app,public");
     let manager = lockkeeper::deadpool_postgres::Manager::new(config, tokio_postgres::NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap();
+    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
+        .max_size(2)
+        .build()
+        .unwrap();
     let keeper = lockkeeper::Keeper::new(pool);
     let schema = keeper.schema();
     schema.add_primary_key("t", ["id"]).await.unwrap();
@@ -295,6 +509,9 @@ async fn another_schema_on_the_search_path() {
     let preflight = schema.preflight("ALTER TABLE t ADD b int").await.unwrap();
     assert_eq!(preflight.locks()[0].relation(), ("app", "t").into());
     schema.drop_index("t_a_idx").await.unwrap();
-    assert_eq!(constraints(&scene, "app.t").await, ["t_pkey: PRIMARY KEY (id)"]);
+    assert_eq!(
+        constraints(&scene, "app.t").await,
+        ["t_pkey: PRIMARY KEY (id)"]
+    );
     assert_eq!(constraints(&scene, "public.t").await, [""; 0]);
 }

@@ -30,6 +30,8 @@ pub(super) enum Block {
     Concurrently,
     /// It begins or ends one.
     Control,
+    /// It sets something that stays on the connection behind the transaction, or the timeout that is ours to set.
+    Setting,
 }
 
 /// A part of a statement that is a statement of the table.
@@ -338,6 +340,12 @@ mod tests {
             ("COMMIT", Block::Control),
             ("ROLLBACK TO SAVEPOINT a", Block::Control),
             ("END", Block::Control),
+            ("SET search_path = a", Block::Setting),
+            ("SET SESSION work_mem = '1MB'", Block::Setting),
+            ("SET LOCAL lock_timeout = 0", Block::Setting),
+            ("RESET ALL", Block::Setting),
+            ("SET LOCAL search_path = a", Block::May),
+            ("SET CONSTRAINTS ALL DEFERRED", Block::May),
         ] {
             assert_eq!(read(sql)[0].block, block, "{sql}");
         }

@@ -61,9 +61,20 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
         }
         "begin" | "commit" | "rollback" | "abort" | "end" | "savepoint" | "release" | "start"
         | "prepare" => (Block::Control, Some(Vec::new())),
-        "set" | "reset" | "show" | "grant" | "revoke" | "notify" | "listen" | "discard"
-        | "security" | "reassign" => (Block::May, Some(Vec::new())),
+        "set" => (setting(&cursor), Some(Vec::new())),
+        "reset" | "discard" => (Block::Setting, Some(Vec::new())),
+        "show" | "grant" | "revoke" | "notify" | "listen" | "security" | "reassign" => {
+            (Block::May, Some(Vec::new()))
+        }
         _ => (Block::May, None),
+    }
+}
+
+fn setting(cursor: &Cursor<'_>) -> Block {
+    match (cursor.word(), cursor.word_at(1)) {
+        ("local", "lock_timeout") => Block::Setting,
+        ("local" | "constraints" | "transaction", _) => Block::May,
+        _ => Block::Setting,
     }
 }
 

@@ -335,7 +335,9 @@ pub(crate) fn types(reply: &[SimpleQueryMessage]) -> Option<Types> {
 /// The CHECK is recognized by the beginning of its expression's tree: to have it written out would lock the table.
 pub(crate) fn not_null(table: &TableName, column: &str) -> String {
     format!(
-        "WITH {} SELECT a.attnotnull AS defined, EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
+        "WITH {} SELECT a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
+         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'n' \
+         AND NOT k.convalidated AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]) AS defined, EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
          WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated \
          AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum] AND pg_catalog.starts_with(k.conbin::pg_catalog.text, \
          '{{NULLTEST ') AND pg_catalog.strpos(k.conbin::pg_catalog.text, ':nulltesttype 1 ') OPERATOR(pg_catalog.>) 0) \

@@ -199,18 +199,21 @@ pub(crate) fn column(table: u32, name: &str, ty: Option<&str>) -> String {
         },
     );
     format!(
-        "SELECT a.attnotnull, {same} AS same, a.atthasdef FROM pg_catalog.pg_attribute AS a \
+        "SELECT a.attnotnull, {same} AS same, (SELECT k.conname FROM pg_catalog.pg_constraint AS k \
+         WHERE k.conrelid OPERATOR(pg_catalog.=) a.attrelid AND k.contype OPERATOR(pg_catalog.=) 'n' \
+         AND NOT k.convalidated AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]) AS unproven FROM pg_catalog.pg_attribute AS a \
          WHERE a.attrelid OPERATOR(pg_catalog.=) '{table}'::pg_catalog.oid AND a.attnum OPERATOR(pg_catalog.>) 0 \
          AND a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND NOT a.attisdropped",
         literal(name)
     )
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Column {
     pub(crate) not_null: bool,
     pub(crate) same_type: bool,
-    pub(crate) has_default: bool,
+    /// Its NOT NULL constraint, where that is not valid (PostgreSQL 18).
+    pub(crate) unproven: Option<String>,
 }
 
 pub(crate) fn found_column(reply: &[SimpleQueryMessage]) -> Option<Column> {
@@ -218,7 +221,7 @@ pub(crate) fn found_column(reply: &[SimpleQueryMessage]) -> Option<Column> {
     Some(Column {
         not_null: is_true(row, "attnotnull"),
         same_type: is_true(row, "same"),
-        has_default: is_true(row, "atthasdef"),
+        unproven: text(row, "unproven"),
     })
 }
 
