@@ -26,7 +26,6 @@ pub struct Migration {
 
 impl Migration {
     /// For schema changes, each on a connection of its own.
-    #[must_use]
     pub fn schema(&self) -> &Schema {
         &self.schema
     }

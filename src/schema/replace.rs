@@ -73,7 +73,7 @@ impl ReplaceTable {
         let old_name = table.sibling(&old);
         let old_is_there = Table::find(&self.cx, &old_name).await?.is_some();
         let new_is_there = Table::find(&self.cx, &new).await?.is_some();
-        if !(old_is_there && !new_is_there) {
+        if !old_is_there || new_is_there {
             if old_is_there {
                 return Err(Error::config(format!(
                     "there is {old_name} already, of an earlier replacement; drop or rename it first"
