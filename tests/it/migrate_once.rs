@@ -69,6 +69,32 @@ async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
     scene.nothing_left_within(LONG).await;
 }
 
+/// Between a look whether it is done and the lock it can become done.
+#[tokio::test]
+async fn however_short_it_is_it_runs_once() {
+    let scene = Scene::new(2).await;
+    let processes: Vec<_> = (0..6).map(|_| process(&scene)).collect();
+    for round in 0..15 {
+        let ran = Arc::new(AtomicU32::new(0));
+        let mut tasks = Vec::new();
+        for schema in &processes {
+            let (schema, ran) = (schema.clone(), Arc::clone(&ran));
+            tasks.push(tokio::spawn(async move {
+                let count = async |_: &mut lockkeeper::Migration| {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                    Ok::<_, Error>(())
+                };
+                schema.migrate_once(format!("round {round}"), count).await
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap().unwrap();
+        }
+        assert_eq!(ran.load(Ordering::Relaxed), 1, "round {round}");
+    }
+    scene.nothing_left_within(LONG).await;
+}
+
 #[tokio::test]
 async fn what_fails_is_not_done_and_the_next_one_runs_it() {
     let scene = Scene::new(3).await;

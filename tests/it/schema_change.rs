@@ -227,7 +227,7 @@ async fn the_waits_of_a_batch_are_bounded_together() {
             .unwrap();
         holders.push(holder);
     }
-    let wait = millis(2000);
+    let wait = millis(6000);
     let change = scene
         .keeper
         .schema()
@@ -235,12 +235,12 @@ async fn the_waits_of_a_batch_are_bounded_together() {
         .lock_timeout(wait)
         .deadline(millis(1));
     let changing = tokio::spawn(change.run());
-    // Each gives way once it is waited for and has been for three quarters of the time.
+    // Each gives way once it has been waited for more than half of the time.
     for (name, holder) in ["t1", "t2"].iter().zip(&holders) {
         eventually(LONG, "it waits for the next", async || {
             let condition = format!(
                 "EXISTS (SELECT FROM pg_locks WHERE relation = '{name}'::regclass AND NOT granted \
-                 AND waitstart < clock_timestamp() - interval '1.5 s')"
+                 AND waitstart < clock_timestamp() - interval '3.5 s')"
             );
             changing.is_finished() || holds(&scene, &condition).await
         })
@@ -249,7 +249,7 @@ async fn the_waits_of_a_batch_are_bounded_together() {
     }
     let error = changing.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
-    // Two waits of 1.5 s are more than one may be; a third is not begun.
+    // Two such waits are more than one may be; a third is not begun.
     let condition = "EXISTS (SELECT FROM pg_locks WHERE relation = 't3'::regclass AND NOT granted)";
     assert!(!holds(&scene, condition).await);
     let source = std::error::Error::source(&error).unwrap();
@@ -804,32 +804,29 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
     let started = Instant::now();
     let changing = tokio::spawn(change.run());
     let mut longest_wait = 0.0_f64;
-    while failed.load(Ordering::Relaxed) < 3 {
+    while failed.load(Ordering::Relaxed) < 6 {
         let sql = "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - waitstart)), 0)::float8 FROM pg_locks \
                    WHERE relation = 'busy'::regclass AND NOT granted AND mode <> 'AccessExclusiveLock'";
         let row = scene.observer.query_one(sql, &[]).await.unwrap();
         longest_wait = longest_wait.max(row.get(0));
         tokio::time::sleep(millis(5)).await;
-        assert!(
-            started.elapsed() < LONG * 2,
-            "three attempts have not failed"
-        );
+        assert!(started.elapsed() < LONG * 2, "six attempts have not failed");
     }
     let held = started.elapsed();
     holder.batch_execute("COMMIT").await.unwrap();
     let report = changing.await.unwrap().unwrap();
     let longest = load.longest();
     load.end().await;
-    assert!(report.attempts().len() >= 4, "{report}");
+    assert!(report.attempts().len() >= 7, "{report}");
     // The naive statement would have kept them waiting for all of it.
-    assert!(held > timeout * 20, "{held:?}");
+    assert!(held > timeout * 50, "{held:?}");
     assert!(
         longest_wait > 0.0,
         "nobody ever queued, so this shows nothing"
     );
-    assert!(longest_wait < 1.0, "somebody waited {longest_wait} s");
+    assert!(longest_wait < 2.5, "somebody waited {longest_wait} s");
     assert!(
-        longest < Duration::from_secs(2) && longest < held,
+        longest < Duration::from_secs(4) && longest < held,
         "the longest statement took {longest:?}"
     );
     scene.nothing_left_within(LONG).await;

@@ -320,7 +320,12 @@ async fn another_sessions_build_is_left_alone_and_waited_for() {
     assert_eq!(builder(&scene, "t").await, other_pid);
     let schema = scene.keeper.schema();
     // Neither the same nor another one is begun, and the half-built one is not taken for a left-over.
-    let refused = schema.create_index("t", ["a"]).no_wait().await.unwrap_err();
+    let refused = schema
+        .create_index("t", ["a"])
+        .deadline(LONG)
+        .no_wait()
+        .await
+        .unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::LockTimeout, "{refused}");
     assert_eq!(refused.blockers()[0].pid(), Some(other_pid), "{refused}");
     let waiting = schema
