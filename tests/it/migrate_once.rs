@@ -74,7 +74,7 @@ async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
 async fn however_short_it_is_it_runs_once() {
     let scene = Scene::new(2).await;
     let processes: Vec<_> = (0..6).map(|_| process(&scene)).collect();
-    for round in 0..15 {
+    for round in 0..40 {
         let ran = Arc::new(AtomicU32::new(0));
         let mut tasks = Vec::new();
         for schema in &processes {
