@@ -65,7 +65,7 @@ impl AddColumn {
         let volatile = match &self.default {
             Some(default) => {
                 let read = ddl::read_default(default);
-                let sql = catalog::new_column("pg_catalog.int4", &read);
+                let sql = catalog::volatile(&read);
                 catalog::two(&recipe.cx().ask(&sql).await?, "volatile", "domain").0
             }
             None => false,

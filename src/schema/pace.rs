@@ -149,7 +149,7 @@ macro_rules! awaited {
     ($type:ty => $output:ty) => {
         /// As `run`.
         impl std::future::IntoFuture for $type {
-            type Output = Result<$output, crate::Error>;
+            type Output = Result<$output, crate::error::Error>;
             type IntoFuture =
                 std::pin::Pin<Box<dyn std::future::Future<Output = Self::Output> + Send>>;
 

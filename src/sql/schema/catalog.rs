@@ -287,6 +287,11 @@ pub(crate) fn new_column(ty: &str, calls: &[String]) -> String {
     )
 }
 
+/// The first of the two alone.
+pub(crate) fn volatile(calls: &[String]) -> String {
+    new_column("pg_catalog.int4", calls)
+}
+
 /// Two answers of yes or no.
 pub(crate) fn two(reply: &[SimpleQueryMessage], first: &str, second: &str) -> (bool, bool) {
     let row = rows(reply).next();
