@@ -97,6 +97,11 @@ async fn what_cannot_work_is_refused_before_anything_is_sent() {
         (schema.change(""), "no statement"),
         (schema.change("BEGIN; DROP TABLE t; COMMIT"), "BEGIN"),
         (schema.change("DROP TABLE t; VACUUM t"), "batch"),
+        (schema.change("SET search_path = a; DROP TABLE t"), "LOCAL"),
+        (
+            schema.change("SET LOCAL lock_timeout = 0; DROP TABLE t"),
+            "timeout",
+        ),
         (
             schema.change("DROP TABLE t").lock_timeout(Duration::ZERO),
             "lock_timeout",
@@ -463,6 +468,37 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
     let condition =
         "NOT EXISTS (SELECT FROM pg_attribute WHERE attname = 'c' AND attrelid = 't'::regclass)";
     assert!(holds(&scene, condition).await);
+}
+
+#[tokio::test]
+async fn a_killed_or_cancelled_attempt_is_the_end_of_it() {
+    let scene = scene().await;
+    table(&scene, "t", 10).await;
+    for (by, kind) in [
+        ("pg_terminate_backend", ErrorKind::ConnectionLost),
+        ("pg_cancel_backend", ErrorKind::Cancelled),
+    ] {
+        let holder = scene.database.connect().await;
+        holder.batch_execute("BEGIN; SELECT FROM t").await.unwrap();
+        let change = scene
+            .keeper
+            .schema()
+            .change("ALTER TABLE t ADD COLUMN c int")
+            .lock_timeout(LONG)
+            .deadline(LONG * 4);
+        let changing = tokio::spawn(change.run());
+        eventually(LONG, "it does not wait", async || {
+            let sql = format!(
+                "coalesce((SELECT bool_or({by}(pid)) FROM pg_locks WHERE relation = 't'::regclass AND NOT granted), false)"
+            );
+            holds(&scene, &sql).await
+        })
+        .await;
+        let error = changing.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        holder.batch_execute("COMMIT").await.unwrap();
+        scene.nothing_left_within(LONG).await;
+    }
 }
 
 #[tokio::test]
