@@ -69,10 +69,10 @@ async fn main() -> Result<(), Box<dyn StdError>> {
             // Somebody has to look at it first.
             _ => {}
         });
-    let plan = keeper.resolver(policy.clone())?.plan(&tree);
+    let plan = keeper.resolver(policy.clone()).plan(&tree);
     println!("What the resolver would do:\n\n{plan}");
 
-    let log = keeper.resolver(policy.execute(true))?.run().await?;
+    let log = keeper.resolver(policy.execute(true)).run().await?;
     println!("What it has done:\n\n{log}");
 
     let mut recovery = monitor.recovery(calm)?;

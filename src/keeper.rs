@@ -288,10 +288,8 @@ impl Keeper {
     }
 
     /// Clears a pile-up of lock waits as a policy says: as [`Monitor::resolver`] of its [`monitor`](Self::monitor).
-    ///
-    /// # Errors
-    /// As [`Monitor::resolver`].
-    pub fn resolver(&self, policy: ResolverPolicy) -> Result<Resolver, Error> {
+    #[must_use = "does nothing until it is run"]
+    pub fn resolver(&self, policy: ResolverPolicy) -> Resolver {
         self.monitor().resolver(policy)
     }
 

@@ -29,7 +29,7 @@ fn policy(ground: &Ground) -> ResolverPolicy {
 }
 
 fn resolver(ground: &Ground, policy: ResolverPolicy) -> Resolver {
-    ground.monitor.resolver(policy).unwrap()
+    ground.monitor.resolver(policy)
 }
 
 /// Somebody who has the row 1, and two who wait for it.
@@ -371,7 +371,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     migration.run(&lock).await;
     let pile = PileUp::behind(&ground, migration).await;
     let named = ground.monitor.clone().names([guard_key.clone()]);
-    let log = named.resolver(eager.clone()).unwrap().run().await.unwrap();
+    let log = named.resolver(eager.clone()).run().await.unwrap();
     assert!(left_alone(&log, pile.holder.pid).contains("migration"));
     pile.is_untouched().await;
     // A monitor that does not know the name is told the key.
@@ -569,12 +569,7 @@ async fn roles() {
     // A plain role sees that there is something, not what, and says what would show it.
     let pile = PileUp::behind(&ground, Session::new(&app).await).await;
     let monitor = monitor_of(&plain);
-    let log = monitor
-        .resolver(quick.clone())
-        .unwrap()
-        .run()
-        .await
-        .unwrap();
+    let log = monitor.resolver(quick.clone()).run().await.unwrap();
     let needs = left_alone(&log, pile.holder.pid);
     let grant = format!(
         "GRANT pg_read_all_stats TO {}",
@@ -583,12 +578,7 @@ async fn roles() {
     assert!(needs.contains(&grant), "{needs}");
     ground.observer.batch_execute(&grant).await.unwrap();
     // Now it sees, and may not signal.
-    let log = monitor
-        .resolver(quick.clone())
-        .unwrap()
-        .run()
-        .await
-        .unwrap();
+    let log = monitor.resolver(quick.clone()).run().await.unwrap();
     let refused = log.rows().iter().find_map(|row| match row.outcome() {
         StepOutcome::NotSignalled(SignalOutcome::NotPermitted { needs, .. }) => Some(needs.clone()),
         _ => None,
@@ -597,12 +587,7 @@ async fn roles() {
     assert_eq!(log.signals(), 0);
     pile.is_untouched().await;
     ground.observer.batch_execute(&refused).await.unwrap();
-    let log = monitor
-        .resolver(eager.clone())
-        .unwrap()
-        .run()
-        .await
-        .unwrap();
+    let log = monitor.resolver(eager.clone()).run().await.unwrap();
     assert!(log.is_recovered(), "{log}");
     ground.eventually_gone(pile.holder.pid).await;
     pile.all_go_on().await;
@@ -610,12 +595,7 @@ async fn roles() {
     // Who may signal reaches no superuser, and does not try.
     let pile = PileUp::behind(&ground, Session::new(&boss).await).await;
     let monitor = monitor_of(&signals);
-    let log = monitor
-        .resolver(quick.clone())
-        .unwrap()
-        .run()
-        .await
-        .unwrap();
+    let log = monitor.resolver(quick.clone()).run().await.unwrap();
     assert!(
         left_alone(&log, pile.holder.pid).contains("superuser"),
         "{log}"
@@ -627,7 +607,7 @@ async fn roles() {
         "{log}"
     );
     pile.is_untouched().await;
-    let told = monitor.resolver(quick.touch_superusers(true)).unwrap();
+    let told = monitor.resolver(quick.touch_superusers(true));
     let log = told.run().await.unwrap();
     assert!(log.to_string().contains("only a superuser"), "{log}");
     pile.is_untouched().await;
@@ -773,7 +753,7 @@ async fn bad_policies_are_refused_before_anything_is_sent() {
         ResolverPolicy::new().deadline(Duration::ZERO),
         ResolverPolicy::new().recovered_when(RecoveryCriterion::no_waits().checks(0)),
     ] {
-        let error = ground.monitor.resolver(policy).unwrap_err();
+        let error = ground.monitor.resolver(policy).run().await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     }
 }

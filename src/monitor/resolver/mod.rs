@@ -62,11 +62,11 @@ use protect::Known;
 /// use lockkeeper::ResolverPolicy;
 ///
 /// // What would it do?
-/// let resolver = keeper.resolver(ResolverPolicy::new())?;
+/// let resolver = keeper.resolver(ResolverPolicy::new());
 /// println!("{}", resolver.run().await?);
 ///
 /// // Do it.
-/// let resolver = keeper.resolver(ResolverPolicy::new().execute(true))?;
+/// let resolver = keeper.resolver(ResolverPolicy::new().execute(true));
 /// let log = resolver.run().await?;
 /// println!("{log}");
 /// assert!(log.is_recovered());
@@ -81,15 +81,12 @@ pub struct Resolver {
 
 impl Monitor {
     /// Clears a pile-up of lock waits as a policy says. Nothing is sent before it is [run](Resolver::run).
-    ///
-    /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) for a policy that cannot work, naming what is wrong.
-    pub fn resolver(&self, policy: ResolverPolicy) -> Result<Resolver, Error> {
-        policy.check()?;
-        Ok(Resolver {
+    #[must_use = "does nothing until it is run"]
+    pub fn resolver(&self, policy: ResolverPolicy) -> Resolver {
+        Resolver {
             monitor: self.clone(),
             policy,
-        })
+        }
     }
 }
 
@@ -127,12 +124,14 @@ impl Resolver {
     /// before each decision, and for each signal the one of [`Monitor::cancel`].
     ///
     /// # Errors
+    /// [`Config`](crate::ErrorKind::Config) for a policy that cannot work, naming what is wrong, before anything is sent.
     /// Those of [`Monitor::activity`], where not even the baseline could be had; nothing was done then.
     ///
     /// # Cancel safety
     /// May be dropped at any point. A signal under way may or may not be sent, and no other is. Where load was shed, the
     /// hook is told [`GaveUp`](LoadChange::GaveUp).
     pub async fn run(&self) -> Result<RunLog, Error> {
+        self.policy.check()?;
         run::run(&self.monitor, &self.policy).await
     }
 }
