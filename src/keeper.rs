@@ -10,6 +10,7 @@ use tokio_postgres::{Config, Socket};
 use tracing::Instrument as _;
 
 use crate::advisory::{Advisory, AdvisoryLock};
+use crate::backfill::{Backfill, BackfillKey, Means};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::call_site::{CallSite, application_name};
 use crate::deadline::Deadline;
@@ -21,7 +22,7 @@ use crate::monitor::resolver::{Resolver, ResolverPolicy};
 use crate::monitor::watchdog::{Watchdog, WatchdogPolicy};
 use crate::schema::{self, Schema};
 use crate::session::{Connections, Side, SideConnection};
-use crate::sql::Begin;
+use crate::sql::{Begin, TableName};
 use crate::transaction::{
     self, AsyncFunc, Never, Policy, Reporter, RetryIf, TransactionOptions, Tx,
 };
@@ -278,6 +279,22 @@ impl Keeper {
             // Only a lock can be busy, and a group's is waited for.
             value.ok_or_else(|| Error::new(ErrorKind::Pool).into())
         }
+    }
+
+    /// Changes all rows of a table, in the order of its key and in batches short enough that others go on; to be described
+    /// further and then run. The key is the name of a column, or an array of them.
+    #[track_caller]
+    pub fn backfill(&self, table: impl Into<TableName>, key: impl Into<BackfillKey>) -> Backfill {
+        let call_site = self.call_site(CallSite::caller());
+        let options = TransactionOptions::new();
+        let means = Means {
+            advisory: Arc::clone(&self.inner.advisory),
+            policy: self.policy(&options),
+            application_name: self.begin(&options, call_site.as_ref()).application_name,
+            call_site,
+            lock_wait: self.inner.lock_wait,
+        };
+        Backfill::new(means, table.into(), key.into())
     }
 
     /// Looks at the server's sessions and locks, over the [side connection](KeeperBuilder::side_connection) where

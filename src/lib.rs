@@ -31,6 +31,8 @@
 //! | run a transaction that retries deadlocks and serialization failures | [`Keeper::transaction`], [`Keeper::transaction_with`], [`TransactionOptions`] |
 //! | know which two statements at which two places deadlocked | [`KeeperBuilder::on_incident`], [`Incident`], [`incident`] |
 //! | take one more lock, or a savepoint, inside a transaction | [`Tx::advisory_lock`], [`Tx::savepoint`] |
+//! | lock rows in one order, so that those who do never deadlock over them | [`Tx::lock_rows`] |
+//! | change all rows of a large table while others use it | [`Keeper::backfill`], [`Backfill`] |
 //! | know what a key is, and compute it in SQL | [`LockKey`] |
 //! | share a lock with a Rails, Django, Go or .NET program | `compat`, with the feature of that name |
 //! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
@@ -87,6 +89,7 @@
 //! `lockkeeper::watchdog` a `warn` event for each [`Finding`]. Nothing at `info` and above where all is well.
 
 mod advisory;
+mod backfill;
 mod backoff;
 mod blocker;
 mod call_site;
@@ -110,6 +113,9 @@ mod transaction;
 mod watcher;
 
 pub use advisory::{AdvisoryLock, SessionAdvisoryLock, SessionGuard, TxAdvisoryLock, XactGuard};
+pub use backfill::{
+    Backfill, BackfillKey, BackfillPause, BackfillProgress, BackfillStream, ReplicationLag,
+};
 pub use blocker::Blocker;
 pub use call_site::CallSite;
 pub use deadpool_postgres;
@@ -137,7 +143,7 @@ pub use schema::{
 pub use session::ToStatement;
 pub use sql::TableName;
 pub use tokio_postgres;
-pub use transaction::{AsyncFunc, Never, RetryIf, TransactionOptions, Tx};
+pub use transaction::{AsyncFunc, LockRows, Never, RetryIf, TransactionOptions, Tx};
 pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};
 
 #[cfg(doctest)]

@@ -1,11 +1,14 @@
 //! A transaction that holds its locks until it ends.
 
+use tokio_postgres::types::ToSql;
+
 use super::TxAdvisoryLock;
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::session::{Session, query_methods};
-use crate::transaction::{AsyncFunc, Tx};
+use crate::sql::TableName;
+use crate::transaction::{AsyncFunc, LockRows, Tx};
 
 /// One transaction and the transaction-level advisory locks taken at its beginning.
 ///
@@ -93,6 +96,19 @@ impl XactGuard {
         keys: impl IntoIterator<Item = K>,
     ) -> TxAdvisoryLock<'_> {
         self.tx.advisory_locks(keys)
+    }
+
+    /// Rows locked in the order of their keys: see [`Tx::lock_rows`].
+    pub fn lock_rows<T>(
+        &self,
+        table: impl Into<TableName>,
+        key: impl Into<String>,
+        ids: impl AsRef<[T]>,
+    ) -> LockRows<'_, T>
+    where
+        T: ToSql + Clone + Send + Sync,
+    {
+        self.tx.lock_rows(table, key, ids)
     }
 
     /// Has `hook` run once [`commit`](Self::commit) has committed: see [`Tx::after_commit`].

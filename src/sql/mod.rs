@@ -4,8 +4,12 @@
 //! planted earlier on a `search_path` is ever run. Nothing of a caller's is interpolated but numbers and
 //! [`literal`]s. And everything is a *simple query* message of one or several statements: it is one round trip, it is
 //! on its way after a single poll (which is what makes a `Drop` able to send it), and it works behind every pooler.
+//!
+//! Two exceptions: the ids of [`rows`] are bound, since only their own types know how they are written; and the
+//! assignments and the condition of a [`backfill`] are the caller's SQL, run as they are, as its documentation says.
 
 pub(crate) mod advisory;
+pub(crate) mod backfill;
 mod begin;
 pub(crate) mod blockers;
 pub(crate) mod commit;
@@ -14,6 +18,7 @@ pub(crate) mod graph;
 pub(crate) mod health;
 mod name;
 mod prepared;
+pub(crate) mod rows;
 pub(crate) mod schema;
 pub(crate) mod settings;
 pub(crate) mod signal;
