@@ -15,6 +15,7 @@ mod server_message;
 #[path = "../../src/statement/mod.rs"]
 mod statement;
 
+mod backfill;
 mod cancel_safety;
 mod commit_outcome;
 mod comparison;
@@ -35,6 +36,7 @@ mod languages;
 mod line;
 mod literals;
 mod lock_modes;
+mod lock_rows;
 mod locktop;
 mod migrate_once;
 mod modes;

@@ -152,6 +152,14 @@ async fn work(task: &str, keeper: Keeper) -> Result<(), Error> {
             let mut guard = keeper.advisory_lock(OWN).acquire().await?;
             guard.advisory_lock(KEY).await
         }
+        "backfill" => {
+            let backfill = keeper.backfill("counted", "id").set("n = n + 1");
+            // Once a batch has been committed, and before the next one.
+            let told = backfill.batch_rows(20..=20).on_progress(|_| say("batch"));
+            told.run().await?;
+            say("done");
+            Ok(())
+        }
         "count" => {
             for n in 0..40 {
                 let section = async || {
@@ -316,4 +324,32 @@ async fn processes_exclude_one_another() {
     assert_eq!(row.get::<_, i32>(0), 3 * 40);
     drop(others);
     scene.nothing_left().await;
+}
+
+/// A backfill goes on where a killed process has left it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_backfill_of_a_killed_process_is_gone_on_with_by_the_next() {
+    let scene = Scene::new(1).await;
+    let create = "CREATE TABLE counted (id int PRIMARY KEY, n int NOT NULL DEFAULT 0); \
+                  INSERT INTO counted SELECT i FROM generate_series(1, 2000) AS i";
+    scene.observer.batch_execute(create).await.unwrap();
+    for killed in 0..6_u64 {
+        let mut other = Other::start(&scene, "backfill");
+        for _ in 0..=killed {
+            other.says("batch").await;
+        }
+        // Anywhere in the next ones.
+        tokio::time::sleep(Duration::from_micros(killed * 700)).await;
+        other.kill().await;
+        let sum =
+            "SELECT (SELECT sum(n) FROM counted), (SELECT rows_done FROM lockkeeper_backfill)";
+        let row = scene.observer.query_one(sum, &[]).await.unwrap();
+        assert_eq!(row.get::<_, i64>(0), row.get::<_, i64>(1));
+        assert!(row.get::<_, i64>(0) >= 20 * i64::try_from(killed).unwrap());
+    }
+    Other::start(&scene, "backfill").says("done").await;
+    let wrong = "SELECT count(*) FROM counted WHERE n <> 1";
+    let row = scene.observer.query_one(wrong, &[]).await.unwrap();
+    assert_eq!(row.get::<_, i64>(0), 0);
+    scene.nothing_left_within(Duration::from_secs(30)).await;
 }
