@@ -9,6 +9,7 @@
 //! cargo bench -p lockkeeper-benches --bench cancelled    calls that are given up at random moments
 //! cargo bench -p lockkeeper-benches --bench transaction  transactions without locks: times, ratios, round trips
 //! cargo bench -p lockkeeper-benches --bench storm        8 workers that deadlock over 6 rows
+//! cargo bench -p lockkeeper-benches --bench rows         8 workers over 40 rows, locked in order first and not
 //! cargo bench -p lockkeeper-benches --bench watcher      what looking costs while 50 wait
 //! cargo bench -p lockkeeper-benches --bench deadlocks    40 deadlocks, and what their reports tell
 //! ```
@@ -57,6 +58,7 @@ pub mod deadlocks;
 pub mod latency;
 pub mod markdown;
 pub mod round_trips;
+pub mod rows;
 pub mod storm;
 pub mod watcher;
 
