@@ -22,17 +22,13 @@ const FLOORS: [&[&str]; 9] = [
     &["sql", "error"],
     &["session"],
     &["transaction"],
-    &["advisory", "watcher", "monitor", "schema", "server_log"],
-    &["backfill"],
+    &["advisory", "watcher", "monitor", "server_log"],
+    &["schema", "backfill"],
     &["keeper"],
 ];
 
 /// Neighbours that do import one another: the room, what it imports, and why.
-const NEIGHBOURS: [(&str, &str, &str); 1] = [(
-    "schema",
-    "advisory",
-    "of many processes that migrate at once, one does it, under a session lock",
-)];
+const NEIGHBOURS: [(&str, &str, &str); 0] = [];
 
 /// Where pool types are named besides `session/`: the file, the names, and why.
 const POOL_TYPES: [(&str, &[&str], &str); 3] = [
