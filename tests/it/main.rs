@@ -39,6 +39,7 @@ mod lock_modes;
 mod lock_rows;
 mod locktop;
 mod migrate_once;
+mod million;
 mod modes;
 mod monitor_tree;
 mod pgbouncer;
