@@ -20,6 +20,8 @@ use crate::error::{Error, ErrorKind};
 const LOGIN: Duration = Duration::from_millis(500);
 /// How long the side connection may take, its login included, before the pool is asked instead.
 const SIDE: Duration = Duration::from_secs(1);
+/// How long for an answer on one of the pool's: what is asked is small.
+const ANSWER: Duration = Duration::from_secs(5);
 /// How long to wait for a pool connection to look or cancel with.
 const SPARE: Duration = Duration::from_secs(1);
 /// The same for what is not worth waiting for.
@@ -189,7 +191,12 @@ impl Connections {
         }
         let session = self.check_out(&Deadline::after(spare)).await?;
         // Cancel safety: a question of one statement; unanswered, its connection is closed.
-        let reply = session.message(sql).await?;
+        let Ok(reply) = tokio::time::timeout(ANSWER, session.message(sql)).await else {
+            return Err(Error::new(ErrorKind::ConnectionLost)
+                .with_detail("no answer on a connection of the pool")
+                .with_waited(ANSWER));
+        };
+        let reply = reply?;
         session.give_back();
         Ok(reply)
     }
