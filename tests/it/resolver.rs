@@ -663,6 +663,87 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
     pile.all_go_on().await;
 }
 
+/// Nobody waits when the baseline is taken, and somebody does before the run has seen enough of the calm.
+#[tokio::test]
+async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
+    let ground = Ground::new().await;
+    let called = Arc::new(Mutex::new(Vec::new()));
+    let calls = Arc::clone(&called);
+    let policy = policy(&ground)
+        .recovered_when(RecoveryCriterion::no_waits().checks(50))
+        .shed_load(move |change| calls.lock().unwrap().push(change))
+        .execute(true);
+    let told = Told::default();
+    let _default = told.listens();
+    let calm = resolver(&ground, policy);
+    let run = tokio::spawn(async move { calm.run().await });
+    crate::common::eventually(SOON, "no baseline is kept", async || {
+        let told = told.0.lock().unwrap();
+        String::from_utf8_lossy(&told).contains("settings kept")
+    })
+    .await;
+    let pile = PileUp::new(&ground).await;
+    let log = run.await.unwrap().unwrap();
+    assert!(log.plan().waits().is_empty() && log.is_recovered(), "{log}");
+    assert!(log.signals() > 0, "{log}");
+    let shed = actions(&log)[0];
+    assert_eq!(shed, (Action::ShedLoad, None), "{log}");
+    assert_eq!(
+        *called.lock().unwrap(),
+        [LoadChange::Shed, LoadChange::Resume]
+    );
+    pile.all_go_on().await;
+}
+
+/// Backends that stand still, as in a server that has no time for them; until told to go on.
+struct Stopped<'a>(&'a Ground, Vec<i32>);
+
+impl<'a> Stopped<'a> {
+    async fn all_but(ground: &'a Ground, spared: &[i32]) -> Self {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() \
+                   AND pid <> pg_backend_pid() AND pid <> ALL ($1)";
+        let rows = ground.observer.query(sql, &[&spared]).await.unwrap();
+        let pids = rows.iter().map(|row| row.get(0)).collect();
+        let stopped = Self(ground, pids);
+        stopped.signal("STOP").await;
+        stopped
+    }
+
+    async fn signal(&self, name: &str) {
+        for pid in &self.1 {
+            let kill = format!("COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; kill -{name} {pid}'");
+            self.0.observer.batch_execute(&kill).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
+    let ground = Ground::new().await;
+    let pile = PileUp::new(&ground).await;
+    // A connection of the pool, which is asked where the other one does not answer.
+    drop(ground.keeper.advisory_lock("k").acquire().await.unwrap());
+    let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let patient = policy(&ground)
+        .idle_grace(4 * SOON)
+        .deadline(50 * TICK)
+        .shed_load(move |change| sender.send(change).unwrap())
+        .execute(true);
+    let patient = resolver(&ground, patient);
+    let run = tokio::spawn(async move { patient.run().await });
+    assert_eq!(told.recv().await, Some(LoadChange::Shed));
+    let stopped = Stopped::all_but(&ground, &[pile.holder.pid]).await;
+    let ended = tokio::time::timeout(SOON, run).await;
+    let looked = tokio::time::timeout(SOON, ground.monitor.activity()).await;
+    stopped.signal("CONT").await;
+    let log = ended.expect("it does not end").unwrap().unwrap();
+    assert_eq!((log.end(), log.signals()), (&RunEnd::Deadline, 0), "{log}");
+    assert!(looked.is_ok(), "a look does not end");
+    pile.is_untouched().await;
+    pile.holder.run("COMMIT").await;
+    pile.all_go_on().await;
+}
+
 #[tokio::test]
 async fn dropped_at_any_point_a_run_leaves_no_transaction() {
     let ground = Ground::new().await;
@@ -682,6 +763,18 @@ async fn dropped_at_any_point_a_run_leaves_no_transaction() {
 #[derive(Clone, Default)]
 struct Told(Arc<Mutex<Vec<u8>>>);
 
+impl Told {
+    /// For this thread, on which the whole test runs.
+    fn listens(&self) -> tracing::subscriber::DefaultGuard {
+        let writer = self.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        tracing::subscriber::set_default(subscriber)
+    }
+}
+
 impl std::io::Write for Told {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
@@ -698,14 +791,8 @@ async fn every_step_is_an_event_and_shows_no_literal() {
     let ground = Ground::new().await;
     let pile = PileUp::new(&ground).await;
     let told = Told::default();
-    let writer = told.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_writer(move || writer.clone())
-        .finish();
     let log = {
-        // For this thread, on which the whole test runs.
-        let _default = tracing::subscriber::set_default(subscriber);
+        let _default = told.listens();
         let resolver = resolver(&ground, policy(&ground).execute(true));
         resolver.run().await.unwrap()
     };

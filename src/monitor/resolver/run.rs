@@ -47,6 +47,8 @@ struct Run<'a> {
     settled: HashSet<Identity>,
     /// Those of whom the log says why they are left alone.
     noted: HashSet<Identity>,
+    /// Once load is shed.
+    shedder: Option<Shedder>,
 }
 
 pub(super) async fn run(monitor: &Monitor, policy: &ResolverPolicy) -> Result<RunLog, Error> {
@@ -73,6 +75,7 @@ pub(super) async fn run(monitor: &Monitor, policy: &ResolverPolicy) -> Result<Ru
         recovered: false,
         settled: HashSet::new(),
         noted: HashSet::new(),
+        shedder: None,
     };
     let why = format!(
         "{} sessions, {} edges and {} settings kept",
@@ -129,15 +132,11 @@ impl Run<'_> {
     }
 
     async fn execute(&mut self) -> RunEnd {
-        let hook = self.policy.hook.clone().filter(|_| !self.waits.is_empty());
-        let mut shedder = hook.map(|hook| Shedder::new(hook, self.policy.hook_timeout));
-        if let Some(shedder) = &mut shedder {
-            let told = shedder.tell(LoadChange::Shed).await;
-            let why = "heavy jobs are to pause";
-            self.note(Action::ShedLoad, None, why, outcome_of(told));
+        if !self.waits.is_empty() {
+            self.shed_load().await;
         }
         let end = self.work().await;
-        if let Some(shedder) = &mut shedder {
+        if let Some(mut shedder) = self.shedder.take() {
             let (change, why) = match end {
                 RunEnd::Recovered => (LoadChange::Resume, "it is over: heavy jobs may go on"),
                 _ => (LoadChange::GaveUp, "it is not over, and the run ends"),
@@ -146,6 +145,21 @@ impl Run<'_> {
             self.note(Action::ResumeLoad, None, why, outcome_of(told));
         }
         end
+    }
+
+    /// Once: at the beginning, or before the first one is dealt with where nobody waited then.
+    async fn shed_load(&mut self) {
+        if self.shedder.is_some() {
+            return;
+        }
+        let Some(hook) = self.policy.hook.clone() else {
+            return;
+        };
+        // Cancel safety: dropped with the run, it tells that this has given up.
+        let shedder = Shedder::new(hook, self.policy.hook_timeout);
+        let told = self.shedder.insert(shedder).tell(LoadChange::Shed).await;
+        let why = "heavy jobs are to pause";
+        self.note(Action::ShedLoad, None, why, outcome_of(told));
     }
 
     async fn work(&mut self) -> RunEnd {
@@ -160,6 +174,7 @@ impl Run<'_> {
             match self.choose(&tree).await {
                 Ok(Some(root)) => {
                     idle_since = None;
+                    self.shed_load().await;
                     if let Next::End(end) = self.treat(root).await {
                         return end;
                     }
@@ -359,7 +374,9 @@ impl Run<'_> {
     async fn look(&mut self) -> Option<LockTree> {
         let mut noted = false;
         while !self.deadline.has_passed() {
-            match self.monitor.snapshot().await {
+            // A server that does not answer is not waited for beyond the deadline.
+            let seen = self.monitor.snapshot();
+            match self.deadline.bound(Duration::ZERO, seen).await? {
                 Ok(snapshot) => {
                     let check = self.course.observe(&snapshot);
                     self.waits = *check.waits();
