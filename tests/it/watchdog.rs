@@ -127,6 +127,41 @@ async fn who_idles_in_the_way_of_others_is_told_and_cleared_if_told_to() {
 }
 
 #[tokio::test]
+async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
+    let ground = Ground::new().await;
+    let mut leakers = Vec::new();
+    for key in 0..20 {
+        let leaker = ground.session().await;
+        let lock = format!("SELECT pg_advisory_lock({key})");
+        leaker.run(&lock).await;
+        leakers.push(leaker);
+    }
+    let clears = policy(&ground).leaked_locks(TICK).clear_leaked_locks(true);
+    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    // In the middle of its work, as soon as the first one is gone.
+    let any_gone = async {
+        while leakers.iter().all(|leaker| !leaker.client.is_closed()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, any_gone)
+        .await
+        .expect("nobody is ended");
+    watchdog.stop().await;
+    let mut told = Vec::new();
+    while let Some(finding) = findings.recv().await {
+        if finding.cleared() == Some(&SignalOutcome::Signalled) {
+            told.extend(finding.backend().pid());
+        }
+    }
+    for leaker in &leakers {
+        if !told.contains(&leaker.pid) {
+            assert!(leaker.is_alive().await, "ended, and not told: {told:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn those_whom_a_resolver_leaves_alone_are_only_told() {
     let ground = Ground::new().await;
     let migration = ground.session().await;

@@ -74,7 +74,8 @@ impl Finding {
         self.age
     }
 
-    /// What came of clearing it; `None` where the policy only asks for reports.
+    /// What came of clearing it; `None` where the policy only asks for reports, and where the server could not be asked or
+    /// the watchdog was stopped before.
     #[must_use]
     pub fn cleared(&self) -> Option<&SignalOutcome> {
         self.cleared.as_ref()

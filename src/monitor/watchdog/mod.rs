@@ -19,6 +19,7 @@ use super::Monitor;
 use super::background::{self, Task};
 use super::resolver::left_alone;
 use super::signal::SignalOutcome;
+use crate::deadline::Deadline;
 use crate::error::Error;
 use crate::session;
 use crate::sql::signal::{Signal, Spared};
@@ -27,6 +28,8 @@ use policy::Sink;
 
 /// Findings that wait for a slow callback; more are dropped.
 const QUEUE: usize = 64;
+/// For how long one look hands out what it has found, where more than that wait.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long an end waits for the callback to have been given all.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -111,8 +114,8 @@ impl Monitor {
 }
 
 impl Watchdog {
-    /// Ends it: a look under way is broken off, what was found is handed out, for 5 seconds at most, and the task is gone
-    /// when this returns.
+    /// Ends it: a look under way is broken off, a signal under way is seen through, what was found is handed out, for
+    /// 10 seconds at most, and the task is gone when this returns.
     ///
     /// # Cancel safety
     /// May be dropped at any point; the watchdog ends all the same.
@@ -159,10 +162,15 @@ impl Dog {
     async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut failing = false;
         loop {
-            let look = tokio::select! {
-                // Cancel safety: a look may be broken off at any point.
+            let found = tokio::select! {
+                // Cancel safety: a look changes nothing, and may be broken off at any point.
                 _ = stop.wait_for(|stop| *stop) => return,
-                look = self.look() => look,
+                found = self.look() => found,
+            };
+            // Not broken off: who was signalled is told of.
+            let look = match found {
+                Ok(found) => self.deal_with(found, &mut stop).await,
+                Err(error) => Err(error),
             };
             match look {
                 Ok(()) => {
@@ -183,7 +191,7 @@ impl Dog {
         }
     }
 
-    async fn look(&mut self) -> Result<(), Error> {
+    async fn look(&self) -> Result<Vec<Finding>, Error> {
         let mut found = Vec::new();
         if let Some(age) = self.policy.leaks.age {
             let leaks = self.monitor.leaks(age).await?;
@@ -194,13 +202,35 @@ impl Dog {
             let own = session::is_in_custody;
             found.extend(finding::in_snapshot(&self.policy, &snapshot, own));
         }
-        for finding in &mut found {
-            if self.clears(finding.kind()) {
-                finding.cleared = Some(self.clear(finding).await?);
+        Ok(found)
+    }
+
+    /// Clears what is to be cleared, and tells of each finding as soon as that is done. Asked to stop, it clears no more;
+    /// one that cannot be cleared keeps it from none of the others.
+    async fn deal_with(
+        &mut self,
+        found: Vec<Finding>,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<(), Error> {
+        let patience = Deadline::after(PATIENCE);
+        let mut failed = None;
+        let mut told = HashMap::new();
+        for mut finding in found {
+            if self.clears(finding.kind()) && !*stop.borrow() {
+                match self.clear(&finding, stop).await {
+                    Ok(outcome) => finding.cleared = outcome,
+                    Err(error) => failed = Some(error),
+                }
+            }
+            let before = self.told.remove(&finding.id());
+            told.insert(finding.id(), finding.cleared.clone());
+            if before.is_none_or(|outcome| outcome != finding.cleared) {
+                self.tell(finding, &patience).await;
             }
         }
-        self.tell(found);
-        Ok(())
+        // What has passed is forgotten.
+        self.told = told;
+        failed.map_or(Ok(()), Err)
     }
 
     fn clears(&self, kind: FindingKind) -> bool {
@@ -211,11 +241,19 @@ impl Dog {
         }
     }
 
-    async fn clear(&self, finding: &Finding) -> Result<SignalOutcome, Error> {
+    /// `None` where it was asked to stop before it had signalled.
+    async fn clear(
+        &self,
+        finding: &Finding,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<Option<SignalOutcome>, Error> {
         let backend = finding.backend();
-        let protection = left_alone(&self.monitor, &self.policy.spared, backend).await?;
+        let protection = tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => return Ok(None),
+            protection = left_alone(&self.monitor, &self.policy.spared, backend) => protection?,
+        };
         if let Some(protection) = protection {
-            return Ok(SignalOutcome::Protected(protection));
+            return Ok(Some(SignalOutcome::Protected(protection)));
         }
         let signal = match finding.kind() {
             FindingKind::LeakedLock | FindingKind::IdleBlocker => Signal::Terminate,
@@ -225,33 +263,26 @@ impl Dog {
             superusers: true,
             builds: true,
         };
-        self.monitor.signal(signal, backend, spared).await
+        let sent = self.monitor.signal(signal, backend, spared).await?;
+        Ok(Some(sent))
     }
 
-    /// Tells what is new, and forgets what has passed.
-    fn tell(&mut self, found: Vec<Finding>) {
-        let mut told = HashMap::new();
-        for finding in found {
-            let before = self.told.remove(&finding.id());
-            told.insert(finding.id(), finding.cleared.clone());
-            if before.is_some_and(|outcome| outcome == finding.cleared) {
-                continue;
-            }
-            tracing::warn!(
-                target: "lockkeeper::watchdog",
-                kind = ?finding.kind(),
-                pid = finding.backend().pid(),
-                blocks = finding.blocks(),
-                outcome = finding.cleared().map(tracing::field::display),
-                "watchdog: {finding}"
-            );
-            if let Some(sender) = &self.sender
-                && sender.try_send(finding).is_err()
-            {
-                tracing::warn!("on_finding is too slow, a finding is dropped");
-            }
+    async fn tell(&self, finding: Finding, patience: &Deadline) {
+        tracing::warn!(
+            target: "lockkeeper::watchdog",
+            kind = ?finding.kind(),
+            pid = finding.backend().pid(),
+            blocks = finding.blocks(),
+            outcome = finding.cleared().map(tracing::field::display),
+            "watchdog: {finding}"
+        );
+        let Some(sender) = &self.sender else {
+            return;
+        };
+        let told = patience.bound(Duration::ZERO, sender.send(finding)).await;
+        if told.is_none_or(|told| told.is_err()) {
+            tracing::warn!("on_finding is too slow, a finding is dropped");
         }
-        self.told = told;
     }
 }
 
@@ -270,5 +301,52 @@ async fn tell(mut queue: mpsc::Receiver<Finding>, sink: Sink) {
         if !called.await.unwrap_or(false) {
             tracing::error!("on_finding panicked; later findings are handed to it all the same");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use deadpool_postgres::{Manager, Pool};
+
+    use super::super::testing::{backend, edge, snapshot};
+    use super::*;
+
+    #[tokio::test]
+    async fn more_findings_of_one_look_than_may_wait_are_told_to_a_quick_callback() {
+        let manager = Manager::new(tokio_postgres::Config::new(), tokio_postgres::NoTls);
+        let pool = Pool::builder(manager).build().expect("nothing is opened");
+        let policy = WatchdogPolicy::new();
+        let backends = (1..=200).map(|pid| {
+            let mut idle = backend(pid);
+            idle.state = Some("idle in transaction".into());
+            idle.in_state = Some(Duration::from_secs(3600));
+            idle
+        });
+        let edges = (1..=200).map(|pid| edge(pid + 1000, pid, Duration::ZERO));
+        let seen = snapshot(backends.collect(), edges.collect());
+        let found = finding::in_snapshot(&policy, &seen, |_| false);
+        assert_eq!(found.len(), 200);
+
+        let told = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&told);
+        let sink: Sink = Arc::new(move |_| *count.lock().expect("nobody panics") += 1);
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let telling = tokio::spawn(tell(queue, sink));
+        let mut dog = Dog {
+            monitor: Monitor::new(session::Connections::new(pool, None)),
+            policy,
+            sender: Some(sender),
+            told: HashMap::new(),
+            counts: Arc::default(),
+        };
+        let (_stop, mut stopped) = watch::channel(false);
+        dog.deal_with(found, &mut stopped)
+            .await
+            .expect("nothing is asked");
+        drop(dog);
+        telling.await.expect("no panic");
+        assert_eq!(*told.lock().expect("nobody panics"), 200);
     }
 }

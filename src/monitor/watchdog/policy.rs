@@ -177,8 +177,8 @@ impl WatchdogPolicy {
 
     /// Is given each [`Finding`] once, and again when something else came of clearing it.
     ///
-    /// It is called on a thread where blocking does no harm, one finding after another: while it is slow, up to 64 wait
-    /// and later ones are dropped; a panic is contained. Each is also one `tracing` event of level `WARN` and target
+    /// It is called on a thread where blocking does no harm, one finding after another: while it is slow, up to 64 wait,
+    /// a look with more waits 5 seconds for it, and the rest is dropped; a panic is contained. Each is also one `tracing` event of level `WARN` and target
     /// `lockkeeper::watchdog`.
     #[must_use]
     pub fn on_finding(mut self, f: impl Fn(&Finding) + Send + Sync + 'static) -> Self {
