@@ -48,10 +48,10 @@ use protect::Known;
 /// index builds, sessions that guards and transactions of this process have, and what the policy
 /// [protects](ResolverPolicy::protect) by name.
 ///
-/// A migration is a session whose statement (the last one, where it is idle in its transaction) changes the schema, that
-/// holds the advisory lock of a program that does, or that is called like one. A migration that has gone on to
-/// write rows in the same transaction looks like any other writer: give its programs a name, or a
-/// [key](ResolverPolicy::migration_key).
+/// A migration is a session whose statement (the last one, where it is idle in its transaction) changes the schema or
+/// writes to a table that is called like one in which migrations are noted (`schema_migrations`), that holds the advisory
+/// lock of a program that does, or that is called like one. A migration that has gone on to write other rows in the same
+/// transaction looks like any other writer: give its programs a name, or a [key](ResolverPolicy::migration_key).
 ///
 /// Whom a signal is for is checked again by the statement that sends it: see [`Monitor::cancel`].
 ///

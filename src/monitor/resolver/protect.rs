@@ -16,6 +16,17 @@ use crate::statement::{self, StatementKind};
 /// The key under which goose changes schemas: one number for all databases.
 const GOOSE: i64 = 4_097_083_626;
 
+/// What the tables are called in which programs note the migrations that they have made (`schema_migrations`,
+/// `_sqlx_migrations`, `flyway_schema_history`, …), or a part of it.
+const BOOKS: [&str; 6] = [
+    "migration",
+    "schema_history",
+    "schema_version",
+    "databasechangelog",
+    "alembic_version",
+    "goose_db_version",
+];
+
 /// What is known besides who waits for whom.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Known {
@@ -101,7 +112,8 @@ pub(super) fn of(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> O
     None
 }
 
-/// Whether a statement changes the schema. Of a session that is idle in its transaction it is the last one, which has
+/// Whether a statement changes the schema, or notes that it was changed: often the last one of a migration's
+/// transaction. Of a session that is idle in its transaction it is the last one, which has
 /// its locks still.
 ///
 /// What an application does to its own temporary tables is none; what only empties or locks a table is none.
@@ -132,6 +144,10 @@ fn changes_schema(sql: &str) -> bool {
                 });
                 !matches!(words.next().as_deref(), Some("temp" | "temporary"))
             }
+            // The table is named soon: `INSERT INTO x.y`, `UPDATE ONLY x.y`.
+            "insert" | "update" | "delete" => words
+                .take(4)
+                .any(|word| BOOKS.iter().any(|book| word.contains(book))),
             _ => false,
         }
     })
@@ -205,6 +221,8 @@ mod tests {
             "BEGIN; UPDATE t SET a = 1",
             "SELECT \"create\" FROM t; SELECT 2",
             "DO $$ BEGIN PERFORM 1; END $$",
+            "SELECT count(*) FROM schema_migrations",
+            "INSERT INTO t VALUES ('migration')",
         ] {
             assert_eq!(default_of(&said(sql)), None, "{sql}");
         }
@@ -223,6 +241,10 @@ mod tests {
             "CREATE UNLOGGED TABLE x (a int)",
             "REFRESH MATERIALIZED VIEW v",
             "CLUSTER t",
+            "INSERT INTO \"schema_migrations\" (version) VALUES ('17')",
+            "insert into public._sqlx_migrations (version) values ($1)",
+            "UPDATE alembic_version SET version_num='ae1027a6acf'",
+            "DELETE FROM ONLY public.\"__EFMigrationsHistory\"",
         ] {
             assert_eq!(default_of(&said(sql)), Some(Protection::Migration), "{sql}");
         }
