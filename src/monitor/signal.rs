@@ -73,7 +73,8 @@ impl Monitor {
     ///
     /// The signal is sent by the statement that compares process id, start of the backend and start of its transaction
     /// with what was seen, and only while a statement runs. So a process id that is another backend's by now is safe, and
-    /// so is the session once that transaction has ended. Replication, backups, autovacuum to prevent wraparound, a commit that
+    /// so is the session once that transaction has ended. Replication, base backups, a session whose last statement has
+    /// begun a backup (`pg_backup_start`), autovacuum to prevent wraparound, a commit that
     /// waits for a synchronous standby, the server's own processes and the connection that asks are never signalled.
     ///
     /// A session that is idle in a transaction runs no statement: see [`terminate`](Self::terminate).
@@ -318,7 +319,7 @@ mod tests {
         };
         let spared = Spared {
             superusers: true,
-            builds: false,
+            ..Spared::default()
         };
         assert_eq!(
             outcome(Signal::Cancel, spared, &seen(), Some(&build)),

@@ -28,6 +28,8 @@ pub(crate) struct Spared {
     pub(crate) superusers: bool,
     /// Those that build an index, or write a table anew.
     pub(crate) builds: bool,
+    /// From a termination, those that ran a statement when they were seen and run none any more.
+    pub(crate) finished: bool,
 }
 
 /// Sends the signal if the process id still belongs to the session that was seen, if that is still in the transaction
@@ -41,13 +43,14 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
     let is_idle = backend
         .state()
         .is_some_and(|state| state.starts_with("idle"));
+    let works = "COALESCE(pg_catalog.texteq(a.state, 'active') \
+         OR pg_catalog.texteq(a.state, 'fastpath function call'), false)";
     let same_state = match signal {
         // Whatever it was: a cancel ends a statement, and does nothing to a session that runs none.
-        Signal::Cancel => "COALESCE(pg_catalog.texteq(a.state, 'active') \
-             OR pg_catalog.texteq(a.state, 'fastpath function call'), false)"
-            .to_owned(),
+        Signal::Cancel => works.to_owned(),
         // One that was idle and has gone on to work is not what was seen.
         Signal::Terminate if is_idle => same("a.state_change", seen.state_change),
+        Signal::Terminate if spared.finished => works.to_owned(),
         Signal::Terminate => "true".to_owned(),
     };
     let kinds = match signal {
@@ -98,9 +101,12 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
 const WRAPAROUND: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum worker') \
      AND pg_catalog.int4gt(pg_catalog.strpos(a.query, '(to prevent wraparound)'), 0), false)";
 
-/// Whether it sends a base backup: such a session is a walsender too.
-const IN_BACKUP: &str = "EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
-     WHERE b.pid OPERATOR(pg_catalog.=) a.pid)";
+/// Whether it sends a base backup, which makes it a walsender too; or has just begun one that somebody copies (14 has the
+/// older name), which ends with its session.
+const IN_BACKUP: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
+     WHERE b.pid OPERATOR(pg_catalog.=) a.pid) \
+     OR COALESCE(pg_catalog.int4gt(pg_catalog.strpos(pg_catalog.lower(a.query), 'pg_backup_start('), 0) \
+     OR pg_catalog.int4gt(pg_catalog.strpos(pg_catalog.lower(a.query), 'pg_start_backup('), 0), false))";
 
 /// Whether its transaction has committed, and only its client does not know yet. A cancel would end the wait with a warning,
 /// and the commit would not be on the standby (PostgreSQL's source, `SyncRepWaitForLSN`).
@@ -441,7 +447,12 @@ mod tests {
         }
         let backend = look(&client, pid).await;
         let ask = async |signal, superusers, builds| {
-            let sql = send(signal, &backend, pid, Spared { superusers, builds });
+            let spared = Spared {
+                superusers,
+                builds,
+                ..Spared::default()
+            };
+            let sql = send(signal, &backend, pid, spared);
             sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
         };
         for (superusers, builds) in [(true, false), (false, true), (true, true)] {
@@ -456,6 +467,32 @@ mod tests {
         drop(ended.await);
         let sql = format!("DROP ROLE \"{role}\"");
         client.batch_execute(&sql).await.expect("nobody uses it");
+    }
+
+    #[tokio::test]
+    async fn one_that_has_finished_what_it_ran_is_spared_if_told_to() {
+        let database = lockkeeper_testkit::Server::shared().database().await;
+        let (client, victim) = (database.connect().await, database.connect().await);
+        victim.batch_execute("BEGIN").await.expect("it begins");
+        let pid = victim.query_one("SELECT pg_backend_pid()", &[]).await;
+        let pid: i32 = pid.expect("it lives").get(0);
+        victim.batch_execute("SELECT").await.expect("it lives");
+        // As it was seen while it ran.
+        let backend = look(&client, pid).await;
+        let ask = async |finished| {
+            let spared = Spared {
+                finished,
+                ..Spared::default()
+            };
+            let sql = send(Signal::Terminate, &backend, pid, spared);
+            sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
+        };
+        let kept = ask(true).await;
+        assert!(
+            !kept.signalled && !kept.same_state && kept.same_transaction,
+            "{kept:?}"
+        );
+        assert!(ask(false).await.signalled);
     }
 
     #[test]

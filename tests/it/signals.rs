@@ -252,6 +252,23 @@ async fn oneself_and_the_servers_own_are_left_alone() {
     assert_eq!(own, 2);
 }
 
+/// It would end with the session, and what was copied be worth nothing.
+#[tokio::test]
+async fn who_has_begun_a_backup_is_left_alone() {
+    let server = Server::start(&[]).unwrap();
+    let ground = Ground::on(&server).await;
+    let session = ground.session().await;
+    let begin = match server.major() {
+        14 => "SELECT pg_start_backup('nightly', true, false)",
+        _ => "SELECT pg_backup_start('nightly', true)",
+    };
+    session.run(begin).await;
+    let seen = ground.seen(session.pid).await;
+    let outcome = ground.monitor.terminate(&seen).await.unwrap();
+    assert_eq!(outcome, SignalOutcome::Protected(Protection::Backup));
+    assert!(session.is_alive().await);
+}
+
 #[tokio::test]
 async fn a_prepared_transaction_is_for_somebody_to_end_by_hand() {
     let ground = Ground::new().await;

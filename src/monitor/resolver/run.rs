@@ -299,6 +299,8 @@ impl Run<'_> {
         let spared = Spared {
             superusers: !self.policy.superusers,
             builds: !self.policy.migrations,
+            // It may be about to commit; idle, it has a grace.
+            finished: !course.is_quick(),
         };
         let before = self.waits;
         let outcome = match self.monitor.signal(signal, target, spared).await {
@@ -315,9 +317,9 @@ impl Run<'_> {
         };
         if !outcome.is_signalled() {
             let again = match outcome {
-                SignalOutcome::Gone | SignalOutcome::Changed(_) => true,
-                SignalOutcome::NothingRuns => {
-                    course.missed();
+                SignalOutcome::Gone => true,
+                SignalOutcome::Changed(_) | SignalOutcome::NothingRuns => {
+                    course.missed(signal);
                     true
                 }
                 _ => false,

@@ -6,7 +6,7 @@ use super::plan::Step;
 use super::policy::ResolverPolicy;
 use crate::sql::signal::Signal;
 
-/// After so many cancels that met no statement, one is taken for no help: the session is too quick for it.
+/// After so many signals that met no statement, a cancel is taken for no help: the session is too quick for it.
 const MISSES: u32 = 10;
 
 /// What has been done about one root blocker so far.
@@ -56,10 +56,15 @@ impl Treatment {
         })
     }
 
-    /// A cancel has met no statement.
-    pub(super) fn missed(&mut self) {
+    /// A signal has met no statement, or another state than was seen.
+    pub(super) fn missed(&mut self, signal: Signal) {
         self.misses += 1;
-        self.cancelled |= self.misses >= MISSES;
+        self.cancelled |= signal == Signal::Cancel && self.is_quick();
+    }
+
+    /// Whether it goes from one statement to the next too quickly to be met in one.
+    pub(super) fn is_quick(self) -> bool {
+        self.misses >= MISSES
     }
 }
 
@@ -98,6 +103,25 @@ mod tests {
             course.left_to_wait(&idle, 999 * SECOND, &policy),
             Some(40 * SECOND)
         );
+    }
+
+    #[test]
+    fn who_is_too_quick_to_be_cancelled_is_not_missed_for_ever() {
+        let active = [Step::Wait(SECOND), Step::Cancel, Step::Terminate];
+        let mut course = Treatment::default();
+        for _ in 0..MISSES {
+            assert_eq!(course.next_signal(&active), Some(Signal::Cancel));
+            assert!(!course.is_quick());
+            course.missed(Signal::Cancel);
+        }
+        assert!(course.is_quick());
+        assert_eq!(course.next_signal(&active), Some(Signal::Terminate));
+        // What was idle and has gone on counts too, and is no cancel.
+        let mut idle = Treatment::default();
+        for _ in 0..MISSES {
+            idle.missed(Signal::Terminate);
+        }
+        assert_eq!(idle.next_signal(&active), Some(Signal::Cancel));
     }
 
     #[test]

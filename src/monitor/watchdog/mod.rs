@@ -262,6 +262,7 @@ impl Dog {
         let spared = Spared {
             superusers: true,
             builds: true,
+            ..Spared::default()
         };
         let sent = self.monitor.signal(signal, backend, spared).await?;
         Ok(Some(sent))
