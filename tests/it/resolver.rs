@@ -759,6 +759,65 @@ async fn dropped_at_any_point_a_run_leaves_no_transaction() {
     pile.all_go_on().await;
 }
 
+#[tokio::test]
+async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
+    let ground = Ground::new().await;
+    let harmless = ground.session().await;
+    harmless
+        .run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2")
+        .await;
+    let mut pile = PileUp::new(&ground).await;
+    let mut polls = 0;
+    loop {
+        if pile.holder.client.is_closed() {
+            pile.all_go_on().await;
+            pile = PileUp::new(&ground).await;
+        }
+        let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let eager = policy(&ground)
+            .idle_grace(Duration::ZERO)
+            .shed_load(move |change| sender.send(change).unwrap())
+            .execute(true);
+        let resolver = resolver(&ground, eager);
+        let log = poll_times_and_drop(resolver.run(), polls).await;
+        drop(resolver);
+        // Until nobody has the hook any more.
+        let mut changes = Vec::new();
+        let all = async {
+            while let Some(change) = told.recv().await {
+                changes.push(change);
+            }
+        };
+        tokio::time::timeout(SOON, all)
+            .await
+            .expect("something is left of the run");
+        let end = match &log {
+            Some(_) => LoadChange::Resume,
+            None => *changes.last().unwrap_or(&LoadChange::GaveUp),
+        };
+        assert!(
+            changes.is_empty() || changes == [LoadChange::Shed, end],
+            "after {polls} polls: {changes:?}"
+        );
+        assert_ne!(end, LoadChange::Shed, "after {polls} polls");
+        if let Some(log) = log {
+            let log = log.unwrap();
+            assert!(log.is_recovered() && log.signals() <= 1, "{log}");
+            break;
+        }
+        polls += 1;
+    }
+    assert!(polls > 10, "{polls}");
+    crate::common::eventually(SOON, "a transaction is left open", async || {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                   AND application_name = 'lockkeeper side connection' AND xact_start IS NOT NULL";
+        let row = ground.observer.query_one(sql, &[]).await.unwrap();
+        row.get::<_, i64>(0) == 0
+    })
+    .await;
+    assert!(harmless.is_alive().await);
+}
+
 /// What `tracing` was told, as text.
 #[derive(Clone, Default)]
 struct Told(Arc<Mutex<Vec<u8>>>);
