@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use lockkeeper::graph::Backend;
 use lockkeeper::resolver::{Action, RunEnd, Step, StepOutcome, Verdict};
 use lockkeeper::{
     ErrorKind, LoadChange, Monitor, Protection, RecoveryCriterion, Resolver, ResolverPolicy,
@@ -71,10 +72,17 @@ impl PileUp {
 }
 
 /// What was done to whom, without the baseline.
+///
+/// Nor with those who have waited: each is in the way of the next one for as long as its own statement takes, which on a
+/// slow machine is seen.
 fn actions(log: &RunLog) -> Vec<(Action, Option<i32>)> {
+    let has_waited = |target: Option<&Backend>| {
+        let statement = target.and_then(Backend::statement);
+        statement.is_some_and(|sql| sql.contains("v = 'w'"))
+    };
     log.rows()
         .iter()
-        .filter(|row| row.action() != Action::Baseline)
+        .filter(|row| row.action() != Action::Baseline && !has_waited(row.target()))
         .map(|row| {
             let pid = row.target().and_then(|target| target.pid());
             (row.action(), pid)
