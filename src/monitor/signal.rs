@@ -80,7 +80,8 @@ impl Monitor {
     /// A session that is idle in a transaction runs no statement: see [`terminate`](Self::terminate).
     ///
     /// # SQL
-    /// One message: one statement over `pg_stat_activity`, `pg_roles` and the views of progress, with the signal in it.
+    /// A probe, which finds a connection that answers, so that nothing is sent twice; then one statement over
+    /// `pg_stat_activity`, `pg_roles` and the views of progress, with the signal in it.
     ///
     /// # Errors
     /// As [`activity`](Self::activity). That no signal was sent is no error.
@@ -140,7 +141,7 @@ impl Monitor {
             return Ok(SignalOutcome::Gone);
         }
         let sql = signal::send(signal, backend, pid, spared);
-        let reply = self.connections.ask(&sql).await?;
+        let reply = self.connections.ask_once(&sql).await?;
         let outcome = outcome(signal, spared, backend, signal::sent(&reply).as_ref());
         match &outcome {
             SignalOutcome::Signalled => {

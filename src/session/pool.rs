@@ -177,7 +177,18 @@ impl Connections {
         self.ask_within(SPARE, sql).await
     }
 
-    /// The same, with the time that one of the pool's may be waited for.
+    /// The same for what must not be sent twice: it goes to the side connection only where that has just answered.
+    pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            match ask_side(side, crate::sql::PROBE).await {
+                Ok(_) => return ask_side(side, sql).await,
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            }
+        }
+        self.ask_pool(SPARE, sql).await
+    }
+
+    /// As [`ask`](Self::ask), with the time that one of the pool's may be waited for.
     pub(crate) async fn ask_within(
         self: &Arc<Self>,
         spare: Duration,
@@ -189,6 +200,10 @@ impl Connections {
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
+        self.ask_pool(spare, sql).await
+    }
+
+    async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
         let session = self.check_out(&Deadline::after(spare)).await?;
         // Cancel safety: a question of one statement; unanswered, its connection is closed.
         let Ok(reply) = tokio::time::timeout(ANSWER, session.message(sql)).await else {

@@ -2,7 +2,9 @@
 //! connection.
 
 use std::future::Future;
+use std::io;
 use std::pin::{Pin, pin};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -159,4 +161,44 @@ pub(crate) async fn poll_times_and_drop<F: Future>(future: F, polls: usize) -> O
         }
     })
     .await
+}
+
+/// A writer that keeps what it is given.
+#[derive(Clone, Default)]
+pub(crate) struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Kept {
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+}
+
+impl io::Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Everything this thread logs from now on, until the second value is dropped.
+pub(crate) fn kept_log() -> (Kept, tracing::subscriber::DefaultGuard) {
+    // While there is only one subscriber, a place in the code that is first reached by a thread without it is silenced
+    // for all threads: so there is another one.
+    static ANOTHER: LazyLock<tracing::Dispatch> = LazyLock::new(|| {
+        let sink = tracing_subscriber::fmt().with_writer(io::sink);
+        tracing::Dispatch::new(sink.finish())
+    });
+    LazyLock::force(&ANOTHER);
+    let kept = Kept::default();
+    let writer = kept.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    (kept, tracing::subscriber::set_default(subscriber))
 }

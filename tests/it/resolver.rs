@@ -12,7 +12,7 @@ use lockkeeper::{
 use lockkeeper_testkit::Server;
 use tokio::task::JoinHandle;
 
-use crate::common::poll_times_and_drop;
+use crate::common::{kept_log, poll_times_and_drop};
 use crate::signals::{Ground, SOON, Session, keeper, seen_by};
 
 const TICK: Duration = Duration::from_millis(20);
@@ -681,13 +681,11 @@ async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
         .recovered_when(RecoveryCriterion::no_waits().checks(50))
         .shed_load(move |change| calls.lock().unwrap().push(change))
         .execute(true);
-    let told = Told::default();
-    let _default = told.listens();
+    let (told, _logging) = kept_log();
     let calm = resolver(&ground, policy);
     let run = tokio::spawn(async move { calm.run().await });
     crate::common::eventually(SOON, "no baseline is kept", async || {
-        let told = told.0.lock().unwrap();
-        String::from_utf8_lossy(&told).contains("settings kept")
+        told.text().contains("settings kept")
     })
     .await;
     let pile = PileUp::new(&ground).await;
@@ -826,45 +824,18 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
     assert!(harmless.is_alive().await);
 }
 
-/// What `tracing` was told, as text.
-#[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<u8>>>);
-
-impl Told {
-    /// For this thread, on which the whole test runs.
-    fn listens(&self) -> tracing::subscriber::DefaultGuard {
-        let writer = self.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_writer(move || writer.clone())
-            .finish();
-        tracing::subscriber::set_default(subscriber)
-    }
-}
-
-impl std::io::Write for Told {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn every_step_is_an_event_and_shows_no_literal() {
     let ground = Ground::new().await;
     let pile = PileUp::new(&ground).await;
-    let told = Told::default();
+    let (told, logging) = kept_log();
     let log = {
-        let _default = told.listens();
         let resolver = resolver(&ground, policy(&ground).execute(true));
         resolver.run().await.unwrap()
     };
     assert!(log.is_recovered(), "{log}");
-    let told = String::from_utf8(told.0.lock().unwrap().clone()).unwrap();
+    drop(logging);
+    let told = told.text();
     let events: Vec<_> = told
         .lines()
         .filter(|line| line.contains("lockkeeper::resolver"))

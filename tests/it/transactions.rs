@@ -9,7 +9,7 @@ use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
@@ -23,7 +23,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Barrier, Notify, oneshot};
 
-use crate::common::{Scene, eventually, poll_times_and_drop};
+use crate::common::{Scene, eventually, kept_log, poll_times_and_drop};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -2158,46 +2158,6 @@ async fn a_server_that_is_down_is_an_error_of_the_pool() {
 }
 
 // What errors and logs show.
-
-/// A writer that keeps what it is given.
-#[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Vec<u8>>>);
-
-impl Kept {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-}
-
-impl io::Write for Kept {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Everything this thread logs from now on, until the second value is dropped.
-fn kept_log() -> (Kept, tracing::subscriber::DefaultGuard) {
-    // While there is only one subscriber, a place in the code that is first reached by a thread without it is silenced
-    // for all threads: so there is another one.
-    static ANOTHER: LazyLock<tracing::Dispatch> = LazyLock::new(|| {
-        let sink = tracing_subscriber::fmt().with_writer(io::sink);
-        tracing::Dispatch::new(sink.finish())
-    });
-    LazyLock::force(&ANOTHER);
-    let kept = Kept::default();
-    let writer = kept.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::TRACE)
-        .with_ansi(false)
-        .with_writer(move || writer.clone())
-        .finish();
-    (kept, tracing::subscriber::set_default(subscriber))
-}
 
 #[tokio::test]
 async fn every_attempt_is_in_the_log() {
