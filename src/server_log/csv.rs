@@ -110,6 +110,7 @@ fn entry(mut fields: Vec<String>, zones: &Zones) -> Option<Entry> {
             query_id: None,
         },
         is_error: None,
+        pid_is_guessed: false,
         sqlstate: known(take(12)),
         message: take(13),
         detail: take(14),

@@ -1,5 +1,6 @@
 //! One message of the server's log, in whichever format it was written.
 
+use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
 use crate::error;
@@ -22,6 +23,8 @@ pub(super) struct Entry {
     pub(super) origin: Origin,
     /// An error, or something the server notes; `None` where the format says it by [`sqlstate`](Self::sqlstate).
     pub(super) is_error: Option<bool>,
+    /// The process id may be another number.
+    pub(super) pid_is_guessed: bool,
     pub(super) sqlstate: Option<String>,
     pub(super) message: String,
     pub(super) detail: String,
@@ -65,18 +68,22 @@ impl Entry {
             (None, None) => None,
         };
         let mut event = found?;
+        let Entry { mut origin, .. } = self;
+        if self.pid_is_guessed {
+            origin.pid = event.pid.or(origin.pid);
+        }
         event.row = row(&self.context);
         event.statement = Some(self.statement)
             .filter(|statement| !statement.is_empty())
             .map(|statement| Verbatim(statement.into()));
-        Some(LogEvent::new(self.origin, event))
+        Some(LogEvent::new(origin, event))
     }
 
     fn lock_wait(&self) -> Option<Event> {
         let detail = Some(self.detail.as_str()).filter(|detail| !detail.is_empty());
         let wait = lock_wait(&self.message, detail)?;
         // Each process tells of itself.
-        if self.origin.pid.is_some_and(|pid| pid != wait.pid) {
+        if !self.pid_is_guessed && self.origin.pid.is_some_and(|pid| pid != wait.pid) {
             return None;
         }
         let queue = detail.and_then(lock_queue).unwrap_or_default();
@@ -105,13 +112,10 @@ impl Entry {
         }
         let detail = deadlock_detail(&self.detail[..end]);
         let waits: Vec<LogWait> = if detail.is_cycle() {
+            let statements: HashMap<i32, &str> = detail.statements().collect();
             let read = |wait: &Wait| {
-                LogWait::new(
-                    wait,
-                    detail
-                        .statement_of(wait.waiter)
-                        .map(|text| Verbatim(text.into())),
-                )
+                let statement = statements.get(&wait.waiter);
+                LogWait::new(wait, statement.map(|text| Verbatim((*text).into())))
             };
             detail.waits().map(read).collect()
         } else {

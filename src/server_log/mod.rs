@@ -231,4 +231,6 @@ impl fmt::Debug for Reader {
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

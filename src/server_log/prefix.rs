@@ -8,6 +8,8 @@ use super::zones::Zones;
 const LONGEST: usize = 1024;
 /// Bytes of a field of free text: names have 63 of them, others not many more.
 const LONGEST_TEXT: usize = 256;
+/// Fields and characters of a prefix. No line of one with more is read.
+const MOST_PARTS: usize = 300;
 
 /// A prefix taken apart.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +30,8 @@ enum Part {
 pub(super) struct Head<'a> {
     pub(super) origin: Origin,
     pub(super) sqlstate: Option<String>,
+    /// The process id is some number that stands there.
+    pub(super) pid_is_guessed: bool,
     pub(super) label: Option<Label>,
     pub(super) rest: &'a str,
 }
@@ -36,7 +40,9 @@ impl Prefix {
     pub(super) fn new(text: &str) -> Self {
         let mut parts = Vec::new();
         let mut chars = text.chars().peekable();
-        while let Some(c) = chars.next() {
+        while let Some(c) = chars.next()
+            && parts.len() <= MOST_PARTS
+        {
             if c != '%' {
                 parts.push(Part::Literal(c));
                 continue;
@@ -56,6 +62,9 @@ impl Prefix {
 
     /// Takes a line apart that begins with the prefix and a label; `None` for any other.
     pub(super) fn head<'a>(&self, line: &'a str, zones: &Zones) -> Option<Head<'a>> {
+        if self.parts.len() > MOST_PARTS {
+            return None;
+        }
         let sessions = self
             .parts
             .iter()
@@ -199,11 +208,8 @@ impl Head<'_> {
 
 /// Takes a line apart whose prefix is not known: a label, and before it what looks like something.
 pub(super) fn guess<'a>(line: &'a str, zones: &Zones) -> Option<Head<'a>> {
-    let (at, label, rest) = words::first_label(line)?;
-    if at > LONGEST {
-        return None;
-    }
-    let before = &line[..at];
+    let (at, label, rest) = words::first_label(line, LONGEST)?;
+    let before = line[..at].trim_start_matches(['[', '<', '(', ' ']);
     let mut head = Head {
         label: Some(label),
         rest,
@@ -224,24 +230,31 @@ pub(super) fn guess<'a>(line: &'a str, zones: &Zones) -> Option<Head<'a>> {
         unknown = &unknown[first.len()..];
     }
     let bracketed = unknown.split('[').skip(1).find_map(|part| {
-        let number = part.split([']', '-', ':']).next()?;
-        number.parse::<i32>().ok()
+        // With the number of the line: `[77-1]`.
+        let inside = part.split(']').next()?;
+        let (pid, line) = inside.split_once(['-', ':']).unwrap_or((inside, ""));
+        let is_line = line.bytes().all(|byte| byte.is_ascii_digit());
+        pid.parse::<i32>().ok().filter(|_| is_line)
     });
     let words = || {
         unknown
             .split([' ', ',', ';', '(', ')', '[', ']', '|'])
-            .map(|word| word.trim_end_matches(':'))
+            .map(|word| word.trim_matches(':'))
             .filter(|word| !word.is_empty())
     };
     let mut bare = words().filter_map(|word| word.parse::<i32>().ok());
     head.origin.pid = bracketed.or_else(|| bare.next()).filter(|pid| *pid > 0);
+    head.pid_is_guessed = bracketed.is_none();
     for word in words() {
         if let Some((key, value)) = word.split_once('=') {
             match key {
                 "user" => head.field('u', value, zones),
                 "db" | "database" => head.field('d', value, zones),
                 "app" | "application" => head.field('a', value, zones),
-                "pid" => head.field('p', value, zones),
+                "pid" => {
+                    head.field('p', value, zones);
+                    head.pid_is_guessed = head.origin.pid.is_none();
+                }
                 _ => {}
             }
         } else if let Some((user, database)) = word.split_once('@')
@@ -354,16 +367,14 @@ mod tests {
             ),
             (
                 "2026-01-31 12:34:56 UTC:10.0.0.7(5555):app@shop:[77]: LOG:  x",
-                (Some(77), Some(":10.0.0.7"), None, None),
+                (Some(77), Some("app"), Some("shop"), None),
             ),
             ("77 LOG:  x", (Some(77), None, None, None)),
             ("LOG:  x", (None, None, None, None)),
         ] {
             let head = guess(line, &zones).unwrap_or_else(|| panic!("{line}"));
             assert_eq!((head.rest, head.origin.pid), ("x", expected.0), "{line}");
-            if !line.contains("(5555)") {
-                assert_eq!(told(&head), expected, "{line}");
-            }
+            assert_eq!(told(&head), expected, "{line}");
         }
         assert!(guess("nothing", &zones).is_none());
     }

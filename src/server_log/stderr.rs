@@ -83,6 +83,7 @@ impl Stderr {
             // What is neither cannot be about locks.
             sqlstate: head.sqlstate.or(code).filter(|_| is_error.is_some()),
             is_error,
+            pid_is_guessed: head.pid_is_guessed,
             origin: head.origin,
             ..Entry::default()
         };

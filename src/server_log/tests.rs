@@ -10,19 +10,19 @@ use crate::mode::LockMode;
 
 /// A message to be written in each format.
 #[derive(Clone, Debug, Default)]
-struct Message {
-    error: bool,
-    sqlstate: &'static str,
-    text: String,
-    detail: String,
-    context: String,
-    statement: String,
+pub(super) struct Message {
+    pub(super) error: bool,
+    pub(super) sqlstate: &'static str,
+    pub(super) text: String,
+    pub(super) detail: String,
+    pub(super) context: String,
+    pub(super) statement: String,
 }
 
 const PREFIX: &str = "%m [%p] %q%u@%d %a ";
 
 impl Message {
-    fn still_waiting() -> Self {
+    pub(super) fn still_waiting() -> Self {
         Self {
             sqlstate: "00000",
             text: "process 12 still waiting for ShareLock on transaction 733 after 1000.123 ms"
@@ -34,7 +34,7 @@ impl Message {
         }
     }
 
-    fn acquired() -> Self {
+    pub(super) fn acquired() -> Self {
         Self {
             sqlstate: "00000",
             text: "process 12 acquired ShareLock on transaction 733 after 2500.000 ms".into(),
@@ -42,7 +42,7 @@ impl Message {
         }
     }
 
-    fn deadlock() -> Self {
+    pub(super) fn deadlock() -> Self {
         Self {
             error: true,
             sqlstate: "40P01",
@@ -57,7 +57,7 @@ impl Message {
         }
     }
 
-    fn timeout() -> Self {
+    pub(super) fn timeout() -> Self {
         Self {
             error: true,
             sqlstate: "55P03",
@@ -67,7 +67,7 @@ impl Message {
         }
     }
 
-    fn other(text: &str) -> Self {
+    pub(super) fn other(text: &str) -> Self {
         Self {
             error: true,
             sqlstate: "22012",
@@ -78,7 +78,7 @@ impl Message {
         }
     }
 
-    fn stderr(&self) -> String {
+    pub(super) fn stderr(&self) -> String {
         let prefix = "2026-01-31 12:34:56.789 UTC [12] app@shop billing src/pay.rs:42 ";
         let severity = if self.error { "ERROR" } else { "LOG" };
         let mut text = String::new();
@@ -96,7 +96,7 @@ impl Message {
         text
     }
 
-    fn csv(&self) -> String {
+    pub(super) fn csv(&self) -> String {
         let quoted = |text: &str| match text {
             "" => String::new(),
             text => format!("\"{}\"", text.replace('"', "\"\"")),
@@ -114,7 +114,7 @@ impl Message {
         )
     }
 
-    fn json(&self) -> String {
+    pub(super) fn json(&self) -> String {
         let severity = if self.error { "ERROR" } else { "LOG" };
         let mut object = serde_json::json!({
             "timestamp": "2026-01-31 12:34:56.789 UTC", "user": "app", "dbname": "shop", "pid": 12,
@@ -149,7 +149,7 @@ fn formats() -> [(Reader, Write); 4] {
     ]
 }
 
-fn read(mut reader: Reader, text: &str) -> Vec<LogEvent> {
+pub(super) fn read(mut reader: Reader, text: &str) -> Vec<LogEvent> {
     let mut events: Vec<_> = reader.push(text).collect();
     events.extend(reader.finish());
     events

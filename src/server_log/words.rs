@@ -275,10 +275,11 @@ pub(super) fn without_position(message: &str) -> &str {
     shorter.next().unwrap_or(message)
 }
 
-/// The first place in a line at which a label stands, with a blank before it.
-pub(super) fn first_label(line: &str) -> Option<(usize, Label, &str)> {
+/// The first place in a line at which a label stands, not within a word, and with no more than so many bytes before it.
+pub(super) fn first_label(line: &str, most: usize) -> Option<(usize, Label, &str)> {
     let mut starts = line
         .char_indices()
+        .take_while(|(at, _)| *at <= most)
         .scan(true, |may_start, (at, c)| {
             let starts = std::mem::replace(may_start, !c.is_alphanumeric() && c != '_');
             Some(starts.then_some(at))
@@ -318,10 +319,11 @@ mod tests {
             assert_eq!(label(text), None, "{text}");
         }
         assert_eq!(
-            first_label("2026-01-31 [7] u@d LOG:  x"),
+            first_label("2026-01-31 [7] u@d LOG:  x", 19),
             Some((19, Label::Log, "x"))
         );
-        assert_eq!(first_label("CATALOG:  x"), None);
+        assert_eq!(first_label("2026-01-31 [7] u@d LOG:  x", 18), None);
+        assert_eq!(first_label("CATALOG:  x", 99), None);
     }
 
     #[test]

@@ -70,13 +70,17 @@ pub(crate) fn context(text: &str) -> Vec<ContextLine> {
     lines
 }
 
+/// Bytes of a line that names a row, at most.
+const LONGEST_ROW: usize = 1000;
+
 /// A row at the beginning, and where it ends: at the end of a line, though maybe not of the first one. A name has at
-/// most 63 bytes, so at most that many line feeds.
+/// most 63 bytes, so at most that many line feeds, and no sentence has more than a few hundred.
 fn leading_row(text: &str) -> Option<(usize, RowContext)> {
     text.match_indices('\n')
         .map(|(end, _)| end)
         .chain([text.len()])
         .take(64)
+        .take_while(|end| *end <= LONGEST_ROW)
         .find_map(|end| Some((end, row(&text[..end])?)))
 }
 

@@ -50,11 +50,18 @@ impl DeadlockDetail {
         })
     }
 
-    pub(crate) fn statement_of(&self, pid: i32) -> Option<&str> {
-        self.lines.iter().find_map(|line| match &line.kind {
-            LineKind::Statement { pid: of, statement } if *of == pid => Some(statement.as_str()),
+    /// What each backend was executing, by its process id.
+    pub(crate) fn statements(&self) -> impl Iterator<Item = (i32, &str)> {
+        self.lines.iter().filter_map(|line| match &line.kind {
+            LineKind::Statement { pid, statement } => Some((*pid, statement.as_str())),
             _ => None,
         })
+    }
+
+    #[cfg(test)]
+    fn statement_of(&self, pid: i32) -> Option<&str> {
+        self.statements()
+            .find_map(|(of, statement)| (of == pid).then_some(statement))
     }
 
     /// Whether each backend waits for that of the next line, and the last one for the first, as the server always
@@ -86,15 +93,18 @@ pub(crate) fn deadlock_detail(detail: &str) -> DeadlockDetail {
         return read;
     }
     let mut heads = Heads::default();
-    while let Some(line) = lines.next_if(|line| !heads.is_statement(line, &read)) {
+    while let Some(line) = lines.next_if(|line| heads.head(line).is_none()) {
         let kind = wait(line).map_or(LineKind::Unread, LineKind::Wait);
+        if let LineKind::Wait(wait) = &kind {
+            heads.wait(wait);
+        }
         read.lines.push(DetailLine {
             raw: line.to_owned(),
             kind,
         });
     }
     for line in lines {
-        if let Some((pid, text)) = heads.next(line, &read) {
+        if let Some((pid, text)) = heads.next(line) {
             read.lines.push(DetailLine {
                 raw: line.to_owned(),
                 kind: LineKind::Statement {
@@ -150,39 +160,53 @@ fn wait(line: &str) -> Option<Wait> {
 
 /// Finds where statements begin. Their text may have any lines of its own, so only the next backend's counts, and only
 /// with the same words before its number.
+///
+/// Of the waits it keeps what each line is asked for: anybody may raise an error with a DETAIL of very many lines.
 #[derive(Default)]
 struct Heads {
+    waiters: Vec<i32>,
+    distinct: HashSet<i32>,
+    /// Waiters and blockers.
+    known: HashSet<i32>,
+    last_blocker: Option<i32>,
+    /// Some wait is not for the next one, or somebody waits twice.
+    broken: bool,
     label: Option<String>,
-    seen: Vec<i32>,
+    seen: HashSet<i32>,
 }
 
 impl Heads {
-    fn is_statement(&self, line: &str, read: &DeadlockDetail) -> bool {
-        self.head(line, read).is_some()
+    fn wait(&mut self, wait: &Wait) {
+        let is_next = self.last_blocker.is_none_or(|last| last == wait.waiter);
+        let is_new = self.distinct.insert(wait.waiter);
+        self.broken |= !is_next || !is_new;
+        self.known.extend([wait.waiter, wait.blocker]);
+        self.waiters.push(wait.waiter);
+        self.last_blocker = Some(wait.blocker);
     }
 
-    fn next<'a>(&mut self, line: &'a str, read: &DeadlockDetail) -> Option<(i32, &'a str)> {
-        let (label, pid, text) = self.head(line, read)?;
+    /// As [`DeadlockDetail::is_cycle`].
+    fn is_closed(&self) -> bool {
+        !self.broken && self.waiters.len() > 1 && self.last_blocker == self.waiters.first().copied()
+    }
+
+    fn next<'a>(&mut self, line: &'a str) -> Option<(i32, &'a str)> {
+        let (label, pid, text) = self.head(line)?;
         self.label.get_or_insert_with(|| label.to_owned());
-        self.seen.push(pid);
+        self.seen.insert(pid);
         Some((pid, text))
     }
 
-    fn head<'a>(&self, line: &'a str, read: &DeadlockDetail) -> Option<(&'a str, i32, &'a str)> {
+    fn head<'a>(&self, line: &'a str) -> Option<(&'a str, i32, &'a str)> {
         let number = numbers(line).into_iter().next()?;
         let pid = i32::try_from(number.value?).ok()?;
         let label = &line[..number.at.start];
         let text = line[number.at.end..].trim_start().strip_prefix(':')?;
         let text = text.strip_prefix(' ').unwrap_or(text);
-        let expected = if read.is_cycle() {
-            read.waits()
-                .nth(self.seen.len())
-                .is_some_and(|wait| wait.waiter == pid)
+        let expected = if self.is_closed() {
+            self.waiters.get(self.seen.len()) == Some(&pid)
         } else {
-            let known = read
-                .waits()
-                .any(|wait| wait.waiter == pid || wait.blocker == pid);
-            known && !self.seen.contains(&pid)
+            self.known.contains(&pid) && !self.seen.contains(&pid)
         };
         let same_label = self.label.as_ref().is_none_or(|seen| seen == label);
         (expected && same_label).then_some((label, pid, text))
@@ -404,6 +428,24 @@ mod tests {
             let read = deadlock_detail(&text);
             prop_assert_eq!(read.statement_of(10), Some(a.as_str()));
             prop_assert_eq!(read.statement_of(20), Some(b.as_str()));
+        }
+
+        /// What is kept line by line is what all lines say.
+        #[test]
+        fn a_circle_is_known_as_soon_as_it_is_there(pairs in prop::collection::vec((1..5_i32, 1..5_i32), 0..6)) {
+            let mut heads = Heads::default();
+            let mut read = DeadlockDetail::default();
+            for (waiter, blocker) in pairs {
+                let wait = Wait {
+                    waiter,
+                    blocker,
+                    mode: "ShareLock".into(),
+                    object: LockObject::Transaction { xid: 1 },
+                };
+                heads.wait(&wait);
+                read.lines.push(DetailLine { raw: String::new(), kind: LineKind::Wait(wait) });
+                prop_assert_eq!(heads.is_closed(), read.is_cycle());
+            }
         }
 
         #[test]
