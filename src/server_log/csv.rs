@@ -3,17 +3,27 @@
 use super::entry::{Entry, Origin};
 use super::zones::Zones;
 
-/// Bytes of a record that are kept, against one whose quote never ends.
+/// Bytes of a record that are kept.
 const LONGEST: usize = 4 << 20;
-/// 23 columns up to `application_name`, three more since 14 (PostgreSQL's documentation, "Using CSV-Format Log Output").
-const LEAST_COLUMNS: usize = 23;
+/// Bytes of each field that are kept in any case: behind a long statement stands who ran it.
+const SHORT: usize = 1024;
+/// 23 columns up to `application_name`, three more since 14 (PostgreSQL's documentation, "Using CSV-Format Log Output"),
+/// and room for some to come. Where the end of a record is missing, the next one is a part of it, and there are more.
+const COLUMNS: std::ops::RangeInclusive<usize> = 23..=32;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Csv {
     fields: Vec<String>,
     field: String,
     state: State,
-    length: usize,
+    /// Bytes of its texts that are kept.
+    kept: usize,
+    /// Part of a record has been read.
+    open: bool,
+    /// This line is no part of a record.
+    skips: bool,
+    /// A carriage return, which is the text's or of the end of a line.
+    held_back: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,26 +39,43 @@ enum State {
 impl Csv {
     /// A line without its end; the record, if it ends here.
     pub(super) fn line(&mut self, line: &str, zones: &Zones) -> Option<Entry> {
-        // Behind a gap in the text there may be the end of a record, with a quote in it that begins nothing.
-        if self.length == 0 && !begins_record(line) {
+        self.part(line);
+        if std::mem::take(&mut self.skips) {
             return None;
         }
-        for c in line.chars() {
-            self.char(c);
-        }
-        self.length = self.length.saturating_add(line.len() + 1);
+        let held_back = std::mem::take(&mut self.held_back);
         if self.state == State::Quoted {
-            self.field.push('\n');
-            if self.length > LONGEST {
-                self.reset();
+            if held_back {
+                self.keep('\r');
             }
+            self.keep('\n');
             return None;
         }
-        let last = std::mem::take(&mut self.field);
-        self.fields.push(last);
+        self.end_field();
         let fields = std::mem::take(&mut self.fields);
         self.reset();
         entry(fields, zones)
+    }
+
+    /// Part of a line that is too long to be kept: a text in it may end, so that it cannot be passed over.
+    pub(super) fn part(&mut self, part: &str) {
+        // Behind a gap in the text there may be the end of a record, with a quote in it that begins nothing.
+        if !self.open && !self.skips {
+            self.open = begins_record(part);
+            self.skips = !self.open;
+        }
+        if self.skips {
+            return;
+        }
+        for c in part.chars() {
+            if std::mem::take(&mut self.held_back) {
+                self.char('\r');
+            }
+            match c {
+                '\r' => self.held_back = true,
+                c => self.char(c),
+            }
+        }
     }
 
     pub(super) fn reset(&mut self) {
@@ -60,22 +87,37 @@ impl Csv {
             (State::Start, '"') => State::Quoted,
             (State::Quoted, '"') => State::Quote,
             (State::Quote, '"') => {
-                self.field.push('"');
+                self.keep('"');
                 State::Quoted
             }
             (State::Start | State::Plain | State::Quote, ',') => {
-                self.fields.push(std::mem::take(&mut self.field));
+                self.end_field();
                 State::Start
             }
             (State::Quoted, c) => {
-                self.field.push(c);
+                self.keep(c);
                 State::Quoted
             }
             (_, c) => {
-                self.field.push(c);
+                self.keep(c);
                 State::Plain
             }
         };
+    }
+
+    fn keep(&mut self, c: char) {
+        if self.kept < LONGEST || self.field.len() < SHORT {
+            self.kept += c.len_utf8();
+            self.field.push(c);
+        }
+    }
+
+    fn end_field(&mut self) {
+        let field = std::mem::take(&mut self.field);
+        // One too many, which is known as such.
+        if self.fields.len() <= *COLUMNS.end() {
+            self.fields.push(field);
+        }
     }
 }
 
@@ -93,7 +135,7 @@ fn begins_record(line: &str) -> bool {
 }
 
 fn entry(mut fields: Vec<String>, zones: &Zones) -> Option<Entry> {
-    if fields.len() < LEAST_COLUMNS {
+    if !COLUMNS.contains(&fields.len()) {
         return None;
     }
     let mut take = |at: usize| std::mem::take(&mut fields[at]);

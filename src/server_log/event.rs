@@ -248,7 +248,7 @@ impl fmt::Display for LogEvent {
             write!(f, "; {wait}")?;
         }
         match self.statement() {
-            Some(statement) => write!(f, ": {}", redact(statement)),
+            Some(statement) => write!(f, ": {}", shown(statement)),
             None => Ok(()),
         }
     }
@@ -317,7 +317,7 @@ impl fmt::Display for LogWait {
         }
         write!(f, " on {}, blocked by pid {}", self.object, self.blocker)?;
         match self.statement() {
-            Some(statement) => write!(f, " ({})", redact(statement)),
+            Some(statement) => write!(f, " ({})", shown(statement)),
             None => Ok(()),
         }
     }
@@ -365,6 +365,18 @@ impl fmt::Display for LogRow {
         } = &self.inner;
         write!(f, "row ({page},{offset}) of {relation:?}")
     }
+}
+
+/// Without literals, and on one line: names in quotes may have anything in them.
+fn shown(statement: &str) -> String {
+    let mut line = String::new();
+    for c in redact(statement).chars() {
+        match c {
+            '\'' | '"' | '\\' => line.push(c),
+            c => line.extend(c.escape_debug()),
+        }
+    }
+    line
 }
 
 /// A statement's text, which `Debug` does not show: it may carry what is nobody's business.

@@ -2,9 +2,105 @@
 
 use std::time::Duration;
 
-use super::tests::{Message, read};
+use super::tests::{Message, Write, read};
 use super::*;
 
+/// What somebody would have read in place of it.
+fn forged() -> String {
+    Message::timeout().csv().replace("LOCK TABLE", "forged")
+}
+
+#[test]
+fn the_end_of_a_long_statement_is_no_record() {
+    for filler in ["y".repeat(5 << 20), "y\n".repeat(5 << 19)] {
+        let long = Message {
+            statement: format!("SELECT '{filler}\n{}'", forged()),
+            ..Message::timeout()
+        };
+        let text = long.csv() + &Message::deadlock().csv();
+        let events = read(Reader::csv(), &text);
+        let kinds: Vec<_> = events.iter().map(LogEvent::kind).collect();
+        assert_eq!(kinds, [LogEventKind::LockTimeout, LogEventKind::Deadlock]);
+        let statement = events[0].statement().expect("the beginning of it");
+        assert!(statement.starts_with("SELECT 'yy") || statement.starts_with("SELECT 'y\ny"));
+        assert!(!statement.contains("forged"));
+        // In pieces, too.
+        let mut reader = Reader::csv();
+        let mut kinds = Vec::new();
+        for piece in text.as_bytes().chunks(70_001) {
+            let piece = std::str::from_utf8(piece).expect("ASCII");
+            kinds.extend(reader.push(piece).map(|event| event.kind()));
+        }
+        assert_eq!(kinds, [LogEventKind::LockTimeout, LogEventKind::Deadlock]);
+    }
+}
+
+/// Of a record whose end is missing the next one is a part. What comes of both says nothing.
+#[test]
+fn two_records_that_have_become_one_are_none() {
+    let whole = Message::deadlock().csv();
+    let mut next = Message::other("x").csv();
+    next.push_str(&Message::timeout().csv());
+    for cut in (1..whole.len() - 1).filter(|cut| whole.is_char_boundary(*cut)) {
+        let mut events = read(Reader::csv(), &format!("{}{next}", &whole[..cut]));
+        assert_eq!(
+            events.pop().map(|event| event.kind()),
+            Some(LogEventKind::LockTimeout)
+        );
+        // Where only what is of no use is missing, it is as it was.
+        for event in events {
+            assert_eq!(event.pid(), Some(12), "{:?}", &whole[..cut]);
+            assert_eq!(event.waits().len(), 2, "{:?}", &whole[..cut]);
+            let statement = Message::deadlock().statement;
+            assert_eq!(event.statement(), Some(&*statement), "{:?}", &whole[..cut]);
+            assert_eq!(event.application_name(), Some("billing src/pay.rs:42"));
+        }
+    }
+}
+
+#[test]
+fn ends_of_lines_in_a_statement_are_kept() {
+    let message = Message {
+        statement: "SELECT\r\n 1\r".into(),
+        ..Message::timeout()
+    };
+    for (reader, write) in [
+        (Reader::csv(), Message::csv as Write),
+        (Reader::json(), Message::json),
+    ] {
+        // Of the log's own lines there may be either end.
+        for text in [
+            write(&message),
+            write(&message).trim_end().to_owned() + "\r\n",
+        ] {
+            let events = read(reader.clone(), &text);
+            assert_eq!(events.len(), 1, "{text:?}");
+            assert_eq!(events[0].statement(), Some("SELECT\r\n 1\r"));
+        }
+    }
+}
+
+#[test]
+fn an_event_is_shown_on_one_line() {
+    let mut message = Message::deadlock();
+    message.statement = "SELECT 1 AS \"a\n\u{1b}[31m\u{202e}b\"".into();
+    message.detail = message.detail.replace(
+        "SELECT pg_advisory_lock(7)",
+        "SELECT 1 AS \"c\n\u{1b}[31md\"",
+    );
+    let events = read(Reader::json(), &message.json());
+    let shown = events[0].to_string();
+    assert!(
+        shown.contains("SELECT ? AS \"a") && shown.contains("SELECT ? AS \"c"),
+        "{shown}"
+    );
+    assert!(
+        !shown.contains(char::is_control) && !shown.contains('\u{202e}'),
+        "{shown:?}"
+    );
+}
+
+#[test]
 fn a_prefix_of_any_length_is_taken() {
     for prefix in [
         "%a".repeat(200_000),
@@ -16,6 +112,7 @@ fn a_prefix_of_any_length_is_taken() {
     }
 }
 
+#[test]
 fn a_prefix_that_is_not_known_has_its_time_and_pid_anywhere() {
     for prefix in [
         "[2026-01-31 12:34:56.789 UTC] [12] app@shop ",
@@ -50,6 +147,8 @@ fn a_prefix_that_is_not_known_has_its_time_and_pid_anywhere() {
     }
 }
 
+/// Anybody can raise errors with any DETAIL and CONTEXT. Where time grows with the square these take minutes, not a second.
+#[test]
 fn texts_made_to_be_slow_are_not() {
     let ring = (1..=9_000).map(|pid| format!("{pid} aLock {}\n", pid % 9_000 + 1));
     let ring: String = ring.collect();

@@ -11,12 +11,17 @@
 //! not, in all languages that PostgreSQL has translations for.
 //!
 //! Lines that are of no use, of another program, damaged or cut off, are passed over. Nothing here panics, and memory is
-//! bounded: of a message longer than four megabytes the rest is dropped.
+//! bounded: of a message longer than four megabytes the rest is dropped, and in `jsonlog` all of it.
 //!
 //! # What can be believed
 //!
-//! In `csvlog` and `jsonlog` texts of clients cannot look like anything else. In `stderr` they can: whoever may choose an
-//! `application_name` that is in the prefix, or raise errors, can write lines that look like the server's.
+//! In `csvlog` and `jsonlog` the text of a client cannot begin a message (in `csvlog` it can where reading begins within
+//! one). In `stderr` it can: whoever may choose an `application_name` that is in the prefix, or raise errors, can write
+//! lines that look like the server's.
+//!
+//! In every format the text of a message may be a client's: PL/pgSQL's `RAISE` logs any text, with any DETAIL and
+//! SQLSTATE. In `csvlog` and `jsonlog` whoever does that can tell of waits and failures of its own process only, but name
+//! whom it likes as those in its way, in the queue, or in a deadlock with it.
 //!
 //! # Examples
 //!
@@ -144,6 +149,7 @@ impl Reader {
         let mut rest = text;
         while let Some((line, behind)) = rest.split_once('\n') {
             rest = behind;
+            // Of a line in parts this may be the last one.
             if self.line.is_empty() && !self.too_long {
                 events.extend(self.whole_line(line));
             } else {
@@ -195,8 +201,15 @@ impl Reader {
 
     fn keep(&mut self, part: &str) {
         if self.line.len() + part.len() > LONGEST_LINE {
-            self.line = String::new();
-            self.too_long = true;
+            let mut beginning = std::mem::take(&mut self.line);
+            match &mut self.format {
+                Format::Csv(csv) => {
+                    beginning.push_str(part);
+                    csv.part(&beginning);
+                    return;
+                }
+                Format::Stderr(_) | Format::Json => self.too_long = true,
+            }
         }
         if !self.too_long {
             self.line.push_str(part);
@@ -204,11 +217,11 @@ impl Reader {
     }
 
     fn whole_line(&mut self, line: &str) -> Option<LogEvent> {
-        let line = line.strip_suffix('\r').unwrap_or(line);
+        let without_return = line.strip_suffix('\r').unwrap_or(line);
         let entry = match &mut self.format {
-            Format::Stderr(stderr) => stderr.line(line, &self.zones),
+            Format::Stderr(stderr) => stderr.line(without_return, &self.zones),
             Format::Csv(csv) => csv.line(line, &self.zones),
-            Format::Json => json::line(line, &self.zones),
+            Format::Json => json::line(without_return, &self.zones),
         };
         entry?.event()
     }

@@ -138,9 +138,9 @@ impl Message {
     }
 }
 
-type Write = fn(&Message) -> String;
+pub(super) type Write = fn(&Message) -> String;
 
-fn formats() -> [(Reader, Write); 4] {
+pub(super) fn formats() -> [(Reader, Write); 4] {
     [
         (Reader::stderr(PREFIX), Message::stderr),
         (Reader::stderr_of_any_prefix(), Message::stderr),
