@@ -74,6 +74,7 @@ window.onload = () => {
     title: doc.title,
     cards: cards.map((card) => said(card.querySelector("text.name"))),
     links: all("g.link").length,
+    labels: labels.length,
     dashed: all("g.link.soft").length,
     rows: all("tbody tr[id]").length,
     overlapping, spilling, pale,
