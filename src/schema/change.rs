@@ -1,11 +1,13 @@
 //! One statement or a batch.
 
-use super::ddl::{self, Block};
+use super::ddl::{self, Block, Target};
 use super::pace::{Pace, awaited, paced};
 use super::refusal::{self, Allowed};
 use super::report::ChangeReport;
 use super::run::{Context, How};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
+use crate::sql::TableName;
+use crate::sql::schema::catalog;
 
 /// A schema change to be made: [`Schema::change`](crate::Schema::change). Awaiting it runs it.
 #[must_use = "a change does nothing until it is awaited"]
@@ -50,7 +52,9 @@ impl Change {
     /// message, and COMMIT; meanwhile, on another connection, who is in the way. A statement that may not stand in a
     /// transaction is sent by itself, under settings of the session that are put back; one with CONCURRENTLY waits up to the
     /// deadline, since neither readers nor writers wait behind it, and is not repeated: see
-    /// [`create_index`](crate::Schema::create_index) for what cleans up after it.
+    /// [`create_index`](crate::Schema::create_index) for what cleans up after it. But `DETACH PARTITION … CONCURRENTLY`, for
+    /// which readers of the partition itself wait in the end, waits no longer than other changes; where that leaves the
+    /// detach pending, `DETACH PARTITION … FINALIZE` follows, as a change of its own.
     ///
     /// # Errors
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout) (or [`Deadlock`](crate::ErrorKind::Deadlock),
@@ -67,9 +71,48 @@ impl Change {
     pub async fn run(self) -> Result<ChangeReport, Error> {
         self.pace.check()?;
         let statements = ddl::read(&self.sql);
-        let how = how(&statements)?;
+        let how = match ddl::flaw(&self.sql) {
+            Some(flaw) => return Err(Error::config(flaw)),
+            None => how(&statements)?,
+        };
         refusal::check(&self.cx, &statements, self.allowed, self.pace.lock_timeout).await?;
-        self.cx.run(&self.pace, &self.sql, how).await
+        let detach = match how {
+            How::Once => detach(&statements),
+            _ => None,
+        };
+        match detach {
+            Some((parent, partition)) => self.detach(&parent, &partition).await,
+            None => self.cx.run(&self.pace, &self.sql, how).await,
+        }
+    }
+
+    /// What is begun by the caller's statement is ended by another that can be repeated.
+    async fn detach(
+        &self,
+        parent: &TableName,
+        partition: &TableName,
+    ) -> Result<ChangeReport, Error> {
+        let deadline = self.pace.deadline();
+        let pending = catalog::is_detach_pending(partition);
+        let mut attempt = 1;
+        loop {
+            let pace = self.pace.until(&deadline);
+            if catalog::yes(&self.cx.ask(&pending).await?) {
+                let sql = catalog::finalize(parent, partition);
+                return self.cx.run(&pace, &sql, How::Transaction).await;
+            }
+            let error = match self.cx.run(&pace, &self.sql, How::Once).await {
+                Err(error) if error.kind() == ErrorKind::LockTimeout => error,
+                result => return result,
+            };
+            let pause = self.pace.pause(attempt, self.cx.jitter.next());
+            if deadline.remaining() <= pause {
+                return Err(error);
+            }
+            // Cancel safety: nothing is held between two attempts.
+            tokio::time::sleep(pause).await;
+            attempt += 1;
+        }
     }
 }
 
@@ -97,7 +140,7 @@ fn how(statements: &[ddl::Statement<'_>]) -> Result<How, Error> {
                     statement.text
                 )));
             }
-            Block::MustNot | Block::Concurrently if statements.len() > 1 => {
+            Block::MustNot | Block::Concurrently | Block::Detach if statements.len() > 1 => {
                 return Err(Error::config(format!(
                     "a {} statement that cannot run in a transaction cannot be one of a batch of {}; make it a change of its own",
                     first_word(statement.text),
@@ -106,9 +149,19 @@ fn how(statements: &[ddl::Statement<'_>]) -> Result<How, Error> {
             }
             Block::MustNot => return Ok(How::Outside),
             Block::Concurrently => return Ok(How::Concurrently),
+            Block::Detach => return Ok(How::Once),
         }
     }
     Ok(How::Transaction)
+}
+
+/// The partitioned table and the partition.
+fn detach(statements: &[ddl::Statement<'_>]) -> Option<(TableName, TableName)> {
+    let action = statements.first()?.actions.as_ref()?.first()?;
+    match (&action.target, action.others.as_slice()) {
+        (Target::Relation(parent), [(_, partition)]) => Some((parent.clone(), partition.clone())),
+        _ => None,
+    }
 }
 
 fn first_word(text: &str) -> String {

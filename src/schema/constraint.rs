@@ -57,10 +57,12 @@ impl AddCheck {
     ///
     /// # SQL
     /// `ALTER TABLE … ADD CONSTRAINT … CHECK (…) NOT VALID`, under ACCESS EXCLUSIVE for a moment; and in a transaction of
-    /// its own `VALIDATE CONSTRAINT`, which reads the table beside others' reads and writes.
+    /// its own `VALIDATE CONSTRAINT`, which reads the table beside others' reads and writes. Where a CHECK of that name is
+    /// there, the expression is first given to an empty temporary table, to see whether they are the same.
     ///
     /// # Errors
-    /// As [`Change::run`](crate::Change::run). A row that does not pass fails the validation: then the constraint stays
+    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) when there is a constraint of that name
+    /// that differs. A row that does not pass fails the validation: then the constraint stays
     /// as it is, not valid, so that no further such rows come; with the rows mended, the same call validates it.
     ///
     /// # Cancel safety
@@ -68,6 +70,7 @@ impl AddCheck {
     pub async fn run(self) -> Result<RecipeReport, Error> {
         let mut recipe = Recipe::new(&self.cx, &self.pace)?;
         let table = Table::of(&self.cx, &self.table).await?;
+        (recipe.same_check(&table, &self.name, &self.expression)).await?;
         recipe.check(&table, &self.name, &self.expression).await?;
         Ok(recipe.report)
     }

@@ -55,6 +55,9 @@ impl fmt::Display for DryRun {
 /// Cancel safety: dropped, the transaction is rolled back in the background.
 pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, Error> {
     pace.check()?;
+    if let Some(flaw) = ddl::flaw(sql) {
+        return Err(Error::config(flaw));
+    }
     for statement in ddl::read(sql) {
         if statement.block != Block::May {
             return Err(Error::config(format!(

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::index_name::{default_name, is_left_of, set_aside};
 use super::pace::{Pace, awaited, paced};
 use super::progress::IndexProgress;
 use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
 use super::watch::OnProgress;
-use crate::deadline::Deadline;
+use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, ErrorKind, is_already_there};
-use crate::key::LockKey;
+use crate::sql::schema::catalog;
 use crate::sql::schema::index::{self, Definition, Index, Part};
 use crate::sql::{TableName, name_flaw};
 
@@ -19,7 +20,6 @@ use crate::sql::{TableName, name_flaw};
 const DEADLINE: Duration = Duration::from_secs(3600);
 /// How often it is looked whether others have finished.
 const LOOK: Duration = Duration::from_millis(200);
-const MAX_NAME: usize = 63;
 
 /// A column of an index: a name, or an expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,7 +155,8 @@ impl CreateIndex {
     /// `CREATE INDEX CONCURRENTLY`, outside of a transaction, with a `lock_timeout` of what is left of the deadline: it
     /// waits for transactions that use the table and for older snapshots in the whole database, and nobody has to wait
     /// behind it but other schema changes. `DROP INDEX CONCURRENTLY` for what is left over. Meanwhile, on another
-    /// connection, `pg_stat_progress_create_index` and who is in the way.
+    /// connection, `pg_stat_progress_create_index` and who is in the way. Where a valid index of that name is there, and more
+    /// is said than columns, the same index is built of an empty temporary table, to see whether they are the same.
     ///
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) when a valid index of that name is there that differs;
@@ -302,7 +303,7 @@ impl Build<'_> {
                     .ok_or_else(|| gone(&definition.name))?
             }
         };
-        differs(&parent, definition)?;
+        self.same(table, &parent, definition).await?;
         if parent.is_valid {
             return Ok(());
         }
@@ -334,12 +335,13 @@ impl Build<'_> {
         let mut refused = false;
         loop {
             for left in self.left_over(table, &definition.name).await? {
-                self.drop_one(table, &left, report).await?;
+                self.drop_left(table, &left, &definition.name, report)
+                    .await?;
             }
             if let Some(there) = self.find(table, &definition.name).await?
                 && there.is_valid
             {
-                return differs(&there, definition);
+                return self.same(table, &there, definition).await;
             }
             let sql = definition.concurrently(&table.full_name());
             let pace = self.pace.until(self.deadline);
@@ -405,9 +407,48 @@ impl Build<'_> {
             return Ok(());
         }
         for left in self.left_over(table, &definition.name).await? {
-            self.drop_one(table, &left, report).await?;
+            self.drop_left(table, &left, &definition.name, report)
+                .await?;
         }
         Ok(())
+    }
+
+    /// Drops what is left of an index, and nothing that has its name by then.
+    ///
+    /// DROP INDEX takes a name, and looks it up again once it has waited for the table: another session may have built a
+    /// valid one under that name meanwhile. So the one meant is first given a name that only it can have, in a transaction
+    /// that is rolled back where the name was not that index's any more. What a REINDEX leaves has such a name already.
+    async fn drop_left(
+        &self,
+        table: &Table,
+        left: &Index,
+        name: &str,
+        report: &mut RecipeReport,
+    ) -> Result<(), Error> {
+        if left.name != name || left.is_partitioned {
+            return self.drop_one(table, left, report).await;
+        }
+        let aside = set_aside(name, left.oid);
+        let sql = index::rename_if(&table.sibling(name), &aside, left.oid);
+        match self.change(&sql).await {
+            Ok(done) => report.push(sql, done),
+            Err(error) => {
+                let all = self.indexes(table).await?;
+                if all
+                    .iter()
+                    .any(|one| one.oid == left.oid && one.name == name)
+                {
+                    return Err(error);
+                }
+                tracing::debug!(%error, index = %name, "somebody else has dropped what was left");
+                return Ok(());
+            }
+        }
+        let aside = Index {
+            name: aside,
+            ..left.clone()
+        };
+        self.drop_one(table, &aside, report).await
     }
 
     async fn drop_one(
@@ -489,6 +530,20 @@ impl Build<'_> {
         Ok(all.find(|one| one.name == name))
     }
 
+    /// Refuses an index that is there under the name and is another one.
+    async fn same(&self, table: &Table, there: &Index, wanted: &Definition) -> Result<(), Error> {
+        differs(there, wanted)?;
+        if !wanted.has_sql() {
+            return Ok(());
+        }
+        let timeout = timeout_millis(self.pace.lock_timeout);
+        let sql = index::is_same(there.oid, wanted, &table.full_name(), timeout);
+        if catalog::yes(&self.cx.ask(&sql).await?) {
+            return Ok(());
+        }
+        Err(another(there))
+    }
+
     async fn change(&self, sql: &str) -> Result<super::ChangeReport, Error> {
         let pace = self.pace.until(self.deadline);
         self.cx.run(&pace, sql, How::Transaction).await
@@ -513,10 +568,14 @@ fn differs(there: &Index, wanted: &Definition) -> Result<(), Error> {
     if same {
         return Ok(());
     }
-    Err(Error::config(format!(
+    Err(another(there))
+}
+
+fn another(there: &Index) -> Error {
+    Error::config(format!(
         "there is an index {:?} already, and it differs from the one wanted; drop it, or choose another name",
         there.name
-    )))
+    ))
 }
 
 fn check(definition: &Definition) -> Result<(), Error> {
@@ -533,85 +592,4 @@ fn check(definition: &Definition) -> Result<(), Error> {
         .chain([name_flaw("index", &definition.name)])
         .flatten();
     flaws.next().map_or(Ok(()), |flaw| Err(Error::config(flaw)))
-}
-
-/// Whether it is what REINDEX CONCURRENTLY leaves of an index: its name, cut where it is long, `_ccnew` or `_ccold`, and a
-/// number where there are several (`ChooseRelationName` in `src/backend/commands/indexcmds.c`).
-fn is_left_of(name: &str, index: &str) -> bool {
-    ["_ccnew", "_ccold"].iter().any(|mark| {
-        name.rfind(mark).is_some_and(|at| {
-            let (head, tail) = (&name[..at], &name[at + mark.len()..]);
-            let is_cut = name.len() + 4 >= MAX_NAME && index.starts_with(head);
-            tail.bytes().all(|byte| byte.is_ascii_digit()) && (head == index || is_cut)
-        })
-    })
-}
-
-/// The name that the server would choose, or one like it that differs from others where it has to be cut.
-fn default_name(table: &str, definition: &Definition) -> String {
-    let mut name = table.to_owned();
-    for part in &definition.parts {
-        name.push('_');
-        name.push_str(part.column.as_deref().unwrap_or("expr"));
-    }
-    shortened(&name, "idx")
-}
-
-/// `name_suffix`, at most as long as a name may be.
-pub(super) fn shortened(name: &str, suffix: &str) -> String {
-    let whole = format!("{name}_{suffix}");
-    if whole.len() <= MAX_NAME {
-        return whole;
-    }
-    let hash = LockKey::from(whole.as_str()).as_i64().unwrap_or_default();
-    let tail = format!("_{:08x}_{suffix}", hash.cast_unsigned() >> 32);
-    let mut end = MAX_NAME - tail.len();
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}{tail}", &name[..end])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn on(columns: &[&str]) -> Definition {
-        Definition {
-            parts: columns.iter().map(|column| Part::column(column)).collect(),
-            ..Definition::default()
-        }
-    }
-
-    #[test]
-    fn names_are_the_servers_or_short() {
-        assert_eq!(default_name("orders", &on(&["a", "b"])), "orders_a_b_idx");
-        let expression = Definition {
-            parts: vec![Part::expression("lower(a)")],
-            ..Definition::default()
-        };
-        assert_eq!(default_name("orders", &expression), "orders_expr_idx");
-        let table = "é".repeat(31);
-        let (one, other) = (
-            default_name(&table, &on(&["a"])),
-            default_name(&table, &on(&["b"])),
-        );
-        assert!(
-            one.len() <= MAX_NAME && other.len() <= MAX_NAME,
-            "{one} {other}"
-        );
-        assert_ne!(one, other);
-    }
-
-    #[test]
-    fn what_a_reindex_leaves_is_recognized() {
-        assert!(is_left_of("i_ccnew", "i"));
-        assert!(is_left_of("i_ccold12", "i"));
-        assert!(!is_left_of("i2_ccnew", "i"));
-        assert!(!is_left_of("i_ccnews", "i"));
-        assert!(!is_left_of("i", "i"));
-        let long = "a".repeat(63);
-        assert!(is_left_of(&format!("{}_ccnew", "a".repeat(57)), &long));
-        assert!(!is_left_of("aaa_ccnew", &long));
-    }
 }

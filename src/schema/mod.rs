@@ -9,6 +9,7 @@ mod constraint;
 mod ddl;
 mod dry_run;
 mod index;
+mod index_name;
 mod once;
 mod pace;
 mod plan;
@@ -334,7 +335,9 @@ impl Schema {
     ///
     /// # Errors
     /// The closure's own; [`LockTimeout`](crate::ErrorKind::LockTimeout) when another process runs it beyond the deadline;
-    /// [`LockLost`](crate::ErrorKind::LockLost) when it has run and could not be noted;
+    /// [`LockLost`](crate::ErrorKind::LockLost) when the connection with the lock was lost, and with it the lock: `f` is
+    /// dropped where that is seen while it runs (by looking a few times a second, so that another process may have begun
+    /// by then), and nothing noted; [`Config`](crate::ErrorKind::Config) when `f` left a transaction open on the guard;
     /// [`TransactionPooler`](crate::ErrorKind::TransactionPooler) as for all session locks.
     ///
     /// # Cancel safety

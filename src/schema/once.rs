@@ -63,8 +63,20 @@ where
         schema: schema.clone(),
         guard,
     };
-    let result = f(&mut migration).await;
+    let pid = migration.guard.backend_pid();
+    // Cancel safety: dropped when the lock is lost, the work is cancelled as it is where this is dropped.
+    let ended = tokio::select! {
+        biased;
+        result = f(&mut migration) => Some(result),
+        () = gone(cx, pid) => None,
+    };
     let guard = migration.guard;
+    let Some(result) = ended else {
+        return Err(Error::new(ErrorKind::LockLost)
+            .with_key(&lock_key(&key))
+            .with_detail("the migration was stopped, for another process may run it now")
+            .into());
+    };
     let value = match result {
         Ok(value) => value,
         Err(error) => {
@@ -74,16 +86,51 @@ where
         }
     };
     // On the connection that holds the lock: once it is lost, somebody else may be at it.
-    let note = once::done(&table, &key, &cx.application_name);
-    if let Err(error) = guard.batch_execute(&note).await {
-        return Err(Error::new(ErrorKind::LockLost)
+    if let Err(error) = note(&guard, &table, &key, &cx.application_name).await {
+        let kind = if guard.is_lost() {
+            ErrorKind::LockLost
+        } else {
+            error.kind()
+        };
+        return Err(Error::new(kind)
             .with_key(&lock_key(&key))
             .with_detail("the migration has run, and could not be noted as done")
             .with_source(error)
             .into());
     }
-    guard.release().await.map_err(E::from)?;
+    // Done is done, whatever becomes of the lock.
+    if let Err(error) = guard.release().await {
+        tracing::debug!(%error, key, "the lock of a migration that is done was lost");
+    }
     Ok(Some(value))
+}
+
+/// Notes it as done, in a transaction of its own.
+async fn note(guard: &SessionGuard, table: &TableName, key: &str, by: &str) -> Result<(), Error> {
+    // In a transaction that was left open the note would be rolled back with it, and so would be what it says is done.
+    if once::yes(&guard.simple_query(once::IN_TRANSACTION).await?) {
+        return Err(Error::config(
+            "the migration has left a transaction open on its guard's connection, which is rolled back; commit it",
+        ));
+    }
+    Ok(guard.batch_execute(&once::done(table, key, by)).await?)
+}
+
+/// Waits until the server has ended the backend that holds the lock.
+///
+/// Cancel safety: a question that is not awaited closes its connection.
+async fn gone(cx: &Context, pid: Option<i32>) {
+    let Some(pid) = pid else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(LOOK).await;
+        // Who cannot ask does not know.
+        let reply = (cx.connections().ask_within(LOOK, &once::is_alive(pid))).await;
+        if reply.is_ok_and(|reply| !once::yes(&reply)) {
+            return;
+        }
+    }
 }
 
 /// The lock, once nobody else has it; `None` when it is done.

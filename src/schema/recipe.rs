@@ -1,13 +1,15 @@
 //! Steps that find out what is left to do and do that, so that a recipe can be run again after it failed half-way.
 
-use super::index::{Build, shortened};
+use super::index::Build;
+use super::index_name::shortened;
 use super::pace::Pace;
 use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
-use crate::deadline::Deadline;
+use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, is_already_there};
 use crate::sql::name_flaw;
+use crate::sql::schema::catalog;
 use crate::sql::schema::index::{Definition, Part, attach};
 use crate::sql::schema::recipe::{self, Column, Constraint, ForeignKey};
 
@@ -95,6 +97,29 @@ impl<'a> Recipe<'a> {
         }
     }
 
+    /// Refuses another CHECK of that name.
+    pub(super) async fn same_check(
+        &self,
+        table: &Table,
+        name: &str,
+        expression: &str,
+    ) -> Result<(), Error> {
+        sound("constraint", name)?;
+        match self.constraint(table, name).await? {
+            Some(there) if there.kind == 'c' => {}
+            _ => return Ok(()),
+        }
+        let timeout = timeout_millis(self.pace.lock_timeout);
+        let full = table.full_name();
+        let sql = recipe::is_same_check(&full, table.oid, name, expression, timeout);
+        if catalog::yes(&self.cx.ask(&sql).await?) {
+            return Ok(());
+        }
+        Err(Error::config(format!(
+            "{full} has a CHECK {name:?} already, and it differs from the one wanted; choose another name"
+        )))
+    }
+
     pub(super) async fn check(
         &mut self,
         table: &Table,
@@ -144,7 +169,12 @@ impl<'a> Recipe<'a> {
     ) -> Result<bool, Error> {
         match self.constraint(table, name).await? {
             Some(there) if there.kind == 'f' => {
-                if there.columns != key.columns || there.referenced != Some(referenced) {
+                let by_name = !key.referenced_columns.is_empty();
+                if there.columns != key.columns
+                    || there.referenced != Some(referenced)
+                    || (by_name && there.referenced_columns != key.referenced_columns)
+                    || there.actions != key.actions()
+                {
                     return Err(Error::config(format!(
                         "{} has a foreign key {name:?} already, and it differs from the one wanted; choose another name",
                         table.full_name()
@@ -165,6 +195,14 @@ impl<'a> Recipe<'a> {
         let name = proof_name(table, column);
         if self.existing_column(table, column).await?.not_null {
             return Ok(None);
+        }
+        if let Some(there) = self.constraint(table, &name).await?
+            && !proves(&there, column)
+        {
+            return Err(Error::config(format!(
+                "{} has a constraint {name:?} already, which is not CHECK ({column:?} IS NOT NULL); rename it",
+                table.full_name()
+            )));
         }
         self.check(table, &name, &recipe::is_not_null(column))
             .await?;
@@ -189,7 +227,9 @@ impl<'a> Recipe<'a> {
     /// Drops the CHECK that an earlier run has left.
     async fn drop_proof(&mut self, table: &Table, column: &str) -> Result<(), Error> {
         let name = proof_name(table, column);
-        if self.constraint(table, &name).await?.is_some() {
+        // One of that name that says anything else is not ours.
+        let there = self.constraint(table, &name).await?;
+        if there.is_some_and(|there| proves(&there, column)) {
             let sql = recipe::drop_constraint(&table.full_name(), &name);
             self.step(sql).await?;
         }
@@ -307,6 +347,11 @@ pub(super) fn sound(what: &str, name: &str) -> Result<(), Error> {
 /// The name that the server would choose.
 fn default_key_name(table: &Table, key: &ForeignKey) -> String {
     shortened(&format!("{}_{}", table.name, key.columns.join("_")), "fkey")
+}
+
+/// Whether it is what proves that the column is not NULL, and no more.
+fn proves(constraint: &Constraint, column: &str) -> bool {
+    constraint.is_proof && constraint.columns == [column]
 }
 
 fn proof_name(table: &Table, column: &str) -> String {

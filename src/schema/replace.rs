@@ -5,7 +5,7 @@ use super::recipe::Recipe;
 use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
-use super::{ddl, index};
+use super::{ddl, index_name};
 use crate::error::Error;
 use crate::sql::TableName;
 use crate::sql::schema::catalog::{self, Kin};
@@ -50,12 +50,13 @@ impl ReplaceTable {
     /// What belongs to the table and not to its rows is the caller's to give the new one: indexes, constraints, grants,
     /// triggers, owned sequences. Views go on to read the old one. A table that foreign keys of others refer to is
     /// refused, since they would refer to the old one. Writes between build and swap are lost, but for what
-    /// [`catch_up`](Self::catch_up) brings over: have a trigger note them. An `…_old` table without a new one beside it is
-    /// how a swap that was made is recognized: before the next replacement drop it.
+    /// [`catch_up`](Self::catch_up) brings over: have a trigger note them. The swap leaves the old
+    /// table with a comment (COMMENT ON TABLE) of its own, by which it is recognized when this is called again: before the
+    /// next replacement drop it. An `…_old` table without that comment is somebody's, and refused.
     ///
     /// # SQL
     /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of
-    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, and two `ALTER TABLE … RENAME`; then `DROP TABLE`, if asked.
+    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, two `ALTER TABLE … RENAME` and a COMMENT; then `DROP TABLE`, if asked.
     ///
     /// # Errors
     /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) when foreign keys refer to the table,
@@ -69,9 +70,21 @@ impl ReplaceTable {
         let table = Table::of(&self.cx, &self.table).await?;
         let full = table.full_name();
         let new = table.sibling(&self.new);
-        let old = index::shortened(&table.name, "old");
+        let old = index_name::shortened(&table.name, "old");
         let old_name = table.sibling(&old);
-        let old_is_there = Table::find(&self.cx, &old_name).await?.is_some();
+        let old_is_there = match Table::find(&self.cx, &old_name).await? {
+            Some(there) => {
+                // Invariant: only a table that a swap with this new one has put aside is ever taken for done, or dropped.
+                let sql = recipe::has_comment(there.oid, &recipe::replaced_by(&new));
+                if !catalog::yes(&self.cx.ask(&sql).await?) {
+                    return Err(Error::config(format!(
+                        "there is {old_name} already, which no replacement by {new} has left; drop or rename it first"
+                    )));
+                }
+                true
+            }
+            None => false,
+        };
         let new_is_there = Table::find(&self.cx, &new).await?.is_some();
         if !old_is_there || new_is_there {
             if old_is_there {
@@ -111,6 +124,9 @@ impl ReplaceTable {
         }
         let catches = self.catch_up.iter();
         for sql in catches.chain(&self.build) {
+            if let Some(flaw) = ddl::flaw(sql) {
+                return Err(Error::config(flaw));
+            }
             if (ddl::read(sql).iter()).any(|one| one.block != ddl::Block::May) {
                 return Err(Error::config(
                     "what builds or brings up to date runs in a transaction of its own, which it must not end",

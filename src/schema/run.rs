@@ -41,6 +41,8 @@ pub(super) enum How {
     /// The same, by a statement whose wait keeps neither readers nor writers waiting, and which can leave something half
     /// done: it waits up to the deadline, and is not repeated here.
     Concurrently,
+    /// Alone, outside, with a short wait, and not repeated: what it leaves half done makes it another statement.
+    Once,
 }
 
 impl Context {
@@ -106,7 +108,7 @@ impl Context {
             let began = Instant::now();
             let (result, blockers) = match how {
                 How::Transaction => self.in_transaction(pace, sql).await,
-                How::Outside => self.outside(pace, sql, pace.lock_timeout, None).await,
+                How::Outside | How::Once => self.outside(pace, sql, pace.lock_timeout, None).await,
                 How::Concurrently => {
                     let wait = deadline.remaining().max(pace.lock_timeout);
                     self.outside(pace, sql, wait, progress).await
@@ -139,7 +141,7 @@ impl Context {
             };
             let pause = pace.pause(number, self.jitter.next());
             // Never with more time than the others had: after the last attempt there is none.
-            let again = how != How::Concurrently
+            let again = !matches!(how, How::Concurrently | How::Once)
                 && is_worth_repeating(&error)
                 && deadline.remaining() > pause;
             attempt.pause = again.then_some(pause);
@@ -270,13 +272,18 @@ impl Context {
         wait: Duration,
         statement_timeout: Option<Duration>,
     ) -> Result<(Session, run::Before), Error> {
-        let text = schema::run::set(Some(wait), statement_timeout, &self.application_name);
         let deadline = Deadline::after(self.lock_wait);
         let mut stale = 0;
         loop {
             let session = self.connections().check_out(&deadline).await?;
+            let text = schema::run::set(
+                session.login_pid(),
+                Some(wait),
+                statement_timeout,
+                &self.application_name,
+            );
             // Cancel safety: unanswered, its connection is closed.
-            let (mut session, answer) = session.exchange(text.clone(), Undo::Cancel).await;
+            let (mut session, answer) = session.exchange(text, Undo::Cancel).await;
             let error = match answer {
                 Ok(reply) => {
                     let before = run::before(&reply).ok_or_else(|| {
@@ -285,7 +292,7 @@ impl Context {
                     })?;
                     session.identify(before.pid, Some(&self.application_name));
                     if session.login_pid().is_some_and(|pid| pid != before.pid) {
-                        // Settings of the session would be somebody else's next.
+                        // And nothing was set.
                         return Err(Error::new(ErrorKind::TransactionPooler).with_detail(
                             "what cannot run in a transaction needs a connection to the server itself",
                         ));

@@ -63,6 +63,14 @@ impl TableName {
         &self.name
     }
 
+    /// Another table of the same schema.
+    pub(crate) fn sibling(&self, name: &str) -> Self {
+        Self {
+            schema: self.schema.clone(),
+            name: name.to_owned(),
+        }
+    }
+
     /// Why no server can have a table of this name, if so.
     pub(crate) fn flaw(&self) -> Option<String> {
         let schema = self

@@ -47,6 +47,16 @@ pub(crate) fn spans(sql: &str) -> impl Iterator<Item = (Range<usize>, Kind<'_>)>
     })
 }
 
+/// The plain string that makes the end of the text one literal because it has `\'` in it, or no end, if there is one.
+pub(crate) fn undecided(sql: &str) -> Option<&str> {
+    let (span, kind) = spans(sql).last()?;
+    let text = &sql[span];
+    let quote = text.find('\'')?;
+    let is_plain = kind == Kind::Literal && !matches!(&text[..1], "e" | "E" | "$");
+    let is_open = string(&text.as_bytes()[quote + 1..], Backslash::MayEscape).is_none();
+    (is_plain && is_open).then_some(text)
+}
+
 struct Lexer<'a> {
     rest: &'a str,
 }

@@ -16,7 +16,7 @@ mod mention;
 
 pub(crate) use fingerprint::{Fingerprint, fingerprint};
 pub(crate) use kind::{StatementKind, kind};
-pub(crate) use lexer::{Kind as TokenKind, spans};
+pub(crate) use lexer::{Kind as TokenKind, spans, undecided};
 pub(crate) use mention::mentions;
 
 use lexer::Kind;

@@ -173,6 +173,78 @@ async fn a_dropped_or_killed_one_is_taken_over() {
     scene.nothing_left_within(LONG).await;
 }
 
+/// Who has lost the lock stops, since somebody else has it by now.
+#[tokio::test]
+async fn it_is_stopped_once_the_lock_is_lost() {
+    let scene = Scene::new(3).await;
+    let schema = scene.keeper.schema();
+    let (started, stopped) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let (pid, end) = (Arc::clone(&started), Arc::clone(&stopped));
+    let first = tokio::spawn(async move {
+        let stay = async |migration: &mut lockkeeper::Migration| {
+            let _end = scopeguard::guard((), |()| end.store(1, Ordering::Relaxed));
+            let backend = migration.guard().backend_pid().unwrap();
+            pid.store(u32::try_from(backend).unwrap(), Ordering::Relaxed);
+            std::future::pending::<Result<(), Error>>().await
+        };
+        schema.migrate_once("k", stay).await
+    });
+    eventually(LONG, "it does not run", async || {
+        started.load(Ordering::Relaxed) > 0
+    })
+    .await;
+    let sql = format!(
+        "SELECT pg_terminate_backend({})",
+        started.load(Ordering::Relaxed)
+    );
+    scene.observer.batch_execute(&sql).await.unwrap();
+    let error = tokio::time::timeout(LONG, first)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LockLost, "{error}");
+    assert_eq!(stopped.load(Ordering::Relaxed), 1);
+    let next = process(&scene)
+        .migrate_once("k", async |_| Ok::<_, Error>(2))
+        .await;
+    assert_eq!(next.unwrap(), Some(2));
+    scene.nothing_left_within(LONG).await;
+}
+
+/// A transaction that is left open would take with it the note, and what the note is about.
+#[tokio::test]
+async fn a_transaction_left_open_is_not_done() {
+    let scene = Scene::new(3).await;
+    let schema = scene.keeper.schema();
+    for sql in ["BEGIN; CREATE TABLE made (a int)", "BEGIN; SAVEPOINT s"] {
+        let outcome = schema
+            .migrate_once("k", async |migration| {
+                migration.guard().batch_execute(sql).await?;
+                Ok::<_, Error>(1)
+            })
+            .await;
+        let error = outcome.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{sql}: {error}");
+        scene.nothing_left_within(LONG).await;
+    }
+    // What is done stays so, although the lock is gone before it is released.
+    scene
+        .observer
+        .batch_execute(
+            "CREATE FUNCTION unlock() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN PERFORM pg_advisory_unlock_all(); RETURN NULL; END $$; \
+             CREATE TRIGGER unlock AFTER INSERT ON lockkeeper_migration EXECUTE FUNCTION unlock()",
+        )
+        .await
+        .unwrap();
+    for expected in [Some(2), None] {
+        let ran = schema.migrate_once("k", async |_| Ok::<_, Error>(2)).await;
+        assert_eq!(ran.unwrap(), expected);
+    }
+    scene.nothing_left_within(LONG).await;
+}
+
 #[tokio::test]
 async fn who_waits_too_long_says_so() {
     let scene = Scene::new(3).await;

@@ -1017,3 +1017,37 @@ async fn in_statement_mode_everything_fails_clearly_and_leaks_nothing() {
     assert_eq!(row.await.unwrap().get::<_, i64>(0), 0);
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
+
+/// What cannot run in a transaction needs settings of the session, which the pooler would give to somebody else: none is
+/// left, not by what is refused either.
+#[tokio::test]
+async fn schema_changes_in_transactions_work_and_others_leave_no_setting() {
+    let Some(behind) = Behind::new("schema_changes", PoolMode::Transaction, 3, &[]).await else {
+        return;
+    };
+    let schema = behind.keeper.schema();
+    schema.change("CREATE TABLE t (a int)").await.unwrap();
+    let settings = "SELECT current_setting('lock_timeout'), current_setting('statement_timeout'), current_setting('application_name')";
+    let all = async || {
+        let client = behind.pool.get().await.unwrap();
+        let reply = client.simple_query(settings).await.unwrap();
+        let row = reply.iter().find_map(|message| match message {
+            lockkeeper::tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        let row = row.unwrap();
+        [0, 1, 2].map(|n| row.get(n).map(str::to_owned))
+    };
+    let before = all().await;
+    for refused in [
+        schema.change("VACUUM t").await.map(drop),
+        schema.create_index("t", ["a"]).await.map(drop),
+    ] {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TransactionPooler, "{error}");
+    }
+    assert_eq!(all().await, before);
+    schema.change("ALTER TABLE t ADD b int").await.unwrap();
+    assert_eq!(all().await, before);
+    behind.nothing_left().await;
+}

@@ -103,6 +103,14 @@ async fn what_cannot_work_is_refused_before_anything_is_sent() {
             "timeout",
         ),
         (
+            schema.change("SET LOCAL \"Lock_Timeout\" = 0; DROP TABLE t"),
+            "timeout",
+        ),
+        (
+            schema.change(r"COMMENT ON TABLE t IS 'C:\'; COMMIT; DROP TABLE t"),
+            "C:",
+        ),
+        (
             schema.change("DROP TABLE t").lock_timeout(Duration::ZERO),
             "lock_timeout",
         ),
@@ -117,7 +125,54 @@ async fn what_cannot_work_is_refused_before_anything_is_sent() {
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
         assert!(error.to_string().contains(word), "{error}");
     }
+    // A dry run would commit.
+    let smuggled = r"COMMENT ON TABLE t IS 'C:\'; DROP TABLE t; COMMIT";
+    let error = schema.dry_run(smuggled).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     assert!(holds(&scene, "to_regclass('t') IS NOT NULL").await);
+}
+
+/// Readers of the partition itself would wait behind it for as long as somebody is in it.
+#[tokio::test]
+async fn a_detach_gives_way_to_readers_of_the_partition() {
+    let scene = scene().await;
+    scene
+        .observer
+        .batch_execute(
+            "CREATE TABLE p (id int) PARTITION BY RANGE (id); CREATE TABLE q PARTITION OF p FOR VALUES FROM (0) TO (10)",
+        )
+        .await
+        .unwrap();
+    let holder = scene.database.connect().await;
+    holder.batch_execute("BEGIN; SELECT FROM q").await.unwrap();
+    let change = scene
+        .keeper
+        .schema()
+        .change("ALTER TABLE p DETACH PARTITION q CONCURRENTLY")
+        .lock_timeout(millis(50))
+        .deadline(LONG * 4);
+    let changing = tokio::spawn(change.run());
+    eventually(LONG, "it is not begun", async || {
+        holds(
+            &scene,
+            "EXISTS (SELECT FROM pg_inherits WHERE inhdetachpending)",
+        )
+        .await
+    })
+    .await;
+    // The holder stays, so a reader that waits for a wait without bound waits for ever.
+    let reader = scene.database.connect().await;
+    for _ in 0..5 {
+        let read = tokio::time::timeout(LONG, reader.batch_execute("SELECT FROM q"));
+        read.await
+            .expect("the reader waits for the detach")
+            .unwrap();
+    }
+    assert!(!changing.is_finished());
+    holder.batch_execute("COMMIT").await.unwrap();
+    changing.await.unwrap().unwrap();
+    assert!(holds(&scene, "NOT EXISTS (SELECT FROM pg_inherits)").await);
+    scene.nothing_left_within(LONG).await;
 }
 
 #[tokio::test]
@@ -813,6 +868,7 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
         .await
         .unwrap();
     let load = Load::start(&scene).await;
+    let log_before = scene.database.server().log_len();
     // A long transaction.
     let holder = scene.database.connect().await;
     holder
@@ -828,7 +884,10 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
     let failed = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&failed);
     let change = schema
-        .change("ALTER TABLE busy ADD COLUMN note text; ALTER TABLE busy ALTER b SET DEFAULT 'x'")
+        .change(
+            "DO $$ BEGIN RAISE LOG 'in % under %', current_database(), current_setting('lock_timeout'); END $$; \
+             ALTER TABLE busy ADD COLUMN note text; ALTER TABLE busy ALTER b SET DEFAULT 'x'",
+        )
         .on_attempt(move |attempt| {
             count.fetch_add(u64::from(!attempt.succeeded()), Ordering::Relaxed);
         });
@@ -854,6 +913,18 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
     let longest = load.longest();
     load.end().await;
     assert!(report.attempts().len() >= 7, "{report}");
+    // Whatever the machine: each attempt ran under the timeout asked for, which is what ended those that failed, and the
+    // pauses leave the table to others for ten times as long.
+    let log = scene.database.server().log_since(log_before);
+    let name = scene.database.name();
+    let under = |timeout: &str| log.matches(&format!("in {name} under {timeout}")).count();
+    assert_eq!(under("100ms\n"), report.attempts().len(), "{report}");
+    assert_eq!(under(""), report.attempts().len(), "{report}");
+    let (_, failed) = report.attempts().split_last().unwrap();
+    for attempt in failed {
+        assert_eq!(attempt.sqlstate(), Some("55P03"), "{report}");
+        assert!(attempt.pause().unwrap() >= timeout * 10, "{report}");
+    }
     // The naive statement would have kept them waiting for all of it.
     assert!(held > timeout * 50, "{held:?}");
     assert!(

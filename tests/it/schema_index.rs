@@ -261,6 +261,128 @@ async fn what_failed_builds_have_left_is_dropped_first() {
     assert_eq!(indexes(&scene, "t").await, valid(&["other", "wanted"]));
 }
 
+/// DROP INDEX looks the name up again once it has waited, and another session may have built a valid index under it.
+#[tokio::test]
+async fn a_valid_index_that_took_the_name_meanwhile_is_not_dropped() {
+    let scene = scene().await;
+    table(&scene, "t", 100).await;
+    scene
+        .observer
+        .batch_execute("INSERT INTO t VALUES (1, 1, 'twice')")
+        .await
+        .unwrap();
+    let left = "CREATE UNIQUE INDEX CONCURRENTLY wanted ON t (id)";
+    scene.observer.batch_execute(left).await.unwrap_err();
+    let other = scene.database.connect().await;
+    // To others it is there still, and not valid.
+    other
+        .batch_execute("BEGIN; DROP INDEX wanted")
+        .await
+        .unwrap();
+    let build = scene
+        .keeper
+        .schema()
+        .create_index("t", ["a"])
+        .name("wanted");
+    let building = tokio::spawn(build.run());
+    eventually(LONG, "it does not wait", async || {
+        let waits = "EXISTS (SELECT FROM pg_locks WHERE relation IN ('t'::regclass, 'wanted'::regclass) AND NOT granted)";
+        holds(&scene, waits).await
+    })
+    .await;
+    other
+        .batch_execute("CREATE INDEX wanted ON t (a); COMMENT ON INDEX wanted IS 'theirs'; COMMIT")
+        .await
+        .unwrap();
+    let report = building.await.unwrap().unwrap();
+    assert_eq!(sent(&report, "DROP INDEX"), 0, "{report}");
+    assert!(
+        holds(
+            &scene,
+            "(SELECT obj_description('wanted'::regclass) = 'theirs')"
+        )
+        .await
+    );
+    assert_eq!(indexes(&scene, "t").await, valid(&["wanted"]));
+    scene.nothing_left_within(LONG).await;
+}
+
+/// Killed between its being named aside and its being dropped, it is found again.
+#[tokio::test]
+async fn what_was_named_aside_is_dropped_by_the_next_run() {
+    let scene = scene().await;
+    table(&scene, "t", 100).await;
+    scene
+        .observer
+        .batch_execute("INSERT INTO t VALUES (1, 1, 'twice')")
+        .await
+        .unwrap();
+    let left = "CREATE UNIQUE INDEX CONCURRENTLY wanted ON t (id)";
+    scene.observer.batch_execute(left).await.unwrap_err();
+    let build = || {
+        scene
+            .keeper
+            .schema()
+            .create_index("t", ["a"])
+            .name("wanted")
+    };
+    let in_the_way = scene.database.connect().await;
+    in_the_way
+        .batch_execute("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE")
+        .await
+        .unwrap();
+    let building = tokio::spawn(build().run());
+    eventually(LONG, "it is not named aside", async || {
+        holds(&scene, "to_regclass('wanted') IS NULL").await
+    })
+    .await;
+    building.abort();
+    in_the_way.batch_execute("COMMIT").await.unwrap();
+    build().await.unwrap();
+    assert_eq!(indexes(&scene, "t").await, valid(&["wanted"]));
+    scene.nothing_left_within(LONG).await;
+}
+
+/// Expressions, predicates and orders are compared too, although only the server can read them.
+#[tokio::test]
+async fn another_index_of_the_name_is_refused() {
+    let scene = scene().await;
+    table(&scene, "t", 10).await;
+    let schema = scene.keeper.schema();
+    let lower = |sql| schema.create_index("t", [IndexColumn::expression(sql)]);
+    let part = |sql: &str| schema.create_index("t", ["a"]).name("part").predicate(sql);
+    let desc = |sql| {
+        let column = IndexColumn::column("a").with(sql);
+        schema.create_index("t", [column]).name("sorted")
+    };
+    let more = |column: &str| {
+        schema
+            .create_index("t", ["a"])
+            .name("more")
+            .include([column])
+    };
+    for first in [lower("lower(b)"), part("a > 1"), desc("DESC"), more("b")] {
+        assert_eq!(first.await.unwrap().steps().len(), 1);
+    }
+    for same in [
+        lower("lower( b )"),
+        part("a > 1 -- more"),
+        desc("desc"),
+        more("b"),
+    ] {
+        assert!(same.await.unwrap().steps().is_empty());
+    }
+    for other in [lower("upper(b)"), part("a > 2"), desc("ASC"), more("id")] {
+        let error = other.await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    }
+    assert_eq!(
+        indexes(&scene, "t").await,
+        valid(&["more", "part", "sorted", "t_expr_idx"])
+    );
+    scene.nothing_left_within(LONG).await;
+}
+
 #[tokio::test]
 async fn a_unique_violation_is_cleaned_up_and_reported_not_repeated() {
     let scene = scene().await;

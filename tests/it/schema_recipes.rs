@@ -485,6 +485,67 @@ async fn a_table_is_replaced() {
     scene.nothing_left_within(LONG).await;
 }
 
+/// What has the name that a recipe would give, and is not what the recipe would make, is refused: never taken for done, and
+/// never dropped.
+#[tokio::test]
+async fn a_name_that_is_taken_by_something_else_is_refused() {
+    let scene = scene().await;
+    table(&scene, "t", 10).await;
+    table(&scene, "t_old", 3).await;
+    scene
+        .observer
+        .batch_execute(
+            "CREATE TABLE p (id int PRIMARY KEY, other int UNIQUE); INSERT INTO p SELECT n, n FROM generate_series(0, 9) n; \
+             ALTER TABLE t ADD CONSTRAINT t_a_is_not_null CHECK (a >= 0), ADD CONSTRAINT small CHECK (a < 10), \
+             ADD CONSTRAINT t_b_is_not_null CHECK (length(b) IS NOT NULL), ADD CONSTRAINT t_a_fkey FOREIGN KEY (a) REFERENCES p",
+        )
+        .await
+        .unwrap();
+    let before = constraints(&scene, "t").await;
+    let schema = scene.keeper.schema();
+    let key = || schema.add_foreign_key("t", ["a"], "p", ["id"]);
+    let refused = [
+        schema.set_not_null("t", "a").await,
+        schema.set_not_null("t", "b").await,
+        schema.add_primary_key("t", ["a"]).name("new_key").await,
+        schema.add_check("t", "small", "a < 5").await,
+        schema.add_foreign_key("t", ["a"], "p", ["other"]).await,
+        key().on_delete(ReferentialAction::Cascade).await,
+        key().on_update(ReferentialAction::SetNull).await,
+        schema
+            .replace_table("t", "t_new")
+            .build("CREATE TABLE t_new (LIKE t)")
+            .drop_old()
+            .await,
+    ];
+    for (n, outcome) in refused.into_iter().enumerate() {
+        let error = outcome.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{n}: {error}");
+    }
+    // The same said otherwise is the same.
+    for same in [
+        schema
+            .add_check("t", "small", "(a) < 10 /* as ever */")
+            .await,
+        key().await,
+        key().on_delete(ReferentialAction::NoAction).await,
+    ] {
+        assert!(same.unwrap().steps().is_empty());
+    }
+    assert_eq!(constraints(&scene, "t").await, before);
+    assert_eq!(rows(&scene, "SELECT count(*) FROM t_old").await, 3);
+    assert!(holds(&scene, "to_regclass('t_new') IS NULL").await);
+    // Nor where there is nothing left to do but to tidy up.
+    scene
+        .observer
+        .batch_execute("ALTER TABLE t ALTER a SET NOT NULL")
+        .await
+        .unwrap();
+    schema.set_not_null("t", "a").await.unwrap();
+    assert_eq!(constraints(&scene, "t").await, before);
+    scene.nothing_left_within(LONG).await;
+}
+
 /// What is not said is looked for along the search_path of the pool's connections.
 #[tokio::test]
 async fn another_schema_on_the_search_path() {

@@ -32,7 +32,7 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> (Block, Option<Vec<Action>>) {
     while !cursor.is_at_end() {
         let part = cursor.until_comma();
         if part.has(&["detach"]) && part.has(&["concurrently"]) {
-            block = Block::Concurrently;
+            block = Block::Detach;
         }
         let read = if is_index {
             index_action(part, &table)

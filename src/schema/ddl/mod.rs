@@ -9,6 +9,7 @@ mod other;
 
 use crate::mode::{LockMode, LockedRelation};
 use crate::sql::TableName;
+use crate::statement::undecided;
 
 /// One statement of a batch.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub(super) enum Block {
     MustNot,
     /// The same, and it can leave something half done; it waits for others without keeping readers or writers waiting.
     Concurrently,
+    /// The same of `DETACH PARTITION … CONCURRENTLY`, which at its end stands in the partition's queue for ACCESS EXCLUSIVE.
+    Detach,
     /// It begins or ends one.
     Control,
     /// It sets something that stays on the connection behind the transaction, or the timeout that is ours to set.
@@ -118,6 +121,21 @@ impl Action {
 /// The statements of a batch.
 pub(super) fn read(sql: &str) -> Vec<Statement<'_>> {
     cursor::split(sql).into_iter().map(read_one).collect()
+}
+
+/// Why a batch cannot be read to its end, if so: behind a string whose end a setting decides could stand anything, a
+/// COMMIT too.
+pub(super) fn flaw(sql: &str) -> Option<String> {
+    let unread = undecided(sql)?;
+    let (_, behind) = unread.split_once(';')?;
+    (!behind.trim().is_empty()).then(|| {
+        let end = unread.char_indices().nth(40).map_or(unread.len(), |(at, _)| at);
+        format!(
+            "the text cannot be told apart into statements from {:?} on; write a string that ends in a backslash as \
+             E'…\\\\', or the statements as changes of their own",
+            &unread[..end]
+        )
+    })
 }
 
 /// The functions that a default calls.
@@ -315,6 +333,25 @@ mod tests {
     }
 
     #[test]
+    fn a_string_that_a_setting_ends_is_not_the_last_of_a_batch() {
+        for sql in [
+            r"COMMENT ON TABLE t IS 'C:\'; COMMIT; DROP TABLE t",
+            r"COMMENT ON TABLE t IS U&'\'; COMMIT; --'",
+        ] {
+            assert!(flaw(sql).is_some(), "{sql}");
+        }
+        for sql in [
+            r"COMMENT ON TABLE t IS 'C:\'",
+            r"COMMENT ON TABLE t IS 'C:\';",
+            r"COMMENT ON TABLE t IS E'C:\\'; DROP TABLE u",
+            r"COMMENT ON TABLE t IS $$C:\'; $$; DROP TABLE u -- it's; open",
+            "DROP TABLE t; DROP TABLE u",
+        ] {
+            assert_eq!(flaw(sql), None, "{sql}");
+        }
+    }
+
+    #[test]
     fn where_statements_may_stand() {
         for (sql, block) in [
             ("CREATE INDEX concurrently_not ON t (a)", Block::May),
@@ -333,8 +370,13 @@ mod tests {
             ("REFRESH MATERIALIZED VIEW CONCURRENTLY m", Block::May),
             (
                 "ALTER TABLE p DETACH PARTITION q CONCURRENTLY",
-                Block::Concurrently,
+                Block::Detach,
             ),
+            ("SET LOCAL work_mem = '1MB'", Block::May),
+            ("SET CONSTRAINTS ALL DEFERRED", Block::May),
+            ("SET LOCAL \"LOCK_timeout\" = 0", Block::Setting),
+            ("SET LOCAL U&\"lock\\005ftimeout\" = 0", Block::Setting),
+            ("LISTEN c", Block::Setting),
             ("BEGIN", Block::Control),
             ("start transaction", Block::Control),
             ("COMMIT", Block::Control),

@@ -61,20 +61,28 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
         }
         "begin" | "commit" | "rollback" | "abort" | "end" | "savepoint" | "release" | "start"
         | "prepare" => (Block::Control, Some(Vec::new())),
-        "set" => (setting(&cursor), Some(Vec::new())),
-        "reset" | "discard" => (Block::Setting, Some(Vec::new())),
-        "show" | "grant" | "revoke" | "notify" | "listen" | "security" | "reassign" => {
+        "set" => (setting(cursor), Some(Vec::new())),
+        "reset" | "discard" | "listen" => (Block::Setting, Some(Vec::new())),
+        "show" | "grant" | "revoke" | "notify" | "security" | "reassign" => {
             (Block::May, Some(Vec::new()))
         }
         _ => (Block::May, None),
     }
 }
 
-fn setting(cursor: &Cursor<'_>) -> Block {
-    match (cursor.word(), cursor.word_at(1)) {
-        ("local", "lock_timeout") => Block::Setting,
-        ("local" | "constraints" | "transaction", _) => Block::May,
-        _ => Block::Setting,
+fn setting(mut cursor: Cursor<'_>) -> Block {
+    if cursor.sees(&["constraints"]) || cursor.sees(&["transaction"]) {
+        return Block::May;
+    }
+    if !cursor.eat(&["local"]) {
+        return Block::Setting;
+    }
+    // Names of settings are compared without case, between quotes too; one in U&"…" is not read.
+    match cursor.identifier() {
+        Some(name) if name.eq_ignore_ascii_case("lock_timeout") => Block::Setting,
+        Some(name) if name == "u" && cursor.sees_symbol('&') => Block::Setting,
+        Some(_) => Block::May,
+        None => Block::Setting,
     }
 }
 

@@ -344,12 +344,39 @@ pub(crate) fn not_null(table: &TableName, column: &str) -> String {
          WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'n' \
          AND NOT k.convalidated AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]) AS defined, EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
          WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated \
-         AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum] AND pg_catalog.starts_with(k.conbin::pg_catalog.text, \
-         '{{NULLTEST ') AND pg_catalog.strpos(k.conbin::pg_catalog.text, ':nulltesttype 1 ') OPERATOR(pg_catalog.>) 0) \
+         AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum] AND {}) \
          AS implied FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
          WHERE a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND NOT a.attisdropped",
         with_t(table),
+        proves_not_null("k"),
         literal(column)
+    )
+}
+
+/// Whether a DETACH PARTITION CONCURRENTLY of the partition was begun and not ended.
+pub(crate) fn is_detach_pending(partition: &TableName) -> String {
+    format!(
+        "WITH {} SELECT EXISTS (SELECT FROM t JOIN pg_catalog.pg_inherits AS i ON i.inhrelid OPERATOR(pg_catalog.=) t.oid \
+         WHERE i.inhdetachpending) AS yes",
+        with_t(partition)
+    )
+}
+
+pub(crate) fn finalize(parent: &TableName, partition: &TableName) -> String {
+    format!("ALTER TABLE {parent} DETACH PARTITION {partition} FINALIZE")
+}
+
+pub(crate) fn yes(reply: &[SimpleQueryMessage]) -> bool {
+    rows(reply).any(|row| is_true(row, "yes"))
+}
+
+/// Whether a row `k` of `pg_constraint` is a CHECK that its column itself is not NULL, and no more: as the server keeps
+/// it, since what shows it as SQL opens the table.
+pub(super) fn proves_not_null(k: &str) -> String {
+    format!(
+        "COALESCE({k}.contype OPERATOR(pg_catalog.=) 'c' \
+         AND pg_catalog.starts_with({k}.conbin::pg_catalog.text, '{{NULLTEST :arg {{VAR ') \
+         AND pg_catalog.strpos({k}.conbin::pg_catalog.text, ':nulltesttype 1 ') OPERATOR(pg_catalog.>) 0, false)"
     )
 }
 

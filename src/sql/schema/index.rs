@@ -4,7 +4,7 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::columns;
 use crate::sql::name::TableName;
-use crate::sql::{identifier, is_true, parsed, rows, text};
+use crate::sql::{identifier, is_true, literal, parsed, rows, text};
 
 /// One column of an index: quoted already, or the caller's own SQL.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +42,13 @@ pub(crate) struct Definition {
 }
 
 impl Definition {
+    /// Whether it is more than columns by their names.
+    pub(crate) fn has_sql(&self) -> bool {
+        let plain =
+            |part: &Part| (part.column.as_deref()).is_some_and(|name| part.sql == identifier(name));
+        self.predicate.is_some() || !self.include.is_empty() || !self.parts.iter().all(plain)
+    }
+
     fn sql(&self, how: &str, on: &str, table: &TableName) -> String {
         let unique = if self.unique { "UNIQUE " } else { "" };
         let method = match &self.method {
@@ -82,6 +89,56 @@ pub(crate) fn drop_concurrently(index: &TableName) -> String {
 
 pub(crate) fn drop_plainly(index: &TableName) -> String {
     format!("DROP INDEX IF EXISTS {index}")
+}
+
+/// Whether an index is what the definition would make of the table, by making it of an empty one that is gone with the
+/// transaction: expressions, predicates, operator classes and orders are the caller's SQL, and only the server reads them.
+///
+/// Nobody waits for it, and it waits for no more than who has the table under ACCESS EXCLUSIVE.
+pub(crate) fn is_same(
+    index: u32,
+    wanted: &Definition,
+    table: &TableName,
+    lock_timeout: i32,
+) -> String {
+    let aside = TableName::in_schema("pg_temp", table.name());
+    let shape = |of: &str| {
+        format!(
+            "SELECT pg_catalog.concat_ws(pg_catalog.chr(10), pg_catalog.pg_get_expr(x.indexprs, x.indrelid), \
+             'WHERE', pg_catalog.pg_get_expr(x.indpred, x.indrelid), x.indoption, x.indclass, x.indcollation, \
+             (SELECT pg_catalog.string_agg(a.attname::pg_catalog.text, pg_catalog.chr(10) \
+             ORDER BY k.place USING OPERATOR(pg_catalog.<)) \
+             FROM pg_catalog.unnest(x.indkey) WITH ORDINALITY AS k (attnum, place) \
+             JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) x.indrelid \
+             AND a.attnum OPERATOR(pg_catalog.=) k.attnum AND a.attnum OPERATOR(pg_catalog.>) 0)) \
+             FROM pg_catalog.pg_index AS x JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) x.indexrelid \
+             WHERE {of}"
+        )
+    };
+    format!(
+        "SET LOCAL lock_timeout = {lock_timeout}; CREATE TEMPORARY TABLE {} (LIKE {table}) ON COMMIT DROP; {}; \
+         SELECT COALESCE(pg_catalog.texteq(({}), ({})), false) AS yes",
+        identifier(table.name()),
+        wanted.sql("", "", &aside),
+        shape(&format!(
+            "c.oid OPERATOR(pg_catalog.=) '{index}'::pg_catalog.oid"
+        )),
+        shape(&format!(
+            "c.relname OPERATOR(pg_catalog.=) {}::pg_catalog.name \
+             AND c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()",
+            literal(&wanted.name)
+        ))
+    )
+}
+
+/// Renames an index, if it is the one of that oid: the division fails otherwise, and the batch with it.
+pub(crate) fn rename_if(index: &TableName, name: &str, oid: u32) -> String {
+    format!(
+        "ALTER INDEX {index} RENAME TO {}; SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM pg_catalog.pg_class AS c \
+         WHERE c.oid OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid AND c.relname OPERATOR(pg_catalog.=) {}::pg_catalog.name",
+        identifier(name),
+        literal(name)
+    )
 }
 
 pub(crate) fn attach(parent: &TableName, index: &TableName) -> String {

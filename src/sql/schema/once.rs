@@ -42,6 +42,15 @@ pub(crate) fn done(table: &TableName, key: &str, by: &str) -> String {
     )
 }
 
+/// Whether the transaction is older than the statement, and so than itself.
+pub(crate) const IN_TRANSACTION: &str = "SELECT pg_catalog.transaction_timestamp() \
+    OPERATOR(pg_catalog.<) pg_catalog.statement_timestamp() AS yes";
+
+/// Whether there is a backend of this pid. Costs no lock and no right.
+pub(crate) fn is_alive(pid: i32) -> String {
+    format!("SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity({pid})) AS yes")
+}
+
 pub(crate) fn yes(reply: &[SimpleQueryMessage]) -> bool {
     rows(reply).any(|row| is_true(row, "yes"))
 }

@@ -2,6 +2,7 @@
 
 use tokio_postgres::SimpleQueryMessage;
 
+use super::catalog::proves_not_null;
 use super::columns;
 use crate::sql::name::TableName;
 use crate::sql::{identifier, is_true, literal, parsed, rows, text};
@@ -11,6 +12,37 @@ pub(crate) fn add_check(table: &TableName, name: &str, expression: &str) -> Stri
     format!(
         "ALTER TABLE {table} ADD CONSTRAINT {} CHECK ({expression}\n) NOT VALID",
         identifier(name)
+    )
+}
+
+/// Whether a CHECK says the same as the expression, by adding that to an empty table that is gone with the transaction.
+pub(crate) fn is_same_check(
+    table: &TableName,
+    oid: u32,
+    name: &str,
+    expression: &str,
+    lock_timeout: i32,
+) -> String {
+    let aside = TableName::in_schema("pg_temp", table.name());
+    let says = |of: &str| {
+        format!(
+            "SELECT pg_catalog.pg_get_expr(k.conbin, k.conrelid) FROM pg_catalog.pg_constraint AS k \
+             WHERE k.conname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND k.conrelid OPERATOR(pg_catalog.=) {of}",
+            literal(name)
+        )
+    };
+    let other = format!(
+        "ANY (SELECT c.oid FROM pg_catalog.pg_class AS c WHERE c.relname OPERATOR(pg_catalog.=) {}::pg_catalog.name \
+         AND c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema())",
+        literal(table.name())
+    );
+    format!(
+        "SET LOCAL lock_timeout = {lock_timeout}; CREATE TEMPORARY TABLE {} (LIKE {table}) ON COMMIT DROP; {}; \
+         SELECT COALESCE(pg_catalog.texteq(({}), ({})), false) AS yes",
+        identifier(table.name()),
+        add_check(&aside, name, expression),
+        says(&format!("'{oid}'::pg_catalog.oid")),
+        says(&other)
     )
 }
 
@@ -62,6 +94,20 @@ pub(crate) struct ForeignKey {
     pub(crate) referenced_columns: Vec<String>,
     pub(crate) on_delete: Option<&'static str>,
     pub(crate) on_update: Option<&'static str>,
+}
+
+impl ForeignKey {
+    /// As `pg_constraint` has them: on delete, on update.
+    pub(crate) fn actions(&self) -> (char, char) {
+        let code = |action: Option<&str>| match action {
+            None | Some("NO ACTION") => 'a',
+            Some("RESTRICT") => 'r',
+            Some("CASCADE") => 'c',
+            Some("SET NULL") => 'n',
+            Some(_) => 'd',
+        };
+        (code(self.on_delete), code(self.on_update))
+    }
 }
 
 pub(crate) fn add_foreign_key(
@@ -132,9 +178,24 @@ pub(crate) fn swap(
     });
     format!(
         "LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE; {catch_up}ALTER TABLE {table} RENAME TO {}; \
-         ALTER TABLE {new} RENAME TO {}",
+         ALTER TABLE {new} RENAME TO {}; COMMENT ON TABLE {} IS {}",
         identifier(old),
-        identifier(table.name())
+        identifier(table.name()),
+        table.sibling(old),
+        literal(&replaced_by(new))
+    )
+}
+
+/// What a table that was replaced has as its comment: by that a swap that was made is recognized.
+pub(crate) fn replaced_by(new: &TableName) -> String {
+    format!("replaced by lockkeeper with {new}")
+}
+
+/// Whether a table has this comment.
+pub(crate) fn has_comment(table: u32, comment: &str) -> String {
+    format!(
+        "SELECT COALESCE(pg_catalog.texteq(pg_catalog.obj_description('{table}'::pg_catalog.oid, 'pg_class'), {}), false) AS yes",
+        literal(comment)
     )
 }
 
@@ -157,31 +218,50 @@ pub(crate) struct Constraint {
     pub(crate) columns: Vec<String>,
     pub(crate) referenced: Option<u32>,
     pub(crate) index: Option<u32>,
+    /// Whether it says no more than that its column is not NULL.
+    pub(crate) is_proof: bool,
+    pub(crate) referenced_columns: Vec<String>,
+    /// `confdeltype` and `confupdtype`.
+    pub(crate) actions: (char, char),
 }
 
 pub(crate) fn constraints(table: u32) -> String {
     format!(
-        "SELECT k.conname, k.contype, k.convalidated, k.confrelid, k.conindid, \
+        "SELECT k.conname, k.contype, k.convalidated, k.confrelid, k.conindid, k.confdeltype, k.confupdtype, \
+         {} AS proof, \
+         (SELECT pg_catalog.string_agg(a.attname::pg_catalog.text, pg_catalog.chr(10) \
+         ORDER BY c.place USING OPERATOR(pg_catalog.<)) \
+         FROM pg_catalog.unnest(k.confkey) WITH ORDINALITY AS c (attnum, place) \
+         JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) k.confrelid \
+         AND a.attnum OPERATOR(pg_catalog.=) c.attnum) AS referenced, \
          (SELECT pg_catalog.string_agg(a.attname::pg_catalog.text, pg_catalog.chr(10) \
          ORDER BY c.place USING OPERATOR(pg_catalog.<)) \
          FROM pg_catalog.unnest(k.conkey) WITH ORDINALITY AS c (attnum, place) \
          JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) k.conrelid \
          AND a.attnum OPERATOR(pg_catalog.=) c.attnum) AS columns \
-         FROM pg_catalog.pg_constraint AS k WHERE k.conrelid OPERATOR(pg_catalog.=) '{table}'::pg_catalog.oid"
+         FROM pg_catalog.pg_constraint AS k WHERE k.conrelid OPERATOR(pg_catalog.=) '{table}'::pg_catalog.oid",
+        proves_not_null("k")
     )
 }
 
 pub(crate) fn found_constraints(reply: &[SimpleQueryMessage]) -> Vec<Constraint> {
     let read = |row| {
         let some = |column| parsed::<u32>(row, column).filter(|oid| *oid > 0);
+        let names = |column| {
+            text(row, column)
+                .map_or_else(Vec::new, |all| all.split('\n').map(str::to_owned).collect())
+        };
+        let action = |column| parsed::<char>(row, column).unwrap_or(' ');
         Some(Constraint {
             name: text(row, "conname")?,
             kind: parsed(row, "contype")?,
             is_valid: is_true(row, "convalidated"),
-            columns: text(row, "columns")
-                .map_or_else(Vec::new, |all| all.split('\n').map(str::to_owned).collect()),
+            columns: names("columns"),
             referenced: some("confrelid"),
             index: some("conindid"),
+            is_proof: is_true(row, "proof"),
+            referenced_columns: names("referenced"),
+            actions: (action("confdeltype"), action("confupdtype")),
         })
     };
     rows(reply).filter_map(read).collect()
