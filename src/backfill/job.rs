@@ -16,7 +16,9 @@ use crate::error::{Error, ErrorKind, Failure, classify_db};
 use crate::incident::Incident;
 use crate::key::LockKey;
 use crate::sql::Begin;
-use crate::sql::backfill::{self as texts, Batch, Checkpoint, Done, Found, Look, Saved, Target};
+use crate::sql::backfill::{
+    self as texts, Batch, Checkpoint, Done, Found, Look, Saved, Table, Target,
+};
 use crate::transaction::{self, Failed, Never, Policy, Reporter, Tx};
 
 /// How long what was seen of waiters and standbys is good for.
@@ -411,6 +413,13 @@ impl Ready {
                 texts::TABLE
             )));
         }
+        if !saved.same_order {
+            return Err(Error::config(format!(
+                "the key of {} is ordered otherwise than when the backfill {:?} began (its type, collation or index has \
+                 changed), so the rows that are left are not known; restart it",
+                self.target.table, self.name
+            )));
+        }
         let pace = Pace::new(self.backfill.batch_rows.clone(), self.backfill.batch_time);
         let progress = BackfillProgress {
             name: Arc::clone(&self.name),
@@ -450,8 +459,7 @@ impl Ready {
     }
 
     async fn ensure_table(&self, schema: &str) -> Result<(), Error> {
-        let exists = texts::exists(schema);
-        if texts::is_there(&self.ask(&exists).await?) {
+        if self.has_table().await? {
             return Ok(());
         }
         let create = texts::create(schema);
@@ -459,7 +467,7 @@ impl Ready {
             return Ok(());
         };
         // Another backfill may have been faster.
-        if texts::is_there(&self.ask(&exists).await?) {
+        if self.has_table().await? {
             return Ok(());
         }
         Err(Error::new(error.kind())
@@ -467,6 +475,16 @@ impl Ready {
                 "the table for checkpoints is missing and could not be created; its owner shall be who may: {create}"
             ))
             .with_source(error))
+    }
+
+    /// An error for one that is not to be used.
+    async fn has_table(&self) -> Result<bool, Error> {
+        let reply = self.ask(&texts::look_for(&self.target)).await?;
+        match texts::seen(&self.target, &reply) {
+            Table::Missing => Ok(false),
+            Table::Usable => Ok(true),
+            Table::Flaw(flaw) => Err(Error::config(flaw)),
+        }
     }
 
     async fn ask(&self, sql: &str) -> Result<Vec<SimpleQueryMessage>, Error> {

@@ -318,6 +318,30 @@ async fn a_run_that_was_overtaken_changes_nothing_more() {
     scene.nothing_left().await;
 }
 
+/// Overtaken by one that has come as far over other rows, and by one that does something else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_that_is_not_the_one_it_knows_ends_a_run() {
+    let scene = scene(3, 100).await;
+    for change in ["last_key = '{12}'", "definition = 'something else'"] {
+        let backfill = counted(&scene.keeper).restart().batch_rows(10..=10);
+        let mut steps = backfill.wait(SOON).stream();
+        steps.next().await.unwrap().unwrap();
+        let change = format!("UPDATE lockkeeper_backfill SET {change}");
+        scene.observer.batch_execute(&change).await.unwrap();
+        let before = number(&scene.observer, "SELECT sum(n) FROM t").await;
+        let error = loop {
+            // A pause is a step too.
+            match steps.next().await.unwrap() {
+                Ok(step) => assert!(step.batches() < 2, "{change}"),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::LockLost, "{error}");
+        let after = number(&scene.observer, "SELECT sum(n) FROM t").await;
+        assert_eq!(before, after, "{change}");
+    }
+}
+
 // One at a time.
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -934,6 +958,134 @@ async fn keys_of_several_columns_and_partitions_and_odd_names() {
     );
 }
 
+/// Two sessions that write values differently go on with each other's checkpoint.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_is_read_as_it_was_written() {
+    let scene = Scene::new(1).await;
+    let name = scene.database.name();
+    for (key, values, first, second) in [
+        (
+            "double precision",
+            "1 + i * 1e-9::float8",
+            "SET extra_float_digits = -9",
+            "SET extra_float_digits = 1",
+        ),
+        (
+            "interval",
+            "i * interval '-3 days -4 hours'",
+            "SET IntervalStyle = sql_standard",
+            "SET IntervalStyle = postgres",
+        ),
+        (
+            "date[]",
+            "ARRAY['2024-01-01'::date + i]",
+            "SET DateStyle = 'SQL, DMY'",
+            "SET DateStyle = 'SQL, MDY'",
+        ),
+        (
+            "daterange",
+            "daterange('2024-01-01'::date + i, NULL)",
+            "SET DateStyle = 'SQL, MDY'",
+            "SET DateStyle = 'SQL, DMY'",
+        ),
+        (
+            "tstzrange",
+            "tstzrange('2024-10-27 00:00+00'::timestamptz + i * interval '10 minutes', NULL)",
+            "SET TimeZone = 'Europe/Berlin'",
+            "SET TimeZone = 'Asia/Kathmandu'",
+        ),
+        (
+            "timestamptz",
+            "'2024-10-27 00:00+00'::timestamptz + i * interval '10 minutes'",
+            "SET TimeZone = 'Europe/Berlin'",
+            "SET TimeZone = 'Asia/Kathmandu'",
+        ),
+    ] {
+        scene
+            .observer
+            .batch_execute(&format!(
+                "DROP TABLE IF EXISTS t, lockkeeper_backfill; \
+                 CREATE TABLE t (id {key} PRIMARY KEY, n int NOT NULL DEFAULT 0); \
+                 INSERT INTO t SELECT {values} FROM generate_series(1, 100) AS i"
+            ))
+            .await
+            .unwrap();
+        for (setting, batches) in [(first, 3), (second, usize::MAX)] {
+            let set = format!("ALTER DATABASE {name} {setting}");
+            scene.observer.batch_execute(&set).await.unwrap();
+            let keeper = Keeper::new(scene.database.pool(2));
+            let backfill = counted(&keeper).batch_rows(7..=7).wait(SOON);
+            let mut steps = backfill.stream().take(batches);
+            while let Some(step) = steps.next().await {
+                step.unwrap_or_else(|error| panic!("{key}: {error}"));
+            }
+        }
+        let wrong = number(&scene.observer, "SELECT count(*) FROM t WHERE n <> 1").await;
+        assert_eq!(wrong, 0, "{key}");
+        assert!(checkpoint(&scene).await.2, "{key}");
+        let reset = format!("ALTER DATABASE {name} RESET ALL");
+        scene.observer.batch_execute(&reset).await.unwrap();
+    }
+}
+
+/// What is behind a key is something else where the keys' order has become another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_is_ordered_otherwise_is_no_place_to_go_on_from() {
+    let scene = Scene::new(2).await;
+    let steps = async |n| {
+        let backfill = counted(&scene.keeper).batch_rows(7..=7).wait(SOON);
+        let steps: Vec<_> = backfill.stream().take(n).collect().await;
+        steps.into_iter().collect::<Result<Vec<_>, Error>>()
+    };
+    for (before, change) in [
+        ("int PRIMARY KEY", "ALTER COLUMN id TYPE text"),
+        (
+            "text COLLATE \"C\" PRIMARY KEY",
+            "ALTER COLUMN id TYPE text COLLATE \"POSIX\"",
+        ),
+        (
+            "text PRIMARY KEY",
+            "DROP CONSTRAINT t_pkey, ALTER id SET NOT NULL; CREATE UNIQUE INDEX ON t (id text_pattern_ops)",
+        ),
+    ] {
+        scene
+            .observer
+            .batch_execute(&format!(
+                "DROP TABLE IF EXISTS t, lockkeeper_backfill; CREATE TABLE t (id {before}, n int NOT NULL DEFAULT 0); \
+                 INSERT INTO t SELECT i FROM generate_series(1, 100) AS i"
+            ))
+            .await
+            .unwrap();
+        assert_eq!(steps(2).await.unwrap().len(), 2);
+        let change = format!("ALTER TABLE t {change}");
+        scene.observer.batch_execute(&change).await.unwrap();
+        let error = steps(usize::MAX).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{change}: {error}");
+        assert!(error.to_string().contains("ordered otherwise"), "{error}");
+        assert_eq!(
+            number(&scene.observer, "SELECT sum(n) FROM t").await,
+            14,
+            "{change}"
+        );
+        let restarted = counted(&scene.keeper).restart().run().await.unwrap();
+        assert_eq!(restarted.rows_done(), 100);
+    }
+    // Wider, and in the same order.
+    scene
+        .observer
+        .batch_execute(
+            "DROP TABLE t, lockkeeper_backfill; CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL DEFAULT 0); \
+             INSERT INTO t SELECT i FROM generate_series(1, 100) AS i",
+        )
+        .await
+        .unwrap();
+    steps(2).await.unwrap();
+    let change = "ALTER TABLE t ALTER COLUMN id TYPE bigint";
+    scene.observer.batch_execute(change).await.unwrap();
+    steps(usize::MAX).await.unwrap();
+    all_are(&scene, 1).await;
+}
+
 /// An extension's type, whose operators are wherever the extension is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_with_operators_of_their_own() {
@@ -1081,6 +1233,50 @@ async fn a_role_without_privileges_is_told_what_it_needs() {
     drop(keeper);
     let drop_role = format!("DROP OWNED BY {role}; DROP ROLE {role}");
     scene.observer.batch_execute(&drop_role).await.unwrap();
+}
+
+/// Triggers of a table run as those who write to it: one that anybody may have made is none for checkpoints.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoints_table_of_somebody_else_is_not_written_to() {
+    let scene = scene(2, 100).await;
+    let role = format!("mallory_{}", scene.database.name());
+    scene
+        .observer
+        .batch_execute(&format!(
+            "CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role}; SET ROLE {role}; \
+             CREATE TABLE lockkeeper_backfill (name text PRIMARY KEY, definition text, key_types text[], \
+             key_order text[], last_key text[], rows_passed int8 DEFAULT 0, rows_done int8 DEFAULT 0, \
+             done bool DEFAULT false, updated_at timestamptz); \
+             CREATE TABLE ran_as AS SELECT current_user AS who WHERE false; GRANT ALL ON ran_as TO public; \
+             CREATE FUNCTION planted() RETURNS trigger LANGUAGE plpgsql AS \
+             'BEGIN INSERT INTO ran_as VALUES (current_user); RETURN NEW; END'; \
+             CREATE TRIGGER planted BEFORE INSERT ON lockkeeper_backfill FOR EACH ROW EXECUTE FUNCTION planted(); \
+             GRANT ALL ON lockkeeper_backfill TO public; RESET ROLE"
+        ))
+        .await
+        .unwrap();
+    let error = counted(&scene.keeper).run().await.unwrap_err();
+    let ran = number(&scene.observer, "SELECT count(*) FROM ran_as").await;
+    assert_eq!(ran, 0, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert!(error.to_string().contains(&role), "{error}");
+    all_are(&scene, 0).await;
+
+    // It is trusted with the table itself.
+    let give =
+        format!("DROP TRIGGER planted ON lockkeeper_backfill; ALTER TABLE t OWNER TO {role}");
+    scene.observer.batch_execute(&give).await.unwrap();
+    counted(&scene.keeper).run().await.unwrap();
+    all_are(&scene, 1).await;
+    let drop_role = format!("DROP OWNED BY {role}; DROP ROLE {role}");
+    scene.observer.batch_execute(&drop_role).await.unwrap();
+
+    let view =
+        "CREATE TABLE t (id int PRIMARY KEY, n int); CREATE VIEW lockkeeper_backfill AS SELECT";
+    scene.observer.batch_execute(view).await.unwrap();
+    let error = counted(&scene.keeper).run().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert!(error.to_string().contains("is not a table"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

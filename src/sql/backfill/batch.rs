@@ -2,8 +2,8 @@
 
 use tokio_postgres::SimpleQueryMessage;
 
-use super::super::{identifier, parsed, rows, text};
-use super::catalog::Target;
+use super::super::{identifier, parsed, rows, set_local, text};
+use super::catalog::{KeyText, Target};
 
 /// What one batch does.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,7 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
     let told = list(
         &mut key().map(|(column, n)| {
             let value = format!("e.{OURS}{n}");
-            let value = if column.is_time {
+            let value = if column.text == KeyText::Time {
                 // As JSON a time is the same whatever DateStyle is.
                 format!(
                     "pg_catalog.to_json({value}) OPERATOR(pg_catalog.#>>) '{{}}'::pg_catalog.text[]"
@@ -96,8 +96,17 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
         ", ",
     );
     let filter = filter.map_or_else(String::new, |filter| format!(" AND (\n{filter}\n)"));
+    let settings = if target
+        .key
+        .iter()
+        .any(|column| column.text == KeyText::Settings)
+    {
+        fixed_settings()
+    } else {
+        String::new()
+    };
     format!(
-        "WITH lockkeeper_window AS MATERIALIZED \
+        "{settings}WITH lockkeeper_window AS MATERIALIZED \
          (SELECT {names} FROM {table}{behind} ORDER BY {rising} LIMIT {rows}), \
          lockkeeper_edge AS MATERIALIZED \
          (SELECT {ours} FROM lockkeeper_window ORDER BY {falling} LIMIT 1), \
@@ -115,6 +124,24 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
         itself = identifier(table.name()),
         in_batch = rows_of("lockkeeper_batch"),
     )
+}
+
+/// What is written under these settings is read under them as the same value, whatever those of the session that goes on
+/// with the backfill are otherwise (test `backfill::a_checkpoint_is_read_as_it_was_written`).
+///
+/// Only where the key needs it: the caller's texts are run under them too. A time zone is not among them, as ISO dates
+/// have theirs with them.
+fn fixed_settings() -> String {
+    let mut sql = String::new();
+    for (name, value) in [
+        ("DateStyle", "'ISO'"),
+        ("IntervalStyle", "'postgres'"),
+        ("extra_float_digits", "1"),
+        ("lc_monetary", "'C'"),
+    ] {
+        set_local(&mut sql, name, value);
+    }
+    sql
 }
 
 /// What the key's columns are called, with a number behind it.

@@ -24,8 +24,36 @@ pub(crate) struct KeyColumn {
     /// Its type, quoted and with its schema.
     pub(crate) type_name: String,
     pub(super) equal: String,
-    /// Whether it is a date or a time, whose text depends on `DateStyle`.
-    pub(super) is_time: bool,
+    /// By what its values are ordered: what a checkpoint is good for.
+    pub(super) order: String,
+    pub(super) text: KeyText,
+}
+
+/// How the values of a key are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeyText {
+    /// In one way.
+    Fixed,
+    /// A date or a time, whose text depends on `DateStyle`.
+    Time,
+    /// In a way that settings change, or that is not known.
+    Settings,
+}
+
+impl KeyText {
+    fn of(schema: &str, name: &str, category: &str) -> Self {
+        const NUMBERS: [&str; 5] = ["int2", "int4", "int8", "numeric", "oid"];
+        const OTHERS: [&str; 4] = ["uuid", "bytea", "pg_lsn", "jsonb"];
+        match category {
+            "D" => Self::Time,
+            // Texts, enumerations, booleans, network addresses, strings of bits.
+            "S" | "E" | "B" | "I" | "V" => Self::Fixed,
+            "N" if schema == "pg_catalog" && NUMBERS.contains(&name) => Self::Fixed,
+            "U" if schema == "pg_catalog" && OTHERS.contains(&name) => Self::Fixed,
+            // Floats, intervals, money; ranges, arrays and composites of them and of times.
+            _ => Self::Settings,
+        }
+    }
 }
 
 /// What was found.
@@ -37,7 +65,8 @@ pub(crate) enum Found {
 }
 
 /// The table, its partitions, the columns of the key, and the operators of a unique index on just these columns: one
-/// message of three statements.
+/// message of three statements. Of several such indexes the primary key's comes first: two runs shall not take
+/// different ones.
 ///
 /// An index is used by operators of its own family; for most types they are those of `pg_catalog`, for `citext` and its
 /// like they are in the extension's schema, wherever that is.
@@ -87,17 +116,23 @@ pub(crate) fn catalog(table: &TableName, key: &[String]) -> String {
         "WITH RECURSIVE {target}, p AS (SELECT t.oid FROM t UNION SELECT i.inhrelid FROM p \
          JOIN pg_catalog.pg_inherits AS i ON {}) \
          SELECT p.oid, {} AS is_it, t.nspname, t.relname, t.relkind FROM t CROSS JOIN p; \
-         WITH {target}, {columns} SELECT k.place, k.not_null, n.nspname, y.typname, y.typcategory FROM k \
+         WITH {target}, {columns} SELECT k.place, k.not_null, n.nspname, y.typname, y.typcategory, \
+         (SELECT pg_catalog.format(' COLLATE %I.%I', s.nspname, o.collname) FROM pg_catalog.pg_collation AS o \
+         JOIN pg_catalog.pg_namespace AS s ON {} WHERE {}) AS collation FROM k \
          JOIN pg_catalog.pg_type AS y ON {} JOIN pg_catalog.pg_namespace AS n ON {}; \
          WITH {target}, {columns}, \
-         i AS (SELECT i.indexrelid, i.indclass, i.indkey, i.indcollation FROM t JOIN pg_catalog.pg_index AS i ON {} \
+         i AS (SELECT i.indexrelid, i.indisprimary, i.indclass, i.indkey, i.indcollation FROM t JOIN pg_catalog.pg_index AS i ON {} \
          WHERE i.indisunique AND i.indisvalid AND i.indpred IS NULL AND {}) \
          SELECT i.indexrelid, k.place, {} AS less, {} AS greater, {} AS equal FROM i \
          JOIN k ON i.indkey[k.place OPERATOR(pg_catalog.-) 1] OPERATOR(pg_catalog.=) k.attnum \
          AND i.indcollation[k.place OPERATOR(pg_catalog.-) 1] OPERATOR(pg_catalog.=) k.attcollation \
-         JOIN pg_catalog.pg_opclass AS c ON c.oid OPERATOR(pg_catalog.=) i.indclass[k.place OPERATOR(pg_catalog.-) 1]",
+         JOIN pg_catalog.pg_opclass AS c ON c.oid OPERATOR(pg_catalog.=) i.indclass[k.place OPERATOR(pg_catalog.-) 1] \
+         JOIN pg_catalog.pg_am AS w ON {} AND {} \
+         ORDER BY i.indisprimary DESC, c.opcdefault DESC, i.indexrelid",
         equal("i.inhparent", "p.oid"),
         equal("p.oid", "t.oid"),
+        equal("s.oid", "o.collnamespace"),
+        equal("o.oid", "k.attcollation"),
         equal("y.oid", "k.atttypid"),
         equal("n.oid", "y.typnamespace"),
         equal("i.indrelid", "t.oid"),
@@ -105,6 +140,9 @@ pub(crate) fn catalog(table: &TableName, key: &[String]) -> String {
         operator(1),
         operator(5),
         operator(3),
+        // Of another kind of index (GiST, WITHOUT OVERLAPS) the strategies are not these operators.
+        equal("w.oid", "c.opcmethod"),
+        equal("w.amname", "'btree'"),
     )
 }
 
@@ -170,11 +208,14 @@ fn target(
                 key[place]
             ));
         }
-        let is_time = text(row, "typcategory").as_deref() == Some("D");
-        types[place] = Some((
-            format!("{}.{}", identifier(&schema), identifier(&name)),
-            is_time,
-        ));
+        let category = text(row, "typcategory").unwrap_or_default();
+        let type_name = format!("{}.{}", identifier(&schema), identifier(&name));
+        let order = format!(
+            "{}{}",
+            ordered_as(&schema, &name).unwrap_or(&type_name),
+            text(row, "collation").unwrap_or_default()
+        );
+        types[place] = Some((type_name, order, KeyText::of(&schema, &name, &category)));
     }
     if let Some(missing) = types.iter().position(Option::is_none) {
         return Err(format!("{table} has no column {:?}", key[missing]));
@@ -225,12 +266,15 @@ fn target(
         .iter()
         .zip(types)
         .zip(operators)
-        .map(|((name, (type_name, is_time)), [.., equal])| KeyColumn {
-            name: name.clone(),
-            type_name,
-            equal,
-            is_time,
-        })
+        .map(
+            |((name, (type_name, order, text)), [.., equal])| KeyColumn {
+                name: name.clone(),
+                order: format!("{order} USING {less}"),
+                type_name,
+                equal,
+                text,
+            },
+        )
         .collect();
     Ok(Target {
         table: resolved,
@@ -239,6 +283,16 @@ fn target(
         less,
         greater,
     })
+}
+
+/// One name for types whose values have one order and one text.
+fn ordered_as(schema: &str, name: &str) -> Option<&'static str> {
+    match name {
+        _ if schema != "pg_catalog" => None,
+        "int2" | "int4" | "int8" => Some("integer"),
+        "text" | "varchar" => Some("text"),
+        _ => None,
+    }
 }
 
 fn place(row: &tokio_postgres::SimpleQueryRow) -> Option<usize> {

@@ -8,7 +8,8 @@ mod look;
 pub(crate) use batch::{Batch, Done, batch, done};
 pub(crate) use catalog::{Found, Target, catalog, estimate, estimated, found};
 pub(crate) use checkpoint::{
-    Checkpoint, Saved, TABLE, advance, advanced, create, exists, forget, is_there, load, loaded,
+    Checkpoint, Saved, TABLE, Table, advance, advanced, create, forget, load, loaded, look_for,
+    seen,
 };
 pub(crate) use look::{Look, Standbys, look, looked};
 
