@@ -91,14 +91,18 @@ impl<S: Into<String>> From<Vec<S>> for BackfillKey {
 /// Every row that is there when the run begins, each once. Rows that are inserted meanwhile are met where their keys are
 /// above the batch's, and not where they are below, or are committed only after the batch has gone by: as soon as a
 /// backfill begins, inserts should bring the new value themselves (a default, a trigger, or the application). A row whose
-/// *key* is changed meanwhile can be met twice or not at all. The filter is tested on the row as it is when it has been
+/// *key* is changed meanwhile can be met twice or not at all. Rows that row-level security hides from the role, and those
+/// that a trigger keeps from being changed, are gone by as those that the filter leaves out. The filter is tested on the row as it is when it has been
 /// locked, so what others have changed in time is seen.
 ///
 /// # The caller's SQL
 ///
 /// [`set`](Self::set) and [`filter`](Self::filter) are put into the statement **as they are**: never build them from
 /// what somebody has typed in. Column names in them mean the table's; `lockkeeper_` is a prefix not to use. They must
-/// not change the key. The table's and the key's own names are quoted.
+/// not change the key. The table's and the key's own names are quoted. Where the key is of a type that is written in
+/// different ways (floats, intervals, money; ranges, arrays and composites), they are run with `DateStyle` ISO,
+/// `IntervalStyle` postgres, `extra_float_digits` 1 and `lc_monetary` C, so that the checkpoint means the same to every
+/// session.
 ///
 /// # Limits
 ///
@@ -185,7 +189,8 @@ impl Backfill {
     }
 
     /// What the backfill is called in its checkpoint, its lock and its progress: of all in one schema each needs a name
-    /// of its own, at most 200 bytes. Without one it is called after what it does.
+    /// of its own, at most 200 bytes. Without one it is called after what it does, less the literals, and a number that
+    /// stands for all of it.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -278,11 +283,14 @@ impl Backfill {
     /// ([`resolve_commit`](crate::TransactionOptions::resolve_commit)); COMMIT.
     ///
     /// The role needs the privileges SELECT and UPDATE of the table, and either CREATE of its schema or a
-    /// `lockkeeper_backfill` there that it may read and write; the error of a missing one has its text.
+    /// `lockkeeper_backfill` there that it may read and write; the error of a missing one has its text. One that belongs to
+    /// anybody but this role and those who can do what the owner of the table or of the schema can is refused: its
+    /// triggers would run as this role.
     ///
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) for what cannot work: nothing is changed then. Most of it needs the catalogs,
-    /// so those are read before.
+    /// so those are read before. So it is for a checkpoint of the same name that cannot be gone on from: of a backfill that
+    /// does something else, or where the key's type, collation or index has changed since.
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout) when another process has been running it for the whole
     /// [`wait`](Self::wait). [`LockLost`](crate::ErrorKind::LockLost) when the connection with the lock has ended, or
     /// another process has gone on with the backfill. [`RetriesExhausted`](crate::ErrorKind::RetriesExhausted) when a

@@ -125,10 +125,9 @@ async fn the_filter_leaves_rows_out_and_comments_end_with_their_line() {
         .await
         .unwrap();
     assert_eq!((done.rows_done(), done.rows_passed()), (101, 1000));
-    assert_eq!(
-        done.name(),
-        "\"public\".\"t\" (\"id\") SET n = t.n + 1 -- one more\n, id = t.id WHERE id % 10 = 3 OR id = 999 -- some"
-    );
+    // Without what may be data, since names are shown in logs.
+    let shown = "\"public\".\"t\" (\"id\") SET n = t.n + ? , id = t.id WHERE id % ? = ? OR id = ? ";
+    assert!(done.name().starts_with(shown), "{}", done.name());
     let sum = number(
         &scene.observer,
         "SELECT sum(n) FROM t WHERE id % 10 = 3 OR id = 999",
