@@ -431,6 +431,11 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     }
 }
 
+/// Whether there is no operator or function for values of these types.
+pub(crate) fn is_undefined_function(error: &tokio_postgres::Error) -> bool {
+    error.code() == Some(&SqlState::UNDEFINED_FUNCTION)
+}
+
 /// Whether the server cannot do at all what was asked.
 pub(crate) fn is_not_supported(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)

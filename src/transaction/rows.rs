@@ -7,7 +7,7 @@ use std::pin::Pin;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::Tx;
-use crate::error::{Error, Failure, classify};
+use crate::error::{Error, Failure, classify, is_undefined_function};
 use crate::mode::RowLock;
 use crate::sql::rows::{Busy, lock};
 use crate::sql::{TableName, name_flaw};
@@ -138,13 +138,16 @@ impl<T: ToSql + Clone + Send + Sync> LockRows<'_, T> {
             None => self.tx.query(&sql, &[&self.ids]).await,
         };
         let places = locked.map_err(|error| match classify(&error) {
-            Failure::Driver => Error::config(format!(
-                "ids of type {} do not fit the key {:?} of {}",
-                type_name::<T>(),
-                self.key,
-                self.table
-            ))
-            .with_source(error),
+            // The driver has refused them for the key's type, or the server has no operator that compares them with it.
+            failure if failure == Failure::Driver || is_undefined_function(&error) => {
+                Error::config(format!(
+                    "ids of type {} do not fit the key {:?} of {}",
+                    type_name::<T>(),
+                    self.key,
+                    self.table
+                ))
+                .with_source(error)
+            }
             failure => Error::new(failure.kind())
                 .with_detail(format!("rows of {}", self.table))
                 .with_source(error),

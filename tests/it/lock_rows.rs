@@ -389,6 +389,18 @@ async fn what_cannot_be_is_refused() {
     let unfit = unfit.await.unwrap_err();
     assert_eq!(unfit.kind(), ErrorKind::Config, "{unfit}");
     assert!(unfit.to_string().contains("&str"), "{unfit}");
+    // Of a type that is said without asking: the server has no operator for the two.
+    scene
+        .observer
+        .batch_execute("ALTER TABLE t ADD COLUMN name text")
+        .await
+        .unwrap();
+    let unfit = in_transaction(&scene.keeper, async |tx| {
+        tx.lock_rows("t", "name", [1_i64]).await
+    });
+    let unfit = unfit.await.unwrap_err();
+    assert_eq!(unfit.kind(), ErrorKind::Config, "{unfit}");
+    assert!(unfit.to_string().contains("i64"), "{unfit}");
     let missing = in_transaction(&scene.keeper, async |tx| {
         tx.lock_rows("no_such_table", "id", [1_i64]).await
     });
