@@ -51,7 +51,6 @@ async fn main() -> Result<(), Failure> {
             Ok(())
         })
         .await?;
-    orders.end().await?;
     println!("{:<22} {idle}", "(nothing)");
 
     let steps = [
@@ -81,7 +80,6 @@ async fn main() -> Result<(), Failure> {
     for (step, naive) in steps {
         let load = Load::on(&database, "orders").await?;
         let careful = load.during(step.run(&keeper)).await?;
-        load.end().await?;
         let load = Load::on(&database, "naive").await?;
         let by_hand = load
             .during(async {
@@ -89,7 +87,6 @@ async fn main() -> Result<(), Failure> {
                 Ok(())
             })
             .await?;
-        load.end().await?;
         println!("{:<22} {careful}    {by_hand}", step.name());
     }
 
@@ -255,20 +252,18 @@ impl Load {
         Ok(load)
     }
 
-    /// Does something to the table, and looks at what that did to the sessions.
+    /// Does something to the table, and looks at what that did to the sessions, all of which have ended by then: one that
+    /// still waits would not be counted.
     async fn during(
-        &self,
+        self,
         work: impl Future<Output = Result<(), Failure>>,
     ) -> Result<Effect, Failure> {
         let began = Instant::now();
         work.await?;
         let ended = Instant::now();
-        // Those that had to wait come back now.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let statements = self
-            .statements
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let statements = Arc::clone(&self.statements);
+        self.end().await?;
+        let statements = statements.lock().unwrap_or_else(PoisonError::into_inner);
         let meanwhile = statements
             .iter()
             .filter(|(from, to)| *from <= ended && *to >= began);
