@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::job::Job;
+use super::name::MOST_NAME;
 use super::{BackfillProgress, BackfillStream};
 use crate::advisory::Advisory;
 use crate::call_site::CallSite;
@@ -388,9 +389,6 @@ impl Backfill {
         None
     }
 }
-
-/// Bytes of a name.
-pub(super) const MOST_NAME: usize = 200;
 
 /// Without the caller's SQL, which may have data in it.
 impl fmt::Debug for Backfill {

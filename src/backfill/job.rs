@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
-use super::describe::{Backfill, MOST_NAME};
+use super::describe::Backfill;
+use super::name::name_of;
 use super::pace::Pace;
 use super::{BackfillPause, BackfillProgress};
 use crate::advisory::{AdvisoryLock, SessionGuard};
@@ -19,7 +20,6 @@ use crate::sql::Begin;
 use crate::sql::backfill::{
     self as texts, Batch, Checkpoint, Done, Found, Look, Saved, Table, Target,
 };
-use crate::statement::redact;
 use crate::transaction::{self, Failed, Never, Policy, Reporter, Tx};
 
 /// How long what was seen of waiters and standbys is good for.
@@ -552,52 +552,6 @@ impl Reporter for Rarely {
     }
 }
 
-/// What a backfill is called that was given no name: what it does, without the literals, since names are shown in errors
-/// and logs; and with a number, where that does not say it all.
-fn name_of(definition: &str) -> String {
-    let shown = redact(definition);
-    if shown == definition && shown.len() <= MOST_NAME {
-        return shown;
-    }
-    let number = LockKey::from(definition);
-    let mut end = shown.len().min(MOST_NAME - 24);
-    while !shown.is_char_boundary(end) {
-        end -= 1;
-    }
-    let cut = if end < shown.len() { "…" } else { "" };
-    format!(
-        "{}{cut} {:08x}{:08x}",
-        &shown[..end],
-        number.classid(),
-        number.objid()
-    )
-}
-
 fn unreadable() -> Error {
     Error::new(ErrorKind::Database).with_detail("the server's answer to a backfill cannot be read")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_definitions_make_names_of_their_own() {
-        assert_eq!(name_of("t (id) SET a = b"), "t (id) SET a = b");
-        let long = |end: &str| name_of(&format!("{}{end}", "é".repeat(200)));
-        assert!(long("a").len() <= MOST_NAME, "{}", long("a"));
-        assert_ne!(long("a"), long("b"));
-    }
-
-    #[test]
-    fn names_show_no_literals() {
-        let name = |literal: &str| name_of(&format!("t (id) SET a = {literal} WHERE b = c"));
-        let (secret, other) = (name("'secret'"), name("'other'"));
-        assert!(
-            secret.starts_with("t (id) SET a = ? WHERE b = c "),
-            "{secret}"
-        );
-        assert_ne!(secret, other);
-        assert_eq!(secret, name("'secret'"));
-    }
 }

@@ -6,6 +6,7 @@
 
 mod describe;
 mod job;
+mod name;
 mod pace;
 mod progress;
 mod stream;
