@@ -102,7 +102,8 @@ impl Schema {
     }
 
     /// A statement, or several with `;` between them, which then run in one transaction. It is SQL of the caller's, and
-    /// sent as it is.
+    /// sent as it is. What it sets for the session by `set_config(…, false)`, or in a function, stays on that connection of
+    /// the pool.
     ///
     /// Statements that keep others waiting for as long as it takes to go through a table are refused where it has rows,
     /// with the reason and what does the same better: CREATE INDEX without CONCURRENTLY, a type that needs a rewrite, a

@@ -1210,13 +1210,7 @@ async fn a_role_without_privileges_is_told_what_it_needs() {
         ))
         .await
         .unwrap();
-    let mut config = scene.database.config();
-    config.user(&role);
-    let manager = lockkeeper::deadpool_postgres::Manager::new(config, tokio_postgres::NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
-        .max_size(3)
-        .build()
-        .unwrap();
+    let pool = scene.database.pool_as(&role, 3);
     let keeper = Keeper::builder(pool).application("test").build();
     let error = counted(&keeper).run().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Database, "{error}");
@@ -1348,13 +1342,7 @@ async fn it_pauses_while_a_standby_is_behind() {
         )
         .await
         .unwrap();
-    let mut config = database.config();
-    config.user("plain");
-    let manager = lockkeeper::deadpool_postgres::Manager::new(config, tokio_postgres::NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
-        .max_size(2)
-        .build()
-        .unwrap();
+    let pool = database.pool_as("plain", 2);
     let done = counted(&Keeper::new(pool))
         .restart()
         .max_replication_lag_bytes(1)

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, Keeper, Schema};
-use tokio_postgres::NoTls;
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 use crate::schema_change::{LONG, holds, table};
@@ -304,13 +303,7 @@ async fn the_table_is_created_once_in_any_schema() {
         ))
         .await
         .unwrap();
-    let mut config = scene.database.config();
-    config.user(&role);
-    let manager = lockkeeper::deadpool_postgres::Manager::new(config, NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
-        .max_size(2)
-        .build()
-        .unwrap();
+    let pool = scene.database.pool_as(&role, 2);
     let schema = Keeper::new(pool.clone())
         .schema()
         .bookkeeping("Book \"keeping");

@@ -951,13 +951,7 @@ async fn a_role_without_rights_learns_so_at_once() {
         ))
         .await
         .unwrap();
-    let mut config = scene.database.config();
-    config.user(&role);
-    let manager = lockkeeper::deadpool_postgres::Manager::new(config, NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
-        .max_size(2)
-        .build()
-        .unwrap();
+    let pool = scene.database.pool_as(&role, 2);
     let keeper = lockkeeper::Keeper::new(pool.clone());
     let schema = keeper.schema();
     let error = schema

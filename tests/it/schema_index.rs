@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use lockkeeper::{ErrorKind, IndexColumn, RecipeReport};
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 use crate::schema_change::{LONG, holds, pid, scene, table};
@@ -490,13 +490,7 @@ async fn a_build_of_another_role_is_seen_too() {
         ))
         .await
         .unwrap();
-    let mut config = scene.database.config();
-    config.user(&role);
-    let manager = lockkeeper::deadpool_postgres::Manager::new(config, NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
-        .max_size(3)
-        .build()
-        .unwrap();
+    let pool = scene.database.pool_as(&role, 3);
     let keeper = lockkeeper::Keeper::new(pool.clone());
     let blocking = in_the_way(&scene, "t").await;
     let other = scene.database.connect().await;

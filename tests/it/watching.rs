@@ -287,13 +287,7 @@ async fn a_look_that_fails_closes_no_connection_of_the_pool() {
         "CREATE ROLE {role} LOGIN; CREATE FUNCTION bump() RETURNS void SECURITY DEFINER LANGUAGE sql AS '{ONE}'"
     );
     reported.scene.observer.batch_execute(&sql).await.unwrap();
-    let mut config = database.config();
-    config.user(&role);
-    let manager = lockkeeper::deadpool_postgres::Manager::new(config, NoTls);
-    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager)
-        .max_size(2)
-        .build()
-        .unwrap();
+    let pool = database.pool_as(&role, 2);
     reported.scene.keeper = Keeper::builder(pool).build();
     let holder = reported.scene.database.connect().await;
     holder

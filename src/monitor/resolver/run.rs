@@ -293,6 +293,7 @@ impl Run<'_> {
         };
         let why = match signal {
             Signal::Cancel => "it has not finished by itself",
+            Signal::Terminate if course.is_quick() => "no signal meets one of its statements",
             Signal::Terminate if course.cancelled => "a cancel has not helped",
             Signal::Terminate => "it is idle, so that there is nothing to cancel",
         };

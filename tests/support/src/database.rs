@@ -75,6 +75,18 @@ impl Database {
     pub fn pool(&self, size: usize) -> Pool {
         pool(self.config(), size)
     }
+
+    /// The same, as another role.
+    ///
+    /// # Panics
+    ///
+    /// Never: the pool connects at first use.
+    #[must_use]
+    pub fn pool_as(&self, role: &str, size: usize) -> Pool {
+        let mut config = self.config();
+        config.user(role);
+        pool(config, size)
+    }
 }
 
 impl Drop for Database {
