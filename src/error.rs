@@ -129,6 +129,9 @@ impl Error {
 
     /// What is known of the deadlock or the wait for a lock that ended the transaction: who was there, with which
     /// statements, and what to do about it.
+    ///
+    /// Where only one attempt was made, a closure's own error is passed on as it is, without it;
+    /// [`on_incident`](crate::KeeperBuilder::on_incident) is told all the same.
     #[must_use]
     pub fn incident(&self) -> Option<&Incident> {
         self.0.incident.as_ref()
