@@ -13,7 +13,7 @@ use super::{IncidentEdge, Journal, JournalEntry};
 
 /// Other sessions' clients hear of the end of a deadlock at about the same time: a statement that ended this short
 /// before the error was seen was still waiting in it.
-const SAME_TIME: Duration = Duration::from_millis(100);
+pub(super) const SAME_TIME: Duration = Duration::from_millis(100);
 
 /// A statement of a transaction of this process.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,7 +118,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Another one's that waited too, and was last seen to wait at `waited_at`: the statement that the server was seen to
+    /// Another one's that waited too, in a statement that had begun by `begun`: the statement that the server was seen to
     /// run, else the one that had then lasted longest of those that were not over.
     ///
     /// It hears of the end at about the same time as the victim, so that it may have gone on before that: what it said
@@ -126,10 +126,10 @@ impl<'a> Reading<'a> {
     pub(super) fn of_waiter(
         journal: &'a Journal,
         occurred: SystemTime,
-        waited_at: SystemTime,
+        begun: SystemTime,
         seen: Option<&str>,
     ) -> Self {
-        let entries = Self::of_holder(journal, occurred.min(waited_at)).entries;
+        let entries = Self::of_holder(journal, occurred.min(begun)).entries;
         let at = occurred.duration_since(journal.began).unwrap_or_default();
         let end = |entry: &JournalEntry| {
             let took = entry.took.unwrap_or(Duration::MAX);
@@ -375,8 +375,8 @@ mod tests {
     fn what_the_server_was_seen_to_run_comes_first() {
         let mut evidence = transfers();
         evidence.others[0].statements = vec![
-            entry(100, "SELECT 1", Some(630)),
-            entry(735, &format!("{REFUND_SQL} RETURNING id"), Some(75)),
+            entry(100, "SELECT 1", Some(700)),
+            entry(350, &format!("{REFUND_SQL} RETURNING id"), Some(455)),
         ];
         let found = report(evidence.clone());
         assert!(
@@ -416,8 +416,9 @@ mod tests {
         let since = evidence.victim.statements.last().expect("one").after;
         let looked = u64::try_from((since + looked).as_millis()).expect("a short time");
         evidence.others[0].statements = vec![
-            entry(100, REFUND_SQL, Some(looked - 90)),
-            entry(looked + 10, "COMMIT", None),
+            entry(100, REFUND_SQL, Some(looked - 110)),
+            // Before the look's answer was here.
+            entry(looked - 5, "COMMIT", None),
         ];
         let found = report(evidence.clone());
         assert_eq!(marks(other(&found)), [Some(JournalMark::Waited)]);
@@ -450,8 +451,8 @@ mod tests {
             .waits(12, &first, "ExclusiveLock", 400, &[11]);
         evidence.looks = vec![server.look(950, Vec::new())];
         evidence.others[0].statements = vec![
-            entry(0, "SELECT pg_sleep(1)", Some(740)),
-            entry(745, "advisory_lock(\"a\")", None),
+            entry(0, "SELECT pg_sleep(1)", Some(790)),
+            entry(355, "advisory_lock(\"a\")", None),
         ];
         let found = report(evidence);
         assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);

@@ -8,7 +8,7 @@ use crate::graph::{Backend, BackendId};
 use crate::key::LockKey;
 use crate::statement;
 
-use super::journal::Reading;
+use super::journal::{Reading, SAME_TIME};
 use super::scene::Scene;
 use super::texts::{self, Texts};
 use super::{Evidence, IncidentEdge, Journal, JournalLine, Look};
@@ -227,9 +227,16 @@ fn participant(
         } else if waits {
             let was_seen = own_edges().any(IncidentEdge::was_seen);
             let running = on_server.filter(|_| was_seen);
-            let waited_at = looked_at(evidence, scene).filter(|_| was_seen);
+            let looked_at = looked_at(evidence, scene).filter(|_| was_seen);
+            let waited = own_edges().filter_map(|edge| edge.wait_age).max();
+            // The answer comes after the look, and its end may have come in between: what waited had begun by the time
+            // that the wait began, however long the answer took.
+            let begun = looked_at.and_then(|at| {
+                let since = waited.unwrap_or_default().saturating_sub(SAME_TIME);
+                at.checked_sub(since)
+            });
             let occurred = evidence.occurred;
-            Reading::of_waiter(journal, occurred, waited_at.unwrap_or(occurred), running)
+            Reading::of_waiter(journal, occurred, begun.unwrap_or(occurred), running)
         } else {
             Reading::of_holder(journal, evidence.occurred)
         }
