@@ -24,15 +24,16 @@ const REST: u32 = 5;
 /// Relations whose primary keys are remembered.
 const MOST_RELATIONS: usize = 1024;
 
-/// A transaction that is due for a look.
+/// A statement that is due for a look.
 struct Due {
-    number: u64,
+    /// The numbers of its transaction and its own.
+    key: (u64, u64),
     journal: Arc<Journal>,
     pid: i32,
 }
 
 impl Watcher {
-    /// Looks at those transactions that are due. Gives the time when the next one is.
+    /// Looks at those statements that are due. Gives the time when the next one is.
     pub(super) async fn tick(&self) -> Instant {
         let due = self.due();
         if !due.is_empty() {
@@ -61,7 +62,7 @@ impl Watcher {
         let now = Instant::now();
         let plans = lock(&self.plans);
         live.iter()
-            .filter_map(|(number, _)| plans.get(number))
+            .filter_map(|(number, journal)| plans.get(&(*number, journal.running()?.0)))
             .map(Plan::next)
             .fold(now + TICK, Instant::min)
             .max(lock(&self.paused_until).unwrap_or(now))
@@ -81,12 +82,11 @@ impl Watcher {
             let (Some((statement, since)), Some(pid)) = (journal.running(), journal.pid()) else {
                 continue;
             };
+            let key = (number, statement);
             let plan = plans
-                .entry(number)
-                .or_insert_with(|| Plan::new(statement, since, journal.lock_timeout));
-            if plan.statement() != statement {
-                *plan = Plan::new(statement, since, journal.lock_timeout);
-            }
+                .entry(key)
+                .or_insert_with(|| Plan::new(since, journal.lock_timeout));
+            plan.ran = now;
             let due_or_not = if plan.next() <= now {
                 &mut due
             } else if plan.waiting_since().is_some() || plan.next() <= now + AGAIN {
@@ -94,17 +94,16 @@ impl Watcher {
             } else {
                 continue;
             };
-            due_or_not.push(Due {
-                number,
-                journal,
-                pid,
-            });
+            due_or_not.push(Due { key, journal, pid });
         }
         // One look serves all who wait, and one question all who run, so that many of them do not mean many.
         if !due.is_empty() {
             due.append(&mut others);
         }
-        plans.retain(|_, plan| now.duration_since(plan.touched) < KEEP);
+        // Of those that have ended, what was seen is what is wanted.
+        plans.retain(|_, plan| {
+            plan.ran == now || plan.seen().is_some() && now.duration_since(plan.ran) < KEEP
+        });
         due
     }
 
@@ -172,7 +171,7 @@ impl Watcher {
     fn for_each(&self, due: &[Due], mut note: impl FnMut(&mut Plan, &Due)) {
         let mut plans = lock(&self.plans);
         for due in due {
-            if let Some(plan) = plans.get_mut(&due.number) {
+            if let Some(plan) = plans.get_mut(&due.key) {
                 note(plan, due);
             }
         }
@@ -239,7 +238,7 @@ impl Watcher {
         for due in due {
             let (looks, seen) = {
                 let mut plans = lock(&self.plans);
-                let Some(plan) = plans.get_mut(&due.number) else {
+                let Some(plan) = plans.get_mut(&due.key) else {
                     continue;
                 };
                 let waited = plan.waiting_since().map(|since| since.elapsed());

@@ -51,8 +51,9 @@ pub(crate) struct Watcher {
     connections: Arc<Connections>,
     settings: Settings,
     running: AtomicBool,
-    /// By the numbers of flights.
-    plans: Mutex<HashMap<u64, Plan>>,
+    /// Of each statement, by the numbers of its flight and its own. The one that fails may be followed by others before
+    /// anybody hears of it.
+    plans: Mutex<HashMap<(u64, u64), Plan>>,
     /// Columns of primary keys, by the relation's oid.
     keys: Mutex<HashMap<u32, Arc<[String]>>>,
     /// When the next look at who waits for whom may be.
@@ -112,12 +113,8 @@ impl Watcher {
         let mut missing = Vec::new();
         let (looks, seen) = {
             let plans = lock(&self.plans);
-            match (plans.get(&failed.number), failure) {
-                (Some(plan), Some(failure)) if plan.statement() == failure.number => {
-                    (plan.looks(), plan.seen())
-                }
-                _ => (Vec::new(), None),
-            }
+            let plan = failure.and_then(|failure| plans.get(&(failed.number, failure.number)));
+            plan.map_or((Vec::new(), None), |plan| (plan.looks(), plan.seen()))
         };
         // What was seen shortly before is nearer to the truth: an error may be a while on its way to its task.
         let at = seen.filter(|seen| ended.saturating_duration_since(*seen) < SHORTLY);

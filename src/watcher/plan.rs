@@ -28,32 +28,27 @@ const LOOKS: usize = 4;
 /// One running statement.
 #[derive(Debug)]
 pub(super) struct Plan {
-    statement: u64,
     since: Instant,
     waiting_since: Option<Instant>,
     next: Instant,
     looks: VecDeque<Look>,
     pub(super) reported_long: bool,
-    pub(super) touched: Instant,
+    /// When it was last known to run.
+    pub(super) ran: Instant,
 }
 
 impl Plan {
     /// For a statement begun at `since`, under this `lock_timeout` if one is known.
-    pub(super) fn new(statement: u64, since: Instant, lock_timeout: Option<Duration>) -> Self {
+    pub(super) fn new(since: Instant, lock_timeout: Option<Duration>) -> Self {
         let first = lock_timeout.map_or(FIRST, |timeout| (timeout / 2).clamp(EARLIEST, FIRST));
         Self {
-            statement,
             since,
             waiting_since: None,
             next: since + first,
             looks: VecDeque::new(),
             reported_long: false,
-            touched: since,
+            ran: since,
         }
-    }
-
-    pub(super) fn statement(&self) -> u64 {
-        self.statement
     }
 
     pub(super) fn since(&self) -> Instant {
@@ -76,7 +71,6 @@ impl Plan {
 
     /// Notes that nothing could be seen.
     pub(super) fn not_seen(&mut self, now: Instant) {
-        self.touched = now;
         self.next = now;
     }
 
@@ -84,7 +78,6 @@ impl Plan {
     pub(super) fn is_running(&mut self, now: Instant) {
         self.waiting_since = None;
         self.next = now + AGAIN;
-        self.touched = now;
     }
 
     /// Notes that it waits since then, and may for as long as `limits`.
@@ -95,7 +88,6 @@ impl Plan {
         limits: impl IntoIterator<Item = Duration>,
     ) {
         self.waiting_since = Some(since);
-        self.touched = now;
         let ends = limits
             .into_iter()
             .filter_map(|limit| since.checked_add(limit));
@@ -147,16 +139,16 @@ mod tests {
     #[test]
     fn the_first_look_is_in_time_for_a_short_timeout() {
         let now = Instant::now();
-        assert_eq!(Plan::new(1, now, None).next(), now + ms(100));
-        assert_eq!(Plan::new(1, now, Some(ms(5000))).next(), now + ms(100));
-        assert_eq!(Plan::new(1, now, Some(ms(50))).next(), now + ms(25));
-        assert_eq!(Plan::new(1, now, Some(ms(1))).next(), now + ms(15));
+        assert_eq!(Plan::new(now, None).next(), now + ms(100));
+        assert_eq!(Plan::new(now, Some(ms(5000))).next(), now + ms(100));
+        assert_eq!(Plan::new(now, Some(ms(50))).next(), now + ms(25));
+        assert_eq!(Plan::new(now, Some(ms(1))).next(), now + ms(15));
     }
 
     #[test]
     fn the_last_looks_are_shortly_before_the_end() {
         let since = Instant::now();
-        let mut plan = Plan::new(1, since, None);
+        let mut plan = Plan::new(since, None);
         let mut next = |at: u64, limits: &[Duration]| {
             plan.is_waiting(since + ms(at), since, limits.iter().copied());
             plan.next() - since

@@ -419,9 +419,11 @@ async fn many_invalid_indexes_are_counted_and_some_named() {
     assert!(indexes.to_string().ends_with("public.i18, …"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
-    let scene = Scene::new(2).await;
+    // Of its own: everybody's looks would be told of the session that hides itself.
+    let alone = Alone::new(&[]).await;
+    let scene = &alone.scene;
     let role = format!("stranger_{}", scene.database.name());
     let create = format!("CREATE ROLE {role} LOGIN");
     scene.observer.batch_execute(&create).await.unwrap();
@@ -441,14 +443,14 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
 
     let mut config = scene.database.config();
     config.user(&role);
-    let monitor = looking(&scene, config.clone());
+    let monitor = looking(scene, config.clone());
     let health = monitor.health().await.unwrap();
     assert!(health.hidden_sessions() >= 2);
     assert_eq!(health.oldest_transaction(), &Reading::Hidden);
     assert_eq!(health.oldest_idle_in_transaction(), &Reading::Hidden);
     // What everybody may see.
     assert!(health.lock_waiters() >= 1 && health.longest_wait().is_some());
-    let blocker = BackendId::Pid(pid_of_holder(&scene).await);
+    let blocker = BackendId::Pid(pid_of_holder(scene).await);
     assert!(health.root_blockers().contains(&(blocker, 1)));
     assert_eq!(health.advisory_locks_held(), 1);
     assert!(health.deadlocks().is_some());

@@ -98,7 +98,7 @@ async fn health_is_recorded_under_the_documented_names() {
     assert_eq!(value("lock_waiters"), health.lock_waiters() as f64);
     let oldest = health
         .oldest_transaction()
-        .known()
+        .seen()
         .unwrap()
         .as_ref()
         .unwrap();

@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio_postgres::{Config, NoTls};
 
-/// Where a connection ends, seen from one message of its client.
+/// What becomes of a connection, seen from one message of its client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cut {
     /// The server does not get the message.
@@ -29,6 +29,8 @@ pub(crate) enum Cut {
     Silence,
     /// The client's side is closed, the server's is not. The server gets the message when [`Proxy::deliver`] says so.
     Late,
+    /// Nothing ends: the server gets the message when [`Proxy::deliver`] says so.
+    Held,
 }
 
 /// Listens on a port of its own.
@@ -102,7 +104,7 @@ impl Proxy {
         self.state.cuts.lock().unwrap().clear();
     }
 
-    /// Passes on what was kept back by [`Cut::Late`].
+    /// Passes on what was kept back by [`Cut::Late`] or [`Cut::Held`].
     pub(crate) fn deliver(&self) {
         self.state.deliver.notify_one();
     }
@@ -243,6 +245,7 @@ async fn forward(state: &State, mut client: TcpStream, mut server: TcpStream) ->
                             server.read_to_end(&mut rest).await?;
                             return Ok(());
                         }
+                        Some((_, Cut::Held)) => state.deliver.notified().await,
                         Some((_, cut)) => cutting = Some((cut, asked)),
                         None => {}
                     }

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 use crate::common::eventually;
 use crate::incidents::Reported;
-use crate::proxy::Proxy;
+use crate::proxy::{Cut, Proxy};
 
 const SOON: Duration = Duration::from_secs(10);
 const ONE: &str = "UPDATE account SET balance = balance + 1 WHERE id = 1";
@@ -184,6 +184,60 @@ async fn statements_after_the_one_that_failed_do_not_hide_its_evidence() {
             "{incident}"
         );
     }
+}
+
+/// Delivers what is held once the side connection has been used for it. A loop of its own: a transaction's closure calls
+/// it.
+async fn looked_at(side: &Proxy, held: &Proxy) {
+    let mut questions = 0;
+    for _ in 0..2000 {
+        questions += side.heard().0.len();
+        // One look at what failed may have been on its way, which is two questions.
+        if questions > 2 {
+            return held.deliver();
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("it is not looked at");
+}
+
+/// The statement after the one that failed runs for so long that it is looked at itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_failed() {
+    let reported = Reported::new(1).await;
+    let direct = reported.scene.database.config();
+    let proxy = Proxy::before(&reported.scene.database).await;
+    let side = Proxy::before(&reported.scene.database).await;
+    let incidents = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let kept = std::sync::Arc::clone(&incidents);
+    let keeper = Keeper::builder(proxy.pool(&direct, 2))
+        .side_connection(side.config(&direct), NoTls)
+        .on_incident(move |incident| kept.lock().unwrap().push(incident.clone()))
+        .build();
+    let survivor = survivor(&reported).await;
+    let attempts = AtomicU32::new(0);
+    let ran = keeper.transaction(async |tx| {
+        tx.batch_execute(ONE).await?;
+        let failed = tx.batch_execute(TWO).await;
+        if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
+            proxy.cut("SELECT 2", Cut::Held);
+            side.heard();
+            let (refused, ()) =
+                tokio::join!(tx.batch_execute("SELECT 2"), looked_at(&side, &proxy));
+            refused.unwrap_err();
+        }
+        Ok::<_, Error>(failed?)
+    });
+    ran.await.unwrap();
+    survivor.await.unwrap();
+    eventually(SOON, "no report", async || {
+        !incidents.lock().unwrap().is_empty()
+    })
+    .await;
+    let incident = incidents.lock().unwrap().remove(0);
+    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    let statement = incident.victim().statement().unwrap();
+    assert!(statement.starts_with("UPDATE"), "{incident}");
 }
 
 /// Deferred constraints are checked by COMMIT, which waits then.
