@@ -295,10 +295,8 @@ async fn a_run_that_was_overtaken_changes_nothing_more() {
             .lock_timeout(SOON);
         tokio::spawn(backfill.run())
     };
-    let waits = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
-                 WHERE NOT l.granted AND a.datname = current_database()";
     eventually(SOON, "it does not wait", async || {
-        number(&scene.observer, waits).await == 1
+        scene.lock_waiters().await == 1
     })
     .await;
     assert_eq!(checkpoint(&scene).await.1, 10);
@@ -500,9 +498,8 @@ async fn it_pauses_while_somebody_waits_for_the_table() {
             .batch_execute("ALTER TABLE t ADD COLUMN m int")
             .await
     });
-    let lock = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'";
     eventually(SOON, "the change does not wait", async || {
-        number(&scene.observer, lock).await == 1
+        scene.lock_waiters().await == 1
     })
     .await;
 
@@ -543,9 +540,8 @@ async fn a_schema_change_in_the_middle_goes_first() {
             .batch_execute("ALTER TABLE t ADD COLUMN m int")
             .await
     });
-    let lock = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'";
     eventually(SOON, "the change does not wait", async || {
-        number(&scene.observer, lock).await == 1
+        scene.lock_waiters().await == 1
     })
     .await;
     // What was seen before is good for a moment.
@@ -582,10 +578,8 @@ async fn it_steps_aside_for_those_who_wait_for_rows() {
         .unwrap();
     let update = "UPDATE t SET n = n + 100 WHERE id = 499";
     let waiting = tokio::spawn(async move { waiter.batch_execute(update).await });
-    let waits = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
-                 WHERE NOT l.granted AND a.datname = current_database()";
     eventually(SOON, "it does not wait", async || {
-        number(&scene.observer, waits).await == 1
+        scene.lock_waiters().await == 1
     })
     .await;
     let backfill = counted(&scene.keeper)
@@ -596,7 +590,7 @@ async fn it_steps_aside_for_those_who_wait_for_rows() {
     assert_eq!(first.pause(), Some(BackfillPause::LockWaiters));
     assert_eq!(first.batches(), 0);
     while stream.next().await.unwrap().unwrap().batches() < 3 {}
-    assert_eq!(number(&scene.observer, waits).await, 1);
+    assert_eq!(scene.lock_waiters().await, 1);
     holder.batch_execute("COMMIT").await.unwrap();
     waiting.await.unwrap().unwrap();
     while let Some(progress) = stream.next().await {
@@ -670,11 +664,7 @@ async fn a_locked_row_is_tried_again_until_patience_ends() {
     assert!((40..=54).contains(&done), "{done}");
 
     let waiting = tokio::spawn(run().run());
-    let tried = async || {
-        let sql = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
-                   WHERE NOT l.granted AND a.datname = current_database()";
-        number(&scene.observer, sql).await > 0
-    };
+    let tried = async || scene.lock_waiters().await > 0;
     eventually(SOON, "it is not tried again", tried).await;
     holder.batch_execute("COMMIT").await.unwrap();
     waiting.await.unwrap().unwrap();
@@ -714,10 +704,8 @@ async fn a_batch_locks_its_rows_in_order() {
             .batch_rows(80..=80)
             .lock_timeout(SOON);
         let run = tokio::spawn(backfill.run());
-        let waits = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
-                     WHERE NOT l.granted AND a.datname = current_database()";
         eventually(SOON, "it does not wait", async || {
-            number(&scene.observer, waits).await == 1
+            scene.lock_waiters().await == 1
         })
         .await;
         let locked = "SELECT id FROM t WHERE id NOT IN (SELECT id FROM t FOR UPDATE SKIP LOCKED) ORDER BY id";
@@ -748,10 +736,8 @@ async fn a_row_that_others_change_meanwhile_is_seen_as_it_is_then() {
             .lock_timeout(SOON)
             .run(),
     );
-    let waits = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
-                 WHERE NOT l.granted AND a.datname = current_database()";
     eventually(SOON, "it does not wait", async || {
-        number(&scene.observer, waits).await == 1
+        scene.lock_waiters().await == 1
     })
     .await;
     holder.batch_execute("COMMIT").await.unwrap();
@@ -777,10 +763,8 @@ async fn a_deadlock_is_no_end() {
         .batch_rows(100..=100)
         .lock_timeout(SOON);
     let run = tokio::spawn(backfill.run());
-    let waits = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
-                 WHERE NOT l.granted AND a.datname = current_database()";
     eventually(SOON, "it does not wait", async || {
-        number(&scene.observer, waits).await == 1
+        scene.lock_waiters().await == 1
     })
     .await;
     other

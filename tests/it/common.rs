@@ -69,6 +69,13 @@ impl Scene {
         rows.iter().map(|row| row.get(0)).collect()
     }
 
+    /// How many sessions of this database wait for a lock of any kind.
+    pub(crate) async fn lock_waiters(&self) -> i64 {
+        let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
+                   WHERE NOT l.granted AND a.datname = current_database()";
+        self.observer.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
     /// All advisory locks of this database, held or awaited.
     pub(crate) async fn advisory_locks(&self) -> i64 {
         let row = self

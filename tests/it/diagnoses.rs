@@ -115,10 +115,7 @@ fn goes_on(client: Client, sql: &'static str) -> JoinHandle<Client> {
 /// Waits until so many wait for a lock of this database.
 async fn waiters(reported: &Reported, count: i64) {
     eventually(SOON, "nobody waits", async || {
-        let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
-                   WHERE NOT l.granted AND a.datname = current_database()";
-        let row = reported.scene.observer.query_one(sql, &[]).await.unwrap();
-        row.get::<_, i64>(0) >= count
+        reported.scene.lock_waiters().await >= count
     })
     .await;
 }

@@ -16,6 +16,16 @@ use crate::proxy::{Cut, Proxy};
 const SOON: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_secs(30);
 
+async fn taken(scene: &Scene, key: i64) -> SessionGuard {
+    let lock = scene.keeper.advisory_lock(key).session();
+    lock.acquire().await.unwrap()
+}
+
+/// So that what is handed over is prepared on a connection of the pool.
+async fn took_it_once(scene: &Scene, key: i64) {
+    taken(scene, key).await.release().await.unwrap();
+}
+
 fn waiting(scene: &Scene, key: i64) -> JoinHandle<SessionGuard> {
     let lock = scene.keeper.advisory_lock(key).wait(LONG).session();
     tokio::spawn(async move { lock.acquire().await.unwrap() })
@@ -36,25 +46,9 @@ async fn served<T>(waiter: JoinHandle<T>) -> T {
 #[tokio::test]
 async fn the_next_in_line_gets_the_connection_with_the_lock_under_its_own_name() {
     let scene = Scene::new(4).await;
-    // What is handed over was prepared on the connection by an earlier acquisition.
-    scene
-        .keeper
-        .advisory_lock(1)
-        .session()
-        .acquire()
-        .await
-        .unwrap()
-        .release()
-        .await
-        .unwrap();
+    took_it_once(&scene, 1).await;
     for by_drop in [false, true] {
-        let first = scene
-            .keeper
-            .advisory_lock(1)
-            .session()
-            .acquire()
-            .await
-            .unwrap();
+        let first = taken(&scene, 1).await;
         let pid = first.backend_pid();
         let waiter = waiting(&scene, 1);
         settled().await;
@@ -91,23 +85,8 @@ async fn the_next_in_line_gets_the_connection_with_the_lock_under_its_own_name()
 async fn a_connection_that_was_used_goes_back_to_the_pool() {
     let scene = Scene::new(4).await;
     scene.pool_is_whole_within(SOON).await;
-    scene
-        .keeper
-        .advisory_lock(2)
-        .session()
-        .acquire()
-        .await
-        .unwrap()
-        .release()
-        .await
-        .unwrap();
-    let first = scene
-        .keeper
-        .advisory_lock(2)
-        .session()
-        .acquire()
-        .await
-        .unwrap();
+    took_it_once(&scene, 2).await;
+    let first = taken(&scene, 2).await;
     let pid = first.backend_pid();
     first.batch_execute("SET work_mem = '7MB'").await.unwrap();
     let waiter = waiting(&scene, 2);
@@ -145,23 +124,8 @@ async fn a_pool_of_one_goes_round() {
 #[tokio::test]
 async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
     let scene = Scene::new(4).await;
-    scene
-        .keeper
-        .advisory_lock(4)
-        .session()
-        .acquire()
-        .await
-        .unwrap()
-        .release()
-        .await
-        .unwrap();
-    let first = scene
-        .keeper
-        .advisory_lock(4)
-        .session()
-        .acquire()
-        .await
-        .unwrap();
+    took_it_once(&scene, 4).await;
+    let first = taken(&scene, 4).await;
     let order = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = JoinSet::new();
     for n in 0..3 {
@@ -208,13 +172,7 @@ async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
 #[tokio::test]
 async fn a_guard_that_has_lost_its_lock_does_not_hold_up_the_line() {
     let scene = Scene::new(4).await;
-    let lost = scene
-        .keeper
-        .advisory_lock(5)
-        .session()
-        .acquire()
-        .await
-        .unwrap();
+    let lost = taken(&scene, 5).await;
     let waiter = waiting(&scene, 5);
     settled().await;
     scene
@@ -235,24 +193,9 @@ async fn a_guard_that_has_lost_its_lock_does_not_hold_up_the_line() {
 #[tokio::test]
 async fn a_place_that_is_given_up_at_any_point_goes_to_the_next() {
     let scene = Scene::new(4).await;
-    scene
-        .keeper
-        .advisory_lock(6)
-        .session()
-        .acquire()
-        .await
-        .unwrap()
-        .release()
-        .await
-        .unwrap();
+    took_it_once(&scene, 6).await;
     for polls in 0..8 {
-        let first = scene
-            .keeper
-            .advisory_lock(6)
-            .session()
-            .acquire()
-            .await
-            .unwrap();
+        let first = taken(&scene, 6).await;
         let lock = scene.keeper.advisory_lock(6).wait(LONG).session();
         let given_up = tokio::spawn(async move {
             drop(poll_times_and_drop(lock.acquire(), polls).await);
@@ -274,24 +217,9 @@ async fn a_place_that_is_given_up_at_any_point_goes_to_the_next() {
 #[tokio::test]
 async fn a_session_that_nobody_takes_is_unlocked() {
     let scene = Scene::new(4).await;
-    scene
-        .keeper
-        .advisory_lock(7)
-        .session()
-        .acquire()
-        .await
-        .unwrap()
-        .release()
-        .await
-        .unwrap();
+    took_it_once(&scene, 7).await;
     for _ in 0..20 {
-        let first = scene
-            .keeper
-            .advisory_lock(7)
-            .session()
-            .acquire()
-            .await
-            .unwrap();
+        let first = taken(&scene, 7).await;
         let waiter = waiting(&scene, 7);
         settled().await;
         // The message that hands over is sent; its answer has not been read.

@@ -35,15 +35,7 @@ async fn locked(client: &Client) -> Vec<i64> {
 /// Waits until some backend of the database waits for a lock.
 async fn somebody_waits(scene: &Scene) {
     eventually(SOON, "nobody waits", async || {
-        let sql = "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid \
-                   WHERE NOT l.granted AND a.datname = current_database()";
-        scene
-            .observer
-            .query_one(sql, &[])
-            .await
-            .unwrap()
-            .get::<_, i64>(0)
-            > 0
+        scene.lock_waiters().await > 0
     })
     .await;
 }

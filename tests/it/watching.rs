@@ -86,10 +86,7 @@ async fn the_next_transaction_on_a_backend_is_not_taken_for_the_one_before() {
     };
     let closer = async {
         eventually(SOON, "the first does not wait", async || {
-            let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
-                       WHERE NOT l.granted AND a.datname = current_database()";
-            let row = reported.scene.observer.query_one(sql, &[]).await.unwrap();
-            row.get::<_, i64>(0) > 0
+            reported.scene.lock_waiters().await > 0
         })
         .await;
         held.notify_one();
