@@ -96,7 +96,7 @@ struct Wanted<'a> {
 }
 
 #[derive(Serialize)]
-struct Id<'a> {
+pub(crate) struct Id<'a> {
     pid: Option<i32>,
     prepared: Option<&'a str>,
 }

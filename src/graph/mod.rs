@@ -27,7 +27,8 @@
 //! # JSON
 //!
 //! With the feature `serde`, [`Snapshot`], [`LockTree`], [`Backend`] and [`Edge`] are `Serialize`, and so is
-//! [`AdvisoryLockEntry`](crate::AdvisoryLockEntry). In JSON, `null` is what is not known, or not there; times are
+//! [`AdvisoryLockEntry`](crate::AdvisoryLockEntry) ([`Health`](crate::Health#json) and [`Settings`](crate::Settings) have
+//! documents of their own). In JSON, `null` is what is not known, or not there; times are
 //! RFC 3339 in UTC by the server's clock, durations are milliseconds. Statements are without their literals. Fields may be
 //! added; where one changes its meaning or goes away, `version` goes up.
 //!

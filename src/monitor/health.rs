@@ -70,6 +70,25 @@ impl<T> Reading<Option<T>> {
 /// `Display` gives a few lines for people. With the feature `metrics`, `record` hands the numbers to the application's
 /// metrics.
 ///
+/// # JSON
+///
+/// With the feature `serde` it is `Serialize`. Times, durations, backends and relations are as in the documents of
+/// [`graph`](crate::graph#json).
+///
+/// | field | what it is |
+/// |---|---|
+/// | `version` | 1 |
+/// | `taken_at`, `took_ms`, `database` | when and where it was looked, and for how long |
+/// | `lock_waiters`, `longest_wait_ms` | `null` where nobody waits |
+/// | `root_blockers` | an array: `pid` or `prepared`, and how many sessions it `blocks` |
+/// | `cycles`, `hidden_sessions` | numbers |
+/// | `oldest_transaction`, `oldest_idle_in_transaction` | a `reading` (`known`, `at_least`, `hidden`) and its `value`: a backend; `null` where there is none or it is hidden |
+/// | `deadlocks` | their `count`, and `since` when; `null` where the server does not count |
+/// | `lock_table` | `entries`, and the `capacity` it is made for |
+/// | `prepared_transactions` | their `count`, and `oldest_ms` |
+/// | `invalid_indexes` | a `reading` and its `value`: their `count`, and the `first` of them |
+/// | `advisory_locks_held` | a number |
+///
 /// # Examples
 ///
 /// ```no_run

@@ -4,6 +4,8 @@ mod advisory;
 mod background;
 mod doctor;
 mod health;
+#[cfg(feature = "serde")]
+mod json;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod pattern;

@@ -21,7 +21,10 @@ const SECOND: Duration = Duration::from_secs(1);
 /// What the application's connections see of the server's settings, and what is to be mended:
 /// [`Monitor::settings`](super::Monitor::settings).
 ///
-/// `Display` lists the findings, worst first.
+/// `Display` lists the findings, worst first. With the feature `serde` it is `Serialize`: in JSON `version` (1), `role`,
+/// `database`, `values`, an object of the settings that were looked at, as `SHOW` writes them, and `findings`, an array.
+/// A finding has `name`, `severity` (`note`, `advice`, `warning`), `value`, `why`, the `statement` that mends it and its
+/// `effect` (`immediate`, `new_connections`, `reload`, `restart`), both `null` where no statement does.
 #[derive(Clone, Debug)]
 pub struct Settings {
     place: Place,
@@ -47,6 +50,12 @@ impl Settings {
     pub fn value(&self, setting: &str) -> Option<&str> {
         let found = self.values.iter().find(|value| value.name == setting);
         found.map(|setting| &*setting.shown)
+    }
+
+    /// The settings that were looked at, each with its value as `SHOW` writes it.
+    pub fn values(&self) -> impl Iterator<Item = (&str, &str)> {
+        let values = self.values.iter();
+        values.map(|setting| (&*setting.name, &*setting.shown))
     }
 
     /// The role the pool's connections log in as.

@@ -30,7 +30,7 @@ mod health_metrics;
 mod hooks;
 mod incidents;
 mod isolation;
-mod json_graph;
+mod json;
 mod keys;
 mod languages;
 mod line;

@@ -1,0 +1,196 @@
+//! [`Health`] and [`Settings`] as documents for programs. Their fields are documented at the types.
+
+use std::collections::BTreeMap;
+
+use serde::{Serialize, Serializer};
+
+use super::health::{Health, Reading};
+use super::settings::{Effect, Settings, SettingsFinding, Severity};
+use crate::graph::json::{Id, Name, millis};
+use crate::graph::{Backend, BackendId};
+use crate::timestamp::rfc3339;
+
+/// Goes up when a field of either changes its meaning, or goes away. New fields do not count.
+const VERSION: u32 = 1;
+
+impl Serialize for Health {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let table = self.lock_table();
+        let prepared = self.prepared_transactions();
+        HealthDocument {
+            version: VERSION,
+            taken_at: rfc3339(self.snapshot().taken_at()),
+            took_ms: millis(self.snapshot().took()),
+            database: self.database(),
+            lock_waiters: self.lock_waiters(),
+            longest_wait_ms: self.longest_wait().map(millis),
+            root_blockers: self
+                .root_blockers()
+                .iter()
+                .map(|(id, blocks)| Root::new(id, *blocks))
+                .collect(),
+            cycles: self.cycles(),
+            hidden_sessions: self.hidden_sessions(),
+            oldest_transaction: Read::new(self.oldest_transaction(), Option::as_ref),
+            oldest_idle_in_transaction: Read::new(
+                self.oldest_idle_in_transaction(),
+                Option::as_ref,
+            ),
+            deadlocks: self.deadlocks().map(|deadlocks| DeadlocksDocument {
+                count: deadlocks.count(),
+                since: deadlocks.since().map(rfc3339),
+            }),
+            lock_table: LockTableDocument {
+                entries: table.entries(),
+                capacity: table.capacity(),
+            },
+            prepared_transactions: PreparedDocument {
+                count: prepared.count(),
+                oldest_ms: prepared.oldest().map(millis),
+            },
+            invalid_indexes: Read::new(self.invalid_indexes(), |indexes| {
+                Some(IndexesDocument {
+                    count: indexes.count(),
+                    first: indexes.first().iter().map(Name::new).collect(),
+                })
+            }),
+            advisory_locks_held: self.advisory_locks_held(),
+        }
+        .serialize(serializer)
+    }
+}
+
+#[derive(Serialize)]
+struct HealthDocument<'a> {
+    version: u32,
+    taken_at: String,
+    took_ms: f64,
+    database: &'a str,
+    lock_waiters: usize,
+    longest_wait_ms: Option<f64>,
+    root_blockers: Vec<Root<'a>>,
+    cycles: usize,
+    hidden_sessions: usize,
+    oldest_transaction: Read<&'a Backend>,
+    oldest_idle_in_transaction: Read<&'a Backend>,
+    deadlocks: Option<DeadlocksDocument>,
+    lock_table: LockTableDocument,
+    prepared_transactions: PreparedDocument,
+    invalid_indexes: Read<IndexesDocument<'a>>,
+    advisory_locks_held: u64,
+}
+
+#[derive(Serialize)]
+struct Root<'a> {
+    #[serde(flatten)]
+    id: Id<'a>,
+    blocks: usize,
+}
+
+impl<'a> Root<'a> {
+    fn new(id: &'a BackendId, blocks: usize) -> Self {
+        Self {
+            id: id.into(),
+            blocks,
+        }
+    }
+}
+
+/// A [`Reading`].
+#[derive(Serialize)]
+struct Read<T> {
+    reading: &'static str,
+    value: Option<T>,
+}
+
+impl<T> Read<T> {
+    fn new<'a, V>(reading: &'a Reading<V>, value: impl FnOnce(&'a V) -> Option<T>) -> Self {
+        Self {
+            reading: match reading {
+                Reading::Known(_) => "known",
+                Reading::AtLeast(_) => "at_least",
+                Reading::Hidden => "hidden",
+            },
+            value: reading.seen().and_then(value),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct DeadlocksDocument {
+    count: u64,
+    since: Option<String>,
+}
+
+#[derive(Serialize)]
+struct LockTableDocument {
+    entries: u64,
+    capacity: u64,
+}
+
+#[derive(Serialize)]
+struct PreparedDocument {
+    count: u64,
+    oldest_ms: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct IndexesDocument<'a> {
+    count: usize,
+    first: Vec<Name<'a>>,
+}
+
+impl Serialize for Settings {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        SettingsDocument {
+            version: VERSION,
+            role: self.role(),
+            database: self.database(),
+            values: self.values().collect(),
+            findings: self.findings(),
+        }
+        .serialize(serializer)
+    }
+}
+
+#[derive(Serialize)]
+struct SettingsDocument<'a> {
+    version: u32,
+    role: &'a str,
+    database: &'a str,
+    values: BTreeMap<&'a str, &'a str>,
+    findings: &'a [SettingsFinding],
+}
+
+impl Serialize for SettingsFinding {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        FindingDocument {
+            name: self.name(),
+            severity: match self.severity() {
+                Severity::Note => "note",
+                Severity::Advice => "advice",
+                Severity::Warning => "warning",
+            },
+            value: self.value(),
+            why: self.why(),
+            statement: self.statement(),
+            effect: self.effect().map(|effect| match effect {
+                Effect::Immediate => "immediate",
+                Effect::NewConnections => "new_connections",
+                Effect::Reload => "reload",
+                Effect::Restart => "restart",
+            }),
+        }
+        .serialize(serializer)
+    }
+}
+
+#[derive(Serialize)]
+struct FindingDocument<'a> {
+    name: &'a str,
+    severity: &'static str,
+    value: &'a str,
+    why: &'a str,
+    statement: Option<&'a str>,
+    effect: Option<&'static str>,
+}
