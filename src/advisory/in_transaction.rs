@@ -166,7 +166,7 @@ fn say(tx: &Tx, call: &str, request: &Request) -> Option<Saying> {
         text.push_str(&format!(" and {more} more"));
     }
     text.push(')');
-    tx.session().say(&text)
+    tx.session().say_in_slices(&text)
 }
 
 fn end<T>(saying: Option<Saying>, locked: &Result<T, Error>) {

@@ -49,7 +49,7 @@ struct Log {
     ended: Option<Instant>,
 }
 
-/// A statement that failed by itself, not because one before it had.
+/// A statement that the server refused for its own sake, not because one before it had failed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Failing {
     pub(crate) number: u64,
@@ -64,9 +64,19 @@ pub(crate) struct Said {
     pub(crate) at: Instant,
     /// `None` where it was prepared elsewhere.
     pub(crate) text: Option<Arc<str>>,
+    waits_in_slices: bool,
     pub(crate) end: Option<Ended>,
     /// The advisory locks that it has taken.
     pub(crate) took: Vec<(LockKey, AdvisoryMode)>,
+}
+
+/// A statement that has not ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Running {
+    pub(crate) number: u64,
+    pub(crate) since: Instant,
+    /// Whether it is a call that waits for its lock in several statements, one after another.
+    pub(crate) waits_in_slices: bool,
 }
 
 /// How a statement ended.
@@ -123,19 +133,23 @@ impl Journal {
         log.prepared.clear();
     }
 
-    /// The statement that is being run, by its number, and since when. A transaction runs one at a time as far as locks
-    /// are concerned: those behind it wait for it.
-    pub(crate) fn running(&self) -> Option<(u64, Instant)> {
+    /// The statement that is being run. A transaction runs one at a time; of several that were sent together the first is
+    /// taken for it, which the server runs later only where the driver had to have it prepared first.
+    pub(crate) fn running(&self) -> Option<Running> {
         let log = self.lock();
         if log.ended.is_some() {
             return None;
         }
         let said = log.statements.iter().find(|said| said.end.is_none())?;
-        Some((said.number, said.at))
+        Some(Running {
+            number: said.number,
+            since: said.at,
+            waits_in_slices: said.waits_in_slices,
+        })
     }
 
-    /// The last statement that failed by itself. Others may have been begun since: sent together with it, or by who
-    /// looked into its error.
+    /// The last statement that the server refused for its own sake: what the session passes on as the transaction's
+    /// failure. Others may have been begun since: sent together with it, or by who looked into its error.
     pub(crate) fn failure(&self) -> Option<Failing> {
         self.lock().failure
     }
@@ -147,10 +161,15 @@ impl Journal {
     }
 
     /// Notes a statement that is sent now.
-    pub(super) fn say(&self, text: Option<Arc<str>>) -> u64 {
+    pub(super) fn say(&self, text: Option<Arc<str>>, waits_in_slices: bool) -> u64 {
         let mut log = self.lock();
-        if log.statements.len() >= MOST {
-            drop(log.statements.remove(MOST / 2));
+        while log.statements.len() >= MOST {
+            // Not one that runs, or is about to, however many were sent together.
+            let mut later = log.statements.iter().skip(MOST / 2);
+            let Some(at) = later.position(|said| said.end.is_some()) else {
+                break;
+            };
+            drop(log.statements.remove(MOST / 2 + at));
             log.dropped += 1;
         }
         log.next += 1;
@@ -159,6 +178,7 @@ impl Journal {
             number,
             at: Instant::now(),
             text,
+            waits_in_slices,
             end: None,
             took: Vec::new(),
         });
@@ -283,19 +303,32 @@ pub(crate) struct Saying {
 
 impl Saying {
     pub(super) fn begin<T: ?Sized + Noted>(journal: &Arc<Journal>, statement: &T) -> Self {
+        let text = statement.note(journal);
+        Self::noted(journal, text, false)
+    }
+
+    /// A call that waits for its lock in several statements.
+    pub(super) fn begin_in_slices(journal: &Arc<Journal>, call: &str) -> Self {
+        Self::noted(journal, Some(cut(call)), true)
+    }
+
+    fn noted(journal: &Arc<Journal>, text: Option<Arc<str>>, waits_in_slices: bool) -> Self {
         Self {
-            number: journal.say(statement.note(journal)),
+            number: journal.say(text, waits_in_slices),
             journal: Arc::clone(journal),
             heard: false,
         }
     }
 
-    /// It has ended, and so; `Aborted` where it failed because another had.
+    /// It has ended, and so; `Aborted` where it failed because another had, `Driver` and `ConnectionLost` where that is
+    /// not the server's word.
     pub(crate) fn end(mut self, failure: Option<Failure>) {
         self.heard = true;
         self.journal.heard(self.number, Some(failure.is_none()));
-        if failure.is_some_and(|failure| failure != Failure::Aborted) {
-            self.journal.failed(self.number);
+        match failure {
+            // What the session knows of an earlier failure stays the transaction's.
+            None | Some(Failure::Aborted | Failure::Driver | Failure::ConnectionLost) => {}
+            Some(_) => self.journal.failed(self.number),
         }
     }
 
@@ -327,7 +360,7 @@ mod tests {
     fn the_first_and_the_last_half_are_kept() {
         let journal = journal();
         for n in 0..MOST * 2 {
-            let said = journal.say(Some(format!("SELECT {n}").into()));
+            let said = journal.say(Some(format!("SELECT {n}").into()), false);
             journal.heard(said, Some(true));
         }
         let (statements, dropped) = journal.statements();
@@ -339,14 +372,56 @@ mod tests {
     }
 
     #[test]
+    fn of_many_that_were_sent_together_none_is_forgotten() {
+        let journal = journal();
+        let said: Vec<_> = (0..MOST * 2).map(|_| journal.say(None, false)).collect();
+        for number in said {
+            let running = journal.running().map(|running| running.number);
+            assert_eq!(running, Some(number));
+            journal.heard(number, Some(true));
+        }
+        assert!(journal.running().is_none());
+        journal.say(None, false);
+        let (statements, dropped) = journal.statements();
+        assert_eq!((statements.len(), dropped), (MOST, MOST + 1));
+    }
+
+    #[test]
+    fn a_failure_is_what_the_server_refused() {
+        let journal = Arc::new(journal());
+        let failed = |failure| {
+            let saying = Saying::begin(&journal, "SELECT 1");
+            let number = saying.number;
+            saying.end(failure);
+            (number, journal.failure().map(|failing| failing.number))
+        };
+        assert_eq!(failed(None).1, None);
+        let (first, failing) = failed(Some(Failure::LockTimeout));
+        assert_eq!(failing, Some(first));
+        for other in [
+            None,
+            Some(Failure::Aborted),
+            Some(Failure::Driver),
+            Some(Failure::ConnectionLost),
+        ] {
+            assert_eq!(failed(other).1, Some(first), "{other:?}");
+        }
+        let (second, failing) = failed(Some(Failure::Deadlock));
+        assert_eq!(failing, Some(second));
+    }
+
+    #[test]
     fn the_one_that_runs_is_the_first_without_an_end() {
         let journal = journal();
         assert!(journal.running().is_none());
-        let first = journal.say(None);
-        let second = journal.say(None);
-        assert_eq!(journal.running().map(|(number, _)| number), Some(first));
+        let first = journal.say(None, false);
+        let second = journal.say(None, false);
+        assert_eq!(journal.running().map(|running| running.number), Some(first));
         journal.heard(first, None);
-        assert_eq!(journal.running().map(|(number, _)| number), Some(second));
+        assert_eq!(
+            journal.running().map(|running| running.number),
+            Some(second)
+        );
         journal.end();
         assert!(journal.running().is_none());
     }

@@ -37,7 +37,7 @@ pub(crate) use findings::Scope;
 pub(crate) use flights::{Flight, Flights};
 use journal::Noted;
 pub use journal::ToStatement;
-pub(crate) use journal::{Journal, Saying};
+pub(crate) use journal::{Journal, Running, Saying};
 pub(crate) use pool::Connections;
 pub(crate) use queries::query_methods;
 pub(crate) use side::{Side, SideConnection};
@@ -258,6 +258,12 @@ impl Session {
     pub(crate) fn say<S: ?Sized + Noted>(&self, statement: &S) -> Option<Saying> {
         let flight = self.flight.as_ref()?;
         Some(Saying::begin(flight.journal(), statement))
+    }
+
+    /// Notes a call that is about to wait for its lock, in several statements if need be.
+    pub(crate) fn say_in_slices(&self, call: &str) -> Option<Saying> {
+        let flight = self.flight.as_ref()?;
+        Some(Saying::begin_in_slices(flight.journal(), call))
     }
 
     /// Begins a journal of what is said from now on; gives the one before.

@@ -1,6 +1,6 @@
-//! One look for all transactions that are due.
+//! One look for all statements that are due.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -62,8 +62,15 @@ impl Watcher {
         let now = Instant::now();
         let plans = lock(&self.plans);
         live.iter()
-            .filter_map(|(number, journal)| plans.get(&(*number, journal.running()?.0)))
-            .map(Plan::next)
+            .filter_map(|(number, journal)| {
+                let running = journal.running()?;
+                let plan = plans.get(&(*number, running.number));
+                // None for one that has begun since.
+                Some(plan.map_or_else(
+                    || Plan::new(&running, journal.lock_timeout).next(),
+                    Plan::next,
+                ))
+            })
             .fold(now + TICK, Instant::min)
             .max(lock(&self.paused_until).unwrap_or(now))
     }
@@ -78,14 +85,16 @@ impl Watcher {
         let live = self.connections.flights().live();
         let mut plans = lock(&self.plans);
         let (mut due, mut others) = (Vec::new(), Vec::new());
+        let mut failed = HashSet::new();
         for (number, journal) in live {
-            let (Some((statement, since)), Some(pid)) = (journal.running(), journal.pid()) else {
+            failed.extend(journal.failure().map(|failing| (number, failing.number)));
+            let (Some(running), Some(pid)) = (journal.running(), journal.pid()) else {
                 continue;
             };
-            let key = (number, statement);
+            let key = (number, running.number);
             let plan = plans
                 .entry(key)
-                .or_insert_with(|| Plan::new(since, journal.lock_timeout));
+                .or_insert_with(|| Plan::new(&running, journal.lock_timeout));
             plan.ran = now;
             let due_or_not = if plan.next() <= now {
                 &mut due
@@ -100,9 +109,11 @@ impl Watcher {
         if !due.is_empty() {
             due.append(&mut others);
         }
-        // Of those that have ended, what was seen is what is wanted.
-        plans.retain(|_, plan| {
-            plan.ran == now || plan.seen().is_some() && now.duration_since(plan.ran) < KEEP
+        // Of those that have ended, what was seen is what is wanted; of those whose transaction has failed by them and
+        // goes on with something else, for as long as it does.
+        plans.retain(|key, plan| {
+            let is_recent = now.duration_since(plan.ran) < KEEP;
+            plan.ran == now || plan.seen().is_some() && (is_recent || failed.contains(key))
         });
         due
     }

@@ -33,7 +33,7 @@ const TICK: Duration = Duration::from_millis(100);
 const QUIET_TICKS: u32 = 10;
 /// What was seen so long before an error was there is of the same time.
 const SHORTLY: Duration = Duration::from_millis(100);
-/// How long what was seen of a transaction that has ended is kept.
+/// How long what was seen of a statement that has ended is kept, unless its transaction failed by it and goes on.
 const KEEP: Duration = Duration::from_secs(10);
 
 /// How to watch.
@@ -117,7 +117,9 @@ impl Watcher {
             plan.map_or((Vec::new(), None), |plan| (plan.looks(), plan.seen()))
         };
         // What was seen shortly before is nearer to the truth: an error may be a while on its way to its task.
-        let at = seen.filter(|seen| ended.saturating_duration_since(*seen) < SHORTLY);
+        let at = seen
+            .map(|seen| seen.min(ended))
+            .filter(|seen| ended.duration_since(*seen) < SHORTLY);
         if !self.settings.enabled {
             missing.push("watching is switched off".into());
         } else if looks.is_empty() {

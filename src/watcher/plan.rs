@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::graph::{RowId, Snapshot};
 use crate::incident::{Look, RowKey};
+use crate::session::Running;
 
 /// How long a statement may run before somebody looks whether it waits.
 const FIRST: Duration = Duration::from_millis(100);
@@ -25,10 +26,11 @@ const BEFORE: [Duration; 3] = [
 /// Looks kept: the first, and the last of the others.
 const LOOKS: usize = 4;
 
-/// One running statement.
+/// One statement.
 #[derive(Debug)]
 pub(super) struct Plan {
     since: Instant,
+    waits_in_slices: bool,
     waiting_since: Option<Instant>,
     next: Instant,
     looks: VecDeque<Look>,
@@ -38,11 +40,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// For a statement begun at `since`, under this `lock_timeout` if one is known.
-    pub(super) fn new(since: Instant, lock_timeout: Option<Duration>) -> Self {
+    /// Under this `lock_timeout` if one is known.
+    pub(super) fn new(running: &Running, lock_timeout: Option<Duration>) -> Self {
+        let since = running.since;
         let first = lock_timeout.map_or(FIRST, |timeout| (timeout / 2).clamp(EARLIEST, FIRST));
         Self {
             since,
+            waits_in_slices: running.waits_in_slices,
             waiting_since: None,
             next: since + first,
             looks: VecDeque::new(),
@@ -87,7 +91,12 @@ impl Plan {
         since: Instant,
         limits: impl IntoIterator<Item = Duration>,
     ) {
-        self.waiting_since = Some(since);
+        // All of a call that waits in slices is one wait, though the server sees many.
+        self.waiting_since = Some(if self.waits_in_slices {
+            self.since
+        } else {
+            since
+        });
         let ends = limits
             .into_iter()
             .filter_map(|limit| since.checked_add(limit));
@@ -136,19 +145,46 @@ mod tests {
         Duration::from_millis(n)
     }
 
+    fn begun(since: Instant) -> Running {
+        Running {
+            number: 1,
+            since,
+            waits_in_slices: false,
+        }
+    }
+
+    #[test]
+    fn slices_are_one_wait() {
+        let now = Instant::now();
+        for waits_in_slices in [false, true] {
+            let running = Running {
+                waits_in_slices,
+                ..begun(now)
+            };
+            let mut plan = Plan::new(&running, None);
+            plan.is_waiting(now + ms(2100), now + ms(2000), [ms(2000)]);
+            let expected = if waits_in_slices { now } else { now + ms(2000) };
+            assert_eq!(plan.waiting_since(), Some(expected));
+            // When to look is told by the slice.
+            assert_eq!(plan.next(), now + ms(2600));
+            plan.is_waiting(now + ms(3800), now + ms(2000), [ms(2000)]);
+            assert_eq!(plan.next(), now + ms(3960));
+        }
+    }
+
     #[test]
     fn the_first_look_is_in_time_for_a_short_timeout() {
         let now = Instant::now();
-        assert_eq!(Plan::new(now, None).next(), now + ms(100));
-        assert_eq!(Plan::new(now, Some(ms(5000))).next(), now + ms(100));
-        assert_eq!(Plan::new(now, Some(ms(50))).next(), now + ms(25));
-        assert_eq!(Plan::new(now, Some(ms(1))).next(), now + ms(15));
+        assert_eq!(Plan::new(&begun(now), None).next(), now + ms(100));
+        assert_eq!(Plan::new(&begun(now), Some(ms(5000))).next(), now + ms(100));
+        assert_eq!(Plan::new(&begun(now), Some(ms(50))).next(), now + ms(25));
+        assert_eq!(Plan::new(&begun(now), Some(ms(1))).next(), now + ms(15));
     }
 
     #[test]
     fn the_last_looks_are_shortly_before_the_end() {
         let since = Instant::now();
-        let mut plan = Plan::new(since, None);
+        let mut plan = Plan::new(&begun(since), None);
         let mut next = |at: u64, limits: &[Duration]| {
             plan.is_waiting(since + ms(at), since, limits.iter().copied());
             plan.next() - since

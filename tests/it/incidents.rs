@@ -425,6 +425,47 @@ async fn a_long_wait_is_reported_once_while_it_goes_on() {
     assert_eq!(reported.incidents().len(), 1);
 }
 
+/// A transaction waits for an advisory lock in slices, each of which the server takes for a wait of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_wait_for_an_advisory_lock_is_one_wait() {
+    let reported = Reported::with(2, |builder, database| {
+        builder
+            .side_connection(database.config(), NoTls)
+            .long_wait(Duration::from_secs(5))
+    })
+    .await;
+    let holder = reported.scene.database.connect().await;
+    let key = lockkeeper::LockKey::from("long");
+    let sql = format!(
+        "BEGIN; SELECT pg_advisory_xact_lock({})",
+        key.as_i64().unwrap()
+    );
+    holder.batch_execute(&sql).await.unwrap();
+    let keeper = reported.keeper().clone();
+    let waiter = tokio::spawn(async move {
+        let ran = keeper.transaction(async |tx| {
+            let lock = tx.advisory_lock("long").wait(Duration::from_secs(60));
+            lock.await
+        });
+        ran.await
+    });
+    eventually(3 * SOON, "no report", async || {
+        !reported.incidents().is_empty()
+    })
+    .await;
+    let incident = reported.incidents().remove(0);
+    assert_eq!(incident.kind(), IncidentKind::LongWait);
+    assert_eq!(
+        incident.victim().statement(),
+        Some("advisory_lock(\"long\")")
+    );
+    assert!(!waiter.is_finished());
+    holder.batch_execute("COMMIT").await.unwrap();
+    waiter.await.unwrap().unwrap();
+    assert_eq!(reported.incidents().len(), 1);
+    reported.scene.nothing_left().await;
+}
+
 /// Item by item: statements of ours, of somebody else, in the page, in `Debug`, in errors.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn literals_are_shown_only_when_asked_for() {

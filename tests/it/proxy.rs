@@ -1,5 +1,5 @@
-//! A TCP proxy that reads what passes between a client and its server: it cuts a connection at the message it is told
-//! to, and keeps what the clients have said.
+//! A TCP proxy that reads what passes between a client and its server: it cuts a connection, or holds it up, at the
+//! message it is told to, and keeps what the clients have said.
 
 use std::collections::VecDeque;
 use std::io;

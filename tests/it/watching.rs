@@ -183,13 +183,41 @@ async fn statements_after_the_one_that_failed_do_not_hide_its_evidence() {
     }
 }
 
+/// An error of the driver's own says nothing of why the transaction failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_the_driver_refuses_does_not_hide_what_the_server_refused() {
+    let reported = Reported::new(2).await;
+    let holder = reported.scene.database.connect().await;
+    let sql = format!("BEGIN; {ONE}");
+    holder.batch_execute(&sql).await.unwrap();
+    let options = TransactionOptions::new()
+        .attempts(1)
+        .lock_timeout(Duration::from_secs(2));
+    let ran = reported.keeper().transaction_with(options, async |tx| {
+        let failed = tx.savepoint(async |tx| Ok::<_, Error>(tx.batch_execute(ONE).await?));
+        let failed = failed.await.unwrap_err();
+        let none = tx.query_one("SELECT 1 WHERE false", &[]).await;
+        assert!(none.unwrap_err().as_db_error().is_none());
+        Err::<(), _>(failed)
+    });
+    ran.await.unwrap_err();
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.kind(), IncidentKind::LockTimeout);
+    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    let statement = incident.victim().statement().unwrap();
+    assert!(statement.starts_with("UPDATE"), "{incident}");
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    reported.scene.nothing_left().await;
+}
+
 /// Delivers what is held once the side connection has been used for it. A loop of its own: a transaction's closure calls
 /// it.
 async fn looked_at(side: &Proxy, held: &Proxy) {
     let mut questions = 0;
     for _ in 0..2000 {
-        questions += side.heard().0.len();
-        // One look at what failed may have been on its way, which is two questions.
+        let (said, _) = side.heard();
+        questions += said.iter().filter(|said| said.contains("pg_locks")).count();
+        // One look at what failed may have been on its way, which is two such questions.
         if questions > 2 {
             return held.deliver();
         }
