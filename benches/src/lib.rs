@@ -11,6 +11,7 @@
 //! cargo bench -p lockkeeper-benches --bench storm        8 workers that deadlock over 6 rows
 //! cargo bench -p lockkeeper-benches --bench rows         8 workers over 40 rows, locked in order first and not
 //! cargo bench -p lockkeeper-benches --bench watcher      what looking costs while 50 wait
+//! cargo bench -p lockkeeper-benches --bench graph        what a look at who waits for whom costs, with up to 500 waiting
 //! cargo bench -p lockkeeper-benches --bench deadlocks    40 deadlocks, and what their reports tell
 //! ```
 //!
@@ -55,6 +56,7 @@ mod random;
 pub mod cancelled;
 pub mod contended;
 pub mod deadlocks;
+pub mod graph;
 pub mod latency;
 pub mod markdown;
 pub mod round_trips;

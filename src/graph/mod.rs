@@ -24,6 +24,16 @@
 //! `comparison::a_recursive_query_over_a_queue_shows_every_way_through_it`). Here it is 55 edges and a tree of eleven nodes:
 //! the server is asked for pairs only, and they are put together in this process.
 //!
+//! What that takes, measured with PostgreSQL 15 on the same machine (two cores; `cargo bench -p lockkeeper-benches --bench
+//! graph`), medians:
+//!
+//! | sessions that wait | pairs | answer of the server | tree from it | the self-join's answer |
+//! |---|---:|---:|---:|---:|
+//! | nobody | 0 | 2.8 ms | 0.0 ms | 0.5 ms |
+//! | 50 behind 10 | 150 | 2.8 ms | 0.1 ms | 1.1 ms |
+//! | 500 behind 50 | 2750 | 10.1 ms | 1.2 ms | 35.5 ms |
+//! | 500 behind 1 | 125 250 | 43.4 ms | 9.8 ms | 176.2 ms |
+//!
 //! # JSON
 //!
 //! With the feature `serde`, [`Snapshot`], [`LockTree`], [`Backend`] and [`Edge`] are `Serialize`, and so is
