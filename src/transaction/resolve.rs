@@ -59,7 +59,7 @@ pub(super) async fn resolve(connections: &Arc<Connections>, mark: &Mark) -> Reso
             },
             failed => {
                 tracing::debug!(error = ?failed.map(|answer| answer.map(drop)), "outcome of a commit not asked");
-                spare *= 2;
+                spare = spare.saturating_mul(2).min(PATIENCE);
             }
         }
         tokio::time::sleep(PAUSE).await;

@@ -724,6 +724,32 @@ async fn dropped_at_any_point_it_is_done_once_or_not_at_all() {
 
 // Servers that come and go.
 
+/// Each connection is refused at once, so that it is asked for many times in the while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_outcome_is_found_out_once_the_server_takes_connections_again() {
+    let lab = Lab::new(1).await;
+    let counts = Counts::default();
+    lab.proxy.cut(COMMIT, Cut::During);
+    let refused = async {
+        let cut = async || lab.proxy.cuts_left() == 0;
+        eventually(SOON, "no COMMIT is sent", cut).await;
+        // More than a hundred questions.
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        lab.proxy.refuse(false);
+    };
+    let (answer, ()) = tokio::join!(
+        lab.keeper.transaction_with(resolving(), async |tx| {
+            insert(tx, &counts).await?;
+            lab.proxy.refuse(true);
+            Ok::<_, Error>(())
+        }),
+        refused
+    );
+    lab.agrees(&answer, &counts, "refused for a while").await;
+    answer.unwrap();
+    assert_eq!(counts.runs(), 1);
+}
+
 /// A server of its own, that is stopped and started.
 struct Restarted {
     server: Server,
