@@ -353,10 +353,13 @@ impl Build<'_> {
                 }
                 Err(error) => error,
             };
-            // Somebody has built one of that name meanwhile, or a table has it.
-            if is_already_there(&error) && !refused {
-                refused = true;
-                continue;
+            // Somebody has built one of that name meanwhile, or has begun to and failed; or a table has it.
+            if is_already_there(&error) {
+                let is_first = !std::mem::replace(&mut refused, true);
+                let goes_on = || !self.deadline.has_passed();
+                if is_first || goes_on() && self.find(table, &definition.name).await?.is_some() {
+                    continue;
+                }
             }
             let cleaned = self.clean_up(table, definition, report).await;
             let pause = self.pace.pause(attempt, self.cx.jitter.next());

@@ -478,7 +478,7 @@ async fn writers_go_on_meanwhile() {
     .await;
     assert_eq!(sum, added, "writes were lost");
     // A writer waits for one batch, or for two that are one behind the other; the rest is the machine's.
-    let bound = done.longest_batch() * 2 + Duration::from_secs(3);
+    let bound = done.longest_batch() * 2 + Duration::from_secs(10);
     assert!(longest < bound, "{longest:?}: {done}");
     assert!(done.batches() > 20, "{done}");
     scene.nothing_left().await;
@@ -653,7 +653,7 @@ async fn a_locked_row_is_tried_again_until_patience_ends() {
             .lock_timeout(Duration::from_millis(10))
     };
     let error = run()
-        .patience(Duration::from_millis(300))
+        .patience(Duration::from_secs(3))
         .run()
         .await
         .unwrap_err();
@@ -752,7 +752,7 @@ async fn a_row_that_others_change_meanwhile_is_seen_as_it_is_then() {
 async fn a_deadlock_is_no_end() {
     let scene = scene(2, 100).await;
     let name = scene.database.name();
-    let set = format!("ALTER DATABASE {name} SET deadlock_timeout = '100ms'");
+    let set = format!("ALTER DATABASE {name} SET deadlock_timeout = '2s'");
     scene.observer.batch_execute(&set).await.unwrap();
     let other = scene.database.connect().await;
     other

@@ -155,7 +155,7 @@ impl Lab {
         eventually(SOON, "a transaction is open still", async || {
             self.count(
                 "pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
-                 AND xact_start IS NOT NULL",
+                 AND xact_start IS NOT NULL AND backend_type = 'client backend'",
             )
             .await
                 == 0
@@ -424,7 +424,7 @@ async fn what_is_not_decided_in_time_stays_unknown() {
     let answer = add(&lab.keeper, resolving(), &counts).await;
     let waited = started.elapsed();
     assert!(
-        (Duration::from_secs(14)..Duration::from_secs(25)).contains(&waited),
+        (Duration::from_secs(14)..Duration::from_secs(60)).contains(&waited),
         "{waited:?}"
     );
     assert_eq!(
@@ -1055,7 +1055,7 @@ async fn a_connection_that_stays_silent_is_not_waited_for() {
         }
         let started = Instant::now();
         let answer = add(&lab.keeper, resolving(), &counts).await;
-        assert!(started.elapsed() < Duration::from_secs(20));
+        assert!(started.elapsed() < Duration::from_secs(60));
         lab.agrees(&answer, &counts, "silent").await;
         assert_eq!(answer.err().map(|error| error.kind()), kind);
         assert_eq!(counts.runs(), 1);

@@ -57,9 +57,10 @@ impl Scene {
     }
 
     async fn lock_pids(&self, key: &LockKey, granted: bool) -> Vec<i32> {
+        // A wait is shown a moment before its beginning is, which the library goes by.
         let sql = format!(
             "SELECT l.pid FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = {} AND l.objid = {} \
-             AND l.objsubid = {} AND l.granted = {granted} \
+             AND l.objsubid = {} AND l.granted = {granted} AND (l.granted OR l.waitstart IS NOT NULL) \
              AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY 1",
             key.classid(),
             key.objid(),
@@ -72,7 +73,7 @@ impl Scene {
     /// How many sessions of this database wait for a lock of any kind.
     pub(crate) async fn lock_waiters(&self) -> i64 {
         let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
-                   WHERE NOT l.granted AND a.datname = current_database()";
+                   WHERE NOT l.granted AND l.waitstart IS NOT NULL AND a.datname = current_database()";
         self.observer.query_one(sql, &[]).await.unwrap().get(0)
     }
 
@@ -102,7 +103,7 @@ impl Scene {
                 .observer
                 .query_one(
                     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
-                     AND pid <> pg_backend_pid() AND xact_start IS NOT NULL",
+                     AND pid <> pg_backend_pid() AND xact_start IS NOT NULL AND backend_type = 'client backend'",
                     &[],
                 )
                 .await
@@ -113,8 +114,9 @@ impl Scene {
         self.pool_is_whole_within(within).await;
     }
 
+    /// Before those have an end that the library waits out only in doubt, ten seconds long.
     pub(crate) async fn nothing_left(&self) {
-        self.nothing_left_within(Duration::from_secs(2)).await;
+        self.nothing_left_within(Duration::from_secs(8)).await;
     }
 
     /// Every connection the pool may have can be had at once, and answers.

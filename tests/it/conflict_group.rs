@@ -296,7 +296,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
                     }
                     loser_pid.store(tx.backend_pid().unwrap(), Ordering::Relaxed);
                     // When it looks, the other one waits too.
-                    tx.batch_execute("SET LOCAL deadlock_timeout = '400ms'")
+                    tx.batch_execute("SET LOCAL deadlock_timeout = '2s'")
                         .await?;
                     tx.execute("UPDATE t SET n = n + 1 WHERE id = 1", &[])
                         .await?;
@@ -474,7 +474,7 @@ async fn the_groups_own_lock_is_waited_for_as_long_as_the_keeper_says() {
             grouped(level),
             // Its own timeouts are for its statements.
             grouped(level).lock_timeout(Duration::from_millis(1)),
-            grouped(level).statement_timeout(Duration::from_millis(20)),
+            grouped(level).statement_timeout(Duration::from_millis(200)),
         ] {
             let runs = AtomicU32::new(0);
             let started = Instant::now();
@@ -489,7 +489,7 @@ async fn the_groups_own_lock_is_waited_for_as_long_as_the_keeper_says() {
             let what = format!("{options:?}: {error}");
             assert_eq!(error.kind(), ErrorKind::LockTimeout, "{what}");
             assert!(started.elapsed() >= wait, "{what}");
-            assert!(started.elapsed() < wait * 3, "{what}");
+            assert!(started.elapsed() < Duration::from_secs(5), "{what}");
             assert_eq!(error.key().and_then(|key| key.as_i64()), Some(GROUP));
             assert_eq!(error.blockers().len(), 1, "{what}");
             assert_eq!(runs.load(Ordering::Relaxed), 0);
@@ -627,7 +627,7 @@ async fn a_small_pool_does_not_stand_still() {
             for task in tasks {
                 task.await.unwrap().unwrap();
             }
-            assert!(started.elapsed() < Duration::from_secs(5));
+            assert!(started.elapsed() < Duration::from_secs(30));
             assert_eq!(watch.met.load(Ordering::Relaxed), 0, "not alone");
             scene.nothing_left().await;
         }
@@ -728,7 +728,7 @@ async fn dropped_at_any_point_nothing_is_left() {
                 let finished = if busy {
                     // Some way into the wait, too.
                     let dropped = tokio::time::timeout(
-                        Duration::from_millis(150),
+                        Duration::from_secs(1),
                         poll_times_and_drop(transaction, polls),
                     );
                     match dropped.await {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use lockkeeper::{Error, ErrorKind, TransactionOptions, Tx};
+use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 use crate::proxy::{Cut, Proxy};
@@ -84,7 +84,9 @@ async fn hooks_run_in_order_once_the_server_has_committed() {
         .unwrap();
     let done = Done::default();
     let pool = scene.pool.clone();
-    let transaction = scene.keeper.transaction(async |tx| {
+    // A watcher without a side connection would ask for one of the pool.
+    let keeper = Keeper::builder(pool.clone()).watch(false).build();
+    let transaction = keeper.transaction(async |tx| {
         for id in 1..=3 {
             insert(tx, id, &done).await?;
         }

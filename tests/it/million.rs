@@ -11,7 +11,7 @@ use crate::common::{Scene, eventually};
 const ROWS: i64 = 1_000_000;
 const SOON: Duration = Duration::from_secs(30);
 /// For a machine that does other things too. A statement of the load takes a millisecond.
-const STALL: Duration = Duration::from_secs(5);
+const STALL: Duration = Duration::from_secs(15);
 
 /// Two that read, two that write, and one whose transactions last.
 struct Load {

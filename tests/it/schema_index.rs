@@ -572,7 +572,7 @@ async fn progress_is_told_and_a_dropped_build_is_cancelled() {
     eventually(LONG, "the build goes on", async || {
         holds(
             &scene,
-            "NOT EXISTS (SELECT FROM pg_stat_progress_create_index)",
+            "NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())",
         )
         .await
     })
@@ -596,7 +596,7 @@ async fn dropped_at_any_poll_it_can_be_begun_again() {
     for polls in 0..200 {
         let done = poll_times_and_drop(schema.create_index("t", ["a"]).run(), polls).await;
         eventually(LONG, "the build goes on", async || {
-            let condition = "NOT EXISTS (SELECT FROM pg_stat_progress_create_index) \
+            let condition = "NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database()) \
                              AND NOT EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass)";
             holds(&scene, condition).await
         })

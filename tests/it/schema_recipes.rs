@@ -277,7 +277,7 @@ async fn recipes_dropped_half_way_go_on() {
         eventually(LONG, "something goes on", async || {
             let condition = format!(
                 "NOT EXISTS (SELECT FROM pg_locks WHERE relation = '{name}'::regclass) \
-                 AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index)"
+                 AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())"
             );
             holds(&scene, &condition).await
         })

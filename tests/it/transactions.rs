@@ -574,10 +574,12 @@ async fn no_attempt_begins_after_the_deadline() {
         tx.batch_execute(&raise("40001")).await?;
         Ok::<_, Error>(())
     };
+    // The time counts from before the connection is there.
+    scene.pool_is_whole_within(SOON).await;
     let started = Instant::now();
     let options = TransactionOptions::new()
         .attempts(u32::MAX)
-        .deadline(Duration::from_millis(300));
+        .deadline(Duration::from_secs(2));
     let error = scene
         .keeper
         .transaction_with(options, always)
@@ -586,7 +588,7 @@ async fn no_attempt_begins_after_the_deadline() {
     assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
     assert!(error.attempts() > 1, "{error}");
     assert!(error.to_string().contains("time"), "{error}");
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(started.elapsed() < Duration::from_secs(10));
 
     // The first attempt is always made.
     let options = TransactionOptions::new().deadline(Duration::ZERO);
@@ -1078,7 +1080,7 @@ async fn a_side_connection_that_cannot_be_opened_is_no_matter() {
         waiter.abort();
         drop(waiter.await);
         let gone = async || scene.waiters("k").await.is_empty();
-        eventually(Duration::from_secs(2), "the waiter is left", gone).await;
+        eventually(Duration::from_secs(8), "the waiter is left", gone).await;
         guard.commit().await.unwrap();
         assert!(started.elapsed() < SOON);
         scene.nothing_left().await;
@@ -1133,7 +1135,7 @@ async fn cut_during_commit_it_is_never_applied_twice() {
             eventually(SOON, "the cut transaction is open still", async || {
                 let open = scene.observer.query_one(
                     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
-                     AND pid <> pg_backend_pid() AND xact_start IS NOT NULL",
+                     AND pid <> pg_backend_pid() AND xact_start IS NOT NULL AND backend_type = 'client backend'",
                     &[],
                 );
                 open.await.unwrap().get::<_, i64>(0) == 0
@@ -1384,7 +1386,12 @@ async fn application_name_is_restored_after_every_end() {
             Ok(())
         };
         let transaction = keeper.transaction(body);
-        drop(tokio::time::timeout(Duration::from_millis(200), transaction).await);
+        let within = if end == "drop" {
+            Duration::from_millis(200)
+        } else {
+            SOON
+        };
+        drop(tokio::time::timeout(within, transaction).await);
         assert_eq!(shown().await, (pid, "mine".to_owned()), "{end}");
     }
 }
@@ -2041,6 +2048,8 @@ async fn connections_that_died_in_the_pool_are_not_an_error() {
             panic!("{how}: {error:?}");
         }
         assert_eq!(ids(&scene).await, [1, 2, 20], "{how}");
+        // Those that were not needed are dead still.
+        drop(scene.pool.retain(|_, _| false));
         scene.nothing_left().await;
     }
 }
