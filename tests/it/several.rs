@@ -505,7 +505,9 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
 
         // Waited for, in vain and not.
         hold_plainly(&holder, &keys[1]).await;
-        let error = acquire(&scene.keeper, &keys, scope, Duration::from_millis(600))
+        // Fewer in vain: who is in the way of how many is asked after the end, which has to be told in two seconds.
+        let some = &keys[..1000];
+        let error = acquire(&scene.keeper, some, scope, Duration::from_millis(600))
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::LockTimeout, "{scope:?}: {error:?}");
