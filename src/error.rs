@@ -455,6 +455,18 @@ pub(crate) fn is_already_there(error: &Error) -> bool {
     })
 }
 
+/// Whether what was to be done to a table has been done by another session meanwhile, or a part of it: something is there
+/// already, an index is a constraint's by now, the table has a primary key, or what was to be dropped is gone.
+pub(crate) fn is_overtaken(error: &Error) -> bool {
+    let codes = [
+        SqlState::DUPLICATE_COLUMN,
+        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+        SqlState::INVALID_TABLE_DEFINITION,
+        SqlState::UNDEFINED_OBJECT,
+    ];
+    is_already_there(error) || error.sqlstate().is_some_and(|code| codes.contains(code))
+}
+
 /// Whether an error, or one behind it, is a failure that running the transaction again can mend: the first one of this
 /// crate where it [is retryable](Error::is_retryable), or the server's where that is a deadlock, a serialization failure,
 /// or a lock timeout (not a lock that NOWAIT did not get).

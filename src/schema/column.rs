@@ -2,7 +2,7 @@
 
 use super::ddl;
 use super::pace::{Pace, awaited, paced};
-use super::recipe::{Recipe, sound};
+use super::recipe::{Recipe, Steps, sound};
 use super::refusal::{self, Allowed};
 use super::report::RecipeReport;
 use super::run::Context;
@@ -59,14 +59,19 @@ impl AddColumn {
     /// May be dropped at any point, and called again.
     pub async fn run(self) -> Result<RecipeReport, Error> {
         sound("column", &self.column)?;
-        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for AddColumn {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let table = Table::of(&self.cx, &self.table).await?;
         let full = table.full_name();
         let volatile = match &self.default {
             Some(default) => {
                 let read = ddl::read_default(default);
                 let sql = catalog::volatile(&read);
-                catalog::two(&recipe.cx().ask(&sql).await?, "volatile", "domain").0
+                catalog::two(&self.cx.ask(&sql).await?, "volatile", "domain").0
             }
             None => false,
         };
@@ -98,7 +103,7 @@ impl AddColumn {
         if volatile && there.is_none_or(|there| !there.not_null) {
             recipe.report.backfill = Some(recipe::fill(&full, &self.column));
         }
-        Ok(recipe.report)
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Constraints, added without a scan under a lock that others wait for.
 
 use super::pace::{Pace, awaited, paced};
-use super::recipe::{Recipe, sound};
+use super::recipe::{Recipe, Steps, sound};
 use super::report::RecipeReport;
 use super::run::Context;
 use super::table::Table;
@@ -68,11 +68,15 @@ impl AddCheck {
     /// # Cancel safety
     /// May be dropped at any point, and called again: it goes on with what is left to do.
     pub async fn run(self) -> Result<RecipeReport, Error> {
-        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for AddCheck {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let table = Table::of(&self.cx, &self.table).await?;
         (recipe.same_check(&table, &self.name, &self.expression)).await?;
-        recipe.check(&table, &self.name, &self.expression).await?;
-        Ok(recipe.report)
+        recipe.check(&table, &self.name, &self.expression).await
     }
 }
 
@@ -125,22 +129,29 @@ impl AddForeignKey {
     ///
     /// # Cancel safety
     /// May be dropped at any point, and called again: it goes on with what is left to do.
-    pub async fn run(mut self) -> Result<RecipeReport, Error> {
+    pub async fn run(self) -> Result<RecipeReport, Error> {
         if self.key.columns.is_empty() {
             return Err(Error::config("a foreign key needs at least one column"));
         }
         for column in self.key.columns.iter().chain(&self.key.referenced_columns) {
             sound("column", column)?;
         }
-        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for AddForeignKey {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let table = Table::of(&self.cx, &self.table).await?;
-        // By its full name, so that the search_path of the next connection is of no matter.
         let referenced = Table::of(&self.cx, &self.key.referenced).await?;
-        self.key.referenced = referenced.full_name();
+        let key = ForeignKey {
+            // By its full name, so that the search_path of the next connection is of no matter.
+            referenced: referenced.full_name(),
+            ..self.key.clone()
+        };
         recipe
-            .foreign_key(&table, self.name.as_deref(), &self.key, referenced.oid)
-            .await?;
-        Ok(recipe.report)
+            .foreign_key(&table, self.name.as_deref(), &key, referenced.oid)
+            .await
     }
 }
 
@@ -170,10 +181,14 @@ impl SetNotNull {
     /// # Cancel safety
     /// May be dropped at any point, and called again: it goes on with what is left to do.
     pub async fn run(self) -> Result<RecipeReport, Error> {
-        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for SetNotNull {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let table = Table::of(&self.cx, &self.table).await?;
-        recipe.not_null(&table, &self.column).await?;
-        Ok(recipe.report)
+        recipe.not_null(&table, &self.column).await
     }
 }
 
@@ -227,12 +242,16 @@ impl AddPrimaryKey {
         if self.columns.is_empty() {
             return Err(Error::config("a primary key needs at least one column"));
         }
-        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for AddPrimaryKey {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let table = Table::of(&self.cx, &self.table).await?;
         recipe
             .primary_key(&table, self.name.as_deref(), &self.columns)
-            .await?;
-        Ok(recipe.report)
+            .await
     }
 }
 

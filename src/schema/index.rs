@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::index_name::{default_name, is_left_of, set_aside};
 use super::pace::{Pace, awaited, paced};
 use super::progress::IndexProgress;
+use super::recipe::{Recipe, Steps};
 use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
@@ -167,9 +168,12 @@ impl CreateIndex {
     /// May be dropped at any point: the statement is cancelled on the server. It can leave an INVALID index, which the
     /// next call with that name drops.
     pub async fn run(self) -> Result<RecipeReport, Error> {
-        self.pace.check()?;
-        let deadline = self.pace.deadline();
-        let mut report = RecipeReport::default();
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for CreateIndex {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let table = Table::of(&self.cx, &self.table).await?;
         let mut definition = self.definition.clone();
         definition.name = match &self.name {
@@ -180,12 +184,11 @@ impl CreateIndex {
         let build = Build {
             cx: &self.cx,
             pace: &self.pace,
-            deadline: &deadline,
+            deadline: &recipe.deadline,
             progress: self.progress.as_ref(),
             waits: self.waits,
         };
-        build.on(&table, &definition, &mut report).await?;
-        Ok(report)
+        build.on(&table, &definition, &mut recipe.report).await
     }
 }
 
@@ -235,16 +238,19 @@ impl DropIndex {
     /// May be dropped at any point: the statement is cancelled on the server. It can leave the index INVALID, which the
     /// next call drops.
     pub async fn run(self) -> Result<RecipeReport, Error> {
-        self.pace.check()?;
-        let deadline = self.pace.deadline();
-        let mut report = RecipeReport::default();
+        Recipe::run(&self.cx, &self.pace, &self).await
+    }
+}
+
+impl Steps for DropIndex {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
         let Some((index, table)) = Table::of_index(&self.cx, &self.index).await? else {
-            return Ok(report);
+            return Ok(());
         };
         let build = Build {
             cx: &self.cx,
             pace: &self.pace,
-            deadline: &deadline,
+            deadline: &recipe.deadline,
             progress: None,
             waits: true,
         };
@@ -253,9 +259,9 @@ impl DropIndex {
             .iter()
             .filter(|one| one.name == index || !one.is_valid && is_left_of(&one.name, &index));
         for one in names {
-            build.drop_one(&table, one, &mut report).await?;
+            build.drop_one(&table, one, &mut recipe.report).await?;
         }
-        Ok(report)
+        Ok(())
     }
 }
 

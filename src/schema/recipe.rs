@@ -7,33 +7,64 @@ use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
 use crate::deadline::{Deadline, timeout_millis};
-use crate::error::{Error, is_already_there};
+use crate::error::{Error, is_already_there, is_overtaken};
 use crate::sql::name_flaw;
 use crate::sql::schema::catalog;
 use crate::sql::schema::index::{Definition, Part, attach};
 use crate::sql::schema::recipe::{self, Column, Constraint, ForeignKey};
 
+/// How often what is left to do is looked for again because somebody else has done a part of it meanwhile.
+const MOST_LOOKS: u32 = 3;
+
+/// What a recipe does, from the first look.
+pub(super) trait Steps: Sync {
+    /// Finds out what is left to do, and does it.
+    fn take(&self, recipe: &mut Recipe<'_>) -> impl Future<Output = Result<(), Error>> + Send;
+}
+
 /// A recipe under way.
 pub(super) struct Recipe<'a> {
-    cx: &'a Context,
-    pace: &'a Pace,
-    deadline: Deadline,
+    pub(super) cx: &'a Context,
+    pub(super) pace: &'a Pace,
+    pub(super) deadline: Deadline,
     pub(super) report: RecipeReport,
+    /// Whether to look no more, whatever the error is.
+    pub(super) is_final: bool,
 }
 
 impl<'a> Recipe<'a> {
-    pub(super) fn new(cx: &'a Context, pace: &'a Pace) -> Result<Self, Error> {
+    fn new(cx: &'a Context, pace: &'a Pace) -> Result<Self, Error> {
         pace.check()?;
         Ok(Self {
             cx,
             pace,
             deadline: pace.deadline(),
             report: RecipeReport::default(),
+            is_final: false,
         })
     }
 
-    pub(super) fn cx(&self) -> &Context {
-        self.cx
+    /// Takes all steps; from the first look again where another session has been at the same, which may be that of a run
+    /// whose connection was lost while the server went on.
+    pub(super) async fn run(
+        cx: &'a Context,
+        pace: &'a Pace,
+        steps: &impl Steps,
+    ) -> Result<RecipeReport, Error> {
+        let mut recipe = Self::new(cx, pace)?;
+        let mut looks = 1;
+        loop {
+            let error = match steps.take(&mut recipe).await {
+                Ok(()) => return Ok(recipe.report),
+                Err(error) => error,
+            };
+            let is_final = recipe.is_final || looks >= MOST_LOOKS || recipe.deadline.has_passed();
+            if is_final || !is_overtaken(&error) {
+                return Err(error);
+            }
+            tracing::debug!(%error, looks, "somebody else is at the same: to be looked at again");
+            looks += 1;
+        }
     }
 
     /// Runs one statement, or a batch, as a change.

@@ -1,12 +1,12 @@
 //! A table built aside and put in another one's place.
 
 use super::pace::{Pace, awaited, paced};
-use super::recipe::Recipe;
+use super::recipe::{Recipe, Steps};
 use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
 use super::{ddl, index_name};
-use crate::error::Error;
+use crate::error::{Error, is_already_there};
 use crate::sql::TableName;
 use crate::sql::schema::catalog::{self, Kin};
 use crate::sql::schema::recipe;
@@ -66,40 +66,7 @@ impl ReplaceTable {
     /// May be dropped at any point, and called again: a table that was built is not built again, and a swap that was made
     /// is not undone.
     pub async fn run(self) -> Result<RecipeReport, Error> {
-        let mut recipe = Recipe::new(&self.cx, &self.pace)?;
-        let table = Table::of(&self.cx, &self.table).await?;
-        let full = table.full_name();
-        let new = table.sibling(&self.new);
-        let old = index_name::shortened(&table.name, "old");
-        let old_name = table.sibling(&old);
-        let old_is_there = match Table::find(&self.cx, &old_name).await? {
-            Some(there) => {
-                // Invariant: only a table that a swap with this new one has put aside is ever taken for done, or dropped.
-                let sql = recipe::has_comment(there.oid, &recipe::replaced_by(&new));
-                if !catalog::yes(&self.cx.ask(&sql).await?) {
-                    return Err(Error::config(format!(
-                        "there is {old_name} already, which no replacement by {new} has left; drop or rename it first"
-                    )));
-                }
-                true
-            }
-            None => false,
-        };
-        let new_is_there = Table::find(&self.cx, &new).await?.is_some();
-        if !old_is_there || new_is_there {
-            if old_is_there {
-                return Err(Error::config(format!(
-                    "there is {old_name} already, of an earlier replacement; drop or rename it first"
-                )));
-            }
-            self.swap(&mut recipe, &table, &new, &old, new_is_there)
-                .await?;
-        }
-        if self.drop_old {
-            recipe.step(recipe::drop_table(&old_name)).await?;
-        }
-        tracing::debug!(table = %full, "table replaced");
-        Ok(recipe.report)
+        Recipe::run(&self.cx, &self.pace, &self).await
     }
 
     async fn swap(
@@ -139,8 +106,14 @@ impl ReplaceTable {
                     "there is no table {new} to put in the place of {full}; build it, or give the SQL that does"
                 )));
             };
-            let done = (self.cx).run(&self.pace, build, How::Transaction).await?;
-            recipe.report.push(build, done);
+            match (self.cx).run(&self.pace, build, How::Transaction).await {
+                Ok(done) => recipe.report.push(build, done),
+                Err(error) => {
+                    // It may have taken long, and what it says is the caller's.
+                    recipe.is_final = !is_already_there(&error);
+                    return Err(error);
+                }
+            }
             if Table::find(&self.cx, new).await?.is_none() {
                 return Err(Error::config(format!(
                     "what was to build {new} has not created it"
@@ -149,6 +122,43 @@ impl ReplaceTable {
         }
         let sql = recipe::swap(&full, new, old, self.catch_up.as_deref());
         recipe.step(sql).await
+    }
+}
+
+impl Steps for ReplaceTable {
+    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.cx, &self.table).await?;
+        let full = table.full_name();
+        let new = table.sibling(&self.new);
+        let old = index_name::shortened(&table.name, "old");
+        let old_name = table.sibling(&old);
+        let old_is_there = match Table::find(&self.cx, &old_name).await? {
+            Some(there) => {
+                // Invariant: only a table that a swap with this new one has put aside is ever taken for done, or dropped.
+                let sql = recipe::has_comment(there.oid, &recipe::replaced_by(&new));
+                if !catalog::yes(&self.cx.ask(&sql).await?) {
+                    return Err(Error::config(format!(
+                        "there is {old_name} already, which no replacement by {new} has left; drop or rename it first"
+                    )));
+                }
+                true
+            }
+            None => false,
+        };
+        let new_is_there = Table::find(&self.cx, &new).await?.is_some();
+        if !old_is_there || new_is_there {
+            if old_is_there {
+                return Err(Error::config(format!(
+                    "there is {old_name} already, of an earlier replacement; drop or rename it first"
+                )));
+            }
+            self.swap(recipe, &table, &new, &old, new_is_there).await?;
+        }
+        if self.drop_old {
+            recipe.step(recipe::drop_table(&old_name)).await?;
+        }
+        tracing::debug!(table = %full, "table replaced");
+        Ok(())
     }
 }
 

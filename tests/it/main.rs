@@ -52,6 +52,7 @@ mod resolver;
 mod retry;
 mod schema_change;
 mod schema_index;
+mod schema_killed;
 mod schema_recipes;
 mod server_log;
 mod session_guard;

@@ -43,6 +43,8 @@ struct State {
     target: Mutex<(String, u16)>,
     /// What the text of a message ends with, and what is done then; each once.
     cuts: Mutex<VecDeque<(&'static str, Cut)>>,
+    /// The same at a message by its number, counted from 0: simple queries and Syncs count.
+    later: Mutex<Option<(usize, Cut)>>,
     refusing: AtomicBool,
     deliver: Notify,
     /// The texts of simple queries (`Q`) and parsed statements (`P`), and the types of all other messages.
@@ -58,6 +60,7 @@ impl Proxy {
         let state = Arc::new(State {
             target: Mutex::new((host.to_owned(), port)),
             cuts: Mutex::default(),
+            later: Mutex::default(),
             refusing: AtomicBool::new(false),
             deliver: Notify::new(),
             said: Mutex::default(),
@@ -94,14 +97,21 @@ impl Proxy {
         self.state.cuts.lock().unwrap().push_back((text, cut));
     }
 
+    /// What happens at the message after so many others that ask for an answer.
+    pub(crate) fn cut_later(&self, messages: usize, cut: Cut) {
+        *self.state.later.lock().unwrap() = Some((messages, cut));
+    }
+
     /// How many cuts have not been made.
     pub(crate) fn cuts_left(&self) -> usize {
-        self.state.cuts.lock().unwrap().len()
+        let later = usize::from(self.state.later.lock().unwrap().is_some());
+        self.state.cuts.lock().unwrap().len() + later
     }
 
     /// Makes no cuts any more.
     pub(crate) fn forget(&self) {
         self.state.cuts.lock().unwrap().clear();
+        *self.state.later.lock().unwrap() = None;
     }
 
     /// Passes on what was kept back by [`Cut::Late`] or [`Cut::Held`].
@@ -143,6 +153,16 @@ impl Proxy {
 
     pub(crate) fn pool(&self, direct: &Config, size: usize) -> Pool {
         pool(self.config(direct), size)
+    }
+}
+
+impl State {
+    /// Counts a message.
+    fn counted_down(&self) -> Option<Cut> {
+        let mut later = self.later.lock().unwrap();
+        let (left, cut) = (*later)?;
+        *later = left.checked_sub(1).map(|left| (left, cut));
+        later.is_none().then_some(cut)
     }
 }
 
@@ -226,6 +246,9 @@ async fn forward(state: &State, mut client: TcpStream, mut server: TcpStream) ->
                         let mut cuts = state.cuts.lock().unwrap();
                         match cuts.front() {
                             Some((ends, _)) if said.ends_with(ends) => cuts.pop_front(),
+                            _ if matches!(message[0], b'Q' | b'S') => {
+                                state.counted_down().map(|cut| ("", cut))
+                            }
                             _ => None,
                         }
                     };
