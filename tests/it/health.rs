@@ -56,11 +56,22 @@ fn looking(scene: &Scene, config: Config) -> Monitor {
     keeper.monitor()
 }
 
+/// The same of a role, whose pool is its own too: that is where it looks when the side connection does not answer in time.
+fn looking_as(scene: &Scene, role: &str) -> Monitor {
+    let mut config = scene.database.config();
+    config.user(role);
+    let keeper = Keeper::builder(scene.database.pool_as(role, 2))
+        .side_connection(config, NoTls)
+        .build();
+    keeper.monitor()
+}
+
 async fn waits(observer: &Client, client: &Arc<Client>, pid: i32, sql: &str) -> Waiting {
     let (client, sql) = (Arc::clone(client), sql.to_owned());
     let waiting = tokio::spawn(async move { client.batch_execute(&sql).await });
+    // When it began is noted a moment after it began, and looks keep no wait without that.
     eventually(SOON, "it does not wait", async || {
-        let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
+        let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
         let row = observer.query_one(sql, &[&pid]).await.unwrap();
         row.get(0)
     })
@@ -325,13 +336,12 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
         "CREATE ROLE {role} LOGIN; ALTER TABLE t OWNER TO {role}; ALTER TABLE empty OWNER TO {role}; GRANT ALL ON SCHEMA public TO {role}"
     );
     observer.batch_execute(&sql).await.unwrap();
-    let mut config = scene.database.config();
-    config.user(&role);
-    let stranger = looking(&scene, config);
+    let stranger = looking_as(&scene, &role);
     assert_eq!(invalid(&stranger.health().await.unwrap()), left);
 
     // What waits for an old transaction in the middle of its work.
     let old = scene.database.connect().await;
+    let old_pid = pid_of(&old).await;
     for work in [
         "CREATE INDEX CONCURRENTLY built ON t (v)",
         "REINDEX INDEX CONCURRENTLY t_pkey",
@@ -357,9 +367,9 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
             };
             // Either it waits for the old transaction, or that is not in its way.
             eventually(SOON, "it neither waits nor ends", async || {
-                let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
-                let waiting: bool = observer.query_one(sql, &[&pid]).await.unwrap().get(0);
-                waiting || building.is_finished()
+                let sql = "SELECT $2 = ANY (pg_blocking_pids($1))";
+                let row = observer.query_one(sql, &[&pid, &old_pid]).await.unwrap();
+                row.get(0) || building.is_finished()
             })
             .await;
             let health = monitor.health().await.unwrap();
@@ -443,7 +453,7 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
 
     let mut config = scene.database.config();
     config.user(&role);
-    let monitor = looking(scene, config.clone());
+    let monitor = looking_as(scene, &role);
     let health = monitor.health().await.unwrap();
     assert!(health.hidden_sessions() >= 2);
     assert_eq!(health.oldest_transaction(), &Reading::Hidden);
@@ -525,6 +535,8 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
             assert!(polls < 100, "a look has no end");
             let health = poll_times_and_drop(monitor.health(), polls).await;
             let settings = poll_times_and_drop(monitor.settings(), polls).await;
+            // What was dropped gives the pool's only connection back in the background.
+            scene.pool_is_whole_within(SOON).await;
             monitor.health().await.unwrap();
             monitor.settings().await.unwrap();
             if let (Some(health), Some(settings)) = (health, settings) {
