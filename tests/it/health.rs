@@ -7,7 +7,7 @@ use lockkeeper::graph::BackendId;
 use lockkeeper::{Health, Keeper, LockKey, Monitor, Reading};
 use lockkeeper_testkit::Server;
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Client, NoTls};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 use crate::guards::{pid_of, scene_on};
@@ -28,7 +28,7 @@ impl Alone {
         let settings = [settings, &[("autovacuum", "off")]].concat();
         let server = tokio::task::block_in_place(|| Server::start(&settings).unwrap());
         let scene = scene_on(&server, 2).await;
-        let monitor = looking(&scene, scene.database.config());
+        let monitor = looking(&scene);
         Self { scene, monitor }
     }
 
@@ -49,9 +49,9 @@ impl Alone {
 }
 
 /// A monitor over a side connection.
-fn looking(scene: &Scene, config: Config) -> Monitor {
+fn looking(scene: &Scene) -> Monitor {
     let keeper = Keeper::builder(scene.pool.clone())
-        .side_connection(config, NoTls)
+        .side_connection(scene.database.config(), NoTls)
         .build();
     keeper.monitor()
 }
@@ -280,8 +280,10 @@ async fn deadlocks_and_prepared_transactions_are_counted() {
     assert!(text.contains(": 1 deadlock "), "{text}");
     // In another database it is the same server's, but not the same database's.
     let elsewhere = alone.scene.database.server().database().await;
-    let other = looking(&alone.scene, elsewhere.config());
-    let health = other.health().await.unwrap();
+    let other = Keeper::builder(elsewhere.pool(2))
+        .side_connection(elsewhere.config(), NoTls)
+        .build();
+    let health = other.monitor().health().await.unwrap();
     assert_eq!(health.database(), elsewhere.name());
     assert_eq!(health.deadlocks().unwrap().count(), 0);
     assert_eq!(health.prepared_transactions().count(), 2);
@@ -316,7 +318,7 @@ async fn the_lock_table_counts_objects_that_are_in_it() {
 async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
     let scene = Scene::new(2).await;
     let observer = &scene.observer;
-    let monitor = looking(&scene, scene.database.config());
+    let monitor = looking(&scene);
     let sql = r#"CREATE SCHEMA "Odd ""schema"; CREATE TABLE "Odd ""schema".t (v int);
                  INSERT INTO "Odd ""schema".t VALUES (1), (1); CREATE TABLE empty (v int)"#;
     observer.batch_execute(sql).await.unwrap();
@@ -527,7 +529,7 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
     for side in [false, true] {
         let scene = Scene::new(1).await;
         let monitor = if side {
-            looking(&scene, scene.database.config())
+            looking(&scene)
         } else {
             scene.keeper.monitor()
         };
