@@ -96,8 +96,9 @@ impl Stage {
         self.waits.push(tokio::spawn(
             async move { client.batch_execute(&sql).await },
         ));
+        // When it began is noted a moment after it began, and looks keep no wait without that.
         eventually(SOON, "it does not wait", async || {
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
+            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
             let row = self.scene.observer.query_one(sql, &[&pid]).await.unwrap();
             row.get(0)
         })

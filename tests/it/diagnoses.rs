@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lockkeeper::incident::{Cause, Quality};
-use lockkeeper::tokio_postgres::Client;
+use lockkeeper::tokio_postgres::{Client, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, TransactionOptions};
 use tokio::sync::{Barrier, Notify};
 use tokio::task::JoinHandle;
@@ -411,9 +411,11 @@ async fn an_index_build_against_a_writer() {
     let build = stranger(&reported, "BEGIN; CREATE INDEX ON account (balance)").await;
     let build = goes_on(build, "CREATE INDEX ON account (note); SELECT pg_sleep(0)");
     let build = build.await.unwrap();
-    let build = goes_on(build, "REINDEX TABLE account; SELECT pg_sleep(3)");
+    let cancel = build.cancel_token();
+    let build = goes_on(build, "REINDEX TABLE account; SELECT pg_sleep(600)");
     let incident = time_out(&reported, TWO).await;
     is(&incident, Cause::IndexBuild);
+    cancel.cancel_query(NoTls).await.unwrap();
     drop(build.await.unwrap());
 }
 
@@ -430,10 +432,12 @@ async fn a_holder_that_is_idle_in_its_transaction() {
 async fn a_holder_that_is_busy() {
     let reported = scene("").await;
     let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
-    let holder = goes_on(holder, "SELECT pg_sleep(2)");
+    let cancel = holder.cancel_token();
+    let holder = goes_on(holder, "SELECT pg_sleep(600)");
     let incident = time_out(&reported, ONE).await;
     is(&incident, Cause::RunningHolder);
     says(&incident, "pg_sleep");
+    cancel.cancel_query(NoTls).await.unwrap();
     drop(holder.await.unwrap());
 }
 
@@ -517,10 +521,7 @@ async fn behind_the_deadlock_of_others() {
     waiters(&reported, 2).await;
     let incident = time_out(&reported, THREE).await;
     is(&incident, Cause::BehindDeadlock);
-    cancel
-        .cancel_query(lockkeeper::tokio_postgres::NoTls)
-        .await
-        .unwrap();
+    cancel.cancel_query(NoTls).await.unwrap();
     drop(two.await.unwrap());
     drop(one.await.unwrap());
 }

@@ -7,7 +7,7 @@ use lockkeeper::graph::BackendId;
 use lockkeeper::{Health, Keeper, LockKey, Monitor, Reading};
 use lockkeeper_testkit::Server;
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Client, NoTls};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 use crate::guards::{pid_of, scene_on};
@@ -28,7 +28,7 @@ impl Alone {
         let settings = [settings, &[("autovacuum", "off")]].concat();
         let server = tokio::task::block_in_place(|| Server::start(&settings).unwrap());
         let scene = scene_on(&server, 2).await;
-        let monitor = looking(&scene, scene.database.config());
+        let monitor = looking(&scene);
         Self { scene, monitor }
     }
 
@@ -49,8 +49,18 @@ impl Alone {
 }
 
 /// A monitor over a side connection.
-fn looking(scene: &Scene, config: Config) -> Monitor {
+fn looking(scene: &Scene) -> Monitor {
     let keeper = Keeper::builder(scene.pool.clone())
+        .side_connection(scene.database.config(), NoTls)
+        .build();
+    keeper.monitor()
+}
+
+/// The same of a role, whose pool is its own too: that is where it looks when the side connection does not answer in time.
+fn looking_as(scene: &Scene, role: &str) -> Monitor {
+    let mut config = scene.database.config();
+    config.user(role);
+    let keeper = Keeper::builder(scene.database.pool_as(role, 2))
         .side_connection(config, NoTls)
         .build();
     keeper.monitor()
@@ -59,8 +69,9 @@ fn looking(scene: &Scene, config: Config) -> Monitor {
 async fn waits(observer: &Client, client: &Arc<Client>, pid: i32, sql: &str) -> Waiting {
     let (client, sql) = (Arc::clone(client), sql.to_owned());
     let waiting = tokio::spawn(async move { client.batch_execute(&sql).await });
+    // When it began is noted a moment after it began, and looks keep no wait without that.
     eventually(SOON, "it does not wait", async || {
-        let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
+        let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
         let row = observer.query_one(sql, &[&pid]).await.unwrap();
         row.get(0)
     })
@@ -269,8 +280,10 @@ async fn deadlocks_and_prepared_transactions_are_counted() {
     assert!(text.contains(": 1 deadlock "), "{text}");
     // In another database it is the same server's, but not the same database's.
     let elsewhere = alone.scene.database.server().database().await;
-    let other = looking(&alone.scene, elsewhere.config());
-    let health = other.health().await.unwrap();
+    let other = Keeper::builder(elsewhere.pool(2))
+        .side_connection(elsewhere.config(), NoTls)
+        .build();
+    let health = other.monitor().health().await.unwrap();
     assert_eq!(health.database(), elsewhere.name());
     assert_eq!(health.deadlocks().unwrap().count(), 0);
     assert_eq!(health.prepared_transactions().count(), 2);
@@ -305,7 +318,7 @@ async fn the_lock_table_counts_objects_that_are_in_it() {
 async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
     let scene = Scene::new(2).await;
     let observer = &scene.observer;
-    let monitor = looking(&scene, scene.database.config());
+    let monitor = looking(&scene);
     let sql = r#"CREATE SCHEMA "Odd ""schema"; CREATE TABLE "Odd ""schema".t (v int);
                  INSERT INTO "Odd ""schema".t VALUES (1), (1); CREATE TABLE empty (v int)"#;
     observer.batch_execute(sql).await.unwrap();
@@ -325,13 +338,12 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
         "CREATE ROLE {role} LOGIN; ALTER TABLE t OWNER TO {role}; ALTER TABLE empty OWNER TO {role}; GRANT ALL ON SCHEMA public TO {role}"
     );
     observer.batch_execute(&sql).await.unwrap();
-    let mut config = scene.database.config();
-    config.user(&role);
-    let stranger = looking(&scene, config);
+    let stranger = looking_as(&scene, &role);
     assert_eq!(invalid(&stranger.health().await.unwrap()), left);
 
     // What waits for an old transaction in the middle of its work.
     let old = scene.database.connect().await;
+    let old_pid = pid_of(&old).await;
     for work in [
         "CREATE INDEX CONCURRENTLY built ON t (v)",
         "REINDEX INDEX CONCURRENTLY t_pkey",
@@ -357,9 +369,9 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
             };
             // Either it waits for the old transaction, or that is not in its way.
             eventually(SOON, "it neither waits nor ends", async || {
-                let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
-                let waiting: bool = observer.query_one(sql, &[&pid]).await.unwrap().get(0);
-                waiting || building.is_finished()
+                let sql = "SELECT $2 = ANY (pg_blocking_pids($1))";
+                let row = observer.query_one(sql, &[&pid, &old_pid]).await.unwrap();
+                row.get(0) || building.is_finished()
             })
             .await;
             let health = monitor.health().await.unwrap();
@@ -443,7 +455,7 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
 
     let mut config = scene.database.config();
     config.user(&role);
-    let monitor = looking(scene, config.clone());
+    let monitor = looking_as(scene, &role);
     let health = monitor.health().await.unwrap();
     assert!(health.hidden_sessions() >= 2);
     assert_eq!(health.oldest_transaction(), &Reading::Hidden);
@@ -517,7 +529,7 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
     for side in [false, true] {
         let scene = Scene::new(1).await;
         let monitor = if side {
-            looking(&scene, scene.database.config())
+            looking(&scene)
         } else {
             scene.keeper.monitor()
         };
@@ -525,6 +537,8 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
             assert!(polls < 100, "a look has no end");
             let health = poll_times_and_drop(monitor.health(), polls).await;
             let settings = poll_times_and_drop(monitor.settings(), polls).await;
+            // What was dropped gives the pool's only connection back in the background.
+            scene.pool_is_whole_within(SOON).await;
             monitor.health().await.unwrap();
             monitor.settings().await.unwrap();
             if let (Some(health), Some(settings)) = (health, settings) {

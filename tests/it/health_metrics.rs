@@ -117,7 +117,8 @@ async fn what_is_hidden_is_recorded_as_no_number() {
     scene.observer.batch_execute(&create).await.unwrap();
     let mut config = scene.database.config();
     config.user(&role);
-    let keeper = Keeper::builder(scene.pool.clone())
+    // A look that is not answered in time is taken on the pool's, which is of the same role.
+    let keeper = Keeper::builder(scene.database.pool_as(&role, 2))
         .side_connection(config, NoTls)
         .build();
     let health = keeper.monitor().health().await.unwrap();

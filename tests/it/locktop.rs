@@ -69,8 +69,10 @@ impl Play {
             drop(tokio::spawn(
                 async move { waiter.batch_execute(&sql).await },
             ));
+            // When it began is noted a moment after it began, and looks keep no wait without that.
             eventually(SOON, "it does not wait", async || {
-                let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
+                let sql = "SELECT EXISTS (SELECT FROM pg_locks \
+                           WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
                 let row = self.scene.observer.query_one(sql, &[&last]).await.unwrap();
                 row.get(0)
             })
@@ -86,6 +88,8 @@ impl Play {
     }
 
     async fn look(&self, app: &mut App) {
+        // Opening a connection may take longer than a look may.
+        self.scene.pool_is_whole_within(SOON).await;
         app.looked(Look::take(&self.monitor).await);
         assert_eq!(app.trouble, None);
     }

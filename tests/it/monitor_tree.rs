@@ -96,8 +96,9 @@ impl Stage {
     }
 
     async fn waiting(&self, pid: i32) {
+        // When it began is noted a moment after it began, and looks keep no wait without that.
         eventually(SOON, "it does not wait", async || {
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
+            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
             let row = self.scene.observer.query_one(sql, &[&pid]).await.unwrap();
             row.get(0)
         })
@@ -211,13 +212,10 @@ async fn a_chain_and_another_tree() {
         .waits(&d, &format!("SELECT pg_advisory_lock({key})"))
         .await;
 
-    let before = SystemTime::now();
+    let (before, asked) = (SystemTime::now(), Instant::now());
     let snapshot = stage.monitor.snapshot().await.unwrap();
-    assert!(
-        snapshot.took() < Duration::from_secs(1),
-        "{:?}",
-        snapshot.took()
-    );
+    let took = snapshot.took();
+    assert!(took > Duration::ZERO && took <= asked.elapsed(), "{took:?}");
     let off = snapshot
         .taken_at()
         .duration_since(before)
@@ -552,7 +550,8 @@ async fn a_role_without_privileges_sees_who_and_where_and_the_rest_as_hidden() {
 
     let mut config = stage.scene.database.config();
     config.user(&role).password("secret");
-    let keeper = Keeper::builder(stage.scene.pool.clone())
+    // A look that is not answered in time is taken on the pool's, which is of the same role.
+    let keeper = Keeper::builder(stage.scene.database.pool_as(&role, 2))
         .side_connection(config, NoTls)
         .build();
     let snapshot = keeper.monitor().snapshot().await.unwrap();
@@ -705,8 +704,14 @@ async fn five_hundred_sessions_are_seen_at_once() {
         async || stage.scene.lock_waiters().await == 500,
     )
     .await;
-    let mut best = Duration::MAX;
+    let (mut best, mut bare) = (Duration::MAX, Duration::MAX);
     for _ in 0..5 {
+        // What the server needs to say who is in whose way.
+        let started = Instant::now();
+        let sql = "SELECT sum(cardinality(pg_blocking_pids(pid))) FROM pg_locks WHERE NOT granted";
+        let row = stage.scene.observer.query_one(sql, &[]).await.unwrap();
+        bare = bare.min(started.elapsed());
+        assert_eq!(row.get::<_, i64>(0), 500 * 501 / 2);
         let started = Instant::now();
         let tree = stage.monitor.lock_tree().await.unwrap();
         let all = started.elapsed();
@@ -725,7 +730,8 @@ async fn five_hundred_sessions_are_seen_at_once() {
                 .all(|child| child.edge().is_some_and(|edge| !edge.is_soft()))
         );
     }
-    assert!(best < Duration::from_secs(1), "{best:?}");
+    // Built without optimization it takes 10 times as long, 14 times on a busy machine.
+    assert!(best < 60 * bare, "{best:?}, the server alone {bare:?}");
     for wait in waits {
         wait.abort();
     }
@@ -862,6 +868,8 @@ async fn looks_may_be_dropped_anywhere() {
             let tree = poll_times_and_drop(monitor.lock_tree(), polls).await;
             let locks = poll_times_and_drop(monitor.advisory_locks(), polls).await;
             let activity = poll_times_and_drop(monitor.activity(), polls).await;
+            // What was dropped gives the pool's only connection back in the background.
+            scene.pool_is_whole_within(SOON).await;
             monitor.lock_tree().await.unwrap();
             if let (Some(tree), Some(locks), Some(activity)) = (tree, locks, activity) {
                 tree.unwrap();

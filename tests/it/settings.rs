@@ -372,7 +372,7 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
     let holder = scene.database.connect().await;
     hold_plainly(&holder, "busy").await;
     let before = settings_of(&scene.pool.get().await.unwrap()).await;
-    let options = TransactionOptions::new().statement_timeout(Duration::from_millis(250));
+    let options = TransactionOptions::new().statement_timeout(Duration::from_millis(1500));
     let in_vain = AtomicBool::new(false);
     let section = scene.keeper.transaction_with(options, async |tx| {
         tx.batch_execute("SET LOCAL lock_timeout = '33s'; SET LOCAL work_mem = '5MB'")
@@ -380,17 +380,17 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
         let inside = collected(tx.query(ALL, &[]).await?);
         assert_eq!(
             (&*inside["statement_timeout"], &*inside["lock_timeout"]),
-            ("250", "33000")
+            ("1500", "33000")
         );
         // Neither the transaction's lock_timeout nor its statement_timeout ends the wait.
         let began = Instant::now();
         let error = tx
             .advisory_lock("busy")
-            .wait(Duration::from_millis(600))
+            .wait(Duration::from_secs(2))
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
-        assert!(began.elapsed() >= Duration::from_millis(600));
+        assert!(began.elapsed() >= Duration::from_secs(2));
         assert_eq!(
             difference(&inside, &collected(tx.query(ALL, &[]).await?)),
             [""; 0]
@@ -421,7 +421,7 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
         })
         .await;
         // Longer than statement_timeout.
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        tokio::time::sleep(Duration::from_millis(1800)).await;
         release_plainly(&holder, "busy").await;
     };
     let (done, ()) = tokio::join!(section, release);
@@ -622,10 +622,11 @@ async fn limit_statements_of_the_role(scene: &Scene, lock_timeout: &str, stateme
 /// The wait asked for is the wait, whatever the role's own timeouts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn timeouts_of_the_role_do_not_end_a_wait() {
-    const WAIT: Duration = Duration::from_secs(1);
+    const WAIT: Duration = Duration::from_secs(2);
     let scene = Scene::new(2).await;
-    limit_statements_of_the_role(&scene, "60ms", "150ms").await;
-    assert_eq!(scene.show("statement_timeout").await, "150ms");
+    // Shorter than a slice of the wait; room for a small statement on a slow machine.
+    limit_statements_of_the_role(&scene, "60ms", "400ms").await;
+    assert_eq!(scene.show("statement_timeout").await, "400ms");
     hold_plainly(&scene.observer, "busy").await;
     for (way, lock) in every_lock(&scene, WAIT) {
         let began = Instant::now();
@@ -655,16 +656,16 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_is_granted_after_a_wait_longer_than_the_roles_timeouts() {
     let scene = Scene::new(2).await;
-    limit_statements_of_the_role(&scene, "60ms", "150ms").await;
+    limit_statements_of_the_role(&scene, "60ms", "400ms").await;
     let holder = scene.database.connect().await;
     for (way, lock) in every_lock(&scene, Duration::from_secs(20)) {
         hold_plainly(&holder, "busy").await;
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
+            eventually(Duration::from_secs(10), "no waiter", async || {
                 !scene.waiters("busy").await.is_empty()
             })
             .await;
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(Duration::from_millis(1200)).await;
             release_plainly(&holder, "busy").await;
         };
         let (taken, ()) = tokio::join!(lock.take(), release);
@@ -676,9 +677,9 @@ async fn a_lock_is_granted_after_a_wait_longer_than_the_roles_timeouts() {
 /// Several keys are waited for in one statement: its whole length has to stay within `statement_timeout`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waits_for_several_keys_together_stay_within_the_roles_statement_timeout() {
-    const WAIT: Duration = Duration::from_millis(900);
+    const WAIT: Duration = Duration::from_millis(4500);
     let scene = Scene::new(2).await;
-    limit_statements_of_the_role(&scene, "0", "150ms").await;
+    limit_statements_of_the_role(&scene, "0", "750ms").await;
     let (first, second) = (
         scene.database.connect().await,
         scene.database.connect().await,
@@ -693,7 +694,7 @@ async fn waits_for_several_keys_together_stay_within_the_roles_statement_timeout
             })
             .await;
             // Somewhere in one of the slices.
-            tokio::time::sleep(Duration::from_millis(90 + 37 * round)).await;
+            tokio::time::sleep(Duration::from_millis(450 + 185 * round)).await;
             release_plainly(&first, 1).await;
         };
         let (result, ()) = tokio::join!(lock.acquire(), release);

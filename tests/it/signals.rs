@@ -123,8 +123,9 @@ impl Ground {
     }
 
     pub(crate) async fn eventually_waits(&self, pid: i32) {
+        // When it began is noted a moment after it began, and looks keep no wait without that.
         eventually(SOON, "it does not wait", async || {
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
+            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
             let row = self.observer.query_one(sql, &[&pid]).await.unwrap();
             row.get(0)
         })
@@ -145,8 +146,10 @@ pub(crate) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// Of one role: a look that the side connection does not answer in time is taken on the pool's.
 pub(crate) fn keeper(database: &Database, config: Config) -> Keeper {
-    Keeper::builder(database.pool(2))
+    let role = config.get_user().expect("a role is named");
+    Keeper::builder(database.pool_as(role, 2))
         .application("test")
         .side_connection(config, NoTls)
         .build()
