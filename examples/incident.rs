@@ -48,7 +48,8 @@ async fn main() -> Result<(), Box<dyn StdError>> {
         tokio::time::sleep(MOMENT).await;
     };
     println!("The pile-up:\n\n{tree}");
-    let page = std::env::temp_dir().join("lockkeeper-incident.html");
+    let name = format!("lockkeeper-incident-{}.html", std::process::id());
+    let page = std::env::temp_dir().join(name);
     std::fs::write(&page, tree.to_html())?;
     println!("The same as a page: {}\n", page.display());
 

@@ -225,24 +225,28 @@ mod tests {
             let found = flights.of_backend(7, at);
             found.is_some_and(|found| Arc::ptr_eq(&found, flight))
         };
-        let before = Instant::now();
         let guard = enter();
-        let guards = Instant::now();
-        let (first, second) = (enter(), Instant::now());
+        let first = enter();
         let inside = Arc::clone(first.journal());
         drop(first);
-        let after = Instant::now();
+        // By what the journals say: the machine may have stood still between any two of these lines.
+        let (began, first_began) = (guard.journal().began, inside.began);
+        let first_ended = inside.ended().expect("it has ended");
+        let guards = began + (first_began - began) / 2;
+        let second = first_began + (first_ended - first_began) / 2;
+        let after = first_ended.max(began + SETTLED) + Duration::from_millis(1);
+        let before = began - ANSWER / 2;
         assert!(is(before, guard.journal()), "its BEGIN was being answered");
         assert!(is(guards, guard.journal()));
         assert!(is(second, &inside));
         assert!(is(after, guard.journal()));
+        let guards = Arc::clone(guard.journal());
         drop(guard);
         assert!(is(second, &inside));
-        std::thread::sleep(Duration::from_millis(1));
         // The one that ended a moment ago may have had a part in what is reported now.
-        let now = Instant::now();
-        assert!(flights.of_backend(7, now).is_some());
-        assert!(flights.of_backend(7, now + GONE).is_none());
+        let ended = guards.ended().expect("it has ended");
+        assert!(flights.of_backend(7, ended + GONE / 2).is_some());
+        assert!(flights.of_backend(7, ended + GONE).is_none());
     }
 
     #[tokio::test]

@@ -25,8 +25,9 @@ const BEFORE: i64 = 70;
 const AFTER: i64 = 72;
 
 /// Within this time everything has to be as if the dropped call had never been. It takes some milliseconds; what is
-/// left behind stays for much longer, and machines that run tests are slow at times.
-const SOON: Duration = Duration::from_secs(3);
+/// left behind stays for much longer, and machines that run tests are slow at times. Less than the ten seconds after
+/// which the library gives a connection up that does not answer: that is no release.
+const SOON: Duration = Duration::from_secs(9);
 /// Longer than any test.
 const LONG: Duration = Duration::from_secs(3600);
 /// More polls than any call needs.
@@ -375,6 +376,11 @@ async fn drop_at_every_poll(
     panic!("{name}: not done after {MOST_POLLS} polls");
 }
 
+/// What the scenes end with, a few of them at a time: each has connections of its own, and the server is shared.
+async fn few_at_a_time<F: Future>(scenes: impl Iterator<Item = F>) -> Vec<F::Output> {
+    futures::stream::iter(scenes).buffered(6).collect().await
+}
+
 /// Busy is `None`, `false` or a timeout.
 fn is_busy(outcome: &Result<(), Error>) -> bool {
     match outcome {
@@ -415,31 +421,42 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
     let scenes = CALLS.iter().map(|&(name, call)| async move {
         let scene = with_table(Scene::new(1).await).await;
         let (_client, pid) = holder(&scene).await;
-        let mut waited = 0;
-        let mut took = Vec::new();
-        for after in [15, 100, 600, 1200] {
+        let waits = !["try", "tries", "fails"]
+            .iter()
+            .any(|word| name.contains(word));
+        let (mut took, mut calm) = (Vec::new(), Vec::new());
+        for after in [0, 15, 100, 600, 1200] {
             let keeper = new_keeper(&scene.pool, LONG);
             let call = tokio::spawn(call(keeper));
-            tokio::time::sleep(Duration::from_millis(after)).await;
-            waited += scene.waiters(KEY).await.len();
+            if after > 0 {
+                tokio::time::sleep(Duration::from_millis(after)).await;
+            } else if waits {
+                let waits = async || !scene.waiters(KEY).await.is_empty();
+                eventually(SOON, &format!("{name} does not wait"), waits).await;
+            }
             call.abort();
             let dropped = Instant::now();
             let what = format!("{name}, aborted after {after} ms");
             assert_no_trace(&scene, Some(pid), SOON, &what).await;
             took.push(dropped.elapsed());
+            // What looking alone takes.
+            let looked = Instant::now();
+            assert_no_trace(&scene, Some(pid), SOON, &what).await;
+            calm.push(looked.elapsed());
         }
-        (waited, took)
+        (took, calm)
     });
-    let (waited, took): (Vec<usize>, Vec<Vec<Duration>>) =
-        join_all(scenes).await.into_iter().unzip();
-    let waited: usize = waited.iter().sum();
-    assert!(waited > CALLS.len(), "only {waited} calls have waited");
-    let mut took = took.concat();
-    took.sort();
-    let median = took[took.len() / 2];
+    let (took, calm): (Vec<Vec<Duration>>, Vec<Vec<Duration>>) =
+        few_at_a_time(scenes).await.into_iter().unzip();
+    let median = |times: Vec<Vec<Duration>>| {
+        let mut times = times.concat();
+        times.sort();
+        times[times.len() / 2]
+    };
+    let (took, calm) = (median(took), median(calm));
     assert!(
-        median < Duration::from_secs(1),
-        "half of the calls took longer than {median:?} to end"
+        took < Duration::from_secs(1) + 2 * calm,
+        "half of the calls took longer than {took:?} to end, where {calm:?} is what looking takes"
     );
 }
 
@@ -509,7 +526,7 @@ async fn calls_over_a_slow_network_leave_nothing_wherever_they_are_dropped() {
         let keeper = || new_keeper(&scene.pool, Duration::from_millis(30));
         drop_at_every_poll(&scene, call, keeper, Some(pid), within, is_busy).await;
     });
-    join_all(scenes).await;
+    few_at_a_time(scenes).await;
 }
 
 /// The same at moments between the polls.
@@ -533,7 +550,7 @@ async fn calls_over_a_slow_network_leave_nothing_whenever_they_are_dropped() {
                 assert_no_trace(&scene, None, within, &what).await;
             }
         });
-    join_all(scenes).await;
+    few_at_a_time(scenes).await;
 }
 
 /// What is done with an open guard and dropped half-way, before the guard itself ends.
@@ -910,27 +927,49 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
     const TASKS: u64 = 16;
     const REQUESTS: usize = 10_000;
     const KEYS: u64 = 4;
-    let scene = Scene::new(8).await;
+    // On a server of its own: where others log in as well, a login outlasts most requests.
+    let database = Server::start(&[]).unwrap().database().await;
+    let pool = database.pool(8);
+    let scene = Scene {
+        keeper: Keeper::new(pool.clone()),
+        observer: database.connect().await,
+        pool,
+        database,
+    };
     let inside: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
-    let asked = Arc::new(AtomicUsize::new(0));
-    let until = Instant::now() + Duration::from_secs(20);
+    let (granted, given_up) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let started = Instant::now();
     let tasks = (0..TASKS).map(|seed| {
-        let (keeper, inside, asked) = (scene.keeper.clone(), inside.clone(), asked.clone());
+        let (keeper, inside) = (scene.keeper.clone(), inside.clone());
+        let (granted, given_up) = (granted.clone(), given_up.clone());
         tokio::spawn(async move {
             let mut dice = Dice(seed);
-            let (mut granted, mut given_up) = (0, 0);
-            while Instant::now() < until && asked.fetch_add(1, Ordering::Relaxed) < REQUESTS {
+            loop {
+                let (granted_yet, given_up_yet) = (
+                    granted.load(Ordering::Relaxed),
+                    given_up.load(Ordering::Relaxed),
+                );
+                let enough = granted_yet > 100 && given_up_yet > 1000;
+                let all = enough && granted_yet + given_up_yet >= REQUESTS;
+                // However slow the machine is, there are enough of both kinds.
+                let most = Duration::from_secs(if enough { 20 } else { 120 });
+                if all || started.elapsed() > most {
+                    break;
+                }
                 let key = dice.below(KEYS);
                 let inside = &inside[usize::try_from(key).unwrap()];
                 // Short ones do not outlast a login; with nothing else the pool would never have a connection.
-                let most = [2, 10, 50, 200][usize::try_from(dice.below(4)).unwrap()];
+                let most = match dice.below(100) {
+                    0 => 5_000,
+                    n => [2, 10, 50, 200][usize::try_from(n % 4).unwrap()],
+                };
                 let patience = dice.duration(Duration::from_millis(most));
                 let hold = dice.duration(Duration::from_millis(2));
                 let end = dice.below(3);
                 let way = dice.below(8);
                 let take = take_somehow(&keeper, i64::try_from(key).unwrap(), way);
                 let Ok(held) = tokio::time::timeout(patience, take).await else {
-                    given_up += 1;
+                    given_up.fetch_add(1, Ordering::Relaxed);
                     continue;
                 };
                 let held = held.unwrap();
@@ -952,17 +991,17 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
                     }
                     held => drop(held),
                 }
-                granted += 1;
+                granted.fetch_add(1, Ordering::Relaxed);
             }
-            (granted, given_up)
         })
     });
-    let (mut granted, mut given_up) = (0, 0);
     for task in tasks.collect::<Vec<_>>() {
-        let counted = task.await.unwrap();
-        granted += counted.0;
-        given_up += counted.1;
+        task.await.unwrap();
     }
+    let (granted, given_up) = (
+        granted.load(Ordering::Relaxed),
+        given_up.load(Ordering::Relaxed),
+    );
     let what = format!("{granted} granted, {given_up} given up");
     assert!(
         granted > 100 && given_up > 1000,

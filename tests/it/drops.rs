@@ -15,8 +15,9 @@ use tokio::sync::oneshot;
 
 use crate::common::{Scene, eventually};
 
-/// What is to happen at once takes some milliseconds; what would be left otherwise stays for a minute and longer.
-const SOON: Duration = Duration::from_secs(3);
+/// What is to happen at once takes some milliseconds; what would be left otherwise stays for a minute and longer, or for
+/// the ten seconds after which the library gives up a connection that does not answer.
+const SOON: Duration = Duration::from_secs(9);
 const LONG: Duration = Duration::from_secs(3600);
 
 /// Free in every scene, and held by somebody else in every scene.

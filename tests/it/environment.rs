@@ -659,6 +659,7 @@ async fn nothing_planted_on_the_search_path_is_run_through_a_pooler() {
     set_traps(&scene, "database").await;
     let pool = bouncer.pool(3);
     let keeper = Keeper::builder(pool).application("test").build();
+    crate::pgbouncer::knows_its_pooler(&keeper).await;
     use_everything(&scene, &keeper).await;
     assert_eq!(traps_sprung(&scene).await, 0, "something planted was run");
 }

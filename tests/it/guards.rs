@@ -370,13 +370,32 @@ async fn the_next_holder_sees_what_the_last_one_committed() {
     scene.nothing_left().await;
 }
 
+/// How long it takes to see a lock go that a plain client unlocks, on this machine at this moment.
+pub(crate) async fn plain_unlock(scene: &Scene, client: &Client) -> Duration {
+    hold_plainly(client, "plain").await;
+    let started = Instant::now();
+    release_plainly(client, "plain").await;
+    while scene.advisory_locks().await > 0 {
+        assert!(started.elapsed() < Duration::from_secs(8));
+        tokio::task::yield_now().await;
+    }
+    started.elapsed()
+}
+
+pub(crate) fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_goes_on() {
     let scene = Scene::new(1).await;
+    let client = scene.database.connect().await;
     for scope in ["transaction", "session", "several", "shared session"] {
-        let mut took = Vec::new();
+        let (mut took, mut plain) = (Vec::new(), Vec::new());
         let mut pids = Vec::new();
         for _ in 0..15 {
+            plain.push(plain_unlock(&scene, &client).await);
             let lock = scene.keeper.advisory_locks(["k", "l"]);
             let session = |lock: lockkeeper::AdvisoryLock| async move {
                 let guard = lock.session().acquire().await.unwrap();
@@ -411,9 +430,9 @@ async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_goes_on() {
             }
             took.push(dropped.elapsed());
         }
-        took.sort();
-        let median = took[took.len() / 2];
-        assert!(median < Duration::from_millis(50), "{scope}: {took:?}");
+        let (took, plain) = (median(took), median(plain));
+        let most = Duration::from_millis(50) + plain;
+        assert!(took < most, "{scope}: {took:?} and not {plain:?}");
         let same = next_pid(&scene).await;
         assert!(pids.iter().all(|pid| *pid == same), "{scope}: {pids:?}");
         scene.nothing_left().await;
@@ -848,6 +867,22 @@ macro_rules! use_every_method {
     }};
 }
 
+/// Tries a few times whether a connection goes on. One whose plain client was given to the caller has only some
+/// milliseconds for the answer that tells its state, which not every machine always has.
+async fn keeps_its_connection(mut goes_on: impl AsyncFnMut() -> bool) {
+    for _ in 0..5 {
+        if goes_on().await {
+            return;
+        }
+    }
+    panic!("the connection does not go on");
+}
+
+async fn delete_notes(scene: &Scene) {
+    let delete = scene.observer.batch_execute("DELETE FROM note");
+    delete.await.unwrap();
+}
+
 fn bytes_of(text: &'static str) -> std::io::Cursor<&'static [u8]> {
     std::io::Cursor::new(text.as_bytes())
 }
@@ -863,17 +898,16 @@ async fn a_transaction_guard_offers_the_drivers_methods_inside_its_transaction()
     assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
 
     // And a drop undoes all of it.
-    scene
-        .observer
-        .batch_execute("DELETE FROM note")
-        .await
-        .unwrap();
-    let guard = scene.keeper.advisory_lock("k").acquire().await.unwrap();
-    assert_eq!(use_every_method!(&guard), pid);
-    drop(guard);
-    scene.nothing_left().await;
-    assert_eq!(notes(&scene).await, [0; 0]);
-    assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+    delete_notes(&scene).await;
+    keeps_its_connection(async || {
+        let guard = scene.keeper.advisory_lock("k").acquire().await.unwrap();
+        let pid = use_every_method!(&guard);
+        drop(guard);
+        scene.nothing_left().await;
+        assert_eq!(notes(&scene).await, [0; 0]);
+        pid == next_pid(&scene).await
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -897,33 +931,37 @@ async fn a_transaction_offers_the_drivers_methods() {
 async fn a_session_guard_offers_the_drivers_methods() {
     let scene = scene_with_notes(1).await;
     let lock = scene.keeper.advisory_lock("k").session();
-    let guard = lock.clone().acquire().await.unwrap();
-    let pid = use_every_method!(&guard);
-    assert_eq!(
-        notes(&scene).await,
-        [1, 2, 3, 4, 5, 6, 7],
-        "each for itself"
-    );
-    assert_eq!(scene.holders("k").await, [pid]);
-    guard.release().await.unwrap();
-    assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+    keeps_its_connection(async || {
+        delete_notes(&scene).await;
+        let guard = lock.clone().acquire().await.unwrap();
+        let pid = use_every_method!(&guard);
+        assert_eq!(
+            notes(&scene).await,
+            [1, 2, 3, 4, 5, 6, 7],
+            "each for itself"
+        );
+        assert_eq!(scene.holders("k").await, [pid]);
+        guard.release().await.unwrap();
+        pid == next_pid(&scene).await
+    })
+    .await;
 
-    scene
-        .observer
-        .batch_execute("DELETE FROM note")
-        .await
-        .unwrap();
-    let mut guard = lock.acquire().await.unwrap();
-    guard
-        .transaction(async |tx| {
-            assert_eq!(use_every_method!(&*tx), pid);
-            Ok::<_, Error>(())
-        })
-        .await
-        .unwrap();
-    drop(guard);
-    scene.nothing_left().await;
-    assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+    keeps_its_connection(async || {
+        delete_notes(&scene).await;
+        let mut guard = lock.clone().acquire().await.unwrap();
+        let pid = guard.backend_pid().unwrap();
+        guard
+            .transaction(async |tx| {
+                assert_eq!(use_every_method!(&*tx), pid);
+                Ok::<_, Error>(())
+            })
+            .await
+            .unwrap();
+        drop(guard);
+        scene.nothing_left().await;
+        pid == next_pid(&scene).await
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -195,6 +195,8 @@ async fn all_forms_can_be_held_at_once() {
 #[tokio::test]
 async fn errors_name_the_key_as_people_know_it() {
     let scene = Scene::new(2).await;
+    // A login may take longer than a short wait has for it.
+    scene.pool_is_whole_within(Duration::from_secs(30)).await;
     for key in odd_keys() {
         let holder = scene.keeper.advisory_lock(&key).acquire().await.unwrap();
         let pid = holder.backend_pid().unwrap();

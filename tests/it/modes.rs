@@ -212,6 +212,8 @@ async fn all_waiting_readers_are_let_in_together() {
 #[tokio::test]
 async fn a_queued_writer_makes_a_new_readers_try_fail() {
     let scene = Scene::new(3).await;
+    // A login may take longer than a short wait has for it.
+    scene.pool_is_whole_within(Duration::from_secs(30)).await;
     let reader = try_lock(&scene, &"k".into(), false, AdvisoryMode::Shared)
         .await
         .unwrap();
@@ -390,6 +392,8 @@ async fn a_session_guards_lock_is_not_upgraded_by_a_transaction_on_it() {
 #[tokio::test]
 async fn the_description_takes_its_parts_in_any_order() {
     let scene = Scene::new(2).await;
+    // A login may take longer than a short wait has for it.
+    scene.pool_is_whole_within(Duration::from_secs(30)).await;
     let keeper = &scene.keeper;
     let holder = scene.database.connect().await;
     hold_plainly(&holder, "k").await;

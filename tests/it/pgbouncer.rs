@@ -15,6 +15,8 @@ use crate::common::{Scene, eventually};
 const SOON: Duration = Duration::from_secs(5);
 /// A bound for calls that must not hang; PgBouncer itself would let a client wait for two minutes.
 const BOUND: Duration = Duration::from_secs(8);
+/// A bound for what takes some seconds, and would take a minute if nobody did anything about it.
+const LATE: Duration = Duration::from_secs(25);
 
 /// A scene seen from behind a PgBouncer; the scene's own pool and observer go around it.
 struct Behind {
@@ -226,14 +228,16 @@ async fn a_counter_is_never_two_behind_a_pooler() {
             Arc::new(AtomicU32::new(0)),
             Arc::new(AtomicU32::new(0)),
         );
-        let other = behind.fresh(4);
+        // As long as all of them take on two backends.
+        let patient = |builder: KeeperBuilder| builder.lock_wait(Duration::from_secs(60));
+        let keepers = [
+            patient(Keeper::builder(behind.scene.pool.clone())).build(),
+            behind.fresh_with(4, patient),
+            behind.fresh_with(8, patient),
+        ];
         let tasks: Vec<_> = (0..60)
             .map(|n| {
-                let keeper = match n % 3 {
-                    0 => behind.scene.keeper.clone(),
-                    1 => other.clone(),
-                    _ => behind.keeper.clone(),
-                };
+                let keeper = keepers[n % 3].clone();
                 let (inside, worst, done) =
                     (Arc::clone(&inside), Arc::clone(&worst), Arc::clone(&done));
                 let section = async move |tx: &mut Tx| {
@@ -248,11 +252,7 @@ async fn a_counter_is_never_two_behind_a_pooler() {
                     if n % 2 == 0 {
                         keeper.with_advisory_lock("counter", section).await
                     } else {
-                        let mut guard = keeper
-                            .advisory_lock("counter")
-                            .wait(Duration::from_secs(30))
-                            .acquire()
-                            .await?;
+                        let mut guard = keeper.advisory_lock("counter").acquire().await?;
                         guard.savepoint(section).await?;
                         guard.commit().await
                     }
@@ -380,6 +380,10 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
     let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
+    // A wait inside of a transaction has slices of twice that long: what has left before was cancelled.
+    let name = behind.scene.database.name();
+    let set = format!("ALTER DATABASE {name} SET deadlock_timeout = '30s'");
+    behind.scene.observer.batch_execute(&set).await.unwrap();
     let side = behind.scene.database.config();
     // With a connection beside the pooler one connection of the pool is enough.
     let keepers = [
@@ -421,7 +425,7 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
                 drop(wait.await);
                 let left = format!("{what}: the waiter is left");
                 let gone = async || behind.scene.waiters("k").await.is_empty();
-                eventually(Duration::from_secs(2), &left, gone).await;
+                eventually(Duration::from_secs(20), &left, gone).await;
                 // The holder was not hit.
                 assert_eq!(
                     behind.scene.holders("k").await,
@@ -463,7 +467,7 @@ async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler
     wait.abort();
     drop(wait.await);
     let gone = async || behind.scene.waiters("k").await.is_empty();
-    eventually(BOUND, "the waiter is left", gone).await;
+    eventually(LATE, "the waiter is left", gone).await;
     guard.commit().await.unwrap();
 
     // A statement of the caller's, under a lock.
@@ -473,7 +477,7 @@ async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler
     assert!(sleep.await.is_err());
     drop(guard);
     let free = async || !behind.scene.is_held("k").await;
-    eventually(BOUND, "held after the drop", free).await;
+    eventually(LATE, "held after the drop", free).await;
     behind.nothing_left().await;
     drop(silent);
 }
@@ -837,6 +841,26 @@ async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
 
 // Session mode.
 
+/// Lets a keeper find out what its pooler is: it does not wait for long for an answer, and refuses session locks as long
+/// as it does not know.
+pub(crate) async fn knows_its_pooler(keeper: &Keeper) {
+    let started = Instant::now();
+    loop {
+        let lock = keeper.advisory_lock("first").session();
+        let error = match lock.acquire().await {
+            Ok(guard) => return guard.release().await.unwrap(),
+            Err(error) => error,
+        };
+        let undecided = error
+            .to_string()
+            .contains("no second connection was to be had");
+        assert!(
+            undecided && started.elapsed() < Duration::from_secs(30),
+            "{error}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_guards_work_behind_a_session_pooler() {
     let test = "session_guards_work_behind_a_session_pooler";
@@ -850,6 +874,8 @@ async fn session_guards_work_behind_a_session_pooler() {
         .await
         .unwrap();
     let (a, b) = (&behind.keeper, behind.fresh(4));
+    knows_its_pooler(a).await;
+    knows_its_pooler(&b).await;
     let mut guard = a.advisory_lock("k").session().acquire().await.unwrap();
     assert_eq!(
         behind.scene.holders("k").await,
@@ -888,7 +914,7 @@ async fn session_guards_work_behind_a_session_pooler() {
     dropped.abort();
     drop(dropped.await);
     let gone = async || behind.scene.waiters("k").await.is_empty();
-    eventually(Duration::from_secs(2), "the waiter is left", gone).await;
+    eventually(Duration::from_secs(20), "the waiter is left", gone).await;
     let waiter = tokio::spawn({
         let b = b.clone();
         async move {

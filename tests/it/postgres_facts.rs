@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::common::eventually;
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(30);
 
 async fn database() -> Database {
     Server::shared().database().await
@@ -81,13 +81,9 @@ struct Storm {
 }
 
 /// Lets clients fight for one key. A leak: the statement failed with 55P03, what it was in was rolled back, and the
-/// lock is held all the same. Ends with the first one if told so, else after `within`.
-async fn storm(
-    locks: &'static str,
-    releases: &'static str,
-    within: Duration,
-    until_leak: bool,
-) -> Storm {
+/// lock is held all the same. Ends with the first one if told so, else after a second, and when there have been enough
+/// timeouts and grants to show something; in any case after half a minute.
+async fn storm(locks: &'static str, releases: &'static str, until_leak: bool) -> Storm {
     let database = database().await;
     let (timeouts, grants, leaks) = (
         Arc::new(AtomicU32::new(0)),
@@ -143,7 +139,14 @@ async fn storm(
         }));
     }
     let started = Instant::now();
-    while started.elapsed() < within && !stop.load(Ordering::Relaxed) {
+    let enough = || {
+        !until_leak
+            && started.elapsed() >= Duration::from_secs(1)
+            && timeouts.load(Ordering::Relaxed) > 50
+            && grants.load(Ordering::Relaxed) > 5
+    };
+    let most = Duration::from_secs(30);
+    while started.elapsed() < most && !enough() && !stop.load(Ordering::Relaxed) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     stop.store(true, Ordering::Relaxed);
@@ -164,7 +167,6 @@ async fn session_lock_leaks_under_lock_timeout() {
     let storm = storm(
         "SELECT pg_advisory_lock(1)",
         "SELECT pg_advisory_unlock(1)",
-        Duration::from_secs(8),
         true,
     )
     .await;
@@ -178,13 +180,7 @@ async fn session_lock_leaks_under_lock_timeout() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn xact_lock_never_leaks_under_lock_timeout() {
-    let storm = storm(
-        "BEGIN; SELECT pg_advisory_xact_lock(1)",
-        "COMMIT",
-        Duration::from_secs(1),
-        false,
-    )
-    .await;
+    let storm = storm("BEGIN; SELECT pg_advisory_xact_lock(1)", "COMMIT", false).await;
     assert!(
         storm.timeouts > 50 && storm.grants > 5,
         "not much of a storm"
@@ -198,7 +194,6 @@ async fn session_lock_under_an_xact_lock_never_leaks_under_lock_timeout() {
     let storm = storm(
         "BEGIN; SELECT pg_advisory_xact_lock(1); SELECT pg_advisory_lock(1); COMMIT",
         "SELECT pg_advisory_unlock(1)",
-        Duration::from_secs(1),
         false,
     )
     .await;
@@ -345,11 +340,11 @@ async fn lock_timeout_counts_each_wait_by_itself() {
 async fn statement_timeout_applies_to_each_statement_of_a_message() {
     let client = database().await.connect().await;
     client
-        .batch_execute("SET statement_timeout = 1200")
+        .batch_execute("SET statement_timeout = 4000")
         .await
         .unwrap();
-    let one = "SELECT pg_sleep(0.5)";
-    let message = format!("{one}; {one}; {one}");
+    let one = "SELECT pg_sleep(2.2)";
+    let message = format!("{one}; {one}");
     client.batch_execute(&message).await.unwrap();
     client
         .batch_execute("SET statement_timeout = 50")

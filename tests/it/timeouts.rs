@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use deadpool_postgres::Pool;
 use futures::future::join_all;
 use lockkeeper::{
     AdvisoryMode, Error, ErrorKind, Keeper, LockKey, SessionGuard, TransactionOptions, XactGuard,
@@ -14,7 +15,8 @@ use tokio_postgres::{Client, IsolationLevel};
 use crate::cancel_safety::{Dice, Proxy};
 use crate::common::{Scene, eventually};
 
-const SOON: Duration = Duration::from_secs(3);
+/// Less than the ten seconds after which the library gives a connection up that does not answer: that is no release.
+const SOON: Duration = Duration::from_secs(9);
 const LONG: Duration = Duration::from_secs(3600);
 const DAYS: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -96,44 +98,70 @@ fn timed_out(outcome: Result<Guard, Error>) -> Error {
     error
 }
 
-/// Overshoots of waits that were to take `asked`: none is early, the best is on time, none is late beyond what a slow
-/// machine does.
+/// A wait that has ended.
+struct Took {
+    all: Duration,
+    /// What the call takes besides the wait, on this machine at this moment.
+    besides: Duration,
+}
+
+impl Took {
+    fn is_on_time(&self, asked: Duration) -> bool {
+        self.all <= asked + ms(50) + 2 * self.besides
+    }
+}
+
+/// Waits that were to take `asked`: none is early, the best is on time, none is late beyond what a slow machine does.
 #[track_caller]
-fn assert_on_time(asked: Duration, took: &[Duration], what: &str) {
-    for took in took {
+fn assert_on_time(asked: Duration, took: &[Took], what: &str) {
+    for Took { all, .. } in took {
         assert!(
-            *took >= asked,
-            "{what}: ended after {took:?}, before its {asked:?}"
+            *all >= asked,
+            "{what}: ended after {all:?}, before its {asked:?}"
         );
         assert!(
-            *took < asked + SOON,
-            "{what}: ended after {took:?} instead of {asked:?}"
+            *all < asked + SOON,
+            "{what}: ended after {all:?} instead of {asked:?}"
         );
     }
-    let best = took.iter().min().unwrap();
     assert!(
-        *best <= asked + ms(50),
-        "{what}: at best it ended after {best:?} instead of {asked:?}"
+        took.iter().any(|took| took.is_on_time(asked)),
+        "{what}: at best it ended after {:?} instead of {asked:?}",
+        took.iter().map(|took| took.all).min()
     );
 }
 
-/// Runs `call` a few times, as long as none was on time.
-async fn time(asked: Duration, what: &str, mut call: impl AsyncFnMut()) {
+/// Runs `call` a few times, as long as none was on time; each time without a wait first.
+async fn time(asked: Duration, what: &str, mut call: impl AsyncFnMut(Duration)) {
     let mut took = Vec::new();
     for _ in 0..12 {
+        let mut besides = Duration::ZERO;
+        if !asked.is_zero() {
+            let started = Instant::now();
+            call(Duration::ZERO).await;
+            besides = started.elapsed();
+        }
         let started = Instant::now();
-        call().await;
-        took.push(started.elapsed());
-        if took.iter().any(|took| *took <= asked + ms(50)) {
+        call(asked).await;
+        let all = started.elapsed();
+        took.push(Took { all, besides });
+        if took.last().is_some_and(|took| took.is_on_time(asked)) {
             break;
         }
     }
     assert_on_time(asked, &took, what);
 }
 
+/// A scene with all of its connections open: a login may take longer than a short wait has for it.
+async fn warm(pool_size: usize) -> Scene {
+    let scene = Scene::new(pool_size).await;
+    scene.pool_is_whole_within(Duration::from_secs(30)).await;
+    scene
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_timeout_names_the_key_the_wait_and_the_holder() {
-    let scene = Scene::new(4).await;
+    let scene = warm(4).await;
     let key = LockKey::from(("timeouts", "invoice:42"));
     let asked = ms(120);
     for (held, state) in [
@@ -147,7 +175,7 @@ async fn a_timeout_names_the_key_the_wait_and_the_holder() {
         assert_eq!(scene.holders(key.clone()).await, [pid]);
         for scope in SCOPES {
             let what = format!("{scope:?} against {held:?}");
-            time(asked, &what, async || {
+            time(asked, &what, async |asked| {
                 let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
                 assert_eq!(error.key(), Some(&key));
                 let waited = error.waited().unwrap();
@@ -186,7 +214,7 @@ async fn a_timeout_names_the_key_the_wait_and_the_holder() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_holders_call_site_is_the_line_that_asked_for_the_lock() {
-    let scene = Scene::new(3).await;
+    let scene = warm(3).await;
     let (lock, line) = (scene.keeper.advisory_lock("timeouts: line"), line!());
     let guard = lock.acquire().await.unwrap();
     let error = scene
@@ -204,15 +232,14 @@ async fn the_holders_call_site_is_the_line_that_asked_for_the_lock() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waits_end_at_the_time_asked_for_and_never_before() {
-    let scene = &Scene::new(12).await;
-    scene.pool_is_whole_within(SOON).await;
+    let scene = &warm(12).await;
     // The long ones are longer than a slice, and than the server's deadlock_timeout of a second.
     let waits = [0, 400, 1_000, 7_000, 499_000, 501_000, 1_700_000, 2_300_000];
     let scopes = SCOPES.iter().zip(518..).map(|(&scope, key)| async move {
         let key = LockKey::from(key);
         let (_holder, pid) = holder(scene, &key).await;
         for asked in waits.map(Duration::from_micros) {
-            time(asked, &format!("{scope:?}"), async || {
+            time(asked, &format!("{scope:?}"), async |asked| {
                 let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
                 assert_eq!(error.blockers()[0].pid(), Some(pid), "{scope:?} {asked:?}");
             })
@@ -235,11 +262,16 @@ async fn waits_end_at_the_time_asked_for_and_never_before() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sections_time_out_by_the_keepers_wait() {
     let asked = ms(130);
-    let scene = Scene::with(3, |builder| builder.lock_wait(asked)).await;
+    let scene = warm(3).await;
+    let waiting = |wait| {
+        let builder = Keeper::builder(scene.pool.clone());
+        builder.application("test").lock_wait(wait).build()
+    };
     let key = LockKey::from(502);
     let (_holder, pid) = holder(&scene, &key).await;
-    time(asked, "with_advisory_lock", async || {
-        let section = scene.keeper.with_advisory_lock(key.clone(), async |_| {
+    time(asked, "with_advisory_lock", async |asked| {
+        let keeper = waiting(asked);
+        let section = keeper.with_advisory_lock(key.clone(), async |_| {
             panic!("run without the lock");
             #[allow(unreachable_code, reason = "says the type")]
             Ok::<(), Error>(())
@@ -250,12 +282,10 @@ async fn sections_time_out_by_the_keepers_wait() {
         assert_eq!(error.blockers()[0].pid(), Some(pid));
     })
     .await;
-    time(asked, "transaction", async || {
+    time(asked, "transaction", async |asked| {
         let options = TransactionOptions::new().attempts(1);
-        let key = &key;
-        let transaction = scene
-            .keeper
-            .transaction_with(options, async |tx| tx.advisory_lock(key).await);
+        let (keeper, key) = (waiting(asked), &key);
+        let transaction = keeper.transaction_with(options, async |tx| tx.advisory_lock(key).await);
         let error: Error = transaction.await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
         assert_eq!(error.blockers()[0].pid(), Some(pid));
@@ -270,44 +300,58 @@ async fn sections_time_out_by_the_keepers_wait() {
 /// Several keys, each held by somebody else, and one of them released while the others are waited for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_keys_share_one_total_wait() {
-    let scene = Scene::new(3).await;
+    let scene = warm(3).await;
     let keys: Vec<LockKey> = (503..507).map(LockKey::from).collect();
-    let asked = ms(400);
+    let asked = ms(1_500);
     for session in [false, true] {
+        let wait = async |wait| {
+            let locks = scene.keeper.advisory_locks(&keys).wait(wait);
+            let started = Instant::now();
+            let outcome = if session {
+                locks.session().acquire().await.map(Guard::Session)
+            } else {
+                locks.acquire().await.map(Guard::Xact)
+            };
+            (outcome, started.elapsed())
+        };
         let mut took = Vec::new();
-        for _ in 0..3 {
+        for _ in 0..12 {
             let mut holders = Vec::new();
             for key in &keys {
                 holders.push(holder(&scene, key).await);
             }
             let last = holders.last().unwrap().1;
-            let locks = scene.keeper.advisory_locks(&keys).wait(asked);
-            let wait = async {
-                let started = Instant::now();
-                let outcome = if session {
-                    locks.session().acquire().await.map(Guard::Session)
-                } else {
-                    locks.acquire().await.map(Guard::Xact)
-                };
-                took.push(started.elapsed());
-                outcome
-            };
+            let (outcome, besides) = wait(Duration::ZERO).await;
+            timed_out(outcome);
+            let started = Instant::now();
             let release = async {
                 // The first three one after another, so that each next wait begins anew.
-                for _ in 0..3 {
-                    tokio::time::sleep(ms(100)).await;
-                    drop(holders.remove(0));
+                for key in &keys[..3] {
+                    tokio::time::sleep(ms(250)).await;
+                    let (client, pid) = holders.remove(0);
+                    drop(client);
+                    let gone = async || !scene.holders(key.clone()).await.contains(&pid);
+                    eventually(SOON, "a holder is left", gone).await;
                 }
+                started.elapsed()
             };
-            let (outcome, ()) = tokio::join!(wait, release);
+            let ((outcome, all), released) = tokio::join!(wait(asked), release);
             let error = timed_out(outcome);
-            assert_eq!(error.blockers().len(), 1, "{error}");
-            assert_eq!(error.blockers()[0].pid(), Some(last));
             for key in &keys[..3] {
                 assert!(!scene.is_held(key.clone()).await, "{key} is still held");
             }
             drop(holders);
             scene.nothing_left_within(SOON).await;
+            if released >= asked {
+                // It ended while it waited for one of the first three.
+                continue;
+            }
+            assert_eq!(error.blockers().len(), 1, "{error}");
+            assert_eq!(error.blockers()[0].pid(), Some(last));
+            took.push(Took { all, besides });
+            if took.last().is_some_and(|took| took.is_on_time(asked)) {
+                break;
+            }
         }
         assert_on_time(asked, &took, &format!("session {session}"));
     }
@@ -317,12 +361,12 @@ async fn several_keys_share_one_total_wait() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tiny_waits_from_sixteen_tasks_never_leave_a_lock_behind() {
     // More connections than tasks: a dropped guard's is back a moment later.
-    let scene = Scene::new(24).await;
+    let scene = warm(24).await;
     let key = LockKey::from(508);
     let inside = Arc::new(AtomicUsize::new(0));
     let granted = Arc::new(AtomicUsize::new(0));
     let refused = Arc::new(AtomicUsize::new(0));
-    let until = Instant::now() + Duration::from_secs(10);
+    let started = Instant::now();
     let tasks = (0..16).map(|seed| {
         let keeper = scene.keeper.clone();
         let key = key.clone();
@@ -330,7 +374,12 @@ async fn tiny_waits_from_sixteen_tasks_never_leave_a_lock_behind() {
         tokio::spawn(async move {
             let mut dice = Dice(seed);
             let scopes = [Scope::Xact, Scope::Session, Scope::Session, Scope::Snapshot];
-            while Instant::now() < until {
+            loop {
+                let enough =
+                    granted.load(Ordering::Relaxed) > 100 && refused.load(Ordering::Relaxed) > 100;
+                if started.elapsed() > Duration::from_secs(if enough { 10 } else { 120 }) {
+                    break;
+                }
                 let scope = scopes[usize::try_from(dice.below(4)).unwrap()];
                 let wait = ms(1) + dice.duration(ms(2));
                 match take(&keeper, scope, key.clone(), wait).await {
@@ -404,7 +453,7 @@ async fn an_exhausted_pool_is_said_in_time() {
     ];
     for asked in [ms(0), ms(150), ms(800)] {
         for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
-            time(asked, &format!("{scope:?} {asked:?}"), async || {
+            time(asked, &format!("{scope:?} {asked:?}"), async |asked| {
                 let Err(error) = take(&scene.keeper, scope, LockKey::from(510), asked).await else {
                     panic!("no connection could be had");
                 };
@@ -422,16 +471,21 @@ async fn an_exhausted_pool_is_said_in_time() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_on_an_exhausted_pool_says_so_in_time() {
     let asked = ms(150);
-    let scene = Scene::with(1, |builder| builder.lock_wait(asked)).await;
+    let scene = Scene::new(1).await;
+    let waiting = |wait| {
+        let builder = Keeper::builder(scene.pool.clone());
+        builder.application("test").lock_wait(wait).build()
+    };
     let taken = scene.pool.get().await.unwrap();
-    time(asked, "transaction", async || {
-        let transaction = scene.keeper.transaction(async |_| Ok::<_, Error>(()));
+    time(asked, "transaction", async |asked| {
+        let keeper = waiting(asked);
+        let transaction = keeper.transaction(async |_| Ok::<_, Error>(()));
         let error = transaction.await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Pool, "{error:?}");
     })
     .await;
-    time(asked, "try_acquire", async || {
-        let tried = scene.keeper.advisory_lock(511).try_acquire().await;
+    time(asked, "try_acquire", async |asked| {
+        let tried = waiting(asked).advisory_lock(511).try_acquire().await;
         assert_eq!(tried.unwrap_err().kind(), ErrorKind::Pool);
     })
     .await;
@@ -441,7 +495,7 @@ async fn a_transaction_on_an_exhausted_pool_says_so_in_time() {
 /// Two waiters of a keeper wait at the server, the others in line in the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
-    let scene = Scene::new(5).await;
+    let scene = warm(5).await;
     let key = LockKey::from(512);
     let (client, pid) = holder(&scene, &key).await;
     let crowd: Vec<_> = (0..4)
@@ -454,7 +508,7 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
     eventually(SOON, "the crowd does not wait", two_wait).await;
     let asked = ms(250);
     for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
-        time(asked, &format!("{scope:?}"), async || {
+        time(asked, &format!("{scope:?}"), async |asked| {
             let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
             assert_eq!(error.key(), Some(&key));
             assert!(error.waited().unwrap() >= asked);
@@ -475,7 +529,7 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
         time(
             asked,
             &format!("{scope:?} without a connection"),
-            async || {
+            async |asked| {
                 let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
                 assert_eq!(error.key(), Some(&key));
             },
@@ -493,28 +547,34 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
-    let scene = Scene::new(4).await;
+    let scene = Arc::new(warm(4).await);
     let key = LockKey::from(513);
-    // A login takes long too.
-    scene.pool_is_whole_within(SOON).await;
     let (client, _) = holder(&scene, &key).await;
     let order = Arc::new(std::sync::Mutex::new(Vec::new()));
     let mut crowd = Vec::new();
     for n in 0..12 {
         let lock = scene.keeper.advisory_lock(&key).wait(LONG);
-        let order = order.clone();
+        let (order, seen, theirs) = (order.clone(), scene.clone(), key.clone());
         crowd.push(tokio::spawn(async move {
             let guard = lock.acquire().await.unwrap();
-            order.lock().unwrap().push(n);
-            // Long enough for the next one to have joined the server's queue.
-            tokio::time::sleep(ms(20)).await;
+            let left = {
+                let mut order = order.lock().unwrap();
+                order.push(n);
+                12 - order.len()
+            };
+            // Until the next ones have joined the server's queue.
+            let granted = Instant::now();
+            while seen.waiters(theirs.clone()).await.len() != left.min(2) {
+                assert!(granted.elapsed() < SOON, "the next ones do not wait");
+                tokio::time::sleep(ms(5)).await;
+            }
             guard.commit().await.unwrap();
         }));
         let expected = (n + 1).min(2);
         let stand = async || scene.waiters(key.clone()).await.len() == expected;
         eventually(SOON, "it does not wait", stand).await;
         // Those in the line of the process cannot be seen from outside.
-        tokio::time::sleep(ms(15)).await;
+        tokio::time::sleep(ms(40)).await;
     }
     drop(client);
     for waiter in crowd {
@@ -531,7 +591,7 @@ async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prepared_transaction_in_the_way_is_named_without_a_pid() {
-    let scene = Scene::new(2).await;
+    let scene = warm(2).await;
     let key = LockKey::from(514);
     let client = scene.database.connect().await;
     let gid = format!("timeouts-{}", scene.database.name());
@@ -633,22 +693,22 @@ async fn a_wait_survives_a_network_slower_than_its_slices() {
         let proxy = Proxy::before(&scene.database, ms(300), Duration::ZERO).await;
         scene.pool = proxy.pool(&scene.database, 1);
         let keeper = Keeper::new(scene.pool.clone());
-        scene.pool_is_whole_within(4 * SOON).await;
+        scene.pool_is_whole_within(2 * SOON).await;
         let key = LockKey::from(526);
         let (client, _) = holder(&scene, &key).await;
         let theirs = key.clone();
         let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, LONG).await });
         let waits = async || !scene.waiters(key.clone()).await.is_empty();
-        eventually(4 * SOON, "it does not wait", waits).await;
+        eventually(2 * SOON, "it does not wait", waits).await;
         // Until an answer to one slice has come, and another one is under way.
         tokio::time::sleep(ms(1_800)).await;
         drop(client);
-        let guard = tokio::time::timeout(4 * SOON, waiter).await;
+        let guard = tokio::time::timeout(2 * SOON, waiter).await;
         let guard = guard.expect("not granted").unwrap();
         let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
         assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
         drop(guard);
-        scene.nothing_left_within(4 * SOON).await;
+        scene.nothing_left_within(2 * SOON).await;
     });
     join_all(scopes).await;
 }
@@ -660,11 +720,24 @@ async fn a_short_wait_on_an_empty_pool_tries_once_all_the_same() {
     let proxy = Proxy::before(&scene.database, ms(40), Duration::ZERO).await;
     for wait in [ms(0), ms(5), ms(60)] {
         for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
-            // Each has a login of 80 ms at least before it.
-            scene.pool = proxy.pool(&scene.database, 1);
-            let keeper = Keeper::new(scene.pool.clone());
-            let guard = take(&keeper, scope, LockKey::from(528), wait).await;
-            let guard = guard.unwrap_or_else(|error| panic!("{scope:?}, {wait:?}: {error:?}"));
+            let mut tries = 0;
+            let guard = loop {
+                tries += 1;
+                // Each has a login of 80 ms at least before it.
+                scene.pool = proxy.pool(&scene.database, 1);
+                let keeper = Keeper::new(scene.pool.clone());
+                let started = Instant::now();
+                match take(&keeper, scope, LockKey::from(528), wait).await {
+                    Ok(guard) => break guard,
+                    // A login that takes half a second is not waited for.
+                    Err(error) => assert!(
+                        error.kind() == ErrorKind::Pool
+                            && started.elapsed() >= ms(500)
+                            && tries < 20,
+                        "{scope:?}, {wait:?}: {error:?}"
+                    ),
+                }
+            };
             assert_eq!(scene.holders(528).await, [guard.pid().unwrap()]);
             drop(guard);
             scene.nothing_left().await;
@@ -705,7 +778,7 @@ async fn wait_in_silence(scope: Scope, busy: bool) {
         eventually(SOON, "it does not wait", waits).await;
     }
     proxy.pause(true);
-    let outcome = tokio::time::timeout(asked + 2 * SOON, waiter).await;
+    let outcome = tokio::time::timeout(asked + SOON, waiter).await;
     let outcome = outcome
         .unwrap_or_else(|_| panic!("{what}: it hangs"))
         .unwrap();
@@ -727,7 +800,7 @@ async fn wait_in_silence(scope: Scope, busy: bool) {
     }
     proxy.pause(false);
     drop(client);
-    scene.nothing_left_within(3 * SOON).await;
+    scene.nothing_left_within(SOON).await;
 }
 
 /// What a role may not see is unknown, not something else.
@@ -746,6 +819,8 @@ async fn a_role_without_privileges_is_told_what_it_may_see_and_nothing_wrong() {
         .build()
         .unwrap();
     let keeper = Keeper::new(pool.clone());
+    // A login may take longer than a short wait has for it.
+    drop((pool.get().await.unwrap(), pool.get().await.unwrap()));
 
     let guard = scene.keeper.advisory_lock(&key).acquire().await.unwrap();
     let pid = guard.backend_pid();
@@ -785,31 +860,51 @@ async fn a_role_without_privileges_is_told_what_it_may_see_and_nothing_wrong() {
 /// The server's own limits are shorter than the wait asked for: the wait counts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wait_is_as_long_as_asked_for_whatever_the_sessions_timeouts_are() {
-    let scene = Scene::new(2).await;
+    let scene = &Scene::new(8).await;
     let name = scene.database.name();
+    // Long enough for the other statements of a slow machine.
     let set = format!(
-        "ALTER DATABASE {name} SET lock_timeout = '30ms'; \
-         ALTER DATABASE {name} SET statement_timeout = '90ms'"
+        "ALTER DATABASE {name} SET lock_timeout = '300ms'; \
+         ALTER DATABASE {name} SET statement_timeout = '900ms'"
     );
     scene.observer.batch_execute(&set).await.unwrap();
-    let key = LockKey::from(517);
-    let (_holder, pid) = holder(&scene, &key).await;
-    let asked = ms(400);
-    for scope in SCOPES {
-        time(asked, &format!("{scope:?}"), async || {
+    scene.pool_is_whole_within(Duration::from_secs(30)).await;
+    let asked = ms(2_000);
+    let scopes = SCOPES.iter().zip(529..).map(|(&scope, key)| async move {
+        let key = LockKey::from(key);
+        let (_holder, pid) = holder(scene, &key).await;
+        time(asked, &format!("{scope:?}"), async |asked| {
             let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
             assert_eq!(error.blockers()[0].pid(), Some(pid));
         })
         .await;
-    }
-    assert_eq!(scene.show("lock_timeout").await, "30ms");
-    assert_eq!(scene.show("statement_timeout").await, "90ms");
+    });
+    join_all(scopes).await;
+    assert_eq!(scene.show("lock_timeout").await, "300ms");
+    assert_eq!(scene.show("statement_timeout").await, "900ms");
+}
+
+/// What somebody else's work on a pool takes.
+async fn other_work(pool: &Pool) -> Duration {
+    let asked = Instant::now();
+    let object = pool.get().await.unwrap();
+    object.batch_execute("SELECT 1").await.unwrap();
+    drop(object);
+    asked.elapsed()
 }
 
 /// One hundred tasks under one key on a pool of eight, and somebody else's work on the same pool meanwhile.
 async fn a_hundred_tasks(scope: Scope) {
-    let scene = Scene::new(8).await;
+    let scene = warm(8).await;
     let key = LockKey::from(518);
+    // What the same work takes while nobody is under the key.
+    let mut calm = Vec::new();
+    for _ in 0..20 {
+        calm.push(other_work(&scene.pool).await);
+        tokio::time::sleep(ms(2)).await;
+    }
+    calm.sort();
+    let calm = calm[calm.len() / 2];
     let counter = Arc::new(AtomicUsize::new(0));
     let started = Instant::now();
     let tasks: Vec<_> = (0..100)
@@ -832,11 +927,7 @@ async fn a_hundred_tasks(scope: Scope) {
         async move {
             let mut latencies = Vec::new();
             while !over.load(Ordering::Relaxed) {
-                let asked = Instant::now();
-                let object = pool.get().await.unwrap();
-                object.batch_execute("SELECT 1").await.unwrap();
-                drop(object);
-                latencies.push(asked.elapsed());
+                latencies.push(other_work(&pool).await);
                 tokio::time::sleep(ms(2)).await;
             }
             latencies
@@ -855,11 +946,14 @@ async fn a_hundred_tasks(scope: Scope) {
         latencies.len() > 10,
         "other work stood still: {latencies:?}"
     );
-    assert!(median < ms(100), "other work took {median:?}");
+    assert!(
+        median < ms(100).max(20 * calm),
+        "other work took {median:?}, without the tasks {calm:?}"
+    );
     let longest = latencies.last().unwrap();
     assert!(
-        *longest < Duration::from_secs(2),
-        "other work took {longest:?}"
+        *longest < Duration::from_secs(2).max(20 * calm),
+        "other work took {longest:?}, without the tasks {calm:?}"
     );
     scene.nothing_left().await;
 }

@@ -70,6 +70,13 @@ async fn step_through(database: &Database, watcher: &Watcher, sql: &str) -> (See
     if let Err(error) = task.await.unwrap() {
         panic!("{sql}: {:?}", error.as_db_error());
     }
+    // What it has read it may report when it ends only.
+    eventually(SOON, "the session does not end", async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE pid = $1";
+        let row = watcher.observer.query_opt(sql, &[&pid]).await.unwrap();
+        row.is_none()
+    })
+    .await;
     (seen, commits)
 }
 

@@ -25,7 +25,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("full_page_writes", "off"),
     ("shared_buffers", "64MB"),
     ("jit", "off"),
-    ("max_connections", "200"),
+    ("max_connections", "500"),
     ("max_prepared_transactions", "20"),
     ("deadlock_timeout", "1s"),
     ("wal_level", "replica"),

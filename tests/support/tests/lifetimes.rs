@@ -150,7 +150,7 @@ impl Victim {
     fn leaves_nothing(&mut self, port: Option<u16>) {
         let folders = self.folders();
         self.process.wait().expect("it ends");
-        let deadline = Instant::now() + Duration::from_secs(3);
+        let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let mut left: Vec<String> = self
                 .folders()
