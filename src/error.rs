@@ -455,16 +455,19 @@ pub(crate) fn is_already_there(error: &Error) -> bool {
     })
 }
 
-/// Whether what was to be done to a table has been done by another session meanwhile, or a part of it: something is there
-/// already, an index is a constraint's by now, the table has a primary key, or what was to be dropped is gone.
-pub(crate) fn is_overtaken(error: &Error) -> bool {
-    let codes = [
-        SqlState::DUPLICATE_COLUMN,
-        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
-        SqlState::INVALID_TABLE_DEFINITION,
-        SqlState::UNDEFINED_OBJECT,
-    ];
-    is_already_there(error) || error.sqlstate().is_some_and(|code| codes.contains(code))
+/// Whether an index that was to become a constraint is one already.
+pub(crate) fn is_a_constraint_already(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
+}
+
+/// Whether a table has a primary key already.
+pub(crate) fn has_a_primary_key(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::INVALID_TABLE_DEFINITION)
+}
+
+/// Whether a table has a column of that name already.
+pub(crate) fn has_the_column(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::DUPLICATE_COLUMN)
 }
 
 /// Whether an error, or one behind it, is a failure that running the transaction again can mend: the first one of this

@@ -75,8 +75,9 @@ pub(crate) struct Journal {
     pub(crate) began: SystemTime,
     /// In order of time.
     pub(crate) statements: Vec<JournalEntry>,
-    /// Entries between the first and the second half of these, which are no longer kept.
+    /// Entries that are no longer kept, and how many of these come before them.
     pub(crate) dropped: usize,
+    pub(crate) gap: usize,
     pub(crate) conflict_group: Option<LockKey>,
 }
 

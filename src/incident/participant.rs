@@ -287,7 +287,7 @@ fn participant(
         seen_after: seen.map(|(look, _)| look.after),
         journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, texts)),
         journal_dropped: journal.map_or(0, |journal| journal.dropped),
-        journal_gap: journal.map_or(0, |journal| journal.statements.len() / 2),
+        journal_gap: journal.map_or(0, |journal| journal.gap),
         conflict_group: journal.and_then(|journal| journal.conflict_group.clone()),
         fingerprint: statement.map(texts::fingerprint),
         id,

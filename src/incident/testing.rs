@@ -172,6 +172,7 @@ pub(super) fn journal(
         call_site: Some(site),
         application_name: Some(format!("billing {site}").into()),
         began: now() - ms(began),
+        gap: statements.len() / 2,
         statements,
         dropped: 0,
         conflict_group: None,

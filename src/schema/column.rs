@@ -7,7 +7,7 @@ use super::refusal::{self, Allowed};
 use super::report::RecipeReport;
 use super::run::Context;
 use super::table::Table;
-use crate::error::Error;
+use crate::error::{Error, has_the_column};
 use crate::sql::TableName;
 use crate::sql::schema::{catalog, recipe};
 
@@ -47,7 +47,7 @@ impl AddColumn {
     /// batch is for the caller, and so is [`set_not_null`](crate::Schema::set_not_null) after it.
     ///
     /// # SQL
-    /// `ALTER TABLE … ADD COLUMN IF NOT EXISTS …`; with a volatile default `ALTER COLUMN … SET DEFAULT` in the same
+    /// `ALTER TABLE … ADD COLUMN …`; with a volatile default `ALTER COLUMN … SET DEFAULT` in the same
     /// transaction.
     ///
     /// # Errors
@@ -98,7 +98,9 @@ impl Steps for AddColumn {
             if let (true, Some(default)) = (split, default) {
                 batch.push(recipe::set_default(&full, &self.column, default));
             }
-            recipe.step(recipe::batch(&batch)).await?;
+            recipe
+                .step_unless(has_the_column, recipe::batch(&batch))
+                .await?;
         }
         if volatile && there.is_none_or(|there| !there.not_null) {
             recipe.report.backfill = Some(recipe::fill(&full, &self.column));

@@ -302,11 +302,16 @@ impl Build<'_> {
             Some(parent) => parent,
             None => {
                 let sql = definition.on_only(&table.full_name());
-                let done = self.change(&sql).await?;
-                report.push(sql, done);
+                let mut refused = None;
+                match self.change(&sql).await {
+                    Ok(done) => report.push(sql, done),
+                    // Somebody else was faster, or a table has the name.
+                    Err(error) if is_already_there(&error) => refused = Some(error),
+                    Err(error) => return Err(error),
+                }
                 self.find(table, &definition.name)
                     .await?
-                    .ok_or_else(|| gone(&definition.name))?
+                    .ok_or_else(|| refused.unwrap_or_else(|| gone(&definition.name)))?
             }
         };
         self.same(table, &parent, definition).await?;
@@ -362,8 +367,10 @@ impl Build<'_> {
             // Somebody has built one of that name meanwhile, or has begun to and failed; or a table has it.
             if is_already_there(&error) {
                 let is_first = !std::mem::replace(&mut refused, true);
-                let goes_on = || !self.deadline.has_passed();
-                if is_first || goes_on() && self.find(table, &definition.name).await?.is_some() {
+                let goes_on = is_first
+                    || !self.deadline.has_passed()
+                        && matches!(self.find(table, &definition.name).await, Ok(Some(_)));
+                if goes_on {
                     continue;
                 }
             }

@@ -7,7 +7,7 @@ use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
 use crate::deadline::{Deadline, timeout_millis};
-use crate::error::{Error, is_already_there, is_overtaken};
+use crate::error::{Error, has_a_primary_key, is_a_constraint_already, is_already_there};
 use crate::sql::name_flaw;
 use crate::sql::schema::catalog;
 use crate::sql::schema::index::{Definition, Part, attach};
@@ -28,8 +28,10 @@ pub(super) struct Recipe<'a> {
     pub(super) pace: &'a Pace,
     pub(super) deadline: Deadline,
     pub(super) report: RecipeReport,
-    /// Whether to look no more, whatever the error is.
-    pub(super) is_final: bool,
+    /// How often what is left to do has been looked for.
+    pub(super) looks: u32,
+    /// Whether the step that failed was overtaken by somebody else's.
+    pub(super) is_overtaken: bool,
 }
 
 impl<'a> Recipe<'a> {
@@ -40,30 +42,33 @@ impl<'a> Recipe<'a> {
             pace,
             deadline: pace.deadline(),
             report: RecipeReport::default(),
-            is_final: false,
+            looks: 0,
+            is_overtaken: false,
         })
     }
 
-    /// Takes all steps; from the first look again where another session has been at the same, which may be that of a run
-    /// whose connection was lost while the server went on.
+    /// Takes all steps; from the first look again where a step has found that somebody else is at the same, which may be a
+    /// run whose connection was lost while the server went on.
     pub(super) async fn run(
         cx: &'a Context,
         pace: &'a Pace,
         steps: &impl Steps,
     ) -> Result<RecipeReport, Error> {
         let mut recipe = Self::new(cx, pace)?;
-        let mut looks = 1;
         loop {
+            recipe.looks += 1;
             let error = match steps.take(&mut recipe).await {
                 Ok(()) => return Ok(recipe.report),
                 Err(error) => error,
             };
-            let is_final = recipe.is_final || looks >= MOST_LOOKS || recipe.deadline.has_passed();
-            if is_final || !is_overtaken(&error) {
+            let pause = pace.pause(recipe.looks, cx.jitter.next());
+            let again = std::mem::take(&mut recipe.is_overtaken);
+            if !again || recipe.looks >= MOST_LOOKS || recipe.deadline.remaining() <= pause {
                 return Err(error);
             }
-            tracing::debug!(%error, looks, "somebody else is at the same: to be looked at again");
-            looks += 1;
+            tracing::debug!(%error, ?pause, "somebody else is at the same: to be looked at again");
+            // Cancel safety: nothing is held between two looks.
+            tokio::time::sleep(pause).await;
         }
     }
 
@@ -73,6 +78,17 @@ impl<'a> Recipe<'a> {
         let done = self.cx.run(&pace, &sql, How::Transaction).await?;
         self.report.push(sql, done);
         Ok(())
+    }
+
+    /// A step that fails so when somebody else has taken it meanwhile.
+    pub(super) async fn step_unless(
+        &mut self,
+        overtaken: impl Fn(&Error) -> bool + Send,
+        sql: String,
+    ) -> Result<(), Error> {
+        let done = self.step(sql).await;
+        self.is_overtaken = done.as_ref().is_err_and(overtaken);
+        done
     }
 
     pub(super) async fn constraints(&self, table: &Table) -> Result<Vec<Constraint>, Error> {
@@ -110,11 +126,8 @@ impl<'a> Recipe<'a> {
         add: String,
     ) -> Result<(), Error> {
         if self.constraint(table, name).await?.is_none() {
-            match self.step(add).await {
-                // Another session was faster.
-                Err(error) if is_already_there(&error) => {}
-                added => added?,
-            }
+            // What another session was faster with need not be the same.
+            self.step_unless(is_already_there, add).await?;
         }
         match self.constraint(table, name).await? {
             Some(there) if there.kind != kind => Err(Error::config(format!(
@@ -122,7 +135,13 @@ impl<'a> Recipe<'a> {
                 table.full_name()
             ))),
             Some(there) if !there.is_valid => {
-                self.step(recipe::validate(&table.full_name(), name)).await
+                let validated = self.step(recipe::validate(&table.full_name(), name)).await;
+                if validated.is_err() {
+                    // A proof is dropped by whoever has it first.
+                    let there = self.constraint(table, name).await;
+                    self.is_overtaken = there.is_ok_and(|there| there.is_none());
+                }
+                validated
             }
             _ => Ok(()),
         }
@@ -186,8 +205,8 @@ impl<'a> Recipe<'a> {
         for partition in table.partitions(self.cx).await? {
             Box::pin(self.foreign_key(&partition, None, key, referenced)).await?;
         }
-        self.step(recipe::add_foreign_key(&full, name, key, true))
-            .await
+        let add = recipe::add_foreign_key(&full, name, key, true);
+        self.step_unless(is_already_there, add).await
     }
 
     /// Whether the foreign key is there and valid. Another one of that name is refused.
@@ -303,8 +322,9 @@ impl<'a> Recipe<'a> {
             for column in key {
                 Box::pin(self.not_null(table, column)).await?;
             }
-            self.step(recipe::primary_key_only(&full, name, key))
-                .await?;
+            let add = recipe::primary_key_only(&full, name, key);
+            let overtaken = |error: &Error| has_a_primary_key(error) || is_already_there(error);
+            self.step_unless(overtaken, add).await?;
             let all = self.constraints(table).await?;
             return match all.iter().find(|one| one.kind == 'p') {
                 Some(there) => self.attach_keys(table, there, key).await,
@@ -336,7 +356,8 @@ impl<'a> Recipe<'a> {
         }
         batch.push(recipe::primary_key_using(&full, name));
         batch.extend(proofs);
-        self.step(recipe::batch(&batch)).await
+        self.step_unless(is_a_constraint_already, recipe::batch(&batch))
+            .await
     }
 
     /// Attaches the primary keys of partitions to that of the partitioned table.

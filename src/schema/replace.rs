@@ -6,7 +6,7 @@ use super::report::RecipeReport;
 use super::run::{Context, How};
 use super::table::Table;
 use super::{ddl, index_name};
-use crate::error::{Error, is_already_there};
+use crate::error::Error;
 use crate::sql::TableName;
 use crate::sql::schema::catalog::{self, Kin};
 use crate::sql::schema::recipe;
@@ -56,7 +56,7 @@ impl ReplaceTable {
     ///
     /// # SQL
     /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of
-    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, two `ALTER TABLE … RENAME` and a COMMENT; then `DROP TABLE`, if asked.
+    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, two `ALTER TABLE … RENAME` and a COMMENT; then `DROP TABLE IF EXISTS`, if asked.
     ///
     /// # Errors
     /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) when foreign keys refer to the table,
@@ -64,7 +64,9 @@ impl ReplaceTable {
     ///
     /// # Cancel safety
     /// May be dropped at any point, and called again: a table that was built is not built again, and a swap that was made
-    /// is not undone.
+    /// is not undone. With [`drop_old`](Self::drop_old) nothing is left in the end that tells of it: called again then, it
+    /// replaces the table again. While the `build` of a run that was dropped, or whose connection was lost, goes on at the
+    /// server, another one's fails with the server's error about the name.
     pub async fn run(self) -> Result<RecipeReport, Error> {
         Recipe::run(&self.cx, &self.pace, &self).await
     }
@@ -100,20 +102,20 @@ impl ReplaceTable {
                 ));
             }
         }
+        if !new_is_there && recipe.looks > 1 {
+            return Err(Error::config(format!(
+                "{full} has been replaced by another session meanwhile"
+            )));
+        }
         if !new_is_there {
             let Some(build) = &self.build else {
                 return Err(Error::config(format!(
                     "there is no table {new} to put in the place of {full}; build it, or give the SQL that does"
                 )));
             };
-            match (self.cx).run(&self.pace, build, How::Transaction).await {
-                Ok(done) => recipe.report.push(build, done),
-                Err(error) => {
-                    // It may have taken long, and what it says is the caller's.
-                    recipe.is_final = !is_already_there(&error);
-                    return Err(error);
-                }
-            }
+            let pace = self.pace.until(&recipe.deadline);
+            let done = self.cx.run(&pace, build, How::Transaction).await?;
+            recipe.report.push(build, done);
             if Table::find(&self.cx, new).await?.is_none() {
                 return Err(Error::config(format!(
                     "what was to build {new} has not created it"
@@ -121,7 +123,13 @@ impl ReplaceTable {
             }
         }
         let sql = recipe::swap(&full, new, old, self.catch_up.as_deref());
-        recipe.step(sql).await
+        let swapped = recipe.step(sql).await;
+        if swapped.is_err() {
+            let old = Table::find(&self.cx, &table.sibling(old)).await;
+            let new = Table::find(&self.cx, new).await;
+            recipe.is_overtaken = matches!((old, new), (Ok(Some(_)), Ok(None)));
+        }
+        swapped
     }
 }
 
@@ -136,12 +144,15 @@ impl Steps for ReplaceTable {
             Some(there) => {
                 // Invariant: only a table that a swap with this new one has put aside is ever taken for done, or dropped.
                 let sql = recipe::has_comment(there.oid, &recipe::replaced_by(&new));
-                if !catalog::yes(&self.cx.ask(&sql).await?) {
+                let ours = catalog::yes(&self.cx.ask(&sql).await?);
+                // A run of ours whose connection was lost may have dropped it just now.
+                let is_there = ours || Table::find(&self.cx, &old_name).await?.is_some();
+                if is_there && !ours {
                     return Err(Error::config(format!(
                         "there is {old_name} already, which no replacement by {new} has left; drop or rename it first"
                     )));
                 }
-                true
+                is_there
             }
             None => false,
         };

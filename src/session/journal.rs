@@ -49,6 +49,23 @@ struct Log {
     ended: Option<Instant>,
 }
 
+impl Log {
+    /// Drops statements behind the first half until there are no more than `most`; but not one that runs, or is about to,
+    /// however many were sent together, nor the one that failed.
+    fn trim(&mut self, most: usize) {
+        let failed = self.failure.map(|failing| failing.number);
+        while self.statements.len() > most {
+            let mut later = self.statements.iter().skip(MOST / 2);
+            let Some(at) = later.position(|said| said.end.is_some() && Some(said.number) != failed)
+            else {
+                return;
+            };
+            drop(self.statements.remove(MOST / 2 + at));
+            self.dropped += 1;
+        }
+    }
+}
+
 /// A statement that the server refused for its own sake, not because one before it had failed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Failing {
@@ -88,6 +105,9 @@ pub(crate) struct Ended {
 }
 
 impl Journal {
+    /// How many statements come before those that are not kept, where there are such.
+    pub(crate) const FIRST_KEPT: usize = MOST / 2;
+
     pub(crate) fn new(
         call_site: Option<CallSite>,
         application_name: Option<&str>,
@@ -131,6 +151,7 @@ impl Journal {
         log.ended = Some(Instant::now());
         // They belong to a connection that others use from now on.
         log.prepared.clear();
+        log.trim(MOST);
     }
 
     /// The statement that is being run. A transaction runs one at a time; of several that were sent together the first is
@@ -154,7 +175,7 @@ impl Journal {
         self.lock().failure
     }
 
-    /// What was said, and how many statements between the first and the last half are not kept.
+    /// What was said, and how many statements behind the [first](Self::FIRST_KEPT) are not kept.
     pub(crate) fn statements(&self) -> (Vec<Said>, usize) {
         let log = self.lock();
         (log.statements.iter().cloned().collect(), log.dropped)
@@ -163,15 +184,7 @@ impl Journal {
     /// Notes a statement that is sent now.
     pub(super) fn say(&self, text: Option<Arc<str>>, waits_in_slices: bool) -> u64 {
         let mut log = self.lock();
-        while log.statements.len() >= MOST {
-            // Not one that runs, or is about to, however many were sent together.
-            let mut later = log.statements.iter().skip(MOST / 2);
-            let Some(at) = later.position(|said| said.end.is_some()) else {
-                break;
-            };
-            drop(log.statements.remove(MOST / 2 + at));
-            log.dropped += 1;
-        }
+        log.trim(MOST - 1);
         log.next += 1;
         let number = log.next;
         log.statements.push_back(Said {
@@ -375,15 +388,22 @@ mod tests {
     fn of_many_that_were_sent_together_none_is_forgotten() {
         let journal = journal();
         let said: Vec<_> = (0..MOST * 2).map(|_| journal.say(None, false)).collect();
-        for number in said {
+        for number in &said {
             let running = journal.running().map(|running| running.number);
-            assert_eq!(running, Some(number));
-            journal.heard(number, Some(true));
+            assert_eq!(running, Some(*number));
+            journal.heard(*number, Some(true));
         }
         assert!(journal.running().is_none());
-        journal.say(None, false);
+        // The one that failed stays, with the first and the last.
+        let failed = said[MOST];
+        journal.failed(failed);
+        journal.end();
         let (statements, dropped) = journal.statements();
-        assert_eq!((statements.len(), dropped), (MOST, MOST + 1));
+        assert_eq!((statements.len(), dropped), (MOST, MOST));
+        let kept: Vec<_> = statements.iter().map(|said| said.number).collect();
+        assert_eq!(kept[..Journal::FIRST_KEPT], said[..Journal::FIRST_KEPT]);
+        assert_eq!(kept[Journal::FIRST_KEPT], failed);
+        assert_eq!(kept.last(), said.last());
     }
 
     #[test]

@@ -25,6 +25,7 @@ pub(super) fn of(journal: &Journal, until: Instant) -> incident::Journal {
             })
             .collect(),
         dropped,
+        gap: Journal::FIRST_KEPT,
         conflict_group: journal.conflict_group.get().cloned(),
     }
 }

@@ -540,6 +540,7 @@ Fingerprint 5b62a63f352df502, seen for the first time";
         let mut evidence = transfers();
         evidence.victim.dropped = 7;
         let statements = &mut evidence.victim.statements;
+        evidence.victim.gap = 50;
         let failed = statements.remove(2);
         for n in 4..100 {
             statements.push(entry(n, "SELECT 'x'", Some(1)));

@@ -146,7 +146,7 @@ pub(crate) fn add_column(
     let default = default.map_or_else(String::new, |default| format!(" DEFAULT ({default}\n)"));
     let not_null = if not_null { " NOT NULL" } else { "" };
     format!(
-        "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {} {ty}{default}{not_null}",
+        "ALTER TABLE {table} ADD COLUMN {} {ty}{default}{not_null}",
         identifier(column)
     )
 }
@@ -200,7 +200,7 @@ pub(crate) fn has_comment(table: u32, comment: &str) -> String {
 }
 
 pub(crate) fn drop_table(table: &TableName) -> String {
-    format!("DROP TABLE {table}")
+    format!("DROP TABLE IF EXISTS {table}")
 }
 
 /// Several statements as one batch.
