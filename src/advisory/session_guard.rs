@@ -191,13 +191,15 @@ impl SessionGuard {
                 Failure::ConnectionLost | Failure::Driver => Err(lost.with_source(error)),
                 // A transaction that failed and was left open refuses the unlock: it is ended first. And a cancel of a
                 // statement that was given up can hit the unlock instead. Or somebody has deallocated it.
-                Failure::Aborted | Failure::Cancelled | Failure::MissingStatement => {
+                failure @ (Failure::Aborted | Failure::Cancelled | Failure::MissingStatement) => {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
                     match session.exchange(sql, Undo::Nothing).await {
                         (session, Ok(reply)) if is_unlocked(&reply) => {
                             session.give_back();
                             Ok(())
                         }
+                        // What was cancelled had unlocked already: the session is the same, and has lost nothing.
+                        (_, Ok(_)) if failure == Failure::Cancelled => Ok(()),
                         (_, Ok(_)) => Err(lost),
                         (_, Err(error)) => Err(lost.with_source(error)),
                     }
