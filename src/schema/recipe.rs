@@ -24,8 +24,8 @@ pub(super) trait Steps: Sync {
 
 /// A recipe under way.
 pub(super) struct Recipe<'a> {
-    pub(super) cx: &'a Context,
-    pub(super) pace: &'a Pace,
+    cx: &'a Context,
+    pace: &'a Pace,
     pub(super) deadline: Deadline,
     pub(super) report: RecipeReport,
     /// How often what is left to do has been looked for.

@@ -145,6 +145,17 @@ impl Scene {
     }
 }
 
+/// Waits until a backend waits for a lock, as the looks of the library see it: when it began is noted a moment after it
+/// began, and they keep no wait without that.
+pub(crate) async fn until_it_waits(observer: &Client, pid: i32, within: Duration) {
+    eventually(within, "it does not wait", async || {
+        let sql = "SELECT EXISTS (SELECT FROM pg_locks \
+                   WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
+        observer.query_one(sql, &[&pid]).await.unwrap().get(0)
+    })
+    .await;
+}
+
 /// Waits for a state, looking every few milliseconds; panics with `what` when it has not come.
 pub(crate) async fn eventually(within: Duration, what: &str, mut state: impl AsyncFnMut() -> bool) {
     let started = Instant::now();

@@ -12,7 +12,7 @@ use lockkeeper_testkit::Server;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
-use crate::common::{Scene, eventually};
+use crate::common::{Scene, until_it_waits};
 use crate::guards::{pid_of, scene_on};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -96,13 +96,7 @@ impl Stage {
         self.waits.push(tokio::spawn(
             async move { client.batch_execute(&sql).await },
         ));
-        // When it began is noted a moment after it began, and looks keep no wait without that.
-        eventually(SOON, "it does not wait", async || {
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
-            let row = self.scene.observer.query_one(sql, &[&pid]).await.unwrap();
-            row.get(0)
-        })
-        .await;
+        until_it_waits(&self.scene.observer, pid, SOON).await;
     }
 
     fn name(&self, pid: i32) -> char {

@@ -9,7 +9,7 @@ use lockkeeper_testkit::Server;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
-use crate::common::{Scene, eventually, poll_times_and_drop};
+use crate::common::{Scene, eventually, poll_times_and_drop, until_it_waits};
 use crate::guards::{pid_of, scene_on};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -69,13 +69,7 @@ fn looking_as(scene: &Scene, role: &str) -> Monitor {
 async fn waits(observer: &Client, client: &Arc<Client>, pid: i32, sql: &str) -> Waiting {
     let (client, sql) = (Arc::clone(client), sql.to_owned());
     let waiting = tokio::spawn(async move { client.batch_execute(&sql).await });
-    // When it began is noted a moment after it began, and looks keep no wait without that.
-    eventually(SOON, "it does not wait", async || {
-        let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
-        let row = observer.query_one(sql, &[&pid]).await.unwrap();
-        row.get(0)
-    })
-    .await;
+    until_it_waits(observer, pid, SOON).await;
     waiting
 }
 

@@ -9,7 +9,7 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
-use crate::common::{Scene, eventually};
+use crate::common::{Scene, eventually, until_it_waits};
 use crate::guards::{pid_of, scene_on};
 
 #[path = "../../examples/locktop/app.rs"]
@@ -69,14 +69,7 @@ impl Play {
             drop(tokio::spawn(
                 async move { waiter.batch_execute(&sql).await },
             ));
-            // When it began is noted a moment after it began, and looks keep no wait without that.
-            eventually(SOON, "it does not wait", async || {
-                let sql = "SELECT EXISTS (SELECT FROM pg_locks \
-                           WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
-                let row = self.scene.observer.query_one(sql, &[&last]).await.unwrap();
-                row.get(0)
-            })
-            .await;
+            until_it_waits(&self.scene.observer, last, SOON).await;
         }
         // It stays until its backend is told to go.
         drop(tokio::spawn(async move {

@@ -55,6 +55,23 @@ async fn in_the_way(scene: &Scene, table: &str) -> Client {
     client
 }
 
+/// A table `t` in which an id is there twice.
+async fn scene_with_a_duplicate() -> Scene {
+    let scene = scene().await;
+    table(&scene, "t", 100).await;
+    let twice = "INSERT INTO t VALUES (1, 1, 'twice')";
+    scene.observer.batch_execute(twice).await.unwrap();
+    scene
+}
+
+/// The same with the INVALID index `wanted` that a build has left.
+async fn scene_with_a_failed_build() -> Scene {
+    let scene = scene_with_a_duplicate().await;
+    let left = "CREATE UNIQUE INDEX CONCURRENTLY wanted ON t (id)";
+    scene.observer.batch_execute(left).await.unwrap_err();
+    scene
+}
+
 fn sent(report: &RecipeReport, word: &str) -> usize {
     report
         .steps()
@@ -199,15 +216,7 @@ async fn an_index_of_each_form() {
 
 #[tokio::test]
 async fn what_failed_builds_have_left_is_dropped_first() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
-    scene
-        .observer
-        .batch_execute("INSERT INTO t VALUES (1, 1, 'twice')")
-        .await
-        .unwrap();
-    let left = "CREATE UNIQUE INDEX CONCURRENTLY wanted ON t (id)";
-    scene.observer.batch_execute(left).await.unwrap_err();
+    let scene = scene_with_a_failed_build().await;
     // A REINDEX that fails leaves one more.
     scene
         .observer
@@ -264,15 +273,7 @@ async fn what_failed_builds_have_left_is_dropped_first() {
 /// DROP INDEX looks the name up again once it has waited, and another session may have built a valid index under it.
 #[tokio::test]
 async fn a_valid_index_that_took_the_name_meanwhile_is_not_dropped() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
-    scene
-        .observer
-        .batch_execute("INSERT INTO t VALUES (1, 1, 'twice')")
-        .await
-        .unwrap();
-    let left = "CREATE UNIQUE INDEX CONCURRENTLY wanted ON t (id)";
-    scene.observer.batch_execute(left).await.unwrap_err();
+    let scene = scene_with_a_failed_build().await;
     let other = scene.database.connect().await;
     // To others it is there still, and not valid.
     other
@@ -310,15 +311,7 @@ async fn a_valid_index_that_took_the_name_meanwhile_is_not_dropped() {
 /// Killed between its being named aside and its being dropped, it is found again.
 #[tokio::test]
 async fn what_was_named_aside_is_dropped_by_the_next_run() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
-    scene
-        .observer
-        .batch_execute("INSERT INTO t VALUES (1, 1, 'twice')")
-        .await
-        .unwrap();
-    let left = "CREATE UNIQUE INDEX CONCURRENTLY wanted ON t (id)";
-    scene.observer.batch_execute(left).await.unwrap_err();
+    let scene = scene_with_a_failed_build().await;
     let build = || {
         scene
             .keeper
@@ -385,13 +378,7 @@ async fn another_index_of_the_name_is_refused() {
 
 #[tokio::test]
 async fn a_unique_violation_is_cleaned_up_and_reported_not_repeated() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
-    scene
-        .observer
-        .batch_execute("INSERT INTO t VALUES (1, 1, 'twice')")
-        .await
-        .unwrap();
+    let scene = scene_with_a_duplicate().await;
     let schema = scene.keeper.schema();
     let error = schema.create_index("t", ["id"]).unique().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Database);

@@ -9,7 +9,7 @@ use lockkeeper_testkit::{Database, Server};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config, NoTls};
 
-use crate::common::{eventually, poll_times_and_drop};
+use crate::common::{eventually, poll_times_and_drop, until_it_waits};
 use crate::guards::pid_of;
 
 /// Generous: other tests keep the machine busy.
@@ -123,13 +123,7 @@ impl Ground {
     }
 
     pub(crate) async fn eventually_waits(&self, pid: i32) {
-        // When it began is noted a moment after it began, and looks keep no wait without that.
-        eventually(SOON, "it does not wait", async || {
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
-            let row = self.observer.query_one(sql, &[&pid]).await.unwrap();
-            row.get(0)
-        })
-        .await;
+        until_it_waits(&self.observer, pid, SOON).await;
     }
 
     pub(crate) async fn eventually_gone(&self, pid: i32) {
