@@ -121,6 +121,15 @@ fn printable(c: char) -> char {
     }
 }
 
+/// The call site in an `application_name` as this crate sets it.
+#[cfg(any(feature = "incidents", feature = "server-log"))]
+pub(crate) fn site_in(name: &str) -> Option<&str> {
+    let site = name.rsplit(' ').next()?;
+    let (path, line) = site.rsplit_once(':')?;
+    let is_line = line.parse::<u32>().is_ok() && !line.starts_with('+');
+    (is_line && path.ends_with(".rs")).then_some(site)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -227,5 +236,27 @@ mod tests {
             let kept: String = prefix.chars().take(24).collect();
             prop_assert!(name.starts_with(&kept));
         }
+    }
+
+    #[cfg(any(feature = "incidents", feature = "server-log"))]
+    #[test]
+    fn call_sites_are_read_from_application_names() {
+        for (name, site) in [
+            ("billing src/pay.rs:42", Some("src/pay.rs:42")),
+            ("src/pay.rs:42", Some("src/pay.rs:42")),
+            (
+                "my app .../pay.rs:4294967295",
+                Some(".../pay.rs:4294967295"),
+            ),
+            ("app 10.0.0.1:5432", None),
+            ("src/pay.rs", None),
+            ("pay.rs:+1", None),
+            ("pay.rs:", None),
+            ("", None),
+        ] {
+            assert_eq!(site_in(name), site, "{name}");
+        }
+        let own = application_name("billing", None);
+        assert_eq!(site_in(&own), None);
     }
 }

@@ -1,5 +1,6 @@
 //! The one error of the crate, and the only place where SQLSTATEs are told apart.
 
+use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
@@ -8,7 +9,6 @@ use deadpool_postgres::PoolError;
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::blocker::Blocker;
-use crate::incident::Incident;
 use crate::key::LockKey;
 
 /// What went wrong, as far as a caller would act on it differently.
@@ -84,6 +84,9 @@ impl ErrorKind {
 /// `From<tokio_postgres::Error>` is there so that `?` works in a closure that returns this type.
 pub struct Error(Box<Inner>);
 
+/// What explains a failure beyond the error itself: made by a room above, and recovered there by its type.
+pub(crate) trait Report: Any + Send + Sync {}
+
 struct Inner {
     kind: ErrorKind,
     detail: Option<String>,
@@ -91,7 +94,7 @@ struct Inner {
     waited: Option<Duration>,
     blockers: Vec<Blocker>,
     attempts: u32,
-    incident: Option<Incident>,
+    report: Option<Box<dyn Report>>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -127,14 +130,11 @@ impl Error {
         self.0.attempts
     }
 
-    /// What is known of the deadlock or the wait for a lock that ended the transaction: who was there, with which
-    /// statements, and what to do about it.
-    ///
-    /// Where only one attempt was made, a closure's own error is passed on as it is, without it;
-    /// [`on_incident`](crate::KeeperBuilder::on_incident) is told all the same.
-    #[must_use]
-    pub fn incident(&self) -> Option<&Incident> {
-        self.0.incident.as_ref()
+    /// The report that came with it.
+    #[cfg(feature = "incidents")]
+    pub(crate) fn report(&self) -> Option<&dyn Any> {
+        let report: &dyn Any = self.0.report.as_deref()?;
+        Some(report)
     }
 
     /// Whether running the whole transaction once more can succeed without anything being changed.
@@ -240,7 +240,7 @@ impl Error {
             waited: None,
             blockers: Vec::new(),
             attempts: 0,
-            incident: None,
+            report: None,
             source: None,
         }))
     }
@@ -274,8 +274,8 @@ impl Error {
         self
     }
 
-    pub(crate) fn with_incident_if(mut self, incident: Option<Incident>) -> Self {
-        self.0.incident = incident;
+    pub(crate) fn with_report_if(mut self, report: Option<Box<dyn Report>>) -> Self {
+        self.0.report = report;
         self
     }
 
@@ -368,16 +368,19 @@ pub(crate) fn classify(error: &tokio_postgres::Error) -> Failure {
 }
 
 /// Whether this SQLSTATE is that of messages that are no errors.
+#[cfg(feature = "server-log")]
 pub(crate) fn is_success(code: &str) -> bool {
     SqlState::from_code(code) == SqlState::SUCCESSFUL_COMPLETION
 }
 
 /// Whether this SQLSTATE is that of a deadlock's victim.
+#[cfg(feature = "server-log")]
 pub(crate) fn is_deadlock(code: &str) -> bool {
     SqlState::from_code(code) == SqlState::T_R_DEADLOCK_DETECTED
 }
 
 /// Whether this SQLSTATE is that of a lock that was not granted, by `lock_timeout` or by NOWAIT.
+#[cfg(feature = "server-log")]
 pub(crate) fn is_lock_not_available(code: &str) -> bool {
     SqlState::from_code(code) == SqlState::LOCK_NOT_AVAILABLE
 }
@@ -446,6 +449,7 @@ pub(crate) fn is_not_supported(error: &Error) -> bool {
 
 /// Whether something of that name is there already: the server has found it, or another session has won the race for its
 /// name in a catalog.
+#[cfg(feature = "schema")]
 pub(crate) fn is_already_there(error: &Error) -> bool {
     error.as_db_error().is_some_and(|error| {
         *error.code() == SqlState::DUPLICATE_TABLE
@@ -456,16 +460,19 @@ pub(crate) fn is_already_there(error: &Error) -> bool {
 }
 
 /// Whether an index that was to become a constraint is one already.
+#[cfg(feature = "schema")]
 pub(crate) fn is_a_constraint_already(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
 }
 
 /// Whether a table has a primary key already.
+#[cfg(feature = "schema")]
 pub(crate) fn has_a_primary_key(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::INVALID_TABLE_DEFINITION)
 }
 
 /// Whether a table has a column of that name already.
+#[cfg(feature = "schema")]
 pub(crate) fn has_the_column(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::DUPLICATE_COLUMN)
 }

@@ -10,29 +10,18 @@ use tokio_postgres::{Config, Socket};
 use tracing::Instrument as _;
 
 use crate::advisory::{Advisory, AdvisoryLock};
-use crate::backfill::{Backfill, BackfillKey, Means};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::call_site::{CallSite, application_name};
+use crate::connection::{Connections, Side, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
-use crate::incident::Incident;
 use crate::key::LockKey;
-use crate::monitor::Monitor;
-use crate::monitor::resolver::{Resolver, ResolverPolicy};
-use crate::monitor::watchdog::{Watchdog, WatchdogPolicy};
-use crate::schema::{self, Schema};
-use crate::session::{Connections, Side, SideConnection};
-use crate::sql::{Begin, TableName};
-use crate::transaction::{
-    self, AsyncFunc, Never, Policy, Reporter, RetryIf, TransactionOptions, Tx,
-};
-use crate::watcher::{self, Watcher};
+use crate::transaction::sql::Begin;
+use crate::transaction::{self, AsyncFunc, Never, Policy, RetryIf, TransactionOptions, Tx};
 
 /// How long a lock is waited for where nothing says otherwise.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 const APPLICATION: &str = "lockkeeper";
-/// After how long a wait that goes on is reported where nothing says otherwise.
-const LONG_WAIT: Duration = Duration::from_secs(10);
 
 /// Advisory locks and deadlock-aware transactions over the application's own pool.
 ///
@@ -50,7 +39,8 @@ struct Inner {
     lock_wait: Duration,
     jitter: Arc<Jitter>,
     budget: Arc<RetryBudget>,
-    watcher: Arc<Watcher>,
+    #[cfg(feature = "incidents")]
+    sampler: Arc<crate::sampler::Sampler>,
 }
 
 impl Keeper {
@@ -68,12 +58,8 @@ impl Keeper {
             application: APPLICATION.to_owned(),
             call_sites: true,
             lock_wait: LOCK_WAIT,
-            watching: watcher::Settings {
-                enabled: true,
-                literals: false,
-                long_wait: Some(LONG_WAIT),
-                sink: None,
-            },
+            #[cfg(feature = "incidents")]
+            sampling: crate::sampler::Settings::default(),
         }
     }
 
@@ -281,59 +267,6 @@ impl Keeper {
         }
     }
 
-    /// Changes all rows of a table, in the order of its key and in batches short enough that others go on; to be described
-    /// further and then run. The key is the name of a column, or an array of them.
-    #[track_caller]
-    pub fn backfill(&self, table: impl Into<TableName>, key: impl Into<BackfillKey>) -> Backfill {
-        let call_site = self.call_site(CallSite::caller());
-        let options = TransactionOptions::new();
-        let means = Means {
-            advisory: Arc::clone(&self.inner.advisory),
-            policy: self.policy(&options),
-            application_name: self.begin(&options, call_site.as_ref()).application_name,
-            call_site,
-            lock_wait: self.inner.lock_wait,
-        };
-        Backfill::new(means, table.into(), key.into())
-    }
-
-    /// Looks at the server's sessions and locks, over the [side connection](KeeperBuilder::side_connection) where
-    /// there is one. Nothing is sent before it is asked something.
-    #[must_use]
-    pub fn monitor(&self) -> Monitor {
-        Monitor::new(Arc::clone(&self.inner.advisory.connections))
-    }
-
-    /// Clears a pile-up of lock waits as a policy says: as [`Monitor::resolver`] of its [`monitor`](Self::monitor).
-    #[must_use = "does nothing until it is run"]
-    pub fn resolver(&self, policy: ResolverPolicy) -> Resolver {
-        self.monitor().resolver(policy)
-    }
-
-    /// Starts a task that reports leaked advisory locks, sessions idle in the way of others and waits that nobody waits
-    /// out, and clears them only if told to: as [`Monitor::watchdog`] of its [`monitor`](Self::monitor), but looks for
-    /// the last among sessions that bear its [application](KeeperBuilder::application).
-    ///
-    /// # Errors
-    /// As [`Monitor::watchdog`].
-    pub fn watchdog(&self, policy: WatchdogPolicy) -> Result<Watchdog, Error> {
-        let policy = policy.or_zombies_of(&application_name(&self.inner.application, None));
-        self.monitor().watchdog(policy)
-    }
-
-    /// Schema changes that keep nobody waiting for long. Nothing is sent before one is awaited.
-    #[track_caller]
-    pub fn schema(&self) -> Schema {
-        let call_site = self.call_site(CallSite::caller());
-        Schema::new(schema::Context {
-            advisory: Arc::clone(&self.inner.advisory),
-            application_name: application_name(&self.inner.application, call_site.as_ref()),
-            call_site,
-            lock_wait: self.inner.lock_wait,
-            jitter: Arc::clone(&self.inner.jitter),
-        })
-    }
-
     fn describe<P>(
         &self,
         keys: Vec<LockKey>,
@@ -360,7 +293,8 @@ impl Keeper {
     }
 
     fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
-        self.inner.watcher.start();
+        #[cfg(feature = "incidents")]
+        self.inner.sampler.start();
         Policy {
             attempts: options.max_attempts(),
             deadline: options.total_deadline(),
@@ -368,8 +302,83 @@ impl Keeper {
             jitter: Arc::clone(&self.inner.jitter),
             budget: Arc::clone(&self.inner.budget),
             resolves: options.resolves(),
-            reporter: Some(Arc::clone(&self.inner.watcher) as Arc<dyn Reporter>),
+            #[cfg(feature = "incidents")]
+            reporter: Some(Arc::clone(&self.inner.sampler) as _),
+            #[cfg(not(feature = "incidents"))]
+            reporter: None,
         }
+    }
+}
+
+/// Looking at the server.
+#[cfg(feature = "monitor")]
+impl Keeper {
+    /// Looks at the server's sessions and locks, over the [side connection](KeeperBuilder::side_connection) where
+    /// there is one. Nothing is sent before it is asked something.
+    #[must_use]
+    pub fn monitor(&self) -> crate::monitor::Monitor {
+        crate::monitor::Monitor::new(Arc::clone(&self.inner.advisory.connections))
+    }
+}
+
+/// Acting on sessions.
+#[cfg(feature = "resolver")]
+impl Keeper {
+    /// Clears a pile-up of lock waits as a policy says: as [`Monitor::resolver`](crate::Monitor::resolver) of its [`monitor`](Self::monitor).
+    #[must_use = "does nothing until it is run"]
+    pub fn resolver(&self, policy: crate::resolver::ResolverPolicy) -> crate::resolver::Resolver {
+        self.monitor().resolver(policy)
+    }
+
+    /// Starts a task that reports leaked advisory locks, sessions idle in the way of others and waits that nobody waits
+    /// out, and clears them only if told to: as [`Monitor::watchdog`](crate::Monitor::watchdog) of its [`monitor`](Self::monitor), but looks for
+    /// the last among sessions that bear its [application](KeeperBuilder::application).
+    ///
+    /// # Errors
+    /// As [`Monitor::watchdog`](crate::Monitor::watchdog).
+    pub fn watchdog(
+        &self,
+        policy: crate::resolver::watchdog::WatchdogPolicy,
+    ) -> Result<crate::resolver::watchdog::Watchdog, Error> {
+        let policy = policy.or_zombies_of(&application_name(&self.inner.application, None));
+        self.monitor().watchdog(policy)
+    }
+}
+
+/// Changing schemas and rows while others use them.
+#[cfg(feature = "schema")]
+impl Keeper {
+    /// Schema changes that keep nobody waiting for long. Nothing is sent before one is awaited.
+    #[track_caller]
+    pub fn schema(&self) -> crate::schema::Schema {
+        let call_site = self.call_site(CallSite::caller());
+        crate::schema::Schema::new(crate::schema::Context {
+            advisory: Arc::clone(&self.inner.advisory),
+            application_name: application_name(&self.inner.application, call_site.as_ref()),
+            call_site,
+            lock_wait: self.inner.lock_wait,
+            jitter: Arc::clone(&self.inner.jitter),
+        })
+    }
+
+    /// Changes all rows of a table, in the order of its key and in batches short enough that others go on; to be described
+    /// further and then run. The key is the name of a column, or an array of them.
+    #[track_caller]
+    pub fn backfill(
+        &self,
+        table: impl Into<crate::postgres::TableName>,
+        key: impl Into<crate::backfill::BackfillKey>,
+    ) -> crate::backfill::Backfill {
+        let call_site = self.call_site(CallSite::caller());
+        let options = TransactionOptions::new();
+        let means = crate::backfill::Means {
+            advisory: Arc::clone(&self.inner.advisory),
+            policy: self.policy(&options),
+            application_name: self.begin(&options, call_site.as_ref()).application_name,
+            call_site,
+            lock_wait: self.inner.lock_wait,
+        };
+        crate::backfill::Backfill::new(means, table.into(), key.into())
     }
 }
 
@@ -390,7 +399,8 @@ pub struct KeeperBuilder {
     application: String,
     call_sites: bool,
     lock_wait: Duration,
-    watching: watcher::Settings,
+    #[cfg(feature = "incidents")]
+    sampling: crate::sampler::Settings,
 }
 
 impl KeeperBuilder {
@@ -432,7 +442,39 @@ impl KeeperBuilder {
         self
     }
 
-    /// Is given every [`Incident`]: deadlocks, lock timeouts and long waits of transactions run by
+    /// The keeper. Nothing is opened or sent before it is used.
+    #[must_use]
+    pub fn build(self) -> Keeper {
+        #[cfg(feature = "incidents")]
+        let transactions = Arc::new(crate::sampler::ActiveTransactions::default());
+        #[cfg(feature = "incidents")]
+        let observer = Some(Arc::clone(&transactions) as _);
+        #[cfg(not(feature = "incidents"))]
+        let observer = None;
+        let connections = Connections::new(self.pool, self.side, observer);
+        Keeper {
+            inner: Arc::new(Inner {
+                #[cfg(feature = "incidents")]
+                sampler: crate::sampler::Sampler::new(
+                    Arc::clone(&connections),
+                    transactions,
+                    self.sampling,
+                ),
+                advisory: Advisory::new(connections),
+                application: self.application,
+                call_sites: self.call_sites,
+                lock_wait: self.lock_wait,
+                jitter: Arc::new(Jitter::new()),
+                budget: Arc::new(RetryBudget::default()),
+            }),
+        }
+    }
+}
+
+/// Reports of deadlocks, lock timeouts and long waits.
+#[cfg(feature = "incidents")]
+impl KeeperBuilder {
+    /// Is given every [`Incident`](crate::Incident): deadlocks, lock timeouts and long waits of transactions run by
     /// [`transaction`](Keeper::transaction), [`transaction_with`](Keeper::transaction_with) and
     /// [`with_advisory_lock`](Keeper::with_advisory_lock), those that were retried too.
     ///
@@ -448,22 +490,25 @@ impl KeeperBuilder {
     ///     .build();
     /// # }
     /// ```
-    pub fn on_incident(mut self, f: impl Fn(&Incident) + Send + Sync + 'static) -> Self {
-        self.watching.sink = Some(Arc::new(f));
+    pub fn on_incident(
+        mut self,
+        f: impl Fn(&crate::incident::Incident) + Send + Sync + 'static,
+    ) -> Self {
+        self.sampling.sink = Some(Arc::new(f));
         self
     }
 
     /// After how long a transaction's wait for a lock is reported although it goes on; 10 seconds by default, `None` for
     /// never.
     pub fn long_wait(mut self, wait: impl Into<Option<Duration>>) -> Self {
-        self.watching.long_wait = wait.into();
+        self.sampling.long_wait = wait.into();
         self
     }
 
     /// Whether reports show the literals in statements. They do not by default: literals are data, and reports end up in
     /// logs and trackers.
     pub fn show_literals(mut self, show: bool) -> Self {
-        self.watching.literals = show;
+        self.sampling.literals = show;
         self
     }
 
@@ -473,25 +518,8 @@ impl KeeperBuilder {
     /// [`side_connection`](Self::side_connection); where there is none, on a connection of the pool if one is to
     /// be had within 20 ms. While no transaction is running it sleeps.
     pub fn watch(mut self, watch: bool) -> Self {
-        self.watching.enabled = watch;
+        self.sampling.enabled = watch;
         self
-    }
-
-    /// The keeper. Nothing is opened or sent before it is used.
-    #[must_use]
-    pub fn build(self) -> Keeper {
-        let connections = Connections::new(self.pool, self.side);
-        Keeper {
-            inner: Arc::new(Inner {
-                watcher: Watcher::new(Arc::clone(&connections), self.watching),
-                advisory: Advisory::new(connections),
-                application: self.application,
-                call_sites: self.call_sites,
-                lock_wait: self.lock_wait,
-                jitter: Arc::new(Jitter::new()),
-                budget: Arc::new(RetryBudget::default()),
-            }),
-        }
     }
 }
 

@@ -88,62 +88,77 @@
 //! left open. Of target `lockkeeper::resolver` an `info` event for each step of a [`Resolver`], of target
 //! `lockkeeper::watchdog` a `warn` event for each [`Finding`]. Nothing at `info` and above where all is well.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod advisory;
+#[cfg(feature = "schema")]
 mod backfill;
 mod backoff;
 mod blocker;
 mod call_site;
+mod connection;
 mod deadline;
 mod error;
+#[cfg(feature = "incidents")]
 pub mod graph;
+#[cfg(feature = "incidents")]
 pub mod incident;
 mod keeper;
 mod key;
 mod mode;
+#[cfg(feature = "monitor")]
 mod monitor;
+#[cfg(feature = "pictures")]
 mod picture;
+mod postgres;
+#[cfg(feature = "resolver")]
+pub mod resolver;
+#[cfg(feature = "incidents")]
+mod sampler;
+#[cfg(feature = "schema")]
 mod schema;
+#[cfg(feature = "server-log")]
 pub mod server_log;
-mod server_message;
-mod session;
-mod sql;
-mod statement;
-mod timestamp;
 mod transaction;
-mod watcher;
 
 pub use advisory::{AdvisoryLock, SessionAdvisoryLock, SessionGuard, TxAdvisoryLock, XactGuard};
+#[cfg(feature = "schema")]
 pub use backfill::{
     Backfill, BackfillKey, BackfillPause, BackfillProgress, BackfillStream, ReplicationLag,
 };
 pub use blocker::Blocker;
 pub use call_site::CallSite;
+pub use connection::ToStatement;
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
+#[cfg(feature = "incidents")]
 pub use incident::{Incident, IncidentKind};
 pub use keeper::{Keeper, KeeperBuilder};
 pub use key::LockKey;
 #[cfg(feature = "compat")]
 pub use key::compat;
-pub use mode::{
-    AdvisoryMode, LockMode, LockedRelation, ParseModeError, RowLock, StatementLock, TableWork,
-};
+pub use mode::{AdvisoryMode, LockMode, ParseModeError, RowLock};
+#[cfg(feature = "monitor")]
 pub use monitor::{
     AdvisoryLockEntry, Changes, Deadlocks, Effect, Health, InvalidIndexes, LockTable, Monitor,
-    PreparedTransactions, Protection, Reading, Recovery, RecoveryCheck, RecoveryCriterion,
-    Settings, SettingsFinding, SettingsFindingKind, Severity, SignalOutcome, Trend, Waits, Watch,
-    WatchUpdate, resolver, watchdog,
+    PreparedTransactions, Reading, Recovery, RecoveryCheck, RecoveryCriterion, Settings,
+    SettingsFinding, SettingsFindingKind, Severity, Trend, Waits, Watch, WatchUpdate,
 };
-pub use resolver::{LoadChange, Resolver, ResolverPolicy, RunLog};
+pub use postgres::TableName;
+#[cfg(feature = "resolver")]
+pub use resolver::{
+    LoadChange, Protection, Resolver, ResolverPolicy, RunLog, SignalOutcome, watchdog,
+};
+#[cfg(feature = "schema")]
 pub use schema::{
     AddCheck, AddColumn, AddForeignKey, AddPrimaryKey, Change, ChangeAttempt, ChangeFailed,
-    ChangeReport, CreateIndex, DropIndex, DryRun, IndexColumn, IndexProgress, Intent, Migration,
-    Preflight, PreflightLock, RecipeReport, ReferentialAction, ReplaceTable, Schema, SetNotNull,
+    ChangeReport, CreateIndex, DropIndex, DryRun, IndexColumn, IndexProgress, Intent,
+    LockedRelation, Migration, Preflight, PreflightLock, RecipeReport, ReferentialAction,
+    ReplaceTable, Schema, SetNotNull, StatementLock, TableWork,
 };
-pub use session::ToStatement;
-pub use sql::TableName;
 pub use tokio_postgres;
 pub use transaction::{AsyncFunc, LockRows, Never, RetryIf, TransactionOptions, Tx};
+#[cfg(feature = "resolver")]
 pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};
 
 #[cfg(doctest)]

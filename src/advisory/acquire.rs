@@ -4,14 +4,19 @@ use std::time::Duration;
 
 use super::environment::check_locking;
 use super::gate::Turn;
+use super::sql;
 use super::{Advisory, Request};
+use crate::advisory::sql::{Tried, Verdict};
+use crate::connection::sql::Ask;
+use crate::connection::sql::Preparable;
+use crate::connection::sql::server;
+use crate::connection::sql::server::Server;
+use crate::connection::{Reply, Scope, Session, Undo};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
-use crate::session::{Reply, Scope, Session, Undo};
-use crate::sql::advisory::{Tried, Verdict};
-use crate::sql::environment::Server;
-use crate::sql::{self, Ask, Message, Preparable};
+use crate::postgres::sql::Message;
+use crate::postgres::sql::{is_true, rows};
 use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
@@ -125,25 +130,20 @@ impl Advisory {
         deadline: &Deadline,
     ) -> Result<(Session, Tried), Error> {
         let text = |session: &Session| {
-            let ask = match self.ask(session, Preparable::of(request.locks(), false)) {
+            let ask = match self.ask(session, request.locks().preparable(false)) {
                 // What is prepared sets the name.
                 Ask::Prepare(_) | Ask::Execute(_) if request.begin.application_name.is_none() => {
                     Ask::Little
                 }
                 ask => ask,
             };
-            let sql = sql::advisory::begin_and_try(&request.begin, request.locks(), &ask);
+            let sql = sql::begin_and_try(&request.begin, request.locks(), &ask);
             (ask, sql)
         };
         let (session, ask, mut tried) = self
             .on_a_clean_connection(request, deadline, text, Undo::rollback)
             .await?;
-        self.learn(
-            &session,
-            &ask,
-            &tried,
-            Preparable::of(request.locks(), false),
-        );
+        self.learn(&session, &ask, &tried, request.locks().preparable(false));
         forgive_snapshot(request, &session, &mut tried);
         Ok((session, tried))
     }
@@ -168,7 +168,7 @@ impl Advisory {
                 .map_err(|error| error.with_key(&request.keys()[0]))?;
             let (ask, message) = text(&session);
             match self.send(session, message, undo(), deadline, request).await {
-                Ok((mut session, reply)) => match sql::advisory::tried(&reply) {
+                Ok((mut session, reply)) => match sql::tried(&reply) {
                     // Its transaction is somebody else's: closing the connection is all that can be done for it.
                     Some(Tried {
                         verdict: Verdict::Dirty,
@@ -207,11 +207,10 @@ impl Advisory {
                 // A standby refuses to begin a SERIALIZABLE transaction.
                 Err(error) if is_not_supported(&error) => {
                     // Under that default it refuses the question as well.
-                    let standby_said =
-                        match self.connections.ask(sql::environment::IN_RECOVERY).await {
-                            Ok(reply) => sql::environment::in_recovery(&reply),
-                            Err(refusal) => is_not_supported(&refusal),
-                        };
+                    let standby_said = match self.connections.ask(server::IN_RECOVERY).await {
+                        Ok(reply) => server::in_recovery(&reply),
+                        Err(refusal) => is_not_supported(&refusal),
+                    };
                     return Err(if standby_said {
                         standby(request).with_source(error)
                     } else {
@@ -281,9 +280,9 @@ impl Advisory {
         while !deadline.has_passed() {
             let wait = deadline.remaining().min(slice);
             let sql = if after_timeout {
-                sql::advisory::begin_again_and_wait(&request.begin, request.locks(), wait)
+                sql::begin_again_and_wait(&request.begin, request.locks(), wait)
             } else {
-                sql::advisory::wait_in_transaction(request.locks(), wait)
+                sql::wait_in_transaction(request.locks(), wait)
             };
             let exchange = session.exchange(sql, Undo::Cancel);
             let Some((answered, answer)) = exchange.within(wait.saturating_add(ANSWER)).await
@@ -329,11 +328,11 @@ impl Advisory {
         deadline: &Deadline,
         in_transaction: bool,
     ) -> Result<Tx, Error> {
-        let sql = sql::advisory::begin_and_look(&request.begin, request.locks(), in_transaction);
+        let sql = sql::begin_and_look(&request.begin, request.locks(), in_transaction);
         let (mut session, reply) = self
             .send(session, sql, Undo::rollback(), deadline, &request)
             .await?;
-        let mut tried = sql::advisory::tried(&reply);
+        let mut tried = sql::tried(&reply);
         if let Some(tried) = &mut tried {
             forgive_snapshot(&request, &session, tried);
         }
@@ -381,13 +380,8 @@ impl Advisory {
             request.lock_wait,
             request.begin.lock_timeout,
         );
-        if let (true, Some(flight)) = (request.is_group, tx.session().flight()) {
-            drop(
-                flight
-                    .journal()
-                    .conflict_group
-                    .set(request.keys()[0].clone()),
-            );
+        if let (true, Some(observed)) = (request.is_group, tx.session().observed()) {
+            observed.is_in_group(&request.keys()[0]);
         }
         let server = self.server(tx.session(), tried);
         check_locking(
@@ -434,12 +428,12 @@ impl Advisory {
         tried: &Tried,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
-        let sql = sql::advisory::begin_over_session_locks(&request.begin, request.locks());
+        let sql = sql::begin_over_session_locks(&request.begin, request.locks());
         // Until the session locks are returned, nothing but closing the connection is sure to return them.
         let (mut session, reply) = self
             .send(session, sql, Undo::Cancel, deadline, &request)
             .await?;
-        if !sql::rows(&reply).any(|row| sql::is_true(row, "unlocked")) {
+        if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
         }
         session.identify(tried.pid, request.begin.application_name.as_deref());

@@ -4,13 +4,14 @@ use super::acquire::{ANSWER, LINE_LOOK, no_answer, slice, standby, timed_out};
 use super::environment::check_locking;
 use super::gate::Turn;
 use super::line::{Entered, Handed, Interrupted, Stake};
+use super::sql;
 use super::{Advisory, Request, SessionGuard};
+use crate::advisory::sql::{Locks, Names, Tried, Verdict};
+use crate::connection::sql::Ask;
+use crate::connection::{Reply, Scope, Session, Then, Undo};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
 use crate::mode::AdvisoryMode;
-use crate::session::{Reply, Scope, Session, Then, Undo};
-use crate::sql::advisory::{Locks, Names, Tried, Verdict};
-use crate::sql::{self, Ask, Preparable};
 
 /// A session that holds the locks, what the server said of it, what was asked for, and what keeps the line in order.
 pub(super) struct Locked {
@@ -153,7 +154,7 @@ impl Advisory {
         }
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());
-        let unlock = match self.ask(&session, Preparable::of(request.locks(), true)) {
+        let unlock = match self.ask(&session, request.locks().preparable(true)) {
             Ask::Execute(statement) => Some(statement),
             _ => None,
         };
@@ -261,7 +262,7 @@ impl Advisory {
         let names = names(request, named);
         // The text depends on the connection's own pid, so it is made for each.
         let text = |session: &Session| {
-            let ask = match self.ask(session, Preparable::of(request.locks(), true)) {
+            let ask = match self.ask(session, request.locks().preparable(true)) {
                 Ask::All { .. } if !through_pooler => Ask::All {
                     login_pid: session.login_pid(),
                 },
@@ -269,18 +270,13 @@ impl Advisory {
                 Ask::Prepare(_) | Ask::Execute(_) if names.holding.is_none() => Ask::Little,
                 ask => ask,
             };
-            let sql = sql::advisory::try_session(request.locks(), names, &ask);
+            let sql = sql::try_session(request.locks(), names, &ask);
             (ask, sql)
         };
         let (session, ask, tried) = self
             .on_a_clean_connection(request, deadline, text, || undo_try(request))
             .await?;
-        self.learn(
-            &session,
-            &ask,
-            &tried,
-            Preparable::of(request.locks(), true),
-        );
+        self.learn(&session, &ask, &tried, request.locks().preparable(true));
         Ok((session, tried))
     }
 
@@ -299,12 +295,8 @@ impl Advisory {
         tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
         while !deadline.has_passed() {
             let wait = deadline.remaining().min(slice);
-            let sql = sql::advisory::wait_session(
-                request.locks(),
-                names(&request, named),
-                wait,
-                after_timeout,
-            );
+            let sql =
+                sql::wait_session(request.locks(), names(&request, named), wait, after_timeout);
             let exchange = session.exchange(sql, Undo::Cancel);
             let Some((answered, answer)) = exchange.within(wait.saturating_add(ANSWER)).await
             else {
@@ -366,7 +358,7 @@ impl Advisory {
         } else {
             session.login_pid()
         };
-        let sql = sql::advisory::look_session(
+        let sql = sql::look_session(
             request.locks(),
             names(&request, named),
             &Ask::All { login_pid },
@@ -375,7 +367,7 @@ impl Advisory {
         let (mut session, reply) = self
             .send(session, sql, undo_try(&request), deadline, &request)
             .await?;
-        match sql::advisory::tried(&reply) {
+        match sql::tried(&reply) {
             Some(tried) if tried.verdict == Verdict::Granted => {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
                 Ok(Locked::new(session, tried, request))
@@ -421,18 +413,16 @@ fn undo_try(request: &Request) -> Undo {
     let mode = request.mode();
     let renamed = request.begin.application_name.is_some();
     Undo::After(Box::new(move |reply: &Reply| {
-        let Some(tried) = sql::advisory::tried(reply) else {
+        let Some(tried) = sql::tried(reply) else {
             return Then::Close;
         };
         if tried.verdict == Verdict::Dirty {
             return Then::Close;
         }
-        let mut sql = sql::advisory::unlock_if_held(Locks { keys: &keys, mode });
+        let mut sql = sql::unlock_if_held(Locks { keys: &keys, mode });
         if renamed {
             sql.push_str("; ");
-            sql.push_str(&sql::advisory::set_application_name(
-                &tried.application_name,
-            ));
+            sql.push_str(&sql::set_application_name(&tried.application_name));
         }
         Then::Send(sql)
     }))

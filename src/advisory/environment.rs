@@ -6,14 +6,18 @@ use std::time::Duration;
 use tokio_postgres::IsolationLevel;
 
 use super::Advisory;
+use super::sql;
+use crate::advisory::sql::{Locks, Verdict};
+use crate::connection::sql::Ask;
+use crate::connection::sql::server;
+use crate::connection::sql::server::Server;
+use crate::connection::{Connections, Scope, Session, Undo};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Connections, Scope, Session, Undo};
-use crate::sql::advisory::{Locks, Verdict};
-use crate::sql::environment::Server;
-use crate::sql::{self, Ask};
+use crate::postgres::sql::{is_true, rows};
+use crate::transaction;
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
@@ -42,10 +46,8 @@ pub(super) async fn check_locking(
     if findings.locks(scope, &server.identity) {
         return Ok(());
     }
-    let reply = session
-        .message(&sql::advisory::shown_in_pg_locks(locks))
-        .await?;
-    let shown = sql::rows(&reply).any(|row| sql::is_true(row, "shown"));
+    let reply = session.message(&sql::shown_in_pg_locks(locks)).await?;
+    let shown = rows(&reply).any(|row| is_true(row, "shown"));
     if !shown && !excludes_a_second(session.connections(), locks.keys).await? {
         return Err(Error::new(ErrorKind::NoAdvisoryLocks)
             .with_key(&locks.keys[0])
@@ -72,13 +74,13 @@ async fn excludes_a_second(
         mode: AdvisoryMode::Exclusive,
     };
     // Whatever the session's default isolation is: the verdict is about the lock alone.
-    let begin = sql::Begin {
+    let begin = transaction::sql::Begin {
         isolation: Some(IsolationLevel::ReadCommitted),
-        ..sql::Begin::default()
+        ..transaction::sql::Begin::default()
     };
-    let sql = sql::advisory::begin_and_try(&begin, locks, &Ask::All { login_pid: None });
+    let sql = sql::begin_and_try(&begin, locks, &Ask::All { login_pid: None });
     let (second, answer) = second.exchange(sql, Undo::rollback()).await;
-    let tried = sql::advisory::tried(&answer?);
+    let tried = sql::tried(&answer?);
     let (second, answer) = second.exchange(sql::rollback(), Undo::Nothing).await;
     answer?;
     second.give_back();
@@ -117,8 +119,8 @@ impl Advisory {
 
     async fn pooler_keeps_sessions(&self, first: &Session) -> Result<bool, Error> {
         let pid_of = async |session: &Session| {
-            let reply = session.message(sql::environment::BACKEND_PID).await?;
-            Ok::<_, Error>(sql::environment::backend_pid(&reply))
+            let reply = session.message(server::BACKEND_PID).await?;
+            Ok::<_, Error>(server::backend_pid(&reply))
         };
         for _ in 0..COMPARISONS {
             let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
@@ -134,12 +136,15 @@ impl Advisory {
             }
             // One that prefers those just used gives the same one to the next client.
             // In a transaction the second client keeps its backend while the first is asked again.
-            let begin = sql::begin_transaction(&sql::Begin::default(), &Ask::Little);
+            let begin = transaction::sql::begin_transaction(
+                &transaction::sql::Begin::default(),
+                &Ask::Little,
+            );
             let Some((second, answer)) = within(second.exchange(begin, Undo::rollback())).await
             else {
                 return Err(undecided());
             };
-            let beside = sql::begun(&answer?).map(|begun| begun.pid);
+            let beside = transaction::sql::begun(&answer?).map(|begun| begun.pid);
             let after = within(pid_of(first)).await;
             let (second, answer) = second.exchange(sql::rollback(), Undo::Nothing).await;
             answer?;
@@ -197,8 +202,8 @@ pub(super) fn is_worth_counting(keys: &[LockKey]) -> bool {
 /// # Errors
 /// `OutOfLocks`, and the connection's.
 pub(super) async fn check_room_on(session: &Session, keys: &[LockKey]) -> Result<(), Error> {
-    let reply = session.message(sql::environment::LOCK_TABLE).await?;
-    let Some(table) = sql::environment::lock_table(&reply) else {
+    let reply = session.message(server::LOCK_TABLE).await?;
+    let Some(table) = server::lock_table(&reply) else {
         return Ok(());
     };
     let wanted = u64::try_from(keys.len()).unwrap_or(u64::MAX);

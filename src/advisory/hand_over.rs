@@ -4,10 +4,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::SessionGuard;
 use super::line::Next;
+use super::sql;
+use crate::advisory::sql::{Tried, Verdict};
+use crate::connection::{FromReply, Reply, Session, Then, Undo};
 use crate::key::LockKey;
-use crate::session::{FromReply, Reply, Session, Then, Undo};
-use crate::sql::advisory::{Tried, Verdict};
-use crate::sql::{self, Message};
+use crate::postgres::sql::Message;
+use crate::postgres::sql::{is_true, rows};
 
 /// The end of a guard: what is sent, and what the reply leaves to be done.
 pub(super) struct Ending {
@@ -33,7 +35,7 @@ impl Ending {
                     hand_over(statement, key, name, next)
                 }
                 None => (
-                    sql::advisory::execute_unlock(statement, key, name),
+                    sql::execute_unlock(statement, key, name),
                     after_unlock(Some(name.to_owned())),
                 ),
             },
@@ -77,14 +79,14 @@ fn next(guard: &SessionGuard, session: &Session) -> Option<Next> {
 /// The lock is released and tried again for the next in line, in one message. A waiter of another process that is in the
 /// server's queue gets it in between.
 fn hand_over(statement: &str, key: &LockKey, name: &str, next: Next) -> (Message, FromReply) {
-    let message = sql::advisory::execute_hand_over(statement, key, &next.application_name, name);
-    let unlock = sql::advisory::execute_unlock(statement, key, name);
+    let message = sql::execute_hand_over(statement, key, &next.application_name, name);
+    let unlock = sql::execute_unlock(statement, key, name);
     let name = name.to_owned();
     let then: FromReply = Box::new(move |reply| {
         if !is_unlocked(reply) {
             return Then::Close;
         }
-        let locked = sql::rows(reply).any(|row| sql::is_true(row, "locked"));
+        let locked = rows(reply).any(|row| is_true(row, "locked"));
         Then::Pass(Box::new(move |session: Session| {
             if session.is_doubtful() {
                 return;
@@ -119,18 +121,18 @@ fn after_unlock(application_name: Option<String>) -> FromReply {
         if !is_unlocked(reply) {
             return Then::Close;
         }
-        if sql::rows(reply).any(|row| sql::is_true(row, "fresh")) {
+        if rows(reply).any(|row| is_true(row, "fresh")) {
             return Then::GiveBack;
         }
         let mut sql = String::from(sql::ROLLBACK);
         if let Some(name) = &application_name {
             sql.push_str("; ");
-            sql.push_str(&sql::advisory::set_application_name(name));
+            sql.push_str(&sql::set_application_name(name));
         }
         Then::Send(sql)
     })
 }
 
 pub(super) fn is_unlocked(reply: &Reply) -> bool {
-    sql::rows(reply).any(|row| sql::is_true(row, "unlocked"))
+    rows(reply).any(|row| is_true(row, "unlocked"))
 }

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use super::Request;
 use super::environment::{check_locking, check_room_on, is_worth_counting};
+use super::sql;
+use crate::advisory::sql::{Timeouts, Verdict};
+use crate::connection::sql::server::Server;
+use crate::connection::{PendingStatement, Scope, Sent, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Saying, Scope, Session};
-use crate::sql;
-use crate::sql::advisory::{Timeouts, Verdict};
-use crate::sql::environment::Server;
 use crate::transaction::Tx;
 
 /// Where the server's `deadlock_timeout` is not known: twice its default.
@@ -109,16 +109,16 @@ impl<'a> TxAdvisoryLock<'a> {
     /// Dropped, the locks may have been taken; they end with the transaction.
     pub async fn try_acquire(self) -> Result<bool, Error> {
         let (tx, request) = self.checked()?;
-        let saying = say(tx, "try_advisory_lock", &request);
+        let pending = begin_call(tx, "try_advisory_lock", &request);
         let locked = try_once(tx, request).await.map(|tried| tried.is_ok());
-        end(saying, &locked);
+        end(pending, &locked);
         locked
     }
 
     async fn acquire(self) -> Result<(), Error> {
         let deadline = Deadline::after(self.wait);
         let (tx, request) = self.checked()?;
-        let saying = say(tx, "advisory_lock", &request);
+        let pending = begin_call(tx, "advisory_lock", &request);
         let locked = match try_once(tx, request).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err((tx, request, server, timeouts))) => {
@@ -126,7 +126,7 @@ impl<'a> TxAdvisoryLock<'a> {
             }
             Err(error) => Err(error),
         };
-        end(saying, &locked);
+        end(pending, &locked);
         locked
     }
 
@@ -160,19 +160,19 @@ impl<'a> IntoFuture for TxAdvisoryLock<'a> {
 }
 
 /// Notes the request in the transaction's journal.
-fn say(tx: &Tx, call: &str, request: &Request) -> Option<Saying> {
+fn begin_call(tx: &Tx, call: &str, request: &Request) -> Option<PendingStatement> {
     let mut text = format!("{call}({}", request.keys()[0]);
     if let more @ 1.. = request.keys().len() - 1 {
         text.push_str(&format!(" and {more} more"));
     }
     text.push(')');
-    tx.session().say_in_slices(&text)
+    tx.session().begin_statement(Sent::Call(&text))
 }
 
-fn end<T>(saying: Option<Saying>, locked: &Result<T, Error>) {
-    if let Some(saying) = saying {
+fn end<T>(pending: Option<PendingStatement>, locked: &Result<T, Error>) {
+    if let Some(pending) = pending {
         let error = locked.as_ref().err();
-        saying.end(error.map(|error| error.as_db_error().map_or(Failure::Driver, classify_db)));
+        pending.end(error.map(|error| error.as_db_error().map_or(Failure::Driver, classify_db)));
     }
 }
 
@@ -185,21 +185,21 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
     }
     let several = request.keys().len() > 1;
     let sql = if several {
-        sql::advisory::try_at_savepoint(request.locks())
+        sql::try_at_savepoint(request.locks())
     } else {
-        sql::advisory::try_in_transaction(request.locks())
+        sql::try_in_transaction(request.locks())
     };
     let failed =
         |error: tokio_postgres::Error| request.error(classify(&error).kind()).with_source(error);
     let reply = tx.session().message(&sql).await.map_err(failed)?;
-    let Some(tried) = sql::advisory::tried(&reply) else {
+    let Some(tried) = sql::tried(&reply) else {
         return Err(no_answer(&request));
     };
     if several {
         let end = if tried.verdict == Verdict::Granted {
-            sql::advisory::KEEP_TRIED
+            sql::KEEP_TRIED
         } else {
-            sql::advisory::UNDO_TRIED
+            sql::UNDO_TRIED
         };
         tx.session().message(end).await.map_err(failed)?;
     }
@@ -247,9 +247,9 @@ async fn wait(
     while !deadline.has_passed() {
         let slice = deadline.remaining().min(slice(server));
         let sql = if after_timeout {
-            sql::advisory::wait_at_savepoint_again(request.locks(), slice, timeouts)
+            sql::wait_at_savepoint_again(request.locks(), slice, timeouts)
         } else {
-            sql::advisory::wait_at_savepoint(request.locks(), slice, timeouts)
+            sql::wait_at_savepoint(request.locks(), slice, timeouts)
         };
         // Cancel safety: a waiter nobody waits for is cancelled, by the drop of this.
         let cancel = scopeguard::guard(tx.session(), Session::cancel_in_background);
@@ -269,11 +269,11 @@ async fn wait(
     }
     if !after_timeout {
         // No wait at all: only the savepoint that is gone back to below.
-        tx.session().message(sql::advisory::MARK).await?;
+        tx.session().message(sql::MARK).await?;
     }
     let reply = tx
         .session()
-        .message(&sql::advisory::undo_wait_at_savepoint(request.locks()))
+        .message(&sql::undo_wait_at_savepoint(request.locks()))
         .await?;
     let blockers = sql::blockers::blockers(&reply, request.mode());
     Err(super::acquire::timed_out(&request, deadline).with_blockers(blockers))

@@ -13,10 +13,10 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use crate::advisory::sql::Tried;
+use crate::connection::Session;
 use crate::deadline::Deadline;
 use crate::key::{KeyId, LockKey};
-use crate::session::Session;
-use crate::sql::advisory::Tried;
 
 /// How often the first in line looks whether the lock is free all the same: a holder's connection can have ended without
 /// its guard having been dropped.

@@ -11,7 +11,7 @@ use crate::call_site::CallSite;
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::sql::Begin;
+use crate::transaction::sql::Begin;
 
 /// How often a transaction of a conflict group is a deadlock's victim before it runs alone.
 const VICTIM: u32 = 2;

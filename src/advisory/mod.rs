@@ -1,7 +1,7 @@
 //! Advisory locks: what is asked for, how it is taken, and the guards that hold it.
 //!
 //! A call goes like this: a description ([`AdvisoryLock`]) becomes a [`Request`] (checked, sorted, named); `acquire`
-//! or `acquire_session` takes it with the texts of [`crate::sql::advisory`] on a [`crate::session::Session`]; what
+//! or `acquire_session` takes it with the texts of [`crate::advisory::sql`] on a [`crate::connection::Session`]; what
 //! comes out is a [`Tx`](crate::Tx) in an [`XactGuard`], or a [`SessionGuard`].
 
 mod acquire;
@@ -14,6 +14,7 @@ mod line;
 mod lock;
 mod request;
 mod session_guard;
+mod sql;
 mod xact_guard;
 
 use std::sync::Arc;
@@ -24,7 +25,7 @@ pub(crate) use request::Request;
 pub use session_guard::SessionGuard;
 pub use xact_guard::XactGuard;
 
-use crate::session::Connections;
+use crate::connection::Connections;
 
 /// What all advisory locks of one keeper share.
 #[derive(Debug)]

@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use crate::advisory::sql::{Locks, Names};
 use crate::call_site::CallSite;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::key::names::{Registration, register};
 use crate::mode::AdvisoryMode;
-use crate::sql::Begin;
-use crate::sql::advisory::{Locks, Names};
 use crate::transaction::Held;
+use crate::transaction::sql::Begin;
 
 /// One or several locks to be taken together.
 #[derive(Debug)]

@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 use super::Request;
 use super::hand_over::{Ending, is_unlocked};
 use super::line::Stake;
+use super::sql;
+use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
+use crate::connection::{Session, Undo, query_methods, see_through};
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::session::{Journal, Session, Undo, query_methods, see_through};
-use crate::sql;
-use crate::sql::advisory::Locks;
 use crate::transaction::{AsyncFunc, Tx};
 
 /// How often [`SessionGuard::lost`] looks.
@@ -65,9 +65,8 @@ impl SessionGuard {
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
-        let journal = Journal::new(call_site, session.application_name(), None, true);
         // Nobody had one before.
-        drop(session.begin_journal(journal));
+        drop(session.begin_observation(call_site, None, true));
         let lock_wait = request.lock_wait;
         let (keys, names) = request.into_parts();
         Self {
@@ -263,7 +262,7 @@ impl SessionGuard {
     }
 
     pub(super) fn release_text(&self) -> String {
-        sql::advisory::unlock(self.locks(), self.application_name.as_deref())
+        sql::unlock(self.locks(), self.application_name.as_deref())
     }
 
     fn trace_end(&self) {

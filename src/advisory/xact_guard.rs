@@ -3,11 +3,11 @@
 use tokio_postgres::types::ToSql;
 
 use super::TxAdvisoryLock;
+use crate::connection::{Session, query_methods};
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Session, query_methods};
-use crate::sql::TableName;
+use crate::postgres::TableName;
 use crate::transaction::{AsyncFunc, LockRows, Tx};
 
 /// One transaction and the transaction-level advisory locks taken at its beginning.

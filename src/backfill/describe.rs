@@ -11,7 +11,8 @@ use super::{BackfillProgress, BackfillStream};
 use crate::advisory::Advisory;
 use crate::call_site::CallSite;
 use crate::error::Error;
-use crate::sql::{TableName, name_flaw};
+use crate::postgres::TableName;
+use crate::postgres::name_flaw;
 use crate::transaction::Policy;
 
 /// How long a batch should take where nothing says otherwise.

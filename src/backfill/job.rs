@@ -11,16 +11,15 @@ use super::name::name_of;
 use super::pace::Pace;
 use super::{BackfillPause, BackfillProgress};
 use crate::advisory::{AdvisoryLock, SessionGuard};
-use crate::backoff::{Backoff, RetryBudget};
-use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify_db};
-use crate::incident::Incident;
-use crate::key::LockKey;
-use crate::sql::Begin;
-use crate::sql::backfill::{
+use crate::backfill::sql::{
     self as texts, Batch, Checkpoint, Done, Found, Look, Saved, Table, Target,
 };
-use crate::transaction::{self, Failed, Never, Policy, Reporter, Tx};
+use crate::backoff::{Backoff, RetryBudget};
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
+use crate::key::LockKey;
+use crate::transaction::sql::Begin;
+use crate::transaction::{self, FailedAttempt, Never, Policy, Reporter, Tx};
 
 /// How long what was seen of waiters and standbys is good for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -544,7 +543,7 @@ fn policy(backfill: &Backfill) -> Policy {
 struct Rarely(Arc<dyn Reporter>);
 
 impl Reporter for Rarely {
-    fn failed(&self, failed: &Failed<'_>) -> Option<Incident> {
+    fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
         if failed.pause.is_some() && classify_db(failed.error) != Failure::Deadlock {
             return None;
         }

@@ -9,6 +9,7 @@ mod job;
 mod name;
 mod pace;
 mod progress;
+mod sql;
 mod stream;
 
 pub(crate) use describe::Means;

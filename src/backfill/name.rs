@@ -1,7 +1,7 @@
 //! What a backfill is called.
 
 use crate::key::LockKey;
-use crate::statement::redact;
+use crate::postgres::statement::redact;
 
 /// Bytes of a name.
 pub(super) const MOST_NAME: usize = 200;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::pace;
-use crate::sql::backfill::Standbys;
+use crate::backfill::sql::Standbys;
 
 /// How far a backfill has come; from [`Backfill::on_progress`](super::Backfill::on_progress),
 /// [`stream`](super::Backfill::stream) and [`run`](super::Backfill::run).

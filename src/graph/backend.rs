@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::statement;
+use crate::postgres::statement;
 
 /// What tells the participants of one [`Snapshot`](super::Snapshot) apart: a backend's process id, or a prepared
 /// transaction's global identifier.

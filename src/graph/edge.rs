@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::mode::LockMode;
 
-use super::render::Age;
 use super::{BackendId, LockObject, RowId};
+use crate::postgres::timestamp::Age;
 
 /// How one session is in the way of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -7,8 +7,8 @@ use serde::ser::SerializeStruct as _;
 use serde::{Serialize, Serializer};
 
 use crate::key::LockKey;
-use crate::statement::redact;
-use crate::timestamp::rfc3339;
+use crate::postgres::statement::redact;
+use crate::postgres::timestamp::rfc3339;
 
 use super::edge::Wait;
 use super::{Backend, BackendId, Cycle, Edge, EdgeKind, LockObject, LockTree, Relation, Snapshot};

@@ -113,17 +113,17 @@ mod edge;
 pub(crate) mod json;
 mod modes;
 mod net;
-mod object;
+#[cfg(feature = "pictures")]
 mod picture;
 mod render;
 mod snapshot;
+pub(crate) mod sql;
 mod tree;
 
+pub use crate::postgres::lock_object::{LockObject, Relation, RowId};
 pub(crate) use assemble::{LockRow, assemble};
 pub use backend::{Backend, BackendId};
 pub use edge::{Edge, EdgeKind};
-pub use object::{LockObject, Relation, RowId};
-pub(crate) use render::Age;
 pub use snapshot::{Cycle, Snapshot};
 pub use tree::{LockTree, TreeNode};
 
@@ -132,7 +132,6 @@ pub(crate) mod parts {
     pub(crate) use crate::graph::backend::{Sight, Verbatim};
     #[cfg(test)]
     pub(crate) use crate::graph::edge::Wait;
-    pub(crate) use crate::graph::render::Age;
 }
 
 #[cfg(test)]

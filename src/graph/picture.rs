@@ -6,11 +6,12 @@ use crate::picture::{
     Card, Cell, Fold, Line, Link, Look, Page, Picture, Row, Section, Table, choose, page,
     without_implied,
 };
-use crate::statement::redact;
-use crate::timestamp::rfc3339;
+use crate::postgres::statement::redact;
+use crate::postgres::timestamp::rfc3339;
 
-use super::render::{Age, count};
+use super::render::count;
 use super::{Backend, BackendId, Edge, LockObject, LockTree, TreeNode};
+use crate::postgres::timestamp::Age;
 
 /// Circles that are told of above the picture.
 const MOST_ALARMS: usize = 10;

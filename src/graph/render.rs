@@ -1,9 +1,9 @@
 //! The tree as text.
 
 use std::fmt::{self, Write as _};
-use std::time::Duration;
 
-use crate::statement::redact;
+use crate::postgres::statement::redact;
+use crate::postgres::timestamp::Age;
 
 use super::{Backend, Edge, EdgeKind, LockTree, TreeNode};
 
@@ -288,21 +288,5 @@ impl fmt::Display for Pids<'_> {
             write!(f, "{comma}{pid}")?;
         }
         Ok(())
-    }
-}
-
-/// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`.
-pub(crate) struct Age(pub(crate) Duration);
-
-impl fmt::Display for Age {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.0.as_secs();
-        match seconds {
-            0 => write!(f, "{}ms", self.0.as_millis()),
-            1..60 => write!(f, "{}.{}s", seconds, self.0.subsec_millis() / 100),
-            60..3600 => write!(f, "{}min {:02}s", seconds / 60, seconds % 60),
-            3600..86_400 => write!(f, "{}h {:02}min", seconds / 3600, seconds / 60 % 60),
-            _ => write!(f, "{}d {:02}h", seconds / 86_400, seconds / 3600 % 24),
-        }
     }
 }

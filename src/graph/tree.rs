@@ -120,10 +120,12 @@ impl LockTree {
     }
 
     /// The roots, and of each backend of the snapshot those below it.
+    #[cfg(feature = "pictures")]
     pub(super) fn forest(&self) -> (&[usize], &[Vec<usize>]) {
         (&self.roots, &self.below)
     }
 
+    #[cfg(feature = "pictures")]
     pub(super) fn node(&self, at: usize) -> TreeNode<'_> {
         TreeNode { tree: self, at }
     }
@@ -166,6 +168,7 @@ impl<'a> TreeNode<'a> {
     }
 
     /// Its place among the snapshot's backends.
+    #[cfg(any(feature = "pictures", feature = "serde"))]
     pub(super) fn place(&self) -> usize {
         self.at
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::graph::{self, BackendId, EdgeKind, LockObject, Relation, RowId};
-use crate::server_message::RowContext;
+use crate::postgres::message::RowContext;
 
 use super::RowKey;
 

@@ -8,7 +8,7 @@ use crate::call_site::CallSite;
 use crate::graph::{RowId, Snapshot};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::statement;
+use crate::postgres::statement;
 
 use super::{Outcome, RowKey};
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use crate::graph::{LockObject, Relation};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::statement::{self, StatementKind};
+use crate::postgres::statement::{self, StatementKind};
 
 use super::texts::{Texts, is_call};
 use super::{IncidentEdge, Journal, JournalEntry};

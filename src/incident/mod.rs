@@ -7,6 +7,7 @@
 // Pure: from `Evidence` to an `Incident`, without I/O.
 
 mod diagnosis;
+#[cfg(feature = "pictures")]
 mod drawing;
 mod edge;
 mod evidence;
@@ -33,16 +34,30 @@ pub use fingerprint::Fingerprint;
 pub(crate) use history::History;
 pub use journal::{JournalLine, JournalMark};
 pub use participant::Participant;
-pub(crate) use participant::site_in;
 pub use row_key::RowKey;
 
 use crate::graph::BackendId;
 
+use crate::error::{Error, Report};
 use diagnosis::Facts;
 use history::Sightings;
 use scene::Scene;
 use server::{Message, Shown};
 use texts::Texts;
+
+impl Report for Incident {}
+
+impl Error {
+    /// What is known of the deadlock or the wait for a lock that ended the transaction: the participants, their
+    /// statements, and what to do about it.
+    ///
+    /// Where only one attempt was made, a closure's own error is passed on as it is, without it;
+    /// [`on_incident`](crate::KeeperBuilder::on_incident) is told all the same.
+    #[must_use]
+    pub fn incident(&self) -> Option<&Incident> {
+        self.report()?.downcast_ref()
+    }
+}
 
 /// A deadlock, a lock timeout or a long wait: what happened, who was there, why, and what to do about it.
 ///

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use crate::call_site;
 use crate::graph::{Backend, BackendId};
 use crate::key::LockKey;
-use crate::statement;
+use crate::postgres::statement;
 
 use super::journal::{Reading, SAME_TIME};
 use super::scene::Scene;
@@ -253,7 +253,7 @@ fn participant(
     let name = name.or_else(|| journal?.application_name.clone());
     let call_site = match journal {
         Some(journal) => journal.call_site.map(|site| Arc::from(site.to_string())),
-        None => name.as_deref().and_then(site_in).map(Arc::from),
+        None => name.as_deref().and_then(call_site::site_in).map(Arc::from),
     };
     let site_key = match journal {
         Some(journal) => journal.call_site.map(|site| {
@@ -330,41 +330,7 @@ fn journal<'a>(
         .find(|journal| journal.pid == Some(pid))
 }
 
-/// The call site in an `application_name` as this crate sets it.
-pub(crate) fn site_in(name: &str) -> Option<&str> {
-    let site = name.rsplit(' ').next()?;
-    let (path, line) = site.rsplit_once(':')?;
-    let is_line = line.parse::<u32>().is_ok() && !line.starts_with('+');
-    (is_line && path.ends_with(".rs")).then_some(site)
-}
-
 /// The path may have lost its beginning.
 fn without_folders(site: &str) -> &str {
     site.rsplit('/').next().unwrap_or(site)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn call_sites_are_read_from_application_names() {
-        for (name, site) in [
-            ("billing src/pay.rs:42", Some("src/pay.rs:42")),
-            ("src/pay.rs:42", Some("src/pay.rs:42")),
-            (
-                "my app .../pay.rs:4294967295",
-                Some(".../pay.rs:4294967295"),
-            ),
-            ("app 10.0.0.1:5432", None),
-            ("src/pay.rs", None),
-            ("pay.rs:+1", None),
-            ("pay.rs:", None),
-            ("", None),
-        ] {
-            assert_eq!(site_in(name), site, "{name}");
-        }
-        let own = call_site::application_name("billing", None);
-        assert_eq!(site_in(&own), None);
-    }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::graph::{BackendId, Edge, LockObject, Relation, RowId, Snapshot};
 use crate::key::LockKey;
-use crate::server_message::{self, DeadlockDetail};
+use crate::postgres::message::{self, DeadlockDetail};
 
 use super::edge::same_row;
 use super::server::Message;
@@ -316,7 +316,7 @@ impl<'a> Names<'a> {
         )
     }
 
-    fn object(&self, object: &server_message::LockObject) -> LockObject {
+    fn object(&self, object: &message::LockObject) -> LockObject {
         LockObject::of_message(object, |oid| self.relation(oid))
     }
 }

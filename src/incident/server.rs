@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::server_message::{
+use crate::postgres::message::{
     ContextKind, ContextLine, DeadlockDetail, LineKind, RowContext, context, deadlock_detail,
 };
-use crate::statement::{self, StatementKind};
+use crate::postgres::statement::{self, StatementKind};
 
 use super::ServerError;
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::statement::{self, StatementKind};
+use crate::postgres::statement::{self, StatementKind};
 
 /// Longer statements are cut.
 const MOST_CHARS: usize = 4000;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use crate::graph::{LockObject, Relation};
 use crate::key::LockKey;
-use crate::server_message::RowContext;
-pub(super) use crate::timestamp::rfc3339 as timestamp;
+use crate::postgres::message::RowContext;
+pub(super) use crate::postgres::timestamp::rfc3339 as timestamp;
 
 use super::{IncidentEdge, Participant};
 

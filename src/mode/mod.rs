@@ -7,11 +7,9 @@
 mod advisory;
 mod parse;
 mod row;
-mod statements;
 mod table;
 
 pub use advisory::AdvisoryMode;
 pub use parse::ParseModeError;
 pub use row::RowLock;
-pub use statements::{LockedRelation, StatementLock, TableWork};
 pub use table::LockMode;

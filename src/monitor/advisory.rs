@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
+use crate::connection;
+use crate::graph::sql::Seen;
 use crate::graph::{Backend, BackendId, LockObject};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session;
-use crate::sql::graph::Seen;
 
 /// A session, or a prepared transaction, that holds an advisory lock or waits for it: a row of `pg_locks`.
 ///
@@ -129,7 +129,7 @@ pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
                 wait_age: lock
                     .since
                     .map(|since| seen.taken_at.duration_since(since).unwrap_or_default()),
-                guarded: lock.who.pid().is_some_and(session::is_in_custody),
+                guarded: lock.who.pid().is_some_and(connection::is_in_custody),
                 backend: backend.unwrap_or_else(|| Backend::unknown(lock.who)),
             })
         })

@@ -1,7 +1,7 @@
 //! The doctor's rules: from values to findings.
 
 use super::settings::{Effect, Pooler, SettingsFinding, SettingsFindingKind, Severity};
-use crate::sql::settings::{self as sql, Looker, Membership, Place, Setting};
+use crate::monitor::sql::settings::{self as sql, Looker, Membership, Place, Setting};
 
 /// Milliseconds: a deadlock stands for this long before the server looks for it.
 const SLOW_DETECTION: u64 = 2_000;
@@ -308,7 +308,7 @@ fn privilege(
         kind,
         severity,
         name,
-        value: format!("{value} {}", crate::sql::identifier(&looker.role)),
+        value: format!("{value} {}", crate::postgres::sql::identifier(&looker.role)),
         why,
         mend: Some((sql::grant(name, has, looker), Effect::Immediate)),
     })

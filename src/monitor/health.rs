@@ -3,9 +3,9 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use crate::graph::parts::Age;
 use crate::graph::{Backend, BackendId, Relation, Snapshot, TreeNode};
-use crate::sql::health::Numbers;
+use crate::monitor::sql::health::Numbers;
+use crate::postgres::timestamp::Age;
 
 /// How many root blockers `Display` names.
 const NAMED: usize = 3;

@@ -8,7 +8,7 @@ use super::health::{Health, Reading};
 use super::settings::{Effect, Settings, SettingsFinding, Severity};
 use crate::graph::json::{Id, Name, millis};
 use crate::graph::{Backend, BackendId};
-use crate::timestamp::rfc3339;
+use crate::postgres::timestamp::rfc3339;
 
 /// Goes up when a field of either changes its meaning, or goes away. New fields do not count.
 const VERSION: u32 = 1;

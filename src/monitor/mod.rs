@@ -1,22 +1,17 @@
 //! Looking at the server: who is there, who waits for whom, and who holds which advisory lock.
 
 mod advisory;
-mod background;
 mod doctor;
 mod health;
 #[cfg(feature = "serde")]
 mod json;
 #[cfg(feature = "metrics")]
 mod metrics;
-mod pattern;
-mod protection;
-mod recovery;
-pub mod resolver;
+pub(crate) mod recovery;
 mod settings;
-mod signal;
-mod waits;
+mod sql;
+pub(crate) mod waits;
 mod watch;
-pub mod watchdog;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -25,19 +20,17 @@ use std::time::{Duration, Instant};
 
 pub use advisory::AdvisoryLockEntry;
 pub use health::{Deadlocks, Health, InvalidIndexes, LockTable, PreparedTransactions, Reading};
-pub use protection::Protection;
 pub use recovery::{Recovery, RecoveryCheck, RecoveryCriterion, Trend};
 pub use settings::{Effect, Settings, SettingsFinding, SettingsFindingKind, Severity};
-pub use signal::SignalOutcome;
 pub use waits::Waits;
 pub use watch::{Changes, Watch, WatchUpdate};
 
+use crate::connection::Connections;
 use crate::error::{Error, ErrorKind};
+use crate::graph::sql::{self as graph, Seen};
 use crate::graph::{Backend, Edge, LockTree, Snapshot};
 use crate::key::{KeyId, LockKey, names};
-use crate::session::Connections;
-use crate::sql::graph::{self, Seen};
-use crate::sql::health as numbers;
+use sql::health as numbers;
 
 /// Looks at the server's sessions and locks: [`Keeper::monitor`](crate::Keeper::monitor).
 ///
@@ -270,6 +263,12 @@ impl Monitor {
         settings::examine(&self.connections).await
     }
 
+    /// The connections it asks on.
+    #[cfg(feature = "resolver")]
+    pub(crate) fn connections(&self) -> &Arc<Connections> {
+        &self.connections
+    }
+
     async fn look(&self, sql: &str) -> Result<(Seen, Duration), Error> {
         let started = Instant::now();
         let reply = self.connections.ask(sql).await?;
@@ -298,4 +297,4 @@ impl fmt::Debug for Monitor {
 }
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

@@ -82,7 +82,7 @@ pub struct Recovery {
 
 /// The checks so far.
 #[derive(Clone, Debug)]
-pub(super) struct Course {
+pub(crate) struct Course {
     criterion: RecoveryCriterion,
     databases: Databases,
     last: Option<Waits>,
@@ -129,7 +129,7 @@ impl RecoveryCriterion {
         }
     }
 
-    pub(super) fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         if self.checks == 0 {
             return Err(Error::config(
                 "a recovery criterion of 0 checks: it takes at least 1 check to know",
@@ -285,7 +285,7 @@ impl Recovery {
 }
 
 impl Course {
-    pub(super) fn new(criterion: RecoveryCriterion, databases: Databases) -> Result<Self, Error> {
+    pub(crate) fn new(criterion: RecoveryCriterion, databases: Databases) -> Result<Self, Error> {
         criterion.check()?;
         Ok(Self {
             criterion,
@@ -296,12 +296,12 @@ impl Course {
         })
     }
 
-    pub(super) fn observe(&mut self, snapshot: &Snapshot) -> RecoveryCheck {
+    pub(crate) fn observe(&mut self, snapshot: &Snapshot) -> RecoveryCheck {
         self.count(Waits::among(snapshot, &self.databases))
     }
 
     /// Nothing is known of this check.
-    pub(super) fn interrupt(&mut self) {
+    pub(crate) fn interrupt(&mut self) {
         self.met = 0;
         self.falling = 0;
     }

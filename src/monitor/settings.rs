@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{doctor, unreadable};
+use crate::connection::sql::server::{BACKEND_PID, backend_pid};
+use crate::connection::{Connections, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
-use crate::session::{Connections, Session};
-use crate::sql::environment::{BACKEND_PID, backend_pid};
-use crate::sql::settings::{self as sql, Place, Setting};
+use crate::monitor::sql::settings::{self as sql, Place, Setting};
 
 /// How long to wait for a connection of the pool.
 const SPARE: Duration = Duration::from_secs(5);

@@ -8,7 +8,7 @@ use crate::graph::{Backend, Edge, EdgeKind, LockObject, Snapshot};
 use crate::mode::LockMode;
 
 /// A client's session, all of which can be seen.
-pub(super) fn backend(pid: i32) -> Backend {
+pub(crate) fn backend(pid: i32) -> Backend {
     Backend {
         sight: Sight::Whole,
         backend_start: Some(SystemTime::UNIX_EPOCH),
@@ -23,7 +23,7 @@ pub(super) fn backend(pid: i32) -> Backend {
 }
 
 /// `waiter` has waited for `blocker` for so long.
-pub(super) fn edge(waiter: i32, blocker: i32, age: Duration) -> Edge {
+pub(crate) fn edge(waiter: i32, blocker: i32, age: Duration) -> Edge {
     Edge {
         wait: Arc::new(Wait {
             waiter: waiter.into(),
@@ -40,6 +40,6 @@ pub(super) fn edge(waiter: i32, blocker: i32, age: Duration) -> Edge {
     }
 }
 
-pub(super) fn snapshot(backends: Vec<Backend>, edges: Vec<Edge>) -> Snapshot {
+pub(crate) fn snapshot(backends: Vec<Backend>, edges: Vec<Edge>) -> Snapshot {
     Snapshot::new(backends, edges, SystemTime::UNIX_EPOCH, Duration::ZERO)
 }

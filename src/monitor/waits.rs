@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use crate::graph::parts::Age;
 use crate::graph::{BackendId, Snapshot};
+use crate::postgres::timestamp::Age;
 
 /// How many sessions wait for a lock in one moment, and how long by then.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -22,7 +22,7 @@ impl Waits {
     }
 
     /// Of those who wait in some databases.
-    pub(super) fn among(snapshot: &Snapshot, databases: &Databases) -> Self {
+    pub(crate) fn among(snapshot: &Snapshot, databases: &Databases) -> Self {
         let mut waiters: BTreeMap<&BackendId, Option<Duration>> = BTreeMap::new();
         for edge in snapshot.edges() {
             let backend = snapshot.backend(edge.waiter());
@@ -81,11 +81,11 @@ impl fmt::Display for Waits {
 
 /// Databases to which something is limited, by their names; all of them where none is named.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Databases(pub(super) Vec<Box<str>>);
+pub(crate) struct Databases(pub(crate) Vec<Box<str>>);
 
 impl Databases {
     /// Whether a session of this database belongs to it. One whose database is not known, only where all do.
-    pub(super) fn has(&self, database: Option<&str>) -> bool {
+    pub(crate) fn has(&self, database: Option<&str>) -> bool {
         self.0.is_empty() || database.is_some_and(|name| self.0.iter().any(|one| **one == *name))
     }
 }

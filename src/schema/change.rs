@@ -6,8 +6,8 @@ use super::refusal::{self, Allowed};
 use super::report::ChangeReport;
 use super::run::{Context, How};
 use crate::error::{Error, ErrorKind};
-use crate::sql::TableName;
-use crate::sql::schema::catalog;
+use crate::postgres::TableName;
+use crate::schema::sql::catalog;
 
 /// A schema change to be made: [`Schema::change`](crate::Schema::change). Awaiting it runs it.
 #[must_use = "a change does nothing until it is awaited"]

@@ -8,8 +8,8 @@ use super::report::RecipeReport;
 use super::run::Context;
 use super::table::Table;
 use crate::error::{Error, has_the_column};
-use crate::sql::TableName;
-use crate::sql::schema::{catalog, recipe};
+use crate::postgres::TableName;
+use crate::schema::sql::{catalog, recipe};
 
 /// A column to be added: [`Schema::add_column`](crate::Schema::add_column). Awaiting it adds it.
 #[must_use = "a column is not added until it is awaited"]

@@ -6,8 +6,8 @@ use super::report::RecipeReport;
 use super::run::Context;
 use super::table::Table;
 use crate::error::Error;
-use crate::sql::TableName;
-use crate::sql::schema::recipe::ForeignKey;
+use crate::postgres::TableName;
+use crate::schema::sql::recipe::ForeignKey;
 use std::time::Duration;
 
 /// A primary key's index may take as long as any.

@@ -8,9 +8,10 @@ use super::run::Context;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::mode::LockMode;
-use crate::sql::schema::catalog;
-use crate::sql::{Begin, TableName};
+use crate::postgres::TableName;
+use crate::schema::sql::catalog;
 use crate::transaction;
+use crate::transaction::sql::Begin;
 
 /// What a change has really locked: [`Schema::dry_run`](crate::Schema::dry_run).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,9 +13,10 @@ use super::table::Table;
 use super::watch::OnProgress;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, ErrorKind, is_already_there};
-use crate::sql::schema::catalog;
-use crate::sql::schema::index::{self, Definition, Index, Part};
-use crate::sql::{TableName, name_flaw};
+use crate::postgres::TableName;
+use crate::postgres::name_flaw;
+use crate::schema::sql::catalog;
+use crate::schema::sql::index::{self, Definition, Index, Part};
 
 /// How long the build of an index is repeated, and others' builds are waited for, where nothing says otherwise.
 const DEADLINE: Duration = Duration::from_secs(3600);

@@ -1,7 +1,7 @@
 //! What indexes are called: by default, when a name is too long, and what is left of a build.
 
 use crate::key::LockKey;
-use crate::sql::schema::index::Definition;
+use crate::schema::sql::index::Definition;
 
 const MAX_NAME: usize = 63;
 
@@ -55,7 +55,7 @@ pub(super) fn shortened(name: &str, suffix: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sql::schema::index::Part;
+    use crate::schema::sql::index::Part;
 
     fn on(columns: &[&str]) -> Definition {
         Definition {

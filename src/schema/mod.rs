@@ -20,6 +20,8 @@ mod refusal;
 mod replace;
 mod report;
 mod run;
+mod sql;
+mod statements;
 mod table;
 mod watch;
 
@@ -34,12 +36,13 @@ pub use progress::IndexProgress;
 pub use replace::ReplaceTable;
 pub use report::{ChangeAttempt, ChangeFailed, ChangeReport, RecipeReport};
 pub(crate) use run::Context;
+pub use statements::{LockedRelation, StatementLock, TableWork};
 
 use pace::{Pace, paced};
 
 use crate::error::Error;
-use crate::sql::TableName;
-use crate::sql::schema::recipe::ForeignKey;
+use crate::postgres::TableName;
+use crate::schema::sql::recipe::ForeignKey;
 use crate::transaction::AsyncFunc;
 
 /// Schema changes that keep nobody waiting for long: [`Keeper::schema`](crate::Keeper::schema).

@@ -8,9 +8,10 @@ use crate::advisory::{AdvisoryLock, SessionGuard};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, is_already_there};
 use crate::key::LockKey;
-use crate::sql::schema::once;
-use crate::sql::{Begin, TableName};
+use crate::postgres::TableName;
+use crate::schema::sql::once;
 use crate::transaction::AsyncFunc;
+use crate::transaction::sql::Begin;
 
 /// How long others wait for the one that runs it.
 const DEADLINE: Duration = Duration::from_secs(3600);

@@ -4,9 +4,10 @@
 use super::ddl::{self, Action, Ask, Target};
 use super::run::Context;
 use crate::error::{Error, ErrorKind};
-use crate::mode::{LockMode, LockedRelation, StatementLock, TableWork};
-use crate::sql::TableName;
-use crate::sql::schema::catalog::{self, Kin, Relation, Types};
+use crate::mode::LockMode;
+use crate::postgres::TableName;
+use crate::schema::sql::catalog::{self, Kin, Relation, Types};
+use crate::schema::statements::{LockedRelation, StatementLock, TableWork};
 
 /// One relation that would be locked.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,9 +8,10 @@ use super::refusal;
 use super::run::Context;
 use crate::blocker::Blocker;
 use crate::error::Error;
-use crate::mode::{LockMode, TableWork};
-use crate::sql::TableName;
-use crate::sql::schema::catalog::{self, Kin};
+use crate::mode::LockMode;
+use crate::postgres::TableName;
+use crate::schema::sql::catalog::{self, Kin};
+use crate::schema::statements::TableWork;
 
 /// What a [preflight](crate::Schema::preflight) is about: SQL, or a table and a lock on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -243,7 +244,7 @@ async fn named(cx: &Context, name: &TableName, mode: LockMode) -> Result<Vec<Pla
     for relation in family {
         if matches!(relation.kin, Kin::Itself | Kin::Below) {
             locks.push(Planned {
-                on: crate::mode::LockedRelation::Table,
+                on: crate::schema::statements::LockedRelation::Table,
                 statement: "",
                 mode,
                 work: TableWork::Brief,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::sql::schema::index::Progress;
+use crate::schema::sql::index::Progress;
 
 /// How far an index build is, as `pg_stat_progress_create_index` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,10 +8,10 @@ use super::run::{Context, How};
 use super::table::Table;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, has_a_primary_key, is_a_constraint_already, is_already_there};
-use crate::sql::name_flaw;
-use crate::sql::schema::catalog;
-use crate::sql::schema::index::{Definition, Part, attach};
-use crate::sql::schema::recipe::{self, Column, Constraint, ForeignKey};
+use crate::postgres::name_flaw;
+use crate::schema::sql::catalog;
+use crate::schema::sql::index::{Definition, Part, attach};
+use crate::schema::sql::recipe::{self, Column, Constraint, ForeignKey};
 
 /// How often what is left to do is looked for again because somebody else has done a part of it meanwhile.
 const MOST_LOOKS: u32 = 3;

@@ -5,8 +5,9 @@ use super::plan::{Plan, Planned};
 use super::run::Context;
 use crate::deadline::timeout_millis;
 use crate::error::Error;
-use crate::mode::{LockMode, LockedRelation, TableWork};
-use crate::sql::schema::catalog;
+use crate::mode::LockMode;
+use crate::schema::sql::catalog;
+use crate::schema::statements::{LockedRelation, TableWork};
 use std::time::Duration;
 
 /// What the caller allows all the same.

@@ -7,9 +7,9 @@ use super::run::{Context, How};
 use super::table::Table;
 use super::{ddl, index_name};
 use crate::error::Error;
-use crate::sql::TableName;
-use crate::sql::schema::catalog::{self, Kin};
-use crate::sql::schema::recipe;
+use crate::postgres::TableName;
+use crate::schema::sql::catalog::{self, Kin};
+use crate::schema::sql::recipe;
 
 /// A table to be replaced: [`Schema::replace_table`](crate::Schema::replace_table). Awaiting it replaces it.
 #[must_use = "a table is not replaced until it is awaited"]

@@ -11,12 +11,12 @@ use crate::advisory::Advisory;
 use crate::backoff::Jitter;
 use crate::blocker::Blocker;
 use crate::call_site::CallSite;
+use crate::connection::{Connections, Session, Undo};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
-use crate::session::{Connections, Session, Undo};
-use crate::sql::schema::run;
-use crate::sql::{Begin, schema};
+use crate::schema::sql::run;
 use crate::transaction;
+use crate::transaction::sql::Begin;
 
 /// How often it is looked at a statement that may take long.
 const LOOK: Duration = Duration::from_millis(200);
@@ -53,7 +53,7 @@ impl Context {
     /// Asks something of one message on a connection like those that changes run on, whose `search_path` they have.
     ///
     /// Cancel safety: unanswered, its connection is closed.
-    pub(super) async fn ask(&self, sql: &str) -> Result<crate::session::Reply, Error> {
+    pub(super) async fn ask(&self, sql: &str) -> Result<crate::connection::Reply, Error> {
         let deadline = Deadline::after(self.lock_wait);
         let mut stale = 0;
         loop {
@@ -276,7 +276,7 @@ impl Context {
         let mut stale = 0;
         loop {
             let session = self.connections().check_out(&deadline).await?;
-            let text = schema::run::set(
+            let text = run::set(
                 session.login_pid(),
                 Some(wait),
                 statement_timeout,

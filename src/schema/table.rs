@@ -3,8 +3,8 @@
 use super::run::Context;
 use crate::blocker::Blocker;
 use crate::error::Error;
-use crate::sql::TableName;
-use crate::sql::schema::catalog::{self, Kin, Relation};
+use crate::postgres::TableName;
+use crate::schema::sql::catalog::{self, Kin, Relation};
 
 /// A table that is there, by its oid and its full name.
 #[derive(Clone, Debug)]

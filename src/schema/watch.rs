@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use crate::blocker::Blocker;
+use crate::connection::Connections;
+use crate::graph;
 use crate::graph::{Backend, BackendId, Snapshot};
 use crate::mode::AdvisoryMode;
-use crate::session::Connections;
-use crate::sql::graph;
-use crate::sql::schema::index;
+use crate::schema::sql::index;
 
 use super::progress::IndexProgress;
 
@@ -94,7 +94,7 @@ impl Watch {
             {
                 tell(&IndexProgress::from(progress));
             }
-            let sql = graph::blocking(Some(&[self.pid]));
+            let sql = graph::sql::blocking(Some(&[self.pid]));
             let reply = match connections.ask_within(SPARE, &sql).await {
                 Ok(reply) => reply,
                 Err(error) => {
@@ -102,7 +102,7 @@ impl Watch {
                     continue;
                 }
             };
-            let Some(seen) = graph::seen(&reply, &|key| key) else {
+            let Some(seen) = graph::sql::seen(&reply, &|key| key) else {
                 continue;
             };
             let snapshot = seen.snapshot(Duration::ZERO);

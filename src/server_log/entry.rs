@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
 use crate::error;
-use crate::graph::LockObject;
 use crate::key::names;
 use crate::mode::LockMode;
-use crate::server_message::{
+use crate::postgres::lock_object::LockObject;
+use crate::postgres::message::{
     self, ContextKind, Wait, WaitNews, context, deadlock_detail, is_lock_timeout, lock_queue,
     lock_wait,
 };
@@ -133,7 +133,7 @@ impl Entry {
 }
 
 /// With the name of an advisory lock, where this process knows it.
-pub(super) fn named(object: &server_message::LockObject) -> LockObject {
+pub(super) fn named(object: &message::LockObject) -> LockObject {
     let mut object = LockObject::from_message(object);
     if let LockObject::Advisory { key, .. } = &mut object
         && let Some(known) = names::lookup(key.id())

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use crate::graph::{Age, LockObject};
-use crate::incident::site_in;
+use crate::call_site::site_in;
 use crate::mode::LockMode;
-use crate::server_message::{RowContext, Wait};
-use crate::statement::redact;
+use crate::postgres::lock_object::LockObject;
+use crate::postgres::message::{RowContext, Wait};
+use crate::postgres::statement::redact;
+use crate::postgres::timestamp::Age;
 
 use super::entry::{Origin, named};
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::timestamp;
+use crate::postgres::timestamp;
 
 /// Abbreviations, and how many seconds each is ahead of UTC.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,10 +2,10 @@
 
 use super::Tx;
 use super::resolve::{Resolved, resolve};
+use super::sql;
 use super::tx::End;
+use crate::connection::{Sent, Session, Undo};
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
-use crate::session::{Session, Undo};
-use crate::sql;
 
 /// What an error says when the transaction had failed before.
 const FAILED_EARLIER: &str =
@@ -48,10 +48,10 @@ impl Tx {
         let connections = session.connections().clone();
         let message = session.commit_message();
         // It can wait for locks, and fail by a deadlock: deferred constraints are checked by it.
-        let saying = session.say(sql::COMMIT);
+        let pending = session.begin_statement(Sent::Text(sql::COMMIT));
         let (session, answer) = session.exchange(message, Undo::Nothing).await;
-        if let Some(saying) = saying {
-            saying.end(answer.as_ref().err().map(classify));
+        if let Some(pending) = pending {
+            pending.end(answer.as_ref().err().map(classify));
         }
         let error = match answer {
             Ok(_) => {

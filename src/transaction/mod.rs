@@ -11,13 +11,15 @@ mod resolve;
 mod rows;
 mod runner;
 mod savepoint;
+pub(crate) mod sql;
 mod tx;
 
 pub use async_func::AsyncFunc;
 pub(crate) use held::Held;
 pub(crate) use open::open;
 pub use options::{Never, RetryIf, TransactionOptions};
-pub(crate) use report::{Failed, Reporter};
+#[cfg(feature = "incidents")]
+pub(crate) use report::{FailedAttempt, Reporter};
 pub use rows::LockRows;
 pub(crate) use runner::{Policy, run};
 pub use tx::Tx;

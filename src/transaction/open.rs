@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Tx;
+use super::sql;
 use crate::call_site::CallSite;
+use crate::connection::{Connections, Undo};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
-use crate::session::{Connections, Undo};
-use crate::sql::{self, Preparable};
 
 /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
 ///
@@ -21,7 +21,7 @@ pub(crate) async fn open(
     lock_wait: Duration,
 ) -> Result<Tx, Error> {
     let known = connections.known();
-    let statement = Preparable::begin(begin);
+    let statement = begin.preparable();
     let mut stale = 0;
     loop {
         let session = connections.check_out(deadline).await?;

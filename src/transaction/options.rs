@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
 
+use super::sql;
 use crate::error::Error;
 use crate::key::LockKey;
-use crate::sql;
 
 /// How to run a transaction: for [`Keeper::transaction_with`](crate::Keeper::transaction_with).
 ///

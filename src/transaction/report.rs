@@ -1,4 +1,4 @@
-//! Telling somebody of failures, before they are retried.
+//! Reporting failures, before they are retried.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,21 +6,23 @@ use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
-use crate::incident::Incident;
-use crate::session::Journal;
+use crate::connection::Observed;
+use crate::error::Report;
 
-/// Who is told when a transaction has failed by a deadlock or a lock timeout.
+/// Is told when a transaction has failed by a deadlock or a lock timeout.
 pub(crate) trait Reporter: Send + Sync + fmt::Debug {
     /// Makes a report. It neither waits nor fails.
-    fn failed(&self, failed: &Failed<'_>) -> Option<Incident>;
+    fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>>;
 }
 
 /// One failed attempt.
+#[cfg_attr(
+    not(feature = "incidents"),
+    expect(dead_code, reason = "read by a reporter, and there is none")
+)]
 #[derive(Debug)]
-pub(crate) struct Failed<'a> {
-    /// The flight's number.
-    pub(crate) number: u64,
-    pub(crate) journal: &'a Arc<Journal>,
+pub(crate) struct FailedAttempt<'a> {
+    pub(crate) observed: &'a Arc<dyn Observed>,
     pub(crate) error: &'a DbError,
     pub(crate) attempt: u32,
     pub(crate) attempts: u32,

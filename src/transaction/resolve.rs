@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::connection::Connections;
 use crate::deadline::Deadline;
-use crate::session::Connections;
-use crate::sql::commit::{self, Mark, Status};
+use crate::transaction::sql::commit::{self, Mark, Status};
 
 /// How long to go on asking.
 const PATIENCE: Duration = Duration::from_secs(15);

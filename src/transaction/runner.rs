@@ -6,12 +6,11 @@ use std::time::Duration;
 use tokio_postgres::error::DbError;
 
 use super::options::RetryIf;
-use super::report::{Failed, Reporter};
+use super::report::{FailedAttempt, Reporter};
 use super::{AsyncFunc, Tx};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify_db};
-use crate::incident::Incident;
+use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 
 /// The least pause after a deadlock. A row's lock is not handed over to the one who waits for it: who comes back at once
 /// can take it before the one who was woken, and close the circle again.
@@ -66,15 +65,12 @@ where
             Ok(None) => return Ok(None),
             Err(error) => return Err(error.with_attempts(attempt - 1).into()),
         };
-        if let Some(flight) = tx.session().flight() {
-            // Each attempt has a journal of its own.
-            let _ = flight.journal().attempt.set((attempt, policy.attempts));
+        // Each attempt is observed as a transaction of its own.
+        if let Some(observed) = tx.session().observed() {
+            observed.is_attempt(attempt, policy.attempts);
         }
         let result = f.clone()(&mut tx).await;
-        let flight = tx
-            .session()
-            .flight()
-            .map(|flight| (flight.number(), Arc::clone(flight.journal())));
+        let observed = tx.session().observed().cloned();
         let again = match result {
             Ok(value) => match tx.commit().await {
                 Ok(()) => {
@@ -121,23 +117,21 @@ where
             "transaction attempt failed"
         );
         victim += u32::from(again.db_error().map(classify_db) == Some(Failure::Deadlock));
-        let incident = match (&policy.reporter, &flight, again.db_error()) {
-            (Some(reporter), Some((number, journal)), Some(error)) if is_about_locks(error) => {
-                reporter.failed(&Failed {
-                    number: *number,
-                    journal,
+        let report = match (&policy.reporter, &observed, again.db_error()) {
+            (Some(reporter), Some(observed), Some(error)) if is_about_locks(error) => reporter
+                .failed(&FailedAttempt {
+                    observed,
                     error,
                     attempt,
                     attempts: policy.attempts,
                     pause: out_of.is_none().then_some(pause),
-                })
-            }
+                }),
             _ => None,
         };
         if let Some(out_of) = out_of {
-            return Err(again.exhausted(attempt, out_of, incident));
+            return Err(again.exhausted(attempt, out_of, report));
         }
-        drop(incident);
+        drop(report);
         // Cancel safety: nothing is held between two attempts.
         tokio::time::sleep(pause).await;
         attempt += 1;
@@ -178,26 +172,25 @@ impl<E: From<Error>> Again<E> {
         }
     }
 
-    fn exhausted(self, attempt: u32, out_of: &str, incident: Option<Incident>) -> E {
+    fn exhausted(self, attempt: u32, out_of: &str, report: Option<Box<dyn Report>>) -> E {
         match self {
             // Never repeated: there is nothing to add to the error itself.
-            Self::Ours(error) if attempt == 1 => error
-                .with_incident_if(incident)
-                .with_attempts(attempt)
-                .into(),
+            Self::Ours(error) if attempt == 1 => {
+                error.with_report_if(report).with_attempts(attempt).into()
+            }
             Self::Theirs(error, _) if attempt == 1 => error,
             // What the caller calls worth repeating is the caller's to understand.
             Self::Asked(error) => error,
             Self::Ours(error) => Error::new(ErrorKind::RetriesExhausted)
                 .with_detail(format!("out of {out_of}"))
                 .with_attempts(attempt)
-                .with_incident_if(incident)
+                .with_report_if(report)
                 .with_source(error)
                 .into(),
             Self::Theirs(_, failure) => Error::new(ErrorKind::RetriesExhausted)
                 .with_detail(format!("out of {out_of}"))
                 .with_attempts(attempt)
-                .with_incident_if(incident)
+                .with_report_if(report)
                 .with_source(*failure)
                 .into(),
         }

@@ -1,8 +1,8 @@
 //! A part of a transaction that can fail by itself.
 
+use super::sql;
 use super::{AsyncFunc, Tx};
 use crate::error::Error;
-use crate::sql;
 
 impl Tx {
     /// Runs the closure inside a savepoint: `Ok` releases it, `Err` rolls back to it and leaves the transaction usable.

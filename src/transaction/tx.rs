@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use super::Held;
 use super::hooks::Hooks;
+use super::sql;
 use crate::call_site::CallSite;
+use crate::connection::{Observation, Session, Undo, query_methods};
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::session::{Flight, Journal, Session, Undo, query_methods};
-use crate::sql;
 
 /// An open transaction on a connection of its own.
 ///
@@ -31,8 +31,8 @@ pub struct Tx {
     pub(super) hooks: Hooks,
     /// Whether a COMMIT whose answer is lost is looked up.
     pub(super) resolves: bool,
-    /// The journal of whoever has lent the session.
-    outer: Option<Flight>,
+    /// The observation of the guard that has lent the session.
+    outer: Option<Observation>,
 }
 
 /// What ends a transaction's life by its owner's will.
@@ -49,8 +49,7 @@ impl Tx {
         lock_wait: Duration,
         lock_timeout: Option<Duration>,
     ) -> Self {
-        let journal = Journal::new(call_site, session.application_name(), lock_timeout, false);
-        let outer = session.begin_journal(journal);
+        let outer = session.begin_observation(call_site, lock_timeout, false);
         Self {
             session: Some(session),
             held: Vec::new(),
@@ -99,9 +98,9 @@ impl Tx {
 
     pub(crate) fn hold(&mut self, locks: impl IntoIterator<Item = Held>) {
         let locks: Vec<Held> = locks.into_iter().collect();
-        if let Some(flight) = self.session().flight() {
-            let took = locks.iter().map(|lock| (lock.key.clone(), lock.mode));
-            flight.journal().took(took);
+        if let Some(observed) = self.session().observed() {
+            let taken = locks.iter().map(|lock| (lock.key.clone(), lock.mode));
+            observed.locks_taken(taken.collect());
         }
         for lock in locks {
             if !self.held.iter().any(|held| held.key.same_lock(&lock.key)) {
@@ -163,7 +162,7 @@ impl Tx {
     /// Gives the session out of a transaction whose end is somebody else's business from now on.
     pub(crate) fn into_session(mut self) -> Option<Session> {
         let mut session = self.session.take()?;
-        session.resume_journal(self.outer.take());
+        session.resume_observation(self.outer.take());
         Some(session)
     }
 

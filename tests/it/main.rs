@@ -8,16 +8,10 @@
     reason = "a test says what went wrong by panicking"
 )]
 
-mod common;
-// Two rooms themselves: what they read is not public.
-#[path = "../../src/server_message/mod.rs"]
-mod server_message;
-#[path = "../../src/statement/mod.rs"]
-mod statement;
-
 mod backfill;
 mod cancel_safety;
 mod commit_outcome;
+mod common;
 mod comparison;
 mod conflict_group;
 mod diagnoses;
@@ -32,9 +26,7 @@ mod incidents;
 mod isolation;
 mod json;
 mod keys;
-mod languages;
 mod line;
-mod literals;
 mod lock_modes;
 mod lock_rows;
 mod locktop;

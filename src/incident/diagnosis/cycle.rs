@@ -1,7 +1,7 @@
 //! Sessions that waited for one another in a circle.
 
 use crate::graph::LockObject;
-use crate::statement::{self, StatementKind};
+use crate::postgres::statement::{self, StatementKind};
 
 use super::super::journal::locks_rows;
 use super::super::{IncidentEdge, JournalLine, JournalMark, words};

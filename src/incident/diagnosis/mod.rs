@@ -6,7 +6,7 @@ mod wait;
 use std::fmt;
 
 use crate::graph::{BackendId, LockObject};
-use crate::statement::{self, StatementKind};
+use crate::postgres::statement::{self, StatementKind};
 
 use super::scene::Scene;
 use super::server::Message;

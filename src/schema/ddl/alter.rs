@@ -2,8 +2,8 @@
 
 use super::cursor::Cursor;
 use super::{Action, Ask, Block};
-use crate::mode::LockedRelation;
-use crate::sql::TableName;
+use crate::postgres::TableName;
+use crate::schema::statements::LockedRelation;
 
 /// What comes behind ALTER.
 pub(super) fn read(mut cursor: Cursor<'_>) -> (Block, Option<Vec<Action>>) {

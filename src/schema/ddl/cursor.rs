@@ -1,7 +1,7 @@
 //! Walking over the tokens of one statement.
 
-use crate::sql::TableName;
-use crate::statement::{TokenKind, spans};
+use crate::postgres::TableName;
+use crate::postgres::statement::{TokenKind, spans};
 
 /// A token as far as it matters here: keywords are compared without case, names are kept as the server folds them.
 #[derive(Clone, Debug, PartialEq, Eq)]

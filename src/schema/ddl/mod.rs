@@ -7,9 +7,10 @@ mod alter;
 mod cursor;
 mod other;
 
-use crate::mode::{LockMode, LockedRelation};
-use crate::sql::TableName;
-use crate::statement::undecided;
+use crate::mode::LockMode;
+use crate::postgres::TableName;
+use crate::postgres::statement::undecided;
+use crate::schema::statements::LockedRelation;
 
 /// One statement of a batch.
 #[derive(Clone, Debug)]
@@ -162,7 +163,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::mode::StatementLock;
+    use crate::schema::StatementLock;
 
     pub(super) fn names(sql: &str) -> Vec<&'static str> {
         let statements = read(sql);

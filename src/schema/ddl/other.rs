@@ -2,8 +2,9 @@
 
 use super::cursor::Cursor;
 use super::{Action, Block, Target};
-use crate::mode::{LockMode, LockedRelation};
-use crate::sql::TableName;
+use crate::mode::LockMode;
+use crate::postgres::TableName;
+use crate::schema::statements::LockedRelation;
 
 type Read = (Block, Option<Vec<Action>>);
 

@@ -1,0 +1,85 @@
+//! Who holds an advisory lock, or queues for it.
+
+use std::fmt::Write as _;
+
+use tokio_postgres::SimpleQueryMessage;
+
+use super::Locks;
+use crate::blocker::Blocker;
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::postgres::sql::{is_true, parsed, rows, seconds, text};
+
+/// Everybody but this backend who holds or awaits one of the locks. One pass over `pg_locks` and the activity of those
+/// it names.
+pub(crate) fn of(locks: Locks<'_>) -> String {
+    let mut sql = String::from(
+        "SELECT l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
+         JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
+         WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
+         a.application_name, a.usename, a.state, l.mode, l.granted, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS in_state, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS in_transaction, \
+         pg_catalog.pg_backend_pid() AS self \
+         FROM ",
+    );
+    rows_of(&mut sql, locks.keys);
+    // A prepared transaction's locks have no pid, but they share a virtual transaction, and one of them is on its xid.
+    sql.push_str(
+        " LEFT JOIN pg_catalog.pg_stat_activity AS a ON pg_catalog.int4eq(a.pid, l.pid) \
+         ORDER BY l.granted USING OPERATOR(pg_catalog.>), l.pid USING OPERATOR(pg_catalog.<)",
+    );
+    sql
+}
+
+/// `pg_locks AS l`, only the rows of these advisory keys in this database.
+pub(crate) fn rows_of(sql: &mut String, keys: &[LockKey]) {
+    sql.push_str("pg_catalog.pg_locks AS l JOIN (VALUES ");
+    for (n, key) in keys.iter().enumerate() {
+        let comma = if n > 0 { ", " } else { "" };
+        let _ = write!(
+            sql,
+            "{comma}('{}'::pg_catalog.oid, '{}'::pg_catalog.oid, '{}'::pg_catalog.int2)",
+            key.classid(),
+            key.objid(),
+            key.objsubid()
+        );
+    }
+    sql.push_str(
+        ") AS k (classid, objid, objsubid) ON pg_catalog.texteq(l.locktype, 'advisory') \
+         AND l.classid OPERATOR(pg_catalog.=) k.classid AND l.objid OPERATOR(pg_catalog.=) k.objid \
+         AND l.objsubid OPERATOR(pg_catalog.=) k.objsubid \
+         AND pg_catalog.oideq(l.database, (SELECT d.oid FROM pg_catalog.pg_database AS d \
+         WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database())))",
+    );
+}
+
+/// Reads the reply of [`of`]: those whose hold, or earlier place in the queue, conflicts with `mode`.
+pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<Blocker> {
+    rows(reply)
+        .filter(|row| {
+            row.columns()
+                .iter()
+                .any(|column| column.name() == "granted")
+        })
+        .filter_map(|row| {
+            let pid: Option<i32> = parsed(row, "pid");
+            if pid.is_some() && pid == parsed(row, "self") {
+                return None;
+            }
+            let held = AdvisoryMode::from_pg_locks(row.try_get("mode").ok().flatten()?)?;
+            held.conflicts_with(mode).then(|| Blocker {
+                pid,
+                prepared: text(row, "gid"),
+                application_name: text(row, "application_name"),
+                user: text(row, "usename"),
+                state: text(row, "state"),
+                in_state: seconds(row, "in_state"),
+                in_transaction: seconds(row, "in_transaction"),
+                mode: held,
+                object: None,
+                granted: is_true(row, "granted"),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,152 @@
+//! Returning locks, and looking whether they are there.
+
+use std::fmt::Write as _;
+
+use super::attempt::push_execute;
+use super::keys::{KeyRows, Locks, call, shared_suffix};
+use crate::advisory::sql::blockers;
+use crate::connection::sql::{hand_over_of, unlock_of};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::postgres::sql::Message;
+use crate::postgres::sql::literal;
+use crate::transaction::sql::Begin;
+use crate::transaction::sql::FRESH;
+
+/// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
+pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {
+    let mut sql = begin.message();
+    for rows in KeyRows::of(locks.keys) {
+        sql.push_str("SELECT ");
+        rows.call(&mut sql, "pg_advisory_xact_lock", locks.mode);
+        sql.push(' ');
+        rows.from(&mut sql);
+        sql.push_str("; ");
+    }
+    sql.push_str(&unlock(locks, None));
+    sql
+}
+
+/// Returns session locks, and the session's own name if one is given. In the one row `unlocked` is true when each of
+/// them was held, and `fresh` is false inside a transaction that somebody left open.
+pub(crate) fn unlock(locks: Locks<'_>, application_name: Option<&str>) -> String {
+    let mut sql = String::from("SELECT ");
+    sql.push_str(FRESH);
+    if let Some(name) = application_name {
+        let _ = write!(
+            sql,
+            "pg_catalog.set_config('application_name', {}, false), ",
+            literal(name)
+        );
+    }
+    if let [key] = locks.keys {
+        call(&mut sql, "pg_advisory_unlock", locks.mode, key);
+        sql.push_str(" AS unlocked");
+    } else {
+        sql.push_str("pg_catalog.bool_and(unlocked) AS unlocked FROM (");
+        for (n, rows) in KeyRows::of(locks.keys).enumerate() {
+            if n > 0 {
+                sql.push_str(" UNION ALL ");
+            }
+            sql.push_str("SELECT ");
+            rows.call(&mut sql, "pg_advisory_unlock", locks.mode);
+            sql.push_str(" AS unlocked ");
+            rows.from(&mut sql);
+        }
+        sql.push_str(" OFFSET 0) AS unlocks");
+    }
+    sql
+}
+
+/// [`unlock`] of one key by the statement that was prepared together with its `try`.
+pub(crate) fn execute_unlock(statement: &str, key: &LockKey, application_name: &str) -> Message {
+    let mut sql = String::with_capacity(128);
+    push_execute(&mut sql, &unlock_of(statement), key, application_name);
+    Message::of(1, sql)
+}
+
+/// Returns one key and tries it again in somebody else's name, by the statement that was prepared together with the `try`.
+/// In the one row `unlocked` is true when it was held, and `locked` when it is held again; only then the session goes by
+/// the name of the `next`, and else by its own.
+pub(crate) fn execute_hand_over(statement: &str, key: &LockKey, next: &str, own: &str) -> Message {
+    let mut sql = String::with_capacity(160);
+    push_execute(&mut sql, &hand_over_of(statement), key, next);
+    // Behind the last argument comes one more.
+    sql.truncate(sql.len() - 1);
+    let _ = write!(sql, ", {})", literal(own));
+    Message::of(1, sql)
+}
+
+/// The statement of [`execute_hand_over`]; the target list of the subquery is evaluated from left to right.
+pub(super) fn push_prepare_hand_over(
+    sql: &mut String,
+    statement: &str,
+    key: &LockKey,
+    mode: AdvisoryMode,
+) {
+    let (types, arguments, next, own) = if key.as_i32_pair().is_some() {
+        ("pg_catalog.int4, pg_catalog.int4", "($1, $2)", "$3", "$4")
+    } else {
+        ("pg_catalog.int8", "($1)", "$2", "$3")
+    };
+    let shared = shared_suffix(mode);
+    let _ = write!(
+        sql,
+        "PREPARE {} ({types}, pg_catalog.text, pg_catalog.text) AS SELECT h.unlocked, h.locked, \
+         pg_catalog.set_config('application_name', CASE WHEN h.locked THEN {next} ELSE {own} END, false) \
+         FROM (SELECT pg_catalog.pg_advisory_unlock{shared}{arguments} AS unlocked, \
+         pg_catalog.pg_try_advisory_lock{shared}{arguments} AS locked OFFSET 0) AS h; ",
+        hand_over_of(statement)
+    );
+}
+
+pub(super) fn push_unlock_select(
+    sql: &mut String,
+    name: &str,
+    mode: AdvisoryMode,
+    arguments: &str,
+) {
+    let _ = write!(
+        sql,
+        "SELECT {FRESH}pg_catalog.set_config('application_name', {name}, false), \
+         pg_catalog.pg_advisory_unlock{}{arguments} AS unlocked",
+        shared_suffix(mode)
+    );
+}
+
+/// Returns those of the session locks that this backend holds, for a `try` whose answer nobody waited for.
+pub(crate) fn unlock_if_held(locks: Locks<'_>) -> String {
+    let mut sql = String::new();
+    for (n, key) in locks.keys.iter().enumerate() {
+        if n > 0 {
+            sql.push_str("; ");
+        }
+        sql.push_str("SELECT CASE WHEN EXISTS (SELECT FROM ");
+        blockers::rows_of(&mut sql, std::slice::from_ref(key));
+        sql.push_str(
+            " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) THEN ",
+        );
+        call(&mut sql, "pg_advisory_unlock", locks.mode, key);
+        sql.push_str(" END");
+    }
+    sql
+}
+
+/// Sets a session's `application_name` until it is set again.
+pub(crate) fn set_application_name(name: &str) -> String {
+    format!(
+        "SELECT pg_catalog.set_config('application_name', {}, false)",
+        literal(name)
+    )
+}
+
+/// Whether `pg_locks` shows the first of the locks as held by this very backend: an engine whose lock functions do
+/// nothing shows none.
+pub(crate) fn shown_in_pg_locks(locks: Locks<'_>) -> String {
+    let mut sql = String::from("SELECT EXISTS (SELECT FROM ");
+    blockers::rows_of(&mut sql, &locks.keys[..1]);
+    sql.push_str(
+        " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) AS shown",
+    );
+    sql
+}

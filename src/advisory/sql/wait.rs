@@ -1,0 +1,174 @@
+//! Waiting for locks, for a bounded time.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::attempt::{Names, Timeouts, try_in_transaction};
+use super::keys::{KeyRows, Locks, call, take_each};
+use super::release::set_application_name;
+use crate::advisory::sql::blockers;
+use crate::deadline::timeout_millis;
+use crate::postgres::sql::literal;
+use crate::postgres::sql::set_local;
+use crate::transaction::sql::Begin;
+
+/// [`try_in_transaction`] for several locks: in a savepoint, so that those which were granted can be returned when one
+/// of them is busy.
+pub(crate) fn try_at_savepoint(locks: Locks<'_>) -> String {
+    format!("{MARK}; {}", try_in_transaction(locks))
+}
+
+/// Where [`UNDO_TRIED`] goes back to.
+pub(crate) const MARK: &str = "SAVEPOINT lockkeeper_wait";
+
+/// Keeps what was granted since [`try_at_savepoint`].
+pub(crate) const KEEP_TRIED: &str = "RELEASE SAVEPOINT lockkeeper_wait";
+
+/// Returns it.
+pub(crate) const UNDO_TRIED: &str =
+    "ROLLBACK TO SAVEPOINT lockkeeper_wait; RELEASE SAVEPOINT lockkeeper_wait";
+
+/// One wait for the locks in the transaction that has begun, at most `wait` long in all, after which `lock_timeout` is
+/// what it was.
+pub(crate) fn wait_in_transaction(locks: Locks<'_>, wait: Duration) -> String {
+    let mut sql = String::with_capacity(768);
+    for (n, rows) in KeyRows::of(locks.keys).enumerate() {
+        if n > 0 {
+            sql.push_str("; ");
+        }
+        // A target list is evaluated from left to right, for one row after another; the subquery's row is made before.
+        sql.push_str("SELECT ");
+        push_set_lock_timeout(&mut sql, wait, Within::StatementTimeout);
+        rows.call(&mut sql, "pg_advisory_xact_lock", locks.mode);
+        sql.push_str(", pg_catalog.set_config('lock_timeout', was.lock_timeout, true) ");
+        rows.from(&mut sql);
+        sql.push_str(
+            ", (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout, \
+             pg_catalog.date_part('epoch', pg_catalog.current_setting('statement_timeout')::pg_catalog.interval) \
+             AS statement_timeout OFFSET 0) AS was",
+        );
+    }
+    sql
+}
+
+/// What else bounds a wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Within {
+    /// Nothing: `statement_timeout` is off.
+    Nothing,
+    /// `was.statement_timeout`, in seconds: when it is not longer than `lock_timeout` it would end the wait with 57014,
+    /// which cannot be told from somebody's cancel. So the wait stays well below it, and is repeated.
+    StatementTimeout,
+}
+
+/// `set_config('lock_timeout', …), `: what the message's own clock leaves of `wait`. `lock_timeout` counts each wait by
+/// itself; set so before each lock of several, the sum of their waits stays within it.
+fn push_set_lock_timeout(sql: &mut String, wait: Duration, within: Within) {
+    let wait = timeout_millis(wait);
+    let whole = match within {
+        Within::Nothing => wait.to_string(),
+        Within::StatementTimeout => format!(
+            "CASE WHEN pg_catalog.float8eq(was.statement_timeout, 0) THEN {wait} ELSE pg_catalog.int4smaller({wait}, \
+             (800 OPERATOR(pg_catalog.*) was.statement_timeout)::pg_catalog.int4) END"
+        ),
+    };
+    let left = format!(
+        "({whole} OPERATOR(pg_catalog.-) (1000 OPERATOR(pg_catalog.*) pg_catalog.date_part('epoch', \
+         pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.statement_timestamp())))::pg_catalog.int4"
+    );
+    let _ = write!(
+        sql,
+        "pg_catalog.set_config('lock_timeout', pg_catalog.int4larger(1, {left})::pg_catalog.text, true), "
+    );
+}
+
+/// One wait of its full length inside a savepoint, which [`undo_wait_at_savepoint`] goes back to when it times out: the
+/// transaction around it stays usable.
+pub(crate) fn wait_at_savepoint(locks: Locks<'_>, wait: Duration, timeouts: &Timeouts) -> String {
+    let mut sql = String::from("SAVEPOINT lockkeeper_wait; ");
+    wait_for_xact_locks(&mut sql, locks, wait);
+    set_local(&mut sql, "lock_timeout", &literal(&timeouts.lock_timeout));
+    set_local(
+        &mut sql,
+        "statement_timeout",
+        &literal(&timeouts.statement_timeout),
+    );
+    sql.push_str("RELEASE SAVEPOINT lockkeeper_wait");
+    sql
+}
+
+/// [`wait_at_savepoint`] once more after one that timed out.
+pub(crate) fn wait_at_savepoint_again(
+    locks: Locks<'_>,
+    wait: Duration,
+    timeouts: &Timeouts,
+) -> String {
+    format!("{UNDO_TRIED}; {}", wait_at_savepoint(locks, wait, timeouts))
+}
+
+/// Undoes a [`wait_at_savepoint`] that failed, and asks who is in the way.
+pub(crate) fn undo_wait_at_savepoint(locks: Locks<'_>) -> String {
+    format!("{UNDO_TRIED}; {}", blockers::of(locks))
+}
+
+/// [`wait_in_transaction`] once more after a wait that timed out and so aborted the transaction.
+pub(crate) fn begin_again_and_wait(begin: &Begin, locks: Locks<'_>, wait: Duration) -> String {
+    let mut sql = String::from("ROLLBACK; ");
+    sql.push_str(&begin.message());
+    sql.push_str(&wait_in_transaction(locks, wait));
+    sql
+}
+
+/// One bounded wait for session locks: only transaction locks wait, and a failed wait is rolled back with its
+/// transaction; then the session locks are granted re-entrantly, without a wait that a timeout could end too late.
+///
+/// A session lock awaited directly leaks: `lock_timeout` can raise its error after the lock was granted (test
+/// `postgres_facts::session_lock_leaks_under_lock_timeout`).
+pub(crate) fn wait_session(
+    locks: Locks<'_>,
+    names: Names<'_>,
+    wait: Duration,
+    after_timeout: bool,
+) -> String {
+    let mut sql = String::with_capacity(768);
+    if after_timeout {
+        sql.push_str("ROLLBACK; ");
+    }
+    sql.push_str("BEGIN ISOLATION LEVEL READ COMMITTED; ");
+    if let Some(name) = names.waiting {
+        set_local(&mut sql, "application_name", &literal(name));
+    }
+    wait_for_xact_locks(&mut sql, locks, wait);
+    sql.push_str("SELECT ");
+    take_each(&mut sql, locks);
+    sql.push_str("; COMMIT");
+    if let Some(name) = names.holding {
+        sql.push_str("; ");
+        sql.push_str(&set_application_name(name));
+    }
+    sql
+}
+
+fn wait_for_xact_locks(sql: &mut String, locks: Locks<'_>, wait: Duration) {
+    set_local(sql, "statement_timeout", "0");
+    let wait = timeout_millis(wait);
+    set_local(sql, "lock_timeout", &wait.to_string());
+    if let [key] = locks.keys {
+        sql.push_str("SELECT ");
+        call(sql, "pg_advisory_xact_lock", locks.mode, key);
+        sql.push_str("; ");
+        return;
+    }
+    for rows in KeyRows::of(locks.keys) {
+        sql.push_str("SELECT ");
+        push_set_lock_timeout(
+            sql,
+            Duration::from_millis(u64::from(wait.unsigned_abs())),
+            Within::Nothing,
+        );
+        rows.call(sql, "pg_advisory_xact_lock", locks.mode);
+        sql.push(' ');
+        rows.from(sql);
+        sql.push_str("; ");
+    }
+}

@@ -1,0 +1,145 @@
+//! Stopping what a backend is running, from outside its connection.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
+use tokio_postgres::{CancelToken, NoTls};
+
+use super::exchange::poll_once;
+use super::{Connections, Session};
+
+/// How long one attempt to cancel may take.
+const ATTEMPT: Duration = Duration::from_secs(2);
+
+/// What it takes to cancel one backend's statement after its session is out of reach.
+#[derive(Clone)]
+pub(super) struct Canceller {
+    token: CancelToken,
+    server_pid: Option<i32>,
+    application_name: Option<String>,
+    pub(super) connections: Arc<Connections>,
+}
+
+impl Canceller {
+    pub(super) fn of(session: &Session) -> Self {
+        Self {
+            token: session.client().cancel_token(),
+            server_pid: session.server_pid,
+            application_name: session.application_name.clone(),
+            connections: Arc::clone(&session.connections),
+        }
+    }
+
+    /// Sends one cancel. Failures are logged: the caller sees by the answer whether it helped.
+    pub(super) async fn cancel(&self) {
+        let attempt = async {
+            if self.is_pooled() {
+                // A pooler's own way of passing a cancel on may hit another client's statement
+                // (<https://github.com/pgbouncer/pgbouncer/issues/801>): ask the server instead.
+                return self.signal().await;
+            }
+            let sent = match self.connections.side() {
+                Some(side) => side.cancel(&self.token).await,
+                // A server takes a cancel request unencrypted, whatever its pg_hba.conf says of logins.
+                None => self.token.cancel_query(NoTls).await,
+            };
+            match sent {
+                Ok(()) => Ok(()),
+                Err(error) => {
+                    tracing::debug!(%error, "cancel request not sent, signalling the backend instead");
+                    self.signal().await
+                }
+            }
+        };
+        match tokio::time::timeout(ATTEMPT, attempt).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, pid = self.server_pid, "cancel failed"),
+            Err(_) => tracing::debug!(pid = self.server_pid, "cancel took too long"),
+        }
+    }
+
+    fn is_pooled(&self) -> bool {
+        matches!((login_pid(&self.token), self.server_pid), (Some(login), Some(server)) if login != server)
+    }
+
+    /// `pg_cancel_backend` over another connection.
+    async fn signal(&self) -> Result<(), crate::error::Error> {
+        let Some(pid) = self.server_pid else {
+            return Ok(());
+        };
+        let sql =
+            crate::connection::sql::server::cancel_backend(pid, self.application_name.as_deref());
+        self.connections.ask(&sql).await.map(drop)
+    }
+}
+
+/// The backend's pid as the protocol gave it at login. The driver keeps it to itself, so it is read from the cancel
+/// request that the driver would send: 16 bytes, the pid in bytes 8 to 12 (PostgreSQL's documentation, "Message
+/// Formats", CancelRequest).
+pub(super) fn login_pid(token: &CancelToken) -> Option<i32> {
+    let mut wire = Wire::default();
+    // Everything in it is ready at the first poll.
+    poll_once(std::pin::pin!(token.cancel_query_raw(&mut wire, PlainTls)))?.ok()?;
+    let request = wire.written.last_chunk::<16>()?;
+    request.get(8..12)?.try_into().ok().map(i32::from_be_bytes)
+}
+
+/// A stream that goes nowhere: it keeps what is written, and answers a request for TLS with yes.
+#[derive(Default)]
+struct Wire {
+    written: Vec<u8>,
+}
+
+impl AsyncRead for &mut Wire {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        buf.put_slice(b"S");
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for &mut Wire {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.written.extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl TlsStream for &mut Wire {
+    fn channel_binding(&self) -> ChannelBinding {
+        ChannelBinding::none()
+    }
+}
+
+/// TLS that changes nothing, for [`Wire`] alone.
+struct PlainTls;
+
+impl<'a> TlsConnect<&'a mut Wire> for PlainTls {
+    type Stream = &'a mut Wire;
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Stream, Self::Error>>;
+
+    fn connect(self, stream: &'a mut Wire) -> Self::Future {
+        std::future::ready(Ok(stream))
+    }
+}

@@ -1,0 +1,62 @@
+//! Which backends are in the custody of this process.
+//!
+//! One register for the process, not for the keeper: a lock that a guard of another keeper owns is not a forgotten one.
+//! A backend is known by its process id alone. On another server somebody else may have the same: then one is taken for
+//! owned that is not, and never the other way round.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+static REGISTER: LazyLock<Mutex<HashMap<i32, usize>>> = LazyLock::new(Mutex::default);
+
+/// A backend in custody, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Custody {
+    pid: i32,
+}
+
+impl Custody {
+    pub(super) fn of(pid: i32) -> Self {
+        *register().entry(pid).or_default() += 1;
+        Self { pid }
+    }
+}
+
+impl Drop for Custody {
+    fn drop(&mut self) {
+        let mut register = register();
+        if let Some(count) = register.get_mut(&self.pid) {
+            *count -= 1;
+            if *count == 0 {
+                register.remove(&self.pid);
+            }
+        }
+    }
+}
+
+/// Whether a guard, or a transaction, of this process has the backend.
+#[cfg(feature = "monitor")]
+pub(crate) fn is_in_custody(pid: i32) -> bool {
+    register().contains_key(&pid)
+}
+
+fn register() -> MutexGuard<'static, HashMap<i32, usize>> {
+    // Nothing that panics runs while it is locked.
+    REGISTER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_custody_counts() {
+        // No process has such a number.
+        let pid = -7;
+        let (one, other) = (Custody::of(pid), Custody::of(pid));
+        drop(one);
+        assert!(is_in_custody(pid));
+        drop(other);
+        assert!(!is_in_custody(pid));
+    }
+}

@@ -1,0 +1,337 @@
+//! Custody of one pooled connection.
+//!
+//! This is the only room that knows the pool, and the only one that cancels, discards or spawns. Its one rule: a
+//! connection goes back to the pool by [`Session::give_back`] and in no other way, and that is called only after the
+//! server has answered that nothing of ours is left on it. Whatever else happens to a [`Session`] (an error, a panic,
+//! a dropped future, a runtime that shuts down), its `Drop` takes the connection out of the pool and closes it, which
+//! makes the server roll back and unlock.
+
+mod cancel;
+mod custody;
+mod exchange;
+mod findings;
+mod known;
+mod observer;
+mod patience;
+mod pool;
+mod queries;
+mod side;
+pub(crate) mod sql;
+#[cfg(feature = "incidents")]
+pub(crate) mod task;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use deadpool_postgres::Object;
+use tokio::runtime::Handle;
+use tokio_postgres::error::DbError;
+use tokio_postgres::{SimpleQueryMessage, Statement};
+
+use crate::call_site::CallSite;
+use crate::error::{Failure, classify};
+use crate::postgres::sql::Message;
+
+#[cfg(feature = "monitor")]
+pub(crate) use custody::is_in_custody;
+pub(crate) use exchange::{Exchange, FromReply, Then, Undo, see_through};
+pub(crate) use findings::Scope;
+use observer::AsSent;
+pub use observer::ToStatement;
+pub(crate) use observer::{
+    Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
+};
+pub(crate) use pool::Connections;
+pub(crate) use queries::query_methods;
+pub(crate) use side::{Side, SideConnection};
+
+/// The rows and ends of statements of one simple-query message.
+pub(crate) type Reply = Vec<SimpleQueryMessage>;
+
+/// One connection in our custody. See the room's own docs for what happens to it.
+pub(crate) struct Session {
+    // Invariant: `Some` until `give_back` or `drop` takes it.
+    // Boxed, like what is rarely there, because sessions move through many futures.
+    object: Option<Box<Object>>,
+    connections: Arc<Connections>,
+    runtime: Handle,
+    /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
+    server_pid: Option<i32>,
+    custody: Option<custody::Custody>,
+    /// What we named the backend, to recognize it by.
+    application_name: Option<String>,
+    /// Statements of the caller that are under way, or were dropped half-way.
+    unanswered: AtomicUsize,
+    /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
+    unwatched: AtomicBool,
+    /// A cancel is on its way that may hit any later statement.
+    doubtful: AtomicBool,
+    /// Somebody has run something on it, beyond what takes and returns its locks.
+    used: AtomicBool,
+    /// A statement has failed at some time, or its end is not known.
+    flawed: AtomicBool,
+    /// The transaction or the guard on it, where somebody observes it.
+    observation: Option<Observation>,
+    /// The server's error since which nothing has succeeded.
+    failure: Mutex<Option<Box<DbError>>>,
+}
+
+impl Session {
+    /// The connection, for statements whose fate is not ours to know.
+    pub(crate) fn unwatched_client(&self) -> &Object {
+        self.unwatched.store(true, Ordering::Relaxed);
+        self.used.store(true, Ordering::Relaxed);
+        self.client()
+    }
+
+    pub(crate) fn client(&self) -> &Object {
+        self.object
+            .as_ref()
+            .expect("a session keeps its connection until it ends")
+    }
+
+    /// Whether the connection has ended. The driver learns of a server's goodbye (a terminated backend, a shutdown)
+    /// and of a closed socket without being used.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.client().is_closed()
+    }
+
+    /// Notes what the server said of its backend and what we have named it.
+    pub(crate) fn identify(&mut self, pid: i32, application_name: Option<&str>) {
+        self.server_pid = Some(pid);
+        if let Some(observed) = self.observed() {
+            observed.identify(pid);
+        }
+        self.custody = Some(custody::Custody::of(pid));
+        self.application_name = application_name.map(str::to_owned);
+    }
+
+    /// Whether anything was run on it beyond what takes and returns its locks.
+    pub(crate) fn was_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Whether a cancel is on its way that may hit a later statement.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        self.doubtful.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a statement has failed.
+    pub(crate) fn suspect(&self) {
+        self.flawed.store(true, Ordering::Relaxed);
+    }
+
+    /// Has another runtime see to what nobody waits for.
+    pub(crate) fn move_to(&mut self, runtime: Option<&Handle>) {
+        if let Some(runtime) = runtime {
+            self.runtime = runtime.clone();
+        }
+    }
+
+    /// Where the connection comes from.
+    pub(crate) fn connections(&self) -> &Arc<Connections> {
+        &self.connections
+    }
+
+    /// The backend's pid by its own word; `None` before it was asked.
+    pub(crate) fn server_pid(&self) -> Option<i32> {
+        self.server_pid
+    }
+
+    /// The backend's pid as it was given at login. A pooler hands out one of its own there, so a backend that answers
+    /// with another pid is behind one.
+    pub(crate) fn login_pid(&self) -> Option<i32> {
+        cancel::login_pid(&self.client().cancel_token())
+    }
+
+    /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
+    pub(crate) fn cancel_in_background(&self) {
+        self.doubtful.store(true, Ordering::Relaxed);
+        let canceller = cancel::Canceller::of(self);
+        drop(self.runtime.spawn(async move { canceller.cancel().await }));
+    }
+
+    /// The server's last error, unless something has succeeded since.
+    pub(crate) fn failure(&self) -> Option<Box<DbError>> {
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Whether a failed statement can have gone by unseen, or seen and swallowed: then COMMIT may be a rollback.
+    fn may_have_failed(&self) -> bool {
+        self.flawed.load(Ordering::Relaxed)
+            || self.unwatched.load(Ordering::Relaxed)
+            || self.unanswered.load(Ordering::Relaxed) > 0
+    }
+
+    /// When the pool opened the connection: what tells it from all others of the pool.
+    pub(crate) fn created(&self) -> Instant {
+        Object::metrics(
+            self.object
+                .as_ref()
+                .expect("a session keeps its connection until it ends"),
+        )
+        .created
+    }
+
+    /// Puts an error in the place of the last one, or nothing where it has been dealt with.
+    pub(crate) fn remember_failure(&self, failure: Option<Box<DbError>>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+
+    /// What ends the transaction on this session well.
+    pub(crate) fn commit_message(&self) -> Message {
+        if self.may_have_failed() {
+            Message::of(2, crate::postgres::sql::CHECK_AND_COMMIT)
+        } else {
+            Message::of(1, crate::postgres::sql::COMMIT)
+        }
+    }
+
+    /// Runs a statement, noting whether it was answered and how.
+    ///
+    /// Cancel safety: a statement dropped here stays unanswered, and [`settle`](exchange) cancels it before the
+    /// connection is closed.
+    pub(crate) async fn watch<T>(
+        &self,
+        statement: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, tokio_postgres::Error> {
+        self.used.store(true, Ordering::Relaxed);
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        let result = statement.await;
+        self.unanswered.fetch_sub(1, Ordering::Relaxed);
+        if result.is_err() {
+            self.flawed.store(true, Ordering::Relaxed);
+        }
+        match &result {
+            Ok(_) => self.remember_failure(None),
+            // 25P02 only says that there was an error before: that one is kept.
+            Err(error) if classify(error) == Failure::Aborted && self.failure().is_some() => {}
+            Err(error) => {
+                if let Some(error) = error.as_db_error() {
+                    self.remember_failure(Some(Box::new(error.clone())));
+                }
+            }
+        }
+        result
+    }
+
+    /// [`watch`](Self::watch), and tells the observer.
+    pub(crate) async fn noted<S, T>(
+        &self,
+        statement: &S,
+        running: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, tokio_postgres::Error>
+    where
+        S: ?Sized + AsSent,
+    {
+        let pending = self.begin_statement(statement.as_sent());
+        let result = self.watch(running).await;
+        if let Some(pending) = pending {
+            pending.end(result.as_ref().err().map(classify));
+        }
+        result
+    }
+
+    /// The same for preparing a statement, which may wait for a lock and takes none that matters later.
+    pub(crate) async fn noted_prepare(
+        &self,
+        sql: &str,
+        preparing: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
+    ) -> Result<Statement, tokio_postgres::Error> {
+        let pending = self.begin_statement(Sent::Text(sql));
+        let result = self.watch(preparing).await;
+        if let Some(pending) = pending {
+            match &result {
+                Ok(statement) => pending.end_with(StatementEnd::Prepared(sql, statement)),
+                Err(error) => pending.end(Some(classify(error))),
+            }
+        }
+        result
+    }
+
+    /// Tells the observer of a statement that is about to be sent.
+    pub(crate) fn begin_statement(&self, statement: Sent<'_>) -> Option<PendingStatement> {
+        Some(PendingStatement::begin(self.observed()?, statement))
+    }
+
+    /// Has what is run from now on observed as a transaction or a guard of its own; gives the one before.
+    pub(crate) fn begin_observation(
+        &mut self,
+        call_site: Option<CallSite>,
+        lock_timeout: Option<Duration>,
+        is_guard: bool,
+    ) -> Option<Observation> {
+        let beginning = Beginning {
+            call_site,
+            application_name: self.application_name.as_deref(),
+            lock_timeout,
+            is_guard,
+        };
+        let observation = Observation::begin(self.connections.observer()?, beginning);
+        if let Some(pid) = self.server_pid {
+            observation.observed().identify(pid);
+        }
+        self.observation.replace(observation)
+    }
+
+    /// Continues with one that was begun before, or none.
+    pub(crate) fn resume_observation(&mut self, observation: Option<Observation>) {
+        self.observation = observation;
+    }
+
+    pub(crate) fn observed(&self) -> Option<&Arc<dyn Observed>> {
+        self.observation.as_ref().map(Observation::observed)
+    }
+
+    /// One message on a session that stays where it is.
+    pub(crate) async fn message(&self, sql: &str) -> Result<Reply, tokio_postgres::Error> {
+        self.watch(self.client().simple_query(sql)).await
+    }
+
+    /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
+    /// first poll.
+    pub(crate) fn queue(&self, sql: &str) {
+        // Nobody will see whether it fails.
+        self.flawed.store(true, Ordering::Relaxed);
+        drop(exchange::poll_once(std::pin::pin!(
+            self.client().batch_execute(sql)
+        )));
+    }
+
+    /// One message on a session that goes with it, so that it can be finished or undone even if nobody waits.
+    pub(crate) fn exchange(self, message: impl Into<Message>, undo: Undo) -> Exchange {
+        Exchange::new(self, message.into(), undo)
+    }
+
+    /// Back to the pool. Only for a session on which the server has answered that nothing of ours is left.
+    pub(crate) fn give_back(mut self) {
+        let unanswered = self.unanswered.load(Ordering::Relaxed);
+        if unanswered == 0 && !self.doubtful.load(Ordering::Relaxed) {
+            drop(self.object.take());
+        }
+    }
+}
+
+/// Without the pool's configuration, which names hosts and users.
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("server_pid", &self.server_pid)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Some(object) = self.object.take() {
+            tracing::debug!(pid = self.server_pid, "connection discarded");
+            // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
+            drop(Object::take(*object));
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Where sessions come from: the application's pool, and the connection beside it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use deadpool_postgres::{Pool, PoolError, TimeoutType};
+use tokio::runtime::Handle;
+
+use super::findings::Findings;
+use super::known::Known;
+use super::patience::{Bounded, Patience};
+use super::{Observer, Reply, Session, Side};
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind};
+
+/// How much longer than the deadline a login under way may take.
+const LOGIN: Duration = Duration::from_millis(500);
+/// How long the side connection may take, its login included, before the pool is asked instead.
+const SIDE: Duration = Duration::from_secs(1);
+/// How long for an answer on one of the pool's: what is asked is small.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long to wait for a pool connection to look or cancel with.
+const SPARE: Duration = Duration::from_secs(1);
+/// The same for what is not worth waiting for.
+#[cfg(feature = "incidents")]
+const SPARE_SOON: Duration = Duration::from_millis(20);
+
+/// The connections one keeper may use.
+pub(crate) struct Connections {
+    pool: Pool,
+    side: Option<Side>,
+    findings: Findings,
+    known: Known,
+    patience: Patience,
+    observer: Option<Arc<dyn Observer>>,
+}
+
+/// Without the pool's configuration, which names hosts and users.
+impl fmt::Debug for Connections {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connections")
+            .field("side", &self.side)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connections {
+    pub(crate) fn new(
+        pool: Pool,
+        side: Option<Side>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            pool,
+            side,
+            findings: Findings::default(),
+            known: Known::default(),
+            patience: Patience::default(),
+            observer,
+        })
+    }
+
+    /// What has been found out about the servers behind the pool.
+    pub(crate) fn findings(&self) -> &Findings {
+        &self.findings
+    }
+
+    /// What has been found out about its connections.
+    pub(crate) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// Who is told of transactions and guards.
+    pub(super) fn observer(&self) -> Option<&Arc<dyn Observer>> {
+        self.observer.as_ref()
+    }
+
+    /// Bounds the time that an answer may take.
+    pub(super) fn bound<F: Future + Unpin>(
+        &self,
+        runtime: &Handle,
+        most: Duration,
+        answer: F,
+    ) -> Bounded<F> {
+        self.patience.bound(runtime, most, answer)
+    }
+
+    /// How many connections the pool may hold: as many of them may turn out to be dead before one is alive.
+    pub(crate) fn most(&self) -> usize {
+        self.pool.status().max_size
+    }
+
+    /// Whether somebody waits for a connection to come back to the pool.
+    pub(crate) fn are_awaited(&self) -> bool {
+        let status = self.pool.status();
+        status.waiting > 0 && status.size >= status.max_size
+    }
+
+    pub(super) fn side(&self) -> Option<&Side> {
+        self.side.as_ref()
+    }
+
+    /// Takes a connection into custody, waiting for one until the deadline.
+    ///
+    /// Cancel safety: nothing is taken before this returns.
+    pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
+        let runtime = Handle::try_current()
+            .map_err(|error| Error::config("called outside a tokio runtime").with_source(error))?;
+        let mut getting = std::pin::pin!(self.pool.get());
+        let mut got = deadline.bound(Duration::ZERO, &mut getting).await;
+        let status = self.pool.status();
+        let in_use = status.size.saturating_sub(status.available);
+        if got.is_none() && in_use < status.max_size {
+            // Not waiting for somebody to give one back, but for the server to let a new one in.
+            got = tokio::time::timeout(LOGIN, getting).await.ok();
+        }
+        let object = match got {
+            Some(Ok(object)) => object,
+            Some(Err(PoolError::Timeout(TimeoutType::Wait))) | None => {
+                return Err(Error::new(ErrorKind::Pool)
+                    .with_detail(format!(
+                        "none became free, {in_use} of {} in use",
+                        status.max_size
+                    ))
+                    .with_waited(deadline.waited()));
+            }
+            Some(Err(error)) => return Err(Error::from(error)),
+        };
+        Ok(Session {
+            object: Some(Box::new(object)),
+            connections: Arc::clone(self),
+            runtime,
+            server_pid: None,
+            custody: None,
+            application_name: None,
+            unanswered: AtomicUsize::new(0),
+            unwatched: AtomicBool::new(false),
+            doubtful: AtomicBool::new(false),
+            used: AtomicBool::new(false),
+            flawed: AtomicBool::new(false),
+            observation: None,
+            failure: Mutex::new(None),
+        })
+    }
+
+    /// Whether there is to be a connection beside the pool.
+    #[cfg(feature = "incidents")]
+    pub(crate) fn has_side(&self) -> bool {
+        self.side.is_some()
+    }
+
+    /// Opens the side connection, if there is to be one and it can be.
+    #[cfg(feature = "incidents")]
+    pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
+        if let Some(side) = &self.side {
+            ask_side(side, crate::postgres::sql::PROBE).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks what is worth knowing only at once, and does without an answer rather than wait for a connection.
+    #[cfg(feature = "incidents")]
+    pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            return ask_side(side, sql).await;
+        }
+        let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
+        // The settings of the side connection, until the end of the message.
+        let bounded = crate::connection::sql::server::small(sql);
+        // Cancel safety: unanswered, its connection is closed.
+        let reply = session.message(&bounded).await;
+        // What fails (for want of a privilege, or behind a lock) leaves nothing, unless there was a transaction already.
+        if reply.is_ok() || session.message(crate::postgres::sql::PROBE).await.is_ok() {
+            session.give_back();
+        }
+        Ok(reply?)
+    }
+
+    /// Asks the server something small on a connection that is not stuck: the one beside the pool, else one of the
+    /// pool's.
+    pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        self.ask_within(SPARE, sql).await
+    }
+
+    /// The same for what must not be sent twice: it goes to the side connection only where that has just answered.
+    #[cfg(feature = "resolver")]
+    pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            match ask_side(side, crate::postgres::sql::PROBE).await {
+                Ok(_) => return ask_side(side, sql).await,
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            }
+        }
+        self.ask_pool(SPARE, sql).await
+    }
+
+    /// As [`ask`](Self::ask), with the time that one of the pool's may be waited for.
+    pub(crate) async fn ask_within(
+        self: &Arc<Self>,
+        spare: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            match ask_side(side, sql).await {
+                Ok(reply) => return Ok(reply),
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            }
+        }
+        self.ask_pool(spare, sql).await
+    }
+
+    async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
+        let session = self.check_out(&Deadline::after(spare)).await?;
+        // Cancel safety: a question of one statement; unanswered, its connection is closed.
+        let Ok(reply) = tokio::time::timeout(ANSWER, session.message(sql)).await else {
+            return Err(Error::new(ErrorKind::ConnectionLost)
+                .with_detail("no answer on a connection of the pool")
+                .with_waited(ANSWER));
+        };
+        let reply = reply?;
+        session.give_back();
+        Ok(reply)
+    }
+}
+
+async fn ask_side(side: &Side, sql: &str) -> Result<Reply, Error> {
+    match tokio::time::timeout(SIDE, side.ask(sql)).await {
+        Ok(reply) => reply,
+        Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
+            .with_detail("no answer on the side connection")
+            .with_waited(SIDE)),
+    }
+}

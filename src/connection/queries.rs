@@ -1,0 +1,294 @@
+//! The driver's query methods, given to each type that owns a session.
+
+/// Implements tokio-postgres' query methods on a type with a `fn session(&self) -> &Session`.
+///
+/// They have the driver's names, arguments and error type. Each statement is watched: whether it was answered decides
+/// whether the connection can ever go back, and its SQLSTATE whether the transaction is worth repeating.
+macro_rules! query_methods {
+    ($type:ty) => {
+        /// The driver's query methods. Each is cancel safe in this sense: a statement whose future is dropped goes on
+        /// on the server, statements after it wait for it, and it is cancelled when its owner ends.
+        impl $type {
+            /// See [`tokio_postgres::Client::query`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn query<T>(
+                &self,
+                statement: &T,
+                params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+            ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().query(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::query_one`].
+            ///
+            /// # Errors
+            /// The driver's; one of its own when there is not exactly one row.
+            pub async fn query_one<T>(
+                &self,
+                statement: &T,
+                params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+            ) -> Result<tokio_postgres::Row, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().query_one(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::query_opt`].
+            ///
+            /// # Errors
+            /// The driver's; one of its own when there is more than one row.
+            pub async fn query_opt<T>(
+                &self,
+                statement: &T,
+                params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+            ) -> Result<Option<tokio_postgres::Row>, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().query_opt(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::query_raw`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn query_raw<T, P, I>(
+                &self,
+                statement: &T,
+                params: I,
+            ) -> Result<tokio_postgres::RowStream, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+                P: tokio_postgres::types::BorrowToSql,
+                I: IntoIterator<Item = P>,
+                I::IntoIter: ExactSizeIterator,
+            {
+                let session = self.session();
+                session
+                    .noted(
+                        statement,
+                        session.unwatched_client().query_raw(statement, params),
+                    )
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::query_typed`]: one round trip, without preparing.
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn query_typed(
+                &self,
+                statement: &str,
+                params: &[(
+                    &(dyn tokio_postgres::types::ToSql + Sync),
+                    tokio_postgres::types::Type,
+                )],
+            ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().query_typed(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::execute`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn execute<T>(
+                &self,
+                statement: &T,
+                params: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+            ) -> Result<u64, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().execute(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::execute_typed`]: one round trip, without preparing.
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn execute_typed(
+                &self,
+                statement: &str,
+                params: &[(
+                    &(dyn tokio_postgres::types::ToSql + Sync),
+                    tokio_postgres::types::Type,
+                )],
+            ) -> Result<u64, tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().execute_typed(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::execute_raw`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn execute_raw<T, P, I>(
+                &self,
+                statement: &T,
+                params: I,
+            ) -> Result<u64, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+                P: tokio_postgres::types::BorrowToSql,
+                I: IntoIterator<Item = P>,
+                I::IntoIter: ExactSizeIterator,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.client().execute_raw(statement, params))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::batch_execute`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted(sql, session.client().batch_execute(sql))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::simple_query`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn simple_query(
+                &self,
+                sql: &str,
+            ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
+                let session = self.session();
+                session.noted(sql, session.client().simple_query(sql)).await
+            }
+
+            /// See [`tokio_postgres::Client::prepare`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn prepare(
+                &self,
+                sql: &str,
+            ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted_prepare(sql, session.client().prepare(sql))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::prepare_typed`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn prepare_typed(
+                &self,
+                sql: &str,
+                types: &[tokio_postgres::types::Type],
+            ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted_prepare(sql, session.client().prepare_typed(sql, types))
+                    .await
+            }
+
+            /// See [`deadpool_postgres::ClientWrapper::prepare_cached`]: a round trip only the first time on a
+            /// connection.
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn prepare_cached(
+                &self,
+                sql: &str,
+            ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted_prepare(sql, session.client().prepare_cached(sql))
+                    .await
+            }
+
+            /// See [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn prepare_typed_cached(
+                &self,
+                sql: &str,
+                types: &[tokio_postgres::types::Type],
+            ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
+                let session = self.session();
+                session
+                    .noted_prepare(sql, session.client().prepare_typed_cached(sql, types))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::copy_in`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn copy_in<T, U>(
+                &self,
+                statement: &T,
+            ) -> Result<tokio_postgres::CopyInSink<U>, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+                U: bytes::Buf + 'static + Send,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.unwatched_client().copy_in(statement))
+                    .await
+            }
+
+            /// See [`tokio_postgres::Client::copy_out`].
+            ///
+            /// # Errors
+            /// The driver's.
+            pub async fn copy_out<T>(
+                &self,
+                statement: &T,
+            ) -> Result<tokio_postgres::CopyOutStream, tokio_postgres::Error>
+            where
+                T: ?Sized + $crate::connection::ToStatement,
+            {
+                let session = self.session();
+                session
+                    .noted(statement, session.unwatched_client().copy_out(statement))
+                    .await
+            }
+
+            /// The connection itself, for code that is generic over a `GenericClient`: `client()` is
+            /// [`deadpool_postgres::GenericClient`], `&***client()` is [`tokio_postgres::GenericClient`].
+            ///
+            /// Do not end the transaction or unlock through it. What is run here is not watched: a statement left
+            /// unanswered is noticed only after a moment's wait when its owner ends, and the connection is closed then.
+            pub fn client(&self) -> &deadpool_postgres::Client {
+                self.session().unwatched_client()
+            }
+        }
+    };
+}
+
+pub(crate) use query_methods;

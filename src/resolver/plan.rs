@@ -1,0 +1,503 @@
+//! What is to be done about whom, and why: pure.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::policy::ResolverPolicy;
+use super::protect::{self, Known};
+use crate::graph::{Backend, LockTree, TreeNode};
+use crate::monitor::Waits;
+use crate::postgres::timestamp::Age;
+use crate::resolver::protection::Protection;
+use crate::resolver::sql::signal::{self, Lacking};
+
+/// What is done about a root blocker, one after another, each only where what came before has not helped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Step {
+    /// Leave it so long to finish, or to go on.
+    Wait(Duration),
+    /// Cancel its statement: `pg_cancel_backend`.
+    Cancel,
+    /// End its session: `pg_terminate_backend`.
+    Terminate,
+}
+
+/// What is to be done about one root blocker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// These steps, as far as they are needed.
+    Act(
+        /// In their order.
+        Vec<Step>,
+    ),
+    /// It is left alone.
+    LeaveAlone(Protection),
+    /// This role cannot see what it does, so it is left alone.
+    Hidden {
+        /// The GRANT, or what else is lacking, that would show it.
+        grant: Box<str>,
+    },
+    /// It is a prepared transaction, which has no session to be signalled.
+    ByHand {
+        /// The statement that ends it, for somebody who knows that nobody else will.
+        statement: Option<Box<str>>,
+    },
+    /// It is part of a circle: if that is a deadlock, the server ends it when the longest wait in it reaches
+    /// `deadlock_timeout`.
+    LeftToTheServer,
+    /// The policy does not let anything be done that would help.
+    NotAllowed {
+        /// What would have to be allowed.
+        option: &'static str,
+    },
+    /// It is in a database that the policy does not name.
+    OtherDatabase,
+    /// It had ended when it was looked at.
+    Gone,
+}
+
+/// One root blocker, and what is to be done about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedRoot {
+    backend: Backend,
+    blocks: usize,
+    why: String,
+    verdict: Verdict,
+}
+
+/// What a [`Resolver`](super::Resolver) would do, and why: a root blocker after another, first the one that keeps most
+/// sessions waiting.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    roots: Vec<PlannedRoot>,
+    waits: Waits,
+    execute: bool,
+    /// Whether it was made from the tree alone.
+    from_tree_only: bool,
+}
+
+impl Step {
+    fn describe(self) -> String {
+        match self {
+            Self::Wait(time) if time.is_zero() => "look again".to_owned(),
+            Self::Wait(time) => format!("wait {} for it", Age(time)),
+            Self::Cancel => "cancel its statement".to_owned(),
+            Self::Terminate => "terminate its session".to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Act(steps) => {
+                for (n, step) in steps.iter().enumerate() {
+                    write!(f, "{}{step}", if n > 0 { ", then " } else { "" })?;
+                }
+                Ok(())
+            }
+            Self::LeaveAlone(why) => write!(f, "left alone: {why}"),
+            Self::Hidden { grant } => write!(
+                f,
+                "left alone: what it does is hidden from this role; {grant} would show it"
+            ),
+            Self::ByHand {
+                statement: Some(statement),
+            } => write!(
+                f,
+                "by hand: it can be neither cancelled nor terminated; if its transaction manager will not end it: {statement}"
+            ),
+            Self::ByHand { statement: None } => f.write_str(
+                "by hand: it can be neither cancelled nor terminated; see pg_prepared_xacts",
+            ),
+            Self::LeftToTheServer => {
+                f.write_str("left to the server, which ends a deadlock after deadlock_timeout")
+            }
+            Self::NotAllowed { option } => write!(f, "left alone: it would need {option}"),
+            Self::OtherDatabase => f.write_str("left alone: it is in another database"),
+            Self::Gone => f.write_str("nothing: it has ended"),
+        }
+    }
+}
+
+impl PlannedRoot {
+    /// Who is in the way.
+    #[must_use]
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// How many sessions could not go on before this one does.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// What is to be done about it.
+    #[must_use]
+    pub fn verdict(&self) -> &Verdict {
+        &self.verdict
+    }
+
+    /// Why, in a sentence.
+    #[must_use]
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+
+    /// The steps, where there are any.
+    #[must_use]
+    pub fn steps(&self) -> &[Step] {
+        match &self.verdict {
+            Verdict::Act(steps) => steps,
+            _ => &[],
+        }
+    }
+}
+
+impl Plan {
+    pub(super) fn new(policy: &ResolverPolicy, known: &Known, tree: &LockTree) -> Self {
+        let concerned = tree.roots().filter(|root| concerns(policy, *root));
+        let roots = concerned.map(|root| {
+            let verdict = if root.is_in_cycle() {
+                Verdict::LeftToTheServer
+            } else {
+                verdict(policy, known, root.backend())
+            };
+            PlannedRoot {
+                why: why(root.backend(), root.blocks()),
+                backend: root.backend().clone(),
+                blocks: root.blocks(),
+                verdict,
+            }
+        });
+        Self {
+            roots: roots.collect(),
+            waits: Waits::among(tree.snapshot(), &policy.databases),
+            execute: policy.execute,
+            from_tree_only: false,
+        }
+    }
+
+    /// The same, of which it is said that it was made from the tree alone.
+    pub(super) fn without_surroundings(self) -> Self {
+        Self {
+            from_tree_only: true,
+            ..self
+        }
+    }
+
+    /// The root blockers, first the one that keeps most sessions waiting.
+    #[must_use]
+    pub fn roots(&self) -> &[PlannedRoot] {
+        &self.roots
+    }
+
+    /// How much is waited.
+    #[must_use]
+    pub fn waits(&self) -> &Waits {
+        &self.waits
+    }
+
+    /// Whether there is anything that would be done.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.roots.iter().all(|root| root.steps().is_empty())
+    }
+
+    /// Whether it was made from a tree alone: whose sessions are superusers', and who takes a backup or builds an index
+    /// without saying so, is only found out by [`run`](super::Resolver::run), before anything is done.
+    #[must_use]
+    pub fn is_from_tree_only(&self) -> bool {
+        self.from_tree_only
+    }
+}
+
+/// A line of what is waited, and two for each root blocker.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.execute { "" } else { " (dry run)" };
+        writeln!(f, "plan{how}: {}", self.waits)?;
+        for (n, root) in self.roots.iter().enumerate() {
+            writeln!(f, "{}. {}", n + 1, root.backend)?;
+            writeln!(f, "   {}: {}", root.why, root.verdict)?;
+        }
+        if self.from_tree_only && !self.is_empty() {
+            writeln!(
+                f,
+                "before any step: superusers' sessions, backups, index builds and holders of migrations' locks are looked for"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether it, or one of those it keeps waiting, is in a database that the policy names.
+fn concerns(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
+    let mut left = vec![root];
+    while let Some(node) = left.pop() {
+        if policy.databases.has(node.backend().database()) {
+            return true;
+        }
+        left.extend(node.children());
+    }
+    false
+}
+
+/// What can be done about a session that is in the way and waits for nobody.
+pub(super) fn verdict(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> Verdict {
+    if !policy.databases.has(backend.database()) {
+        return Verdict::OtherDatabase;
+    }
+    if backend.pid().is_none() {
+        let statement = backend
+            .prepared_transaction()
+            .map(|gid| signal::rollback_prepared(gid).into());
+        return Verdict::ByHand { statement };
+    }
+    if backend.is_gone() {
+        return Verdict::Gone;
+    }
+    if let Some(protection) = protect::of(policy, known, backend) {
+        return Verdict::LeaveAlone(protection);
+    }
+    // Unknown is not idle.
+    let (Some(state), false) = (backend.state(), backend.is_hidden()) else {
+        let around = &known.surroundings;
+        let lacking = Lacking {
+            role: "pg_read_all_stats",
+            is_member: around.reads_all,
+        };
+        let me = around.me.as_deref().unwrap_or("this role");
+        return Verdict::Hidden {
+            grant: signal::grant(&[lacking], me, around.version).into(),
+        };
+    };
+    let left = |grace: Duration| grace.saturating_sub(backend.in_state().unwrap_or_default());
+    let terminate = |grace: Duration| {
+        if policy.may_terminate {
+            Verdict::Act(vec![Step::Wait(left(grace)), Step::Terminate])
+        } else {
+            Verdict::NotAllowed {
+                option: "may_terminate(true)",
+            }
+        }
+    };
+    match state {
+        "active" | "fastpath function call" => {
+            let mut steps = vec![Step::Wait(policy.wait), Step::Cancel];
+            if policy.may_terminate && backend.backend_type() != Some("autovacuum worker") {
+                steps.push(Step::Terminate);
+            }
+            Verdict::Act(steps)
+        }
+        "idle" => match policy.idle_session_grace {
+            Some(grace) => terminate(grace),
+            None => Verdict::NotAllowed {
+                option: "idle_session_grace",
+            },
+        },
+        state if state.starts_with("idle in transaction") => terminate(policy.idle_grace),
+        // `disabled`: the server does not keep track of what it does.
+        _ => Verdict::NotAllowed {
+            option: "track_activities = on, to see what it does",
+        },
+    }
+}
+
+fn why(backend: &Backend, blocks: usize) -> String {
+    let what = match (backend.pid(), backend.state()) {
+        (None, _) => "prepared and not ended",
+        (_, Some("active" | "fastpath function call")) => "runs a statement",
+        (_, Some("idle")) => "idle, with a lock of its session",
+        (_, Some(state)) if state.starts_with("idle in transaction") => {
+            "idle in its transaction, so that there is nothing to cancel"
+        }
+        (_, _) if backend.is_gone() => "has ended",
+        _ => "does what this role cannot see",
+    };
+    match blocks {
+        1 => format!("keeps 1 session waiting, {what}"),
+        n => format!("keeps {n} sessions waiting, {what}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::graph::BackendId;
+    use crate::graph::parts::Sight;
+    use crate::monitor::testing::{backend, edge, snapshot};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn in_state(state: &str, seconds: u64) -> Backend {
+        let mut backend = backend(1);
+        backend.state = Some(state.into());
+        backend.in_state = Some(SECOND * u32::try_from(seconds).expect("small"));
+        backend
+    }
+
+    fn of(policy: &ResolverPolicy, backend: &Backend) -> Verdict {
+        verdict(policy, &Known::default(), backend)
+    }
+
+    #[test]
+    fn never_a_kill_first() {
+        let policy = ResolverPolicy::new().wait(30 * SECOND);
+        assert_eq!(
+            of(&policy, &in_state("active", 999)),
+            Verdict::Act(vec![Step::Wait(30 * SECOND), Step::Cancel, Step::Terminate])
+        );
+        let policy = policy.may_terminate(false);
+        assert_eq!(
+            of(&policy, &in_state("active", 999)),
+            Verdict::Act(vec![Step::Wait(30 * SECOND), Step::Cancel])
+        );
+    }
+
+    #[test]
+    fn idle_in_transaction_is_only_terminated_after_its_own_grace() {
+        let policy = ResolverPolicy::new().idle_grace(60 * SECOND);
+        for state in ["idle in transaction", "idle in transaction (aborted)"] {
+            assert_eq!(
+                of(&policy, &in_state(state, 45)),
+                Verdict::Act(vec![Step::Wait(15 * SECOND), Step::Terminate])
+            );
+        }
+        assert!(matches!(
+            of(
+                &policy.may_terminate(false),
+                &in_state("idle in transaction", 99)
+            ),
+            Verdict::NotAllowed { .. }
+        ));
+    }
+
+    #[test]
+    fn an_idle_session_is_only_touched_if_told_to() {
+        let policy = ResolverPolicy::new();
+        assert!(matches!(
+            of(&policy, &in_state("idle", 9999)),
+            Verdict::NotAllowed { .. }
+        ));
+        assert_eq!(
+            of(&policy.idle_session_grace(SECOND), &in_state("idle", 9)),
+            Verdict::Act(vec![Step::Wait(Duration::ZERO), Step::Terminate])
+        );
+    }
+
+    #[test]
+    fn an_autovacuum_is_never_terminated() {
+        let mut worker = in_state("active", 5);
+        worker.backend_type = Some("autovacuum worker".into());
+        let policy = ResolverPolicy::new();
+        assert_eq!(
+            of(&policy, &worker),
+            Verdict::Act(vec![Step::Wait(policy.wait), Step::Cancel])
+        );
+    }
+
+    #[test]
+    fn unknown_is_not_idle() {
+        let mut hidden = Backend::unknown(1.into());
+        hidden.sight = Sight::Hidden;
+        hidden.application_name = Some("app".into());
+        let known = Known {
+            surroundings: crate::resolver::sql::sessions::Surroundings {
+                me: Some("o\"ps".into()),
+                ..Default::default()
+            },
+            ..Known::default()
+        };
+        assert_eq!(
+            verdict(&ResolverPolicy::new(), &known, &hidden),
+            Verdict::Hidden {
+                grant: "GRANT pg_read_all_stats TO \"o\"\"ps\"".into()
+            }
+        );
+        let off = in_state("disabled", 0);
+        assert!(matches!(
+            of(&ResolverPolicy::new(), &off),
+            Verdict::NotAllowed { .. }
+        ));
+    }
+
+    #[test]
+    fn a_plan_says_who_and_why() {
+        let mut prepared = Backend::unknown(BackendId::Prepared(Some(Arc::from("it's"))));
+        prepared.sight = Sight::Whole;
+        let mut queued = edge(4, 9, SECOND);
+        queued.blocker = prepared.id().clone();
+        let tree = snapshot(
+            vec![in_state("idle in transaction", 5), prepared],
+            vec![
+                edge(2, 1, 9 * SECOND),
+                edge(3, 2, SECOND),
+                queued,
+                edge(11, 12, SECOND),
+                edge(12, 11, SECOND),
+            ],
+        )
+        .tree();
+        let plan =
+            Plan::new(&ResolverPolicy::new(), &Known::default(), &tree).without_surroundings();
+        assert!(plan.is_from_tree_only() && !plan.is_empty());
+        let text = plan.to_string();
+        assert!(
+            text.starts_with("plan (dry run): 5 sessions wait"),
+            "{text}"
+        );
+        assert!(
+            text.contains("keeps 2 sessions waiting, idle in its transaction"),
+            "{text}"
+        );
+        assert!(text.contains("ROLLBACK PREPARED 'it''s'"), "{text}");
+        assert!(text.contains("deadlock_timeout"), "{text}");
+        assert!(
+            text.contains("wait 55.0s for it, then terminate its session"),
+            "{text}"
+        );
+        let blocked: Vec<_> = plan.roots().iter().map(PlannedRoot::blocks).collect();
+        assert_eq!(blocked[0], 2);
+        let empty = Plan::new(
+            &ResolverPolicy::new(),
+            &Known::default(),
+            &snapshot(vec![], vec![]).tree(),
+        );
+        assert!(empty.is_empty() && empty.to_string().contains("nobody waits"));
+    }
+
+    #[test]
+    fn another_database_is_not_dealt_with() {
+        let policy = ResolverPolicy::new().database("here");
+        let mut there = in_state("active", 9);
+        there.database = Some("there".into());
+        assert_eq!(of(&policy, &there), Verdict::OtherDatabase);
+        there.database = Some("here".into());
+        assert!(matches!(of(&policy, &there), Verdict::Act(_)));
+
+        // One elsewhere is shown where it keeps somebody here waiting.
+        let mut with = |database: &str| {
+            let mut waiter = backend(2);
+            waiter.database = Some(database.into());
+            there.database = Some("there".into());
+            snapshot(vec![there.clone(), waiter], vec![edge(2, 1, SECOND)]).tree()
+        };
+        for (database, roots) in [("here", 1), ("there", 0)] {
+            let plan = Plan::new(&policy, &Known::default(), &with(database));
+            assert_eq!(plan.roots().len(), roots);
+            assert!(plan.is_empty());
+        }
+    }
+}

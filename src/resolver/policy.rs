@@ -1,0 +1,326 @@
+//! What a resolver may do.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::key::LockKey;
+use crate::monitor::RecoveryCriterion;
+use crate::monitor::waits::Databases;
+use crate::resolver::pattern::Pattern;
+
+use super::load::LoadChange;
+
+/// Looks are not worth more often than that.
+const SHORTEST_POLL: Duration = Duration::from_millis(10);
+
+/// Programs that take backups over a connection like any other.
+const BACKUPS: [&str; 9] = [
+    "pg_dump*",
+    "pg_basebackup*",
+    "pg_receivewal*",
+    "pg_recvlogical*",
+    "pg_rewind*",
+    "pg_probackup*",
+    "pgbackrest*",
+    "barman*",
+    "wal-g*",
+];
+
+/// Programs that change schemas.
+const MIGRATIONS: [&str; 9] = [
+    "*migrat*",
+    "*flyway*",
+    "*liquibase*",
+    "*alembic*",
+    "*sqitch*",
+    "pgroll*",
+    "pg_repack*",
+    "pg_squeeze*",
+    "pg_restore*",
+];
+
+/// What a [`Resolver`](super::Resolver) may do, when, and to whom: nothing, unless told to [`execute`](Self::execute).
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use lockkeeper::{RecoveryCriterion, ResolverPolicy};
+///
+/// let policy = ResolverPolicy::new()
+///     .wait(Duration::from_secs(20))
+///     .idle_grace(Duration::from_secs(60))
+///     .protect("reporting *")
+///     .recovered_when(RecoveryCriterion::waits_shorter_than(Duration::from_secs(1)).checks(5))
+///     .execute(true);
+/// ```
+#[derive(Clone)]
+pub struct ResolverPolicy {
+    pub(super) execute: bool,
+    pub(super) wait: Duration,
+    pub(super) idle_grace: Duration,
+    pub(super) idle_session_grace: Option<Duration>,
+    pub(super) settle: Duration,
+    pub(super) poll: Duration,
+    pub(super) deadline: Duration,
+    pub(super) most_signals: u32,
+    pub(super) may_terminate: bool,
+    pub(super) patterns: Vec<Pattern>,
+    pub(super) backups: Vec<Pattern>,
+    pub(super) migration_names: Vec<Pattern>,
+    pub(super) migration_keys: Vec<LockKey>,
+    pub(super) migrations: bool,
+    pub(super) superusers: bool,
+    pub(super) own_sessions: bool,
+    pub(super) databases: Databases,
+    pub(super) criterion: RecoveryCriterion,
+    pub(super) hook: Option<Arc<dyn Fn(LoadChange) + Send + Sync>>,
+    pub(super) hook_timeout: Duration,
+}
+
+impl Default for ResolverPolicy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ResolverPolicy {
+    /// Looks and says what it would do, and does nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        let patterns = |texts: &[&str]| texts.iter().map(|text| Pattern::new(text)).collect();
+        Self {
+            execute: false,
+            wait: Duration::from_secs(30),
+            idle_grace: Duration::from_secs(60),
+            idle_session_grace: None,
+            settle: Duration::from_secs(5),
+            poll: Duration::from_millis(500),
+            deadline: Duration::from_secs(15 * 60),
+            most_signals: 10,
+            may_terminate: true,
+            patterns: Vec::new(),
+            backups: patterns(&BACKUPS),
+            migration_names: patterns(&MIGRATIONS),
+            migration_keys: Vec::new(),
+            migrations: false,
+            superusers: false,
+            own_sessions: false,
+            databases: Databases::default(),
+            criterion: RecoveryCriterion::no_waits(),
+            hook: None,
+            hook_timeout: Duration::from_secs(5),
+        }
+    }
+
+    /// Whether [`run`](super::Resolver::run) does what the plan says. It does not by default: it is a dry run, which
+    /// sends no signal and calls no hook.
+    #[must_use]
+    pub fn execute(mut self, execute: bool) -> Self {
+        self.execute = execute;
+        self
+    }
+
+    /// How long a root blocker that works is left to finish, from when it is first dealt with, before its statement is
+    /// cancelled; 30 seconds by default.
+    #[must_use]
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// For how long a root blocker must have been idle in its transaction before its session is terminated, which is the
+    /// only thing that ends such a transaction; 60 seconds by default.
+    #[must_use]
+    pub fn idle_grace(mut self, grace: Duration) -> Self {
+        self.idle_grace = grace;
+        self
+    }
+
+    /// For how long a session that is idle, outside of any transaction, and keeps others waiting with a session-level
+    /// advisory lock must have been idle before it is terminated. `None`, the default, is never: it may be meant so.
+    #[must_use]
+    pub fn idle_session_grace(mut self, grace: impl Into<Option<Duration>>) -> Self {
+        self.idle_session_grace = grace.into();
+        self
+    }
+
+    /// How long after a signal to wait for what comes of it before the next step; 5 seconds by default.
+    #[must_use]
+    pub fn settle(mut self, settle: Duration) -> Self {
+        self.settle = settle;
+        self
+    }
+
+    /// How often to look meanwhile; every 500 milliseconds by default, 10 at least.
+    #[must_use]
+    pub fn poll(mut self, poll: Duration) -> Self {
+        self.poll = poll;
+        self
+    }
+
+    /// How long a run may take in all; 15 minutes by default.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// How many signals a run may send in all; 10 by default.
+    #[must_use]
+    pub fn most_signals(mut self, signals: u32) -> Self {
+        self.most_signals = signals;
+        self
+    }
+
+    /// Whether sessions may be terminated where a cancel did not help, or could not; they may by default.
+    #[must_use]
+    pub fn may_terminate(mut self, may: bool) -> Self {
+        self.may_terminate = may;
+        self
+    }
+
+    /// Leaves sessions alone whose `application_name` matches: `*` stands for any characters, `?` for any one, case does
+    /// not matter. In addition to those that are always left alone.
+    #[must_use]
+    pub fn protect(mut self, pattern: impl AsRef<str>) -> Self {
+        self.patterns.push(Pattern::new(pattern.as_ref()));
+        self
+    }
+
+    /// An advisory lock that a program holds while it changes the schema: its holder is a migration. Known without being
+    /// told are keys with `migrat` in their name, where this process knows it, goose's, and with the feature `compat` those
+    /// that Rails, sqlx, golang-migrate and Flyway use by default. Advisory locks of other databases than the monitor's
+    /// are not looked at.
+    #[must_use]
+    pub fn migration_key(mut self, key: impl Into<LockKey>) -> Self {
+        self.migration_keys.push(key.into());
+        self
+    }
+
+    /// Whether migrations and index builds may be signalled; they may not by default.
+    #[must_use]
+    pub fn touch_migrations(mut self, may: bool) -> Self {
+        self.migrations = may;
+        self
+    }
+
+    /// Whether sessions of superusers other than the resolver's own role may be signalled; they may not by default.
+    #[must_use]
+    pub fn touch_superusers(mut self, may: bool) -> Self {
+        self.superusers = may;
+        self
+    }
+
+    /// Whether sessions that a guard or a transaction of this process has may be signalled; they may not by default.
+    #[must_use]
+    pub fn touch_own_sessions(mut self, may: bool) -> Self {
+        self.own_sessions = may;
+        self
+    }
+
+    /// Deals with root blockers in this database only, and counts only those who wait in it; with several calls, in these.
+    /// All of the server's by default.
+    #[must_use]
+    pub fn database(mut self, name: impl Into<String>) -> Self {
+        self.databases.0.push(name.into().into());
+        self
+    }
+
+    /// When it is over: the run stops, and the load that was shed is resumed. Nobody waits, in three looks in a row, by
+    /// default.
+    #[must_use]
+    pub fn recovered_when(mut self, criterion: RecoveryCriterion) -> Self {
+        self.criterion = criterion;
+        self
+    }
+
+    /// Is told to pause heavy jobs before anything else is done, and to resume them when it is over.
+    ///
+    /// Called with [`LoadChange::Shed`] once, and then once with [`LoadChange::Resume`] when the criterion of
+    /// [`recovered_when`](Self::recovered_when) holds, or with [`LoadChange::GaveUp`] when the run ends in another way, a
+    /// dropped future too. It runs on a thread where blocking does no harm; a panic is contained and noted in the log, and
+    /// the run goes on without it when it takes longer than the [`hook_timeout`](Self::hook_timeout). In a dry run it
+    /// is not called.
+    #[must_use]
+    pub fn shed_load(mut self, hook: impl Fn(LoadChange) + Send + Sync + 'static) -> Self {
+        self.hook = Some(Arc::new(hook));
+        self
+    }
+
+    /// How long a run waits for the hook of [`shed_load`](Self::shed_load); 5 seconds by default.
+    #[must_use]
+    pub fn hook_timeout(mut self, timeout: Duration) -> Self {
+        self.hook_timeout = timeout;
+        self
+    }
+
+    /// Whether a session of this database is dealt with.
+    pub(super) fn concerns_database(&self, name: Option<&str>) -> bool {
+        self.databases.has(name)
+    }
+
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if self.poll < SHORTEST_POLL {
+            return Err(Error::config(format!(
+                "a resolver that looks every {:?}: at least {SHORTEST_POLL:?}",
+                self.poll
+            )));
+        }
+        if self.most_signals == 0 && self.execute {
+            return Err(Error::config(
+                "a resolver that may send 0 signals: at least 1, or leave out execute(true)",
+            ));
+        }
+        if self.deadline.is_zero() {
+            return Err(Error::config(
+                "a resolver with a deadline of 0s: more than that",
+            ));
+        }
+        self.criterion.check()
+    }
+}
+
+impl fmt::Debug for ResolverPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResolverPolicy")
+            .field("execute", &self.execute)
+            .field("wait", &self.wait)
+            .field("idle_grace", &self.idle_grace)
+            .field("settle", &self.settle)
+            .field("deadline", &self.deadline)
+            .field("most_signals", &self.most_signals)
+            .field("may_terminate", &self.may_terminate)
+            .field("criterion", &self.criterion)
+            .field("sheds_load", &self.hook.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn by_default_nothing_is_done() {
+        assert!(!ResolverPolicy::new().execute);
+        assert!(ResolverPolicy::default().check().is_ok());
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        let policy = ResolverPolicy::new;
+        for policy in [
+            policy().poll(Duration::from_millis(9)),
+            policy().execute(true).most_signals(0),
+            policy().deadline(Duration::ZERO),
+            policy().recovered_when(RecoveryCriterion::no_waits().checks(0)),
+        ] {
+            let error = policy.check().expect_err("it is refused");
+            assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        }
+    }
+}

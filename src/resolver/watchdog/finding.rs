@@ -1,0 +1,266 @@
+//! What a watchdog has found.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use super::policy::WatchdogPolicy;
+use crate::graph::{Backend, BackendId, Snapshot};
+use crate::key::LockKey;
+use crate::monitor::AdvisoryLockEntry;
+use crate::postgres::timestamp::Age;
+use crate::resolver::signal::SignalOutcome;
+
+/// What is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum FindingKind {
+    /// A session holds advisory locks, has been idle outside of any transaction for long, and no live guard of this
+    /// process has it.
+    LeakedLock,
+    /// A session keeps others waiting and is idle in its transaction.
+    IdleBlocker,
+    /// A session waits for a lock for longer than its client would: that may be gone.
+    ZombieWaiter,
+}
+
+/// Something a watchdog has found, and what came of clearing it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finding {
+    kind: FindingKind,
+    backend: Backend,
+    keys: Vec<LockKey>,
+    blocks: usize,
+    age: Duration,
+    pub(super) cleared: Option<SignalOutcome>,
+}
+
+/// What tells a finding from others, for as long as it lasts.
+pub(super) type FindingId = (
+    FindingKind,
+    BackendId,
+    Option<SystemTime>,
+    Option<SystemTime>,
+);
+
+impl Finding {
+    /// What is wrong.
+    #[must_use]
+    pub fn kind(&self) -> FindingKind {
+        self.kind
+    }
+
+    /// Whose session it is.
+    #[must_use]
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// The advisory locks that are leaked; empty for other findings.
+    #[must_use]
+    pub fn keys(&self) -> &[LockKey] {
+        &self.keys
+    }
+
+    /// How many sessions it keeps waiting.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// For how long it has been idle, or has waited.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.age
+    }
+
+    /// What came of clearing it; `None` where the policy only asks for reports, and where the server could not be asked or
+    /// the watchdog was stopped before.
+    #[must_use]
+    pub fn cleared(&self) -> Option<&SignalOutcome> {
+        self.cleared.as_ref()
+    }
+
+    pub(super) fn id(&self) -> FindingId {
+        (
+            self.kind,
+            self.backend.id().clone(),
+            self.backend.backend_start(),
+            self.backend.transaction_start(),
+        )
+    }
+}
+
+/// `leaked: pid 4711 (…) has held "invoice:42" idle for 10min 00s: terminated`
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let age = Age(self.age);
+        match self.kind {
+            FindingKind::LeakedLock => {
+                write!(f, "leaked: {} holds ", self.backend)?;
+                for (n, key) in self.keys.iter().enumerate() {
+                    write!(f, "{}{key}", if n > 0 { ", " } else { "" })?;
+                }
+                write!(f, " and has been idle for {age}")?;
+            }
+            FindingKind::IdleBlocker => {
+                write!(
+                    f,
+                    "idle blocker: {} has been idle in its transaction for {age}",
+                    self.backend
+                )?;
+            }
+            FindingKind::ZombieWaiter => {
+                write!(
+                    f,
+                    "zombie: {} has waited for a lock for {age}",
+                    self.backend
+                )?;
+            }
+        }
+        match self.blocks {
+            0 => {}
+            1 => f.write_str(", and keeps 1 session waiting")?,
+            n => write!(f, ", and keeps {n} sessions waiting")?,
+        }
+        match &self.cleared {
+            Some(outcome) => write!(f, ": {outcome}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The sessions with leaked locks, each once.
+pub(super) fn leaks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> Vec<Finding> {
+    let mut found: BTreeMap<BackendId, Finding> = BTreeMap::new();
+    for entry in leaks {
+        let backend = entry.backend();
+        if !policy.spared.concerns_database(backend.database()) {
+            continue;
+        }
+        let finding = found
+            .entry(backend.id().clone())
+            .or_insert_with(|| Finding {
+                kind: FindingKind::LeakedLock,
+                backend: backend.clone(),
+                keys: Vec::new(),
+                blocks: 0,
+                age: entry.idle_for().unwrap_or_default(),
+                cleared: None,
+            });
+        finding.keys.push(entry.key().clone());
+    }
+    found.into_values().collect()
+}
+
+/// Those who are idle in the way of others, and those who wait for too long. `is_own` says of a process id whether a live
+/// guard or transaction of this process has it.
+pub(super) fn in_snapshot(
+    policy: &WatchdogPolicy,
+    snapshot: &Snapshot,
+    is_own: impl Fn(i32) -> bool,
+) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let backends = snapshot.backends().iter();
+    for backend in backends.filter(|backend| policy.spared.concerns_database(backend.database())) {
+        let is_idle = backend
+            .state()
+            .is_some_and(|state| state.starts_with("idle in transaction"));
+        let finding = |kind, age| Finding {
+            kind,
+            backend: backend.clone(),
+            keys: Vec::new(),
+            blocks: snapshot.blocked_by(backend.id()),
+            age,
+            cleared: None,
+        };
+        if let (Some(bound), Some(idle), true) = (policy.idle.age, backend.in_state(), is_idle)
+            && idle >= bound
+        {
+            let finding = finding(FindingKind::IdleBlocker, idle);
+            if finding.blocks > 0 {
+                found.push(finding);
+            }
+        }
+        let waited = snapshot.edges_of(backend.id());
+        let waited = waited.filter_map(|edge| edge.wait_age()).max();
+        if let (Some(bound), Some(waited), Some(pid)) = (policy.zombies.age, waited, backend.pid())
+            && waited >= bound
+            && !is_own(pid)
+            && is_suspect(policy, backend)
+        {
+            found.push(finding(FindingKind::ZombieWaiter, waited));
+        }
+    }
+    found
+}
+
+fn is_suspect(policy: &WatchdogPolicy, backend: &Backend) -> bool {
+    let name = backend.application_name().unwrap_or_default();
+    policy.waiters.is_empty() || policy.waiters.iter().any(|pattern| pattern.matches(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::testing::{backend, edge, snapshot};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn idle(pid: i32, seconds: u32) -> Backend {
+        let mut backend = backend(pid);
+        backend.state = Some("idle in transaction".into());
+        backend.in_state = Some(SECOND * seconds);
+        backend
+    }
+
+    fn found(policy: &WatchdogPolicy, snapshot: &Snapshot) -> Vec<(FindingKind, i32)> {
+        let found = in_snapshot(policy, snapshot, |pid| pid == 9);
+        let found = found.iter();
+        found
+            .filter_map(|finding| Some((finding.kind(), finding.backend().pid()?)))
+            .collect()
+    }
+
+    #[test]
+    fn only_who_is_idle_in_the_way_of_others_for_long() {
+        let policy = WatchdogPolicy::new().idle_blockers(60 * SECOND);
+        let scene = |seconds, edges| snapshot(vec![idle(1, seconds), idle(5, 99)], edges);
+        let waits = || vec![edge(2, 1, SECOND)];
+        assert_eq!(
+            found(&policy, &scene(60, waits())),
+            [(FindingKind::IdleBlocker, 1)]
+        );
+        assert_eq!(found(&policy, &scene(59, waits())), []);
+        assert_eq!(found(&policy, &scene(60, vec![])), []);
+        let off = policy.idle_blockers(None);
+        assert_eq!(found(&off, &scene(60, waits())), []);
+    }
+
+    #[test]
+    fn who_waits_for_too_long_and_is_not_alive_here() {
+        let policy = WatchdogPolicy::new().zombie_waiters(600 * SECOND);
+        let mut other = backend(3);
+        other.application_name = Some("billing src/pay.rs:42".into());
+        let snapshot = snapshot(
+            vec![backend(2), other, backend(4), backend(9)],
+            vec![
+                edge(2, 1, 600 * SECOND),
+                edge(3, 1, 601 * SECOND),
+                edge(4, 1, 599 * SECOND),
+                edge(9, 1, 900 * SECOND),
+            ],
+        );
+        let zombie = FindingKind::ZombieWaiter;
+        assert_eq!(found(&policy, &snapshot), [(zombie, 2), (zombie, 3)]);
+        let named = policy.or_zombies_of("billing");
+        assert_eq!(found(&named, &snapshot), [(zombie, 3)]);
+        let first = in_snapshot(&named, &snapshot, |_| false).remove(0);
+        let text = first.to_string();
+        assert!(
+            text.starts_with("zombie: pid 3 (billing src/pay.rs:42")
+                && text.ends_with("has waited for a lock for 10min 01s"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,353 @@
+//! A background task that reports what is wrong with locks, and clears it only if told to.
+
+mod finding;
+mod policy;
+
+pub use finding::{Finding, FindingKind};
+pub use policy::WatchdogPolicy;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use super::Monitor;
+use super::left_alone;
+use super::signal::SignalOutcome;
+use crate::connection;
+use crate::connection::task::{self, Task};
+use crate::deadline::Deadline;
+use crate::error::Error;
+use crate::resolver::sql::signal::{Signal, Spared};
+use finding::FindingId;
+use policy::Sink;
+
+/// Findings that wait for a slow callback; more are dropped.
+const QUEUE: usize = 64;
+/// For how long one look hands out what it has found, where more than that wait.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an end waits for the callback to have been given all.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// A background task that looks for leaked advisory locks, sessions idle in the way of others, and waits that nobody waits
+/// out: [`Monitor::watchdog`], [`Keeper::watchdog`](crate::Keeper::watchdog).
+///
+/// It ends with this handle: at once where that is dropped, and in an orderly way by [`stop`](Self::stop). Looks that
+/// fail, for a restart of the server too, are followed by the next one as usual.
+///
+/// # What is cleared, if told to
+///
+/// | finding | how | again checked in the same statement |
+/// |---|---|---|
+/// | leaked advisory lock | the session is terminated | that it is the same session, outside of a transaction, idle since the same moment |
+/// | idle blocker | the session is terminated | that it is the same session and transaction, idle since the same moment |
+/// | zombie waiter | its statement is cancelled | that it is the same session and transaction, and runs something |
+///
+/// Left alone are those whom a [`Resolver`](crate::Resolver) leaves alone; the finding says so.
+#[must_use = "the watchdog ends when its handle is dropped"]
+#[derive(Debug)]
+pub struct Watchdog {
+    looking: Task,
+    telling: Option<Task>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    looks: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Monitor {
+    /// Starts a watchdog.
+    ///
+    /// # SQL
+    /// As [`leaks`](Self::leaks) and [`snapshot`](Self::snapshot) at each look, as far as the policy asks for them; where
+    /// something is to be cleared, one message over `pg_stat_activity`, `pg_roles` and the views of progress, and that
+    /// of [`terminate`](Self::terminate) or [`cancel`](Self::cancel).
+    ///
+    /// # Errors
+    /// [`Config`](crate::ErrorKind::Config) for a policy that cannot work, and outside of a Tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// use lockkeeper::WatchdogPolicy;
+    ///
+    /// let policy = WatchdogPolicy::new().on_finding(|finding| eprintln!("{finding}"));
+    /// let watchdog = keeper.monitor().watchdog(policy)?;
+    /// // … for as long as the application runs …
+    /// watchdog.stop().await;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn watchdog(&self, policy: WatchdogPolicy) -> Result<Watchdog, Error> {
+        policy.check()?;
+        let (sender, telling) = match policy.sink.clone() {
+            Some(sink) => {
+                let (sender, queue) = mpsc::channel(QUEUE);
+                // It ends when the one that looks has.
+                let telling = Task::start(|_| tell(queue, sink))?;
+                (Some(sender), Some(telling))
+            }
+            None => (None, None),
+        };
+        let counts = Arc::new(Counts::default());
+        let dog = Dog {
+            monitor: self.clone(),
+            policy,
+            sender,
+            told: HashMap::new(),
+            counts: Arc::clone(&counts),
+        };
+        Ok(Watchdog {
+            looking: Task::start(|stop| dog.run(stop))?,
+            telling,
+            counts,
+        })
+    }
+}
+
+impl Watchdog {
+    /// Ends it: a look under way is broken off, a signal under way is seen through, what was found is handed out, for
+    /// 10 seconds at most, and the task is gone when this returns.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point; the watchdog ends all the same.
+    pub async fn stop(mut self) {
+        self.looking.stop().await;
+        if let Some(telling) = &mut self.telling {
+            let told = tokio::time::timeout(LAST_WORDS, telling.stop()).await;
+            if told.is_err() {
+                tracing::warn!("on_finding is too slow, findings are dropped");
+            }
+        }
+    }
+
+    /// Whether it looks: until the runtime it was started in ends.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.looking.is_running()
+    }
+
+    /// How many looks it has had.
+    #[must_use]
+    pub fn looks(&self) -> u64 {
+        self.counts.looks.load(Ordering::Relaxed)
+    }
+
+    /// How many looks have failed.
+    #[must_use]
+    pub fn failures(&self) -> u64 {
+        self.counts.failures.load(Ordering::Relaxed)
+    }
+}
+
+/// The one that looks.
+struct Dog {
+    monitor: Monitor,
+    policy: WatchdogPolicy,
+    sender: Option<mpsc::Sender<Finding>>,
+    /// What lasts of what was told, and what had come of it.
+    told: HashMap<FindingId, Option<SignalOutcome>>,
+    counts: Arc<Counts>,
+}
+
+impl Dog {
+    async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        let mut failing = false;
+        loop {
+            let found = tokio::select! {
+                // Cancel safety: a look changes nothing, and may be broken off at any point.
+                _ = stop.wait_for(|stop| *stop) => return,
+                found = self.look() => found,
+            };
+            // Not broken off: who was signalled is told of.
+            let look = match found {
+                Ok(found) => self.deal_with(found, &mut stop).await,
+                Err(error) => Err(error),
+            };
+            match look {
+                Ok(()) => {
+                    self.counts.looks.fetch_add(1, Ordering::Relaxed);
+                    failing = false;
+                }
+                Err(error) => {
+                    self.counts.failures.fetch_add(1, Ordering::Relaxed);
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(target: "lockkeeper::watchdog", %error, "cannot look, and goes on trying");
+                    }
+                }
+            }
+            tokio::select! {
+                _ = stop.wait_for(|stop| *stop) => return,
+                () = tokio::time::sleep(self.policy.interval) => {}
+            }
+        }
+    }
+
+    async fn look(&self) -> Result<Vec<Finding>, Error> {
+        let mut found = Vec::new();
+        if let Some(age) = self.policy.leaks.age {
+            let leaks = self.monitor.leaks(age).await?;
+            found.extend(finding::leaks(&self.policy, leaks));
+        }
+        if self.policy.idle.age.is_some() || self.policy.zombies.age.is_some() {
+            let snapshot = self.monitor.snapshot().await?;
+            let own = connection::is_in_custody;
+            found.extend(finding::in_snapshot(&self.policy, &snapshot, own));
+        }
+        Ok(found)
+    }
+
+    /// Clears what is to be cleared, and tells of each finding as soon as that is done. Asked to stop, it clears no more;
+    /// one that cannot be cleared keeps it from none of the others.
+    async fn deal_with(
+        &mut self,
+        found: Vec<Finding>,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<(), Error> {
+        let patience = Deadline::after(PATIENCE);
+        let mut failed = None;
+        let mut told = HashMap::new();
+        for mut finding in found {
+            if self.clears(finding.kind()) && !*stop.borrow() {
+                match self.clear(&finding, stop).await {
+                    Ok(outcome) => finding.cleared = outcome,
+                    Err(error) => failed = Some(error),
+                }
+            }
+            let before = self.told.remove(&finding.id());
+            told.insert(finding.id(), finding.cleared.clone());
+            if before.is_none_or(|outcome| outcome != finding.cleared) {
+                self.tell(finding, &patience).await;
+            }
+        }
+        // What has passed is forgotten.
+        self.told = told;
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn clears(&self, kind: FindingKind) -> bool {
+        match kind {
+            FindingKind::LeakedLock => self.policy.leaks.clear,
+            FindingKind::IdleBlocker => self.policy.idle.clear,
+            FindingKind::ZombieWaiter => self.policy.zombies.clear,
+        }
+    }
+
+    /// `None` where it was asked to stop before it had signalled.
+    async fn clear(
+        &self,
+        finding: &Finding,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<Option<SignalOutcome>, Error> {
+        let backend = finding.backend();
+        let protection = tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => return Ok(None),
+            protection = left_alone(&self.monitor, &self.policy.spared, backend) => protection?,
+        };
+        if let Some(protection) = protection {
+            return Ok(Some(SignalOutcome::Protected(protection)));
+        }
+        let signal = match finding.kind() {
+            FindingKind::LeakedLock | FindingKind::IdleBlocker => Signal::Terminate,
+            FindingKind::ZombieWaiter => Signal::Cancel,
+        };
+        let spared = Spared {
+            superusers: true,
+            builds: true,
+            ..Spared::default()
+        };
+        let sent = self.monitor.signal(signal, backend, spared).await?;
+        Ok(Some(sent))
+    }
+
+    async fn tell(&self, finding: Finding, patience: &Deadline) {
+        tracing::warn!(
+            target: "lockkeeper::watchdog",
+            kind = ?finding.kind(),
+            pid = finding.backend().pid(),
+            blocks = finding.blocks(),
+            outcome = finding.cleared().map(tracing::field::display),
+            "watchdog: {finding}"
+        );
+        let Some(sender) = &self.sender else {
+            return;
+        };
+        let told = patience.bound(Duration::ZERO, sender.send(finding)).await;
+        if told.is_none_or(|told| told.is_err()) {
+            tracing::warn!("on_finding is too slow, a finding is dropped");
+        }
+    }
+}
+
+impl fmt::Debug for Dog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dog").finish_non_exhaustive()
+    }
+}
+
+/// One after another, on a thread where blocking does no harm.
+async fn tell(mut queue: mpsc::Receiver<Finding>, sink: Sink) {
+    while let Some(finding) = queue.recv().await {
+        let sink = Arc::clone(&sink);
+        let called =
+            task::blocking(move || catch_unwind(AssertUnwindSafe(|| sink(&finding))).is_ok());
+        if !called.await.unwrap_or(false) {
+            tracing::error!("on_finding panicked; later findings are handed to it all the same");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use deadpool_postgres::{Manager, Pool};
+
+    use super::*;
+    use crate::monitor::testing::{backend, edge, snapshot};
+
+    #[tokio::test]
+    async fn more_findings_of_one_look_than_may_wait_are_told_to_a_quick_callback() {
+        let manager = Manager::new(tokio_postgres::Config::new(), tokio_postgres::NoTls);
+        let pool = Pool::builder(manager).build().expect("nothing is opened");
+        let policy = WatchdogPolicy::new();
+        let backends = (1..=200).map(|pid| {
+            let mut idle = backend(pid);
+            idle.state = Some("idle in transaction".into());
+            idle.in_state = Some(Duration::from_secs(3600));
+            idle
+        });
+        let edges = (1..=200).map(|pid| edge(pid + 1000, pid, Duration::ZERO));
+        let seen = snapshot(backends.collect(), edges.collect());
+        let found = finding::in_snapshot(&policy, &seen, |_| false);
+        assert_eq!(found.len(), 200);
+
+        let told = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&told);
+        let sink: Sink = Arc::new(move |_| *count.lock().expect("nobody panics") += 1);
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let telling = tokio::spawn(tell(queue, sink));
+        let mut dog = Dog {
+            monitor: Monitor::new(connection::Connections::new(pool, None, None)),
+            policy,
+            sender: Some(sender),
+            told: HashMap::new(),
+            counts: Arc::default(),
+        };
+        let (_stop, mut stopped) = watch::channel(false);
+        dog.deal_with(found, &mut stopped)
+            .await
+            .expect("nothing is asked");
+        drop(dog);
+        telling.await.expect("no panic");
+        assert_eq!(*told.lock().expect("nobody panics"), 200);
+    }
+}

@@ -1,0 +1,250 @@
+//! The transactions and session guards of one keeper that are alive, and those that ended a moment ago.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::statement_log::StatementLog;
+use crate::connection::{Beginning, Observed, Observer};
+
+/// How many that have ended are remembered, and for how long: a report about a deadlock is written when its survivor may
+/// have ended already.
+const MOST_RECENT: usize = 256;
+const RECENT: Duration = Duration::from_secs(5);
+/// How long the answer to BEGIN may be on its way.
+const ANSWER: Duration = Duration::from_millis(50);
+
+/// How long before a report one of its participants may have ended.
+const GONE: Duration = Duration::from_millis(50);
+/// A transaction younger than this has hardly locked something, waited, and been waited for.
+const SETTLED: Duration = Duration::from_millis(3);
+
+/// Every transaction and session guard of one keeper reports here while it is alive.
+#[derive(Default)]
+pub(crate) struct ActiveTransactions {
+    state: Mutex<State>,
+    /// Whether somebody waits for a transaction to begin.
+    awaited: AtomicBool,
+    begun: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    live: HashMap<u64, Arc<StatementLog>>,
+    recent: VecDeque<Arc<StatementLog>>,
+}
+
+impl ActiveTransactions {
+    fn enter(&self, beginning: &Beginning<'_>) -> Arc<StatementLog> {
+        let log = {
+            let mut state = self.lock();
+            state.next += 1;
+            let log = Arc::new(StatementLog::new(state.next, beginning));
+            drop(state.live.insert(log.number, Arc::clone(&log)));
+            log
+        };
+        if self.awaited.load(Ordering::Acquire) {
+            self.begun.notify_one();
+        }
+        log
+    }
+
+    /// One that has ended is no longer alive, but remembered for a while.
+    fn leave(&self, log: &StatementLog) {
+        log.end();
+        let mut state = self.lock();
+        if let Some(log) = state.live.remove(&log.number) {
+            if state.recent.len() >= MOST_RECENT {
+                drop(state.recent.pop_front());
+            }
+            state.recent.push_back(log);
+        }
+    }
+
+    /// Everything that is alive, by numbers that are never used twice.
+    pub(super) fn live(&self) -> Vec<(u64, Arc<StatementLog>)> {
+        let state = self.lock();
+        let live = state.live.iter();
+        live.map(|(number, log)| (*number, Arc::clone(log)))
+            .collect()
+    }
+
+    /// The one on the backend with this pid at that time: of a session guard's and that of the transaction on it, the
+    /// transaction's.
+    pub(super) fn of_backend(&self, pid: i32, at: Instant) -> Option<Arc<StatementLog>> {
+        let state = self.lock();
+        let is_recent = |ended: Instant| ended.elapsed() < RECENT;
+        let recent = state.recent.iter();
+        let recent = recent.filter(|log| log.ended().is_some_and(is_recent));
+        let on_it: Vec<_> = state
+            .live
+            .values()
+            .chain(recent)
+            .filter(|log| log.pid() == Some(pid))
+            .collect();
+        let then = on_it.iter().filter(|log| log.was_alive(at));
+        let alive = then.max_by_key(|log| log.began);
+        // The winner of a deadlock goes on before the victim has heard of it: it can have committed, and another have
+        // begun.
+        let gone = || {
+            let ended = on_it.iter().filter_map(|log| {
+                let ended = log.ended().filter(|ended| *ended < at)?;
+                (at - ended < GONE).then_some((ended, log))
+            });
+            Some(ended.max_by_key(|(ended, _)| *ended)?.1)
+        };
+        let settled = alive.filter(|log| at - log.began >= SETTLED);
+        let found = settled.or_else(gone).or(alive).or_else(|| {
+            // Locks that BEGIN's message took are held before its answer is here.
+            let soon = on_it
+                .iter()
+                .filter(|log| log.began > at && log.began - at < ANSWER);
+            soon.min_by_key(|log| log.began)
+        });
+        found.map(|log| Arc::clone(log))
+    }
+
+    /// Whether no transaction is alive. Session guards do not count: they idle for long.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().live.values().all(|log| log.is_guard)
+    }
+
+    /// Waits until a transaction begins, or one is there already, or for [`wake`](Self::wake).
+    ///
+    /// Cancel safety: nothing is lost; flights that are there count the next time.
+    pub(super) async fn begun(&self) {
+        // In this order, so that one that begins in between is seen by one side or the other.
+        self.awaited.store(true, Ordering::Release);
+        let not_awaited = scopeguard::guard(&self.awaited, |awaited| {
+            awaited.store(false, Ordering::Release);
+        });
+        if self.is_empty() {
+            self.begun.notified().await;
+        }
+        drop(not_awaited);
+    }
+
+    /// Lets whoever waits for a transaction look at what else has changed.
+    pub(super) fn wake(&self) {
+        self.begun.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Observer for ActiveTransactions {
+    fn begin(&self, beginning: Beginning<'_>) -> Arc<dyn Observed> {
+        self.enter(&beginning)
+    }
+
+    fn end(&self, observed: &Arc<dyn Observed>) {
+        if let Some(log) = StatementLog::of(observed) {
+            self.leave(&log);
+        }
+    }
+}
+
+impl fmt::Debug for ActiveTransactions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ActiveTransactions")
+            .field("live", &self.lock().live.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(transactions: &ActiveTransactions) -> Arc<StatementLog> {
+        transactions.enter(&Beginning {
+            call_site: None,
+            application_name: None,
+            lock_timeout: None,
+            is_guard: false,
+        })
+    }
+
+    #[test]
+    fn those_that_ended_are_remembered_for_a_while() {
+        let transactions = Arc::new(ActiveTransactions::default());
+        let first = enter(&transactions);
+        first.identify(7);
+        let second = enter(&transactions);
+        second.identify(7);
+        let numbers = |transactions: &ActiveTransactions| transactions.live().len();
+        assert_eq!(numbers(&transactions), 2);
+        transactions.leave(&first);
+        assert_eq!(numbers(&transactions), 1);
+        let now = Instant::now() + SETTLED;
+        let found = |at: Instant| {
+            let found = transactions.of_backend(7, at);
+            found.map(|log| log.ended().is_some())
+        };
+        assert_eq!(found(now), Some(false));
+        assert!(transactions.of_backend(8, now).is_none());
+        for _ in 0..MOST_RECENT * 2 {
+            transactions.leave(&enter(&transactions));
+        }
+        assert_eq!(found(now), Some(false));
+    }
+
+    #[test]
+    fn a_backend_is_told_apart_by_the_time() {
+        let transactions = Arc::new(ActiveTransactions::default());
+        let enter = || {
+            std::thread::sleep(Duration::from_millis(1));
+            let transaction = enter(&transactions);
+            transaction.identify(7);
+            std::thread::sleep(Duration::from_millis(1));
+            transaction
+        };
+        let is = |at: Instant, transaction: &Arc<StatementLog>| {
+            let found = transactions.of_backend(7, at);
+            found.is_some_and(|found| Arc::ptr_eq(&found, transaction))
+        };
+        let guard = enter();
+        let first = enter();
+        let inside = first;
+        transactions.leave(&inside);
+        // By what the logs say: the machine may have stood still between any two of these lines.
+        let (began, first_began) = (guard.began, inside.began);
+        let first_ended = inside.ended().expect("it has ended");
+        let guards = began + (first_began - began) / 2;
+        let second = first_began + (first_ended - first_began) / 2;
+        let after = first_ended.max(began + SETTLED) + Duration::from_millis(1);
+        let before = began - ANSWER / 2;
+        assert!(is(before, &guard), "its BEGIN was being answered");
+        assert!(is(guards, &guard));
+        assert!(is(second, &inside));
+        assert!(is(after, &guard));
+        let guards = guard;
+        transactions.leave(&guards);
+        assert!(is(second, &inside));
+        // The one that ended a moment ago may have had a part in what is reported now.
+        let ended = guards.ended().expect("it has ended");
+        assert!(transactions.of_backend(7, ended + GONE / 2).is_some());
+        assert!(transactions.of_backend(7, ended + GONE).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_transaction_wakes_the_task_that_waits_for_one() {
+        let transactions = Arc::new(ActiveTransactions::default());
+        let waiting = tokio::spawn({
+            let transactions = Arc::clone(&transactions);
+            async move { transactions.begun().await }
+        });
+        tokio::task::yield_now().await;
+        let transaction = enter(&transactions);
+        waiting.await.expect("woken");
+        transactions.begun().await;
+        transactions.leave(&transaction);
+    }
+}

@@ -1,0 +1,92 @@
+//! What the sampler asks besides [`super::graph`].
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use tokio_postgres::SimpleQueryMessage;
+
+use crate::graph::RowId;
+use crate::postgres::sql::{
+    identifier, int4_array, literal, parsed, rows, seconds, setting_duration, text,
+};
+
+/// Which of these backends wait for a lock, and how long by now. Cheap, because most of the time nobody does.
+pub(crate) fn waits(pids: &[i32]) -> String {
+    let pids = int4_array(pids);
+    format!(
+        "SELECT l.pid, pg_catalog.date_part('epoch', \
+         pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) l.waitstart) AS waited, \
+         pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout \
+         FROM pg_catalog.pg_locks AS l WHERE NOT l.granted \
+         AND l.pid OPERATOR(pg_catalog.=) ANY ({pids})"
+    )
+}
+
+/// A backend that waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waiting {
+    pub(crate) pid: i32,
+    /// Zero in the instant in which a wait begins.
+    pub(crate) waited: Duration,
+    pub(crate) deadlock_timeout: Option<Duration>,
+}
+
+pub(crate) fn waiting(reply: &[SimpleQueryMessage]) -> Vec<Waiting> {
+    rows(reply)
+        .filter_map(|row| {
+            Some(Waiting {
+                pid: parsed(row, "pid")?,
+                waited: seconds(row, "waited").unwrap_or_default(),
+                deadlock_timeout: text(row, "deadlock_timeout")
+                    .as_deref()
+                    .and_then(setting_duration),
+            })
+        })
+        .collect()
+}
+
+/// The columns of a relation's primary key, in order.
+pub(crate) fn primary_key(oid: u32) -> String {
+    format!(
+        "SELECT a.attname FROM pg_catalog.pg_index AS i \
+         CROSS JOIN LATERAL pg_catalog.unnest(i.indkey) WITH ORDINALITY AS k (attnum, place) \
+         JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) i.indrelid \
+         AND a.attnum OPERATOR(pg_catalog.=) k.attnum \
+         WHERE i.indisprimary AND i.indrelid OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid \
+         ORDER BY k.place USING OPERATOR(pg_catalog.<)"
+    )
+}
+
+pub(crate) fn key_columns(reply: &[SimpleQueryMessage]) -> Vec<String> {
+    rows(reply).filter_map(|row| text(row, "attname")).collect()
+}
+
+/// The key of the row that has its version there, as text. It waits for nobody for long: somebody may have locked, or may
+/// want to lock, the whole table. `None` where the relation's name is not known.
+///
+/// The version in dispute is to be seen until the transaction that replaces it commits.
+pub(crate) fn row_key(row: &RowId, columns: &[String]) -> Option<String> {
+    let relation = row.relation();
+    let mut sql =
+        String::from("SET LOCAL lock_timeout = 50; SET LOCAL statement_timeout = 200; SELECT ");
+    for (n, column) in columns.iter().enumerate() {
+        let comma = if n > 0 { ", " } else { "" };
+        let _ = write!(sql, "{comma}t.{}::pg_catalog.text", identifier(column));
+    }
+    let _ = write!(
+        sql,
+        " FROM ONLY {}.{} AS t WHERE t.ctid OPERATOR(pg_catalog.=) {}::pg_catalog.tid",
+        identifier(relation.schema()?),
+        identifier(relation.name()?),
+        literal(&row.ctid())
+    );
+    Some(sql)
+}
+
+/// The values of the one row of [`row_key`], in the columns' order.
+pub(crate) fn key_values(reply: &[SimpleQueryMessage]) -> Option<Vec<Option<String>>> {
+    let row = rows(reply).next()?;
+    (0..row.len())
+        .map(|n| Some(row.try_get(n).ok()?.map(str::to_owned)))
+        .collect()
+}

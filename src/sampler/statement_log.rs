@@ -1,0 +1,429 @@
+//! What a transaction has sent so far, kept for reports about it.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio_postgres::Statement;
+
+use crate::call_site::CallSite;
+use crate::connection::{Beginning, Observed, Sent, StatementEnd};
+use crate::error::Failure;
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+
+/// Statements kept of one transaction; of more, the first and the last half.
+const MOST: usize = 64;
+/// Bytes kept of one statement's text.
+const LONGEST: usize = 4096;
+/// Prepared statements whose text is remembered.
+const MOST_PREPARED: usize = 64;
+
+/// One transaction's, or one session guard's.
+#[derive(Debug)]
+pub(super) struct StatementLog {
+    /// Tells it from all others of its keeper.
+    pub(super) number: u64,
+    pub(super) call_site: Option<CallSite>,
+    pub(super) application_name: Option<Arc<str>>,
+    pub(super) began: Instant,
+    pub(super) began_at: SystemTime,
+    /// What bounds each of its waits for a lock, where that is known.
+    pub(super) lock_timeout: Option<Duration>,
+    pub(super) conflict_group: OnceLock<LockKey>,
+    /// Which attempt of its transaction it is, and of how many, where there may be several.
+    pub(super) attempt: OnceLock<(u32, u32)>,
+    /// Whether it is a session guard's: those hold locks between their statements.
+    pub(super) is_guard: bool,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    pid: Option<i32>,
+    next: u64,
+    statements: VecDeque<LoggedStatement>,
+    dropped: usize,
+    prepared: Vec<(Statement, Arc<str>)>,
+    failure: Option<FailedStatement>,
+    ended: Option<Instant>,
+}
+
+impl Log {
+    /// Drops statements behind the first half until there are no more than `most`; but not one that runs, or is about to,
+    /// however many were sent together, nor the one that failed.
+    fn trim(&mut self, most: usize) {
+        let failed = self.failure.map(|failing| failing.number);
+        while self.statements.len() > most {
+            let mut later = self.statements.iter().skip(MOST / 2);
+            let Some(at) = later
+                .position(|statement| statement.end.is_some() && Some(statement.number) != failed)
+            else {
+                return;
+            };
+            drop(self.statements.remove(MOST / 2 + at));
+            self.dropped += 1;
+        }
+    }
+}
+
+/// A statement that the server refused for its own sake, not because one before it had failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FailedStatement {
+    pub(super) number: u64,
+    /// When its error was there.
+    pub(super) ended: Instant,
+}
+
+/// A statement.
+#[derive(Clone, Debug)]
+pub(super) struct LoggedStatement {
+    number: u64,
+    pub(super) at: Instant,
+    /// `None` where it was prepared elsewhere.
+    pub(super) text: Option<Arc<str>>,
+    waits_in_slices: bool,
+    pub(super) end: Option<Ended>,
+    /// The advisory locks that it has taken.
+    pub(super) locks_taken: Vec<(LockKey, AdvisoryMode)>,
+}
+
+/// A statement that has not ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Running {
+    pub(super) number: u64,
+    pub(super) since: Instant,
+    /// Whether it is a call that waits for its lock in several statements, one after another.
+    pub(super) waits_in_slices: bool,
+}
+
+/// How a statement ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub(super) after: Duration,
+    /// `None` where nobody waited for it.
+    pub(super) succeeded: Option<bool>,
+}
+
+impl StatementLog {
+    /// How many statements come before those that are not kept, where there are such.
+    pub(super) const FIRST_KEPT: usize = MOST / 2;
+
+    pub(super) fn new(number: u64, beginning: &Beginning<'_>) -> Self {
+        Self {
+            number,
+            call_site: beginning.call_site,
+            application_name: beginning.application_name.map(Arc::from),
+            began: Instant::now(),
+            began_at: SystemTime::now(),
+            lock_timeout: beginning.lock_timeout,
+            conflict_group: OnceLock::new(),
+            attempt: OnceLock::new(),
+            is_guard: beginning.is_guard,
+            log: Mutex::default(),
+        }
+    }
+
+    /// The log behind what the core was given, which is always one.
+    pub(super) fn of(observed: &Arc<dyn Observed>) -> Option<Arc<Self>> {
+        let observed: Arc<dyn Any + Send + Sync> = Arc::clone(observed) as _;
+        observed.downcast().ok()
+    }
+
+    /// The backend's pid, by the server's own word.
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.lock().pid
+    }
+
+    /// Whether the transaction was under way at that time.
+    pub(super) fn was_alive(&self, at: Instant) -> bool {
+        self.began <= at && self.lock().ended.is_none_or(|ended| ended >= at)
+    }
+
+    /// When it ended.
+    pub(super) fn ended(&self) -> Option<Instant> {
+        self.lock().ended
+    }
+
+    pub(super) fn end(&self) {
+        let mut log = self.lock();
+        log.ended = Some(Instant::now());
+        // They belong to a connection that others use from now on.
+        log.prepared.clear();
+        log.trim(MOST);
+    }
+
+    /// The statement that is being run. A transaction runs one at a time; of several that were sent together the first is
+    /// taken for it, which the server runs later only where the driver had to have it prepared first.
+    pub(super) fn running(&self) -> Option<Running> {
+        let log = self.lock();
+        if log.ended.is_some() {
+            return None;
+        }
+        let statement = log
+            .statements
+            .iter()
+            .find(|statement| statement.end.is_none())?;
+        Some(Running {
+            number: statement.number,
+            since: statement.at,
+            waits_in_slices: statement.waits_in_slices,
+        })
+    }
+
+    /// The last statement that the server refused for its own sake: what the session passes on as the transaction's
+    /// failure. Others may have been begun since: sent together with it, or by who looked into its error.
+    pub(super) fn failure(&self) -> Option<FailedStatement> {
+        self.lock().failure
+    }
+
+    /// What was said, and how many statements behind the [first](Self::FIRST_KEPT) are not kept.
+    pub(super) fn statements(&self) -> (Vec<LoggedStatement>, usize) {
+        let log = self.lock();
+        (log.statements.iter().cloned().collect(), log.dropped)
+    }
+
+    /// Adds a statement that is sent now.
+    fn begin(&self, text: Option<Arc<str>>, waits_in_slices: bool) -> u64 {
+        let mut log = self.lock();
+        log.trim(MOST - 1);
+        log.next += 1;
+        let number = log.next;
+        log.statements.push_back(LoggedStatement {
+            number,
+            at: Instant::now(),
+            text,
+            waits_in_slices,
+            end: None,
+            locks_taken: Vec::new(),
+        });
+        number
+    }
+
+    /// Notes how it ended; `None` where its future was dropped.
+    fn finish(&self, number: u64, succeeded: Option<bool>) {
+        let mut log = self.lock();
+        let mut latest_first = log.statements.iter_mut().rev();
+        if let Some(statement) = latest_first.find(|statement| statement.number == number) {
+            statement.end = Some(Ended {
+                after: statement.at.elapsed(),
+                succeeded,
+            });
+        }
+    }
+
+    fn fail(&self, number: u64) {
+        self.lock().failure = Some(FailedStatement {
+            number,
+            ended: Instant::now(),
+        });
+    }
+
+    fn discard(&self, number: u64) {
+        self.lock()
+            .statements
+            .retain(|statement| statement.number != number);
+    }
+
+    fn remember(&self, statement: &Statement, text: &str) {
+        let mut log = self.lock();
+        if log.prepared.len() >= MOST_PREPARED {
+            drop(log.prepared.remove(0));
+        }
+        log.prepared.push((statement.clone(), cut(text)));
+    }
+
+    fn text_of(&self, statement: &Statement) -> Option<Arc<str>> {
+        let log = self.lock();
+        let found = log
+            .prepared
+            .iter()
+            .rev()
+            .find(|(known, _)| is_same(known, statement))?;
+        Some(Arc::clone(&found.1))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Observed for StatementLog {
+    fn identify(&self, pid: i32) {
+        self.lock().pid = Some(pid);
+    }
+
+    fn is_attempt(&self, attempt: u32, of: u32) {
+        // The first answer stands.
+        let _ = self.attempt.set((attempt, of));
+    }
+
+    fn is_in_group(&self, key: &LockKey) {
+        // The first answer stands.
+        drop(self.conflict_group.set(key.clone()));
+    }
+
+    fn begin_statement(&self, statement: Sent<'_>) -> u64 {
+        match statement {
+            Sent::Text(text) => self.begin(Some(cut(text)), false),
+            Sent::Call(call) => self.begin(Some(cut(call)), true),
+            Sent::Prepared(statement) => {
+                let text = self.text_of(statement);
+                self.begin(text, false)
+            }
+        }
+    }
+
+    fn end_statement(&self, number: u64, end: StatementEnd<'_>) {
+        match end {
+            StatementEnd::Succeeded => self.finish(number, Some(true)),
+            StatementEnd::Abandoned => self.finish(number, None),
+            StatementEnd::Failed(failure) => {
+                self.finish(number, Some(false));
+                match failure {
+                    // An earlier failure that the session knows of stays the transaction's.
+                    Failure::Aborted | Failure::Driver | Failure::ConnectionLost => {}
+                    _ => self.fail(number),
+                }
+            }
+            // Preparing is not worth a line.
+            StatementEnd::Prepared(text, statement) => {
+                self.remember(statement, text);
+                self.discard(number);
+            }
+        }
+    }
+
+    fn locks_taken(&self, locks: Vec<(LockKey, AdvisoryMode)>) {
+        let mut log = self.lock();
+        if let Some(statement) = log.statements.back_mut() {
+            statement.locks_taken.extend(locks);
+        }
+    }
+}
+
+/// Whether both are handles of one prepared statement: they share their descriptions. Statements without parameters and
+/// columns have none, and are told apart by the name that the driver gives them.
+fn is_same(one: &Statement, other: &Statement) -> bool {
+    if one.params().is_empty() && one.columns().is_empty() {
+        return other.params().is_empty()
+            && other.columns().is_empty()
+            && format!("{one:?}") == format!("{other:?}");
+    }
+    std::ptr::eq(one.params(), other.params()) && std::ptr::eq(one.columns(), other.columns())
+}
+
+/// At most [`LONGEST`] bytes of a text.
+fn cut(text: &str) -> Arc<str> {
+    let mut end = text.len().min(LONGEST);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    Arc::from(&text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log() -> StatementLog {
+        StatementLog::new(
+            1,
+            &Beginning {
+                call_site: None,
+                application_name: Some("test"),
+                lock_timeout: None,
+                is_guard: false,
+            },
+        )
+    }
+
+    #[test]
+    fn the_first_and_the_last_half_are_kept() {
+        let log = log();
+        for n in 0..MOST * 2 {
+            let number = log.begin(Some(format!("SELECT {n}").into()), false);
+            log.finish(number, Some(true));
+        }
+        let (statements, dropped) = log.statements();
+        assert_eq!((statements.len(), dropped), (MOST, MOST));
+        let text = |n: usize| statements[n].text.as_deref().unwrap_or_default();
+        assert_eq!(text(0), "SELECT 0");
+        assert_eq!(text(MOST / 2 - 1), format!("SELECT {}", MOST / 2 - 1));
+        assert_eq!(text(MOST - 1), format!("SELECT {}", MOST * 2 - 1));
+    }
+
+    #[test]
+    fn of_many_that_were_sent_together_none_is_forgotten() {
+        let log = log();
+        let numbers: Vec<_> = (0..MOST * 2).map(|_| log.begin(None, false)).collect();
+        for number in &numbers {
+            let running = log.running().map(|running| running.number);
+            assert_eq!(running, Some(*number));
+            log.finish(*number, Some(true));
+        }
+        assert!(log.running().is_none());
+        // The one that failed stays, with the first and the last.
+        let failed = numbers[MOST];
+        log.fail(failed);
+        log.end();
+        let (statements, dropped) = log.statements();
+        assert_eq!((statements.len(), dropped), (MOST, MOST));
+        let kept: Vec<_> = statements
+            .iter()
+            .map(|statement| statement.number)
+            .collect();
+        assert_eq!(
+            kept[..StatementLog::FIRST_KEPT],
+            numbers[..StatementLog::FIRST_KEPT]
+        );
+        assert_eq!(kept[StatementLog::FIRST_KEPT], failed);
+        assert_eq!(kept.last(), numbers.last());
+    }
+
+    #[test]
+    fn a_failure_is_what_the_server_refused() {
+        let log = log();
+        let failed = |failure: Option<Failure>| {
+            let number = log.begin_statement(Sent::Text("SELECT 1"));
+            let end = failure.map_or(StatementEnd::Succeeded, StatementEnd::Failed);
+            log.end_statement(number, end);
+            (number, log.failure().map(|failed| failed.number))
+        };
+        assert_eq!(failed(None).1, None);
+        let (first, failing) = failed(Some(Failure::LockTimeout));
+        assert_eq!(failing, Some(first));
+        for other in [
+            None,
+            Some(Failure::Aborted),
+            Some(Failure::Driver),
+            Some(Failure::ConnectionLost),
+        ] {
+            assert_eq!(failed(other).1, Some(first), "{other:?}");
+        }
+        let (second, failing) = failed(Some(Failure::Deadlock));
+        assert_eq!(failing, Some(second));
+    }
+
+    #[test]
+    fn the_one_that_runs_is_the_first_without_an_end() {
+        let log = log();
+        assert!(log.running().is_none());
+        let first = log.begin(None, false);
+        let second = log.begin(None, false);
+        assert_eq!(log.running().map(|running| running.number), Some(first));
+        log.finish(first, None);
+        assert_eq!(log.running().map(|running| running.number), Some(second));
+        log.end();
+        assert!(log.running().is_none());
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let text = "ü".repeat(LONGEST);
+        assert_eq!(cut(&text).len(), LONGEST);
+        let odd = format!("x{text}");
+        assert_eq!(cut(&odd).len(), LONGEST - 1);
+    }
+}

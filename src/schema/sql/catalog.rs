@@ -1,0 +1,446 @@
+//! Relations, columns and constraints by name, and who has locks on them.
+//!
+//! Nothing here locks a relation but the catalogs themselves: names are found by joins, since a cast to `regclass` in the
+//! output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and their like open what they are about, and
+//! so wait behind whoever has locked it.
+
+use std::fmt::Write as _;
+
+use tokio_postgres::SimpleQueryMessage;
+
+use crate::blocker::Blocker;
+use crate::mode::{AdvisoryMode, LockMode};
+use crate::postgres::sql::is_true;
+use crate::postgres::sql::literal;
+use crate::postgres::sql::parsed;
+use crate::postgres::sql::rows;
+use crate::postgres::sql::seconds;
+use crate::postgres::sql::text;
+use crate::postgres::table_name::TableName;
+
+/// The condition under which `c`, of `pg_class`, and `n`, of `pg_namespace`, are what is called so.
+pub(super) fn is_named(name: &TableName) -> String {
+    let by_schema = match name.schema() {
+        Some(schema) => format!(
+            "n.nspname OPERATOR(pg_catalog.=) {}::pg_catalog.name",
+            literal(schema)
+        ),
+        None => "pg_catalog.pg_table_is_visible(c.oid)".to_owned(),
+    };
+    format!(
+        "c.relname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND {by_schema}",
+        literal(name.name())
+    )
+}
+
+/// `t`: the relation of that name.
+pub(super) fn with_t(name: &TableName) -> String {
+    format!(
+        "t AS MATERIALIZED (SELECT c.oid, c.relname, c.relnamespace, n.nspname, c.relkind, c.relispartition \
+         FROM pg_catalog.pg_class AS c \
+         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace WHERE {})",
+        is_named(name)
+    )
+}
+
+/// What a relation is to the one that was asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kin {
+    Itself,
+    /// A partition or inheritance child, at any depth; of an index, that of a partition.
+    Below,
+    Parent,
+    Default,
+    Index,
+    /// What an index is of.
+    TableOfIndex,
+    Referenced,
+    Referencing,
+    Sequence,
+}
+
+/// A relation that takes part.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Relation {
+    pub(crate) kin: Kin,
+    pub(crate) oid: u32,
+    pub(crate) schema: String,
+    pub(crate) name: String,
+    pub(crate) kind: char,
+    pub(crate) is_partition: bool,
+    /// An estimate; `None` where the server has none.
+    pub(crate) rows: Option<u64>,
+}
+
+impl Relation {
+    pub(crate) fn table_name(&self) -> TableName {
+        TableName::in_schema(&self.schema, &self.name)
+    }
+}
+
+/// A relation and those that statements about it lock too.
+pub(crate) fn family(name: &TableName) -> String {
+    let t = with_t(name);
+    format!(
+        "WITH RECURSIVE {t}, \
+         below AS (SELECT i.inhrelid AS oid FROM pg_catalog.pg_inherits AS i \
+         WHERE i.inhparent OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t) \
+         UNION SELECT i.inhrelid FROM below AS b JOIN pg_catalog.pg_inherits AS i \
+         ON i.inhparent OPERATOR(pg_catalog.=) b.oid), \
+         up AS (SELECT i.inhparent AS oid FROM pg_catalog.pg_inherits AS i \
+         WHERE i.inhrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t)), \
+         f AS (SELECT 'itself' AS kin, t.oid FROM t \
+         UNION ALL SELECT 'below', b.oid FROM below AS b UNION ALL SELECT 'parent', up.oid FROM up \
+         UNION ALL SELECT 'default', p.partdefid FROM pg_catalog.pg_partitioned_table AS p \
+         WHERE p.partdefid OPERATOR(pg_catalog.<>) '0'::pg_catalog.oid \
+         AND (p.partrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t) \
+         OR p.partrelid OPERATOR(pg_catalog.=) ANY (SELECT up.oid FROM up)) \
+         UNION ALL SELECT 'index', x.indexrelid FROM pg_catalog.pg_index AS x \
+         WHERE x.indrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t) \
+         UNION ALL SELECT 'table', x.indrelid FROM pg_catalog.pg_index AS x \
+         WHERE x.indexrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t) \
+         UNION ALL SELECT DISTINCT 'referenced', k.confrelid FROM pg_catalog.pg_constraint AS k \
+         WHERE k.contype OPERATOR(pg_catalog.=) 'f' AND k.conrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t) \
+         UNION ALL SELECT DISTINCT 'referencing', k.conrelid FROM pg_catalog.pg_constraint AS k \
+         WHERE k.contype OPERATOR(pg_catalog.=) 'f' AND k.confrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t) \
+         UNION ALL SELECT DISTINCT 'sequence', d.objid FROM pg_catalog.pg_depend AS d \
+         WHERE d.deptype OPERATOR(pg_catalog.=) ANY (ARRAY['a', 'i']::pg_catalog.\"char\"[]) \
+         AND d.classid OPERATOR(pg_catalog.=) '1259'::pg_catalog.oid AND d.refclassid OPERATOR(pg_catalog.=) '1259'::pg_catalog.oid \
+         AND d.refobjid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t)) \
+         SELECT f.kin, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, GREATEST(c.reltuples::pg_catalog.int8, \
+         pg_catalog.pg_stat_get_live_tuples(c.oid)) AS tuples FROM f \
+         JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) f.oid \
+         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+         WHERE f.kin OPERATOR(pg_catalog.<>) 'sequence' OR c.relkind OPERATOR(pg_catalog.=) 'S' \
+         ORDER BY c.oid USING OPERATOR(pg_catalog.<)"
+    )
+}
+
+/// Every table, view and materialized view of a schema.
+pub(crate) fn of_schema(schema: &str) -> String {
+    format!(
+        "SELECT 'itself' AS kin, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, \
+         GREATEST(c.reltuples::pg_catalog.int8, pg_catalog.pg_stat_get_live_tuples(c.oid)) AS tuples \
+         FROM pg_catalog.pg_class AS c \
+         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+         WHERE n.nspname OPERATOR(pg_catalog.=) {}::pg_catalog.name \
+         AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r', 'p', 'v', 'm', 'f']::pg_catalog.\"char\"[])",
+        literal(schema)
+    )
+}
+
+pub(crate) fn relations(reply: &[SimpleQueryMessage]) -> Vec<Relation> {
+    let read = |row| {
+        let kin = match text(row, "kin")?.as_str() {
+            "itself" => Kin::Itself,
+            "below" => Kin::Below,
+            "parent" => Kin::Parent,
+            "default" => Kin::Default,
+            "index" => Kin::Index,
+            "table" => Kin::TableOfIndex,
+            "referenced" => Kin::Referenced,
+            "referencing" => Kin::Referencing,
+            "sequence" => Kin::Sequence,
+            _ => return None,
+        };
+        Some(Relation {
+            kin,
+            oid: parsed(row, "oid")?,
+            schema: text(row, "nspname")?,
+            name: text(row, "relname")?,
+            kind: parsed(row, "relkind")?,
+            is_partition: is_true(row, "relispartition"),
+            rows: parsed::<i64>(row, "tuples").and_then(|rows| u64::try_from(rows).ok()),
+        })
+    };
+    rows(reply).filter_map(read).collect()
+}
+
+/// How many bytes the relations have, where it can be said without waiting longer than this many milliseconds: it takes
+/// ACCESS SHARE on each.
+pub(crate) fn size(oids: &[u32], lock_timeout: i32) -> String {
+    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
+    format!(
+        "SET LOCAL lock_timeout = {lock_timeout}; SELECT pg_catalog.sum(pg_catalog.pg_relation_size(c.oid)) AS size \
+         FROM pg_catalog.pg_class AS c WHERE c.oid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[]) \
+         AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r', 'm', 't']::pg_catalog.\"char\"[])",
+        oids.join(",")
+    )
+}
+
+pub(crate) fn bytes(reply: &[SimpleQueryMessage]) -> u64 {
+    rows(reply).find_map(|row| parsed(row, "size")).unwrap_or(0)
+}
+
+/// Everybody but this backend who holds or awaits a lock on one of the relations.
+pub(crate) fn holders(oids: &[u32]) -> String {
+    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
+    format!(
+        "SELECT l.relation, l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
+         JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
+         WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
+         a.application_name, a.usename, a.state, l.mode, l.granted, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS in_state, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS in_transaction \
+         FROM pg_catalog.pg_locks AS l LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid OPERATOR(pg_catalog.=) l.pid \
+         WHERE pg_catalog.texteq(l.locktype, 'relation') \
+         AND l.relation OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[]) \
+         AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d \
+         WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database())) \
+         AND (l.pid IS NULL OR l.pid OPERATOR(pg_catalog.<>) pg_catalog.pg_backend_pid()) \
+         ORDER BY l.granted USING OPERATOR(pg_catalog.>), l.pid USING OPERATOR(pg_catalog.<)",
+        oids.join(",")
+    )
+}
+
+/// Reads the reply of [`holders`]: the relation's oid with each. `named` says what a relation is called.
+pub(crate) fn who(
+    reply: &[SimpleQueryMessage],
+    named: impl Fn(u32) -> String,
+) -> Vec<(u32, Blocker)> {
+    let read = |row| {
+        let oid: u32 = parsed(row, "relation")?;
+        let mode = LockMode::from_pg_locks(&text(row, "mode")?)?;
+        let blocker = Blocker {
+            pid: parsed(row, "pid"),
+            prepared: text(row, "gid"),
+            application_name: text(row, "application_name"),
+            user: text(row, "usename"),
+            state: text(row, "state"),
+            in_state: seconds(row, "in_state"),
+            in_transaction: seconds(row, "in_transaction"),
+            mode: AdvisoryMode::Exclusive,
+            object: Some((format!("relation {}", named(oid)), mode)),
+            granted: is_true(row, "granted"),
+        };
+        Some((oid, blocker))
+    };
+    rows(reply).filter_map(read).collect()
+}
+
+/// The locks on relations that this very backend holds: those of the users', catalogs left out. A relation that the
+/// transaction has dropped has no name in it any more.
+pub(crate) const OWN_LOCKS: &str = "SELECT l.relation, n.nspname, c.relname, l.mode FROM pg_catalog.pg_locks AS l \
+     LEFT JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) l.relation \
+     LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+     WHERE pg_catalog.texteq(l.locktype, 'relation') AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
+     AND l.granted AND l.relation OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid";
+
+/// A lock of one's own.
+pub(crate) struct OwnLock {
+    pub(crate) oid: u32,
+    pub(crate) name: Option<TableName>,
+    pub(crate) mode: LockMode,
+}
+
+pub(crate) fn own_locks(reply: &[SimpleQueryMessage]) -> Vec<OwnLock> {
+    let read = |row| {
+        let name = text(row, "nspname").zip(text(row, "relname"));
+        Some(OwnLock {
+            oid: parsed(row, "relation")?,
+            name: name.map(|(schema, name)| TableName::in_schema(schema, name)),
+            mode: LockMode::from_pg_locks(&text(row, "mode")?)?,
+        })
+    };
+    rows(reply).filter_map(read).collect()
+}
+
+/// What relations are called.
+pub(crate) fn names_of(oids: &[u32]) -> String {
+    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
+    format!(
+        "SELECT c.oid, n.nspname, c.relname FROM pg_catalog.pg_class AS c \
+         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+         WHERE c.oid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[])",
+        oids.join(",")
+    )
+}
+
+pub(crate) fn names(reply: &[SimpleQueryMessage]) -> Vec<(u32, TableName)> {
+    let read = |row| {
+        let name = TableName::in_schema(text(row, "nspname")?, text(row, "relname")?);
+        Some((parsed(row, "oid")?, name))
+    };
+    rows(reply).filter_map(read).collect()
+}
+
+/// The server's major version.
+pub(crate) const VERSION: &str =
+    "SELECT pg_catalog.current_setting('server_version_num') AS version";
+
+pub(crate) fn major(reply: &[SimpleQueryMessage]) -> Option<u32> {
+    let number: u32 = parsed(rows(reply).next()?, "version")?;
+    Some(number / 10_000)
+}
+
+/// Whether one of these functions is volatile, and whether the type is a domain whose values are checked.
+pub(crate) fn new_column(ty: &str, calls: &[String]) -> String {
+    let mut names = String::new();
+    for (n, call) in calls.iter().enumerate() {
+        let comma = if n > 0 { ", " } else { "" };
+        let _ = write!(names, "{comma}{}", literal(call));
+    }
+    format!(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc AS p \
+         WHERE p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[{names}]::pg_catalog.name[]) \
+         AND p.provolatile OPERATOR(pg_catalog.=) 'v') AS volatile, \
+         EXISTS (SELECT FROM pg_catalog.pg_type AS y \
+         WHERE y.oid OPERATOR(pg_catalog.=) pg_catalog.to_regtype({})::pg_catalog.oid \
+         AND y.typtype OPERATOR(pg_catalog.=) 'd' AND (y.typnotnull OR EXISTS (SELECT \
+         FROM pg_catalog.pg_constraint AS k WHERE k.contypid OPERATOR(pg_catalog.=) y.oid))) AS domain",
+        literal(ty)
+    )
+}
+
+/// The first of the two alone.
+pub(crate) fn volatile(calls: &[String]) -> String {
+    new_column("pg_catalog.int4", calls)
+}
+
+/// Two answers of yes or no.
+pub(crate) fn two(reply: &[SimpleQueryMessage], first: &str, second: &str) -> (bool, bool) {
+    let row = rows(reply).next();
+    (
+        row.is_some_and(|row| is_true(row, first)),
+        row.is_some_and(|row| is_true(row, second)),
+    )
+}
+
+/// A column's type before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Types {
+    pub(crate) old: u32,
+    pub(crate) old_modifier: i32,
+    pub(crate) new: u32,
+    /// A cast that leaves the bytes as they are.
+    pub(crate) is_binary: bool,
+}
+
+pub(crate) fn new_type(table: &TableName, column: &str, ty: &str) -> String {
+    format!(
+        "WITH {} SELECT a.atttypid AS old, a.atttypmod AS old_modifier, \
+         pg_catalog.to_regtype({1})::pg_catalog.oid AS new, EXISTS (SELECT FROM pg_catalog.pg_cast AS k \
+         WHERE k.castsource OPERATOR(pg_catalog.=) a.atttypid AND k.castmethod OPERATOR(pg_catalog.=) 'b' \
+         AND k.casttarget OPERATOR(pg_catalog.=) pg_catalog.to_regtype({1})::pg_catalog.oid) AS binary \
+         FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
+         WHERE a.attname OPERATOR(pg_catalog.=) {2}::pg_catalog.name AND NOT a.attisdropped",
+        with_t(table),
+        literal(ty),
+        literal(column)
+    )
+}
+
+pub(crate) fn types(reply: &[SimpleQueryMessage]) -> Option<Types> {
+    let row = rows(reply).next()?;
+    Some(Types {
+        old: parsed(row, "old")?,
+        old_modifier: parsed(row, "old_modifier")?,
+        new: parsed(row, "new")?,
+        is_binary: is_true(row, "binary"),
+    })
+}
+
+/// Whether a column has no NULLs by its definition, and whether a valid CHECK says nothing but that.
+///
+/// The CHECK is recognized by the beginning of its expression's tree: to have it written out would lock the table.
+pub(crate) fn not_null(table: &TableName, column: &str) -> String {
+    format!(
+        "WITH {} SELECT a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
+         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'n' \
+         AND NOT k.convalidated AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]) AS defined, EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
+         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated \
+         AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum] AND {}) \
+         AS implied FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
+         WHERE a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND NOT a.attisdropped",
+        with_t(table),
+        proves_not_null("k"),
+        literal(column)
+    )
+}
+
+/// Whether a DETACH PARTITION CONCURRENTLY of the partition was begun and not ended.
+pub(crate) fn is_detach_pending(partition: &TableName) -> String {
+    format!(
+        "WITH {} SELECT EXISTS (SELECT FROM t JOIN pg_catalog.pg_inherits AS i ON i.inhrelid OPERATOR(pg_catalog.=) t.oid \
+         WHERE i.inhdetachpending) AS yes",
+        with_t(partition)
+    )
+}
+
+pub(crate) fn finalize(parent: &TableName, partition: &TableName) -> String {
+    format!("ALTER TABLE {parent} DETACH PARTITION {partition} FINALIZE")
+}
+
+pub(crate) fn yes(reply: &[SimpleQueryMessage]) -> bool {
+    rows(reply).any(|row| is_true(row, "yes"))
+}
+
+/// Whether a row `k` of `pg_constraint` is a CHECK that its column itself is not NULL, and no more: as the server keeps
+/// it, since what shows it as SQL opens the table.
+pub(super) fn proves_not_null(k: &str) -> String {
+    format!(
+        "COALESCE({k}.contype OPERATOR(pg_catalog.=) 'c' \
+         AND pg_catalog.starts_with({k}.conbin::pg_catalog.text, '{{NULLTEST :arg {{VAR ') \
+         AND pg_catalog.strpos({k}.conbin::pg_catalog.text, ':nulltesttype 1 ') OPERATOR(pg_catalog.>) 0, false)"
+    )
+}
+
+/// Whether a column of the index can be NULL.
+pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
+    format!(
+        "WITH {} SELECT EXISTS (SELECT FROM pg_catalog.pg_class AS i \
+         JOIN pg_catalog.pg_index AS x ON x.indexrelid OPERATOR(pg_catalog.=) i.oid \
+         JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) x.indrelid \
+         AND a.attnum OPERATOR(pg_catalog.=) ANY (x.indkey) WHERE x.indrelid OPERATOR(pg_catalog.=) t.oid \
+         AND i.relname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND NOT a.attnotnull) AS nullable, false AS other \
+         FROM t",
+        with_t(table),
+        literal(index)
+    )
+}
+
+/// Whether a constraint is a foreign key, and whether it is a key that one refers to. With `column`, whether that of any
+/// constraint of the column.
+pub(crate) fn constraint(table: &TableName, name: Option<&str>, column: Option<&str>) -> String {
+    let named = name.map_or_else(String::new, |name| {
+        format!(
+            " AND k.conname OPERATOR(pg_catalog.=) {}::pg_catalog.name",
+            literal(name)
+        )
+    });
+    let of_column = column.map_or_else(String::new, |column| {
+        format!(
+            " AND EXISTS (SELECT FROM pg_catalog.pg_attribute AS a WHERE a.attrelid OPERATOR(pg_catalog.=) t.oid \
+             AND a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND a.attnum OPERATOR(pg_catalog.=) ANY (k.conkey))",
+            literal(column)
+        )
+    });
+    format!(
+        "WITH {} SELECT COALESCE(pg_catalog.bool_or(k.contype OPERATOR(pg_catalog.=) 'f'), false) AS foreign_key, \
+         COALESCE(pg_catalog.bool_or(EXISTS (SELECT FROM pg_catalog.pg_constraint AS r \
+         WHERE r.contype OPERATOR(pg_catalog.=) 'f' AND r.confrelid OPERATOR(pg_catalog.=) t.oid \
+         AND r.conindid OPERATOR(pg_catalog.=) k.conindid)), false) AS key FROM t \
+         JOIN pg_catalog.pg_constraint AS k ON k.conrelid OPERATOR(pg_catalog.=) t.oid WHERE true{named}{of_column}",
+        with_t(table),
+    )
+}
+
+/// Whether a relation has a valid CHECK.
+pub(crate) fn has_valid_check(oid: u32) -> String {
+    format!(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
+         WHERE k.conrelid OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid \
+         AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated) AS has, false AS other"
+    )
+}
+
+/// The partitions directly below a table.
+pub(crate) fn partitions(oid: u32) -> String {
+    format!(
+        "SELECT 'below' AS kin, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, NULL AS tuples \
+         FROM pg_catalog.pg_inherits AS i JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) i.inhrelid \
+         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+         WHERE i.inhparent OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid AND c.relispartition \
+         ORDER BY c.oid USING OPERATOR(pg_catalog.<)"
+    )
+}
