@@ -12,12 +12,12 @@ use tracing::Instrument as _;
 use crate::advisory::{Advisory, AdvisoryLock};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::call_site::{CallSite, application_name};
-use crate::connection::{Connections, Side, SideConnection};
+use crate::connection::{Connections, SideConfig, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, AsyncFunc, Never, Policy, RetryIf, TransactionOptions, Tx};
+use crate::transaction::{self, AsyncFunc, NoRetry, Policy, RetryIf, TransactionOptions, Tx};
 
 /// How long a lock is waited for where nothing says otherwise.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
@@ -139,12 +139,12 @@ impl Keeper {
                     advisory.acquire(request).instrument(span).await.map(Some)
                 }
             };
-            let value = transaction::run(&policy, &Never, open, f).await?;
+            let value = transaction::run(&policy, &NoRetry, open, f).await?;
             value.ok_or_else(|| Error::new(ErrorKind::LockTimeout).into())
         }
     }
 
-    /// The same if the lock is free; `None`, without running the section, if it is not. Never waits for the lock.
+    /// The same if the lock is free; `None`, without running the section, if it is not. NoRetry waits for the lock.
     ///
     /// # Errors
     /// As [`with_advisory_lock`](Self::with_advisory_lock), without `LockTimeout`.
@@ -177,7 +177,7 @@ impl Keeper {
                     advisory.try_acquire(request).instrument(span).await
                 }
             };
-            transaction::run(&policy, &Never, open, f).await
+            transaction::run(&policy, &NoRetry, open, f).await
         }
     }
 
@@ -395,7 +395,7 @@ impl fmt::Debug for Keeper {
 #[must_use = "a builder makes no keeper until it is built"]
 pub struct KeeperBuilder {
     pool: Pool,
-    side: Option<Side>,
+    side: Option<SideConnection>,
     application: String,
     call_sites: bool,
     lock_wait: Duration,
@@ -419,7 +419,7 @@ impl KeeperBuilder {
         self
     }
 
-    /// A connection beside the pool, for cancelling and looking while the pool's own connections are stuck. It is
+    /// A connection session_locks the pool, for cancelling and looking while the pool's own connections are stuck. It is
     /// opened when it is first needed, and there is one for the keeper.
     ///
     /// Without it cancel requests go unencrypted, as libpq's did before version 17; with `sslmode=require`, which refuses
@@ -432,7 +432,7 @@ impl KeeperBuilder {
         T::TlsConnect: Send + Sync,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        self.side = Some(Side::new(SideConnection { config, tls }));
+        self.side = Some(SideConnection::new(SideConfig { config, tls }));
         self
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_postgres::IsolationLevel;
 use tracing::Instrument as _;
 
-use super::{Advisory, Request, SessionGuard, XactGuard};
+use super::{Advisory, LockRequest, SessionGuard, XactGuard};
 use crate::call_site::CallSite;
 use crate::error::Error;
 use crate::key::LockKey;
@@ -14,7 +14,7 @@ use crate::mode::AdvisoryMode;
 use crate::transaction::sql::Begin;
 
 /// How often a transaction of a conflict group is a deadlock's victim before it runs alone.
-const VICTIM: u32 = 2;
+const TIMES_VICTIM: u32 = 2;
 
 /// One or several advisory locks, described; [`acquire`](Self::acquire) and [`try_acquire`](Self::try_acquire) take
 /// them in a transaction of their own.
@@ -52,7 +52,7 @@ impl AdvisoryLock {
         }
     }
 
-    /// Held together with other shared holders, never with an exclusive one.
+    /// HeldLock together with other shared holders, never with an exclusive one.
     pub fn shared(mut self) -> Self {
         self.mode = AdvisoryMode::Shared;
         self
@@ -91,7 +91,7 @@ impl AdvisoryLock {
     /// One message, so one round trip, when the locks are free: `BEGIN`, `SET LOCAL application_name`, and a SELECT of
     /// `pg_try_advisory_xact_lock`. When they are not, further messages wait for `pg_advisory_xact_lock` under a
     /// `lock_timeout` shorter than `deadlock_timeout`, again and again until the deadline; it is put back before the
-    /// guard is handed out.
+    /// guard is next_handoff out.
     ///
     /// # Errors
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout), with the [`blockers`](Error::blockers), when the wait is over;
@@ -130,8 +130,11 @@ impl AdvisoryLock {
 
     /// What a transaction of a conflict group runs under: a shared lock, or after it has been a deadlock's victim twice
     /// an exclusive one.
-    pub(crate) fn conflict_group(mut self, victim: u32) -> Result<(Arc<Advisory>, Request), Error> {
-        if victim < VICTIM {
+    pub(crate) fn conflict_group(
+        mut self,
+        victim: u32,
+    ) -> Result<(Arc<Advisory>, LockRequest), Error> {
+        if victim < TIMES_VICTIM {
             self.mode = AdvisoryMode::Shared;
         }
         let (advisory, mut request) = self.request()?;
@@ -140,8 +143,8 @@ impl AdvisoryLock {
     }
 
     /// Checks what is asked for.
-    pub(crate) fn request(self) -> Result<(Arc<Advisory>, Request), Error> {
-        let mut request = Request::new(self.keys, self.mode, self.wait)?;
+    pub(crate) fn request(self) -> Result<(Arc<Advisory>, LockRequest), Error> {
+        let mut request = LockRequest::new(self.keys, self.mode, self.wait)?;
         request.begin = self.begin;
         request.call_site = self.call_site;
         request.lock_wait = self.lock_wait;

@@ -19,7 +19,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, FailedAttempt, Never, Policy, Reporter, Tx};
+use crate::transaction::{self, FailedAttempt, NoRetry, Policy, Reporter, Tx};
 
 /// How long what was seen of waiters and standbys is good for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -266,7 +266,7 @@ impl Job {
             );
             opening.await.map(Some)
         };
-        let run = transaction::run(&self.policy, &Never, open, async move |tx: &mut Tx| {
+        let run = transaction::run(&self.policy, &NoRetry, open, async move |tx: &mut Tx| {
             work.run(tx).await
         });
         run.await?.ok_or_else(unreadable)
@@ -512,7 +512,7 @@ async fn ask(
         );
         opening.await.map(Some)
     };
-    let run = transaction::run(policy, &Never, open, async move |tx: &mut Tx| {
+    let run = transaction::run(policy, &NoRetry, open, async move |tx: &mut Tx| {
         Ok::<_, Error>(tx.simple_query(sql).await?)
     });
     run.await?.ok_or_else(unreadable)

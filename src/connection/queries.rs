@@ -23,7 +23,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().query(statement, params))
+                    .logged(statement, session.client().query(statement, params))
                     .await
             }
 
@@ -41,7 +41,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().query_one(statement, params))
+                    .logged(statement, session.client().query_one(statement, params))
                     .await
             }
 
@@ -59,7 +59,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().query_opt(statement, params))
+                    .logged(statement, session.client().query_opt(statement, params))
                     .await
             }
 
@@ -80,9 +80,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(
+                    .logged(
                         statement,
-                        session.unwatched_client().query_raw(statement, params),
+                        session.untracked_client().query_raw(statement, params),
                     )
                     .await
             }
@@ -101,7 +101,7 @@ macro_rules! query_methods {
             ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().query_typed(statement, params))
+                    .logged(statement, session.client().query_typed(statement, params))
                     .await
             }
 
@@ -119,7 +119,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().execute(statement, params))
+                    .logged(statement, session.client().execute(statement, params))
                     .await
             }
 
@@ -137,7 +137,7 @@ macro_rules! query_methods {
             ) -> Result<u64, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().execute_typed(statement, params))
+                    .logged(statement, session.client().execute_typed(statement, params))
                     .await
             }
 
@@ -158,7 +158,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.client().execute_raw(statement, params))
+                    .logged(statement, session.client().execute_raw(statement, params))
                     .await
             }
 
@@ -169,7 +169,7 @@ macro_rules! query_methods {
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted(sql, session.client().batch_execute(sql))
+                    .logged(sql, session.client().batch_execute(sql))
                     .await
             }
 
@@ -182,7 +182,9 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
                 let session = self.session();
-                session.noted(sql, session.client().simple_query(sql)).await
+                session
+                    .logged(sql, session.client().simple_query(sql))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::prepare`].
@@ -195,7 +197,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted_prepare(sql, session.client().prepare(sql))
+                    .logged_prepare(sql, session.client().prepare(sql))
                     .await
             }
 
@@ -210,7 +212,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted_prepare(sql, session.client().prepare_typed(sql, types))
+                    .logged_prepare(sql, session.client().prepare_typed(sql, types))
                     .await
             }
 
@@ -225,7 +227,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted_prepare(sql, session.client().prepare_cached(sql))
+                    .logged_prepare(sql, session.client().prepare_cached(sql))
                     .await
             }
 
@@ -240,7 +242,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 session
-                    .noted_prepare(sql, session.client().prepare_typed_cached(sql, types))
+                    .logged_prepare(sql, session.client().prepare_typed_cached(sql, types))
                     .await
             }
 
@@ -258,7 +260,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.unwatched_client().copy_in(statement))
+                    .logged(statement, session.untracked_client().copy_in(statement))
                     .await
             }
 
@@ -275,7 +277,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 session
-                    .noted(statement, session.unwatched_client().copy_out(statement))
+                    .logged(statement, session.untracked_client().copy_out(statement))
                     .await
             }
 
@@ -285,7 +287,7 @@ macro_rules! query_methods {
             /// Do not end the transaction or unlock through it. What is run here is not watched: a statement left
             /// unanswered is noticed only after a moment's wait when its owner ends, and the connection is closed then.
             pub fn client(&self) -> &deadpool_postgres::Client {
-                self.session().unwatched_client()
+                self.session().untracked_client()
             }
         }
     };

@@ -149,7 +149,7 @@ pub(super) async fn left_alone(
     backend: &Backend,
 ) -> Result<Option<Protection>, Error> {
     let mut known = run::known(monitor, policy).await?;
-    let own = backend.pid().filter(|pid| connection::is_in_custody(*pid));
+    let own = backend.pid().filter(|pid| connection::is_own_backend(*pid));
     known.own.extend(own);
     Ok(protect::of(policy, &known, backend))
 }
@@ -159,6 +159,6 @@ fn own(tree: &LockTree) -> HashSet<i32> {
     let backends = tree.snapshot().backends().iter();
     backends
         .filter_map(Backend::pid)
-        .filter(|pid| connection::is_in_custody(*pid))
+        .filter(|pid| connection::is_own_backend(*pid))
         .collect()
 }

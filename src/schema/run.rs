@@ -11,7 +11,7 @@ use crate::advisory::Advisory;
 use crate::backoff::Jitter;
 use crate::blocker::Blocker;
 use crate::call_site::CallSite;
-use crate::connection::{Connections, Session, Undo};
+use crate::connection::{Connections, OnAbandon, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::schema::sql::run;
@@ -58,10 +58,12 @@ impl Context {
         let mut stale = 0;
         loop {
             let session = self.connections().check_out(&deadline).await?;
-            let (session, answer) = session.exchange(sql.to_owned(), Undo::Cancel).await;
+            let (session, answer) = session
+                .send(sql.to_owned(), OnAbandon::CancelAndClose)
+                .await;
             match answer {
                 Ok(reply) => {
-                    session.give_back();
+                    session.return_to_pool();
                     return Ok(reply);
                 }
                 Err(error)
@@ -252,13 +254,17 @@ impl Context {
         let work = async {
             let _ended = scopeguard::guard((), |()| watch.end());
             // Cancel safety: dropped, the statement is cancelled on the server, and the connection closed.
-            let (session, answer) = session.exchange(sql.to_owned(), Undo::Cancel).await;
+            let (session, answer) = session
+                .send(sql.to_owned(), OnAbandon::CancelAndClose)
+                .await;
             let lost = (answer.as_ref().err())
                 .is_some_and(|error| classify(error) == Failure::ConnectionLost);
             if !lost
-                && let (session, Ok(_)) = session.exchange(before.restore(), Undo::Cancel).await
+                && let (session, Ok(_)) = session
+                    .send(before.restore(), OnAbandon::CancelAndClose)
+                    .await
             {
-                session.give_back();
+                session.return_to_pool();
             }
             answer.map(drop).map_err(Error::from)
         };
@@ -283,7 +289,7 @@ impl Context {
                 &self.application_name,
             );
             // Cancel safety: unanswered, its connection is closed.
-            let (mut session, answer) = session.exchange(text, Undo::Cancel).await;
+            let (mut session, answer) = session.send(text, OnAbandon::CancelAndClose).await;
             let error = match answer {
                 Ok(reply) => {
                     let before = run::before(&reply).ok_or_else(|| {

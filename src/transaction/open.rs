@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Tx;
 use super::sql;
 use crate::call_site::CallSite;
-use crate::connection::{Connections, Undo};
+use crate::connection::{Connections, OnAbandon};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 
@@ -20,21 +20,21 @@ pub(crate) async fn open(
     call_site: Option<CallSite>,
     lock_wait: Duration,
 ) -> Result<Tx, Error> {
-    let known = connections.known();
-    let statement = begin.preparable();
+    let cache = connections.cache();
+    let statement = begin.prepared_name();
     let mut stale = 0;
     loop {
         let session = connections.check_out(deadline).await?;
-        let ask = known.ask(&session, statement);
+        let probe = cache.probe(&session, statement);
         // On any error the session is dropped and so closed: what state it came in is not known.
         let (mut session, answer) = session
-            .exchange(sql::begin_transaction(begin, &ask), Undo::rollback())
+            .send(sql::begin_transaction(begin, &probe), OnAbandon::rollback())
             .await;
         let error = match answer {
             Ok(reply) => match sql::begun(&reply) {
                 Some(begun) if begun.fresh => {
                     let server = begun.server.as_ref();
-                    known.answered(&session, &ask, statement, begun.pid, server);
+                    cache.learn_reply(&session, &probe, statement, begun.pid, server);
                     session.identify(begun.pid, begin.application_name.as_deref());
                     return Ok(Tx::new(session, call_site, lock_wait, begin.lock_timeout));
                 }
@@ -46,7 +46,7 @@ pub(crate) async fn open(
             Err(error) => match classify(&error) {
                 Failure::ConnectionLost => error.into(),
                 failure if failure.is_of_the_connection() => {
-                    known.failed(failure);
+                    cache.learn_failure(failure);
                     error.into()
                 }
                 _ => return Err(error.into()),

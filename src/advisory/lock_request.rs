@@ -8,12 +8,12 @@ use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::key::names::{Registration, register};
 use crate::mode::AdvisoryMode;
-use crate::transaction::Held;
+use crate::transaction::HeldLock;
 use crate::transaction::sql::Begin;
 
 /// One or several locks to be taken together.
 #[derive(Debug)]
-pub(crate) struct Request {
+pub(crate) struct LockRequest {
     // Invariant: sorted, no key twice, at least one.
     keys: Vec<LockKey>,
     names: Vec<Registration>,
@@ -28,7 +28,7 @@ pub(crate) struct Request {
     pub(crate) is_group: bool,
 }
 
-impl Request {
+impl LockRequest {
     /// # Errors
     /// `Config` for no keys at all, `KeyCollision` for two names that have one key, within the set or in the process.
     pub(crate) fn new(
@@ -99,22 +99,25 @@ impl Request {
     }
 
     /// The locks as a transaction holds them once they are granted.
-    pub(crate) fn into_held(self, depth: u32) -> impl Iterator<Item = Held> {
+    pub(crate) fn into_held(self, depth: u32) -> impl Iterator<Item = HeldLock> {
         let mut names = self.names;
         let mode = self.mode;
         let last = self.keys.len() - 1;
-        self.keys.into_iter().enumerate().map(move |(n, key)| Held {
-            key,
-            mode,
-            since: Instant::now(),
-            depth,
-            // Which registration goes with which lock does not matter: they end together.
-            _names: if n == last {
-                std::mem::take(&mut names)
-            } else {
-                Vec::new()
-            },
-        })
+        self.keys
+            .into_iter()
+            .enumerate()
+            .map(move |(n, key)| HeldLock {
+                key,
+                mode,
+                since: Instant::now(),
+                depth,
+                // Which registration goes with which lock does not matter: they end together.
+                _names: if n == last {
+                    std::mem::take(&mut names)
+                } else {
+                    Vec::new()
+                },
+            })
     }
 
     /// What a session guard keeps of it.
@@ -141,8 +144,8 @@ impl Request {
 mod tests {
     use super::*;
 
-    fn request(keys: Vec<LockKey>) -> Result<Request, Error> {
-        Request::new(keys, AdvisoryMode::Exclusive, Duration::ZERO)
+    fn request(keys: Vec<LockKey>) -> Result<LockRequest, Error> {
+        LockRequest::new(keys, AdvisoryMode::Exclusive, Duration::ZERO)
     }
 
     #[test]

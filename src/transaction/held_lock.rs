@@ -8,7 +8,7 @@ use crate::mode::AdvisoryMode;
 
 /// One transaction-level advisory lock, granted.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct HeldLock {
     pub(crate) key: LockKey,
     pub(crate) mode: AdvisoryMode,
     /// When it was granted, as far as the client knows.

@@ -8,7 +8,7 @@ use super::keys::{Locks, all_of, shared_suffix, take_each};
 use super::release::{push_prepare_hand_over, push_unlock_select};
 use crate::advisory::sql::blockers;
 use crate::connection::sql::server::{SERVER, Server, server};
-use crate::connection::sql::{Ask, unlock_of};
+use crate::connection::sql::{Probe, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::Message;
@@ -21,7 +21,7 @@ use crate::transaction::sql::{FRESH, PID};
 
 /// What a `try` answered, read before anything else is known of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum TryLockOutcome {
     Granted,
     Busy,
     /// The server is a standby. Nothing was granted.
@@ -36,16 +36,16 @@ pub(crate) enum Verdict {
 
 /// The reply to a `try`.
 #[derive(Clone, Debug)]
-pub(crate) struct Tried {
-    pub(crate) verdict: Verdict,
+pub(crate) struct TryLockRow {
+    pub(crate) verdict: TryLockOutcome,
     /// Whether the server has granted the locks, whatever that is worth.
     pub(crate) granted: bool,
     pub(crate) pid: i32,
     /// The session's own `application_name`, before a session lock renamed it.
     pub(crate) application_name: String,
-    /// What a first `try` on a connection asks beside.
+    /// What a first `try` on a connection asks session_locks.
     pub(crate) server: Option<Server>,
-    /// What a `try` inside a transaction asks beside: the timeouts as the server writes them.
+    /// What a `try` inside a transaction asks session_locks: the timeouts as the server writes them.
     pub(crate) timeouts: Option<Timeouts>,
 }
 
@@ -68,7 +68,7 @@ const DIRTY: &str = "WHEN pg_catalog.timestamptz_ne(pg_catalog.now(), pg_catalog
 const STANDBY: &str = "WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ";
 
 /// Reads the row of a `try`.
-pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
+pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
     let row = rows(reply).find(|row| {
         row.columns()
             .iter()
@@ -77,13 +77,13 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
     let column = |name| row.try_get(name).ok().flatten();
     let snapshot = column("isolation").is_some_and(|isolation| !isolation.starts_with("read "));
     let verdict = match column("verdict")? {
-        _ if column("fresh") == Some("f") => Verdict::Dirty,
-        "dirty" => Verdict::Dirty,
-        "standby" => Verdict::Standby,
-        "pooled" => Verdict::Pooled,
-        "granted" | "busy" if snapshot => Verdict::Snapshot,
-        "granted" => Verdict::Granted,
-        "busy" => Verdict::Busy,
+        _ if column("fresh") == Some("f") => TryLockOutcome::Dirty,
+        "dirty" => TryLockOutcome::Dirty,
+        "standby" => TryLockOutcome::Standby,
+        "pooled" => TryLockOutcome::Pooled,
+        "granted" | "busy" if snapshot => TryLockOutcome::Snapshot,
+        "granted" => TryLockOutcome::Granted,
+        "busy" => TryLockOutcome::Busy,
         _ => return None,
     };
     let timeouts = || {
@@ -92,7 +92,7 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
             statement_timeout: text(row, "statement_timeout")?,
         })
     };
-    Some(Tried {
+    Some(TryLockRow {
         verdict,
         granted: column("verdict") == Some("granted"),
         pid: parsed(row, "pid")?,
@@ -103,9 +103,9 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<Tried> {
 }
 
 /// One message that begins a transaction and tries the locks in it. It never waits.
-pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Message {
-    let few = match (ask, &begin.application_name, locks.keys) {
-        (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) => {
+pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, probe: &Probe) -> Message {
+    let few = match (probe, &begin.application_name, locks.keys) {
+        (Probe::Prepare(statement) | Probe::Execute(statement), Some(name), [key]) => {
             Some((statement, name, key))
         }
         _ => None,
@@ -114,15 +114,15 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Messa
         let mut sql = begin.message();
         sql.push_str("SELECT ");
         push_xact_columns(&mut sql, |sql| {
-            push_verdict(sql, locks, "pg_try_advisory_xact_lock", ask, DIRTY);
+            push_verdict(sql, locks, "pg_try_advisory_xact_lock", probe, DIRTY);
         });
-        if let Ask::All { .. } = ask {
+        if let Probe::Full { .. } = probe {
             sql.push_str(SERVER);
         }
         return sql.into();
     };
     let mut sql = begin.message_unnamed();
-    if let Ask::Prepare(_) = ask {
+    if let Probe::Prepare(_) = probe {
         push_prepare(&mut sql, statement, key, |sql, name, arguments| {
             let _ = write!(
                 sql,
@@ -134,8 +134,8 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, ask: &Ask) -> Messa
         });
     }
     push_execute(&mut sql, statement, key, name);
-    match ask {
-        Ask::Execute(_) => Message::of(begin.statements_unnamed() + 1, sql),
+    match probe {
+        Probe::Execute(_) => Message::of(begin.statements_unnamed() + 1, sql),
         _ => sql.into(),
     }
 }
@@ -193,7 +193,7 @@ pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
         &mut sql,
         locks,
         "pg_try_advisory_xact_lock",
-        &Ask::All { login_pid: None },
+        &Probe::Full { login_pid: None },
         "WHEN NOT pg_catalog.starts_with(pg_catalog.current_setting('transaction_isolation'), 'read ') THEN 'busy' ",
     );
     sql.push_str(" AS verdict, ");
@@ -215,9 +215,9 @@ fn push_lean_verdict(sql: &mut String, function: &str, mode: AdvisoryMode, argum
 }
 
 /// `CASE … END`: what came of a try.
-fn push_verdict(sql: &mut String, locks: Locks<'_>, function: &str, ask: &Ask, unless: &str) {
+fn push_verdict(sql: &mut String, locks: Locks<'_>, function: &str, probe: &Probe, unless: &str) {
     sql.push_str("CASE ");
-    if let Ask::All { login_pid } = ask {
+    if let Probe::Full { login_pid } = probe {
         sql.push_str(STANDBY);
         if let Some(pid) = login_pid {
             let _ = write!(
@@ -234,12 +234,16 @@ fn push_verdict(sql: &mut String, locks: Locks<'_>, function: &str, ask: &Ask, u
 
 /// The last look of a wait that timed out: a `try`, and who is in the way if it fails. One message, so that both speak
 /// of the same moment.
-pub(crate) fn begin_and_look(begin: &Begin, locks: Locks<'_>, after_timeout: bool) -> String {
+pub(crate) fn begin_and_find_blockers(
+    begin: &Begin,
+    locks: Locks<'_>,
+    after_timeout: bool,
+) -> String {
     let mut sql = String::new();
     if after_timeout {
         sql.push_str("ROLLBACK; ");
     }
-    sql.push_str(&begin_and_try(begin, locks, &Ask::All { login_pid: None }).text);
+    sql.push_str(&begin_and_try(begin, locks, &Probe::Full { login_pid: None }).text);
     sql.push_str("; ");
     sql.push_str(&blockers::of(locks));
     sql
@@ -255,12 +259,12 @@ pub(crate) struct Names<'a> {
 
 /// Tries session locks outside a transaction, and puts the holder's name on the session if they are granted. It never
 /// waits, so no timeout can strike between the grant and the reply.
-pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Message {
+pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, probe: &Probe) -> Message {
     let mut sql = String::with_capacity(768);
-    if let (Ask::Prepare(statement) | Ask::Execute(statement), Some(name), [key]) =
-        (ask, names.holding, locks.keys)
+    if let (Probe::Prepare(statement) | Probe::Execute(statement), Some(name), [key]) =
+        (probe, names.holding, locks.keys)
     {
-        if let Ask::Prepare(_) = ask {
+        if let Probe::Prepare(_) = probe {
             push_prepare(&mut sql, statement, key, |sql, name, arguments| {
                 push_lean_session_select(sql, name, locks.mode, arguments);
             });
@@ -275,8 +279,8 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Mess
             push_prepare_hand_over(&mut sql, statement, key, locks.mode);
         }
         push_execute(&mut sql, statement, key, name);
-        return match ask {
-            Ask::Execute(_) => Message::of(1, sql),
+        return match probe {
+            Probe::Execute(_) => Message::of(1, sql),
             _ => sql.into(),
         };
     }
@@ -287,7 +291,7 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Mess
     if several {
         take_each(&mut take, locks);
     }
-    let server = if let Ask::All { .. } = ask {
+    let server = if let Probe::Full { .. } = probe {
         SERVER
     } else {
         ""
@@ -299,7 +303,7 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, ask: &Ask) -> Mess
         } else {
             "pg_try_advisory_lock"
         };
-        push_verdict(sql, locks, function, ask, DIRTY);
+        push_verdict(sql, locks, function, probe, DIRTY);
     });
     sql.into()
 }
@@ -353,18 +357,18 @@ fn push_session_select(
     );
 }
 
-/// The last look of a session wait that timed out; see [`begin_and_look`].
-pub(crate) fn look_session(
+/// The last look of a session wait that timed out; see [`begin_and_find_blockers`].
+pub(crate) fn try_session_and_find_blockers(
     locks: Locks<'_>,
     names: Names<'_>,
-    ask: &Ask,
+    probe: &Probe,
     after_timeout: bool,
 ) -> String {
     let mut sql = String::new();
     if after_timeout {
         sql.push_str("ROLLBACK; ");
     }
-    sql.push_str(&try_session(locks, names, ask).text);
+    sql.push_str(&try_session(locks, names, probe).text);
     sql.push_str("; ");
     sql.push_str(&blockers::of(locks));
     sql

@@ -2,15 +2,15 @@
 
 /// How much the first message of a transaction, or a `try`, asks besides what it is for, and how.
 ///
-/// All but `All` are for a connection that was asked everything before, and ask only what can be otherwise each time: a
+/// All but `All` are for a connection that was asked everything before, and probe only what can be otherwise each time: a
 /// server does not turn into a standby under its connections, and a direct connection does not turn into a pooled one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Ask {
+pub(crate) enum Probe {
     /// Everything, and nothing is granted on a standby or, with the login's pid, behind a pooler.
-    All {
+    Full {
         login_pid: Option<i32>,
     },
-    Little,
+    Minimal,
     /// The same, and the statement is prepared under this name in the same message.
     Prepare(String),
     /// By the statement of this name: parsing the text is a good part of what a `try` costs.
@@ -19,7 +19,7 @@ pub(crate) enum Ask {
 
 /// A statement that is worth preparing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Preparable {
+pub(crate) enum PreparedName {
     /// The `try` for one key, by scope, mode and key space; with a session lock's go its unlock and its handing over.
     Try {
         session: bool,
@@ -30,7 +30,7 @@ pub(crate) enum Preparable {
     Begin(u8),
 }
 
-impl Preparable {
+impl PreparedName {
     /// A name of its own among the statements of `owner`.
     pub(crate) fn name(self, owner: &str) -> String {
         match self {

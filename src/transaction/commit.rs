@@ -1,10 +1,10 @@
 //! COMMIT and ROLLBACK, and what is left to be done when they fail.
 
 use super::Tx;
-use super::resolve::{Resolved, resolve};
+use super::commit_outcome::{CommitOutcome, look_up};
 use super::sql;
 use super::tx::End;
-use crate::connection::{Sent, Session, Undo};
+use crate::connection::{OnAbandon, Sent, Session};
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 
 /// What an error says when the transaction had failed before.
@@ -22,23 +22,23 @@ impl Tx {
             return Ok(());
         };
         if session.is_closed() {
-            return Err(self.about(Error::new(ErrorKind::ConnectionLost)));
+            return Err(self.error_with_keys(Error::new(ErrorKind::ConnectionLost)));
         }
         let mut mark = None;
         if self.resolves {
-            let asked = session.exchange(sql::commit::mark(), Undo::rollback());
+            let asked = session.send(sql::commit::mark(), OnAbandon::rollback());
             let (answered, answer) = asked.await;
             session = answered;
             match answer {
                 Ok(reply) => mark = sql::commit::marked(&reply),
                 Err(error) => match classify(&error) {
                     // Nothing was sent that could commit.
-                    Failure::ConnectionLost => return Err(self.about(Error::from(error))),
+                    Failure::ConnectionLost => return Err(self.error_with_keys(Error::from(error))),
                     // It has failed already, and COMMIT will say so.
-                    Failure::Aborted => session.suspect(),
+                    Failure::Aborted => session.mark_failed(),
                     // It has failed with this.
                     _ => {
-                        session.suspect();
+                        session.mark_failed();
                         let failure = error.as_db_error().cloned().map(Box::new);
                         session.remember_failure(failure);
                     }
@@ -49,14 +49,14 @@ impl Tx {
         let message = session.commit_message();
         // It can wait for locks, and fail by a deadlock: deferred constraints are checked by it.
         let pending = session.begin_statement(Sent::Text(sql::COMMIT));
-        let (session, answer) = session.exchange(message, Undo::Nothing).await;
+        let (session, answer) = session.send(message, OnAbandon::Finish).await;
         if let Some(pending) = pending {
             pending.end(answer.as_ref().err().map(classify));
         }
         let error = match answer {
             Ok(_) => {
                 self.trace_end(&End::Commit);
-                session.give_back();
+                session.return_to_pool();
                 self.hooks.run();
                 return Ok(());
             }
@@ -68,27 +68,27 @@ impl Tx {
                 drop(session);
                 let lost = match mark {
                     None => Error::new(ErrorKind::CommitUnknown),
-                    Some(mark) => match resolve(&connections, &mark).await {
-                        Resolved::Committed => {
+                    Some(mark) => match look_up(&connections, &mark).await {
+                        CommitOutcome::Committed => {
                             self.trace_end(&End::Commit);
                             self.hooks.run();
                             return Ok(());
                         }
-                        Resolved::RolledBack => Error::new(ErrorKind::ConnectionLost)
+                        CommitOutcome::RolledBack => Error::new(ErrorKind::ConnectionLost)
                             .with_detail("in the middle of COMMIT, and the server has rolled back"),
-                        Resolved::Unknown(why) => {
+                        CommitOutcome::Unknown(why) => {
                             Error::new(ErrorKind::CommitUnknown).with_detail(why)
                         }
                     },
                 };
-                Err(self.about(lost.with_source(error)))
+                Err(self.error_with_keys(lost.with_source(error)))
             }
             // Some earlier statement failed, and its error was not passed on.
             Failure::Aborted => {
                 let cause = session.failure();
                 self.trace_end(&End::Rollback);
                 roll_back(session).await;
-                Err(self.about(match cause {
+                Err(self.error_with_keys(match cause {
                     Some(cause) => Error::new(classify_db(&cause).kind())
                         .with_detail(FAILED_EARLIER)
                         .with_source(*cause),
@@ -101,7 +101,7 @@ impl Tx {
             failure => {
                 self.trace_end(&End::Rollback);
                 end_failed(session).await;
-                Err(self.about(
+                Err(self.error_with_keys(
                     Error::new(failure.kind())
                         .with_detail("commit failed, the transaction was rolled back")
                         .with_source(error),
@@ -113,10 +113,10 @@ impl Tx {
 
 /// Ends a transaction whose outcome is rollback already, or shall be.
 pub(super) async fn roll_back(session: Session) {
-    let exchange = session.exchange(sql::rollback(), Undo::Nothing);
+    let request = session.send(sql::rollback(), OnAbandon::Finish);
     // Unanswered, the session closes its connection, which rolls back too.
-    if let Some((session, Ok(_))) = exchange.or_detach().await {
-        session.give_back();
+    if let Some((session, Ok(_))) = request.wait_or_detach().await {
+        session.return_to_pool();
     }
 }
 
@@ -124,10 +124,10 @@ pub(super) async fn roll_back(session: Session) {
 /// log; but an error can have struck before COMMIT was run.
 async fn end_failed(session: Session) {
     match session
-        .exchange(sql::Message::of(1, sql::PROBE), Undo::Nothing)
+        .send(sql::Message::of(1, sql::PROBE), OnAbandon::Finish)
         .await
     {
-        (session, Ok(_)) => session.give_back(),
+        (session, Ok(_)) => session.return_to_pool(),
         (session, Err(error)) if classify(&error) == Failure::Aborted => roll_back(session).await,
         // Dropped, the session closes its connection.
         _ => {}

@@ -21,18 +21,18 @@ pub(crate) type Answer = (Session, Result<Reply, tokio_postgres::Error>);
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
 /// How long an answer may take that waits for nothing but the server's attention.
-const PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The same behind statements that we do not know of: they may be waiting for anything.
-const PATIENCE_UNWATCHED: Duration = Duration::from_millis(30);
+const ANSWER_TIMEOUT_UNTRACKED: Duration = Duration::from_millis(30);
 /// How often a cancel is repeated until the statement it is for has answered. A signal that arrives before its
 /// statement does is lost, so one is not enough.
 const CANCEL_AGAIN: Duration = Duration::from_millis(100);
 const CANCELS: usize = 10;
 
 /// What a reply leaves to be done.
-pub(crate) enum Then {
+pub(crate) enum AfterReply {
     /// Nothing is left on the connection.
-    GiveBack,
+    ReturnToPool,
     /// This is to be sent; once it has succeeded, nothing is left.
     Send(String),
     /// Somebody is waiting for the session.
@@ -41,123 +41,127 @@ pub(crate) enum Then {
     Close,
 }
 
-impl Then {
-    /// Does it. Where this returns without [`Session::give_back`], the session closes its connection.
+impl AfterReply {
+    /// Does it. Where this returns without [`Session::return_to_pool`], the session closes its connection.
     pub(crate) async fn carry_out(self, session: Session) {
         match self {
             Self::Close => {}
-            Self::GiveBack => session.give_back(),
+            Self::ReturnToPool => session.return_to_pool(),
             Self::Pass(pass) => pass(session),
             Self::Send(sql) => {
-                let exchange = session.exchange(sql, Undo::Nothing);
-                if let Some((session, Ok(_))) = exchange.within(PATIENCE).await {
-                    session.give_back();
+                let request = session.send(sql, OnAbandon::Finish);
+                if let Some((session, Ok(_))) = request.within(ANSWER_TIMEOUT).await {
+                    session.return_to_pool();
                 }
             }
         }
     }
 }
 
-pub(crate) type FromReply = Box<dyn FnOnce(&Reply) -> Then + Send>;
+pub(crate) type ReplyHandler = Box<dyn FnOnce(&Reply) -> AfterReply + Send>;
 
 /// What to do about a message whose answer nobody waits for any more.
-pub(crate) enum Undo {
+pub(crate) enum OnAbandon {
     /// The message itself ends what there was (COMMIT, ROLLBACK, an unlock): once it has succeeded the connection goes
     /// back.
-    Nothing,
+    Finish,
     /// The message does not wait for a lock. Once it has succeeded its reply says what is left to be done.
-    After(FromReply),
+    Then(ReplyHandler),
     /// The message may wait for a lock: it is cancelled on the server, and the connection is closed.
-    Cancel,
+    CancelAndClose,
 }
 
-impl Undo {
+impl OnAbandon {
     /// A transaction was begun: roll it back.
     pub(crate) fn rollback() -> Self {
-        Self::After(Box::new(|_| {
-            Then::Send(crate::postgres::sql::ROLLBACK.to_owned())
+        Self::Then(Box::new(|_| {
+            AfterReply::Send(crate::postgres::sql::ROLLBACK.to_owned())
         }))
     }
 }
 
 /// A message under way together with the session it is on.
 ///
-/// Cancel safety: may be dropped at any point. From then on it runs in the background, as its [`Undo`] says.
-#[must_use = "an exchange sends nothing until it is awaited or detached"]
-pub(crate) struct Exchange {
+/// Cancel safety: may be dropped at any point. From then on it runs in the background, as its [`OnAbandon`] says.
+#[must_use = "an request sends nothing until it is awaited or detached"]
+pub(crate) struct Request {
     // `None` once answered.
     answering: Option<Answering>,
-    undo: Option<Undo>,
+    undo: Option<OnAbandon>,
     canceller: Canceller,
     runtime: Handle,
-    patience: Duration,
+    timeout: Duration,
     sent: bool,
     behind_unanswered: bool,
 }
 
-impl Exchange {
+impl Request {
     /// The answer, unless it has to wait for statements of the caller that were given up: then the rest happens in the
     /// background, which cancels them.
     ///
-    /// Cancel safety: as [`Exchange`] itself.
-    pub(crate) async fn or_detach(self) -> Option<Answer> {
+    /// Cancel safety: as [`Request`] itself.
+    pub(crate) async fn wait_or_detach(self) -> Option<Answer> {
         if self.behind_unanswered {
             self.detach();
             return None;
         }
         // Behind statements that we do not know of, only for a moment.
-        let patience = self.patience;
-        self.within(patience).await
+        let timeout = self.timeout;
+        self.within(timeout).await
     }
 
     /// The answer, also behind statements of the caller that were given up: they are cancelled, and the connection does
     /// not go back then. `None` where none comes all the same.
     ///
-    /// Cancel safety: as [`Exchange`] itself.
-    pub(crate) async fn insist(mut self) -> Option<Answer> {
+    /// Cancel safety: as [`Request`] itself.
+    pub(crate) async fn wait_cancelling(mut self) -> Option<Answer> {
         let canceller = self.canceller.clone();
-        let mut patience = if self.behind_unanswered {
+        let mut timeout = if self.behind_unanswered {
             Duration::ZERO
         } else {
-            self.patience
+            self.timeout
         };
         let runtime = self.runtime.clone();
         for cancels in 0..=CANCELS {
             let connections = &canceller.connections;
-            let answer = connections.bound(&runtime, patience, &mut self).await;
+            let answer = connections.bound(&runtime, timeout, &mut self).await;
             if let Some((session, answer)) = answer {
                 if cancels > 0 {
-                    session.doubtful.store(true, Ordering::Relaxed);
+                    session.cancel_pending.store(true, Ordering::Relaxed);
                 }
                 return Some((session, answer));
             }
             canceller.cancel().await;
-            patience = CANCEL_AGAIN;
+            timeout = CANCEL_AGAIN;
         }
         None
     }
 
     /// The answer, unless it takes longer than `most`, and a little more.
     ///
-    /// Cancel safety: as [`Exchange`] itself.
+    /// Cancel safety: as [`Request`] itself.
     pub(crate) async fn within(self, most: Duration) -> Option<Answer> {
         let runtime = self.runtime.clone();
         let connections = Arc::clone(&self.canceller.connections);
         connections.bound(&runtime, most, self).await
     }
 
-    pub(super) fn new(session: Session, message: Message, undo: Undo) -> Self {
+    pub(super) fn new(session: Session, message: Message, undo: OnAbandon) -> Self {
         let unanswered = session.unanswered.load(Ordering::Relaxed) > 0;
-        let unwatched = session.unwatched.load(Ordering::Relaxed);
+        let untracked = session.untracked.load(Ordering::Relaxed);
         Self {
             canceller: Canceller::of(&session),
             runtime: session.runtime.clone(),
             // Behind a statement that was given up there is no waiting for this one's turn.
-            undo: Some(if unanswered { Undo::Cancel } else { undo }),
-            patience: if unwatched {
-                PATIENCE_UNWATCHED
+            undo: Some(if unanswered {
+                OnAbandon::CancelAndClose
             } else {
-                PATIENCE
+                undo
+            }),
+            timeout: if untracked {
+                ANSWER_TIMEOUT_UNTRACKED
+            } else {
+                ANSWER_TIMEOUT
             },
             sent: false,
             behind_unanswered: unanswered,
@@ -183,7 +187,7 @@ impl Exchange {
     }
 }
 
-impl Future for Exchange {
+impl Future for Request {
     type Output = Answer;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
@@ -191,33 +195,34 @@ impl Future for Exchange {
         let answering = self
             .answering
             .as_mut()
-            .expect("an exchange is not polled after its answer");
+            .expect("an request is not polled after its answer");
         let answer = std::task::ready!(answering.as_mut().poll(cx));
         self.answering = None;
         Poll::Ready(answer)
     }
 }
 
-impl Drop for Exchange {
+impl Drop for Request {
     fn drop(&mut self) {
         let (Some(answering), Some(undo)) = (self.answering.take(), self.undo.take()) else {
             return;
         };
         if self.sent {
             // On a runtime that has shut down the task is dropped unrun, and the session in it closes its connection.
-            let busy = matches!(undo, Undo::Cancel) || self.patience == PATIENCE_UNWATCHED;
-            let canceller = LastResort::new(self.canceller.clone(), busy);
+            let busy = matches!(undo, OnAbandon::CancelAndClose)
+                || self.timeout == ANSWER_TIMEOUT_UNTRACKED;
+            let canceller = CancelOnDrop::new(self.canceller.clone(), busy);
             drop(
                 self.runtime
-                    .spawn(settle(answering, undo, canceller, self.patience)),
+                    .spawn(drive_abandoned(answering, undo, canceller, self.timeout)),
             );
         }
     }
 }
 
-impl fmt::Debug for Exchange {
+impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Exchange")
+        f.debug_struct("Request")
             .field("sent", &self.sent)
             .finish_non_exhaustive()
     }
@@ -227,7 +232,7 @@ impl fmt::Debug for Exchange {
 /// What it sends at its first poll is sent at once. `None` where the runtime ends before.
 ///
 /// Cancel safety: once polled, the work goes on if this is dropped.
-pub(crate) async fn see_through<F>(work: F) -> Option<F::Output>
+pub(crate) async fn run_shielded<F>(work: F) -> Option<F::Output>
 where
     F: Future<Output: Send> + Send + 'static,
 {
@@ -262,34 +267,34 @@ async fn answer(session: &Session, message: &Message) -> Result<Reply, tokio_pos
     Ok(answer)
 }
 
-/// Sees an abandoned message through. Wherever this returns without [`Session::give_back`], the session closes its
+/// Sees an abandoned message through. Wherever this returns without [`Session::return_to_pool`], the session closes its
 /// connection.
-async fn settle(
+async fn drive_abandoned(
     mut answering: Answering,
-    undo: Undo,
-    mut canceller: LastResort,
-    patience: Duration,
+    undo: OnAbandon,
+    mut canceller: CancelOnDrop,
+    timeout: Duration,
 ) {
     let undo = match undo {
-        Undo::Cancel => return cancel_until_answered(answering, canceller).await,
-        Undo::Nothing => None,
-        Undo::After(text) => Some(text),
+        OnAbandon::CancelAndClose => return cancel_until_answered(answering, canceller).await,
+        OnAbandon::Finish => None,
+        OnAbandon::Then(text) => Some(text),
     };
     let connections = &canceller.canceller.connections;
-    let answered = connections.bound(&Handle::current(), patience, &mut answering);
+    let answered = connections.bound(&Handle::current(), timeout, &mut answering);
     let Some((session, answer)) = answered.await else {
         canceller.armed = true;
         return cancel_until_answered(answering, canceller).await;
     };
     canceller.armed = false;
     let Ok(reply) = answer else { return };
-    let then = undo.map_or(Then::GiveBack, |then| then(&reply));
+    let then = undo.map_or(AfterReply::ReturnToPool, |then| then(&reply));
     then.carry_out(session).await;
 }
 
 /// Cancels what the backend is running until the answer is there, and closes the connection even then: a cancel that
 /// was sent and did not hit its statement may still hit the next one.
-async fn cancel_until_answered(mut answering: Answering, mut canceller: LastResort) {
+async fn cancel_until_answered(mut answering: Answering, mut canceller: CancelOnDrop) {
     for _ in 0..CANCELS {
         tokio::select! {
             biased;
@@ -313,18 +318,18 @@ async fn cancel_until_answered(mut answering: Answering, mut canceller: LastReso
 
 /// Cancels a statement even if the runtime shuts down first: a backend that is busy does not notice that its client has
 /// gone, and would hold its locks until the statement ends.
-struct LastResort {
+struct CancelOnDrop {
     canceller: Canceller,
     armed: bool,
 }
 
-impl LastResort {
+impl CancelOnDrop {
     fn new(canceller: Canceller, armed: bool) -> Self {
         Self { canceller, armed }
     }
 }
 
-impl Drop for LastResort {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         if !self.armed {
             return;

@@ -1,4 +1,4 @@
-//! A connection beside the pool, for looking and cancelling while the pool's own are stuck.
+//! A connection session_locks the pool, for looking and cancelling while the pool's own are stuck.
 
 use std::fmt;
 use std::future::Future;
@@ -12,7 +12,7 @@ use super::Reply;
 
 type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// How to reach the server beside the pool, without the type of the TLS connector.
+/// How to reach the server session_locks the pool, without the type of the TLS connector.
 trait Connect: Send + Sync {
     fn connect(&self) -> BoxFuture<'_, Result<Client, tokio_postgres::Error>>;
     fn cancel<'a>(
@@ -23,12 +23,12 @@ trait Connect: Send + Sync {
 
 /// Where the side connection goes and how: what [`KeeperBuilder::side_connection`](crate::KeeperBuilder::side_connection)
 /// is given.
-pub(crate) struct SideConnection<T> {
+pub(crate) struct SideConfig<T> {
     pub(crate) config: Config,
     pub(crate) tls: T,
 }
 
-impl<T> Connect for SideConnection<T>
+impl<T> Connect for SideConfig<T>
 where
     T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
     T::Stream: Send + Sync,
@@ -56,13 +56,13 @@ where
 }
 
 /// The side connection of one keeper: opened when it is first needed, and again when it has ended.
-pub(crate) struct Side {
+pub(crate) struct SideConnection {
     connect: Box<dyn Connect>,
     client: Mutex<Option<Client>>,
 }
 
-impl Side {
-    pub(crate) fn new<T>(connection: SideConnection<T>) -> Self
+impl SideConnection {
+    pub(crate) fn new<T>(connection: SideConfig<T>) -> Self
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
         T::Stream: Send + Sync,
@@ -91,15 +91,15 @@ impl Side {
             Some(client) => client,
             None => self.connect.connect().await?,
         };
-        let bounded = crate::connection::sql::server::small(sql);
+        let bounded = crate::connection::sql::server::with_short_timeouts(sql);
         let reply = client.simple_query(&bounded).await;
         *place = Some(client);
         Ok(reply?)
     }
 }
 
-impl fmt::Debug for Side {
+impl fmt::Debug for SideConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Side").finish_non_exhaustive()
+        f.debug_struct("SideConnection").finish_non_exhaustive()
     }
 }

@@ -27,7 +27,7 @@ const IDLE_TICKS: u32 = 25;
 
 /// The bounds of one pool's messages.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Patience {
+pub(crate) struct CoarseTimer {
     waits: Arc<Mutex<Waits>>,
 }
 
@@ -40,7 +40,7 @@ struct Waits {
     pending: HashMap<u64, (Instant, Waker)>,
 }
 
-impl Patience {
+impl CoarseTimer {
     /// What `future` gives, or `None` where it takes more than `most`, and up to a fifth of a second longer where that is a
     /// second or more.
     ///
@@ -50,10 +50,10 @@ impl Patience {
         runtime: &Handle,
         most: Duration,
         future: F,
-    ) -> Bounded<F> {
-        Bounded {
+    ) -> CoarseTimeout<F> {
+        CoarseTimeout {
             future,
-            patience: self.clone(),
+            timeout: self.clone(),
             runtime: runtime.clone(),
             // A bound too far away for the clock is none.
             end: Instant::now().checked_add(most),
@@ -67,7 +67,7 @@ impl Patience {
     }
 
     fn start(&self, runtime: &Handle) {
-        let ticking = Ticking(self.clone());
+        let ticking = TickingTask(self.clone());
         drop(runtime.spawn(async move {
             let mut idle = 0;
             while idle < IDLE_TICKS {
@@ -80,9 +80,9 @@ impl Patience {
 
 /// A future with a bound.
 #[must_use = "futures do nothing unless they are awaited"]
-pub(crate) struct Bounded<F> {
+pub(crate) struct CoarseTimeout<F> {
     future: F,
-    patience: Patience,
+    timeout: CoarseTimer,
     runtime: Handle,
     end: Option<Instant>,
     exact: bool,
@@ -96,7 +96,7 @@ enum Watch {
     Timer(Pin<Box<Sleep>>),
 }
 
-impl<F: Future + Unpin> Future for Bounded<F> {
+impl<F: Future + Unpin> Future for CoarseTimeout<F> {
     type Output = Option<F::Output>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -124,7 +124,7 @@ impl<F: Future + Unpin> Future for Bounded<F> {
             None => None,
         };
         let start = {
-            let mut waits = this.patience.lock();
+            let mut waits = this.timeout.lock();
             let entry = entry.unwrap_or_else(|| {
                 waits.next += 1;
                 waits.next
@@ -138,25 +138,25 @@ impl<F: Future + Unpin> Future for Bounded<F> {
             !std::mem::replace(&mut waits.ticking, true)
         };
         if start {
-            this.patience
+            this.timeout
                 .start(current.as_ref().unwrap_or(&this.runtime));
         }
         Poll::Pending
     }
 }
 
-impl<F> Drop for Bounded<F> {
+impl<F> Drop for CoarseTimeout<F> {
     fn drop(&mut self) {
         if let Some(Watch::Task(entry)) = self.watch {
-            drop(self.patience.lock().pending.remove(&entry));
+            drop(self.timeout.lock().pending.remove(&entry));
         }
     }
 }
 
 /// The task that looks, as long as it runs.
-struct Ticking(Patience);
+struct TickingTask(CoarseTimer);
 
-impl Ticking {
+impl TickingTask {
     /// Wakes those whose bound has passed. Whether there was anything to look at.
     fn tick(&self) -> bool {
         let now = Instant::now();
@@ -178,7 +178,7 @@ impl Ticking {
 }
 
 /// Also where the runtime of the task has ended: those of other runtimes are woken, and one of them starts it anew.
-impl Drop for Ticking {
+impl Drop for TickingTask {
     fn drop(&mut self) {
         let pending = {
             let mut waits = self.0.lock();
@@ -206,20 +206,20 @@ mod tests {
     }
 
     async fn given_up_or_not() {
-        let patience = Patience::default();
+        let timeout = CoarseTimer::default();
         let runtime = Handle::current();
         let silent = Box::pin(std::future::pending::<()>());
-        let bounded = patience.bound(&runtime, Duration::ZERO, silent);
+        let bounded = timeout.bound(&runtime, Duration::ZERO, silent);
         assert_eq!(bounded.await, None);
         let late = Box::pin(tokio::time::sleep(TICK * 2));
-        let bounded = patience.bound(&runtime, Duration::MAX, late);
+        let bounded = timeout.bound(&runtime, Duration::MAX, late);
         assert_eq!(bounded.await, Some(()));
-        assert!(patience.lock().pending.is_empty());
+        assert!(timeout.lock().pending.is_empty());
     }
 
     #[test]
     fn the_end_of_one_runtime_does_not_stop_the_bounds_of_another() {
-        let patience = Patience::default();
+        let timeout = CoarseTimer::default();
         let runtime = || {
             tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(1)
@@ -230,11 +230,11 @@ mod tests {
         let first = runtime();
         let silent = || Box::pin(std::future::pending::<()>());
         let long = Duration::from_secs(3600);
-        let mut bounded = patience.bound(first.handle(), long, silent());
-        assert!(super::super::exchange::poll_once(Pin::new(&mut bounded)).is_none());
-        assert!(patience.lock().ticking);
+        let mut bounded = timeout.bound(first.handle(), long, silent());
+        assert!(super::super::request::poll_once(Pin::new(&mut bounded)).is_none());
+        assert!(timeout.lock().ticking);
         let second = runtime();
-        let waiting = second.spawn(patience.bound(second.handle(), EXACT, silent()));
+        let waiting = second.spawn(timeout.bound(second.handle(), EXACT, silent()));
         drop(first);
         let given_up =
             second.block_on(async { tokio::time::timeout(Duration::from_secs(20), waiting).await });
@@ -244,15 +244,15 @@ mod tests {
     /// A current-thread runtime does nothing outside of `block_on`.
     #[test]
     fn an_idle_runtime_does_not_stop_the_bounds_of_another() {
-        let patience = Patience::default();
+        let timeout = CoarseTimer::default();
         let idle = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .expect("a runtime");
         let silent = || Box::pin(std::future::pending::<()>());
         let long = Duration::from_secs(3600);
-        let mut bounded = patience.bound(idle.handle(), long, silent());
-        let once = async { super::super::exchange::poll_once(Pin::new(&mut bounded)) };
+        let mut bounded = timeout.bound(idle.handle(), long, silent());
+        let once = async { super::super::request::poll_once(Pin::new(&mut bounded)) };
         assert!(idle.block_on(once).is_none());
         let driven = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -260,7 +260,7 @@ mod tests {
             .expect("a runtime");
         // In a task of its own: a timeout around it would poll it once more.
         let soon = EXACT;
-        let waiting = driven.spawn(patience.bound(driven.handle(), soon, silent()));
+        let waiting = driven.spawn(timeout.bound(driven.handle(), soon, silent()));
         let given_up =
             driven.block_on(async { tokio::time::timeout(Duration::from_secs(20), waiting).await });
         assert!(matches!(given_up, Ok(Ok(None))));
@@ -269,7 +269,7 @@ mod tests {
     /// A session can outlive the runtime that it was taken on.
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn a_bound_does_not_spin_when_its_first_runtime_has_ended() {
-        let patience = Patience::default();
+        let timeout = CoarseTimer::default();
         let ended = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -281,19 +281,19 @@ mod tests {
             polls += 1;
             Poll::<()>::Pending
         });
-        let bounded = patience.bound(&handle, EXACT, counted);
+        let bounded = timeout.bound(&handle, EXACT, counted);
         assert_eq!(bounded.await, None);
         assert!(polls < 10, "{polls} polls");
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_task_ends_when_there_is_nothing_to_bound() {
-        let patience = Patience::default();
-        patience.lock().ticking = true;
-        patience.start(&Handle::current());
+        let timeout = CoarseTimer::default();
+        timeout.lock().ticking = true;
+        timeout.start(&Handle::current());
         tokio::time::sleep(TICK * 2).await;
-        assert!(patience.lock().ticking);
+        assert!(timeout.lock().ticking);
         tokio::time::sleep(TICK * (IDLE_TICKS + 2)).await;
-        assert!(!patience.lock().ticking);
+        assert!(!timeout.lock().ticking);
     }
 }

@@ -1,4 +1,4 @@
-//! Which backends are in the custody of this process.
+//! Which backends are in the own_backend of this process.
 //!
 //! One register for the process, not for the keeper: a lock that a guard of another keeper owns is not a forgotten one.
 //! A backend is known by its process id alone. On another server somebody else may have the same: then one is taken for
@@ -9,20 +9,20 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 static REGISTER: LazyLock<Mutex<HashMap<i32, usize>>> = LazyLock::new(Mutex::default);
 
-/// A backend in custody, until this is dropped.
+/// A backend in own_backend, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Custody {
+pub(super) struct OwnBackend {
     pid: i32,
 }
 
-impl Custody {
+impl OwnBackend {
     pub(super) fn of(pid: i32) -> Self {
         *register().entry(pid).or_default() += 1;
         Self { pid }
     }
 }
 
-impl Drop for Custody {
+impl Drop for OwnBackend {
     fn drop(&mut self) {
         let mut register = register();
         if let Some(count) = register.get_mut(&self.pid) {
@@ -36,7 +36,7 @@ impl Drop for Custody {
 
 /// Whether a guard, or a transaction, of this process has the backend.
 #[cfg(feature = "monitor")]
-pub(crate) fn is_in_custody(pid: i32) -> bool {
+pub(crate) fn is_own_backend(pid: i32) -> bool {
     register().contains_key(&pid)
 }
 
@@ -53,10 +53,10 @@ mod tests {
     fn each_custody_counts() {
         // No process has such a number.
         let pid = -7;
-        let (one, other) = (Custody::of(pid), Custody::of(pid));
+        let (one, other) = (OwnBackend::of(pid), OwnBackend::of(pid));
         drop(one);
-        assert!(is_in_custody(pid));
+        assert!(is_own_backend(pid));
         drop(other);
-        assert!(!is_in_custody(pid));
+        assert!(!is_own_backend(pid));
     }
 }

@@ -13,72 +13,72 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::advisory::sql::Tried;
+use crate::advisory::sql::TryLockRow;
 use crate::connection::Session;
 use crate::deadline::Deadline;
 use crate::key::{KeyId, LockKey};
 
 /// How often the first in line looks whether the lock is free all the same: a holder's connection can have ended without
 /// its guard having been dropped.
-const LOOK: Duration = Duration::from_millis(300);
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 
 /// The lines of one keeper.
 #[derive(Default)]
-pub(crate) struct Line {
-    places: Mutex<HashMap<KeyId, Place>>,
+pub(crate) struct LocalQueue {
+    places: Mutex<HashMap<KeyId, KeyQueue>>,
 }
 
 #[derive(Default)]
-struct Place {
+struct KeyQueue {
     /// Who holds the lock, or deals with the server for it.
-    stakes: usize,
-    waiting: VecDeque<Waiter>,
+    heads: usize,
+    waiting: VecDeque<WaiterEntry>,
     next: u64,
 }
 
-struct Waiter {
+struct WaiterEntry {
     number: u64,
     application_name: String,
     /// Where it waits.
     runtime: Option<Handle>,
-    sender: oneshot::Sender<Handed>,
+    sender: oneshot::Sender<Handoff>,
 }
 
 /// What comes of entering the line.
-pub(crate) enum Entered {
+pub(crate) enum Entry {
     /// Nobody is there: deal with the server.
-    First(Stake),
-    Waiting(Waiting),
+    First(HeadTicket),
+    QueuedWaiter(QueuedWaiter),
 }
 
 /// What the first in line is given.
-pub(crate) enum Handed {
+pub(crate) enum Handoff {
     /// Its turn to deal with the server.
-    Turn(Stake),
+    Permit(HeadTicket),
     /// A session, with the lock or without it.
-    Session(Passed),
+    Session(HandedSession),
 }
 
-impl Line {
+impl LocalQueue {
     /// Takes the place of the first, or one in the line.
-    pub(crate) fn enter(self: &Arc<Self>, key: &LockKey, application_name: &str) -> Entered {
+    pub(crate) fn enter(self: &Arc<Self>, key: &LockKey, application_name: &str) -> Entry {
         let id = key.id();
         let mut places = self.lock();
         let place = places.entry(id).or_default();
-        if place.stakes == 0 && place.waiting.is_empty() {
-            place.stakes = 1;
-            return Entered::First(self.staked(id));
+        if place.heads == 0 && place.waiting.is_empty() {
+            place.heads = 1;
+            return Entry::First(self.with_ticket(id));
         }
         let (sender, receiver) = oneshot::channel();
         place.next += 1;
         let number = place.next;
-        place.waiting.push_back(Waiter {
+        place.waiting.push_back(WaiterEntry {
             number,
             application_name: application_name.to_owned(),
             runtime: Handle::try_current().ok(),
             sender,
         });
-        Entered::Waiting(Waiting {
+        Entry::QueuedWaiter(QueuedWaiter {
             line: Arc::clone(self),
             id,
             number,
@@ -86,44 +86,44 @@ impl Line {
         })
     }
 
-    /// A stake of somebody who has got the lock without having been in line.
-    pub(crate) fn stake(self: &Arc<Self>, key: &LockKey) -> Stake {
+    /// A ticket of somebody who has got the lock without having been in line.
+    pub(crate) fn ticket(self: &Arc<Self>, key: &LockKey) -> HeadTicket {
         let id = key.id();
-        self.lock().entry(id).or_default().stakes += 1;
-        self.staked(id)
+        self.lock().entry(id).or_default().heads += 1;
+        self.with_ticket(id)
     }
 
-    fn staked(self: &Arc<Self>, id: KeyId) -> Stake {
-        Stake {
+    fn with_ticket(self: &Arc<Self>, id: KeyId) -> HeadTicket {
+        HeadTicket {
             line: Arc::clone(self),
             id,
         }
     }
 
-    /// The first in line that still waits, with a stake for it.
+    /// The first in line that still waits, with a ticket for it.
     fn pop(
         self: &Arc<Self>,
-        places: &mut HashMap<KeyId, Place>,
+        places: &mut HashMap<KeyId, KeyQueue>,
         id: KeyId,
-    ) -> Option<(Waiter, Stake)> {
+    ) -> Option<(WaiterEntry, HeadTicket)> {
         let place = places.get_mut(&id)?;
         while let Some(waiter) = place.waiting.pop_front() {
             if !waiter.sender.is_closed() {
-                place.stakes += 1;
-                return Some((waiter, self.staked(id)));
+                place.heads += 1;
+                return Some((waiter, self.with_ticket(id)));
             }
         }
         None
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<KeyId, Place>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<KeyId, KeyQueue>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl fmt::Debug for Line {
+impl fmt::Debug for LocalQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Line")
+        f.debug_struct("LocalQueue")
             .field("keys", &self.lock().len())
             .finish_non_exhaustive()
     }
@@ -131,34 +131,34 @@ impl fmt::Debug for Line {
 
 /// The right to deal with the server, and then to hold the lock. When the last one ends, the next in line has its turn.
 ///
-/// Invariant: while anybody waits for a key there is a stake in it, so there is somebody who will wake the first.
-pub(crate) struct Stake {
-    line: Arc<Line>,
+/// Invariant: while anybody waits for a key there is a ticket in it, so there is somebody who will wake the first.
+pub(crate) struct HeadTicket {
+    line: Arc<LocalQueue>,
     id: KeyId,
 }
 
-impl Stake {
+impl HeadTicket {
     /// The next in line, if there is one.
-    pub(crate) fn next(&self) -> Option<Next> {
-        let (waiter, stake) = self.line.pop(&mut self.line.lock(), self.id)?;
-        Some(Next {
+    pub(crate) fn next(&self) -> Option<NextWaiter> {
+        let (waiter, ticket) = self.line.pop(&mut self.line.lock(), self.id)?;
+        Some(NextWaiter {
             application_name: waiter.application_name,
             runtime: waiter.runtime,
             sender: waiter.sender,
-            stake,
+            ticket,
         })
     }
 }
 
-impl Drop for Stake {
+impl Drop for HeadTicket {
     fn drop(&mut self) {
         let next = {
             let mut places = self.line.lock();
             let Some(place) = places.get_mut(&self.id) else {
                 return;
             };
-            place.stakes -= 1;
-            if place.stakes > 0 {
+            place.heads -= 1;
+            if place.heads > 0 {
                 return;
             }
             let next = self.line.pop(&mut places, self.id);
@@ -167,111 +167,111 @@ impl Drop for Stake {
             }
             next
         };
-        if let Some((waiter, stake)) = next {
-            // Refused, the stake in it is dropped, and so goes on to the next.
-            drop(waiter.sender.send(Handed::Turn(stake)));
+        if let Some((waiter, ticket)) = next {
+            // Refused, the ticket in it is dropped, and so goes on to the next.
+            drop(waiter.sender.send(Handoff::Permit(ticket)));
         }
     }
 }
 
-impl fmt::Debug for Stake {
+impl fmt::Debug for HeadTicket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stake").finish_non_exhaustive()
+        f.debug_struct("HeadTicket").finish_non_exhaustive()
     }
 }
 
-/// Somebody who waits for a session to be passed on. Dropped, its stake is, and the line goes on.
-pub(crate) struct Next {
+/// Somebody who waits for a session to be passed on. Dropped, its ticket is, and the line goes on.
+pub(crate) struct NextWaiter {
     pub(crate) application_name: String,
     /// The runtime it waits on, which sees to the session from now on: that of the one before may stand still, or end.
     pub(crate) runtime: Option<Handle>,
-    sender: oneshot::Sender<Handed>,
-    stake: Stake,
+    sender: oneshot::Sender<Handoff>,
+    ticket: HeadTicket,
 }
 
-impl Next {
+impl NextWaiter {
     /// Passes a session on. `unlock` is what returns the lock if nobody is there any more to take it.
     pub(crate) fn pass(
         self,
         session: Session,
-        tried: Tried,
+        tried: TryLockRow,
         unlock: Box<dyn FnOnce(Session) + Send>,
     ) {
-        let passed = Passed(Some(Box::new(Parts {
+        let passed = HandedSession(Some(Box::new(Parts {
             session,
             tried,
             unlock,
-            stake: self.stake,
+            ticket: self.ticket,
         })));
         // Refused, it is dropped.
-        drop(self.sender.send(Handed::Session(passed)));
+        drop(self.sender.send(Handoff::Session(passed)));
     }
 }
 
 /// A session on its way from one guard to the next. Where nobody takes it the lock is returned, and then the session.
-pub(crate) struct Passed(Option<Box<Parts>>);
+pub(crate) struct HandedSession(Option<Box<Parts>>);
 
 struct Parts {
     session: Session,
     /// What came of the `try` in the name of the next.
-    tried: Tried,
+    tried: TryLockRow,
     unlock: Box<dyn FnOnce(Session) + Send>,
-    stake: Stake,
+    ticket: HeadTicket,
 }
 
-impl Passed {
-    pub(crate) fn take(mut self) -> (Session, Tried, Stake) {
+impl HandedSession {
+    pub(crate) fn take(mut self) -> (Session, TryLockRow, HeadTicket) {
         let parts = self.0.take().expect("a session is passed on once");
-        (parts.session, parts.tried, parts.stake)
+        (parts.session, parts.tried, parts.ticket)
     }
 }
 
-impl Drop for Passed {
+impl Drop for HandedSession {
     fn drop(&mut self) {
         let Some(parts) = self.0.take() else { return };
         if parts.tried.granted {
             (parts.unlock)(parts.session);
         } else {
-            parts.session.give_back();
+            parts.session.return_to_pool();
         }
         // Only now the next has its turn.
-        drop(parts.stake);
+        drop(parts.ticket);
     }
 }
 
 /// A place in the line. Dropping it gives it up.
-pub(crate) struct Waiting {
-    line: Arc<Line>,
+pub(crate) struct QueuedWaiter {
+    line: Arc<LocalQueue>,
     id: KeyId,
     number: u64,
-    receiver: oneshot::Receiver<Handed>,
+    receiver: oneshot::Receiver<Handoff>,
 }
 
 /// Why the wait in line was interrupted.
-pub(crate) enum Interrupted {
+pub(crate) enum Woken {
     /// The deadline has passed.
-    Late,
-    /// First in line, or out of it to be handed a session whose answer does not come, and time to look for oneself.
-    Look,
-    /// Taken out of the line, to be handed a session that was then lost.
-    Lost,
+    TimedOut,
+    /// First in line, or out of it to be next_handoff a session whose answer does not come, and time to look for oneself.
+    Poll,
+    /// Taken out of the line, to be next_handoff a session that was then lost.
+    Disconnected,
 }
 
-impl Waiting {
-    /// What one is handed, until the deadline.
+impl QueuedWaiter {
+    /// What one is next_handoff, until the deadline.
     ///
     /// Cancel safety: may be called again.
-    pub(crate) async fn handed(&mut self, deadline: &Deadline) -> Result<Handed, Interrupted> {
+    pub(crate) async fn next_handoff(&mut self, deadline: &Deadline) -> Result<Handoff, Woken> {
         loop {
-            let wait = Deadline::after(deadline.remaining().min(LOOK));
+            let wait = Deadline::after(deadline.remaining().min(POLL_INTERVAL));
             match wait.bound(Duration::ZERO, &mut self.receiver).await {
-                Some(Ok(handed)) => return Ok(handed),
-                Some(Err(_)) => return Err(Interrupted::Lost),
+                Some(Ok(next_handoff)) => return Ok(next_handoff),
+                Some(Err(_)) => return Err(Woken::Disconnected),
                 None if deadline.has_passed() => {
-                    // What is handed over in this moment is not lost: it is dropped with the receiver.
-                    return Err(Interrupted::Late);
+                    // What is next_handoff over in this moment is not lost: it is dropped with the receiver.
+                    return Err(Woken::TimedOut);
                 }
-                None if self.is_first() => return Err(Interrupted::Look),
+                None if self.is_first() => return Err(Woken::Poll),
                 None => {}
             }
         }
@@ -288,7 +288,7 @@ impl Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for QueuedWaiter {
     fn drop(&mut self) {
         let mut places = self.line.lock();
         if let Some(place) = places.get_mut(&self.id) {

@@ -8,26 +8,26 @@ const MOST: usize = 64;
 
 /// Which of the server's lock functions a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Scope {
+pub(crate) enum LockScope {
     Transaction,
     Session,
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Findings {
+pub(crate) struct Capabilities {
     /// Servers, by what tells them apart, whose locks were seen to lock.
-    locking: Mutex<HashSet<(Scope, Arc<str>)>>,
+    locking: Mutex<HashSet<(LockScope, Arc<str>)>>,
     /// Whether the pooler in front keeps one server session for each client.
     keeps_sessions: Mutex<Option<bool>>,
 }
 
-impl Findings {
+impl Capabilities {
     /// Whether the server's locks were seen to lock.
-    pub(crate) fn locks(&self, scope: Scope, server: &Arc<str>) -> bool {
+    pub(crate) fn locks(&self, scope: LockScope, server: &Arc<str>) -> bool {
         lock(&self.locking).contains(&(scope, Arc::clone(server)))
     }
 
-    pub(crate) fn learn_locks(&self, scope: Scope, server: &Arc<str>) {
+    pub(crate) fn learn_locks(&self, scope: LockScope, server: &Arc<str>) {
         let mut locking = lock(&self.locking);
         if locking.len() >= MOST {
             locking.clear();

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Session;
-use crate::connection::sql::Ask;
-use crate::connection::sql::Preparable;
+use crate::connection::sql::PreparedName;
+use crate::connection::sql::Probe;
 use crate::connection::sql::server::Server;
 use crate::error::Failure;
 
@@ -16,7 +16,7 @@ const MOST: usize = 4096;
 
 /// The connections that lead to their server directly and have told all about it.
 #[derive(Debug)]
-pub(crate) struct Known {
+pub(crate) struct ConnectionCache {
     connections: Mutex<Connections>,
     /// Cleared when something deallocates what was prepared (`DISCARD ALL` between two borrowers of a pool).
     prepares: AtomicBool,
@@ -33,10 +33,10 @@ struct Connections {
 #[derive(Debug)]
 struct Connection {
     server: Server,
-    prepared: HashSet<Preparable>,
+    prepared: HashSet<PreparedName>,
 }
 
-impl Default for Known {
+impl Default for ConnectionCache {
     fn default() -> Self {
         Self {
             connections: Mutex::new(Connections {
@@ -48,28 +48,28 @@ impl Default for Known {
     }
 }
 
-impl Known {
+impl ConnectionCache {
     /// What is to be asked on this connection, and how.
-    pub(crate) fn ask(&self, session: &Session, statement: Option<Preparable>) -> Ask {
+    pub(crate) fn probe(&self, session: &Session, statement: Option<PreparedName>) -> Probe {
         let connections = self.lock();
         let Some(connection) = connections.by_birth.get(&session.created()) else {
-            return Ask::All { login_pid: None };
+            return Probe::Full { login_pid: None };
         };
         match statement {
             Some(statement) if self.prepares.load(Ordering::Relaxed) => {
                 let name = statement.name(&connections.owner);
                 if connection.prepared.contains(&statement) {
-                    Ask::Execute(name)
+                    Probe::Execute(name)
                 } else {
-                    Ask::Prepare(name)
+                    Probe::Prepare(name)
                 }
             }
-            _ => Ask::Little,
+            _ => Probe::Minimal,
         }
     }
 
     /// Remembers that what was to be prepared is: its message was answered.
-    fn prepared(&self, session: &Session, statement: Preparable) {
+    fn prepared(&self, session: &Session, statement: PreparedName) {
         if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
             connection.prepared.insert(statement);
         }
@@ -94,16 +94,16 @@ impl Known {
         );
     }
 
-    /// Remembers what the answer to `ask` has brought to light: that the statement is prepared, and the server.
-    pub(crate) fn answered(
+    /// Remembers what the answer to `probe` has brought to light: that the statement is prepared, and the server.
+    pub(crate) fn learn_reply(
         &self,
         session: &Session,
-        ask: &Ask,
-        statement: Option<Preparable>,
+        probe: &Probe,
+        statement: Option<PreparedName>,
         pid: i32,
         server: Option<&Server>,
     ) {
-        if let (Ask::Prepare(_), Some(statement)) = (ask, statement) {
+        if let (Probe::Prepare(_), Some(statement)) = (probe, statement) {
             self.prepared(session, statement);
         }
         if let Some(server) = server {
@@ -120,7 +120,7 @@ impl Known {
 
     /// Where what was prepared is not there, something deallocates it, and whole texts are sent from now on. The other way
     /// round, where a message that prepared was given up before its answer, only its connection is lost.
-    pub(crate) fn failed(&self, failure: Failure) {
+    pub(crate) fn learn_failure(&self, failure: Failure) {
         if failure == Failure::MissingStatement {
             self.prepares.store(false, Ordering::Relaxed);
         }

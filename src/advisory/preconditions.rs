@@ -7,11 +7,11 @@ use tokio_postgres::IsolationLevel;
 
 use super::Advisory;
 use super::sql;
-use crate::advisory::sql::{Locks, Verdict};
-use crate::connection::sql::Ask;
+use crate::advisory::sql::{Locks, TryLockOutcome};
+use crate::connection::sql::Probe;
 use crate::connection::sql::server;
 use crate::connection::sql::server::Server;
-use crate::connection::{Connections, Scope, Session, Undo};
+use crate::connection::{Connections, LockScope, OnAbandon, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
@@ -21,7 +21,7 @@ use crate::transaction;
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
-/// One question to a pooler, which may have no backend to ask.
+/// One question to a pooler, which may have no backend to probe.
 const QUESTION: Duration = Duration::from_millis(500);
 /// Sets of locks this large are compared with the room in the lock table first.
 const WORTH_COUNTING: usize = 128;
@@ -37,13 +37,13 @@ const COMPARISONS: usize = 3;
 /// `NoAdvisoryLocks`.
 pub(super) async fn check_locking(
     session: &Session,
-    scope: Scope,
+    scope: LockScope,
     server: Option<&Server>,
     locks: Locks<'_>,
 ) -> Result<(), Error> {
     let Some(server) = server else { return Ok(()) };
-    let findings = session.connections().findings();
-    if findings.locks(scope, &server.identity) {
+    let capabilities = session.connections().capabilities();
+    if capabilities.locks(scope, &server.identity) {
         return Ok(());
     }
     let reply = session.message(&sql::shown_in_pg_locks(locks)).await?;
@@ -56,11 +56,11 @@ pub(super) async fn check_locking(
                  engine",
             ));
     }
-    findings.learn_locks(scope, &server.identity);
+    capabilities.learn_locks(scope, &server.identity);
     Ok(())
 }
 
-/// Whether a second session is refused a key that the first one holds. `false` where there is no second one to ask: what
+/// Whether a second session is refused a key that the first one holds. `false` where there is no second one to probe: what
 /// cannot be shown to lock is not relied on.
 async fn excludes_a_second(
     connections: &Arc<Connections>,
@@ -78,13 +78,13 @@ async fn excludes_a_second(
         isolation: Some(IsolationLevel::ReadCommitted),
         ..transaction::sql::Begin::default()
     };
-    let sql = sql::begin_and_try(&begin, locks, &Ask::All { login_pid: None });
-    let (second, answer) = second.exchange(sql, Undo::rollback()).await;
+    let sql = sql::begin_and_try(&begin, locks, &Probe::Full { login_pid: None });
+    let (second, answer) = second.send(sql, OnAbandon::rollback()).await;
     let tried = sql::tried(&answer?);
-    let (second, answer) = second.exchange(sql::rollback(), Undo::Nothing).await;
+    let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
     answer?;
-    second.give_back();
-    Ok(tried.is_some_and(|tried| tried.verdict == Verdict::Busy))
+    second.return_to_pool();
+    Ok(tried.is_some_and(|tried| tried.verdict == TryLockOutcome::Busy))
 }
 
 impl Advisory {
@@ -96,15 +96,15 @@ impl Advisory {
     /// # Errors
     /// `TransactionPooler`, where that is proven, and where there is no second connection to find out with.
     pub(super) async fn check_pooler(&self, session: &Session, key: &LockKey) -> Result<(), Error> {
-        let findings = self.connections.findings();
-        let keeps = match findings.keeps_sessions() {
+        let capabilities = self.connections.capabilities();
+        let keeps = match capabilities.keeps_sessions() {
             Some(keeps) => keeps,
             None => {
                 let keeps = self
                     .pooler_keeps_sessions(session)
                     .await
                     .map_err(|error| error.with_key(key))?;
-                findings.learn_keeps_sessions(keeps);
+                capabilities.learn_keeps_sessions(keeps);
                 keeps
             }
         };
@@ -124,13 +124,13 @@ impl Advisory {
         };
         for _ in 0..COMPARISONS {
             let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
-                return Err(undecided());
+                return Err(undetermined());
             };
             // A pooler that takes its backends in turn gives another one to the next statement.
-            let before = within(pid_of(first)).await.ok_or_else(undecided)??;
+            let before = within(pid_of(first)).await.ok_or_else(undetermined)??;
             for _ in 0..COMPARISONS {
-                if within(pid_of(first)).await.ok_or_else(undecided)?? != before {
-                    second.give_back();
+                if within(pid_of(first)).await.ok_or_else(undetermined)?? != before {
+                    second.return_to_pool();
                     return Ok(false);
                 }
             }
@@ -138,21 +138,21 @@ impl Advisory {
             // In a transaction the second client keeps its backend while the first is asked again.
             let begin = transaction::sql::begin_transaction(
                 &transaction::sql::Begin::default(),
-                &Ask::Little,
+                &Probe::Minimal,
             );
-            let Some((second, answer)) = within(second.exchange(begin, Undo::rollback())).await
+            let Some((second, answer)) = within(second.send(begin, OnAbandon::rollback())).await
             else {
-                return Err(undecided());
+                return Err(undetermined());
             };
-            let beside = transaction::sql::begun(&answer?).map(|begun| begun.pid);
+            let session_locks = transaction::sql::begun(&answer?).map(|begun| begun.pid);
             let after = within(pid_of(first)).await;
-            let (second, answer) = second.exchange(sql::rollback(), Undo::Nothing).await;
+            let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
             answer?;
-            second.give_back();
+            second.return_to_pool();
             // No answer: the first client had no backend of its own any more, and there was none to be had.
             let Some(after) = after else { return Ok(false) };
             let after = after?;
-            if before != after || before == beside || after == beside {
+            if before != after || before == session_locks || after == session_locks {
                 return Ok(false);
             }
         }
@@ -164,7 +164,7 @@ impl Advisory {
     ///
     /// # Errors
     /// `OutOfLocks`, nothing taken.
-    pub(super) async fn check_room(
+    pub(super) async fn check_lock_table_capacity(
         &self,
         keys: &[LockKey],
         deadline: &Deadline,
@@ -175,7 +175,7 @@ impl Advisory {
         let mut dead = 0;
         loop {
             let session = self.connections.check_out(deadline).await?;
-            match check_room_on(&session, keys).await {
+            match check_capacity_on(&session, keys).await {
                 Err(error)
                     if error.kind() == ErrorKind::ConnectionLost
                         && dead <= self.connections.most() =>
@@ -184,7 +184,7 @@ impl Advisory {
                 }
                 Err(error) if error.kind() != ErrorKind::OutOfLocks => return Err(error),
                 answer => {
-                    session.give_back();
+                    session.return_to_pool();
                     return answer;
                 }
             }
@@ -201,7 +201,7 @@ pub(super) fn is_worth_counting(keys: &[LockKey]) -> bool {
 ///
 /// # Errors
 /// `OutOfLocks`, and the connection's.
-pub(super) async fn check_room_on(session: &Session, keys: &[LockKey]) -> Result<(), Error> {
+pub(super) async fn check_capacity_on(session: &Session, keys: &[LockKey]) -> Result<(), Error> {
     let reply = session.message(server::LOCK_TABLE).await?;
     let Some(table) = server::lock_table(&reply) else {
         return Ok(());
@@ -213,20 +213,20 @@ pub(super) async fn check_room_on(session: &Session, keys: &[LockKey]) -> Result
     Err(Error::new(ErrorKind::OutOfLocks)
         .with_key(&keys[0])
         .with_detail(format!(
-            "{wanted} locks do not fit beside the {} that are taken in the server's lock table, which is made for {} \
+            "{wanted} locks do not fit session_locks the {} that are taken in the server's lock table, which is made for {} \
              (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
              instance one for the whole set, or raise max_locks_per_transaction",
             table.taken, table.capacity
         )))
 }
 
-/// Bounds one question to a pooler, which may have no backend to ask.
+/// Bounds one question to a pooler, which may have no backend to probe.
 async fn within<F: Future>(question: F) -> Option<F::Output> {
     tokio::time::timeout(QUESTION, question).await.ok()
 }
 
 /// Not proven either way, so nothing to be learnt for the next time.
-fn undecided() -> Error {
+fn undetermined() -> Error {
     Error::new(ErrorKind::TransactionPooler).with_detail(
         "a pooler stands between, and no second connection was to be had to find out whether it keeps one server session \
          for each client; use a transaction lock or larger pools",
