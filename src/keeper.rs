@@ -144,7 +144,7 @@ impl Keeper {
         }
     }
 
-    /// The same if the lock is free; `None`, without running the section, if it is not. NoRetry waits for the lock.
+    /// The same if the lock is free; `None`, without running the section, if it is not. Never waits for the lock.
     ///
     /// # Errors
     /// As [`with_advisory_lock`](Self::with_advisory_lock), without `LockTimeout`.
@@ -419,7 +419,7 @@ impl KeeperBuilder {
         self
     }
 
-    /// A connection session_locks the pool, for cancelling and looking while the pool's own connections are stuck. It is
+    /// A connection beside the pool, for cancelling and looking while the pool's own connections are stuck. It is
     /// opened when it is first needed, and there is one for the keeper.
     ///
     /// Without it cancel requests go unencrypted, as libpq's did before version 17; with `sslmode=require`, which refuses

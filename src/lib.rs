@@ -1,5 +1,5 @@
 //! PostgreSQL advisory locks that cannot leak, and transactions that retry when that is right and explain their
-//! deadlocks, session_locks the [`tokio-postgres`](tokio_postgres) and [`deadpool-postgres`](deadpool_postgres) an application already has.
+//! deadlocks, beside the [`tokio-postgres`](tokio_postgres) and [`deadpool-postgres`](deadpool_postgres) an application already has.
 //!
 //! ```no_run
 //! use lockkeeper::Keeper;
@@ -68,7 +68,7 @@
 //!
 //! # Limits
 //!
-//! - Advisory locks exclude those who probe for them. Nothing stops a statement that does not.
+//! - Advisory locks exclude only sessions that request them. Nothing stops a statement that does not.
 //! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
 //!   ([`ErrorKind::ReadOnlyServer`]).
 //! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that

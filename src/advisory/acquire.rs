@@ -27,7 +27,7 @@ pub(super) const ANSWER: Duration = Duration::from_secs(2);
 pub(super) const FINAL_TRY_AFTER_QUEUE: Duration = Duration::from_millis(30);
 /// For a try after the deadline, where a connection has to be found first.
 const FINAL_TRY: Duration = Duration::from_millis(30);
-/// The longest single wait at the server, where `deadlock_timeout` does not probe for shorter ones.
+/// The longest single wait at the server, where `deadlock_timeout` does not require a shorter one.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
 const SHORTEST_SLICE: Duration = Duration::from_millis(5);
 

@@ -100,12 +100,12 @@ impl Advisory {
                     return self.final_session_try_afresh(request, deadline, true).await;
                 }
                 Err(Woken::Poll) => {
-                    // Not for long: the session that is to be next_handoff over may be the pool's only one.
+                    // A short wait: the session that is about to be handed over may be the pool's only one.
                     let look = Deadline::after(FINAL_TRY_AFTER_QUEUE);
                     let tried = self.try_session_locks(&request, &look, true).await;
                     if let Ok(Some((session, tried))) = tried {
                         let ticket = self.queue.ticket(&key);
-                        // With what may have been next_handoff over in this very moment, and is not needed any more.
+                        // Drops a session that was handed over at this moment: it is no longer needed.
                         drop(waiting);
                         return Ok(Locked::new(session, tried, request).with_ticket(ticket));
                     }

@@ -88,7 +88,7 @@ impl Tx {
 }
 
 impl<'a> TxAdvisoryLock<'a> {
-    /// HeldLock together with other shared holders, never with an exclusive one.
+    /// Held together with other shared holders, never with an exclusive one.
     pub fn shared(mut self) -> Self {
         self.mode = AdvisoryMode::Shared;
         self

@@ -86,7 +86,7 @@ impl LocalQueue {
         })
     }
 
-    /// A ticket of somebody who has got the lock without having been in line.
+    /// A ticket for a caller that was granted the lock without queueing.
     pub(crate) fn ticket(self: &Arc<Self>, key: &LockKey) -> HeadTicket {
         let id = key.id();
         self.lock().entry(id).or_default().heads += 1;
@@ -100,7 +100,7 @@ impl LocalQueue {
         }
     }
 
-    /// The first in line that still waits, with a ticket for it.
+    /// Removes the first caller that still waits, with a ticket for it.
     fn pop(
         self: &Arc<Self>,
         places: &mut HashMap<KeyId, KeyQueue>,
@@ -131,7 +131,7 @@ impl fmt::Debug for LocalQueue {
 
 /// The right to deal with the server, and then to hold the lock. When the last one ends, the next in line has its turn.
 ///
-/// Invariant: while anybody waits for a key there is a ticket in it, so there is somebody who will wake the first.
+/// Invariant: while a caller waits for a key, a ticket for that key exists, and its end wakes the first waiter.
 pub(crate) struct HeadTicket {
     line: Arc<LocalQueue>,
     id: KeyId,
@@ -168,7 +168,7 @@ impl Drop for HeadTicket {
             next
         };
         if let Some((waiter, ticket)) = next {
-            // Refused, the ticket in it is dropped, and so goes on to the next.
+            // When the receiver is gone, the ticket is dropped with the message, and so passes to the next waiter.
             drop(waiter.sender.send(Handoff::Permit(ticket)));
         }
     }
@@ -180,7 +180,7 @@ impl fmt::Debug for HeadTicket {
     }
 }
 
-/// Somebody who waits for a session to be passed on. Dropped, its ticket is, and the line goes on.
+/// The waiter that a session is about to be handed to. Dropping it drops its ticket, which wakes the next waiter.
 pub(crate) struct NextWaiter {
     pub(crate) application_name: String,
     /// The runtime it waits on, which sees to the session from now on: that of the one before may stand still, or end.
@@ -251,14 +251,15 @@ pub(crate) struct QueuedWaiter {
 pub(crate) enum Woken {
     /// The deadline has passed.
     TimedOut,
-    /// First in line, or out of it to be next_handoff a session whose answer does not come, and time to look for oneself.
+    /// It is first in the queue, or was removed from it for a session whose answer does not come: time to try the lock
+    /// itself.
     Poll,
-    /// Taken out of the line, to be next_handoff a session that was then lost.
+    /// It was removed from the queue for a session that was then lost.
     Disconnected,
 }
 
 impl QueuedWaiter {
-    /// What one is next_handoff, until the deadline.
+    /// Waits until the deadline for what this waiter is handed.
     ///
     /// Cancel safety: may be called again.
     pub(crate) async fn next_handoff(&mut self, deadline: &Deadline) -> Result<Handoff, Woken> {
@@ -268,7 +269,7 @@ impl QueuedWaiter {
                 Some(Ok(next_handoff)) => return Ok(next_handoff),
                 Some(Err(_)) => return Err(Woken::Disconnected),
                 None if deadline.has_passed() => {
-                    // What is next_handoff over in this moment is not lost: it is dropped with the receiver.
+                    // A session that is handed over at this moment is dropped with the receiver, not lost.
                     return Err(Woken::TimedOut);
                 }
                 None if self.is_first() => return Err(Woken::Poll),

@@ -52,7 +52,7 @@ impl AdvisoryLock {
         }
     }
 
-    /// HeldLock together with other shared holders, never with an exclusive one.
+    /// Held together with other shared holders, never with an exclusive one.
     pub fn shared(mut self) -> Self {
         self.mode = AdvisoryMode::Shared;
         self
@@ -91,7 +91,7 @@ impl AdvisoryLock {
     /// One message, so one round trip, when the locks are free: `BEGIN`, `SET LOCAL application_name`, and a SELECT of
     /// `pg_try_advisory_xact_lock`. When they are not, further messages wait for `pg_advisory_xact_lock` under a
     /// `lock_timeout` shorter than `deadlock_timeout`, again and again until the deadline; it is put back before the
-    /// guard is next_handoff out.
+    /// guard is handed out.
     ///
     /// # Errors
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout), with the [`blockers`](Error::blockers), when the wait is over;

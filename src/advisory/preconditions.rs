@@ -21,7 +21,7 @@ use crate::transaction;
 
 /// A second connection to compare with.
 const SECOND: Duration = Duration::from_secs(1);
-/// One question to a pooler, which may have no backend to probe.
+/// One question to a pooler, which may have no backend to answer it.
 const QUESTION: Duration = Duration::from_millis(500);
 /// Sets of locks this large are compared with the room in the lock table first.
 const WORTH_COUNTING: usize = 128;
@@ -60,7 +60,7 @@ pub(super) async fn check_locking(
     Ok(())
 }
 
-/// Whether a second session is refused a key that the first one holds. `false` where there is no second one to probe: what
+/// Whether a second session is refused a key that the first one holds. `false` where there is no second one: what
 /// cannot be shown to lock is not relied on.
 async fn excludes_a_second(
     connections: &Arc<Connections>,
@@ -213,14 +213,14 @@ pub(super) async fn check_capacity_on(session: &Session, keys: &[LockKey]) -> Re
     Err(Error::new(ErrorKind::OutOfLocks)
         .with_key(&keys[0])
         .with_detail(format!(
-            "{wanted} locks do not fit session_locks the {} that are taken in the server's lock table, which is made for {} \
+            "{wanted} locks do not fit beside the {} that are taken in the server's lock table, which is made for {} \
              (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
              instance one for the whole set, or raise max_locks_per_transaction",
             table.taken, table.capacity
         )))
 }
 
-/// Bounds one question to a pooler, which may have no backend to probe.
+/// Bounds one question to a pooler, which may have no backend to answer it.
 async fn within<F: Future>(question: F) -> Option<F::Output> {
     tokio::time::timeout(QUESTION, question).await.ok()
 }

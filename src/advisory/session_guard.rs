@@ -130,7 +130,7 @@ impl SessionGuard {
         self.session.as_ref().is_none_or(Session::is_closed)
     }
 
-    /// Waits until the locks are lost; see [`is_lost`](Self::is_lost). For a `select!` session_locks the work.
+    /// Waits until the locks are lost; see [`is_lost`](Self::is_lost). For a `select!` beside the work.
     ///
     /// # Cancel safety
     /// May be dropped and called again at any time.
@@ -152,7 +152,7 @@ impl SessionGuard {
     /// held: somebody else may have held it since. Nothing is left to release then.
     ///
     /// # Cancel safety
-    /// OnceHandler polled, the release goes on in the background if this is dropped. So it does when a statement whose future
+    /// Once polled, the release goes on in the background if this is dropped. So it does when a statement whose future
     /// was dropped is still running on the guard's connection: it is cancelled, and the connection closed.
     pub async fn release(mut self) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);

@@ -50,7 +50,7 @@ impl XactGuard {
     /// own error (a deferred constraint, a serialization failure) otherwise. The locks are released in each case.
     ///
     /// # Cancel safety
-    /// OnceHandler polled, the commit goes on in the background if this is dropped; whether it happened is then not known.
+    /// Once polled, the commit goes on in the background if this is dropped; whether it happened is then not known.
     pub async fn commit(self) -> Result<(), Error> {
         self.tx.commit().await
     }
@@ -60,7 +60,7 @@ impl XactGuard {
     /// cancelled, and the connection closed.
     ///
     /// # Cancel safety
-    /// OnceHandler polled, it goes on in the background if this is dropped.
+    /// Once polled, it goes on in the background if this is dropped.
     pub async fn rollback(self) {
         self.tx.rollback().await;
     }

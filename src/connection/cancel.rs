@@ -40,7 +40,7 @@ impl Canceller {
         let attempt = async {
             if self.is_pooled() {
                 // A pooler's own way of passing a cancel on may hit another client's statement
-                // (<https://github.com/pgbouncer/pgbouncer/issues/801>): probe the server instead.
+                // (<https://github.com/pgbouncer/pgbouncer/issues/801>): signal through the server instead.
                 return self.signal().await;
             }
             let sent = match self.connections.side() {

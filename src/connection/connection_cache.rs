@@ -94,7 +94,7 @@ impl ConnectionCache {
         );
     }
 
-    /// Remembers what the answer to `probe` has brought to light: that the statement is prepared, and the server.
+    /// Remembers what the reply to a probe says: that the statement is prepared, and which server it is.
     pub(crate) fn learn_reply(
         &self,
         session: &Session,

@@ -1,4 +1,4 @@
-//! OwnBackend of one pooled connection.
+//! The life of one pooled connection.
 //!
 //! This is the only room that knows the pool, and the only one that cancels, discards or spawns. Its one rule: a
 //! connection goes back to the pool by [`Session::return_to_pool`] and in no other way, and that is called only after the
@@ -50,7 +50,7 @@ pub(crate) use side_connection::{SideConfig, SideConnection};
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
 
-/// One connection in our own_backend. See the room's own docs for what happens to it.
+/// One connection that this crate has taken from the pool. The module's docs say how it ends.
 pub(crate) struct Session {
     // Invariant: `Some` until `return_to_pool` or `drop` takes it.
     // Boxed, like what is rarely there, because sessions move through many futures.

@@ -1,4 +1,4 @@
-//! Which backends are in the own_backend of this process.
+//! Which backends this process is using.
 //!
 //! One register for the process, not for the keeper: a lock that a guard of another keeper owns is not a forgotten one.
 //! A backend is known by its process id alone. On another server somebody else may have the same: then one is taken for
@@ -9,7 +9,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 static REGISTER: LazyLock<Mutex<HashMap<i32, usize>>> = LazyLock::new(Mutex::default);
 
-/// A backend in own_backend, until this is dropped.
+/// A backend that this process uses, until this is dropped.
 #[derive(Debug)]
 pub(super) struct OwnBackend {
     pid: i32,

@@ -1,4 +1,4 @@
-//! Where sessions come from: the application's pool, and the connection session_locks it.
+//! Where sessions come from: the application's pool, and the side connection.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -102,7 +102,7 @@ impl Connections {
         self.side.as_ref()
     }
 
-    /// Takes a connection into own_backend, waiting for one until the deadline.
+    /// Takes a connection from the pool, waiting for one until the deadline.
     ///
     /// Cancel safety: nothing is taken before this returns.
     pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
@@ -145,7 +145,7 @@ impl Connections {
         })
     }
 
-    /// Whether there is to be a connection session_locks the pool.
+    /// Whether a side connection is configured.
     #[cfg(feature = "incidents")]
     pub(crate) fn has_side(&self) -> bool {
         self.side.is_some()
@@ -178,7 +178,7 @@ impl Connections {
         Ok(reply?)
     }
 
-    /// Asks the server something small on a connection that is not stuck: the one session_locks the pool, else one of the
+    /// Asks the server something small on a connection that is not stuck: the side connection, else one of the
     /// pool's.
     pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         self.ask_within(SPARE, sql).await
@@ -196,7 +196,7 @@ impl Connections {
         self.ask_pool(SPARE, sql).await
     }
 
-    /// As [`probe`](Self::probe), with the time that one of the pool's may be waited for.
+    /// As [`ask`](Self::ask), with the time that one of the pool's may be waited for.
     pub(crate) async fn ask_within(
         self: &Arc<Self>,
         spare: Duration,

@@ -83,7 +83,7 @@ impl OnAbandon {
 /// A message under way together with the session it is on.
 ///
 /// Cancel safety: may be dropped at any point. From then on it runs in the background, as its [`OnAbandon`] says.
-#[must_use = "an request sends nothing until it is awaited or detached"]
+#[must_use = "a request sends nothing until it is awaited or detached"]
 pub(crate) struct Request {
     // `None` once answered.
     answering: Option<Answering>,
@@ -195,7 +195,7 @@ impl Future for Request {
         let answering = self
             .answering
             .as_mut()
-            .expect("an request is not polled after its answer");
+            .expect("a request is not polled after its answer");
         let answer = std::task::ready!(answering.as_mut().poll(cx));
         self.answering = None;
         Poll::Ready(answer)

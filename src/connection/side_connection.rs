@@ -1,4 +1,4 @@
-//! A connection session_locks the pool, for looking and cancelling while the pool's own are stuck.
+//! A connection beside the pool, for sampling and cancelling while the pool's own connections are stuck.
 
 use std::fmt;
 use std::future::Future;
@@ -12,7 +12,7 @@ use super::Reply;
 
 type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// How to reach the server session_locks the pool, without the type of the TLS connector.
+/// How to reach the server beside the pool, without the type of the TLS connector.
 trait Connect: Send + Sync {
     fn connect(&self) -> BoxFuture<'_, Result<Client, tokio_postgres::Error>>;
     fn cancel<'a>(

@@ -10,7 +10,7 @@ use crate::transaction::sql::commit::{self, Mark, Status};
 /// How long to go on asking.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 const PAUSE: Duration = Duration::from_millis(50);
-/// How long to wait for a connection to probe on, the first time; each time that none was had, twice as long, since a busy
+/// How long to wait for a connection to ask on, the first time; each time that none was had, twice as long, since a busy
 /// pool has a line of others before us.
 const SPARE: Duration = Duration::from_secs(1);
 /// How long a connection may be silent before another one is tried.
@@ -33,7 +33,7 @@ pub(super) async fn look_up(connections: &Arc<Connections>, mark: &Mark) -> Comm
     let question = commit::status(transaction);
     let deadline = Deadline::after(ANSWER_TIMEOUT);
     let mut spare = SPARE;
-    let mut last = "no other connection could probe for its outcome";
+    let mut last = "no other connection could ask for its outcome";
     while !deadline.has_passed() {
         let most = deadline.remaining().min(spare.saturating_add(ANSWER));
         let asking = Deadline::after(most);

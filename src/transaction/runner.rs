@@ -174,7 +174,7 @@ impl<E: From<Error>> Again<E> {
 
     fn exhausted(self, attempt: u32, out_of: &str, report: Option<Box<dyn Report>>) -> E {
         match self {
-            // NoRetry repeated: there is nothing to add to the error itself.
+            // Never repeated: there is nothing to add to the error itself.
             Self::Ours(error) if attempt == 1 => {
                 error.with_report_if(report).with_attempts(attempt).into()
             }

@@ -43,9 +43,9 @@ pub(crate) struct TryLockRow {
     pub(crate) pid: i32,
     /// The session's own `application_name`, before a session lock renamed it.
     pub(crate) application_name: String,
-    /// What a first `try` on a connection asks session_locks.
+    /// What a first `try` on a connection asks in addition.
     pub(crate) server: Option<Server>,
-    /// What a `try` inside a transaction asks session_locks: the timeouts as the server writes them.
+    /// What a `try` inside a transaction asks in addition: the timeouts as the server writes them.
     pub(crate) timeouts: Option<Timeouts>,
 }
 

@@ -1,4 +1,4 @@
-//! QueuedWaiter for locks, for a bounded time.
+//! Waiting for locks, for a bounded time.
 
 use std::fmt::Write as _;
 use std::time::Duration;

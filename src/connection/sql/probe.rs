@@ -2,7 +2,7 @@
 
 /// How much the first message of a transaction, or a `try`, asks besides what it is for, and how.
 ///
-/// All but `All` are for a connection that was asked everything before, and probe only what can be otherwise each time: a
+/// All but `Full` are for a connection that has answered a full probe, and ask only what can change between messages: a
 /// server does not turn into a standby under its connections, and a direct connection does not turn into a pooled one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {

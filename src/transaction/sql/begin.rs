@@ -181,7 +181,7 @@ pub(crate) struct Begun {
     pub(crate) pid: i32,
     /// False where the connection came with an open transaction, which BEGIN only warns of.
     pub(crate) fresh: bool,
-    /// What a first message on a connection asks session_locks; not of a standby.
+    /// What a first message on a connection asks in addition; not of a standby.
     pub(crate) server: Option<Server>,
 }
 
