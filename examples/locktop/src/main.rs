@@ -70,7 +70,11 @@ async fn locktop() -> Result<(), AnyError> {
         Ok(url) if !url.is_empty() => (monitor(url.parse()?)?, 0),
         _ => {
             // Until the program ends: the actors play on it.
-            let database = Box::leak(Box::new(Server::shared().database().await));
+            let database = Box::leak(Box::new(
+                Server::shared_with_progress(|step| eprintln!("{step}"))
+                    .database()
+                    .await,
+            ));
             scene::start(database).await?;
             (monitor(database.config())?, scene::WAITERS)
         }
