@@ -59,7 +59,7 @@ fn recorded(health: &lockkeeper::Health) -> Recorded {
 
 /// The names in the documentation of `Health::record`.
 fn documented() -> BTreeSet<String> {
-    let source = include_str!("../../src/monitor/metrics.rs");
+    let source = include_str!("../../../../src/monitor/metrics.rs");
     let docs = source
         .lines()
         .filter(|line| line.trim_start().starts_with("/// "));

@@ -2,9 +2,9 @@
 //! question, what ends the waiting: cancelling or terminating a session.
 //!
 //! ```text
-//! cargo run --example locktop                              a scene on a throw-away server
-//! DATABASE_URL=postgres://… cargo run --example locktop    your own server
-//! cargo run --example locktop -- --once                    one picture, as text, and the end
+//! cargo run -p locktop                              a scene on a throw-away server
+//! DATABASE_URL=postgres://… cargo run -p locktop    your own server
+//! cargo run -p locktop -- --once                    one picture, as text, and the end
 //! ```
 //!
 //! It connects without TLS. Keys are on the last line of the screen. Statements are shown on demand only (`s`): their literals are data.
@@ -17,6 +17,8 @@
 
 mod app;
 mod scene;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::env;
@@ -68,7 +70,11 @@ async fn locktop() -> Result<(), AnyError> {
         Ok(url) if !url.is_empty() => (monitor(url.parse()?)?, 0),
         _ => {
             // Until the program ends: the actors play on it.
-            let database = Box::leak(Box::new(Server::shared().database().await));
+            let database = Box::leak(Box::new(
+                Server::shared_with_progress(|step| eprintln!("{step}"))
+                    .database()
+                    .await,
+            ));
             scene::start(database).await?;
             (monitor(database.config())?, scene::WAITERS)
         }

@@ -1,4 +1,9 @@
-//! The picture and the keys of `examples/locktop`, without a terminal.
+//! The picture and the keys, without a terminal.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test says what went wrong by panicking"
+)]
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,15 +14,12 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
-use crate::common::{Scene, eventually, until_it_waits};
-use crate::guards::{pid_of, scene_on};
+use crate::app::{Action, App, Command, Look};
+use crate::view;
 
-#[path = "../../examples/locktop/app.rs"]
-mod app;
-#[path = "../../examples/locktop/view.rs"]
-mod view;
+mod common;
 
-use app::{Action, App, Command, Look};
+use common::{Scene, eventually, pid_of, until_it_waits};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -48,7 +50,7 @@ struct Play {
 impl Play {
     async fn new() -> Self {
         let server = tokio::task::block_in_place(|| Server::start(&[]).unwrap());
-        let scene = scene_on(&server, 2).await;
+        let scene = Scene::on(&server, 2).await;
         let monitor = scene.keeper.monitor();
         Self { scene, monitor }
     }
