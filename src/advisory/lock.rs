@@ -13,9 +13,6 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::transaction::sql::Begin;
 
-/// How often a transaction of a conflict group is a deadlock's victim before it runs alone.
-const TIMES_VICTIM: u32 = 2;
-
 /// One or several advisory locks, described; [`acquire`](Self::acquire) and [`try_acquire`](Self::try_acquire) take
 /// them in a transaction of their own.
 ///
@@ -128,13 +125,12 @@ impl AdvisoryLock {
         Ok(tx.map(XactGuard::new))
     }
 
-    /// What a transaction of a conflict group runs under: a shared lock, or after it has been a deadlock's victim twice
-    /// an exclusive one.
+    /// What a transaction of a conflict group runs under: a shared lock, or where it is to run alone an exclusive one.
     pub(crate) fn conflict_group(
         mut self,
-        victim: u32,
+        alone: bool,
     ) -> Result<(Arc<Advisory>, LockRequest), Error> {
-        if victim < TIMES_VICTIM {
+        if !alone {
             self.mode = AdvisoryMode::Shared;
         }
         let (advisory, mut request) = self.request()?;

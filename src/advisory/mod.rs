@@ -10,6 +10,7 @@ mod in_transaction;
 mod local_queue;
 mod lock;
 mod lock_request;
+mod open;
 mod preconditions;
 mod release;
 mod server_waiter_limit;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 pub use in_transaction::TxAdvisoryLock;
 pub use lock::{AdvisoryLock, SessionAdvisoryLock};
 pub(crate) use lock_request::LockRequest;
+pub(crate) use open::{LockedBy, OpenLocked};
 pub use session_guard::SessionGuard;
 pub use xact_guard::XactGuard;
 

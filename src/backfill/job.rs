@@ -15,11 +15,10 @@ use crate::backfill::sql::{
     self as texts, Batch, Checkpoint, Done, Found, Look, Saved, Table, Target,
 };
 use crate::backoff::{Backoff, RetryBudget};
-use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, FailedAttempt, NoRetry, Policy, Reporter, Tx};
+use crate::transaction::{self, FailedAttempt, NoRetry, OpenPlain, Policy, Reporter, Tx};
 
 /// How long what was seen of waiters and standbys is good for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -253,20 +252,8 @@ impl Job {
             failures: &failures,
             key: &self.key,
         };
-        let connections = &self.backfill.means.advisory.connections;
-        let means = &self.backfill.means;
-        let open = |_| async {
-            let deadline = Deadline::after(means.lock_wait);
-            let opening = transaction::open(
-                connections,
-                &deadline,
-                &self.begin,
-                means.call_site,
-                means.lock_wait,
-            );
-            opening.await.map(Some)
-        };
-        let run = transaction::run(&self.policy, &NoRetry, open, async move |tx: &mut Tx| {
+        let open = plain(&self.backfill, &self.begin);
+        let run = transaction::run(&self.policy, &NoRetry, &open, async move |tx: &mut Tx| {
             work.run(tx).await
         });
         run.await?.ok_or_else(unreadable)
@@ -499,23 +486,21 @@ async fn ask(
     begin: &Begin,
     sql: &str,
 ) -> Result<Vec<SimpleQueryMessage>, Error> {
-    let means = &backfill.means;
-    let open = |_| async {
-        let deadline = Deadline::after(means.lock_wait);
-        let connections = &means.advisory.connections;
-        let opening = transaction::open(
-            connections,
-            &deadline,
-            begin,
-            means.call_site,
-            means.lock_wait,
-        );
-        opening.await.map(Some)
-    };
-    let run = transaction::run(policy, &NoRetry, open, async move |tx: &mut Tx| {
+    let open = plain(backfill, begin);
+    let run = transaction::run(policy, &NoRetry, &open, async move |tx: &mut Tx| {
         Ok::<_, Error>(tx.simple_query(sql).await?)
     });
     run.await?.ok_or_else(unreadable)
+}
+
+fn plain(backfill: &Backfill, begin: &Begin) -> OpenPlain {
+    let means = &backfill.means;
+    OpenPlain {
+        connections: Arc::clone(&means.advisory.connections),
+        begin: begin.clone(),
+        call_site: means.call_site,
+        lock_wait: means.lock_wait,
+    }
 }
 
 fn policy(backfill: &Backfill) -> Policy {

@@ -34,7 +34,6 @@ use crate::call_site::CallSite;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
 
-use observer::AsSent;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
@@ -192,66 +191,38 @@ impl Session {
         }
     }
 
-    /// Runs a statement, noting whether it was answered and how.
-    ///
-    /// Cancel safety: a statement dropped here stays unanswered, and [`drive_abandoned`](request) cancels it before the
-    /// connection is closed.
-    pub(crate) async fn watch<T>(
-        &self,
-        statement: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, tokio_postgres::Error> {
+    /// Begins a statement of the caller, which the observer is told of.
+    pub(crate) fn begin_logged(&self, statement: Sent<'_>) -> RunningStatement<'_> {
+        let pending = self.begin_statement(statement);
+        RunningStatement {
+            pending,
+            ..self.begin_tracked()
+        }
+    }
+
+    /// Begins a statement of which it is tracked whether it was answered and how.
+    fn begin_tracked(&self) -> RunningStatement<'_> {
         self.used.store(true, Ordering::Relaxed);
         self.unanswered.fetch_add(1, Ordering::Relaxed);
-        let result = statement.await;
+        RunningStatement {
+            session: self,
+            pending: None,
+        }
+    }
+
+    fn note_end(&self, error: Option<&tokio_postgres::Error>) {
         self.unanswered.fetch_sub(1, Ordering::Relaxed);
-        if result.is_err() {
-            self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        let Some(error) = error else {
+            return self.remember_failure(None);
+        };
+        self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        // 25P02 only says that there was an error before: that one is kept.
+        if classify(error) == Failure::Aborted && self.failure().is_some() {
+            return;
         }
-        match &result {
-            Ok(_) => self.remember_failure(None),
-            // 25P02 only says that there was an error before: that one is kept.
-            Err(error) if classify(error) == Failure::Aborted && self.failure().is_some() => {}
-            Err(error) => {
-                if let Some(error) = error.as_db_error() {
-                    self.remember_failure(Some(Box::new(error.clone())));
-                }
-            }
+        if let Some(error) = error.as_db_error() {
+            self.remember_failure(Some(Box::new(error.clone())));
         }
-        result
-    }
-
-    /// [`watch`](Self::watch), and tells the observer.
-    pub(crate) async fn logged<S, T>(
-        &self,
-        statement: &S,
-        running: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, tokio_postgres::Error>
-    where
-        S: ?Sized + AsSent,
-    {
-        let pending = self.begin_statement(statement.as_sent());
-        let result = self.watch(running).await;
-        if let Some(pending) = pending {
-            pending.end(result.as_ref().err().map(classify));
-        }
-        result
-    }
-
-    /// The same for preparing a statement, which may wait for a lock and takes none that matters later.
-    pub(crate) async fn logged_prepare(
-        &self,
-        sql: &str,
-        preparing: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
-    ) -> Result<Statement, tokio_postgres::Error> {
-        let pending = self.begin_statement(Sent::Text(sql));
-        let result = self.watch(preparing).await;
-        if let Some(pending) = pending {
-            match &result {
-                Ok(statement) => pending.end_with(StatementEnd::Prepared(sql, statement)),
-                Err(error) => pending.end(Some(classify(error))),
-            }
-        }
-        result
     }
 
     /// Tells the observer of a statement that is about to be sent.
@@ -290,7 +261,8 @@ impl Session {
 
     /// One message on a session that stays where it is.
     pub(crate) async fn message(&self, sql: &str) -> Result<Reply, tokio_postgres::Error> {
-        self.watch(self.client().simple_query(sql)).await
+        let statement = self.begin_tracked();
+        statement.end(self.client().simple_query(sql).await)
     }
 
     /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
@@ -314,6 +286,44 @@ impl Session {
         if unanswered == 0 && !self.cancel_pending.load(Ordering::Relaxed) {
             drop(self.object.take());
         }
+    }
+}
+
+/// A statement that was sent, until its answer is there.
+///
+/// Cancel safety: dropped without its answer, the statement stays unanswered, and [`drive_abandoned`](request) cancels it
+/// before the connection is closed.
+pub(crate) struct RunningStatement<'a> {
+    session: &'a Session,
+    pending: Option<PendingStatement>,
+}
+
+impl RunningStatement<'_> {
+    pub(crate) fn end<T>(
+        self,
+        result: Result<T, tokio_postgres::Error>,
+    ) -> Result<T, tokio_postgres::Error> {
+        self.end_with(result.as_ref().err());
+        result
+    }
+
+    fn end_with(self, error: Option<&tokio_postgres::Error>) {
+        self.session.note_end(error);
+        if let Some(pending) = self.pending {
+            pending.end(error.map(classify));
+        }
+    }
+
+    /// Ends the preparing of a statement, which may wait for a lock and takes none that matters later.
+    pub(crate) fn end_prepare(
+        mut self,
+        sql: &str,
+        result: Result<Statement, tokio_postgres::Error>,
+    ) -> Result<Statement, tokio_postgres::Error> {
+        if let (Ok(statement), Some(pending)) = (&result, self.pending.take()) {
+            pending.end_with(StatementEnd::Prepared(sql, statement));
+        }
+        self.end(result)
     }
 }
 

@@ -16,10 +16,15 @@ mod tx;
 
 pub use async_func::AsyncFunc;
 pub(crate) use held_lock::HeldLock;
+pub(crate) use open::OpenPlain;
+#[cfg(feature = "schema")]
 pub(crate) use open::open;
 pub use options::{NoRetry, RetryIf, TransactionOptions};
 #[cfg(feature = "incidents")]
 pub(crate) use report::{FailedAttempt, Reporter};
 pub use rows::LockRows;
-pub(crate) use runner::{Policy, run};
+pub(crate) use runner::{Open, Policy, run};
+
+/// A future whose type its caller need not know, nor compile.
+pub(crate) type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub use tx::Tx;

@@ -3,12 +3,36 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Tx;
 use super::sql;
+use super::{BoxFuture, Open, Tx};
 use crate::call_site::CallSite;
 use crate::connection::{Connections, OnAbandon};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
+
+/// Transactions without locks.
+pub(crate) struct OpenPlain {
+    pub(crate) connections: Arc<Connections>,
+    pub(crate) begin: sql::Begin,
+    pub(crate) call_site: Option<CallSite>,
+    pub(crate) lock_wait: Duration,
+}
+
+impl Open for OpenPlain {
+    fn open(&self, _: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
+        Box::pin(async {
+            let deadline = Deadline::after(self.lock_wait);
+            let opening = open(
+                &self.connections,
+                &deadline,
+                &self.begin,
+                self.call_site,
+                self.lock_wait,
+            );
+            opening.await.map(Some)
+        })
+    }
+}
 
 /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
 ///
