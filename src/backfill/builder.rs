@@ -61,45 +61,45 @@ impl<S: Into<String>> From<Vec<S>> for BackfillKey {
 /// locks them in that order with `FOR NO KEY UPDATE`, and changes them. So a concurrent writer waits no longer than
 /// one batch, readers and foreign key checks do not wait, and vacuum can clean up after each batch.
 ///
-/// - **Batches adapt.** Their size is adjusted so that they take [`batch_time`](Self::batch_time); a batch is at most twice as
-///   large as the one before. After a batch that another session had to wait for, the backfill pauses, and the next
-///   batch is smaller.
-/// - **It yields to waiters.** No batch begins while sessions wait for a lock on the table (for example a schema change), or,
-///   for at most ten batch times, while they wait for its rows. A batch that has to wait for a lock longer than
-///   [`lock_timeout`](Self::lock_timeout) is rolled back, which releases all its locks, and retried with half of the rows
-///   after a random pause; the same applies after a deadlock.
+/// - **Batches adapt.** Their size is adjusted so that they take [`batch_time`](Self::batch_time); a batch is at most
+///   twice as large as the one before. After a batch that another session had to wait for, the backfill pauses, and the
+///   next batch is smaller.
+/// - **It yields to waiters.** No batch begins while sessions wait for a lock on the table (for example a schema
+///   change), or, for at most ten batch times, while they wait for its rows. A batch that has to wait for a lock longer
+///   than [`lock_timeout`](Self::lock_timeout) is rolled back, which releases all its locks, and retried with half of
+///   the rows after a random pause; the same applies after a deadlock.
 /// - **Standbys keep up.** No batch begins while the replication lag is too large
 ///   ([`max_replication_lag`](Self::max_replication_lag)), as far as the role may see it.
 /// - **It can be continued.** The key of a batch's last row is recorded in the batch's transaction, in the table
-///   `lockkeeper_backfill` in the schema of the table. However a run ends (an error, a crash, a dropped future), the next
-///   run with the same [`name`](Self::name) continues after the last committed batch, and no row is changed twice.
-/// - **It runs in one process.** A session-level advisory lock of that name excludes other processes. If the lock is lost with
-///   its connection, the run ends; if another process has continued the backfill meanwhile, the current batch is rolled back.
+///   `lockkeeper_backfill` in the schema of the table. However a run ends (an error, a crash, a dropped future), the
+///   next run with the same [`name`](Self::name) continues after the last committed batch, and no row is changed twice.
+/// - **It runs in one process.** A session-level advisory lock of that name excludes other processes. If the lock is
+///   lost with its connection, the run ends; if another process has continued the backfill meanwhile, the current batch
+///   is rolled back.
 ///
 /// # Which rows
 ///
-/// Every row that exists when the run begins, each once. A row that is inserted during the run is processed if its key is
-/// greater than the current batch's and it is committed before the batch reaches it. So once
-/// a backfill begins, inserts should set the new value themselves (by a default, a trigger, or the application). A row whose
-/// *key* changes during the run can be processed twice or not at all. Rows that row-level security hides from the role, and
-/// rows that a trigger does not allow to change, count like rows that the filter leaves out. The filter is tested on the row
+/// Every row that exists when the run begins, each once. A row that is inserted during the run is processed if its key
+/// is greater than the current batch's and it is committed before the batch reaches it. So once a backfill begins,
+/// inserts should set the new value themselves (by a default, a trigger, or the application). A row whose *key* changes
+/// during the run can be processed twice or not at all. Rows that row-level security hides from the role, and rows that
+/// a trigger does not allow to change, count like rows that the filter leaves out. The filter is tested on the row
 /// version that is locked, so it sees changes that other transactions have committed by then.
 ///
 /// # The caller's SQL
 ///
 /// [`set`](Self::set) and [`filter`](Self::filter) are inserted into the statement **unchanged**: never build them from
-/// untrusted input. Column names in them refer to the table; do not use the prefix `lockkeeper_`. They must
-/// not change the key. The names of the table and of the key are quoted. If the text of the key's type depends on
-/// settings (floats, intervals, money; ranges, arrays and composites), the statements run with `DateStyle` ISO,
-/// `IntervalStyle` postgres, `extra_float_digits` 1 and `lc_monetary` C, so that the checkpoint has the same meaning in every
-/// session.
+/// untrusted input. Column names in them refer to the table; do not use the prefix `lockkeeper_`. They must not change
+/// the key. The names of the table and of the key are quoted. If the text of the key's type depends on settings
+/// (floats, intervals, money; ranges, arrays and composites), the statements run with `DateStyle` ISO, `IntervalStyle`
+/// postgres, `extra_float_digits` 1 and `lc_monetary` C, so that the checkpoint has the same meaning in every session.
 ///
 /// # Limits
 ///
-/// The key has to be one or several columns that are `NOT NULL` and have a unique index on exactly these columns in that
-/// order. Any type is possible that has such an index. A table with inheritance children is refused, but a partitioned table is
-/// not. A backfill needs two connections of the pool, one of them for the lock, and a server that is not reached through a
-/// transaction pooler.
+/// The key has to be one or several columns that are `NOT NULL` and have a unique index on exactly these columns in
+/// that order. Any type is possible that has such an index. A table with inheritance children is refused, but a
+/// partitioned table is not. A backfill needs two connections of the pool, one of them for the lock, and a server that
+/// is not reached through a transaction pooler.
 ///
 /// # Examples
 /// ```no_run
@@ -166,23 +166,23 @@ impl Backfill {
         }
     }
 
-    /// The `SET` list of the `UPDATE`: `email_lower = lower(email)`. It is the caller's SQL, see [the type](Self). Calling
-    /// this more than once appends to the list.
+    /// The `SET` list of the `UPDATE`: `email_lower = lower(email)`. It is the caller's SQL, see [the type](Self).
+    /// Calling this more than once appends to the list.
     pub fn set(mut self, assignments: impl Into<String>) -> Self {
         self.set.push(assignments.into());
         self
     }
 
-    /// The `WHERE` condition of the rows to change: `email_lower IS NULL`; by default all rows are changed. It is the caller's
-    /// SQL, see [the type](Self).
+    /// The `WHERE` condition of the rows to change: `email_lower IS NULL`; by default all rows are changed. It is the
+    /// caller's SQL, see [the type](Self).
     pub fn filter(mut self, condition: impl Into<String>) -> Self {
         self.filter = Some(condition.into());
         self
     }
 
     /// The name of the backfill in its checkpoint, its lock and its progress: at most 200 bytes, and unique among the
-    /// backfills of one schema. The default is derived from the definition with its literals removed, plus a hash of the full
-    /// definition if the two differ.
+    /// backfills of one schema. The default is derived from the definition with its literals removed, plus a hash of
+    /// the full definition if the two differ.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -194,8 +194,8 @@ impl Backfill {
         self
     }
 
-    /// The range of the number of rows of a batch, including those that the filter leaves out; 10 to 20 000 by default. The
-    /// first batch has 200 rows, or the nearest number in the range.
+    /// The range of the number of rows of a batch, including those that the filter leaves out; 10 to 20 000 by default.
+    /// The first batch has 200 rows, or the nearest number in the range.
     pub fn batch_rows(mut self, rows: RangeInclusive<u32>) -> Self {
         self.batch_rows = rows;
         self
@@ -221,8 +221,8 @@ impl Backfill {
         self
     }
 
-    /// Pauses while the lag of a standby or a subscriber is larger than this (`pg_stat_replication.replay_lag`); 10 seconds
-    /// by default, `None` for no limit. A standby with an intended delay needs another value.
+    /// Pauses while the lag of a standby or a subscriber is larger than this (`pg_stat_replication.replay_lag`); 10
+    /// seconds by default, `None` for no limit. A standby with an intended delay needs another value.
     ///
     /// Only members of `pg_monitor` can see the lag. For other roles it is
     /// [`Unknown`](crate::ReplicationLag::Unknown): the backfill logs one `warn` event and ignores the lag.
@@ -231,7 +231,8 @@ impl Backfill {
         self
     }
 
-    /// Pauses while a standby or a subscriber has more WAL to replay than this, in bytes; 256 MiB by default, `None` for no limit.
+    /// Pauses while a standby or a subscriber has more WAL to replay than this, in bytes; 256 MiB by default, `None`
+    /// for no limit.
     pub fn max_replication_lag_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_lag_bytes = bytes.into();
         self
@@ -249,15 +250,15 @@ impl Backfill {
         self
     }
 
-    /// How long [`run`](Self::run) and [`stream`](Self::stream) wait if another process runs this backfill; the keeper's
-    /// [`lock_wait`](crate::KeeperBuilder::lock_wait) by default.
+    /// How long [`run`](Self::run) and [`stream`](Self::stream) wait if another process runs this backfill; the
+    /// keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait) by default.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self
     }
 
-    /// Calls `f` with the progress after each batch, and about once a second during a pause. The run calls it between two
-    /// transactions, so `f` must not block.
+    /// Calls `f` with the progress after each batch, and about once a second during a pause. The run calls it between
+    /// two transactions, so `f` must not block.
     pub fn on_progress(mut self, f: impl Fn(&BackfillProgress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Arc::new(f));
         self
@@ -269,29 +270,30 @@ impl Backfill {
     /// Once: queries of the catalogs, `EXPLAIN SELECT FROM table`, the lock (see
     /// [`SessionAdvisoryLock::acquire`](crate::SessionAdvisoryLock::acquire)), `CREATE TABLE lockkeeper_backfill` if it
     /// does not exist, and the row of the checkpoint. Before a batch, at most every 50 ms: `pg_locks` and
-    /// `pg_stat_replication`. For a batch: `BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE` and settings; one statement
-    /// that selects the rows, locks and changes them; one message that writes the checkpoint and queries who waits for this
-    /// transaction; the statement with which a lost COMMIT can be resolved
+    /// `pg_stat_replication`. For a batch: `BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE` and settings; one
+    /// statement that selects the rows, locks and changes them; one message that writes the checkpoint and queries who
+    /// waits for this transaction; the statement with which a lost COMMIT can be resolved
     /// ([`resolve_commit`](crate::TransactionOptions::resolve_commit)); COMMIT.
     ///
     /// The role needs the privileges SELECT and UPDATE on the table, and either CREATE on its schema or an existing
-    /// `lockkeeper_backfill` there that it may read and write; without them, the error contains the statement that creates the
-    /// table. The owner of `lockkeeper_backfill` has to be this role, or a role that has all privileges of the owner of the
-    /// backfilled table or of the schema. Any other owner is refused, because its triggers on the table would run as this role.
+    /// `lockkeeper_backfill` there that it may read and write; without them, the error contains the statement that
+    /// creates the table. The owner of `lockkeeper_backfill` has to be this role, or a role that has all privileges of
+    /// the owner of the backfilled table or of the schema. Any other owner is refused, because its triggers on the
+    /// table would run as this role.
     ///
     /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) if the definition is invalid (it is checked against the catalogs before anything
-    /// is changed), or if there is a checkpoint of that name from which the run cannot continue: of a different definition, or
-    /// of a key whose type, collation or index has changed since.
+    /// [`Config`](crate::ErrorKind::Config) if the definition is invalid (it is checked against the catalogs before
+    /// anything is changed), or if there is a checkpoint of that name from which the run cannot continue: of a
+    /// different definition, or of a key whose type, collation or index has changed since.
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout) if another process has been running the backfill for the whole
     /// [`wait`](Self::wait). [`LockLost`](crate::ErrorKind::LockLost) if the connection with the lock has ended, or
-    /// another process has continued the backfill. [`RetriesExhausted`](crate::ErrorKind::RetriesExhausted) if a
-    /// batch failed for the whole of [`max_lock_wait`](Self::max_lock_wait). Other errors of a batch: a violated constraint,
+    /// another process has continued the backfill. [`RetriesExhausted`](crate::ErrorKind::RetriesExhausted) if a batch
+    /// failed for the whole of [`max_lock_wait`](Self::max_lock_wait). Other errors of a batch: a violated constraint,
     /// a lost connection. After any of them, the previous batches are committed, and another run continues after them.
     ///
     /// # Cancel safety
-    /// Can be dropped at any point: the current batch is cancelled and rolled back, and the lock released. If the future is
-    /// dropped during COMMIT, the batch and its checkpoint are either both committed or both rolled back.
+    /// Can be dropped at any point: the current batch is cancelled and rolled back, and the lock released. If the
+    /// future is dropped during COMMIT, the batch and its checkpoint are either both committed or both rolled back.
     pub async fn run(self) -> Result<BackfillProgress, Error> {
         self.begin().await?.finish().await
     }
@@ -310,8 +312,8 @@ impl Backfill {
         }
     }
 
-    /// Runs the backfill step by step, as a `Stream` of its progress. It works only while it is polled, and holds the lock until
-    /// it ends or is dropped.
+    /// Runs the backfill step by step, as a `Stream` of its progress. It works only while it is polled, and holds the
+    /// lock until it ends or is dropped.
     pub fn stream(self) -> BackfillStream {
         BackfillStream::new(self)
     }

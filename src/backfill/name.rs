@@ -6,8 +6,8 @@ use crate::postgres::statement::redact;
 /// The maximum length of a name.
 pub(super) const MAX_NAME_BYTES: usize = 200;
 
-/// The name of a backfill that was given none: its definition without the literals, because names are shown in errors and
-/// logs. If that is not the whole definition, a hash follows.
+/// The name of a backfill that was given none: its definition without the literals, because names are shown in errors
+/// and logs. If that is not the whole definition, a hash follows.
 pub(super) fn default_name(definition: &str) -> String {
     let shown = redact(definition);
     if shown == definition && shown.len() <= MAX_NAME_BYTES {

@@ -164,8 +164,8 @@ fn policy(backfill: &Backfill) -> Policy {
             backfill.lock_timeout,
             backfill.lock_timeout.saturating_mul(10),
         ),
-        // A separate budget, because a backfill must not use up that of the application's transactions. The deadline limits
-        // the attempts.
+        // A separate budget, because a backfill must not use up that of the application's transactions. The deadline
+        // limits the attempts.
         budget: Arc::new(RetryBudget::new(1, 0, 0)),
         resolves: true,
         reporter: policy

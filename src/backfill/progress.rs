@@ -9,8 +9,8 @@ use crate::backfill::sql::Standbys;
 /// The progress of a backfill; from [`Backfill::on_progress`](super::Backfill::on_progress),
 /// [`stream`](super::Backfill::stream) and [`run`](super::Backfill::run).
 ///
-/// [`Display`](fmt::Display) shows it on one line: `account-email: 120000 of about 400000 rows (30 %), 52000 rows/s, about
-/// 5.4s left`.
+/// [`Display`](fmt::Display) shows it on one line: `account-email: 120000 of about 400000 rows (30 %), 52000 rows/s,
+/// about 5.4s left`.
 #[derive(Clone, Debug)]
 pub struct BackfillProgress {
     pub(super) name: Arc<str>,
@@ -48,7 +48,8 @@ pub enum BackfillPause {
 pub enum ReplicationLag {
     /// The server has no standbys or subscribers.
     NoStandbys,
-    /// The role may not see the lag: `pg_stat_replication` shows it only to members of `pg_monitor`. The backfill ignores it.
+    /// The role may not see the lag: `pg_stat_replication` shows it only to members of `pg_monitor`. The backfill
+    /// ignores it.
     Unknown,
     /// The lag of the slowest one.
     #[non_exhaustive]
@@ -85,8 +86,8 @@ impl BackfillProgress {
         self.changed_now
     }
 
-    /// The planner's estimate of the number of rows of the table, including processed ones, at the beginning of the run;
-    /// `None` without an estimate.
+    /// The planner's estimate of the number of rows of the table, including processed ones, at the beginning of the
+    /// run; `None` without an estimate.
     #[must_use]
     pub fn estimated_rows(&self) -> Option<u64> {
         self.estimate.map(|rows| rows.max(self.passed))

@@ -19,7 +19,8 @@ const SAMPLE_LIFETIME: Duration = Duration::from_millis(50);
 /// The first pause for waiters or standbys. It doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest pause for sessions that wait for rows, in batch times: on a table with hot rows, some session always waits.
+/// The longest pause for sessions that wait for rows, in batch times: on a table with hot rows, some session always
+/// waits.
 const MAX_PAUSE_FOR_ROWS: u32 = 10;
 
 /// A backfill whose lock is held.
@@ -143,8 +144,8 @@ impl Run {
         }
     }
 
-    /// Samples the waiters and the replication lag. The query runs on the connection that holds the lock, which verifies that
-    /// the connection is alive, and keeps `idle_session_timeout` from ending it.
+    /// Samples the waiters and the replication lag. The query runs on the connection that holds the lock, which
+    /// verifies that the connection is alive, and keeps `idle_session_timeout` from ending it.
     async fn sample(&mut self) -> Result<(), Error> {
         if (self.sampled).is_some_and(|sampled| sampled.elapsed() < SAMPLE_LIFETIME) {
             return Ok(());

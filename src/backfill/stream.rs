@@ -18,8 +18,8 @@ type Stepping = Pin<Box<dyn Future<Output = Result<(Box<Run>, BackfillProgress),
 /// [is done](BackfillProgress::is_done), or after an error.
 ///
 /// # Cancel safety
-/// The future of an item can be dropped; the future of the next item continues its step. Dropping the stream is the same as
-/// dropping [`Backfill::run`].
+/// The future of an item can be dropped; the future of the next item continues its step. Dropping the stream is the
+/// same as dropping [`Backfill::run`].
 #[must_use = "a stream does nothing until it is polled"]
 pub struct BackfillStream {
     state: State,

@@ -8,9 +8,9 @@ use super::parse::{ParseModeError, same_words};
 /// The mode in which a transaction has locked a row.
 ///
 /// Row locks block writers and lockers of the same row, never readers. They are stored in the row itself, not in the
-/// server's lock table: `pg_locks` does not show a row lock without waiters. A waiter waits for the transaction that holds
-/// the row lock (`locktype` `transactionid`), and marks itself as next in line with a lock of `locktype` `tuple`, whose
-/// mode tells the requested row lock ([`from_pg_locks`](Self::from_pg_locks)).
+/// server's lock table: `pg_locks` does not show a row lock without waiters. A waiter waits for the transaction that
+/// holds the row lock (`locktype` `transactionid`), and marks itself as next in line with a lock of `locktype` `tuple`,
+/// whose mode tells the requested row lock ([`from_pg_locks`](Self::from_pg_locks)).
 ///
 /// # Conflicts
 ///
@@ -30,7 +30,8 @@ use super::parse::{ParseModeError, same_words};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum RowLock {
-    /// FOR KEY SHARE: the row cannot be deleted, and its key cannot change. A foreign key check takes it on the referenced row.
+    /// FOR KEY SHARE: the row cannot be deleted, and its key cannot change. A foreign key check takes it on the
+    /// referenced row.
     KeyShare,
     /// FOR SHARE: the row cannot change.
     Share,
@@ -42,21 +43,21 @@ pub enum RowLock {
 
 use RowLock::{KeyShare, NoKeyUpdate, Share, Update};
 
-/// The requested lock by row and the held lock by column, both in the order of [`RowLock::ALL`]. PostgreSQL's documentation,
-/// "Conflicting Row-Level Locks"; each pair is tested (test `lock_modes::every_pair_of_row_modes`).
+/// The requested lock by row and the held lock by column, both in the order of [`RowLock::ALL`]. PostgreSQL's
+/// documentation, "Conflicting Row-Level Locks"; each pair is tested (test `lock_modes::every_pair_of_row_modes`).
 const CONFLICTS: [[u8; 4]; 4] = [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]];
 
 impl RowLock {
     /// All row locks, weakest first.
     pub const ALL: [Self; 4] = [KeyShare, Share, NoKeyUpdate, Update];
 
-    /// The row lock that a backend requests whose entry in `pg_locks` has the `locktype` `tuple` and this mode; `None` for
-    /// every other text.
+    /// The row lock that a backend requests whose entry in `pg_locks` has the `locktype` `tuple` and this mode; `None`
+    /// for every other text.
     ///
     /// Such an entry uses the modes of table locks with another meaning: `AccessExclusiveLock` is FOR UPDATE
     /// (`tupleLockExtraInfo` in `src/backend/access/heap/heapam.c`; test
-    /// `lock_modes::a_waiter_for_a_row_says_which_lock_it_wants`). In an entry with the `locktype` `relation` the mode is a
-    /// [`LockMode`](crate::LockMode).
+    /// `lock_modes::a_waiter_for_a_row_says_which_lock_it_wants`). In an entry with the `locktype` `relation` the mode
+    /// is a [`LockMode`](crate::LockMode).
     #[must_use]
     pub fn from_pg_locks(mode: &str) -> Option<Self> {
         Self::ALL
@@ -86,15 +87,15 @@ impl RowLock {
         }
     }
 
-    /// Whether a transaction has to wait for another transaction that holds the `other` lock on the same row. Symmetric. A
-    /// transaction never waits for itself.
+    /// Whether a transaction has to wait for another transaction that holds the `other` lock on the same row.
+    /// Symmetric. A transaction never waits for itself.
     #[must_use]
     pub const fn conflicts_with(self, other: Self) -> bool {
         CONFLICTS[self as usize][other as usize] == 1
     }
 
-    /// What a lock of this mode prevents other transactions from doing with the row, and what it still allows, as a phrase
-    /// that follows “blocks …”.
+    /// What a lock of this mode prevents other transactions from doing with the row, and what it still allows, as a
+    /// phrase that follows “blocks …”.
     #[must_use]
     pub const fn blocks(self) -> &'static str {
         match self {

@@ -7,10 +7,10 @@ use super::parse::{ParseModeError, same_words};
 
 /// The mode in which a transaction has locked a table.
 ///
-/// The names are historical, as PostgreSQL's documentation explains ("Explicit Locking"): all eight modes lock the whole
-/// table, even those with ROW in their name. A mode is defined only by the modes it conflicts with. The order is that of
-/// the server's numbers (`src/include/storage/lockdefs.h`). Each mode conflicts with all modes that the mode before it
-/// conflicts with, except that SHARE does not conflict with SHARE.
+/// The names are historical, as PostgreSQL's documentation explains ("Explicit Locking"): all eight modes lock the
+/// whole table, even those with ROW in their name. A mode is defined only by the modes it conflicts with. The order is
+/// that of the server's numbers (`src/include/storage/lockdefs.h`). Each mode conflicts with all modes that the mode
+/// before it conflicts with, except that SHARE does not conflict with SHARE.
 ///
 /// `Display` shows the modes as `pg_locks.mode` and the server's messages do.
 ///
@@ -38,7 +38,8 @@ pub enum LockMode {
     RowShare,
     /// Taken by statements that write rows: INSERT, UPDATE, DELETE, MERGE, COPY FROM.
     RowExclusive,
-    /// Taken by maintenance that allows reads and writes, one session at a time: VACUUM, ANALYZE, CREATE INDEX CONCURRENTLY.
+    /// Taken by maintenance that allows reads and writes, one session at a time: VACUUM, ANALYZE, CREATE INDEX
+    /// CONCURRENTLY.
     ShareUpdateExclusive,
     /// Taken by CREATE INDEX: the rows must not change, and several sessions can hold it.
     Share,
@@ -83,10 +84,10 @@ impl LockMode {
 
     /// The mode that `pg_locks.mode` spells like this; `None` for every other text.
     ///
-    /// The entry is a table lock if its `pg_locks.locktype` is `relation`. Locks on other objects have the same modes and
-    /// conflicts, but other meanings: see [`RowLock::from_pg_locks`] for `tuple` and [`AdvisoryMode::from_pg_locks`] for
-    /// `advisory`. `SIReadLock`, which an entry of `relation` can also have, is not a lock mode: it marks what
-    /// a serializable transaction has read, and blocks no session.
+    /// The entry is a table lock if its `pg_locks.locktype` is `relation`. Locks on other objects have the same modes
+    /// and conflicts, but other meanings: see [`RowLock::from_pg_locks`] for `tuple` and
+    /// [`AdvisoryMode::from_pg_locks`] for `advisory`. `SIReadLock`, which an entry of `relation` can also have, is not
+    /// a lock mode: it marks what a serializable transaction has read, and blocks no session.
     ///
     /// [`RowLock::from_pg_locks`]: crate::RowLock::from_pg_locks
     /// [`AdvisoryMode::from_pg_locks`]: crate::AdvisoryMode::from_pg_locks
@@ -127,8 +128,8 @@ impl LockMode {
         }
     }
 
-    /// Whether a transaction has to wait for another transaction that holds the `other` mode on the same table. Symmetric. A
-    /// transaction never waits for itself.
+    /// Whether a transaction has to wait for another transaction that holds the `other` mode on the same table.
+    /// Symmetric. A transaction never waits for itself.
     #[must_use]
     pub const fn conflicts_with(self, other: Self) -> bool {
         CONFLICTS[self as usize][other as usize] == 1
@@ -141,8 +142,8 @@ impl LockMode {
             .filter(move |other| self.conflicts_with(*other))
     }
 
-    /// What a lock of this mode prevents other transactions from doing with the table, and what it still allows, as a phrase
-    /// that follows “blocks …”.
+    /// What a lock of this mode prevents other transactions from doing with the table, and what it still allows, as a
+    /// phrase that follows “blocks …”.
     ///
     /// A waiting request blocks the same: later requests that conflict with it queue behind it.
     #[must_use]

@@ -48,23 +48,23 @@ impl Change {
     /// Makes the change.
     ///
     /// # SQL
-    /// First, queries of the catalogs, which take no locks, except ACCESS SHARE to read the size of a table that the change
-    /// would process. Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's SQL in one
-    /// message, and COMMIT; meanwhile another connection samples the blockers. A statement that cannot run in
-    /// a transaction block is sent alone, under session settings that are restored afterwards. A statement with CONCURRENTLY
-    /// waits up to the deadline, because no readers or writers queue behind it, and is not repeated: see
+    /// First, queries of the catalogs, which take no locks, except ACCESS SHARE to read the size of a table that the
+    /// change would process. Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's SQL in one
+    /// message, and COMMIT; meanwhile another connection samples the blockers. A statement that cannot run in a
+    /// transaction block is sent alone, under session settings that are restored afterwards. A statement with
+    /// CONCURRENTLY waits up to the deadline, because no readers or writers queue behind it, and is not repeated: see
     /// [`create_index`](crate::Schema::create_index), which cleans up after it. `DETACH PARTITION … CONCURRENTLY` is an
-    /// exception: readers of the partition queue behind its last step, so it waits no longer than other changes. If that leaves
-    /// the detach pending, `DETACH PARTITION … FINALIZE` follows as a change of its own.
+    /// exception: readers of the partition queue behind its last step, so it waits no longer than other changes. If
+    /// that leaves the detach pending, `DETACH PARTITION … FINALIZE` follows as a change of its own.
     ///
     /// # Errors
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout), [`Deadlock`](crate::ErrorKind::Deadlock) or
-    /// [`Serialization`](crate::ErrorKind::Serialization), depending on the last attempt, if the deadline left
-    /// no time for another attempt: with the [`blockers`](Error::blockers) of the last attempt, and all attempts in
-    /// a [`ChangeFailed`](crate::ChangeFailed) as its source. [`Config`](crate::ErrorKind::Config), with the reason and
-    /// a better way, if the change is refused; nothing has been changed then. Every other error of a statement is returned
-    /// at once. After an error, nothing of the batch has been changed, except by statements outside of transactions, and
-    /// except possibly after [`CommitUnknown`](crate::ErrorKind::CommitUnknown).
+    /// [`Serialization`](crate::ErrorKind::Serialization), depending on the last attempt, if the deadline left no time
+    /// for another attempt: with the [`blockers`](Error::blockers) of the last attempt, and all attempts in a
+    /// [`ChangeFailed`](crate::ChangeFailed) as its source. [`Config`](crate::ErrorKind::Config), with the reason and a
+    /// better way, if the change is refused; nothing has been changed then. Every other error of a statement is
+    /// returned at once. After an error, nothing of the batch has been changed, except by statements outside of
+    /// transactions, and except possibly after [`CommitUnknown`](crate::ErrorKind::CommitUnknown).
     ///
     /// # Cancel safety
     /// Can be dropped at any point: the statement that runs on the server is cancelled, its connection closed, and its
@@ -93,7 +93,8 @@ impl Change {
         }
     }
 
-    /// Runs the caller's DETACH PARTITION CONCURRENTLY, and FINALIZE if it is left pending. Only FINALIZE can be repeated.
+    /// Runs the caller's DETACH PARTITION CONCURRENTLY, and FINALIZE if it is left pending. Only FINALIZE can be
+    /// repeated.
     async fn detach(
         &self,
         parent: &TableName,

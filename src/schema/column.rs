@@ -30,8 +30,8 @@ impl AddColumn {
         self
     }
 
-    /// Makes the column NOT NULL, which requires a default if the table has rows. With a volatile default, NOT NULL has to
-    /// wait until the existing rows have been filled: see [`run`](Self::run).
+    /// Makes the column NOT NULL, which requires a default if the table has rows. With a volatile default, NOT NULL has
+    /// to wait until the existing rows have been filled: see [`run`](Self::run).
     pub fn not_null(mut self) -> Self {
         self.not_null = true;
         self
@@ -40,10 +40,10 @@ impl AddColumn {
     /// Adds the column, unless it exists.
     ///
     /// A default that is the same for every row (a constant, `now()`) is cheap, regardless of the number of rows. With
-    /// a volatile default (`gen_random_uuid()`, `clock_timestamp()`, a user-defined function that is not declared otherwise)
-    /// the server would rewrite the table. So the column is added without the default, which is then set for new rows in the
-    /// same transaction. Existing rows keep NULL, and [`ProcedureReport::backfill`] contains the statement that fills them:
-    /// run it in batches, and then call [`set_not_null`](crate::Schema::set_not_null).
+    /// a volatile default (`gen_random_uuid()`, `clock_timestamp()`, a user-defined function that is not declared
+    /// otherwise) the server would rewrite the table. So the column is added without the default, which is then set for
+    /// new rows in the same transaction. Existing rows keep NULL, and [`ProcedureReport::backfill`] contains the
+    /// statement that fills them: run it in batches, and then call [`set_not_null`](crate::Schema::set_not_null).
     ///
     /// # SQL
     /// `ALTER TABLE … ADD COLUMN …`; with a volatile default also `ALTER COLUMN … SET DEFAULT` in the same

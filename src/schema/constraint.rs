@@ -57,12 +57,12 @@ impl AddCheck {
     ///
     /// # SQL
     /// `ALTER TABLE … ADD CONSTRAINT … CHECK (…) NOT VALID`, briefly under ACCESS EXCLUSIVE; then, in a separate
-    /// transaction, `VALIDATE CONSTRAINT`, which reads the table while other sessions read and write it. If a CHECK of that
-    /// name exists, the expression is first added to an empty temporary table, to compare the two.
+    /// transaction, `VALIDATE CONSTRAINT`, which reads the table while other sessions read and write it. If a CHECK of
+    /// that name exists, the expression is first added to an empty temporary table, to compare the two.
     ///
     /// # Errors
-    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if a different constraint of that name
-    /// exists. A row that violates the constraint fails the validation. The constraint then stays NOT VALID, which
+    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if a different constraint of that
+    /// name exists. A row that violates the constraint fails the validation. The constraint then stays NOT VALID, which
     /// prevents further violations; once the rows are corrected, the same call validates it.
     ///
     /// # Cancel safety
@@ -97,8 +97,8 @@ pub struct AddForeignKey {
 }
 
 impl AddForeignKey {
-    /// The constraint's name. The default is the name the server would choose, such as `orders_customer_fkey`. A repeated call
-    /// recognizes the constraint by its name.
+    /// The constraint's name. The default is the name the server would choose, such as `orders_customer_fkey`. A
+    /// repeated call recognizes the constraint by its name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -118,13 +118,13 @@ impl AddForeignKey {
 
     /// Adds the foreign key, unless it exists, and validates it, unless it is valid.
     ///
-    /// For a partitioned table, the foreign keys of its partitions are added and validated first; the table's own foreign key
-    /// then adopts them without reading the rows again.
+    /// For a partitioned table, the foreign keys of its partitions are added and validated first; the table's own
+    /// foreign key then adopts them without reading the rows again.
     ///
     /// # SQL
-    /// `ALTER TABLE … ADD CONSTRAINT … FOREIGN KEY … NOT VALID`, briefly under SHARE ROW EXCLUSIVE on both tables; then,
-    /// in a separate transaction, `VALIDATE CONSTRAINT`, while other sessions read and write. The columns should have
-    /// an index, because deletes of referenced rows search them.
+    /// `ALTER TABLE … ADD CONSTRAINT … FOREIGN KEY … NOT VALID`, briefly under SHARE ROW EXCLUSIVE on both tables;
+    /// then, in a separate transaction, `VALIDATE CONSTRAINT`, while other sessions read and write. The columns should
+    /// have an index, because deletes of referenced rows search them.
     ///
     /// # Errors
     /// As [`AddCheck::run`].
@@ -174,8 +174,9 @@ impl SetNotNull {
     /// Makes the column NOT NULL, unless it is.
     ///
     /// # SQL
-    /// `ADD CONSTRAINT …_is_not_null CHECK (… IS NOT NULL) NOT VALID`; `VALIDATE CONSTRAINT`, while other sessions read and
-    /// write; then in one transaction `SET NOT NULL`, which needs no scan because of the valid CHECK, and `DROP CONSTRAINT`.
+    /// `ADD CONSTRAINT …_is_not_null CHECK (… IS NOT NULL) NOT VALID`; `VALIDATE CONSTRAINT`, while other sessions read
+    /// and write; then in one transaction `SET NOT NULL`, which needs no scan because of the valid CHECK, and `DROP
+    /// CONSTRAINT`.
     ///
     /// # Errors
     /// As [`AddCheck::run`]: a row with a NULL fails the validation, and the CHECK stays, which prevents further NULLs.
@@ -224,7 +225,8 @@ impl AddPrimaryKey {
         }
     }
 
-    /// The name of the constraint and its index. The default is the name the server would choose, such as `orders_pkey`.
+    /// The name of the constraint and its index. The default is the name the server would choose, such as
+    /// `orders_pkey`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -232,13 +234,14 @@ impl AddPrimaryKey {
 
     /// Adds the primary key, unless the table has one on these columns.
     ///
-    /// For a partitioned table, the primary keys of its partitions are added first, then one on the table alone, to which
-    /// they are attached.
+    /// For a partitioned table, the primary keys of its partitions are added first, then one on the table alone, to
+    /// which they are attached.
     ///
     /// # SQL
-    /// A unique index, as by [`create_index`](crate::Schema::create_index); for each nullable column a valid CHECK that it
-    /// is not NULL, as by [`set_not_null`](crate::Schema::set_not_null); then in one transaction, briefly under ACCESS
-    /// EXCLUSIVE, `SET NOT NULL`, `ADD CONSTRAINT … PRIMARY KEY USING INDEX`, and `DROP CONSTRAINT` of the CHECKs.
+    /// A unique index, as by [`create_index`](crate::Schema::create_index); for each nullable column a valid CHECK that
+    /// it is not NULL, as by [`set_not_null`](crate::Schema::set_not_null); then in one transaction, briefly under
+    /// ACCESS EXCLUSIVE, `SET NOT NULL`, `ADD CONSTRAINT … PRIMARY KEY USING INDEX`, and `DROP CONSTRAINT` of the
+    /// CHECKs.
     ///
     /// # Errors
     /// As [`CreateIndex::run`](crate::CreateIndex::run) and [`AddCheck::run`].

@@ -47,7 +47,8 @@ impl IndexColumn {
         }
     }
 
-    /// Appends an operator class, a collation, `DESC NULLS LAST` and the like. It is the caller's SQL and sent unchanged.
+    /// Appends an operator class, a collation, `DESC NULLS LAST` and the like. It is the caller's SQL and sent
+    /// unchanged.
     #[must_use]
     pub fn with(mut self, sql: &str) -> Self {
         self.part.sql = format!("{} {sql}", self.part.sql);
@@ -103,8 +104,8 @@ impl CreateIndex {
         }
     }
 
-    /// The index's name. The default is the name the server would choose, such as `orders_customer_idx`. A repeated call
-    /// recognizes the index by its name.
+    /// The index's name. The default is the name the server would choose, such as `orders_customer_idx`. A repeated
+    /// call recognizes the index by its name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -140,8 +141,8 @@ impl CreateIndex {
         self
     }
 
-    /// Fails at once with [`LockTimeout`](crate::ErrorKind::LockTimeout) if another session builds an index of the table,
-    /// instead of waiting for that build.
+    /// Fails at once with [`LockTimeout`](crate::ErrorKind::LockTimeout) if another session builds an index of the
+    /// table, instead of waiting for that build.
     pub fn no_wait(mut self) -> Self {
         self.waits_for_builds = false;
         self
@@ -151,20 +152,21 @@ impl CreateIndex {
     ///
     /// Invalid indexes of that name, and the remains of a failed REINDEX CONCURRENTLY (`…_ccnew`, `…_ccold`), are
     /// dropped first. While another session builds an index of the table, nothing is changed: the end of that build is
-    /// polled, because a session that waits in the lock's queue has a snapshot for which that build
-    /// in turn waits. If the build fails because of other sessions (a deadlock, a lock timeout, a cancel, a lost connection),
-    /// it is cleaned up and repeated until the deadline. If it fails because of the data, it is cleaned up and the error
+    /// polled, because a session that waits in the lock's queue has a snapshot for which that build in turn waits. If
+    /// the build fails because of other sessions (a deadlock, a lock timeout, a cancel, a lost connection), it is
+    /// cleaned up and repeated until the deadline. If it fails because of the data, it is cleaned up and the error
     /// returned.
     ///
-    /// For a partitioned table, its own index is first created without those of its partitions; then an index is built on
-    /// each partition and attached.
+    /// For a partitioned table, its own index is first created without those of its partitions; then an index is built
+    /// on each partition and attached.
     ///
     /// # SQL
     /// `CREATE INDEX CONCURRENTLY`, outside of a transaction, with the remaining time until the deadline as its
-    /// `lock_timeout`: it waits for transactions that use the table and for older snapshots in the whole database, and only
-    /// other schema changes queue behind it. `DROP INDEX CONCURRENTLY` for remains of failed builds. Meanwhile another
-    /// connection reads `pg_stat_progress_create_index` and the blockers. If a valid index of that name exists, and the
-    /// definition has more than column names, the same index is built on an empty temporary table, to compare the two.
+    /// `lock_timeout`: it waits for transactions that use the table and for older snapshots in the whole database, and
+    /// only other schema changes queue behind it. `DROP INDEX CONCURRENTLY` for remains of failed builds. Meanwhile
+    /// another connection reads `pg_stat_progress_create_index` and the blockers. If a valid index of that name exists,
+    /// and the definition has more than column names, the same index is built on an empty temporary table, to compare
+    /// the two.
     ///
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) if a valid index of that name exists and differs;
@@ -229,8 +231,8 @@ impl DropIndex {
 
     /// Drops the index, if it exists, and the remains of a failed REINDEX CONCURRENTLY of it.
     ///
-    /// The index of a partitioned table cannot be dropped concurrently. It is dropped together with those of its partitions
-    /// under ACCESS EXCLUSIVE, with the short waits and long pauses of [`change`](crate::Schema::change).
+    /// The index of a partitioned table cannot be dropped concurrently. It is dropped together with those of its
+    /// partitions under ACCESS EXCLUSIVE, with the short waits and long pauses of [`change`](crate::Schema::change).
     ///
     /// # SQL
     /// `DROP INDEX CONCURRENTLY`, outside of a transaction, with the remaining time until the deadline as its
@@ -416,8 +418,8 @@ impl<'a> IndexBuild<'a> {
     /// The remains of failed builds of an index. Waits until no other session builds an index of the table.
     ///
     /// Invariant: none of them is the result of a build that has just succeeded. An invalid index may still be under
-    /// construction. If no session builds an index after it was seen, its build has ended, and only if it is still invalid
-    /// then has the build failed.
+    /// construction. If no session builds an index after it was seen, its build has ended, and only if it is still
+    /// invalid then has the build failed.
     async fn remains(&self, table: &Table, name: &str) -> Result<Vec<Index>, Error> {
         let before = self.indexes(table).await?;
         self.wait_for_builders(table).await?;
@@ -448,10 +450,10 @@ impl<'a> IndexBuild<'a> {
 
     /// Drops the remains of an index, but never another index that has got its name meanwhile.
     ///
-    /// DROP INDEX resolves the name again after it has waited for the table, and another session may have built a
-    /// valid index of that name meanwhile. So the remains are first renamed to a name that no other index can have, in
-    /// a transaction that is rolled back if the name no longer belongs to them. The remains of a REINDEX already have such
-    /// a name.
+    /// DROP INDEX resolves the name again after it has waited for the table, and another session may have built a valid
+    /// index of that name meanwhile. So the remains are first renamed to a name that no other index can have, in a
+    /// transaction that is rolled back if the name no longer belongs to them. The remains of a REINDEX already have
+    /// such a name.
     async fn drop_remnant(
         &self,
         table: &Table,
@@ -597,8 +599,8 @@ fn gone(name: &str) -> Error {
     Error::new(ErrorKind::Database).with_detail(format!("the index {name:?} is gone again"))
 }
 
-/// Refuses an existing index of the name if it differs from the wanted one, as far as the catalogs show without a lock on the
-/// table.
+/// Refuses an existing index of the name if it differs from the wanted one, as far as the catalogs show without a lock
+/// on the table.
 fn ensure_same_columns(there: &Index, wanted: &IndexDefinition) -> Result<(), Error> {
     let key = (wanted.parts.iter())
         .map(|part| part.column.clone())

@@ -15,8 +15,9 @@ pub(super) fn aside_name(name: &str, oid: u32) -> String {
     format!("{}{tail}", &name[..end])
 }
 
-/// Whether `name` is that of a remnant that a failed REINDEX CONCURRENTLY leaves of `index`: the index's name, truncated if
-/// it is long, `_ccnew` or `_ccold`, and a number if there are several (`ChooseRelationName` in `src/backend/commands/indexcmds.c`).
+/// Whether `name` is that of a remnant that a failed REINDEX CONCURRENTLY leaves of `index`: the index's name,
+/// truncated if it is long, `_ccnew` or `_ccold`, and a number if there are several (`ChooseRelationName` in
+/// `src/backend/commands/indexcmds.c`).
 pub(super) fn is_remnant_of(name: &str, index: &str) -> bool {
     ["_ccnew", "_ccold"].iter().any(|mark| {
         name.rfind(mark).is_some_and(|at| {

@@ -29,8 +29,8 @@ impl Migration {
         &self.schema
     }
 
-    /// The lock that prevents other processes from running the migration, and its connection. Use the connection for work that
-    /// must end with the lock.
+    /// The lock that prevents other processes from running the migration, and its connection. Use the connection for
+    /// work that must end with the lock.
     pub fn guard(&mut self) -> &mut SessionGuard {
         &mut self.guard
     }

@@ -1,8 +1,8 @@
 //! Schema changes that do not block other sessions for long.
 //!
-//! `ddl` recognizes statements, `plan` predicts their locks with the help of the catalogs, `lint` refuses statements that
-//! block for long, `run` makes the attempts while `statement_poll` samples the blockers. The other modules are procedures
-//! of several steps.
+//! `ddl` recognizes statements, `plan` predicts their locks with the help of the catalogs, `lint` refuses statements
+//! that block for long, `run` makes the attempts while `statement_poll` samples the blockers. The other modules are
+//! procedures of several steps.
 
 mod change;
 mod column;
@@ -49,11 +49,11 @@ use crate::transaction::AsyncFunc;
 
 /// Schema changes that do not block other sessions for long: [`Keeper::schema`](crate::Keeper::schema).
 ///
-/// A statement that waits for ACCESS EXCLUSIVE blocks all sessions that queue behind it, including readers, for as long as
-/// it waits: conflicting requests are granted in the order in which they were made. So everything here waits for its locks
-/// at most 100 ms at a time ([`lock_timeout`](Self::lock_timeout)), pauses at least ten times as long before the next
-/// attempt, and never waits without limit, even in the last attempt. The report of each attempt, and the error, contain the
-/// blockers.
+/// A statement that waits for ACCESS EXCLUSIVE blocks all sessions that queue behind it, including readers, for as long
+/// as it waits: conflicting requests are granted in the order in which they were made. So everything here waits for its
+/// locks at most 100 ms at a time ([`lock_timeout`](Self::lock_timeout)), pauses at least ten times as long before the
+/// next attempt, and never waits without limit, even in the last attempt. The report of each attempt, and the error,
+/// contain the blockers.
 ///
 /// | to … | call |
 /// |---|---|
@@ -64,9 +64,9 @@ use crate::transaction::AsyncFunc;
 /// | add a column, replace a table | [`add_column`](Self::add_column), [`replace_table`](Self::replace_table) |
 /// | run all of this in one of many processes, once | [`migrate_once`](Self::migrate_once) |
 ///
-/// Each of them can be repeated after it failed or its process died: it determines what is left to
-/// do. Names of tables are [`TableName`]s, names of columns and indexes are plain texts; all are quoted wherever they are
-/// sent, so `Orders` is not `orders`. The documentation says where a text is the caller's SQL.
+/// Each of them can be repeated after it failed or its process died: it determines what is left to do. Names of tables
+/// are [`TableName`]s, names of columns and indexes are plain texts; all are quoted wherever they are sent, so `Orders`
+/// is not `orders`. The documentation says where a text is the caller's SQL.
 ///
 /// The pool should have at least two connections: one of them samples the blockers, unless there is a
 /// [side connection](crate::KeeperBuilder::side_connection).
@@ -101,19 +101,20 @@ impl Schema {
         }
     }
 
-    /// The schema in which [`migrate_once`](Self::migrate_once) keeps its table; `public` by default. The schema has to exist.
+    /// The schema in which [`migrate_once`](Self::migrate_once) keeps its table; `public` by default. The schema has to
+    /// exist.
     pub fn bookkeeping(mut self, schema: impl Into<String>) -> Self {
         self.bookkeeping = schema.into();
         self
     }
 
-    /// Describes a change: one statement, or several separated by `;`, which then run in one transaction. It is the caller's SQL
-    /// and sent unchanged. Settings that it changes for the session by `set_config(…, false)`, or in a function, remain on that
-    /// connection of the pool.
+    /// Describes a change: one statement, or several separated by `;`, which then run in one transaction. It is the
+    /// caller's SQL and sent unchanged. Settings that it changes for the session by `set_config(…, false)`, or in a
+    /// function, remain on that connection of the pool.
     ///
-    /// Statements that block other sessions while they process a whole table are refused if the table has rows. The error
-    /// contains the reason and a better way. These are CREATE INDEX without CONCURRENTLY, a column type that requires
-    /// a rewrite, a volatile default, constraints that are checked at once, VACUUM FULL, CLUSTER;
+    /// Statements that block other sessions while they process a whole table are refused if the table has rows. The
+    /// error contains the reason and a better way. These are CREATE INDEX without CONCURRENTLY, a column type that
+    /// requires a rewrite, a volatile default, constraints that are checked at once, VACUUM FULL, CLUSTER;
     /// [`allow_scan`](Change::allow_scan) and [`allow_rewrite`](Change::allow_rewrite) allow them.
     ///
     /// # Examples
@@ -138,8 +139,8 @@ impl Schema {
     }
 
     /// Predicts which relations SQL would lock, in which modes and for which work, and finds their current blockers and
-    /// waiters; or does the same for a table and a [`LockMode`](crate::LockMode). It takes none of these locks, and does not
-    /// wait.
+    /// waiters; or does the same for a table and a [`LockMode`](crate::LockMode). It takes none of these locks, and
+    /// does not wait.
     ///
     /// The SQL is parsed, not run, and combined with the table of [`StatementLock`](crate::StatementLock) and the
     /// catalogs. The prediction does not include what triggers and functions lock.
@@ -175,8 +176,8 @@ impl Schema {
 
     /// Runs SQL in a transaction, records what it has locked, and rolls it back.
     ///
-    /// **It takes all of these locks, and does all of the work, as the change itself would**, and holds the locks to the end:
-    /// use it on a copy of the database or an empty one. Statements that cannot be rolled back are refused
+    /// **It takes all of these locks, and does all of the work, as the change itself would**, and holds the locks to
+    /// the end: use it on a copy of the database or an empty one. Statements that cannot be rolled back are refused
     /// (CONCURRENTLY, VACUUM); sequences stay advanced. The text is the caller's SQL and sent unchanged.
     ///
     /// # SQL
@@ -245,7 +246,8 @@ impl Schema {
         )
     }
 
-    /// Describes a foreign key from columns of a table to columns of another; without referenced columns, to its primary key.
+    /// Describes a foreign key from columns of a table to columns of another; without referenced columns, to its
+    /// primary key.
     pub fn add_foreign_key<C: Into<String>, D: Into<String>>(
         &self,
         table: impl Into<TableName>,
@@ -316,8 +318,8 @@ impl Schema {
         }
     }
 
-    /// Describes the replacement of a table by the table `new` of the same schema. It is an alternative to VACUUM FULL, CLUSTER,
-    /// and changes that rewrite the table.
+    /// Describes the replacement of a table by the table `new` of the same schema. It is an alternative to VACUUM FULL,
+    /// CLUSTER, and changes that rewrite the table.
     pub fn replace_table(
         &self,
         table: impl Into<TableName>,
@@ -334,29 +336,30 @@ impl Schema {
         }
     }
 
-    /// Runs `f` once, in one of the processes that call this with the same key. Returns `Some` with the result of `f` if it ran
-    /// here, and `None` if the migration is done. While one process runs it, the others wait until it has ended and find
-    /// it done; if it failed or its process died, the next process runs it.
+    /// Runs `f` once, in one of the processes that call this with the same key. Returns `Some` with the result of `f`
+    /// if it ran here, and `None` if the migration is done. While one process runs it, the others wait until it has
+    /// ended and find it done; if it failed or its process died, the next process runs it.
     ///
     /// A waiting process polls and holds neither a snapshot nor a connection: the index builds of the running
     /// migration would wait for a session that waits in a query, and deadlock with it. It waits for at most the
     /// [`deadline`](Self::deadline), an hour by default.
     ///
-    /// After `f` has succeeded, the migration is recorded as done in a separate statement, so `f` may run again if the process
-    /// dies in between, or during `f`. All operations of [`Schema`] can be repeated; make your own statements repeatable, too.
+    /// After `f` has succeeded, the migration is recorded as done in a separate statement, so `f` may run again if the
+    /// process dies in between, or during `f`. All operations of [`Schema`] can be repeated; make your own statements
+    /// repeatable, too.
     ///
     /// # SQL
-    /// A session lock of the key `("lockkeeper migration", key)`, on its own connection, which the pool has to have
-    /// in addition to those of `f`; and the table `lockkeeper_migration (key text PRIMARY KEY, done_at timestamptz, done_by
-    /// text)` in the schema of [`bookkeeping`](Self::bookkeeping), which is created if it does not exist. The role needs the
-    /// privilege to create it, unless it exists, and SELECT and INSERT on it.
+    /// A session lock of the key `("lockkeeper migration", key)`, on its own connection, which the pool has to have in
+    /// addition to those of `f`; and the table `lockkeeper_migration (key text PRIMARY KEY, done_at timestamptz,
+    /// done_by text)` in the schema of [`bookkeeping`](Self::bookkeeping), which is created if it does not exist. The
+    /// role needs the privilege to create it, unless it exists, and SELECT and INSERT on it.
     ///
     /// # Errors
-    /// The closure's own; [`LockTimeout`](crate::ErrorKind::LockTimeout) if another process still runs it at the deadline;
-    /// [`LockLost`](crate::ErrorKind::LockLost) if the connection with the lock was lost: `f` is
-    /// dropped if the loss is noticed while it runs (the lock is polled a few times a second, so another process may have begun
-    /// by then), and nothing is recorded; [`Config`](crate::ErrorKind::Config) if `f` left a transaction open on the guard;
-    /// [`TransactionPooler`](crate::ErrorKind::TransactionPooler) as for all session locks.
+    /// The closure's own; [`LockTimeout`](crate::ErrorKind::LockTimeout) if another process still runs it at the
+    /// deadline; [`LockLost`](crate::ErrorKind::LockLost) if the connection with the lock was lost: `f` is dropped if
+    /// the loss is noticed while it runs (the lock is polled a few times a second, so another process may have begun by
+    /// then), and nothing is recorded; [`Config`](crate::ErrorKind::Config) if `f` left a transaction open on the
+    /// guard; [`TransactionPooler`](crate::ErrorKind::TransactionPooler) as for all session locks.
     ///
     /// # Cancel safety
     /// Can be dropped at any point: the lock is released, and the migration is not done.

@@ -13,8 +13,8 @@ use crate::error::Error;
 const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
 /// The default time in which attempts are repeated.
 const DEADLINE: Duration = Duration::from_secs(300);
-/// The shortest pause, in multiples of the lock timeout. Sessions that queued behind an attempt finish long before the next
-/// one, and the table is blocked for less than a tenth of the time.
+/// The shortest pause, in multiples of the lock timeout. Sessions that queued behind an attempt finish long before the
+/// next one, and the table is blocked for less than a tenth of the time.
 const MIN_PAUSE_FACTOR: u32 = 10;
 /// The longest time that jitter adds to a pause.
 const MAX_JITTER: Duration = Duration::from_secs(10);
@@ -107,9 +107,9 @@ macro_rules! change_options {
     ($type:ty) => {
         /// Timeouts, deadline and attempts.
         impl $type {
-            /// How long one attempt may wait for its locks; 100 ms by default, rounded up to whole milliseconds. Readers
-            /// and writers that queue behind the attempt can wait as long. Zero, which PostgreSQL takes to mean no limit,
-            /// is refused.
+            /// How long one attempt may wait for its locks; 100 ms by default, rounded up to whole milliseconds.
+            /// Readers and writers that queue behind the attempt can wait as long. Zero, which PostgreSQL takes to mean
+            /// no limit, is refused.
             pub fn lock_timeout(mut self, timeout: std::time::Duration) -> Self {
                 self.options.lock_timeout = timeout;
                 self

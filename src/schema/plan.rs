@@ -1,4 +1,5 @@
-//! Predicts which relations a batch would lock, in which modes, and for which work, from its statements and the catalogs.
+//! Predicts which relations a batch would lock, in which modes, and for which work, from its statements and the
+//! catalogs.
 
 use super::Env;
 use super::ddl::{self, Action, CatalogCheck, Target};
@@ -323,8 +324,8 @@ const NUMERIC: u32 = 1700;
 /// time, timestamp, timestamptz, timetz.
 const TIMES: [u32; 4] = [1083, 1114, 1184, 1266];
 
-/// Whether the stored values of a column stay unchanged under its new type, so that the server changes only the catalogs
-/// (`ATColumnChangeRequiresRewrite` in `src/backend/commands/tablecmds.c`). In doubt `false`.
+/// Whether the stored values of a column stay unchanged under its new type, so that the server changes only the
+/// catalogs (`ATColumnChangeRequiresRewrite` in `src/backend/commands/tablecmds.c`). In doubt `false`.
 fn keeps_bytes(types: ColumnTypes, ty: &str) -> bool {
     let numbers = modifiers(ty);
     let ColumnTypes {

@@ -94,8 +94,8 @@ impl Preflight {
         })
     }
 
-    /// The relations that would be locked, each once, with the strongest mode. They include partitions, parents and tables at
-    /// the other end of foreign keys, but no relations that do not exist yet.
+    /// The relations that would be locked, each once, with the strongest mode. They include partitions, parents and
+    /// tables at the other end of foreign keys, but no relations that do not exist yet.
     #[must_use]
     pub fn locks(&self) -> &[PreflightLock] {
         &self.locks
@@ -151,8 +151,8 @@ impl PreflightLock {
         self.planned.mode
     }
 
-    /// The statement that takes the lock, by its name in the table of [`StatementLock`](crate::StatementLock); empty for
-    /// [`Intent::Lock`].
+    /// The statement that takes the lock, by its name in the table of [`StatementLock`](crate::StatementLock); empty
+    /// for [`Intent::Lock`].
     #[must_use]
     pub fn statement(&self) -> &'static str {
         self.planned.statement
@@ -170,7 +170,8 @@ impl PreflightLock {
         self.planned.relation.rows
     }
 
-    /// The operations that would queue behind the lock while it is held or waited for, as a phrase that follows “blocks”.
+    /// The operations that would queue behind the lock while it is held or waited for, as a phrase that follows
+    /// “blocks”.
     #[must_use]
     pub fn blocks(&self) -> &'static str {
         self.planned.mode.blocks()

@@ -48,8 +48,8 @@ impl<'a> Procedure<'a> {
         })
     }
 
-    /// Runs all steps. Starts over if a step has found that another session does the same, which may be an earlier run whose
-    /// connection was lost while the server continued.
+    /// Runs all steps. Starts over if a step has found that another session does the same, which may be an earlier run
+    /// whose connection was lost while the server continued.
     pub(super) async fn run(
         env: &'a Env,
         options: &'a ChangeOptions,
@@ -188,8 +188,8 @@ impl<'a> Procedure<'a> {
         self.add_and_validate(table, name, 'c', add).await
     }
 
-    /// Adds a foreign key. For a partitioned table, those of its partitions come first; the table's own foreign key then
-    /// adopts them without reading the rows again.
+    /// Adds a foreign key. For a partitioned table, those of its partitions come first; the table's own foreign key
+    /// then adopts them without reading the rows again.
     pub(super) async fn add_foreign_key(
         &mut self,
         table: &Table,

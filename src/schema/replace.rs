@@ -25,15 +25,15 @@ pub struct ReplaceTable {
 }
 
 impl ReplaceTable {
-    /// The caller's SQL that creates and fills the new table. It runs in one transaction if the new table does not exist yet,
-    /// and may take long, because it blocks no other session. Without it, the new table has to exist.
+    /// The caller's SQL that creates and fills the new table. It runs in one transaction if the new table does not
+    /// exist yet, and may take long, because it blocks no other session. Without it, the new table has to exist.
     pub fn build(mut self, sql: impl Into<String>) -> Self {
         self.build = Some(sql.into());
         self
     }
 
-    /// The caller's SQL that brings the new table up to date. It runs in the transaction that swaps the tables, while no other
-    /// session can read or write the old one, so it should only process what has changed since the build.
+    /// The caller's SQL that brings the new table up to date. It runs in the transaction that swaps the tables, while
+    /// no other session can read or write the old one, so it should only process what has changed since the build.
     pub fn catch_up(mut self, sql: impl Into<String>) -> Self {
         self.catch_up = Some(sql.into());
         self
@@ -48,11 +48,11 @@ impl ReplaceTable {
     /// Builds the new table, unless it exists, and swaps it with the old one.
     ///
     /// The caller has to give the new table everything that belongs to the table rather than to its rows: indexes,
-    /// constraints, grants, triggers, owned sequences. Views continue to read the old table. A table that is referenced by
-    /// foreign keys is refused, because they would reference the old table. Writes between the build and the swap are lost,
-    /// except those that [`catch_up`](Self::catch_up) copies: record them with a trigger. The swap sets a comment on the old
-    /// table (COMMENT ON TABLE), by which a repeated call recognizes it. Drop the old table before the
-    /// next replacement. An `…_old` table without that comment is not a result of a swap, and is refused.
+    /// constraints, grants, triggers, owned sequences. Views continue to read the old table. A table that is referenced
+    /// by foreign keys is refused, because they would reference the old table. Writes between the build and the swap
+    /// are lost, except those that [`catch_up`](Self::catch_up) copies: record them with a trigger. The swap sets a
+    /// comment on the old table (COMMENT ON TABLE), by which a repeated call recognizes it. Drop the old table before
+    /// the next replacement. An `…_old` table without that comment is not a result of a swap, and is refused.
     ///
     /// # SQL
     /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of
@@ -60,12 +60,12 @@ impl ReplaceTable {
     /// [`drop_old`](Self::drop_old), `DROP TABLE IF EXISTS`.
     ///
     /// # Errors
-    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if foreign keys reference the table,
-    /// or if the new table does not exist and nothing builds it.
+    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if foreign keys reference the
+    /// table, or if the new table does not exist and nothing builds it.
     ///
     /// # Cancel safety
-    /// Can be dropped at any point, and called again: a table that was built is not built again, and a swap that was made
-    /// is not undone. With [`drop_old`](Self::drop_old), a completed replacement leaves no trace: another call
+    /// Can be dropped at any point, and called again: a table that was built is not built again, and a swap that was
+    /// made is not undone. With [`drop_old`](Self::drop_old), a completed replacement leaves no trace: another call
     /// replaces the table again. If a run is dropped or loses its connection while its `build` still runs on the
     /// server, the `build` of another run fails with the server's error about the name.
     pub async fn run(self) -> Result<ProcedureReport, Error> {
@@ -146,10 +146,10 @@ impl Steps for ReplaceTable {
             Some(there) => {
                 // Invariant: only a table that a swap with this new table has renamed counts as done, or is dropped.
                 let sql = procedure::has_comment(there.oid, &procedure::replaced_by(&new));
-                let ours = catalog::is_yes(&self.env.ask(&sql).await?);
+                let is_replaced = catalog::is_yes(&self.env.ask(&sql).await?);
                 // An earlier run whose connection was lost may have dropped it just now.
-                let is_there = ours || Table::find(&self.env, &old_name).await?.is_some();
-                if is_there && !ours {
+                let is_there = is_replaced || Table::find(&self.env, &old_name).await?.is_some();
+                if is_there && !is_replaced {
                     return Err(Error::config(format!(
                         "there is {old_name} already, which no replacement by {new} has left; drop or rename it first"
                     )));

@@ -48,9 +48,9 @@ impl ChangeAttempt {
         self.sqlstate.as_deref()
     }
 
-    /// The sessions that blocked the attempt in the last sample before it ended: holders of the lock it waited for, and waiters
-    /// ahead of it in the queue. If no sample was taken, these are the sessions that held conflicting locks right after the
-    /// attempt on the relations it is known to lock. Empty if there were none.
+    /// The sessions that blocked the attempt in the last sample before it ended: holders of the lock it waited for, and
+    /// waiters ahead of it in the queue. If no sample was taken, these are the sessions that held conflicting locks
+    /// right after the attempt on the relations it is known to lock. Empty if there were none.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
         &self.blockers
@@ -124,8 +124,8 @@ impl ProcedureReport {
         &self.steps
     }
 
-    /// The change that existing rows still need, as one statement that describes it; run it in batches. `None` except for
-    /// a new column with a volatile default.
+    /// The change that existing rows still need, as one statement that describes it; run it in batches. `None` except
+    /// for a new column with a volatile default.
     #[must_use]
     pub fn backfill(&self) -> Option<&str> {
         self.backfill.as_deref()

@@ -24,8 +24,8 @@ pub(super) enum Method {
     InTransaction,
     /// One statement outside of a transaction.
     OutsideTransaction,
-    /// One statement outside of a transaction that blocks neither readers nor writers while it waits, and that can leave
-    /// partial work behind: it waits up to the deadline, and is not repeated here.
+    /// One statement outside of a transaction that blocks neither readers nor writers while it waits, and that can
+    /// leave partial work behind: it waits up to the deadline, and is not repeated here.
     Concurrently,
     /// One statement outside of a transaction, with a short wait and without repetition: after the partial work that it
     /// leaves behind, another statement has to follow.

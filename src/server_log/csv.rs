@@ -7,8 +7,9 @@ use super::time_zones::TimeZones;
 const MAX_RECORD_BYTES: usize = 4 << 20;
 /// How many bytes of each field are always kept: the fields after a long statement tell which session ran it.
 const MIN_FIELD_BYTES: usize = 1024;
-/// The number of columns: 23 up to `application_name`, three more since 14 (PostgreSQL's documentation, "Using CSV-Format
-/// Log Output"), and a reserve for later versions. A record whose end is missing is joined with the next one and has more.
+/// The number of columns: 23 up to `application_name`, three more since 14 (PostgreSQL's documentation, "Using
+/// CSV-Format Log Output"), and a reserve for later versions. A record whose end is missing is joined with the next one
+/// and has more.
 const COLUMNS: std::ops::RangeInclusive<usize> = 23..=32;
 
 #[derive(Clone, Debug, Default)]

@@ -20,8 +20,8 @@ pub enum LogEventKind {
     StillWaiting,
     /// A session got a lock after it had waited for at least `deadlock_timeout` (`log_lock_waits`).
     Acquired,
-    /// The server removed a session that had waited as long from the queue without granting the lock (`log_lock_waits`).
-    /// Rare: waits that are cancelled or time out do not produce this message.
+    /// The server removed a session that had waited as long from the queue without granting the lock
+    /// (`log_lock_waits`). Rare: waits that are cancelled or time out do not produce this message.
     NotAcquired,
     /// The server avoided a deadlock by moving a session ahead in the queue (`log_lock_waits`).
     DeadlockAvoided,
@@ -56,8 +56,8 @@ impl LogEventKind {
 
 /// A message about locks in the server's log.
 ///
-/// Values that the log does not contain, or that `log_line_prefix` leaves out, are `None` or empty. `Display` is one line
-/// without the literals of statements; `Debug` does not show them either.
+/// Values that the log does not contain, or that `log_line_prefix` leaves out, are `None` or empty. `Display` is one
+/// line without the literals of statements; `Debug` does not show them either.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogEvent {
     origin: Origin,
@@ -107,8 +107,8 @@ impl LogEvent {
         self.event.kind
     }
 
-    /// When the message was logged, to the millisecond, or to the second with `%t`. `None` if the log names a time zone by
-    /// an unknown abbreviation: see [`Reader::zone`](super::Reader::zone).
+    /// When the message was logged, to the millisecond, or to the second with `%t`. `None` if the log names a time zone
+    /// by an unknown abbreviation: see [`Reader::zone`](super::Reader::zone).
     #[must_use]
     pub fn time(&self) -> Option<SystemTime> {
         self.origin.time
@@ -168,9 +168,9 @@ impl LogEvent {
         self.event.mode
     }
 
-    /// What the lock is on; for a deadlock, what its victim waited for. The log contains the oids of relations, not their
-    /// names, and the numbers of advisory locks, to which the name is added if this process has used the key. Errors other
-    /// than deadlocks do not contain it; see [`row`](Self::row).
+    /// What the lock is on; for a deadlock, what its victim waited for. The log contains the oids of relations, not
+    /// their names, and the numbers of advisory locks, to which the name is added if this process has used the key.
+    /// Errors other than deadlocks do not contain it; see [`row`](Self::row).
     #[must_use]
     pub fn object(&self) -> Option<&LockObject> {
         self.event.object.as_ref()
@@ -194,8 +194,8 @@ impl LogEvent {
         &self.event.queue
     }
 
-    /// The waits that form a deadlock's cycle. The blocker of each is the waiter of the next; the first waiter is the victim
-    /// and the blocker of the last.
+    /// The waits that form a deadlock's cycle. The blocker of each is the waiter of the next; the first waiter is the
+    /// victim and the blocker of the last.
     #[must_use]
     pub fn waits(&self) -> &[LogWait] {
         &self.event.waits
@@ -208,7 +208,8 @@ impl LogEvent {
     }
 }
 
-/// `pid 12 (billing src/pay.rs:42) still waits after 1.0s for ShareLock on transaction 733, held by pid 11: UPDATE t SET a = ?`
+/// `pid 12 (billing src/pay.rs:42) still waits after 1.0s for ShareLock on transaction 733, held by pid 11: UPDATE t
+/// SET a = ?`
 impl fmt::Display for LogEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.pid() {
@@ -300,8 +301,8 @@ impl LogWait {
         &self.object
     }
 
-    /// The waiter's statement, with all literals, up to the length the server keeps (`track_activity_query_size`). `Display`
-    /// and `Debug` never show the literals.
+    /// The waiter's statement, with all literals, up to the length the server keeps (`track_activity_query_size`).
+    /// `Display` and `Debug` never show the literals.
     #[must_use]
     pub fn statement(&self) -> Option<&str> {
         self.statement.as_ref().map(|text| &*text.0)

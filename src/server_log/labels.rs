@@ -265,8 +265,8 @@ const POSITIONS: [(&str, &str); 12] = [
 
 /// The message without that position, which the other formats have in a column of its own.
 pub(super) fn without_position(message: &str) -> &str {
-    let mut shorter = POSITIONS.iter().filter_map(|(before, behind)| {
-        let number = message.strip_suffix(behind)?;
+    let mut shorter = POSITIONS.iter().filter_map(|(before, after)| {
+        let number = message.strip_suffix(after)?;
         let rest = number.trim_end_matches(|c: char| c.is_ascii_digit());
         (rest.len() < number.len())
             .then(|| rest.strip_suffix(before))
@@ -275,7 +275,7 @@ pub(super) fn without_position(message: &str) -> &str {
     shorter.next().unwrap_or(message)
 }
 
-/// The first label in a line that does not begin within a word, with its position, which is at max_position `max_position` bytes.
+/// The first label in a line that does not begin within a word, with its position, which is at most `max_position`.
 pub(super) fn first_label(line: &str, max_position: usize) -> Option<(usize, Label, &str)> {
     let mut starts = line
         .char_indices()

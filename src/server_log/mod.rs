@@ -1,27 +1,27 @@
 //! Reads what PostgreSQL's own log contains about locks: long waits, deadlocks with their statements, lock timeouts.
 //!
-//! The log contains what sampling the server cannot see: every deadlock with the statements of all its sessions, and, with
-//! `log_lock_waits = on`, every wait longer than `deadlock_timeout` with the lock's holders and other waiters. A [`Reader`]
-//! takes the text of a log file piece by piece and returns a [`LogEvent`] for each message about locks. It reads the formats
-//! `stderr`, `csvlog` and `jsonlog` (15 and later) of PostgreSQL 14 to 18. It does no I/O: finding and following the file
-//! is up to the caller.
+//! The log contains what sampling the server cannot see: every deadlock with the statements of all its sessions, and,
+//! with `log_lock_waits = on`, every wait longer than `deadlock_timeout` with the lock's holders and other waiters. A
+//! [`Reader`] takes the text of a log file piece by piece and returns a [`LogEvent`] for each message about locks. It
+//! reads the formats `stderr`, `csvlog` and `jsonlog` (15 and later) of PostgreSQL 14 to 18. It does no I/O: finding
+//! and following the file is up to the caller.
 //!
 //! Messages are in the server's language (`lc_messages`). They are recognized by their SQLSTATE if the format contains
-//! it (`csvlog`, `jsonlog`, and `stderr` with `%e` in `log_line_prefix`). Otherwise they are recognized by their form and
-//! a few words, in all languages that PostgreSQL has translations for.
+//! it (`csvlog`, `jsonlog`, and `stderr` with `%e` in `log_line_prefix`). Otherwise they are recognized by their form
+//! and a few words, in all languages that PostgreSQL has translations for.
 //!
-//! Lines that are not about locks, come from another program, are damaged or cut off are skipped. No input causes a panic,
-//! and memory is bounded: a message longer than four megabytes is truncated, and skipped in `jsonlog`.
+//! Lines that are not about locks, come from another program, are damaged or cut off are skipped. No input causes a
+//! panic, and memory is bounded: a message longer than four megabytes is truncated, and skipped in `jsonlog`.
 //!
 //! # Trust
 //!
-//! In `csvlog` and `jsonlog` the text of a client cannot begin a message (in `csvlog` it can if reading starts within
-//! a message). In `stderr` it can: a client that may choose an `application_name` that is in the prefix, or raise errors,
+//! In `csvlog` and `jsonlog` the text of a client cannot begin a message (in `csvlog` it can if reading starts within a
+//! message). In `stderr` it can: a client that may choose an `application_name` that is in the prefix, or raise errors,
 //! can write lines that look like the server's.
 //!
 //! In every format a client can write the text of a message: PL/pgSQL's `RAISE` logs any text, with any DETAIL and
-//! SQLSTATE. In `csvlog` and `jsonlog` such a message can only report waits and failures of the client's own process, but
-//! it can name any process as a blocker, as a waiter in the queue, or as part of a deadlock with it.
+//! SQLSTATE. In `csvlog` and `jsonlog` such a message can only report waits and failures of the client's own process,
+//! but it can name any process as a blocker, as a waiter in the queue, or as part of a deadlock with it.
 //!
 //! # Examples
 //!
@@ -94,9 +94,9 @@ impl Reader {
     /// For `log_destination = stderr`, with the server's `log_line_prefix` as it is in `postgresql.conf` or as `SHOW
     /// log_line_prefix` shows it: `"%m [%p] "` by default.
     ///
-    /// Time, process id, user, database, `application_name`, SQLSTATE and query identifier are read from the prefix if it
-    /// contains them (`%t`, `%m`, `%n`, `%p`, `%u`, `%d`, `%a`, `%e`, `%Q`). Lines that do not begin with the prefix are
-    /// skipped.
+    /// Time, process id, user, database, `application_name`, SQLSTATE and query identifier are read from the prefix if
+    /// it contains them (`%t`, `%m`, `%n`, `%p`, `%u`, `%d`, `%a`, `%e`, `%Q`). Lines that do not begin with the prefix
+    /// are skipped.
     #[must_use]
     pub fn stderr(log_line_prefix: &str) -> Self {
         Self::new(Format::Stderr(Box::new(Stderr::of_prefix(Prefix::new(
@@ -123,8 +123,8 @@ impl Reader {
         Self::new(Format::Json)
     }
 
-    /// Defines a time zone abbreviation of this log, in seconds ahead of UTC. The server writes times in `log_timezone`,
-    /// and abbreviations are ambiguous. `UTC`, `GMT` and numbers such as `+03` need no definition.
+    /// Defines a time zone abbreviation of this log, in seconds ahead of UTC. The server writes times in
+    /// `log_timezone`, and abbreviations are ambiguous. `UTC`, `GMT` and numbers such as `+03` need no definition.
     ///
     /// # Examples
     ///
@@ -141,15 +141,16 @@ impl Reader {
 
     /// Reads the next part of the log's text: a line, several lines, or part of a line.
     ///
-    /// In the `stderr` format a message ends where the next one begins: it is returned then, or by [`finish`](Self::finish).
+    /// In the `stderr` format a message ends where the next one begins: it is returned then, or by
+    /// [`finish`](Self::finish).
     ///
     /// Databases with different encodings write to one log: convert lines that are not UTF-8 with
     /// [`String::from_utf8_lossy`].
     pub fn push(&mut self, text: &str) -> impl Iterator<Item = LogEvent> + use<> {
         let mut events = Vec::new();
         let mut rest = text;
-        while let Some((line, behind)) = rest.split_once('\n') {
-            rest = behind;
+        while let Some((line, after)) = rest.split_once('\n') {
+            rest = after;
             // This can be the last part of a line that came in parts.
             if self.line.is_empty() && !self.too_long {
                 events.extend(self.whole_line(line));

@@ -163,8 +163,8 @@ fn length(field: char, text: &str) -> Option<(usize, usize)> {
         't' | 'm' | 's' => time_length(value),
         _ => return None,
     };
-    let behind = &value[length..];
-    let blanks = behind.len() - behind.trim_start_matches(' ').len();
+    let after = &value[length..];
+    let blanks = after.len() - after.trim_start_matches(' ').len();
     Some((padding + length, blanks))
 }
 

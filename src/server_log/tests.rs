@@ -321,7 +321,7 @@ fn an_unterminated_quote_is_abandoned() {
     for _ in 0..6 {
         assert_eq!(reader.push(&"x".repeat(1 << 20)).count(), 0);
     }
-    assert!(reader.line.len() <= LONGEST_LINE);
+    assert!(reader.line.len() <= MAX_LINE_BYTES);
     assert_eq!(
         reader
             .push(&format!("\n{}", Message::timeout().json()))

@@ -16,15 +16,15 @@ pub(crate) struct BatchQuery<'a> {
     pub(crate) last_key: Option<&'a [String]>,
 }
 
-/// One statement that selects the next `rows` rows after the last one, locks those that match the filter in the order of
-/// their keys, and changes them.
+/// One statement that selects the next `rows` rows after the last one, locks those that match the filter in the order
+/// of their keys, and changes them.
 ///
-/// A batch is a range of the key, not a number of matching rows, so it is short even if few or no rows match. All of its rows
-/// are read in one snapshot. The statement waits for a row that another transaction is changing, and then tests the
-/// filter on the new version (READ COMMITTED).
+/// A batch is a range of the key, not a number of matching rows, so it is short even if few or no rows match. All of
+/// its rows are read in one snapshot. The statement waits for a row that another transaction is changing, and then
+/// tests the filter on the new version (READ COMMITTED).
 ///
-/// The table is joined with the window by the whole key, not by a range of the key. The planner may estimate that a range is
-/// a third of the table, and read the whole table for each batch; it knows the LIMIT of the window.
+/// The table is joined with the window by the whole key, not by a range of the key. The planner may estimate that a
+/// range is a third of the table, and read the whole table for each batch; it knows the LIMIT of the window.
 ///
 /// The caller's texts are on separate lines, so that a comment at their end does not extend to what follows.
 pub(crate) fn batch(query: &BatchQuery<'_>, rows: u32) -> String {
@@ -57,7 +57,7 @@ pub(crate) fn batch(query: &BatchQuery<'_>, rows: u32) -> String {
         &mut key().map(|(column, n)| format!("{} AS {KEY_ALIAS}{n}", identifier(&column.name))),
         ", ",
     );
-    let ours = list(&mut key().map(|(_, n)| format!("{KEY_ALIAS}{n}")), ", ");
+    let aliases = list(&mut key().map(|(_, n)| format!("{KEY_ALIAS}{n}")), ", ");
     let ascending = list(
         &mut target
             .key
@@ -109,7 +109,7 @@ pub(crate) fn batch(query: &BatchQuery<'_>, rows: u32) -> String {
         "{settings}WITH lockkeeper_window AS MATERIALIZED \
          (SELECT {names} FROM {table}{after_last} ORDER BY {ascending} LIMIT {rows}), \
          lockkeeper_edge AS MATERIALIZED \
-         (SELECT {ours} FROM lockkeeper_window ORDER BY {descending} LIMIT 1), \
+         (SELECT {aliases} FROM lockkeeper_window ORDER BY {descending} LIMIT 1), \
          lockkeeper_batch AS MATERIALIZED \
          (SELECT {windows} FROM {table} JOIN lockkeeper_window ON {in_window}{filter} \
          ORDER BY {in_order} FOR NO KEY UPDATE OF {itself}), \
@@ -126,8 +126,8 @@ pub(crate) fn batch(query: &BatchQuery<'_>, rows: u32) -> String {
     )
 }
 
-/// Settings under which a key's text is written and later read as the same value, independent of the settings of the session
-/// that continues the backfill (test `backfill::a_checkpoint_is_read_as_it_was_written`).
+/// Settings under which a key's text is written and later read as the same value, independent of the settings of the
+/// session that continues the backfill (test `backfill::a_checkpoint_is_read_as_it_was_written`).
 ///
 /// They are used only if the key needs them, because the caller's texts run under them, too. The time zone is not among
 /// them, because ISO dates contain it.

@@ -57,12 +57,12 @@ impl KeyText {
     }
 }
 
-/// Queries the table, its partitions, the columns of the key, and the operators of a unique index on exactly these columns:
-/// one message of three statements. Of several such indexes, the primary key's comes first, so that all runs use the
-/// same one.
+/// Queries the table, its partitions, the columns of the key, and the operators of a unique index on exactly these
+/// columns: one message of three statements. Of several such indexes, the primary key's comes first, so that all runs
+/// use the same one.
 ///
-/// The planner uses an index only for operators of its operator family. For most types they are in `pg_catalog`; for types
-/// of extensions such as `citext` they are in the extension's schema.
+/// The planner uses an index only for operators of its operator family. For most types they are in `pg_catalog`; for
+/// types of extensions such as `citext` they are in the extension's schema.
 pub(crate) fn target(table: &TableName, key: &[String]) -> String {
     let schema = table.schema().map_or_else(
         || "pg_catalog.pg_table_is_visible(c.oid)".to_owned(),
@@ -286,16 +286,16 @@ fn place(row: &tokio_postgres::SimpleQueryRow) -> Option<usize> {
     parsed::<usize>(row, "place")?.checked_sub(1)
 }
 
-/// Queries the planner's estimate of the table's rows: `pg_class.reltuples`, adjusted to the table's current size and summed
-/// over partitions.
+/// Queries the planner's estimate of the table's rows: `pg_class.reltuples`, adjusted to the table's current size and
+/// summed over partitions.
 pub(crate) fn estimate(table: &TableName) -> String {
     format!("EXPLAIN SELECT FROM {table}")
 }
 
 pub(crate) fn read_estimate(reply: &[SimpleQueryMessage]) -> Option<u64> {
     let plan = rows(reply).next()?;
-    let (_, behind) = plan.try_get(0).ok()??.split_once(" rows=")?;
-    behind.split(' ').next()?.parse().ok()
+    let (_, rest) = plan.try_get(0).ok()??.split_once(" rows=")?;
+    rest.split(' ').next()?.parse().ok()
 }
 
 impl Target {

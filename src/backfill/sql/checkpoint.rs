@@ -37,10 +37,10 @@ pub(crate) struct Checkpoint {
 
 /// Queries the checkpoint table. `CREATE TABLE IF NOT EXISTS` requires the privilege to create it even if it exists.
 ///
-/// The table's owner can create triggers on it, which run as the role that writes to it. So the owner must be a role whose
-/// code could run as this role anyway: this role itself, or one that has all privileges of the owner of the backfilled table
-/// or of the schema, such as a superuser. It is not enough that this role is a member of the owner's role: a superuser is
-/// a member of every role.
+/// The table's owner can create triggers on it, which run as the role that writes to it. So the owner must be a role
+/// whose code could run as this role anyway: this role itself, or one that has all privileges of the owner of the
+/// backfilled table or of the schema, such as a superuser. It is not enough that this role is a member of the owner's
+/// role: a superuser is a member of every role.
 pub(crate) fn find_table(target: &Target) -> String {
     let can_do_as = |owner: &str| format!("pg_catalog.pg_has_role(c.relowner, {owner}, 'MEMBER')");
     let owner = format!(
@@ -136,8 +136,8 @@ pub(crate) fn delete(id: &CheckpointId<'_>) -> String {
     )
 }
 
-/// Records a batch in the batch's transaction, unless another batch has been recorded since, or another backfill has begun
-/// under the name: one message. It also queries how many sessions wait for this transaction.
+/// Records a batch in the batch's transaction, unless another batch has been recorded since, or another backfill has
+/// begun under the name: one message. It also queries how many sessions wait for this transaction.
 pub(crate) fn advance(
     id: &CheckpointId<'_>,
     before: &Checkpoint,

@@ -6,16 +6,16 @@ use tokio_postgres::SimpleQueryMessage;
 
 use crate::postgres::sql::{parsed, rows, seconds};
 
-/// Queries the sessions that wait for a lock on these tables or their rows, and the replication lag of standbys: one message
-/// of two statements.
+/// Queries the sessions that wait for a lock on these tables or their rows, and the replication lag of standbys: one
+/// message of two statements.
 ///
-/// A session that waits for a row waits for a transaction. It is recognized by the lock on the row's location (`tuple`) that
-/// it holds or waits for meanwhile.
+/// A session that waits for a row waits for a transaction. It is recognized by the lock on the row's location (`tuple`)
+/// that it holds or waits for meanwhile.
 ///
 /// `pg_stat_replication` shows every role that a standby exists, but its other columns only to members of `pg_monitor`.
 pub(crate) fn load_sample(oids: &[u32]) -> String {
     let oids: Vec<String> = oids.iter().map(u32::to_string).collect();
-    let ours = format!(
+    let on_tables = format!(
         "l.relation OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[]) \
          AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d \
          WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())",
@@ -25,7 +25,7 @@ pub(crate) fn load_sample(oids: &[u32]) -> String {
         "WITH l AS MATERIALIZED (SELECT l.pid, l.locktype, l.relation, l.database, l.granted FROM pg_catalog.pg_locks AS l) \
          SELECT pg_catalog.count(*) FILTER (WHERE l.locktype OPERATOR(pg_catalog.=) 'relation' AND NOT l.granted) AS table_waiters, \
          pg_catalog.count(DISTINCT l.pid) FILTER (WHERE l.locktype OPERATOR(pg_catalog.=) 'tuple') AS row_waiters \
-         FROM l WHERE {ours} AND EXISTS \
+         FROM l WHERE {on_tables} AND EXISTS \
          (SELECT FROM l AS w WHERE w.pid OPERATOR(pg_catalog.=) l.pid AND NOT w.granted); \
          SELECT pg_catalog.count(*) AS standbys, pg_catalog.count(*) FILTER (WHERE s.state IS NULL) AS hidden, \
          pg_catalog.max(EXTRACT(epoch FROM s.replay_lag)) AS lag, \

@@ -238,8 +238,8 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// The statements of a batch, without the semicolons between them. A semicolon in a function body `BEGIN ATOMIC … END` does
-/// not end the statement.
+/// The statements of a batch, without the semicolons between them. A semicolon in a function body `BEGIN ATOMIC … END`
+/// does not end the statement.
 pub(super) fn split(sql: &str) -> Vec<&str> {
     let mut statements = Vec::new();
     let mut start = None;

@@ -1,7 +1,8 @@
-//! Recognizes statements from their text: their rows in the table of [`StatementLock`](crate::StatementLock), the relations
-//! they name, and what has to be checked in the catalogs.
+//! Recognizes statements from their text: their rows in the table of [`StatementLock`](crate::StatementLock), the
+//! relations they name, and what has to be checked in the catalogs.
 //!
-//! This is not a full parser. A statement that is not recognized is marked ([`Statement::actions`] is `None`), never guessed.
+//! This is not a full parser. A statement that is not recognized is marked ([`Statement::actions`] is `None`), never
+//! guessed.
 
 mod alter;
 mod cursor;
@@ -28,11 +29,11 @@ pub(super) enum Placement {
     InTransaction,
     /// Only outside of a transaction block.
     OutsideTransaction,
-    /// Only outside of a transaction block. It can leave partial work behind, and does not block readers or writers while it
-    /// waits.
+    /// Only outside of a transaction block. It can leave partial work behind, and does not block readers or writers
+    /// while it waits.
     Concurrently,
-    /// `DETACH PARTITION … CONCURRENTLY`, which is like `Concurrently`, except that it finally waits for ACCESS EXCLUSIVE on the
-    /// partition.
+    /// `DETACH PARTITION … CONCURRENTLY`, which is like `Concurrently`, except that it finally waits for ACCESS
+    /// EXCLUSIVE on the partition.
     Detach,
     /// It begins or ends a transaction.
     TransactionControl,
@@ -126,12 +127,12 @@ pub(super) fn read(sql: &str) -> Vec<Statement<'_>> {
     cursor::split(sql).into_iter().map(read_one).collect()
 }
 
-/// Why a batch cannot be split into statements, if so: the end of a string can depend on a setting, and the text after it can
-/// contain any statement, even COMMIT.
+/// Why a batch cannot be split into statements, if so: the end of a string can depend on a setting, and the text after
+/// it can contain any statement, even COMMIT.
 pub(super) fn flaw(sql: &str) -> Option<String> {
     let rest = undecided(sql)?;
-    let (_, behind) = rest.split_once(';')?;
-    (!behind.trim().is_empty()).then(|| {
+    let (_, following) = rest.split_once(';')?;
+    (!following.trim().is_empty()).then(|| {
         let end = rest.char_indices().nth(40).map_or(rest.len(), |(at, _)| at);
         format!(
             "the text cannot be told apart into statements from {:?} on; write a string that ends in a backslash as \

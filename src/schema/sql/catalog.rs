@@ -1,8 +1,8 @@
 //! Relations, columns and constraints by name, and the holders and waiters of their locks.
 //!
-//! These queries lock no relations except the catalogs themselves: names are found by joins, because a cast to `regclass` in
-//! the output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and the like open the relation,
-//! and so wait for conflicting locks on it.
+//! These queries lock no relations except the catalogs themselves: names are found by joins, because a cast to
+//! `regclass` in the output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and the like open the
+//! relation, and so wait for conflicting locks on it.
 
 use std::fmt::Write as _;
 
@@ -217,8 +217,8 @@ pub(crate) fn read_holders_and_waiters(
     rows(reply).filter_map(read).collect()
 }
 
-/// The locks that this backend holds on relations, except on catalogs. A relation that the transaction has dropped has no
-/// name.
+/// The locks that this backend holds on relations, except on catalogs. A relation that the transaction has dropped has
+/// no name.
 pub(crate) const OWN_LOCKS: &str = "SELECT l.relation, n.nspname, c.relname, l.mode FROM pg_catalog.pg_locks AS l \
      LEFT JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) l.relation \
      LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
@@ -398,8 +398,8 @@ pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
     )
 }
 
-/// Whether the constraint is a foreign key, and whether it is a key that a foreign key references. With `column`, whether any
-/// constraint of the column is.
+/// Whether the constraint is a foreign key, and whether it is a key that a foreign key references. With `column`,
+/// whether any constraint of the column is.
 pub(crate) fn constraint(table: &TableName, name: Option<&str>, column: Option<&str>) -> String {
     let named = name.map_or_else(String::new, |name| {
         format!(

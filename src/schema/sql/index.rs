@@ -96,9 +96,9 @@ pub(crate) fn drop_plainly(index: &TableName) -> String {
     format!("DROP INDEX IF EXISTS {index}")
 }
 
-/// Whether an index is the same as the definition would build. It builds the definition on an empty temporary table that the
-/// transaction drops: expressions, predicates, operator classes and orders are the caller's SQL, which only the server can
-/// parse.
+/// Whether an index is the same as the definition would build. It builds the definition on an empty temporary table
+/// that the transaction drops: expressions, predicates, operator classes and orders are the caller's SQL, which only
+/// the server can parse.
 ///
 /// It blocks no other session, and waits only for a holder of ACCESS EXCLUSIVE on the table.
 pub(crate) fn is_same(

@@ -15,7 +15,8 @@ pub(crate) fn is_there(table: &TableName) -> String {
     )
 }
 
-/// Two sessions that run this at the same time can conflict in the catalogs in spite of IF NOT EXISTS; then one of them fails.
+/// Two sessions that run this at the same time can conflict in the catalogs in spite of IF NOT EXISTS; then one of them
+/// fails.
 pub(crate) fn create(table: &TableName) -> String {
     format!(
         "CREATE TABLE IF NOT EXISTS {table} (key pg_catalog.text PRIMARY KEY, \

@@ -20,7 +20,8 @@ pub(crate) fn add_check(table: &TableName, name: &str, expression: &str) -> Stri
     )
 }
 
-/// Whether a CHECK has the same expression. It adds the expression to an empty temporary table that the transaction drops.
+/// Whether a CHECK has the same expression. It adds the expression to an empty temporary table that the transaction
+/// drops.
 pub(crate) fn is_same_check(
     table: &TableName,
     oid: u32,
@@ -169,8 +170,8 @@ pub(crate) fn fill(table: &TableName, column: &str) -> String {
     format!("UPDATE {table} SET {column} = DEFAULT WHERE {column} IS NULL")
 }
 
-/// Swaps two tables in one transaction. `catch_up` is the caller's SQL and runs while no other session can read or write the
-/// old table.
+/// Swaps two tables in one transaction. `catch_up` is the caller's SQL and runs while no other session can read or
+/// write the old table.
 pub(crate) fn swap(
     table: &TableName,
     new: &TableName,

@@ -1,7 +1,7 @@
 //! The forms of ALTER TABLE.
 //!
-//! `AlterTableGetLockLevel` in `src/backend/commands/tablecmds.c` decides the mode on the table itself. The code that locks
-//! other tables is spread over that file.
+//! `AlterTableGetLockLevel` in `src/backend/commands/tablecmds.c` decides the mode on the table itself. The code that
+//! locks other tables is spread over that file.
 
 use super::{LockMode, LockedRelation, StatementLock, TableWork, optional};
 

@@ -1,14 +1,14 @@
 //! The table of which statement takes which lock on what.
 //!
-//! There is one file for each kind of statement. The tests in `tests/it/lock_modes` execute every row on a live server and
-//! read the locks there: a row without a test fails the suite, and so does a locked relation without a row.
+//! There is one file for each kind of statement. The tests in `tests/it/lock_modes` execute every row on a live server
+//! and read the locks there: a row without a test fails the suite, and so does a locked relation without a row.
 
 use std::fmt;
 
 use crate::mode::{LockMode, RowLock};
 
-/// `"statement" { on: mode work; … }`, one lock per line, with optional parts: `rows` and the row lock that the statement
-/// takes as well, `since` and `until` a major version, a note.
+/// `"statement" { on: mode work; … }`, one lock per line, with optional parts: `rows` and the row lock that the
+/// statement takes as well, `since` and `until` a major version, a note.
 macro_rules! statements {
     (
         in_transaction_block: $in_block:literal;
@@ -42,18 +42,20 @@ mod relation;
 
 pub use relation::{LockedRelation, TableWork};
 
-/// One lock that a statement takes: on which relation, in which mode, and what the statement does while it holds the lock.
+/// One lock that a statement takes: on which relation, in which mode, and what the statement does while it holds the
+/// lock.
 ///
-/// A statement that locks several relations has several entries. The locks are held until the transaction ends, except those
-/// of statements that run their own transactions ([`in_transaction_block`](Self::in_transaction_block) is `false`).
+/// A statement that locks several relations has several entries. The locks are held until the transaction ends, except
+/// those of statements that run their own transactions ([`in_transaction_block`](Self::in_transaction_block) is
+/// `false`).
 ///
-/// The entries describe ordinary tables. A statement that recurses to partitions or inheritance children locks them in the
-/// mode of the table it names, unless a row says otherwise. Several forms of ALTER TABLE in one statement take the strongest
-/// of their locks. ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take the same locks as ALTER TABLE. EXPLAIN
-/// and PREPARE take the locks of the statement they contain on the tables that it names.
+/// The entries describe ordinary tables. A statement that recurses to partitions or inheritance children locks them in
+/// the mode of the table it names, unless a row says otherwise. Several forms of ALTER TABLE in one statement take the
+/// strongest of their locks. ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take the same locks as ALTER
+/// TABLE. EXPLAIN and PREPARE take the locks of the statement they contain on the tables that it names.
 ///
-/// The table follows the servers where PostgreSQL's documentation differs: it documents SHARE on the tables that refer to
-/// a detached partition.
+/// The table follows the servers where PostgreSQL's documentation differs: it documents SHARE on the tables that refer
+/// to a detached partition.
 ///
 /// # The table
 ///
@@ -119,8 +121,8 @@ impl StatementLock {
         Self::all().filter(move |lock| lock.mode == mode)
     }
 
-    /// The statement's name, with `…` for names and values, and in parentheses the condition under which the entry applies:
-    /// `ALTER TABLE … ADD COLUMN (volatile default)`.
+    /// The statement's name, with `…` for names and values, and in parentheses the condition under which the entry
+    /// applies: `ALTER TABLE … ADD COLUMN (volatile default)`.
     #[must_use]
     pub fn statement(&self) -> &'static str {
         self.statement
@@ -144,7 +146,8 @@ impl StatementLock {
         self.work
     }
 
-    /// The lock that the statement also takes on rows; `None` if it locks no rows that are visible to other transactions.
+    /// The lock that the statement also takes on rows; `None` if it locks no rows that are visible to other
+    /// transactions.
     #[must_use]
     pub fn row_lock(&self) -> Option<RowLock> {
         self.row_lock
@@ -169,8 +172,8 @@ impl StatementLock {
             && self.until.is_none_or(|until| major <= until)
     }
 
-    /// Whether the statement can run in a transaction block. A statement that cannot commits and begins transactions itself,
-    /// and can leave partial work behind when it fails.
+    /// Whether the statement can run in a transaction block. A statement that cannot commits and begins transactions
+    /// itself, and can leave partial work behind when it fails.
     #[must_use]
     pub fn in_transaction_block(&self) -> bool {
         self.in_transaction_block

@@ -54,8 +54,8 @@ impl fmt::Display for LockedRelation {
     }
 }
 
-/// How much of a relation a statement processes while it holds the lock. The duration of the lock depends on this, and on the
-/// rest of the transaction.
+/// How much of a relation a statement processes while it holds the lock. The duration of the lock depends on this, and
+/// on the rest of the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TableWork {
