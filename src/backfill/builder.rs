@@ -115,7 +115,7 @@ impl<S: Into<String>> From<Vec<S>> for BackfillKey {
 ///     .on_progress(|progress| println!("{progress}"))
 ///     .run()
 ///     .await?;
-/// println!("{} rows, the longest batch took {:?}", done.rows_done(), done.longest_batch());
+/// println!("{} rows, the longest batch took {:?}", done.rows_changed(), done.longest_batch());
 /// # Ok(())
 /// # }
 /// ```

@@ -15,10 +15,10 @@ use crate::backfill::sql::Standbys;
 pub struct BackfillProgress {
     pub(super) name: Arc<str>,
     /// Counts of all runs.
-    pub(super) passed: u64,
+    pub(super) processed: u64,
     pub(super) changed: u64,
     /// Counts of this run.
-    pub(super) passed_now: u64,
+    pub(super) processed_now: u64,
     pub(super) changed_now: u64,
     pub(super) batches: u64,
     pub(super) batch_rows: u32,
@@ -70,19 +70,19 @@ impl BackfillProgress {
 
     /// The number of rows that all runs together have changed.
     #[must_use]
-    pub fn rows_done(&self) -> u64 {
+    pub fn rows_changed(&self) -> u64 {
         self.changed
     }
 
     /// The number of rows that all runs together have processed: changed rows, and rows that the filter left out.
     #[must_use]
-    pub fn rows_passed(&self) -> u64 {
-        self.passed
+    pub fn rows_processed(&self) -> u64 {
+        self.processed
     }
 
     /// The number of rows that this run has changed.
     #[must_use]
-    pub fn rows_done_by_this_run(&self) -> u64 {
+    pub fn rows_changed_by_this_run(&self) -> u64 {
         self.changed_now
     }
 
@@ -90,13 +90,13 @@ impl BackfillProgress {
     /// run; `None` without an estimate.
     #[must_use]
     pub fn estimated_rows(&self) -> Option<u64> {
-        self.estimate.map(|rows| rows.max(self.passed))
+        self.estimate.map(|rows| rows.max(self.processed))
     }
 
     /// The number of rows that this run processes per second, including pauses.
     #[must_use]
     pub fn rows_per_second(&self) -> f64 {
-        rate(self.passed_now, self.elapsed)
+        rate(self.processed_now, self.elapsed)
     }
 
     /// The estimated remaining time at the speed of this run so far; `None` if it is not known yet.
@@ -105,8 +105,8 @@ impl BackfillProgress {
         if self.is_done {
             return Some(Duration::ZERO);
         }
-        let rows = self.estimated_rows()? - self.passed;
-        remaining_time(rows, self.passed_now, self.elapsed)
+        let rows = self.estimated_rows()? - self.processed;
+        remaining_time(rows, self.processed_now, self.elapsed)
     }
 
     /// The number of batches that this run has committed.
@@ -193,14 +193,14 @@ impl fmt::Display for BackfillProgress {
             }
             return Ok(());
         }
-        write!(f, "{}", self.passed)?;
+        write!(f, "{}", self.processed)?;
         if let Some(rows) = self.estimated_rows().filter(|rows| *rows > 0) {
-            let percent = u128::from(self.passed) * 100 / u128::from(rows);
+            let percent = u128::from(self.processed) * 100 / u128::from(rows);
             write!(f, " of about {rows} rows ({percent} %)")?;
         } else {
             f.write_str(" rows")?;
         }
-        if self.passed_now > 0 {
+        if self.processed_now > 0 {
             write!(f, ", {:.0} rows/s", self.rows_per_second())?;
         }
         if let Some(remaining) = self.remaining() {
@@ -248,9 +248,9 @@ mod tests {
     fn progress() -> BackfillProgress {
         BackfillProgress {
             name: "emails".into(),
-            passed: 120,
+            processed: 120,
             changed: 100,
-            passed_now: 20,
+            processed_now: 20,
             changed_now: 10,
             batches: 2,
             batch_rows: 10,

@@ -61,9 +61,9 @@ impl Run {
         let sizer = BatchSizer::new(backfill.batch_rows.clone(), backfill.batch_time);
         let progress = BackfillProgress {
             name: Arc::clone(&prepared.name),
-            passed: checkpoint.passed,
+            processed: checkpoint.processed,
             changed: checkpoint.changed,
-            passed_now: 0,
+            processed_now: 0,
             changed_now: 0,
             batches: 0,
             batch_rows: sizer.rows(),
@@ -121,7 +121,7 @@ impl Run {
             // The backfill is complete, so the lock protects nothing any more.
             tracing::debug!(%error, backfill = &*self.prepared.name, "lock lost behind the last batch");
         }
-        self.progress.passed = self.checkpoint.passed;
+        self.progress.processed = self.checkpoint.processed;
         self.progress.changed = self.checkpoint.changed;
         self.progress.batch_rows = self.sizer.rows();
         self.progress.is_done = self.checkpoint.done;
@@ -224,24 +224,24 @@ impl Run {
         let committed = self.run_batch().await?;
         let duration = committed.began.elapsed();
         let BatchResult {
-            passed,
+            processed,
             changed,
             last_key,
         } = committed.result;
-        self.checkpoint.passed += passed;
+        self.checkpoint.processed += processed;
         self.checkpoint.changed += changed;
         self.checkpoint.last_key = last_key.or(self.checkpoint.last_key.take());
         self.checkpoint.done = committed.is_end;
         self.paused_since_batch = Duration::ZERO;
         let progress = &mut self.progress;
-        progress.passed_now += passed;
+        progress.processed_now += processed;
         progress.changed_now += changed;
         progress.batches += 1;
         progress.last_batch = Some(duration);
         progress.longest_batch = progress.longest_batch.max(duration);
         tracing::debug!(
             backfill = &*self.prepared.name,
-            passed,
+            passed = processed,
             changed,
             took = ?duration,
             waiting = committed.waiting,
@@ -316,7 +316,7 @@ impl Batch<'_> {
         let rows = self.rows.checked_shr(failures).unwrap_or(0).max(1);
         let reply = tx.simple_query(&sql::batch(&self.query, rows)).await?;
         let result = sql::read_batch(self.query.target, &reply).ok_or_else(unreadable)?;
-        let is_end = result.passed < u64::from(rows);
+        let is_end = result.processed < u64::from(rows);
         let advance = sql::advance(&self.id, self.checkpoint, &result, is_end);
         let reply = tx.simple_query(&advance).await?;
         let Some(waiting) = sql::read_advance(&reply) else {

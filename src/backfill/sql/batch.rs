@@ -115,7 +115,7 @@ pub(crate) fn batch(query: &BatchQuery<'_>, rows: u32) -> String {
          ORDER BY {in_order} FOR NO KEY UPDATE OF {itself}), \
          lockkeeper_changed AS \
          (UPDATE {table} SET\n{set}\nFROM lockkeeper_batch WHERE {in_batch} RETURNING 1) \
-         SELECT (SELECT pg_catalog.count(*) FROM lockkeeper_window) AS passed, \
+         SELECT (SELECT pg_catalog.count(*) FROM lockkeeper_window) AS processed, \
          (SELECT pg_catalog.count(*) FROM lockkeeper_changed) AS changed, {last_values}",
         descending = with("", &format!(" USING {greater}"), ", "),
         windows = with("lockkeeper_window.", "", ", "),
@@ -151,7 +151,7 @@ const KEY_ALIAS: &str = "lockkeeper_key_";
 #[derive(Clone, Debug)]
 pub(crate) struct BatchResult {
     /// The number of processed rows, changed or not.
-    pub(crate) passed: u64,
+    pub(crate) processed: u64,
     pub(crate) changed: u64,
     /// The key of the last of them.
     pub(crate) last_key: Option<Vec<String>>,
@@ -161,7 +161,7 @@ pub(crate) fn read_batch(target: &Target, reply: &[SimpleQueryMessage]) -> Optio
     let row = rows(reply).next()?;
     let last_key = (1..=target.key.len()).map(|n| text(row, &format!("{KEY_ALIAS}{n}")));
     Some(BatchResult {
-        passed: parsed(row, "passed")?,
+        processed: parsed(row, "processed")?,
         changed: parsed(row, "changed")?,
         last_key: last_key.collect(),
     })

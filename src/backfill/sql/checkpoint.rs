@@ -30,7 +30,7 @@ pub(crate) struct Checkpoint {
     /// Whether the order of the key is unchanged. Otherwise other rows follow the last one.
     pub(crate) same_order: bool,
     pub(crate) last_key: Option<Vec<String>>,
-    pub(crate) passed: u64,
+    pub(crate) processed: u64,
     pub(crate) changed: u64,
     pub(crate) done: bool,
 }
@@ -121,7 +121,7 @@ pub(crate) fn read_checkpoint(target: &Target, reply: &[SimpleQueryMessage]) -> 
         last_key: (1..=target.key.len())
             .map(|n| text(row, &format!("key_{n}")))
             .collect(),
-        passed: parsed(row, "rows_passed")?,
+        processed: parsed(row, "rows_passed")?,
         changed: parsed(row, "rows_done")?,
         done: is_true(row, "done"),
     })
@@ -161,11 +161,11 @@ pub(crate) fn advance(
          WHERE {} AND {} AND {} AND {known} AND NOT c.done RETURNING true AS advanced; \
          SELECT pg_catalog.count(*) AS waiting FROM pg_catalog.pg_locks AS l WHERE NOT l.granted \
          AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid))",
-        before.passed + result.passed,
+        before.processed + result.processed,
         before.changed + result.changed,
         equal("c.name", &literal(id.name)),
         equal("c.definition", &literal(&before.definition)),
-        equal("c.rows_passed", &before.passed.to_string()),
+        equal("c.rows_passed", &before.processed.to_string()),
     )
 }
 
