@@ -14,7 +14,7 @@ use crate::schema::sql::catalog;
 use crate::schema::sql::index::{IndexDefinition, Part, attach};
 use crate::schema::sql::procedure::{self, Column, Constraint, ForeignKey};
 
-/// How often a procedure starts over because another session has done a part of it meanwhile, plus one.
+/// How often the steps are started at most. They start over if another session has done a part of them meanwhile.
 const MAX_ROUNDS: u32 = 3;
 
 /// The steps of a procedure.
