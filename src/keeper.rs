@@ -338,40 +338,37 @@ impl Keeper {
     }
 }
 
-/// Changing schemas and rows while others use them.
+/// Changing schemas and rows while other sessions use them.
 #[cfg(feature = "schema")]
 impl Keeper {
-    /// Schema changes that keep nobody waiting for long. Nothing is sent before one is awaited.
+    /// Schema changes that do not block other sessions for long. Nothing is sent before one is awaited.
     #[track_caller]
     pub fn schema(&self) -> crate::schema::Schema {
-        let call_site = self.call_site(CallSite::caller());
-        crate::schema::Schema::new(crate::schema::Context {
-            advisory: Arc::clone(&self.inner.advisory),
-            application_name: application_name(&self.inner.application, call_site.as_ref()),
-            call_site,
-            lock_wait: self.inner.lock_wait,
-            jitter: Arc::clone(&self.inner.jitter),
-        })
+        crate::schema::Schema::new(self.env(CallSite::caller()))
     }
 
-    /// Changes all rows of a table, in the order of its key and in batches short enough that others go on; to be described
-    /// further and then run. The key is the name of a column, or an array of them.
+    /// Describes a change of all rows of a table, in the order of its key and in batches that block other sessions only briefly.
+    /// The key is the name of a column, or an array of names.
     #[track_caller]
     pub fn backfill(
         &self,
         table: impl Into<crate::postgres::TableName>,
         key: impl Into<crate::backfill::BackfillKey>,
     ) -> crate::backfill::Backfill {
-        let call_site = self.call_site(CallSite::caller());
-        let options = TransactionOptions::new();
-        let means = crate::backfill::Means {
+        let env = self.env(CallSite::caller());
+        let policy = self.policy(&TransactionOptions::new());
+        crate::backfill::Backfill::new(env, policy, table.into(), key.into())
+    }
+
+    fn env(&self, caller: CallSite) -> crate::schema::Env {
+        let call_site = self.call_site(caller);
+        crate::schema::Env {
             advisory: Arc::clone(&self.inner.advisory),
-            policy: self.policy(&options),
-            application_name: self.begin(&options, call_site.as_ref()).application_name,
+            application_name: application_name(&self.inner.application, call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
-        };
-        crate::backfill::Backfill::new(means, table.into(), key.into())
+            jitter: Arc::clone(&self.inner.jitter),
+        }
     }
 }
 

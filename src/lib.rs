@@ -153,7 +153,7 @@ pub use resolver::{
 pub use schema::{
     AddCheck, AddColumn, AddForeignKey, AddPrimaryKey, Change, ChangeAttempt, ChangeFailed,
     ChangeReport, CreateIndex, DropIndex, DryRun, IndexColumn, IndexProgress, Intent,
-    LockedRelation, Migration, Preflight, PreflightLock, RecipeReport, ReferentialAction,
+    LockedRelation, Migration, Preflight, PreflightLock, ProcedureReport, ReferentialAction,
     ReplaceTable, Schema, SetNotNull, StatementLock, TableWork,
 };
 pub use tokio_postgres;

@@ -1,4 +1,4 @@
-//! Whether now is a good time for another batch.
+//! A sample of the sessions that wait for the table, and of the replication lag.
 
 use std::time::Duration;
 
@@ -6,15 +6,16 @@ use tokio_postgres::SimpleQueryMessage;
 
 use crate::postgres::sql::{parsed, rows, seconds};
 
-/// Who waits for a lock on these tables or their rows, and how far standbys are behind: one message of two statements.
+/// Queries the sessions that wait for a lock on these tables or their rows, and the replication lag of standbys: one
+/// message of two statements.
 ///
-/// Who waits for a row waits for a transaction, and is known by the lock on the row's place (`tuple`) that it holds or
-/// waits for meanwhile.
+/// A session that waits for a row waits for a transaction. It is recognized by the lock on the row's location (`tuple`)
+/// that it holds or waits for meanwhile.
 ///
-/// Of standbys `pg_stat_replication` shows all but that they are there to members of `pg_monitor` only.
-pub(crate) fn look(oids: &[u32]) -> String {
+/// `pg_stat_replication` shows every role that a standby exists, but its other columns only to members of `pg_monitor`.
+pub(crate) fn load_sample(oids: &[u32]) -> String {
     let oids: Vec<String> = oids.iter().map(u32::to_string).collect();
-    let ours = format!(
+    let on_tables = format!(
         "l.relation OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[]) \
          AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d \
          WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())",
@@ -22,9 +23,9 @@ pub(crate) fn look(oids: &[u32]) -> String {
     );
     format!(
         "WITH l AS MATERIALIZED (SELECT l.pid, l.locktype, l.relation, l.database, l.granted FROM pg_catalog.pg_locks AS l) \
-         SELECT pg_catalog.count(*) FILTER (WHERE l.locktype OPERATOR(pg_catalog.=) 'relation' AND NOT l.granted) AS for_table, \
-         pg_catalog.count(DISTINCT l.pid) FILTER (WHERE l.locktype OPERATOR(pg_catalog.=) 'tuple') AS for_rows \
-         FROM l WHERE {ours} AND EXISTS \
+         SELECT pg_catalog.count(*) FILTER (WHERE l.locktype OPERATOR(pg_catalog.=) 'relation' AND NOT l.granted) AS table_waiters, \
+         pg_catalog.count(DISTINCT l.pid) FILTER (WHERE l.locktype OPERATOR(pg_catalog.=) 'tuple') AS row_waiters \
+         FROM l WHERE {on_tables} AND EXISTS \
          (SELECT FROM l AS w WHERE w.pid OPERATOR(pg_catalog.=) l.pid AND NOT w.granted); \
          SELECT pg_catalog.count(*) AS standbys, pg_catalog.count(*) FILTER (WHERE s.state IS NULL) AS hidden, \
          pg_catalog.max(EXTRACT(epoch FROM s.replay_lag)) AS lag, \
@@ -34,13 +35,13 @@ pub(crate) fn look(oids: &[u32]) -> String {
     )
 }
 
-/// What was seen.
+/// The result of the sample.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Look {
-    /// How many wait for a lock on the table.
-    pub(crate) for_table: u64,
-    /// How many wait for a row of it.
-    pub(crate) for_rows: u64,
+pub(crate) struct LoadSample {
+    /// How many sessions wait for a lock on the table.
+    pub(crate) table_waiters: u64,
+    /// How many sessions wait for a row of the table.
+    pub(crate) row_waiters: u64,
     pub(crate) standbys: Standbys,
 }
 
@@ -48,20 +49,20 @@ pub(crate) struct Look {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Standbys {
     pub(crate) count: u64,
-    /// Of how many the role may see no more.
+    /// How many of them are hidden from the role.
     pub(crate) hidden: u64,
-    /// Of the slowest of the others: `None` where nothing has been written for a while.
+    /// The lag of the slowest of the others; `None` if nothing has been written for a while.
     pub(crate) lag: Option<Duration>,
     pub(crate) bytes: Option<u64>,
 }
 
-pub(crate) fn looked(reply: &[SimpleQueryMessage]) -> Option<Look> {
+pub(crate) fn read_load_sample(reply: &[SimpleQueryMessage]) -> Option<LoadSample> {
     let mut rows = rows(reply);
     let (waiting, standbys) = (rows.next()?, rows.next()?);
     let bytes: Option<i64> = parsed(standbys, "bytes");
-    Some(Look {
-        for_table: parsed(waiting, "for_table")?,
-        for_rows: parsed(waiting, "for_rows")?,
+    Some(LoadSample {
+        table_waiters: parsed(waiting, "table_waiters")?,
+        row_waiters: parsed(waiting, "row_waiters")?,
         standbys: Standbys {
             count: parsed(standbys, "standbys")?,
             hidden: parsed(standbys, "hidden")?,

@@ -1,20 +1,20 @@
-//! What lines of the server's log begin with, in its languages (`error_severity` and `send_message_to_server_log` in
-//! PostgreSQL's `src/backend/utils/error/elog.c`, translated in `src/backend/po`).
+//! The labels with which lines of the server's log begin, in all its languages (`error_severity` and
+//! `send_message_to_server_log` in PostgreSQL's `src/backend/utils/error/elog.c`, translated in `src/backend/po`).
 
-/// What a line of the log in the format `stderr` is.
+/// The meaning of a label in the format `stderr`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Label {
-    /// A message begins, of severity LOG.
+    /// Begins a message of severity LOG.
     Log,
-    /// A message begins, of an error.
+    /// Begins a message of severity ERROR.
     Error,
-    /// A message begins that says nothing about locks.
+    /// Begins a message that is not about locks.
     Other,
-    /// More about the message before it.
+    /// Continues the message before it, as do `Context` and `Statement`.
     Detail,
     Context,
     Statement,
-    /// More about it that is of no use here.
+    /// Continues the message before it with a part that is not used.
     More,
 }
 
@@ -215,9 +215,9 @@ const LABELS: [(Label, &[&str]); 7] = [
     ),
 ];
 
-/// The label at the beginning of a text, and what stands behind it.
+/// The label at the beginning of a text, and the text after it.
 pub(super) fn label(text: &str) -> Option<(Label, &str)> {
-    // No label is longer, and all are behind few bytes.
+    // No label is longer than 24 characters.
     let head = text.char_indices().nth(24).map_or(text.len(), |(at, _)| at);
     let colon = text[..head].find(':')?;
     let name = text[..colon].trim_end_matches([' ', '\u{a0}', '\u{202f}']);
@@ -227,8 +227,8 @@ pub(super) fn label(text: &str) -> Option<(Label, &str)> {
     Some((*found, rest.strip_prefix(' ').unwrap_or(rest)))
 }
 
-/// What stands in the prefix where there is nothing to say: no session, or an empty `application_name`.
-const UNKNOWN: [&str; 11] = [
+/// What the prefix contains in place of a missing value: without a session, or with an empty `application_name`.
+const PLACEHOLDERS: [&str; 11] = [
     "[desconocido]",
     "[inconnu]",
     "[okänd]",
@@ -242,12 +242,12 @@ const UNKNOWN: [&str; 11] = [
     "[알수없음]",
 ];
 
-/// A text of the prefix, if it says something.
+/// The text of a prefix field; `None` if it is empty or a placeholder.
 pub(super) fn known(text: &str) -> Option<&str> {
-    Some(text).filter(|text| !text.is_empty() && !UNKNOWN.contains(text))
+    Some(text).filter(|text| !text.is_empty() && !PLACEHOLDERS.contains(text))
 }
 
-/// What a message ends with that has a place in its statement, around the number.
+/// The texts around the number with which a message tells a position in its statement.
 const POSITIONS: [(&str, &str); 12] = [
     (" at character ", ""),
     (" bei Zeichen ", ""),
@@ -263,10 +263,10 @@ const POSITIONS: [(&str, &str); 12] = [
     (" 第 ", " 个字符处"),
 ];
 
-/// The message as the other formats have it, which have that place in a column of its own.
+/// The message without that position, which the other formats have in a column of its own.
 pub(super) fn without_position(message: &str) -> &str {
-    let mut shorter = POSITIONS.iter().filter_map(|(before, behind)| {
-        let number = message.strip_suffix(behind)?;
+    let mut shorter = POSITIONS.iter().filter_map(|(before, after)| {
+        let number = message.strip_suffix(after)?;
         let rest = number.trim_end_matches(|c: char| c.is_ascii_digit());
         (rest.len() < number.len())
             .then(|| rest.strip_suffix(before))
@@ -275,11 +275,11 @@ pub(super) fn without_position(message: &str) -> &str {
     shorter.next().unwrap_or(message)
 }
 
-/// The first place in a line at which a label stands, not within a word, and with no more than so many bytes before it.
-pub(super) fn first_label(line: &str, most: usize) -> Option<(usize, Label, &str)> {
+/// The first label in a line that does not begin within a word, with its position, which is at most `max_position`.
+pub(super) fn first_label(line: &str, max_position: usize) -> Option<(usize, Label, &str)> {
     let mut starts = line
         .char_indices()
-        .take_while(|(at, _)| *at <= most)
+        .take_while(|(at, _)| *at <= max_position)
         .scan(true, |may_start, (at, c)| {
             let starts = std::mem::replace(may_start, !c.is_alphanumeric() && c != '_');
             Some(starts.then_some(at))
@@ -296,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels_are_known_in_their_languages() {
+    fn labels_are_recognized_in_all_languages() {
         for (text, expected, rest) in [
             ("LOG:  x", Label::Log, "x"),
             ("FEHLER:  x", Label::Error, "x"),
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn places_in_statements_are_taken_off() {
+    fn positions_in_statements_are_removed() {
         for text in [
             "x at character 7",
             "x(12文字目)",
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn no_label_is_two_things() {
+    fn labels_are_unambiguous() {
         let all: Vec<_> = LABELS.iter().flat_map(|(_, names)| names.iter()).collect();
         for (at, name) in all.iter().enumerate() {
             assert!(!all[..at].contains(name), "{name}");

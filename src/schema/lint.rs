@@ -1,8 +1,7 @@
-//! What a change is refused for: statements that read or rewrite a table while others wait.
+//! Refuses statements that read or rewrite a table while they block other sessions.
 
-use super::ddl;
-use super::plan::{Plan, Planned};
-use super::run::Context;
+use super::plan::{LockPlan, PlannedLock};
+use super::{Env, ddl};
 use crate::deadline::timeout_millis;
 use crate::error::Error;
 use crate::mode::LockMode;
@@ -10,7 +9,7 @@ use crate::schema::sql::catalog;
 use crate::schema::statements::{LockedRelation, TableWork};
 use std::time::Duration;
 
-/// What the caller allows all the same.
+/// Work under a blocking lock that the caller allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Allowed {
     pub(super) scan: bool,
@@ -27,11 +26,11 @@ impl Allowed {
     }
 }
 
-/// Refuses what would keep others waiting for as long as it takes to go through a table.
+/// Refuses statements that would block other sessions while they process a whole table.
 ///
-/// Cancel safety: questions only.
+/// Cancel safety: only reads the catalogs.
 pub(super) async fn check(
-    cx: &Context,
+    env: &Env,
     statements: &[ddl::Statement<'_>],
     allowed: Allowed,
     lock_timeout: Duration,
@@ -39,10 +38,10 @@ pub(super) async fn check(
     if allowed.rewrite && allowed.scan {
         return Ok(());
     }
-    let plan = Plan::of(cx, statements).await?;
-    for statement in &plan.everything {
+    let plan = LockPlan::of(env, statements).await?;
+    for statement in &plan.database_wide {
         if matches!(*statement, "VACUUM FULL" | "CLUSTER (all)") && !allowed.rewrite {
-            return Err(refusal(statement, "every table", TableWork::Rewrite, ""));
+            return Err(refused(statement, "every table", TableWork::Rewrite, ""));
         }
     }
     for lock in &plan.locks {
@@ -50,63 +49,63 @@ pub(super) async fn check(
             continue;
         }
         let size = catalog::size(&[lock.relation.oid], timeout_millis(lock_timeout));
-        // Where somebody keeps us from asking, somebody has work there.
-        let bytes = match cx.ask(&size).await {
-            Ok(reply) => catalog::bytes(&reply),
+        // A table whose lock is not available for this query is in use, and so not empty.
+        let bytes = match env.ask(&size).await {
+            Ok(reply) => catalog::read_size(&reply),
             Err(error) if error.kind() == crate::error::ErrorKind::LockTimeout => u64::MAX,
             Err(error) => return Err(error),
         };
-        if bytes == 0 || (is_attached(lock) && has_check(cx, lock).await?) {
+        if bytes == 0 || (is_attached(lock) && has_check(env, lock).await?) {
             continue;
         }
         let rows = lock.relation.rows.filter(|rows| *rows > 0);
         let about = rows.map_or_else(String::new, |rows| format!(", about {rows} rows"));
         let table = lock.relation.label();
-        return Err(refusal(lock.statement, &table, lock.work, &about));
+        return Err(refused(lock.statement, &table, lock.work, &about));
     }
     Ok(())
 }
 
-/// Whether others wait for it, and for how long depends on the table.
-pub(super) fn is_heavy(lock: &Planned) -> bool {
-    let goes_through = matches!(lock.work, TableWork::Scan | TableWork::Rewrite);
+/// Whether the lock blocks writers for a time that depends on the table's size.
+pub(super) fn is_heavy(lock: &PlannedLock) -> bool {
+    let reads_all = matches!(lock.work, TableWork::Scan | TableWork::Rewrite);
     let is_the_table = !matches!(
         lock.on,
         LockedRelation::Referenced | LockedRelation::Referencing | LockedRelation::Source
     );
-    // An index is as large as it is because its table is, and that is locked too.
+    // The index's table is locked, too, and has a row of its own.
     let is_index = matches!(lock.relation.kind, 'i' | 'I');
     let is_alone = !lock.statement.contains("CONCURRENTLY");
-    goes_through
+    reads_all
         && is_the_table
         && !is_index
         && is_alone
         && lock.mode.conflicts_with(LockMode::RowExclusive)
 }
 
-fn is_attached(lock: &Planned) -> bool {
+fn is_attached(lock: &PlannedLock) -> bool {
     lock.statement.contains("ATTACH PARTITION")
 }
 
-/// Whether a CHECK may spare the scan of a partition to be attached.
-async fn has_check(cx: &Context, lock: &Planned) -> Result<bool, Error> {
+/// Whether the partition to be attached has a CHECK that may make the scan unnecessary.
+async fn has_check(env: &Env, lock: &PlannedLock) -> Result<bool, Error> {
     let sql = catalog::has_valid_check(lock.relation.oid);
-    Ok(catalog::two(&cx.ask(&sql).await?, "has", "other").0)
+    Ok(catalog::read_two(&env.ask(&sql).await?, "has", "other").0)
 }
 
-fn refusal(statement: &str, table: &str, work: TableWork, about: &str) -> Error {
+fn refused(statement: &str, table: &str, work: TableWork, about: &str) -> Error {
     let (does, allow) = match work {
         TableWork::Rewrite => ("rewrites it", "allow_rewrite"),
         _ => ("reads all of it", "allow_scan"),
     };
     Error::config(format!(
         "{statement} on {table}{about} keeps others waiting while it {does}; {}, or .{allow}() if that may be",
-        better(statement)
+        advice(statement)
     ))
 }
 
-/// What does the same without keeping others waiting.
-pub(super) fn better(statement: &str) -> &'static str {
+/// The advice on how to do the same without blocking other sessions.
+pub(super) fn advice(statement: &str) -> &'static str {
     let begins = |prefix: &str| statement.starts_with(prefix);
     let alter = statement.strip_prefix("ALTER TABLE … ").unwrap_or("");
     let alters = |prefix: &str| alter.starts_with(prefix);

@@ -1,4 +1,4 @@
-//! Running a statement outside of a transaction, under settings of the session that are put back.
+//! The session settings under which a statement runs outside of a transaction, and their restoration.
 
 use tokio_postgres::SimpleQueryMessage;
 
@@ -9,19 +9,20 @@ use crate::postgres::sql::rows;
 use crate::postgres::sql::text;
 use std::time::Duration;
 
-/// The settings of a session before ours.
+/// The settings that a session had before.
 #[derive(Clone, Debug)]
-pub(crate) struct Before {
+pub(crate) struct PreviousSettings {
     pub(crate) pid: i32,
     lock_timeout: String,
     statement_timeout: String,
     application_name: String,
 }
 
-/// Tells the settings and sets others: one statement, so all or none. Without a timeout there is none.
+/// Reads the settings and sets others in one statement, so all or none. `None` as a timeout disables it.
 ///
-/// They are the session's, since the statement behind may not stand in a transaction. So nothing is set on another
-/// backend than that of the login, if that is known: it is a pooler's, and the settings would be somebody else's next.
+/// The settings are the session's, because the statement that follows cannot run in a transaction. So nothing is set on
+/// a backend other than that of the login, if that is known: such a backend is a pooler's, and another client would
+/// inherit the settings.
 pub(crate) fn set(
     login_pid: Option<i32>,
     lock_timeout: Option<Duration>,
@@ -48,9 +49,9 @@ pub(crate) fn set(
     )
 }
 
-pub(crate) fn before(reply: &[SimpleQueryMessage]) -> Option<Before> {
+pub(crate) fn read_previous(reply: &[SimpleQueryMessage]) -> Option<PreviousSettings> {
     let row = rows(reply).next()?;
-    Some(Before {
+    Some(PreviousSettings {
         pid: parsed(row, "pid")?,
         lock_timeout: text(row, "l")?,
         statement_timeout: text(row, "s")?,
@@ -58,8 +59,8 @@ pub(crate) fn before(reply: &[SimpleQueryMessage]) -> Option<Before> {
     })
 }
 
-impl Before {
-    /// Puts them back.
+impl PreviousSettings {
+    /// The statement that restores the settings.
     pub(crate) fn restore(&self) -> String {
         format!(
             "SELECT pg_catalog.set_config('lock_timeout', {}, false), pg_catalog.set_config('statement_timeout', {}, false), \

@@ -1,22 +1,22 @@
-//! Times as the log has them: in `log_timezone`, by its abbreviation.
+//! The log's times, which are in `log_timezone` with the zone's abbreviation.
 
 use std::time::{Duration, SystemTime};
 
 use crate::postgres::timestamp;
 
-/// Abbreviations, and how many seconds each is ahead of UTC.
+/// Time zone abbreviations, and how many seconds each is ahead of UTC.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Zones {
+pub(super) struct TimeZones {
     named: Vec<(String, i32)>,
 }
 
-impl Zones {
+impl TimeZones {
     pub(super) fn add(&mut self, name: String, seconds: i32) {
         self.named.retain(|(known, _)| *known != name);
         self.named.push((name, seconds));
     }
 
-    /// `2026-01-31 12:34:56.789 UTC`, or seconds since 1970.
+    /// Reads a time such as `2026-01-31 12:34:56.789 UTC`, or seconds since 1970.
     pub(super) fn time(&self, text: &str) -> Option<SystemTime> {
         if self.is_epoch(text) {
             let (seconds, millis) = text.split_once('.').unwrap_or((text, "0"));
@@ -30,7 +30,7 @@ impl Zones {
 
     #[expect(
         clippy::unused_self,
-        reason = "what is a time is asked of the same place"
+        reason = "callers ask the same value for everything about times"
     )]
     pub(super) fn is_epoch(&self, text: &str) -> bool {
         text.len() > 8 && text.chars().all(|c| c.is_ascii_digit() || c == '.')
@@ -43,7 +43,7 @@ impl Zones {
         if matches!(zone, "UTC" | "GMT" | "Z" | "UCT") {
             return Some(0);
         }
-        // `+03`, `-0330`, `+05:45`: zones that have no abbreviation.
+        // `+03`, `-0330`, `+05:45`: zones without an abbreviation.
         let sign = match zone.chars().next()? {
             '+' => 1,
             '-' => -1,
@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn times_with_and_without_a_known_zone() {
-        let mut zones = Zones::default();
+        let mut zones = TimeZones::default();
         zones.add("CET".into(), 7200);
         zones.add("CET".into(), 3600);
         let expected = SystemTime::UNIX_EPOCH + Duration::from_millis(1_769_862_896_789);

@@ -1,17 +1,17 @@
-//! Texts that clients choose so as to be taken for the server's, or to be slow.
+//! Texts with which a client tries to forge server messages, or to slow down reading.
 
 use std::time::Duration;
 
 use super::tests::{Message, Write, read};
 use super::*;
 
-/// What somebody would have read in place of it.
+/// A record that a client tries to have read as the server's.
 fn forged() -> String {
     Message::timeout().csv().replace("LOCK TABLE", "forged")
 }
 
 #[test]
-fn the_end_of_a_long_statement_is_no_record() {
+fn the_end_of_a_long_statement_is_not_a_record() {
     for filler in ["y".repeat(5 << 20), "y\n".repeat(5 << 19)] {
         let long = Message {
             statement: format!("SELECT '{filler}\n{}'", forged()),
@@ -24,7 +24,7 @@ fn the_end_of_a_long_statement_is_no_record() {
         let statement = events[0].statement().expect("the beginning of it");
         assert!(statement.starts_with("SELECT 'yy") || statement.starts_with("SELECT 'y\ny"));
         assert!(!statement.contains("forged"));
-        // In pieces, too.
+        // The same in pieces.
         let mut reader = Reader::csv();
         let mut kinds = Vec::new();
         for piece in text.as_bytes().chunks(70_001) {
@@ -35,9 +35,9 @@ fn the_end_of_a_long_statement_is_no_record() {
     }
 }
 
-/// Of a record whose end is missing the next one is a part. What comes of both says nothing.
+/// A record whose end is missing is joined with the next one. The joined record produces no event.
 #[test]
-fn two_records_that_have_become_one_are_none() {
+fn two_joined_records_are_not_an_event() {
     let whole = Message::deadlock().csv();
     let mut next = Message::other("x").csv();
     next.push_str(&Message::timeout().csv());
@@ -47,7 +47,7 @@ fn two_records_that_have_become_one_are_none() {
             events.pop().map(|event| event.kind()),
             Some(LogEventKind::LockTimeout)
         );
-        // Where only what is of no use is missing, it is as it was.
+        // If only unused fields are missing, the event is the original one.
         for event in events {
             assert_eq!(event.pid(), Some(12), "{:?}", &whole[..cut]);
             assert_eq!(event.waits().len(), 2, "{:?}", &whole[..cut]);
@@ -59,7 +59,7 @@ fn two_records_that_have_become_one_are_none() {
 }
 
 #[test]
-fn ends_of_lines_in_a_statement_are_kept() {
+fn line_ends_in_a_statement_are_kept() {
     let message = Message {
         statement: "SELECT\r\n 1\r".into(),
         ..Message::timeout()
@@ -68,7 +68,7 @@ fn ends_of_lines_in_a_statement_are_kept() {
         (Reader::csv(), Message::csv as Write),
         (Reader::json(), Message::json),
     ] {
-        // Of the log's own lines there may be either end.
+        // The log's own lines can have either line end.
         for text in [
             write(&message),
             write(&message).trim_end().to_owned() + "\r\n",
@@ -101,7 +101,7 @@ fn an_event_is_shown_on_one_line() {
 }
 
 #[test]
-fn a_prefix_of_any_length_is_taken() {
+fn a_prefix_of_any_length_is_accepted() {
     for prefix in [
         "%a".repeat(200_000),
         "%q".repeat(200_000),
@@ -113,7 +113,7 @@ fn a_prefix_of_any_length_is_taken() {
 }
 
 #[test]
-fn a_prefix_that_is_not_known_has_its_time_and_pid_anywhere() {
+fn time_and_pid_are_found_anywhere_in_an_unknown_prefix() {
     for prefix in [
         "[2026-01-31 12:34:56.789 UTC] [12] app@shop ",
         "[2026-01-31 12:34:56 UTC] 12 app@shop ",
@@ -121,7 +121,7 @@ fn a_prefix_that_is_not_known_has_its_time_and_pid_anywhere() {
         "2026-01-31 12:34:56.789 UTC [12-3] app@shop ",
         "2026-01-31 12:34:56.789 UTC [12:3] user=app,db=shop ",
         "< 2026-01-31 12:34:56.789 UTC 12 app@shop >",
-        // The process is told by the message.
+        // The message contains the process id.
         "2026-01-31 12:34:56.789 UTC [65b9] app@shop ",
         "2026-01-31 12:34:56.789 UTC 7 12 app@shop ",
     ] {
@@ -147,18 +147,18 @@ fn a_prefix_that_is_not_known_has_its_time_and_pid_anywhere() {
     }
 }
 
-/// Anybody can raise errors with any DETAIL and CONTEXT. Where time grows with the square these take minutes, not a second.
+/// Any client can raise errors with any DETAIL and CONTEXT. With quadratic time these take minutes, not a second.
 #[test]
-fn texts_made_to_be_slow_are_not() {
-    let ring = (1..=9_000).map(|pid| format!("{pid} aLock {}\n", pid % 9_000 + 1));
-    let ring: String = ring.collect();
+fn reading_time_is_not_quadratic() {
+    let cycle = (1..=9_000).map(|pid| format!("{pid} aLock {}\n", pid % 9_000 + 1));
+    let cycle: String = cycle.collect();
     let no_statements = "9:\n".repeat(40_000);
     let start = std::time::Instant::now();
     for detail in [
-        format!("{ring}{no_statements}"),
+        format!("{cycle}{no_statements}"),
         format!("1 aLock 2\n{no_statements}"),
-        format!("{no_statements}{ring}"),
-        ring,
+        format!("{no_statements}{cycle}"),
+        cycle,
     ] {
         let message = Message {
             detail,
@@ -173,6 +173,6 @@ fn texts_made_to_be_slow_are_not() {
     assert_eq!(read(Reader::json(), &message.json()).len(), 1);
     let line = "a:".repeat(1 << 21) + "\n";
     assert!(read(Reader::stderr_of_any_prefix(), &line).is_empty());
-    let took = start.elapsed();
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    let elapsed = start.elapsed();
+    assert!(elapsed < Duration::from_secs(60), "{elapsed:?}");
 }

@@ -1,6 +1,6 @@
-//! Statements that begin and end transactions themselves and may not stand in a transaction block.
+//! Statements that cannot run in a transaction block because they begin and end transactions themselves.
 
-use super::{LockMode, LockedRelation, StatementLock, TableWork, one};
+use super::{LockMode, LockedRelation, StatementLock, TableWork, optional};
 
 statements! {
     in_transaction_block: false;

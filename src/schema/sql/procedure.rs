@@ -1,4 +1,4 @@
-//! The statements of the recipes, and the state of the catalogs that says which of them are left to do.
+//! The statements of the procedures, and catalog queries that determine which of them are left to do.
 
 use tokio_postgres::SimpleQueryMessage;
 
@@ -13,14 +13,15 @@ use crate::postgres::sql::text;
 use crate::postgres::table_name::TableName;
 
 pub(crate) fn add_check(table: &TableName, name: &str, expression: &str) -> String {
-    // Behind a line's end, so that a comment in the caller's text ends.
+    // The line break ends a comment at the end of the caller's text.
     format!(
         "ALTER TABLE {table} ADD CONSTRAINT {} CHECK ({expression}\n) NOT VALID",
         identifier(name)
     )
 }
 
-/// Whether a CHECK says the same as the expression, by adding that to an empty table that is gone with the transaction.
+/// Whether a CHECK has the same expression. It adds the expression to an empty temporary table that the transaction
+/// drops.
 pub(crate) fn is_same_check(
     table: &TableName,
     oid: u32,
@@ -29,7 +30,7 @@ pub(crate) fn is_same_check(
     lock_timeout: i32,
 ) -> String {
     let aside = TableName::in_schema("pg_temp", table.name());
-    let says = |of: &str| {
+    let expression_of = |of: &str| {
         format!(
             "SELECT pg_catalog.pg_get_expr(k.conbin, k.conrelid) FROM pg_catalog.pg_constraint AS k \
              WHERE k.conname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND k.conrelid OPERATOR(pg_catalog.=) {of}",
@@ -46,12 +47,12 @@ pub(crate) fn is_same_check(
          SELECT COALESCE(pg_catalog.texteq(({}), ({})), false) AS yes",
         identifier(table.name()),
         add_check(&aside, name, expression),
-        says(&format!("'{oid}'::pg_catalog.oid")),
-        says(&other)
+        expression_of(&format!("'{oid}'::pg_catalog.oid")),
+        expression_of(&other)
     )
 }
 
-/// The expression of a CHECK that proves NOT NULL.
+/// The expression of a CHECK that implies NOT NULL.
 pub(crate) fn is_not_null(column: &str) -> String {
     format!("{} IS NOT NULL", identifier(column))
 }
@@ -82,7 +83,7 @@ pub(crate) fn primary_key_using(table: &TableName, index: &str) -> String {
     format!("ALTER TABLE {table} ADD CONSTRAINT {index} PRIMARY KEY USING INDEX {index}")
 }
 
-/// Of a partitioned table itself, without its partitions.
+/// The primary key of a partitioned table alone.
 pub(crate) fn primary_key_only(table: &TableName, name: &str, key: &[String]) -> String {
     format!(
         "ALTER TABLE ONLY {table} ADD CONSTRAINT {} PRIMARY KEY ({})",
@@ -91,7 +92,7 @@ pub(crate) fn primary_key_only(table: &TableName, name: &str, key: &[String]) ->
     )
 }
 
-/// What a foreign key shall be.
+/// The definition of a foreign key to add.
 #[derive(Clone, Debug)]
 pub(crate) struct ForeignKey {
     pub(crate) columns: Vec<String>,
@@ -102,7 +103,7 @@ pub(crate) struct ForeignKey {
 }
 
 impl ForeignKey {
-    /// As `pg_constraint` has them: on delete, on update.
+    /// The actions on delete and on update, as in `pg_constraint`.
     pub(crate) fn actions(&self) -> (char, char) {
         let code = |action: Option<&str>| match action {
             None | Some("NO ACTION") => 'a',
@@ -163,14 +164,14 @@ pub(crate) fn set_default(table: &TableName, column: &str, default: &str) -> Str
     )
 }
 
-/// What gives the rows that were there the column's default; too much for one statement.
+/// Sets the column's default in existing rows. Too long for one statement; to be run in batches.
 pub(crate) fn fill(table: &TableName, column: &str) -> String {
     let column = identifier(column);
     format!("UPDATE {table} SET {column} = DEFAULT WHERE {column} IS NULL")
 }
 
-/// Puts a table in another one's place, in one transaction: `catch_up` is the caller's, run while nobody else can read or
-/// write.
+/// Swaps two tables in one transaction. `catch_up` is the caller's SQL and runs while no other session can read or
+/// write the old table.
 pub(crate) fn swap(
     table: &TableName,
     new: &TableName,
@@ -191,7 +192,7 @@ pub(crate) fn swap(
     )
 }
 
-/// What a table that was replaced has as its comment: by that a swap that was made is recognized.
+/// The comment of a table that was replaced, by which a completed swap is recognized.
 pub(crate) fn replaced_by(new: &TableName) -> String {
     format!("replaced by lockkeeper with {new}")
 }
@@ -223,7 +224,7 @@ pub(crate) struct Constraint {
     pub(crate) columns: Vec<String>,
     pub(crate) referenced: Option<u32>,
     pub(crate) index: Option<u32>,
-    /// Whether it says no more than that its column is not NULL.
+    /// Whether it is a CHECK that its column is not NULL, and nothing else.
     pub(crate) is_proof: bool,
     pub(crate) referenced_columns: Vec<String>,
     /// `confdeltype` and `confupdtype`.
@@ -249,7 +250,7 @@ pub(crate) fn constraints(table: u32) -> String {
     )
 }
 
-pub(crate) fn found_constraints(reply: &[SimpleQueryMessage]) -> Vec<Constraint> {
+pub(crate) fn read_constraints(reply: &[SimpleQueryMessage]) -> Vec<Constraint> {
     let read = |row| {
         let some = |column| parsed::<u32>(row, column).filter(|oid| *oid > 0);
         let names = |column| {
@@ -272,7 +273,7 @@ pub(crate) fn found_constraints(reply: &[SimpleQueryMessage]) -> Vec<Constraint>
     rows(reply).filter_map(read).collect()
 }
 
-/// A column of a table: whether it may be NULL, and whether it has the type of this text.
+/// Whether a column of a table is nullable, and whether it has this type.
 pub(crate) fn column(table: u32, name: &str, ty: Option<&str>) -> String {
     let same = ty.map_or_else(
         || "true".to_owned(),
@@ -297,11 +298,11 @@ pub(crate) fn column(table: u32, name: &str, ty: Option<&str>) -> String {
 pub(crate) struct Column {
     pub(crate) not_null: bool,
     pub(crate) same_type: bool,
-    /// Its NOT NULL constraint, where that is not valid (PostgreSQL 18).
+    /// The name of its NOT NULL constraint, if that is not valid (PostgreSQL 18).
     pub(crate) unproven: Option<String>,
 }
 
-pub(crate) fn found_column(reply: &[SimpleQueryMessage]) -> Option<Column> {
+pub(crate) fn read_column(reply: &[SimpleQueryMessage]) -> Option<Column> {
     let row = rows(reply).next()?;
     Some(Column {
         not_null: is_true(row, "attnotnull"),

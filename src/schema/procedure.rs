@@ -1,87 +1,89 @@
-//! Steps that find out what is left to do and do that, so that a recipe can be run again after it failed half-way.
+//! Procedures of several steps. They determine what is left to do, so that they can be repeated after a failure.
 
-use super::index::Build;
+use super::Env;
+use super::index::IndexBuild;
 use super::index_name::shortened;
-use super::pace::Pace;
-use super::report::RecipeReport;
-use super::run::{Context, How};
+use super::options::ChangeOptions;
+use super::report::ProcedureReport;
+use super::run::Method;
 use super::table::Table;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, has_a_primary_key, is_a_constraint_already, is_already_there};
 use crate::postgres::name_flaw;
 use crate::schema::sql::catalog;
-use crate::schema::sql::index::{Definition, Part, attach};
-use crate::schema::sql::recipe::{self, Column, Constraint, ForeignKey};
+use crate::schema::sql::index::{IndexDefinition, Part, attach};
+use crate::schema::sql::procedure::{self, Column, Constraint, ForeignKey};
 
-/// How often what is left to do is looked for again because somebody else has done a part of it meanwhile.
-const MOST_LOOKS: u32 = 3;
+/// How often the steps are started at most. They start over if another session has done a part of them meanwhile.
+const MAX_ROUNDS: u32 = 3;
 
-/// What a recipe does, from the first look.
+/// The steps of a procedure.
 pub(super) trait Steps: Sync {
-    /// Finds out what is left to do, and does it.
-    fn take(&self, recipe: &mut Recipe<'_>) -> impl Future<Output = Result<(), Error>> + Send;
+    /// Determines what is left to do, and does it.
+    fn run(&self, procedure: &mut Procedure<'_>) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
-/// A recipe under way.
-pub(super) struct Recipe<'a> {
-    cx: &'a Context,
-    pace: &'a Pace,
+/// A procedure that is running.
+pub(super) struct Procedure<'a> {
+    env: &'a Env,
+    options: &'a ChangeOptions,
     pub(super) deadline: Deadline,
-    pub(super) report: RecipeReport,
-    /// How often what is left to do has been looked for.
-    pub(super) looks: u32,
-    /// Whether the step that failed was overtaken by somebody else's.
+    pub(super) report: ProcedureReport,
+    /// How often the steps have been started.
+    pub(super) rounds: u32,
+    /// Whether the step failed because another session has done it meanwhile.
     pub(super) is_overtaken: bool,
 }
 
-impl<'a> Recipe<'a> {
-    fn new(cx: &'a Context, pace: &'a Pace) -> Result<Self, Error> {
-        pace.check()?;
+impl<'a> Procedure<'a> {
+    fn new(env: &'a Env, options: &'a ChangeOptions) -> Result<Self, Error> {
+        options.check()?;
         Ok(Self {
-            cx,
-            pace,
-            deadline: pace.deadline(),
-            report: RecipeReport::default(),
-            looks: 0,
+            env,
+            options,
+            deadline: options.deadline(),
+            report: ProcedureReport::default(),
+            rounds: 0,
             is_overtaken: false,
         })
     }
 
-    /// Takes all steps; from the first look again where a step has found that somebody else is at the same, which may be a
-    /// run whose connection was lost while the server went on.
+    /// Runs all steps. Starts over if a step has found that another session does the same, which may be an earlier run
+    /// whose connection was lost while the server continued.
     pub(super) async fn run(
-        cx: &'a Context,
-        pace: &'a Pace,
+        env: &'a Env,
+        options: &'a ChangeOptions,
         steps: &impl Steps,
-    ) -> Result<RecipeReport, Error> {
-        let mut recipe = Self::new(cx, pace)?;
+    ) -> Result<ProcedureReport, Error> {
+        let mut procedure = Self::new(env, options)?;
         loop {
-            recipe.looks += 1;
-            let error = match steps.take(&mut recipe).await {
-                Ok(()) => return Ok(recipe.report),
+            procedure.rounds += 1;
+            let error = match steps.run(&mut procedure).await {
+                Ok(()) => return Ok(procedure.report),
                 Err(error) => error,
             };
-            let pause = pace.pause(recipe.looks, cx.jitter.next());
-            let again = std::mem::take(&mut recipe.is_overtaken);
-            if !again || recipe.looks >= MOST_LOOKS || recipe.deadline.remaining() <= pause {
+            let is_overtaken = std::mem::take(&mut procedure.is_overtaken);
+            let pause = env.pause_before_retry(options, &procedure.deadline, procedure.rounds);
+            let Some(pause) = pause.filter(|_| is_overtaken && procedure.rounds < MAX_ROUNDS)
+            else {
                 return Err(error);
-            }
+            };
             tracing::debug!(%error, ?pause, "somebody else is at the same: to be looked at again");
-            // Cancel safety: nothing is held between two looks.
+            // Cancel safety: no connection is held between two rounds.
             tokio::time::sleep(pause).await;
         }
     }
 
-    /// Runs one statement, or a batch, as a change.
+    /// Runs one statement or a batch as a change.
     pub(super) async fn step(&mut self, sql: String) -> Result<(), Error> {
-        let pace = self.pace.until(&self.deadline);
-        let done = self.cx.run(&pace, &sql, How::Transaction).await?;
+        let options = self.options.until(&self.deadline);
+        let done = self.env.run(&options, &sql, Method::InTransaction).await?;
         self.report.push(sql, done);
         Ok(())
     }
 
-    /// A step that fails so when somebody else has taken it meanwhile.
-    pub(super) async fn step_unless(
+    /// Runs a step that fails with an `overtaken` error if another session has done it meanwhile.
+    pub(super) async fn step_unless_overtaken(
         &mut self,
         overtaken: impl Fn(&Error) -> bool + Send,
         sql: String,
@@ -92,8 +94,8 @@ impl<'a> Recipe<'a> {
     }
 
     pub(super) async fn constraints(&self, table: &Table) -> Result<Vec<Constraint>, Error> {
-        let reply = self.cx.ask(&recipe::constraints(table.oid)).await?;
-        Ok(recipe::found_constraints(&reply))
+        let reply = self.env.ask(&procedure::constraints(table.oid)).await?;
+        Ok(procedure::read_constraints(&reply))
     }
 
     async fn constraint(&self, table: &Table, name: &str) -> Result<Option<Constraint>, Error> {
@@ -107,8 +109,11 @@ impl<'a> Recipe<'a> {
         name: &str,
         ty: Option<&str>,
     ) -> Result<Option<Column>, Error> {
-        let reply = self.cx.ask(&recipe::column(table.oid, name, ty)).await?;
-        Ok(recipe::found_column(&reply))
+        let reply = self
+            .env
+            .ask(&procedure::column(table.oid, name, ty))
+            .await?;
+        Ok(procedure::read_column(&reply))
     }
 
     async fn existing_column(&self, table: &Table, name: &str) -> Result<Column, Error> {
@@ -117,7 +122,7 @@ impl<'a> Recipe<'a> {
             .ok_or_else(|| Error::config(format!("{} has no column {name:?}", table.full_name())))
     }
 
-    /// Adds a constraint that is not valid yet by `add`, unless it is there, and validates it, unless it is.
+    /// Adds a NOT VALID constraint with the statement `add`, unless it exists, and validates it, unless it is valid.
     async fn add_and_validate(
         &mut self,
         table: &Table,
@@ -126,8 +131,8 @@ impl<'a> Recipe<'a> {
         add: String,
     ) -> Result<(), Error> {
         if self.constraint(table, name).await?.is_none() {
-            // What another session was faster with need not be the same.
-            self.step_unless(is_already_there, add).await?;
+            // The constraint that another session has added meanwhile may be a different one.
+            self.step_unless_overtaken(is_already_there, add).await?;
         }
         match self.constraint(table, name).await? {
             Some(there) if there.kind != kind => Err(Error::config(format!(
@@ -135,9 +140,11 @@ impl<'a> Recipe<'a> {
                 table.full_name()
             ))),
             Some(there) if !there.is_valid => {
-                let validated = self.step(recipe::validate(&table.full_name(), name)).await;
+                let validated = self
+                    .step(procedure::validate(&table.full_name(), name))
+                    .await;
                 if validated.is_err() {
-                    // A proof is dropped by whoever has it first.
+                    // Another session that sets the column NOT NULL drops the CHECK when it is done.
                     let there = self.constraint(table, name).await;
                     self.is_overtaken = there.is_ok_and(|there| there.is_none());
                 }
@@ -147,22 +154,22 @@ impl<'a> Recipe<'a> {
         }
     }
 
-    /// Refuses another CHECK of that name.
-    pub(super) async fn same_check(
+    /// Refuses a different CHECK of that name.
+    pub(super) async fn ensure_same_check(
         &self,
         table: &Table,
         name: &str,
         expression: &str,
     ) -> Result<(), Error> {
-        sound("constraint", name)?;
+        check_name("constraint", name)?;
         match self.constraint(table, name).await? {
             Some(there) if there.kind == 'c' => {}
             _ => return Ok(()),
         }
-        let timeout = timeout_millis(self.pace.lock_timeout);
+        let timeout = timeout_millis(self.options.lock_timeout);
         let full = table.full_name();
-        let sql = recipe::is_same_check(&full, table.oid, name, expression, timeout);
-        if catalog::yes(&self.cx.ask(&sql).await?) {
+        let sql = procedure::is_same_check(&full, table.oid, name, expression, timeout);
+        if catalog::is_yes(&self.env.ask(&sql).await?) {
             return Ok(());
         }
         Err(Error::config(format!(
@@ -170,20 +177,20 @@ impl<'a> Recipe<'a> {
         )))
     }
 
-    pub(super) async fn check(
+    pub(super) async fn add_check(
         &mut self,
         table: &Table,
         name: &str,
         expression: &str,
     ) -> Result<(), Error> {
-        sound("constraint", name)?;
-        let add = recipe::add_check(&table.full_name(), name, expression);
+        check_name("constraint", name)?;
+        let add = procedure::add_check(&table.full_name(), name, expression);
         self.add_and_validate(table, name, 'c', add).await
     }
 
-    /// A foreign key; of a partitioned table those of its partitions first, which that of the table then takes over
-    /// without looking at the rows again.
-    pub(super) async fn foreign_key(
+    /// Adds a foreign key. For a partitioned table, those of its partitions come first; the table's own foreign key
+    /// then adopts them without reading the rows again.
+    pub(super) async fn add_foreign_key(
         &mut self,
         table: &Table,
         name: Option<&str>,
@@ -192,25 +199,29 @@ impl<'a> Recipe<'a> {
     ) -> Result<(), Error> {
         let own = default_key_name(table, key);
         let name = name.unwrap_or(&own);
-        sound("constraint", name)?;
+        check_name("constraint", name)?;
         let full = table.full_name();
         if table.kind != 'p' {
-            self.same_key(table, name, key, referenced).await?;
-            let add = recipe::add_foreign_key(&full, name, key, false);
+            self.has_valid_foreign_key(table, name, key, referenced)
+                .await?;
+            let add = procedure::add_foreign_key(&full, name, key, false);
             return self.add_and_validate(table, name, 'f', add).await;
         }
-        if self.same_key(table, name, key, referenced).await? {
+        if self
+            .has_valid_foreign_key(table, name, key, referenced)
+            .await?
+        {
             return Ok(());
         }
-        for partition in table.partitions(self.cx).await? {
-            Box::pin(self.foreign_key(&partition, None, key, referenced)).await?;
+        for partition in table.partitions(self.env).await? {
+            Box::pin(self.add_foreign_key(&partition, None, key, referenced)).await?;
         }
-        let add = recipe::add_foreign_key(&full, name, key, true);
-        self.step_unless(is_already_there, add).await
+        let add = procedure::add_foreign_key(&full, name, key, true);
+        self.step_unless_overtaken(is_already_there, add).await
     }
 
-    /// Whether the foreign key is there and valid. Another one of that name is refused.
-    async fn same_key(
+    /// Whether the foreign key exists and is valid. Refuses a different foreign key of that name.
+    async fn has_valid_foreign_key(
         &self,
         table: &Table,
         name: &str,
@@ -236,7 +247,7 @@ impl<'a> Recipe<'a> {
         }
     }
 
-    /// A valid CHECK that the column is not NULL, and its name; `None` where the column is NOT NULL.
+    /// Adds a valid CHECK that the column is not NULL, and returns its name; `None` if the column is already NOT NULL.
     async fn prove_not_null(
         &mut self,
         table: &Table,
@@ -254,39 +265,39 @@ impl<'a> Recipe<'a> {
                 table.full_name()
             )));
         }
-        self.check(table, &name, &recipe::is_not_null(column))
+        self.add_check(table, &name, &procedure::is_not_null(column))
             .await?;
         Ok(Some(name))
     }
 
-    pub(super) async fn not_null(&mut self, table: &Table, column: &str) -> Result<(), Error> {
-        sound("column", column)?;
+    pub(super) async fn set_not_null(&mut self, table: &Table, column: &str) -> Result<(), Error> {
+        check_name("column", column)?;
         let full = table.full_name();
         let unproven = self.existing_column(table, column).await?.unproven;
         if let Some(constraint) = unproven {
-            self.step(recipe::validate(&full, &constraint)).await?;
+            self.step(procedure::validate(&full, &constraint)).await?;
         }
         if let Some(proof) = self.prove_not_null(table, column).await? {
-            let set = recipe::set_not_null(&full, column);
-            let drop = recipe::drop_constraint(&full, &proof);
-            return self.step(recipe::batch(&[set, drop])).await;
+            let set = procedure::set_not_null(&full, column);
+            let drop = procedure::drop_constraint(&full, &proof);
+            return self.step(procedure::batch(&[set, drop])).await;
         }
         self.drop_proof(table, column).await
     }
 
-    /// Drops the CHECK that an earlier run has left.
+    /// Drops the CHECK that an earlier run has left behind.
     async fn drop_proof(&mut self, table: &Table, column: &str) -> Result<(), Error> {
         let name = proof_name(table, column);
-        // One of that name that says anything else is not ours.
+        // A different CHECK of that name is not a procedure's.
         let there = self.constraint(table, &name).await?;
         if there.is_some_and(|there| proves(&there, column)) {
-            let sql = recipe::drop_constraint(&table.full_name(), &name);
+            let sql = procedure::drop_constraint(&table.full_name(), &name);
             self.step(sql).await?;
         }
         Ok(())
     }
 
-    pub(super) async fn primary_key(
+    pub(super) async fn add_primary_key(
         &mut self,
         table: &Table,
         name: Option<&str>,
@@ -294,9 +305,9 @@ impl<'a> Recipe<'a> {
     ) -> Result<(), Error> {
         let own = shortened(&table.name, "pkey");
         let name = name.unwrap_or(&own);
-        sound("constraint", name)?;
+        check_name("constraint", name)?;
         for column in key {
-            sound("column", column)?;
+            check_name("column", column)?;
         }
         let full = table.full_name();
         let all = self.constraints(table).await?;
@@ -316,47 +327,41 @@ impl<'a> Recipe<'a> {
             return Ok(());
         }
         if table.kind == 'p' {
-            for partition in table.partitions(self.cx).await? {
-                Box::pin(self.primary_key(&partition, None, key)).await?;
+            for partition in table.partitions(self.env).await? {
+                Box::pin(self.add_primary_key(&partition, None, key)).await?;
             }
             for column in key {
-                Box::pin(self.not_null(table, column)).await?;
+                Box::pin(self.set_not_null(table, column)).await?;
             }
-            let add = recipe::primary_key_only(&full, name, key);
+            let add = procedure::primary_key_only(&full, name, key);
             let overtaken = |error: &Error| has_a_primary_key(error) || is_already_there(error);
-            self.step_unless(overtaken, add).await?;
+            self.step_unless_overtaken(overtaken, add).await?;
             let all = self.constraints(table).await?;
             return match all.iter().find(|one| one.kind == 'p') {
                 Some(there) => self.attach_keys(table, there, key).await,
                 None => Ok(()),
             };
         }
-        let definition = Definition {
+        let definition = IndexDefinition {
             name: name.to_owned(),
             unique: true,
             parts: key.iter().map(|column| Part::column(column)).collect(),
-            ..Definition::default()
+            ..IndexDefinition::default()
         };
-        // Before the proofs, because it may take the longest and fail for the data.
+        // The index comes before the proofs, because its build takes longest and can fail because of the data.
+        let build = IndexBuild::new(self.env, self.options, &self.deadline);
+        build.run(table, &definition, &mut self.report).await?;
         let mut batch = Vec::new();
-        let build = Build {
-            cx: self.cx,
-            pace: self.pace,
-            deadline: &self.deadline,
-            progress: None,
-            waits: true,
-        };
-        build.on(table, &definition, &mut self.report).await?;
         let mut proofs = Vec::new();
         for column in key {
             if let Some(proof) = self.prove_not_null(table, column).await? {
-                batch.push(recipe::set_not_null(&full, column));
-                proofs.push(recipe::drop_constraint(&full, &proof));
+                batch.push(procedure::set_not_null(&full, column));
+                proofs.push(procedure::drop_constraint(&full, &proof));
             }
         }
-        batch.push(recipe::primary_key_using(&full, name));
+        batch.push(procedure::primary_key_using(&full, name));
         batch.extend(proofs);
-        self.step_unless(is_a_constraint_already, recipe::batch(&batch))
+        self.step_unless_overtaken(is_a_constraint_already, procedure::batch(&batch))
             .await
     }
 
@@ -367,20 +372,14 @@ impl<'a> Recipe<'a> {
         parent: &Constraint,
         key: &[String],
     ) -> Result<(), Error> {
-        for partition in table.partitions(self.cx).await? {
-            // One that has come since, or was not reached.
-            Box::pin(self.primary_key(&partition, None, key)).await?;
+        for partition in table.partitions(self.env).await? {
+            // The partition may be new, or an earlier run has not reached it.
+            Box::pin(self.add_primary_key(&partition, None, key)).await?;
             let all = self.constraints(&partition).await?;
             let Some(own) = all.into_iter().find(|one| one.kind == 'p') else {
                 continue;
             };
-            let build = Build {
-                cx: self.cx,
-                pace: self.pace,
-                deadline: &self.deadline,
-                progress: None,
-                waits: true,
-            };
+            let build = IndexBuild::new(self.env, self.options, &self.deadline);
             let index = build.find(&partition, &own.name).await?;
             if index.is_some_and(|index| index.attached_to.is_none()) {
                 let (parent, own) = (table.sibling(&parent.name), partition.sibling(&own.name));
@@ -391,8 +390,8 @@ impl<'a> Recipe<'a> {
     }
 }
 
-/// Refuses a name that no server can have.
-pub(super) fn sound(what: &str, name: &str) -> Result<(), Error> {
+/// Refuses a name that PostgreSQL does not accept.
+pub(super) fn check_name(what: &str, name: &str) -> Result<(), Error> {
     name_flaw(what, name).map_or(Ok(()), |flaw| Err(Error::config(flaw)))
 }
 
@@ -401,7 +400,7 @@ fn default_key_name(table: &Table, key: &ForeignKey) -> String {
     shortened(&format!("{}_{}", table.name, key.columns.join("_")), "fkey")
 }
 
-/// Whether it is what proves that the column is not NULL, and no more.
+/// Whether the constraint is a CHECK that this column is not NULL, and nothing else.
 fn proves(constraint: &Constraint, column: &str) -> bool {
     constraint.is_proof && constraint.columns == [column]
 }

@@ -1,4 +1,4 @@
-//! Looking, on another connection, at who is in the way of a statement while it waits.
+//! Polls, on another connection, the blockers and the progress of a statement while it runs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use super::progress::IndexProgress;
 use crate::blocker::Blocker;
 use crate::connection::Connections;
 use crate::graph;
@@ -13,89 +14,92 @@ use crate::graph::{Backend, BackendId, Snapshot};
 use crate::mode::AdvisoryMode;
 use crate::schema::sql::index;
 
-use super::progress::IndexProgress;
+/// How often a wait of the length of the timeout is polled.
+pub(super) const POLLS_PER_WAIT: u32 = 4;
+const MIN_INTERVAL: Duration = Duration::from_millis(10);
+const MAX_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a poll waits for a connection of the pool.
+const CONNECTION_WAIT: Duration = Duration::from_millis(20);
 
-/// The shortest time between two looks.
-const LEAST: Duration = Duration::from_millis(10);
-/// How long a connection of the pool's is waited for to look on.
-const SPARE: Duration = Duration::from_millis(20);
-
-/// Is told how far an index build is.
+/// A callback that receives the progress of an index build.
 pub(super) type OnProgress = Arc<dyn Fn(&IndexProgress) + Send + Sync>;
 
-/// One statement under watch.
-pub(super) struct Watch {
+/// The poll of one statement.
+pub(super) struct StatementPoll {
     pid: i32,
-    /// How long all waits of the attempt together may take; `None` where each may take what it wants.
-    most: Option<Duration>,
-    every: Duration,
+    /// How long all waits of the attempt may take together; `None` if only each wait is limited.
+    max_total_wait: Option<Duration>,
+    interval: Duration,
     ended: AtomicBool,
     end: Notify,
-    /// Says that it has waited long enough.
-    pub(super) enough: Notify,
-    found: Mutex<Vec<Blocker>>,
-    progress: Option<OnProgress>,
+    waited_too_long: Notify,
+    blockers: Mutex<Vec<Blocker>>,
+    on_progress: Option<OnProgress>,
 }
 
-impl Watch {
-    pub(super) fn new(pid: i32, lock_timeout: Duration, most: Option<Duration>) -> Self {
+impl StatementPoll {
+    pub(super) fn new(pid: i32, lock_timeout: Duration, max_total_wait: Option<Duration>) -> Self {
         Self {
             pid,
-            most,
-            every: (lock_timeout / 4).clamp(LEAST, Duration::from_secs(1)),
+            max_total_wait,
+            interval: (lock_timeout / POLLS_PER_WAIT).clamp(MIN_INTERVAL, MAX_INTERVAL),
             ended: AtomicBool::new(false),
             end: Notify::new(),
-            enough: Notify::new(),
-            found: Mutex::default(),
-            progress: None,
+            waited_too_long: Notify::new(),
+            blockers: Mutex::default(),
+            on_progress: None,
         }
     }
 
-    /// Has somebody told how far it is.
-    pub(super) fn telling(mut self, progress: Option<&OnProgress>) -> Self {
-        self.progress = progress.cloned();
+    pub(super) fn with_progress(mut self, on_progress: Option<&OnProgress>) -> Self {
+        self.on_progress = on_progress.cloned();
         self
     }
 
-    /// The statement has ended: no further look.
+    /// Ends the poll, because the statement has ended.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Relaxed);
         self.end.notify_one();
     }
 
-    /// Who was seen last.
-    pub(super) fn found(&self) -> Vec<Blocker> {
+    /// Completes once the statement's waits together have taken longer than the maximum.
+    pub(super) async fn has_waited_too_long(&self) {
+        self.waited_too_long.notified().await;
+    }
+
+    /// The blockers that were seen last.
+    pub(super) fn blockers(&self) -> Vec<Blocker> {
         self.lock().clone()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Blocker>> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+        self.blockers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks again and again, until [`end`](Self::end).
+    /// Polls repeatedly until [`end`](Self::end).
     ///
-    /// Cancel safety: a question that is not awaited closes its connection.
-    pub(super) async fn look(&self, connections: &Arc<Connections>) {
-        // Waits that are over, and the one seen last: since when, and how long when it was seen.
+    /// Cancel safety: a query whose reply is not awaited closes its connection.
+    pub(super) async fn run(&self, connections: &Arc<Connections>) {
+        // The sum of the waits that are over; and when the current wait began, and its age when it was last seen.
         let mut over = Duration::ZERO;
         let mut last: Option<(Option<std::time::SystemTime>, Duration)> = None;
         while !self.ended.load(Ordering::Relaxed) {
-            let next = Instant::now() + self.every;
+            let next = Instant::now() + self.interval;
             tokio::select! {
                 biased;
                 () = self.end.notified() => return,
                 () = tokio::time::sleep_until(next.into()) => {}
             }
-            if let Some(tell) = &self.progress
+            if let Some(on_progress) = &self.on_progress
                 && let Ok(reply) = connections
-                    .ask_within(SPARE, &index::progress(self.pid))
+                    .ask_within(CONNECTION_WAIT, &index::progress(self.pid))
                     .await
-                && let Some(progress) = index::progressed(&reply)
+                && let Some(progress) = index::read_progress(&reply)
             {
-                tell(&IndexProgress::from(progress));
+                on_progress(&IndexProgress::from(progress));
             }
             let sql = graph::sql::blocking(Some(&[self.pid]));
-            let reply = match connections.ask_within(SPARE, &sql).await {
+            let reply = match connections.ask_within(CONNECTION_WAIT, &sql).await {
                 Ok(reply) => reply,
                 Err(error) => {
                     tracing::debug!(%error, "nobody can look at who is in the way");
@@ -115,21 +119,21 @@ impl Watch {
             let mut edges = snapshot.edges_of(&me);
             let Some(edge) = edges.next() else { continue };
             let (since, age) = (edge.waiting_since(), edge.wait_age().unwrap_or_default());
-            if let Some((before, was)) = last
-                && before != since
+            if let Some((previous_since, previous_age)) = last
+                && previous_since != since
             {
-                over += was;
+                over += previous_age;
             }
             last = Some((since, age));
-            // The first wait ends by the server's own timeout, which counts for each wait anew.
-            if !over.is_zero() && self.most.is_some_and(|most| over + age >= most) {
-                self.enough.notify_one();
+            // The server's own timeout ends the first wait; it starts anew for each further wait.
+            if !over.is_zero() && self.max_total_wait.is_some_and(|max| over + age >= max) {
+                self.waited_too_long.notify_one();
             }
         }
     }
 }
 
-/// Who is in the way of a backend.
+/// The blockers of a backend in a snapshot.
 fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
     let me = BackendId::Pid(pid);
     let edges = snapshot.edges_of(&me);

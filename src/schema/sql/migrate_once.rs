@@ -1,14 +1,10 @@
-//! The table in which it is noted which migrations are done.
-
-use tokio_postgres::SimpleQueryMessage;
+//! The table that records which migrations are done.
 
 use super::catalog::is_named;
-use crate::postgres::sql::is_true;
 use crate::postgres::sql::literal;
-use crate::postgres::sql::rows;
 use crate::postgres::table_name::TableName;
 
-/// Its name, in whatever schema.
+/// The table's name.
 pub(crate) const TABLE: &str = "lockkeeper_migration";
 
 pub(crate) fn is_there(table: &TableName) -> String {
@@ -19,7 +15,8 @@ pub(crate) fn is_there(table: &TableName) -> String {
     )
 }
 
-/// Two sessions that do this at once can still meet in the catalogs, in spite of IF NOT EXISTS; one fails then.
+/// Two sessions that run this at the same time can conflict in the catalogs in spite of IF NOT EXISTS; then one of them
+/// fails.
 pub(crate) fn create(table: &TableName) -> String {
     format!(
         "CREATE TABLE IF NOT EXISTS {table} (key pg_catalog.text PRIMARY KEY, \
@@ -44,15 +41,11 @@ pub(crate) fn done(table: &TableName, key: &str, by: &str) -> String {
     )
 }
 
-/// Whether the transaction is older than the statement, and so than itself.
+/// Whether the transaction began before this statement.
 pub(crate) const IN_TRANSACTION: &str = "SELECT pg_catalog.transaction_timestamp() \
     OPERATOR(pg_catalog.<) pg_catalog.statement_timestamp() AS yes";
 
-/// Whether there is a backend of this pid. Costs no lock and no right.
+/// Whether there is a backend with this pid. Needs no lock and no privilege.
 pub(crate) fn is_alive(pid: i32) -> String {
     format!("SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity({pid})) AS yes")
-}
-
-pub(crate) fn yes(reply: &[SimpleQueryMessage]) -> bool {
-    rows(reply).any(|row| is_true(row, "yes"))
 }
