@@ -10,6 +10,7 @@
 
 mod backfill;
 mod cancel_safety;
+mod citations;
 mod commit_outcome;
 mod common;
 mod comparison;
