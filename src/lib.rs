@@ -50,6 +50,23 @@
 //! | change a schema without keeping others waiting, and know beforehand who is in the way | [`Keeper::schema`], [`Schema`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //!
+//! # Features
+//!
+//! | feature | adds |
+//! |---|---|
+//! | `incidents` (default) | deadlocks, lock timeouts and long waits, explained: `Error::incident`, `KeeperBuilder::on_incident`, `graph` |
+//! | `monitor` | looking at the server: `Keeper::monitor`, lock tree, held and leaked locks, health, settings |
+//! | `resolver` | acting on sessions: `Keeper::resolver`, `Keeper::watchdog`, `Monitor::cancel`; brings `monitor` |
+//! | `schema` | schema changes and backfills: `Keeper::schema`, `Keeper::backfill`, `StatementLock` |
+//! | `server-log` | reading the server's own log: `server_log` |
+//! | `pictures` | lock trees and incidents as HTML, Mermaid and DOT |
+//! | `compat` | keys as other programs derive them |
+//! | `metrics` | `Health::record`, together with `monitor`: the server's locks for the `metrics` facade |
+//! | `serde` | incidents, trees, locks, health and settings as JSON |
+//! | `full` | all of them |
+//!
+//! Without default features the crate is the core: locks, guards and transactions.
+//!
 //! # What it holds to
 //!
 //! - **Transaction-scoped by default.** Such a lock cannot outlive its transaction, in any pooling mode. Session locks
