@@ -8,12 +8,8 @@ use futures::StreamExt as _;
 use lockkeeper::{
     Backfill, BackfillPause, BackfillProgress, Error, ErrorKind, Keeper, ReplicationLag,
 };
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, Server, eventually, poll_times_and_drop};
 use tokio_postgres::Client;
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-
-const SOON: Duration = Duration::from_secs(30);
 
 /// A table `t (id, n)` with so many rows at zero.
 async fn scene(pool_size: usize, rows: u32) -> Scene {
@@ -215,7 +211,7 @@ async fn backends_killed_at_any_moment_leave_each_row_changed_once() {
     );
     all_are(&scene, 1).await;
     assert_eq!(checkpoint(&scene).await.1, 3000);
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -223,10 +219,13 @@ async fn dropped_at_any_poll_it_goes_on_where_it_was() {
     let scene = scene(3, 400).await;
     let mut dropped = 0;
     for polls in 0.. {
-        let run = counted(&scene.keeper).batch_rows(10..=10).wait(SOON).run();
+        let run = counted(&scene.keeper)
+            .batch_rows(10..=10)
+            .wait(GIVE_UP_AFTER)
+            .run();
         let ended = poll_times_and_drop(run, polls).await;
         // What was dropped is undone or done, never half of it.
-        eventually(SOON, "the rows and the checkpoint differ", async || {
+        eventually("the rows and the checkpoint differ", async || {
             let exists = "SELECT count(*) FROM pg_class WHERE relname = 'lockkeeper_backfill'";
             if number(&scene.observer, exists).await == 0 {
                 return number(&scene.observer, "SELECT sum(n) FROM t").await == 0;
@@ -245,7 +244,7 @@ async fn dropped_at_any_poll_it_goes_on_where_it_was() {
     }
     assert!(dropped > 10, "{dropped}");
     all_are(&scene, 1).await;
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -292,13 +291,10 @@ async fn a_run_that_was_overtaken_changes_nothing_more() {
     let overtaken = {
         let backfill = counted(&scene.keeper)
             .batch_rows(10..=10)
-            .lock_timeout(SOON);
+            .lock_timeout(GIVE_UP_AFTER);
         tokio::spawn(backfill.run())
     };
-    eventually(SOON, "it does not wait", async || {
-        scene.lock_waiters().await == 1
-    })
-    .await;
+    eventually("it does not wait", async || scene.lock_waiters().await == 1).await;
     assert_eq!(checkpoint(&scene).await.1, 10);
     // What another process would have written.
     scene
@@ -321,7 +317,7 @@ async fn a_checkpoint_that_is_not_the_one_it_knows_ends_a_run() {
     let scene = scene(3, 100).await;
     for change in ["last_key = '{12}'", "definition = 'something else'"] {
         let backfill = counted(&scene.keeper).restart().batch_rows(10..=10);
-        let mut steps = backfill.wait(SOON).stream();
+        let mut steps = backfill.wait(GIVE_UP_AFTER).stream();
         steps.next().await.unwrap().unwrap();
         let change = format!("UPDATE lockkeeper_backfill SET {change}");
         scene.observer.batch_execute(&change).await.unwrap();
@@ -369,7 +365,7 @@ async fn only_one_runs_and_the_others_find_it_busy_or_wait() {
         .try_run();
     assert!(another.await.unwrap().is_some());
 
-    let waiting = tokio::spawn(counted(&other).wait(SOON).run());
+    let waiting = tokio::spawn(counted(&other).wait(GIVE_UP_AFTER).run());
     while let Some(progress) = stream.next().await {
         progress.unwrap();
     }
@@ -498,7 +494,7 @@ async fn it_pauses_while_somebody_waits_for_the_table() {
             .batch_execute("ALTER TABLE t ADD COLUMN m int")
             .await
     });
-    eventually(SOON, "the change does not wait", async || {
+    eventually("the change does not wait", async || {
         scene.lock_waiters().await == 1
     })
     .await;
@@ -540,7 +536,7 @@ async fn a_schema_change_in_the_middle_goes_first() {
             .batch_execute("ALTER TABLE t ADD COLUMN m int")
             .await
     });
-    eventually(SOON, "the change does not wait", async || {
+    eventually("the change does not wait", async || {
         scene.lock_waiters().await == 1
     })
     .await;
@@ -578,10 +574,7 @@ async fn it_steps_aside_for_those_who_wait_for_rows() {
         .unwrap();
     let update = "UPDATE t SET n = n + 100 WHERE id = 499";
     let waiting = tokio::spawn(async move { waiter.batch_execute(update).await });
-    eventually(SOON, "it does not wait", async || {
-        scene.lock_waiters().await == 1
-    })
-    .await;
+    eventually("it does not wait", async || scene.lock_waiters().await == 1).await;
     let backfill = counted(&scene.keeper)
         .batch_rows(10..=10)
         .batch_time(Duration::from_millis(5));
@@ -615,7 +608,9 @@ async fn a_batch_that_was_in_the_way_is_followed_by_a_smaller_one() {
         )
         .await
         .unwrap();
-    let backfill = counted(&scene.keeper).batch_rows(1..=200).batch_time(SOON);
+    let backfill = counted(&scene.keeper)
+        .batch_rows(1..=200)
+        .batch_time(GIVE_UP_AFTER);
     let mut stream = backfill.stream();
     let waiter = scene.database.connect().await;
     let observer = scene.database.connect().await;
@@ -665,7 +660,7 @@ async fn a_locked_row_is_tried_again_until_patience_ends() {
 
     let waiting = tokio::spawn(run().run());
     let tried = async || scene.lock_waiters().await > 0;
-    eventually(SOON, "it is not tried again", tried).await;
+    eventually("it is not tried again", tried).await;
     holder.batch_execute("COMMIT").await.unwrap();
     waiting.await.unwrap().unwrap();
     all_are(&scene, 1).await;
@@ -702,12 +697,9 @@ async fn a_batch_locks_its_rows_in_order() {
             .unwrap();
         let backfill = counted(&scene.keeper)
             .batch_rows(80..=80)
-            .lock_timeout(SOON);
+            .lock_timeout(GIVE_UP_AFTER);
         let run = tokio::spawn(backfill.run());
-        eventually(SOON, "it does not wait", async || {
-            scene.lock_waiters().await == 1
-        })
-        .await;
+        eventually("it does not wait", async || scene.lock_waiters().await == 1).await;
         let locked = "SELECT id FROM t WHERE id NOT IN (SELECT id FROM t FOR UPDATE SKIP LOCKED) ORDER BY id";
         let locked = scene.observer.query(locked, &[]).await.unwrap();
         let locked: Vec<i64> = locked.iter().map(|row| row.get(0)).collect();
@@ -733,13 +725,10 @@ async fn a_row_that_others_change_meanwhile_is_seen_as_it_is_then() {
     let run = tokio::spawn(
         counted(&scene.keeper)
             .filter("n >= 0")
-            .lock_timeout(SOON)
+            .lock_timeout(GIVE_UP_AFTER)
             .run(),
     );
-    eventually(SOON, "it does not wait", async || {
-        scene.lock_waiters().await == 1
-    })
-    .await;
+    eventually("it does not wait", async || scene.lock_waiters().await == 1).await;
     holder.batch_execute("COMMIT").await.unwrap();
     let done = run.await.unwrap().unwrap();
     assert_eq!((done.rows_done(), done.rows_passed()), (18, 20));
@@ -761,12 +750,9 @@ async fn a_deadlock_is_no_end() {
         .unwrap();
     let backfill = counted(&scene.keeper)
         .batch_rows(100..=100)
-        .lock_timeout(SOON);
+        .lock_timeout(GIVE_UP_AFTER);
     let run = tokio::spawn(backfill.run());
-    eventually(SOON, "it does not wait", async || {
-        scene.lock_waiters().await == 1
-    })
-    .await;
+    eventually("it does not wait", async || scene.lock_waiters().await == 1).await;
     other
         .batch_execute("UPDATE t SET n = n + 10 WHERE id = 10; COMMIT")
         .await
@@ -1000,7 +986,7 @@ async fn a_checkpoint_is_read_as_it_was_written() {
             let set = format!("ALTER DATABASE {name} {setting}");
             scene.observer.batch_execute(&set).await.unwrap();
             let keeper = Keeper::new(scene.database.pool(2));
-            let backfill = counted(&keeper).batch_rows(7..=7).wait(SOON);
+            let backfill = counted(&keeper).batch_rows(7..=7).wait(GIVE_UP_AFTER);
             let mut steps = backfill.stream().take(batches);
             while let Some(step) = steps.next().await {
                 step.unwrap_or_else(|error| panic!("{key}: {error}"));
@@ -1019,7 +1005,7 @@ async fn a_checkpoint_is_read_as_it_was_written() {
 async fn a_key_that_is_ordered_otherwise_is_no_place_to_go_on_from() {
     let scene = Scene::new(2).await;
     let steps = async |n| {
-        let backfill = counted(&scene.keeper).batch_rows(7..=7).wait(SOON);
+        let backfill = counted(&scene.keeper).batch_rows(7..=7).wait(GIVE_UP_AFTER);
         let steps: Vec<_> = backfill.stream().take(n).collect().await;
         steps.into_iter().collect::<Result<Vec<_>, Error>>()
     };
@@ -1274,10 +1260,7 @@ async fn it_pauses_while_a_standby_is_behind() {
     let (follower, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
     drop(tokio::spawn(connection));
     let follows = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming' AND replay_lsn IS NOT NULL";
-    eventually(SOON, "no standby", async || {
-        number(&client, follows).await == 1
-    })
-    .await;
+    eventually("no standby", async || number(&client, follows).await == 1).await;
     follower
         .batch_execute("SELECT pg_wal_replay_pause()")
         .await

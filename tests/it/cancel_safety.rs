@@ -2,21 +2,18 @@
 //! connection is not delayed, and all of the pool can be had.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::Pool;
 use futures::future::{BoxFuture, FutureExt, join_all};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard, TransactionOptions, Tx, XactGuard};
-use lockkeeper_testkit::{Database, Server};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::AbortHandle;
-use tokio_postgres::{Client, IsolationLevel, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, ENDLESS, Proxy, Random, Scene, Server, eventually_within,
+    poll_times_and_drop,
+};
+use tokio_postgres::IsolationLevel;
 
 /// What the calls ask for, and what is held by somebody else in a busy scene.
 const KEY: i64 = 71;
@@ -24,12 +21,6 @@ const KEY: i64 = 71;
 const BEFORE: i64 = 70;
 const AFTER: i64 = 72;
 
-/// Within this time everything has to be as if the dropped call had never been. It takes some milliseconds; what is
-/// left behind stays for much longer, and machines that run tests are slow at times. Less than the ten seconds after
-/// which the library gives a connection up that does not answer: that is no release.
-const SOON: Duration = Duration::from_secs(9);
-/// Longer than any test.
-const LONG: Duration = Duration::from_secs(3600);
 /// More polls than any call needs.
 const MOST_POLLS: usize = 300;
 
@@ -293,20 +284,6 @@ fn new_keeper(pool: &Pool, wait: Duration) -> Keeper {
         .build()
 }
 
-/// Somebody beside the keeper who holds [`KEY`], and the backend's pid.
-async fn holder(scene: &Scene) -> (Client, i32) {
-    let client = scene.database.connect().await;
-    let row = client
-        .query_one(
-            "SELECT pg_backend_pid() FROM (SELECT pg_advisory_lock($1)) AS l",
-            &[&KEY],
-        )
-        .await
-        .unwrap();
-    let pid = row.get(0);
-    (client, pid)
-}
-
 /// All advisory locks of the scene's database: backend and whether it is granted.
 async fn locks(scene: &Scene) -> Vec<(i32, bool)> {
     let rows = scene
@@ -335,9 +312,9 @@ async fn assert_no_trace(scene: &Scene, holder: Option<i32>, within: Duration, w
     }
     let expected: Vec<_> = holder.iter().map(|&pid| (pid, true)).collect();
     let complaint = format!("{what}: there is more in pg_locks than should be");
-    eventually(within, &complaint, async || locks(scene).await == expected).await;
+    eventually_within(within, &complaint, async || locks(scene).await == expected).await;
     let complaint = format!("{what}: a transaction is left open");
-    eventually(within, &complaint, async || {
+    eventually_within(within, &complaint, async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                    AND pid <> pg_backend_pid() AND xact_start IS NOT NULL";
         let row = scene.observer.query_one(sql, &[]).await.unwrap();
@@ -395,9 +372,17 @@ async fn calls_that_find_the_lock_free_leave_nothing_wherever_they_are_dropped()
     let known = new_keeper(&scene.pool, Duration::from_secs(10));
     for &call in CALLS {
         let unknown = || new_keeper(&scene.pool, Duration::from_secs(10));
-        drop_at_every_poll(&scene, call, unknown, None, SOON, Result::is_ok).await;
+        drop_at_every_poll(
+            &scene,
+            call,
+            unknown,
+            None,
+            CLEANED_UP_WITHIN,
+            Result::is_ok,
+        )
+        .await;
         let known = || known.clone();
-        drop_at_every_poll(&scene, call, known, None, SOON, Result::is_ok).await;
+        drop_at_every_poll(&scene, call, known, None, CLEANED_UP_WITHIN, Result::is_ok).await;
     }
     scene.nothing_left().await;
 }
@@ -405,14 +390,30 @@ async fn calls_that_find_the_lock_free_leave_nothing_wherever_they_are_dropped()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_that_find_the_lock_busy_leave_nothing_wherever_they_are_dropped() {
     let scene = with_table(Scene::new(1).await).await;
-    let (_client, pid) = holder(&scene).await;
+    let holder = scene.holder(KEY).await;
     let wait = Duration::from_millis(15);
     let known = new_keeper(&scene.pool, wait);
     for &call in CALLS {
         let unknown = || new_keeper(&scene.pool, wait);
-        drop_at_every_poll(&scene, call, unknown, Some(pid), SOON, is_busy).await;
+        drop_at_every_poll(
+            &scene,
+            call,
+            unknown,
+            Some(holder.pid),
+            CLEANED_UP_WITHIN,
+            is_busy,
+        )
+        .await;
         let known = || known.clone();
-        drop_at_every_poll(&scene, call, known, Some(pid), SOON, is_busy).await;
+        drop_at_every_poll(
+            &scene,
+            call,
+            known,
+            Some(holder.pid),
+            CLEANED_UP_WITHIN,
+            is_busy,
+        )
+        .await;
     }
 }
 
@@ -420,28 +421,28 @@ async fn calls_that_find_the_lock_busy_leave_nothing_wherever_they_are_dropped()
 async fn long_waits_leave_the_queue_when_they_are_dropped() {
     let scenes = CALLS.iter().map(|&(name, call)| async move {
         let scene = with_table(Scene::new(1).await).await;
-        let (_client, pid) = holder(&scene).await;
+        let holder = scene.holder(KEY).await;
         let waits = !["try", "tries", "fails"]
             .iter()
             .any(|word| name.contains(word));
         let (mut took, mut calm) = (Vec::new(), Vec::new());
         for after in [0, 15, 100, 600, 1200] {
-            let keeper = new_keeper(&scene.pool, LONG);
+            let keeper = new_keeper(&scene.pool, ENDLESS);
             let call = tokio::spawn(call(keeper));
             if after > 0 {
                 tokio::time::sleep(Duration::from_millis(after)).await;
             } else if waits {
                 let waits = async || !scene.waiters(KEY).await.is_empty();
-                eventually(SOON, &format!("{name} does not wait"), waits).await;
+                eventually_within(CLEANED_UP_WITHIN, &format!("{name} does not wait"), waits).await;
             }
             call.abort();
             let dropped = Instant::now();
             let what = format!("{name}, aborted after {after} ms");
-            assert_no_trace(&scene, Some(pid), SOON, &what).await;
+            assert_no_trace(&scene, Some(holder.pid), CLEANED_UP_WITHIN, &what).await;
             took.push(dropped.elapsed());
             // What looking alone takes.
             let looked = Instant::now();
-            assert_no_trace(&scene, Some(pid), SOON, &what).await;
+            assert_no_trace(&scene, Some(holder.pid), CLEANED_UP_WITHIN, &what).await;
             calm.push(looked.elapsed());
         }
         (took, calm)
@@ -464,11 +465,11 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_dropped() {
     let scene = with_table(Scene::new(4).await).await;
-    let (client, pid) = holder(&scene).await;
+    let holder = scene.holder(KEY).await;
     let keeper = new_keeper(&scene.pool, Duration::from_millis(15));
     let crowd: Vec<_> = (0..2)
         .map(|_| {
-            let lock = keeper.advisory_lock(KEY).wait(LONG);
+            let lock = keeper.advisory_lock(KEY).wait(ENDLESS);
             tokio::spawn(async move {
                 let guard = lock.acquire().await.unwrap();
                 guard.rollback().await;
@@ -476,17 +477,17 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
         })
         .collect();
     let two_wait = async || scene.waiters(KEY).await.len() == 2;
-    eventually(SOON, "the crowd does not wait", &two_wait).await;
+    eventually_within(CLEANED_UP_WITHIN, "the crowd does not wait", &two_wait).await;
     for &(name, call) in CALLS {
         for polls in 0..MOST_POLLS {
             let outcome = poll_times_and_drop(call(keeper.clone()), polls).await;
             let what = format!("{name}, dropped after {polls} polls");
             let complaint = format!("{what}: somebody else waits or holds");
-            eventually(SOON, &complaint, async || {
+            eventually_within(CLEANED_UP_WITHIN, &complaint, async || {
                 // Between two slices a waiter is neither here nor there.
                 let locks = locks(&scene).await;
                 let held: Vec<_> = locks.iter().filter(|(_, granted)| *granted).collect();
-                held == [&(pid, true)] && locks.len() == 3
+                held == [&(holder.pid, true)] && locks.len() == 3
             })
             .await;
             let spare = async {
@@ -495,7 +496,7 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
                 first.batch_execute("SELECT 1").await.unwrap();
                 second.batch_execute("SELECT 1").await.unwrap();
             };
-            let spare = tokio::time::timeout(SOON, spare).await;
+            let spare = tokio::time::timeout(CLEANED_UP_WITHIN, spare).await;
             assert!(spare.is_ok(), "{what}: the next borrower is delayed");
             if let Some(outcome) = outcome {
                 assert!(is_busy(&outcome), "{name}: {outcome:?}");
@@ -503,9 +504,9 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
             }
         }
     }
-    drop(client);
+    drop(holder);
     for waiter in crowd {
-        let waiter = tokio::time::timeout(SOON, waiter).await;
+        let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
         waiter.expect("a waiter is stuck").unwrap();
     }
     scene.nothing_left().await;
@@ -515,16 +516,17 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_over_a_slow_network_leave_nothing_wherever_they_are_dropped() {
     let latency = Duration::from_millis(10);
-    let within = SOON + 20 * latency;
+    let within = CLEANED_UP_WITHIN + 20 * latency;
     let scenes = CALLS.iter().map(|&call| async move {
         let mut scene = with_table(Scene::new(1).await).await;
-        let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
-        scene.pool = proxy.pool(&scene.database, 1);
+        let proxy = Proxy::before(scene.database.server());
+        proxy.delay(latency);
+        scene.pool = proxy.pool(&scene.database.config(), 1);
         let keeper = || new_keeper(&scene.pool, Duration::from_secs(10));
         drop_at_every_poll(&scene, call, keeper, None, within, Result::is_ok).await;
-        let (_client, pid) = holder(&scene).await;
+        let holder = scene.holder(KEY).await;
         let keeper = || new_keeper(&scene.pool, Duration::from_millis(30));
-        drop_at_every_poll(&scene, call, keeper, Some(pid), within, is_busy).await;
+        drop_at_every_poll(&scene, call, keeper, Some(holder.pid), within, is_busy).await;
     });
     few_at_a_time(scenes).await;
 }
@@ -533,16 +535,17 @@ async fn calls_over_a_slow_network_leave_nothing_wherever_they_are_dropped() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_over_a_slow_network_leave_nothing_whenever_they_are_dropped() {
     let latency = Duration::from_millis(10);
-    let within = SOON + 20 * latency;
+    let within = CLEANED_UP_WITHIN + 20 * latency;
     let scenes = CALLS
         .iter()
         .zip(1..)
         .map(|(&(name, call), seed)| async move {
             let mut scene = with_table(Scene::new(2).await).await;
-            let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
-            scene.pool = proxy.pool(&scene.database, 2);
+            let proxy = Proxy::before(scene.database.server());
+            proxy.delay(latency);
+            scene.pool = proxy.pool(&scene.database.config(), 2);
             let keeper = new_keeper(&scene.pool, Duration::from_secs(10));
-            let mut dice = Dice(seed);
+            let mut dice = Random::new(seed);
             for _ in 0..15 {
                 let after = dice.duration(Duration::from_millis(200));
                 drop(tokio::time::timeout(after, call(keeper.clone())).await);
@@ -654,7 +657,7 @@ async fn notes(scene: &Scene, id: i32) -> i64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
     let scene = with_table(Scene::new(1).await).await;
-    let (_client, pid) = holder(&scene).await;
+    let holder = scene.holder(KEY).await;
     let mut id = 1000;
     let mut committed = 0;
     for &(name, call) in ON_XACT_GUARDS {
@@ -684,7 +687,7 @@ async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
                                 );
                             }
                         }
-                        let commit = tokio::time::timeout(SOON, guard.commit()).await;
+                        let commit = tokio::time::timeout(CLEANED_UP_WITHIN, guard.commit()).await;
                         applied = match commit {
                             Ok(Ok(())) => true,
                             Ok(Err(error)) if error.kind() == ErrorKind::CommitUnknown => {
@@ -696,7 +699,7 @@ async fn a_transaction_outlives_what_is_dropped_in_it_and_ends_as_it_says() {
                         committed += usize::from(applied);
                     }
                 }
-                assert_no_trace(&scene, Some(pid), SOON, &what).await;
+                assert_no_trace(&scene, Some(holder.pid), CLEANED_UP_WITHIN, &what).await;
                 assert_eq!(notes(&scene, id).await, i64::from(applied), "{what}");
                 if let Some(outcome) = outcome {
                     assert!(outcome.is_ok(), "{what}: {outcome:?}");
@@ -781,7 +784,7 @@ const ON_SESSION_GUARDS: &[(&str, OnSessionGuard)] = &[
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_guard_outlives_what_is_dropped_on_it() {
     let scene = with_table(Scene::new(1).await).await;
-    let (_client, pid) = holder(&scene).await;
+    let holder = scene.holder(KEY).await;
     let own = ("cancel safety", "own session");
     let mut id = 2000;
     for &(name, call) in ON_SESSION_GUARDS {
@@ -818,9 +821,9 @@ async fn a_session_guard_outlives_what_is_dropped_on_it() {
                         }
                     }
                 };
-                let ending = tokio::time::timeout(SOON, ending).await;
+                let ending = tokio::time::timeout(CLEANED_UP_WITHIN, ending).await;
                 assert!(ending.is_ok(), "{what}: it hangs");
-                assert_no_trace(&scene, Some(pid), SOON, &what).await;
+                assert_no_trace(&scene, Some(holder.pid), CLEANED_UP_WITHIN, &what).await;
                 let again = i64::from(end.starts_with("another"));
                 assert_eq!(notes(&scene, -id).await, again, "{what}");
                 if let Some(outcome) = outcome {
@@ -841,13 +844,14 @@ async fn wait_for_the_busy_key(tx: &mut Tx) -> Result<(), Error> {
 async fn give_up_and_end(end: &str) {
     let mut scene = Scene::new(1).await;
     let late = Duration::from_millis(400);
-    let proxy = Proxy::before(&scene.database, Duration::ZERO, late).await;
-    scene.pool = proxy.pool(&scene.database, 1);
+    let proxy = Proxy::before(scene.database.server());
+    proxy.delay_cancels(late);
+    scene.pool = proxy.pool(&scene.database.config(), 1);
     let keeper = new_keeper(&scene.pool, Duration::from_secs(30));
-    let (client, _) = holder(&scene).await;
+    let holder = scene.holder(KEY).await;
     let waits = async || {
         let waits = async || !scene.waiters(KEY).await.is_empty();
-        eventually(SOON, "nobody waits", waits).await;
+        eventually_within(CLEANED_UP_WITHIN, "nobody waits", waits).await;
     };
     let own = keeper.advisory_lock(AFTER);
     if end == "release" {
@@ -857,7 +861,7 @@ async fn give_up_and_end(end: &str) {
             () = waits() => {}
             _ = guard.transaction(wait_for_the_busy_key) => panic!("granted"),
         }
-        drop(client);
+        drop(holder);
         drop(guard.release().await);
     } else {
         let mut guard = own.acquire().await.unwrap();
@@ -866,7 +870,7 @@ async fn give_up_and_end(end: &str) {
             () = waits() => {}
             _ = guard.advisory_lock(KEY) => panic!("granted"),
         }
-        drop(client);
+        drop(holder);
         match end {
             "drop" => drop(guard),
             "rollback" => guard.rollback().await,
@@ -928,14 +932,8 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
     const REQUESTS: usize = 10_000;
     const KEYS: u64 = 4;
     // On a server of its own: where others log in as well, a login outlasts most requests.
-    let database = Server::start(&[]).unwrap().database().await;
-    let pool = database.pool(8);
-    let scene = Scene {
-        keeper: Keeper::new(pool.clone()),
-        observer: database.connect().await,
-        pool,
-        database,
-    };
+    let mut scene = Scene::on(&Server::start(&[]).unwrap(), 8).await;
+    scene.keeper = Keeper::new(scene.pool.clone());
     let inside: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
     let (granted, given_up) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let started = Instant::now();
@@ -943,7 +941,7 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
         let (keeper, inside) = (scene.keeper.clone(), inside.clone());
         let (granted, given_up) = (granted.clone(), given_up.clone());
         tokio::spawn(async move {
-            let mut dice = Dice(seed);
+            let mut dice = Random::new(seed);
             loop {
                 let (granted_yet, given_up_yet) = (
                     granted.load(Ordering::Relaxed),
@@ -1007,169 +1005,14 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
         granted > 100 && given_up > 1000,
         "{what}: too few to show anything"
     );
-    assert_no_trace(&scene, None, SOON, &what).await;
+    assert_no_trace(&scene, None, CLEANED_UP_WITHIN, &what).await;
     // Nor is anything still under way.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_no_trace(&scene, None, SOON, &format!("{what}, a moment later")).await;
-}
-
-/// Pseudo-random numbers (SplitMix64): moments that differ from run to run by scheduling only.
-pub(crate) struct Dice(pub(crate) u64);
-
-impl Dice {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    /// In microseconds, up to `most`.
-    pub(crate) fn duration(&mut self, most: Duration) -> Duration {
-        let most = u64::try_from(most.as_micros()).unwrap();
-        Duration::from_micros(self.below(most + 1))
-    }
-}
-
-/// A TCP proxy before the server, through which everything arrives later, each way.
-pub(crate) struct Proxy {
-    port: u16,
-    accepting: AbortHandle,
-    paused: Arc<AtomicBool>,
-}
-
-impl Proxy {
-    /// Delays what is sent by `latency`, and cancel requests by `cancel_latency` besides.
-    pub(crate) async fn before(
-        database: &Database,
-        latency: Duration,
-        cancel_latency: Duration,
-    ) -> Self {
-        let server: &Server = database.server();
-        let to = (server.host(), server.port());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let paused = Arc::new(AtomicBool::new(false));
-        let pause = paused.clone();
-        let accepting = tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                let forward = forward(client, to.clone(), latency, cancel_latency, pause.clone());
-                drop(tokio::spawn(forward));
-            }
-        });
-        Self {
-            port,
-            accepting: accepting.abort_handle(),
-            paused,
-        }
-    }
-
-    /// From now on nothing arrives any more, or all of it does again.
-    pub(crate) fn pause(&self, paused: bool) {
-        self.paused.store(paused, Ordering::SeqCst);
-    }
-
-    /// A pool like the database's own, through the proxy.
-    pub(crate) fn pool(&self, database: &Database, size: usize) -> Pool {
-        let own = database.config();
-        let mut config = tokio_postgres::Config::new();
-        config
-            .host("127.0.0.1")
-            .port(self.port)
-            .dbname(database.name());
-        config.user(own.get_user().unwrap_or("postgres"));
-        if let Some(password) = own.get_password() {
-            config.password(password);
-        }
-        let recycling_method = RecyclingMethod::Fast;
-        let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method });
-        let pool = Pool::builder(manager).max_size(size);
-        pool.runtime(Runtime::Tokio1).build().unwrap()
-    }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.accepting.abort();
-    }
-}
-
-async fn forward(
-    mut client: TcpStream,
-    server: (String, u16),
-    latency: Duration,
-    cancel_latency: Duration,
-    paused: Arc<AtomicBool>,
-) {
-    // The code of a CancelRequest, in the place of the protocol's version (PostgreSQL's documentation, "Message
-    // Formats").
-    const CANCEL: u32 = 80_877_102;
-    let mut head = [0; 8];
-    if client.read_exact(&mut head).await.is_err() {
-        return;
-    }
-    let is_cancel = head[4..] == CANCEL.to_be_bytes();
-    tokio::time::sleep(
-        latency
-            + if is_cancel {
-                cancel_latency
-            } else {
-                Duration::ZERO
-            },
+    assert_no_trace(
+        &scene,
+        None,
+        CLEANED_UP_WITHIN,
+        &format!("{what}, a moment later"),
     )
     .await;
-    let Ok(mut server) = TcpStream::connect((server.0.as_str(), server.1)).await else {
-        return;
-    };
-    client.set_nodelay(true).unwrap();
-    server.set_nodelay(true).unwrap();
-    if server.write_all(&head).await.is_err() {
-        return;
-    }
-    let (from_client, to_client) = client.into_split();
-    let (from_server, to_server) = server.into_split();
-    tokio::join!(
-        pass_on(from_client, to_server, latency, &paused),
-        pass_on(from_server, to_client, latency, &paused)
-    );
-}
-
-/// One direction: each piece leaves `latency` after it came, whatever is behind it.
-async fn pass_on(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    latency: Duration,
-    paused: &AtomicBool,
-) {
-    let (sender, mut pieces) = tokio::sync::mpsc::unbounded_channel();
-    let read = async move {
-        let mut buffer = vec![0; 16 * 1024];
-        while let Ok(length @ 1..) = from.read(&mut buffer).await {
-            let piece = (
-                tokio::time::Instant::now() + latency,
-                buffer[..length].to_vec(),
-            );
-            if sender.send(piece).is_err() {
-                return;
-            }
-        }
-    };
-    let write = async move {
-        while let Some((at, piece)) = pieces.recv().await {
-            tokio::time::sleep_until(at).await;
-            while paused.load(Ordering::SeqCst) {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            if to.write_all(&piece).await.is_err() {
-                return;
-            }
-        }
-        to.shutdown().await.ok();
-    };
-    tokio::join!(read, write);
 }

@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::Pool;
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
-use lockkeeper_testkit::{Database, PoolMode, Server};
+use lockkeeper_testkit::{
+    Database, Fault, GIVE_UP_AFTER, PoolMode, Proxy, Server, connect, eventually,
+    poll_times_and_drop, terminate,
+};
 use tokio_postgres::{AsyncMessage, Client, IsolationLevel, NoTls};
 
-use crate::common::{eventually, poll_times_and_drop};
-use crate::proxy::{Cut, Proxy};
-
-const SOON: Duration = Duration::from_secs(10);
 /// The advisory lock that COMMIT waits for, where a test holds it up.
 const HOLD: i64 = 4711;
 /// How the messages end that are cut.
@@ -79,7 +78,7 @@ impl Lab {
             .batch_execute("CREATE TABLE t (id int NOT NULL)")
             .await
             .unwrap();
-        let proxy = Proxy::before(&database).await;
+        let proxy = Proxy::before(database.server());
         let pool = proxy.pool(&database.config(), pool_size);
         let keeper = Keeper::builder(pool.clone()).watch(false).build();
         Self {
@@ -112,7 +111,7 @@ impl Lab {
     /// The backend whose COMMIT is held up.
     async fn held_up(&self) -> i32 {
         let mut found = None;
-        eventually(SOON, "no COMMIT is held up", async || {
+        eventually("no COMMIT is held up", async || {
             let sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted \
                        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
             let rows = self.observer.query(sql, &[]).await.unwrap();
@@ -133,12 +132,7 @@ impl Lab {
             .await
                 > 0
         };
-        eventually(SOON, "nobody asks for the outcome", asked).await;
-    }
-
-    async fn terminate(&self, pid: i32) {
-        let sql = "SELECT pg_terminate_backend($1)";
-        self.observer.execute(sql, &[&pid]).await.unwrap();
+        eventually("nobody asks for the outcome", asked).await;
     }
 
     async fn count(&self, from: &str) -> i64 {
@@ -152,7 +146,7 @@ impl Lab {
 
     /// No transaction is open, so that the table says what has become of all of them.
     async fn settled(&self) {
-        eventually(SOON, "a transaction is open still", async || {
+        eventually("a transaction is open still", async || {
             self.count(
                 "pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() \
                  AND xact_start IS NOT NULL AND backend_type = 'client backend'",
@@ -185,7 +179,7 @@ impl Lab {
     async fn pool_is_whole(&self) {
         let mut all = Vec::new();
         for _ in 0..self.pool.status().max_size {
-            let object = tokio::time::timeout(SOON, self.pool.get()).await;
+            let object = tokio::time::timeout(GIVE_UP_AFTER, self.pool.get()).await;
             let object = object.expect("the pool gives no connection").unwrap();
             drop(object.batch_execute("SELECT 1").await);
             all.push(object);
@@ -199,14 +193,14 @@ impl Lab {
 async fn without_the_option_what_is_lost_in_commit_is_unknown_and_not_run_again() {
     let lab = Lab::new(2).await;
     for (cut, kind, applied) in [
-        (Cut::Before, Some(ErrorKind::CommitUnknown), 0),
-        (Cut::During, Some(ErrorKind::CommitUnknown), 1),
-        (Cut::Answer, Some(ErrorKind::CommitUnknown), 1),
-        (Cut::After, None, 1),
+        (Fault::CutBefore, Some(ErrorKind::CommitUnknown), 0),
+        (Fault::CutDuring, Some(ErrorKind::CommitUnknown), 1),
+        (Fault::CutAnswer, Some(ErrorKind::CommitUnknown), 1),
+        (Fault::CutAfter, None, 1),
     ] {
         lab.reset().await;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, cut);
+        lab.proxy.fault(COMMIT, cut);
         let answer = add(&lab.keeper, TransactionOptions::new(), &counts).await;
         let what = format!("{cut:?}");
         let rows = lab.agrees(&answer, &counts, &what).await;
@@ -214,7 +208,7 @@ async fn without_the_option_what_is_lost_in_commit_is_unknown_and_not_run_again(
         assert_eq!(answer.as_ref().err().map(Error::kind), kind, "{what}");
         assert_eq!(counts.runs(), 1, "{what}");
         assert!(!answer.is_err_and(|error| error.is_retryable()), "{what}");
-        assert_eq!(lab.proxy.cuts_left(), 0, "{what}");
+        assert_eq!(lab.proxy.faults_left(), 0, "{what}");
         lab.pool_is_whole().await;
     }
 }
@@ -227,20 +221,20 @@ async fn with_the_option_it_is_found_out() {
         .build();
     for keeper in [&lab.keeper, &beside] {
         for (cut, runs) in [
-            (Cut::Before, 2),
-            (Cut::During, 1),
-            (Cut::Answer, 1),
-            (Cut::After, 1),
+            (Fault::CutBefore, 2),
+            (Fault::CutDuring, 1),
+            (Fault::CutAnswer, 1),
+            (Fault::CutAfter, 1),
         ] {
             lab.reset().await;
             let counts = Counts::default();
-            lab.proxy.cut(COMMIT, cut);
+            lab.proxy.fault(COMMIT, cut);
             let answer = add(keeper, resolving(), &counts).await;
             let what = format!("{cut:?}");
             lab.agrees(&answer, &counts, &what).await;
             answer.expect(&what);
             assert_eq!(counts.runs(), runs, "{what}");
-            assert_eq!(lab.proxy.cuts_left(), 0, "{what}");
+            assert_eq!(lab.proxy.faults_left(), 0, "{what}");
             lab.pool_is_whole().await;
         }
     }
@@ -250,17 +244,22 @@ async fn with_the_option_it_is_found_out() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_between_the_closure_and_commit_it_is_run_again() {
     let lab = Lab::new(2).await;
-    for cut in [Cut::Before, Cut::During, Cut::Answer, Cut::After] {
+    for cut in [
+        Fault::CutBefore,
+        Fault::CutDuring,
+        Fault::CutAnswer,
+        Fault::CutAfter,
+    ] {
         lab.reset().await;
         let counts = Counts::default();
-        lab.proxy.cut(MARK, cut);
+        lab.proxy.fault(MARK, cut);
         let answer = add(&lab.keeper, resolving(), &counts).await;
         let what = format!("{cut:?}");
         lab.agrees(&answer, &counts, &what).await;
         // After the mark's answer the end of the connection may be seen before COMMIT is sent, or in its stead.
         answer.expect(&what);
         assert_eq!(counts.runs(), 2, "{what}");
-        assert_eq!(lab.proxy.cuts_left(), 0, "{what}");
+        assert_eq!(lab.proxy.faults_left(), 0, "{what}");
     }
 
     // By the server, and noticed before anything is sent, or not.
@@ -273,7 +272,7 @@ async fn lost_between_the_closure_and_commit_it_is_run_again() {
                 .transaction_with(options, async |tx| {
                     insert(tx, &counts).await?;
                     if counts.runs() == 1 {
-                        lab.terminate(tx.backend_pid().unwrap()).await;
+                        terminate(&lab.observer, tx.backend_pid().unwrap()).await;
                         while noticed && !tx.client().is_closed() {
                             tokio::time::sleep(Duration::from_millis(1)).await;
                         }
@@ -300,7 +299,7 @@ async fn lost_between_the_closure_and_commit_it_is_run_again() {
 async fn lost_inside_the_closure_it_is_not_run_again() {
     let lab = Lab::new(2).await;
     let counts = Counts::default();
-    lab.proxy.cut("SELECT 'cut'", Cut::Before);
+    lab.proxy.fault("SELECT 'cut'", Fault::CutBefore);
     let answer = lab
         .keeper
         .transaction_with(resolving(), async |tx| {
@@ -314,7 +313,7 @@ async fn lost_inside_the_closure_it_is_not_run_again() {
     assert_eq!(counts.runs(), 1);
 
     // Its error swallowed, there is nothing left to commit on.
-    lab.proxy.cut("SELECT 'cut'", Cut::Before);
+    lab.proxy.fault("SELECT 'cut'", Fault::CutBefore);
     let counts = Counts::default();
     let answer = lab
         .keeper
@@ -335,7 +334,7 @@ async fn lost_inside_the_closure_it_is_not_run_again() {
 async fn lost_at_every_attempt_it_runs_out_of_them() {
     let lab = Lab::new(2).await;
     for _ in 0..3 {
-        lab.proxy.cut(COMMIT, Cut::Before);
+        lab.proxy.fault(COMMIT, Fault::CutBefore);
     }
     let counts = Counts::default();
     let answer = add(&lab.keeper, resolving().attempts(3), &counts).await;
@@ -348,7 +347,7 @@ async fn lost_at_every_attempt_it_runs_out_of_them() {
     assert_eq!(source.map(Error::kind), Some(ErrorKind::ConnectionLost));
 
     // With one attempt the error is itself, and what it says is known.
-    lab.proxy.cut(COMMIT, Cut::Before);
+    lab.proxy.fault(COMMIT, Fault::CutBefore);
     let counts = Counts::default();
     let answer = add(&lab.keeper, resolving().attempts(1), &counts).await;
     lab.agrees(&answer, &counts, "once").await;
@@ -368,7 +367,7 @@ async fn a_commit_in_progress_is_asked_for_until_it_is_decided() {
         let lab = Lab::new(2).await;
         lab.hold_commits().await;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, Cut::During);
+        lab.proxy.fault(COMMIT, Fault::CutDuring);
         let (answer, ()) = tokio::join!(add(&lab.keeper, resolving(), &counts), async {
             let pid = lab.held_up().await;
             lab.asked().await;
@@ -376,7 +375,7 @@ async fn a_commit_in_progress_is_asked_for_until_it_is_decided() {
             if commits {
                 lab.let_commit().await;
             } else {
-                lab.terminate(pid).await;
+                terminate(&lab.observer, pid).await;
                 lab.settled_but_one(pid).await;
                 lab.let_commit().await;
             }
@@ -391,7 +390,7 @@ async fn a_commit_in_progress_is_asked_for_until_it_is_decided() {
 impl Lab {
     /// This backend has ended.
     async fn settled_but_one(&self, pid: i32) {
-        eventually(SOON, "the backend does not end", async || {
+        eventually("the backend does not end", async || {
             let sql = format!("pg_stat_activity WHERE pid = {pid}");
             self.count(&sql).await == 0
         })
@@ -404,7 +403,7 @@ impl Lab {
 async fn a_commit_that_arrives_late_counts() {
     let lab = Lab::new(2).await;
     let counts = Counts::default();
-    lab.proxy.cut(COMMIT, Cut::Late);
+    lab.proxy.fault(COMMIT, Fault::Orphan);
     let (answer, ()) = tokio::join!(add(&lab.keeper, resolving(), &counts), async {
         lab.asked().await;
         lab.proxy.deliver();
@@ -419,7 +418,7 @@ async fn a_commit_that_arrives_late_counts() {
 async fn what_is_not_decided_in_time_stays_unknown() {
     let lab = Lab::new(2).await;
     let counts = Counts::default();
-    lab.proxy.cut(COMMIT, Cut::Late);
+    lab.proxy.fault(COMMIT, Fault::Orphan);
     let started = Instant::now();
     let answer = add(&lab.keeper, resolving(), &counts).await;
     let waited = started.elapsed();
@@ -446,7 +445,7 @@ async fn a_backend_terminated_in_commit_has_not_committed_and_is_run_again() {
     let counts = Counts::default();
     let (answer, ()) = tokio::join!(add(&lab.keeper, resolving(), &counts), async {
         let pid = lab.held_up().await;
-        lab.terminate(pid).await;
+        terminate(&lab.observer, pid).await;
         lab.settled_but_one(pid).await;
         lab.let_commit().await;
     });
@@ -460,7 +459,7 @@ async fn a_backend_terminated_in_commit_has_not_committed_and_is_run_again() {
 async fn the_outcome_is_asked_for_even_where_the_pool_is_busy() {
     let lab = Lab::new(1).await;
     let counts = Counts::default();
-    lab.proxy.cut(COMMIT, Cut::Answer);
+    lab.proxy.fault(COMMIT, Fault::CutAnswer);
     let begun = tokio::sync::Notify::new();
     let done = AtomicBool::new(false);
     let (answer, ()) = tokio::join!(
@@ -513,10 +512,10 @@ async fn a_role_without_privileges_finds_out_too() {
     let mut direct = lab.database.config();
     direct.user(&role);
     let keeper = Keeper::new(lab.proxy.pool(&direct, 2));
-    for (cut, runs) in [(Cut::Before, 2), (Cut::Answer, 1)] {
+    for (cut, runs) in [(Fault::CutBefore, 2), (Fault::CutAnswer, 1)] {
         lab.reset().await;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, cut);
+        lab.proxy.fault(COMMIT, cut);
         let answer = add(&keeper, resolving(), &counts).await;
         lab.agrees(&answer, &counts, &role).await;
         answer.unwrap();
@@ -539,14 +538,14 @@ async fn a_transaction_that_only_reads_is_resolved_too() {
             .read_only(true)
             .deferrable(true),
     ] {
-        for cut in [Cut::Before, Cut::Answer, Cut::After] {
-            lab.proxy.cut(COMMIT, cut);
+        for cut in [Fault::CutBefore, Fault::CutAnswer, Fault::CutAfter] {
+            lab.proxy.fault(COMMIT, cut);
             let answer = lab.keeper.transaction_with(options.clone(), async |tx| {
                 let row = tx.query_one("SELECT count(*) FROM t", &[]).await?;
                 Ok::<i64, Error>(row.get(0))
             });
             assert_eq!(answer.await.unwrap(), 0, "{cut:?}");
-            assert_eq!(lab.proxy.cuts_left(), 0);
+            assert_eq!(lab.proxy.faults_left(), 0);
         }
     }
 }
@@ -566,11 +565,15 @@ async fn a_notification_is_not_sent_twice() {
         }
     });
     listener.batch_execute("LISTEN news").await.unwrap();
-    for (cut, runs) in [(Cut::Before, 2), (Cut::Answer, 1), (Cut::During, 1)] {
+    for (cut, runs) in [
+        (Fault::CutBefore, 2),
+        (Fault::CutAnswer, 1),
+        (Fault::CutDuring, 1),
+    ] {
         for read_only in [false, true] {
             let counts = Counts::default();
             heard.store(0, Ordering::Relaxed);
-            lab.proxy.cut(COMMIT, cut);
+            lab.proxy.fault(COMMIT, cut);
             let answer = lab
                 .keeper
                 .transaction_with(resolving().read_only(read_only), async |tx| {
@@ -582,7 +585,7 @@ async fn a_notification_is_not_sent_twice() {
             answer.unwrap();
             // Those sent before have come when an answer has come after them.
             listener.batch_execute("SELECT 1").await.unwrap();
-            eventually(SOON, "no notification", async || {
+            eventually("no notification", async || {
                 heard.load(Ordering::Relaxed) > 0
             })
             .await;
@@ -668,20 +671,20 @@ async fn through_a_transaction_pooler_it_is_found_out_too() {
     lab.proxy.lead_to("127.0.0.1", bouncer.port());
     let keeper = Keeper::new(lab.proxy.pool(&bouncer.config(), 2));
     for (cut, runs) in [
-        (Cut::Before, 2),
-        (Cut::During, 1),
-        (Cut::Answer, 1),
-        (Cut::After, 1),
+        (Fault::CutBefore, 2),
+        (Fault::CutDuring, 1),
+        (Fault::CutAnswer, 1),
+        (Fault::CutAfter, 1),
     ] {
         lab.reset().await;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, cut);
+        lab.proxy.fault(COMMIT, cut);
         let answer = add(&keeper, resolving(), &counts).await;
         let what = format!("{cut:?}");
         lab.agrees(&answer, &counts, &what).await;
         answer.expect(&what);
         // A pooler that sees its client go while COMMIT is under way closes the server's connection too, early or late.
-        if cut != Cut::During {
+        if cut != Fault::CutDuring {
             assert_eq!(counts.runs(), runs, "{what}");
         }
     }
@@ -690,14 +693,14 @@ async fn through_a_transaction_pooler_it_is_found_out_too() {
 /// However often it is polled before it is dropped, with COMMIT's answer lost or not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dropped_at_any_point_it_is_done_once_or_not_at_all() {
-    for cut in [None, Some(Cut::Before), Some(Cut::Answer)] {
+    for cut in [None, Some(Fault::CutBefore), Some(Fault::CutAnswer)] {
         let lab = Lab::new(2).await;
         let mut polls = 0;
         loop {
             lab.reset().await;
             let counts = Counts::default();
             if let Some(cut) = cut {
-                lab.proxy.cut(COMMIT, cut);
+                lab.proxy.fault(COMMIT, cut);
             }
             let done = poll_times_and_drop(add(&lab.keeper, resolving(), &counts), polls).await;
             lab.settled().await;
@@ -713,7 +716,7 @@ async fn dropped_at_any_point_it_is_done_once_or_not_at_all() {
                 break;
             }
             assert_eq!(counts.hooks(), 0, "{what}");
-            lab.proxy.forget();
+            lab.proxy.clear_faults();
             polls += 1;
             assert!(polls < 300);
         }
@@ -729,10 +732,10 @@ async fn dropped_at_any_point_it_is_done_once_or_not_at_all() {
 async fn the_outcome_is_found_out_once_the_server_takes_connections_again() {
     let lab = Lab::new(1).await;
     let counts = Counts::default();
-    lab.proxy.cut(COMMIT, Cut::During);
+    lab.proxy.fault(COMMIT, Fault::CutDuring);
     let refused = async {
-        let cut = async || lab.proxy.cuts_left() == 0;
-        eventually(SOON, "no COMMIT is sent", cut).await;
+        let cut = async || lab.proxy.faults_left() == 0;
+        eventually("no COMMIT is sent", cut).await;
         // More than a hundred questions.
         tokio::time::sleep(Duration::from_secs(8)).await;
         lab.proxy.refuse(false);
@@ -782,7 +785,7 @@ impl Restarted {
         let kill = format!("COPY (SELECT 1) TO PROGRAM 'kill -9 {pid}'");
         drop(self.lab.observer.batch_execute(&kill).await);
         let ended = async || self.lab.observer.is_closed();
-        eventually(SOON, "the server goes on", ended).await;
+        eventually("the server goes on", ended).await;
         let started = Instant::now();
         loop {
             // One that connects before the postmaster has noticed is thrown out again.
@@ -794,7 +797,10 @@ impl Restarted {
                     return client;
                 }
             }
-            assert!(started.elapsed() < SOON, "the server does not come back");
+            assert!(
+                started.elapsed() < GIVE_UP_AFTER,
+                "the server does not come back"
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -827,7 +833,7 @@ async fn an_id_used_again_after_a_crash_is_not_ours() {
         let lab = &restarted.lab;
         let counts = Counts::default();
         let xid = AtomicU64::new(0);
-        lab.proxy.cut(COMMIT, Cut::During);
+        lab.proxy.fault(COMMIT, Fault::CutDuring);
         let (answer, observer) = tokio::join!(
             lab.keeper.transaction_with(resolving(), async |tx| {
                 insert(tx, &counts).await?;
@@ -880,7 +886,7 @@ async fn what_a_crash_has_undone_is_run_again() {
     restarted.lab.hold_commits().await;
     let lab = &restarted.lab;
     let counts = Counts::default();
-    lab.proxy.cut(COMMIT, Cut::During);
+    lab.proxy.fault(COMMIT, Fault::CutDuring);
     let (answer, observer) = tokio::join!(
         lab.keeper.transaction_with(resolving(), async |tx| {
             insert(tx, &counts).await?;
@@ -913,7 +919,7 @@ async fn what_was_committed_before_the_server_went_down_is_not_run_again() {
         let mut restarted = Restarted::new().await;
         let lab = &restarted.lab;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, Cut::Answer);
+        lab.proxy.fault(COMMIT, Fault::CutAnswer);
         let (answer, observer) = tokio::join!(
             lab.keeper.transaction_with(resolving(), async |tx| {
                 insert(tx, &counts).await?;
@@ -922,7 +928,7 @@ async fn what_was_committed_before_the_server_went_down_is_not_run_again() {
             }),
             async {
                 let committed = async || lab.count("t").await == 1;
-                eventually(SOON, "no COMMIT", committed).await;
+                eventually("no COMMIT", committed).await;
                 let observer = if crashes {
                     restarted.crash().await
                 } else {
@@ -952,16 +958,15 @@ async fn what_was_committed_before_the_server_went_down_is_not_run_again() {
 /// A standby takes over. Whether it has seen the transaction or not: that it says so is no proof.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_promoted_standby_is_not_believed() {
-    for cut in [Cut::Answer, Cut::Before] {
+    for cut in [Fault::CutAnswer, Fault::CutBefore] {
         let mut restarted = Restarted::new().await;
         let standby = tokio::task::block_in_place(|| restarted.server.standby()).unwrap();
         let mut config = standby.config();
         config.dbname(restarted.lab.database.name());
-        let (second, connection) = config.connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
+        let second = connect(&config).await;
         let lab = &restarted.lab;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, cut);
+        lab.proxy.fault(COMMIT, cut);
         let (answer, ()) = tokio::join!(
             lab.keeper.transaction_with(resolving(), async |tx| {
                 insert(tx, &counts).await?;
@@ -969,10 +974,10 @@ async fn a_promoted_standby_is_not_believed() {
                 Ok::<_, Error>(())
             }),
             async {
-                let made = async || lab.proxy.cuts_left() == 0;
-                eventually(SOON, "COMMIT is not cut", made).await;
-                if cut == Cut::Answer {
-                    eventually(SOON, "the standby lags behind", async || {
+                let made = async || lab.proxy.faults_left() == 0;
+                eventually("COMMIT is not cut", made).await;
+                if cut == Fault::CutAnswer {
+                    eventually("the standby lags behind", async || {
                         let row = second.query_one("SELECT count(*) FROM t", &[]).await;
                         row.is_ok_and(|row| row.get::<_, i64>(0) == 1)
                     })
@@ -987,7 +992,7 @@ async fn a_promoted_standby_is_not_believed() {
                                AND query LIKE '%pg_xact_status%'";
                     second.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > 0
                 };
-                eventually(SOON, "the standby is not asked", asked).await;
+                eventually("the standby is not asked", asked).await;
                 let promoted = second.query_one("SELECT pg_promote()", &[]).await.unwrap();
                 assert!(promoted.get::<_, bool>(0));
             }
@@ -1011,12 +1016,12 @@ async fn a_reader_on_a_standby_may_have_the_option() {
     lab.proxy.lead_to(&standby.host(), standby.port());
     for (cut, runs) in [
         (None, 1),
-        (Some(Cut::Before), 2),
-        (Some(Cut::Answer), 2),
-        (Some(Cut::After), 1),
+        (Some(Fault::CutBefore), 2),
+        (Some(Fault::CutAnswer), 2),
+        (Some(Fault::CutAfter), 1),
     ] {
         if let Some(cut) = cut {
-            lab.proxy.cut(COMMIT, cut);
+            lab.proxy.fault(COMMIT, cut);
         }
         let counts = Counts::default();
         let answer = lab
@@ -1049,9 +1054,9 @@ async fn a_connection_that_stays_silent_is_not_waited_for() {
         lab.reset().await;
         lab.pool_is_whole().await;
         let counts = Counts::default();
-        lab.proxy.cut(COMMIT, Cut::Answer);
+        lab.proxy.fault(COMMIT, Fault::CutAnswer);
         for _ in 0..silent {
-            lab.proxy.cut(MARK, Cut::Silence);
+            lab.proxy.fault(MARK, Fault::Stall);
         }
         let started = Instant::now();
         let answer = add(&lab.keeper, resolving(), &counts).await;
@@ -1059,6 +1064,6 @@ async fn a_connection_that_stays_silent_is_not_waited_for() {
         lab.agrees(&answer, &counts, "silent").await;
         assert_eq!(answer.err().map(|error| error.kind()), kind);
         assert_eq!(counts.runs(), 1);
-        lab.proxy.forget();
+        lab.proxy.clear_faults();
     }
 }

@@ -4,18 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use lockkeeper::Keeper;
 use lockkeeper::graph::Snapshot;
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{Scene, Server, pid_of, until_waiting};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, until_it_waits};
-use crate::guards::{pid_of, scene_on};
-
-const SOON: Duration = Duration::from_secs(30);
 
 /// Who waits, and who is said to be in the way.
 type Edges = BTreeSet<(char, char)>;
@@ -68,7 +62,7 @@ struct Stage {
 
 impl Stage {
     async fn new(server: &Server) -> Self {
-        let scene = scene_on(server, 2).await;
+        let scene = Scene::on(server, 2).await;
         let sql = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 9) n; \
                    CREATE TABLE u (id int PRIMARY KEY, v text); INSERT INTO u SELECT n, 'x' FROM generate_series(1, 9) n";
         scene.observer.batch_execute(sql).await.unwrap();
@@ -96,7 +90,7 @@ impl Stage {
         self.waits.push(tokio::spawn(
             async move { client.batch_execute(&sql).await },
         ));
-        until_it_waits(&self.scene.observer, pid, SOON).await;
+        until_waiting(&self.scene.observer, pid).await;
     }
 
     fn name(&self, pid: i32) -> char {

@@ -6,14 +6,12 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::deadpool_postgres::Pool;
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, Keeper, TransactionOptions, Tx};
-use lockkeeper_testkit::PoolMode;
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, PoolMode, Proxy, Scene, eventually, poll_times_and_drop, raise,
+};
 use tokio::sync::{Barrier, Notify};
 use tokio_postgres::IsolationLevel;
 
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::proxy::Proxy;
-
-const SOON: Duration = Duration::from_secs(10);
 const GROUP: i64 = 81;
 
 const LEVELS: [Option<IsolationLevel>; 4] = [
@@ -31,25 +29,6 @@ fn grouped(level: Option<IsolationLevel>) -> TransactionOptions {
     }
 }
 
-/// A scene with rows 1 and 2 at zero, and deadlocks that are found within 100 ms.
-async fn rows(pool_size: usize) -> Scene {
-    let scene = Scene::new(pool_size).await;
-    scene
-        .observer
-        .batch_execute(&format!(
-            "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); INSERT INTO t VALUES (1, 0), (2, 0); \
-             ALTER DATABASE {} SET deadlock_timeout = '100ms'",
-            scene.database.name()
-        ))
-        .await
-        .unwrap();
-    scene
-}
-
-fn raise(code: &str) -> String {
-    format!("DO $$ BEGIN RAISE EXCEPTION 'raised by a test' USING ERRCODE = '{code}'; END $$")
-}
-
 /// How the group's lock is held by this transaction: `ShareLock` or `ExclusiveLock`, each as often as there is one.
 async fn held(tx: &Tx) -> Result<Vec<String>, Error> {
     let sql = "SELECT mode FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted";
@@ -60,7 +39,7 @@ async fn held(tx: &Tx) -> Result<Vec<String>, Error> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_run_side_by_side() {
     for level in LEVELS {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let met = Arc::new(Barrier::new(4));
         let tasks: Vec<_> = (0..4)
             .map(|_| {
@@ -79,7 +58,7 @@ async fn members_run_side_by_side() {
             })
             .collect();
         for task in tasks {
-            tokio::time::timeout(SOON, task)
+            tokio::time::timeout(GIVE_UP_AFTER, task)
                 .await
                 .expect("they do not run side by side")
                 .unwrap()
@@ -92,8 +71,8 @@ async fn members_run_side_by_side() {
 /// The lock rides in the message that begins the transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_lock_costs_no_message_more() {
-    let scene = rows(1).await;
-    let proxy = Proxy::before(&scene.database).await;
+    let scene = Scene::with_two_rows(1).await;
+    let proxy = Proxy::before(scene.database.server());
     let keeper = Keeper::builder(proxy.pool(&scene.database.config(), 1))
         .watch(false)
         .build();
@@ -179,7 +158,7 @@ async fn loses(tx: &Tx, run: u32) -> Result<(), Error> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_has_been_a_victim_twice_runs_alone() {
     for level in LEVELS {
-        let scene = rows(6).await;
+        let scene = Scene::with_two_rows(6).await;
         let watch = Arc::new(Watch::default());
         let stop = Arc::new(AtomicBool::new(false));
         let members: Vec<_> = (0..4)
@@ -235,7 +214,7 @@ async fn who_has_been_a_victim_twice_runs_alone() {
 /// Only deadlocks make a victim.
 #[tokio::test]
 async fn other_failures_do_not_count() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     scene
         .keeper
@@ -264,7 +243,7 @@ async fn other_failures_do_not_count() {
 async fn locked_out(scene: &Scene) {
     let started = Instant::now();
     while scene.waiters(GROUP).await.is_empty() {
-        assert!(started.elapsed() < SOON, "nobody waits");
+        assert!(started.elapsed() < GIVE_UP_AFTER, "nobody waits");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
@@ -274,7 +253,7 @@ async fn locked_out(scene: &Scene) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_would_lose_each_time_loses_twice_in_a_group() {
     for in_group in [false, true] {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let options = || {
             if in_group {
                 grouped(None)
@@ -330,7 +309,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
                     let started = Instant::now();
                     let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = $1";
                     let pid = loser_pid.load(Ordering::Relaxed);
-                    while started.elapsed() < SOON {
+                    while started.elapsed() < GIVE_UP_AFTER {
                         let row = scene.observer.query_one(waits, &[&pid]).await?;
                         if row.get::<_, i64>(0) > 0 {
                             break;
@@ -371,7 +350,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn who_is_to_run_alone_is_not_starved() {
     for level in [None, Some(IsolationLevel::Serializable)] {
-        let scene = rows(12).await;
+        let scene = Scene::with_two_rows(12).await;
         // As other processes would.
         let keepers: Vec<_> = (0..8).map(|_| Keeper::new(scene.pool.clone())).collect();
         let stop = Arc::new(AtomicBool::new(false));
@@ -393,7 +372,7 @@ async fn who_is_to_run_alone_is_not_starved() {
                 })
             })
             .collect();
-        eventually(SOON, "no load", async || {
+        eventually("no load", async || {
             watch.running.load(Ordering::Relaxed) > 4
         })
         .await;
@@ -422,7 +401,7 @@ async fn who_is_to_run_alone_is_not_starved() {
 
 #[tokio::test]
 async fn the_lock_ends_with_its_transaction() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     for lost in [0, 2] {
         for way in ["commit", "error", "server", "panic", "drop", "retry"] {
             let runs = Arc::new(AtomicU32::new(0));
@@ -448,7 +427,7 @@ async fn the_lock_ends_with_its_transaction() {
             });
             if way == "drop" {
                 let began = async || runs.load(Ordering::Relaxed) > lost;
-                eventually(SOON, "it does not begin", began).await;
+                eventually("it does not begin", began).await;
                 assert!(scene.is_held(GROUP).await);
                 task.abort();
             }
@@ -548,7 +527,7 @@ async fn the_groups_own_lock_is_waited_for_as_long_as_the_keeper_says() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_runs_alone_reads_what_the_others_have_committed() {
     for level in [IsolationLevel::RepeatableRead, IsolationLevel::Serializable] {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let runs = AtomicU32::new(0);
         let begun = Notify::new();
         let alone = scene
@@ -559,7 +538,7 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
                     begun.notify_one();
                     let waits = async || scene.holders(GROUP).await.len() == 2;
                     let started = Instant::now();
-                    while !waits().await && started.elapsed() < SOON {
+                    while !waits().await && started.elapsed() < GIVE_UP_AFTER {
                         tokio::time::sleep(Duration::from_millis(1)).await;
                     }
                 }
@@ -577,7 +556,8 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
                         .await?;
                     // Until somebody waits to be alone.
                     let started = Instant::now();
-                    while scene.waiters(GROUP).await.is_empty() && started.elapsed() < SOON {
+                    while scene.waiters(GROUP).await.is_empty() && started.elapsed() < GIVE_UP_AFTER
+                    {
                         tokio::time::sleep(Duration::from_millis(1)).await;
                     }
                     Ok::<_, Error>(())
@@ -601,7 +581,7 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
 async fn a_small_pool_does_not_stand_still() {
     for pool_size in 1..=3 {
         for level in [None, Some(IsolationLevel::RepeatableRead)] {
-            let scene = rows(pool_size).await;
+            let scene = Scene::with_two_rows(pool_size).await;
             let watch = Arc::new(Watch::default());
             let tasks: Vec<_> = (0..12)
                 .map(|task| {
@@ -637,7 +617,7 @@ async fn a_small_pool_does_not_stand_still() {
 /// A lock of the caller's own is not the group's, unless it has the same key.
 #[tokio::test]
 async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .keeper
         .transaction_with(grouped(None), async |tx| {
@@ -663,7 +643,7 @@ async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn through_a_transaction_pooler_too() {
     for level in LEVELS {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let server = scene.database.server();
         let bouncer = match server.pgbouncer(PoolMode::Transaction, scene.database.name()) {
             Ok(bouncer) => bouncer,
@@ -711,7 +691,7 @@ async fn through_a_transaction_pooler_too() {
 async fn dropped_at_any_point_nothing_is_left() {
     for level in [None, Some(IsolationLevel::Serializable)] {
         for busy in [false, true] {
-            let scene = rows(2).await;
+            let scene = Scene::with_two_rows(2).await;
             let mut polls = 0;
             let finished = loop {
                 if busy {

@@ -7,13 +7,10 @@ use std::time::Duration;
 use lockkeeper::incident::{Cause, Quality};
 use lockkeeper::tokio_postgres::{Client, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, TransactionOptions};
+use lockkeeper_testkit::{IncidentScene, eventually};
 use tokio::sync::{Barrier, Notify};
 use tokio::task::JoinHandle;
 
-use crate::common::eventually;
-use crate::incidents::Reported;
-
-const SOON: Duration = Duration::from_secs(10);
 const ONE: &str = "UPDATE account SET balance = 1 WHERE id = 1";
 const TWO: &str = "UPDATE account SET balance = 1 WHERE id = 2";
 const THREE: &str = "UPDATE account SET balance = 1 WHERE id = 3";
@@ -24,7 +21,7 @@ type Steps = [&'static str; 2];
 /// Deadlocks a keeper's transaction with somebody else's, and gives the report. Each has done its first step before
 /// either does its second; the other one, who looks for no deadlock, waits second. The closure's second attempt does
 /// nothing.
-async fn deadlock(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
+async fn deadlock(reported: &IncidentScene, ours: Steps, theirs: Steps) -> Incident {
     let client = stranger(reported, &format!("BEGIN; {}", theirs[0])).await;
     let attempts = &AtomicU32::new(0);
     let ran = reported.keeper().transaction(async |tx| {
@@ -49,7 +46,7 @@ async fn deadlock(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
 }
 
 /// The same where each wants more of one thing. That the server sees at once, when the second one begins to wait: us.
-async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
+async fn deadlock_at_once(reported: &IncidentScene, ours: Steps, theirs: Steps) -> Incident {
     let client = stranger(reported, &format!("BEGIN; {}", theirs[0])).await;
     let held = &Notify::new();
     let waits = &Notify::new();
@@ -80,7 +77,7 @@ async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> In
 }
 
 /// Lets a keeper's statement time out, and gives the report.
-async fn time_out(reported: &Reported, sql: &str) -> Incident {
+async fn time_out(reported: &IncidentScene, sql: &str) -> Incident {
     let options = TransactionOptions::new()
         .attempts(1)
         .lock_timeout(Duration::from_millis(900));
@@ -96,7 +93,7 @@ async fn time_out(reported: &Reported, sql: &str) -> Incident {
 }
 
 /// Somebody who does not use this crate, and does not look for deadlocks.
-async fn stranger(reported: &Reported, sql: &str) -> Client {
+async fn stranger(reported: &IncidentScene, sql: &str) -> Client {
     let client = reported.scene.database.connect().await;
     let set = "SET deadlock_timeout = '1h'";
     client.batch_execute(set).await.unwrap();
@@ -113,15 +110,15 @@ fn goes_on(client: Client, sql: &'static str) -> JoinHandle<Client> {
 }
 
 /// Waits until so many wait for a lock of this database.
-async fn waiters(reported: &Reported, count: i64) {
-    eventually(SOON, "nobody waits", async || {
+async fn waiters(reported: &IncidentScene, count: i64) {
+    eventually("nobody waits", async || {
         reported.scene.lock_waiters().await >= count
     })
     .await;
 }
 
-async fn scene(sql: &str) -> Reported {
-    let reported = Reported::new(4).await;
+async fn scene(sql: &str) -> IncidentScene {
+    let reported = IncidentScene::new(4).await;
     reported.scene.observer.batch_execute(sql).await.unwrap();
     reported
 }
@@ -529,7 +526,7 @@ async fn behind_the_deadlock_of_others() {
 /// Nothing was seen and the server says little: no cause is made up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_not_seen_is_not_explained() {
-    let reported = Reported::with(2, |builder, _| builder.watch(false)).await;
+    let reported = IncidentScene::with(2, |builder, _| builder.watch(false)).await;
     let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
     let options = TransactionOptions::new()
         .attempts(1)

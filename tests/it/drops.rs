@@ -10,15 +10,9 @@ use std::time::Duration;
 use futures::future::{BoxFuture, FutureExt, pending};
 use futures::{SinkExt, StreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene, eventually_within};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
-
-use crate::common::{Scene, eventually};
-
-/// What is to happen at once takes some milliseconds; what would be left otherwise stays for a minute and longer, or for
-/// the ten seconds after which the library gives up a connection that does not answer.
-const SOON: Duration = Duration::from_secs(9);
-const LONG: Duration = Duration::from_secs(3600);
 
 /// Free in every scene, and held by somebody else in every scene.
 const KEY: i64 = 600;
@@ -204,7 +198,12 @@ impl Middle {
             _ if BUSY_FOR_LONG.contains(&self) => active(scene, SLEEP).await == 1,
             _ => scene.is_held(KEY).await,
         };
-        eventually(SOON, &format!("{self:?} is not reached"), there).await;
+        eventually_within(
+            CLEANED_UP_WITHIN,
+            &format!("{self:?} is not reached"),
+            there,
+        )
+        .await;
         // For the answer, and for what cannot be seen.
         tokio::time::sleep(Duration::from_millis(15)).await;
     }
@@ -241,7 +240,7 @@ async fn ends_by(
     middles: impl IntoIterator<Item = Middle>,
     end: impl AsyncFn(&Scene, Middle),
 ) {
-    let scene = Scene::with(3, |builder| builder.lock_wait(LONG)).await;
+    let scene = Scene::with(3, |builder| builder.lock_wait(ENDLESS)).await;
     let holder = scene.database.connect().await;
     let hold = async || {
         holder
@@ -265,23 +264,26 @@ async fn ends_by(
         end(&scene, middle).await;
         let others = i64::try_from(crowd.len()).unwrap();
         let left = format!("{what}: a lock is left");
-        eventually(SOON, &left, async || {
+        eventually_within(CLEANED_UP_WITHIN, &left, async || {
             scene.advisory_locks().await == 1 + others
         })
         .await;
         let runs = format!("{what}: a statement still runs");
-        eventually(SOON, &runs, async || active(&scene, "%").await == others).await;
+        eventually_within(CLEANED_UP_WITHIN, &runs, async || {
+            active(&scene, "%").await == others
+        })
+        .await;
         holder
             .execute("SELECT pg_advisory_unlock($1)", &[&BUSY])
             .await
             .unwrap();
         for waiter in crowd {
-            let waiter = tokio::time::timeout(SOON, waiter).await;
+            let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
             waiter
                 .unwrap_or_else(|_| panic!("{what}: another waiter is stuck"))
                 .unwrap();
         }
-        let whole = AssertUnwindSafe(scene.nothing_left_within(SOON)).catch_unwind();
+        let whole = AssertUnwindSafe(scene.nothing_left()).catch_unwind();
         assert!(whole.await.is_ok(), "{what}: something is left");
         hold().await;
     }
@@ -417,7 +419,7 @@ async fn a_runtime_that_shuts_down_leaves_nothing() {
         let what = format!("{shutdown:?}, with a connection of another runtime");
         ends_by(&what, QUIET, async |scene, middle| {
             if middle != WaitingInLine {
-                scene.pool_is_whole_within(SOON).await;
+                scene.pool_is_whole().await;
             }
             end_with_its_runtime(scene, middle, shutdown).await;
         })
@@ -454,7 +456,7 @@ async fn guards_that_outlive_their_runtime_release_at_the_latest_when_they_are_d
     for warm in [false, true] {
         let scene = Scene::new(4).await;
         if warm {
-            scene.pool_is_whole_within(SOON).await;
+            scene.pool_is_whole().await;
         }
         let keeper = scene.keeper.clone();
         let holds = thread::spawn(move || {
@@ -472,7 +474,7 @@ async fn guards_that_outlive_their_runtime_release_at_the_latest_when_they_are_d
         tokio::task::spawn_blocking(|| holds.join().unwrap())
             .await
             .unwrap();
-        scene.nothing_left_within(SOON).await;
+        scene.nothing_left().await;
     }
 }
 
@@ -635,7 +637,7 @@ fn guards_dropped_while_a_plain_thread_unwinds_release() {
     });
     receiver.recv().unwrap();
     assert!(unwinds.join().is_err());
-    runtime.block_on(scene.nothing_left_within(SOON));
+    runtime.block_on(scene.nothing_left());
 }
 
 /// The caller keeps a stream of rows that nobody reads, and with it the connection busy, after the guard has gone.
@@ -645,7 +647,7 @@ async fn a_stream_of_rows_that_outlives_its_guard_does_not_keep_the_lock() {
     let guard = xact(&scene.keeper, 625).await;
     let mut first = Box::pin(guard.query_raw(STREAM, Vec::<i32>::new()).await.unwrap());
     first.next().await.unwrap().unwrap();
-    eventually(SOON, "the stream is not stuck", async || {
+    eventually_within(CLEANED_UP_WITHIN, "the stream is not stuck", async || {
         blocked_by_its_client(&scene).await > 0
     })
     .await;
@@ -653,12 +655,12 @@ async fn a_stream_of_rows_that_outlives_its_guard_does_not_keep_the_lock() {
     let guard = session(&scene.keeper, 626).await;
     let mut second = Box::pin(guard.query_raw(STREAM, Vec::<i32>::new()).await.unwrap());
     second.next().await.unwrap().unwrap();
-    eventually(SOON, "the stream is not stuck", async || {
+    eventually_within(CLEANED_UP_WITHIN, "the stream is not stuck", async || {
         blocked_by_its_client(&scene).await > 0
     })
     .await;
     drop(guard);
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left().await;
     drop((first, second));
 }
 
@@ -701,13 +703,15 @@ async fn ending_a_guard_does_not_wait_for_a_statement_that_was_given_up() {
                     async { drop(guard) }.boxed()
                 }
             };
-            let ending = tokio::time::timeout(SOON, ending).await;
+            let ending = tokio::time::timeout(CLEANED_UP_WITHIN, ending).await;
             assert!(ending.is_ok(), "{what}: waits for the statement");
-            eventually(SOON, &format!("{what}: still runs"), async || {
-                active(&scene, "%").await == 0
-            })
+            eventually_within(
+                CLEANED_UP_WITHIN,
+                &format!("{what}: still runs"),
+                async || active(&scene, "%").await == 0,
+            )
             .await;
-            scene.nothing_left_within(SOON).await;
+            scene.nothing_left().await;
         }
     }
 }

@@ -3,33 +3,11 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
-use lockkeeper_testkit::{Database, PoolMode, Server};
-use tokio_postgres::{Client, Config, IsolationLevel, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::guards::{hold_plainly, release_plainly};
-
-async fn connect(config: &Config) -> Client {
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    drop(tokio::spawn(connection));
-    client
-}
-
-/// A pool like that of the testkit, to anywhere.
-fn pool(config: Config, size: usize) -> deadpool_postgres::Pool {
-    let recycling_method = deadpool_postgres::RecyclingMethod::Fast;
-    let config = deadpool_postgres::Manager::from_config(
-        config,
-        NoTls,
-        deadpool_postgres::ManagerConfig { recycling_method },
-    );
-    let runtime = deadpool_postgres::Runtime::Tokio1;
-    deadpool_postgres::Pool::builder(config)
-        .max_size(size)
-        .runtime(runtime)
-        .build()
-        .unwrap()
-}
+use lockkeeper_testkit::{
+    Database, PoolMode, Scene, Server, connect, eventually, lock_by_sql, poll_times_and_drop,
+    pool_of, unlock_by_sql, until_pooler_is_known,
+};
+use tokio_postgres::{IsolationLevel, NoTls};
 
 /// A scene on the standby of `database`'s server.
 async fn scene_on_standby(database: Database, standby: &Server, pool_size: usize) -> Scene {
@@ -47,7 +25,7 @@ async fn scene_on_standby(database: Database, standby: &Server, pool_size: usize
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
-    let pool = pool(config, pool_size);
+    let pool = pool_of(config, pool_size);
     Scene {
         keeper: Keeper::builder(pool.clone()).application("test").build(),
         database,
@@ -177,14 +155,14 @@ async fn a_standby_grants_nothing_until_it_is_promoted() {
     // Even while somebody holds the key there: the answer is not that it is busy.
     for held in [false, true, false] {
         if held {
-            hold_plainly(&scene.observer, "k").await;
+            lock_by_sql(&scene.observer, "k").await;
         }
         // Twice: what is known of a connection by then does not open the door.
         for _ in 0..2 {
             assert_all_are(every_way(&scene.keeper).await, ErrorKind::ReadOnlyServer);
         }
         if held {
-            release_plainly(&scene.observer, "k").await;
+            unlock_by_sql(&scene.observer, "k").await;
         }
         scene.nothing_left().await;
     }
@@ -200,7 +178,7 @@ async fn a_standby_grants_nothing_until_it_is_promoted() {
         .query_one("SELECT pg_promote(true, 60)", &[])
         .await
         .unwrap();
-    eventually(Duration::from_secs(60), "not promoted", async || {
+    eventually("not promoted", async || {
         let row = scene
             .observer
             .query_one("SELECT pg_is_in_recovery()", &[])
@@ -250,19 +228,15 @@ async fn a_standby_is_named_as_such_under_serializable_too() {
     primary.batch_execute(&sql).await.unwrap();
     let mut config = standby.config();
     config.dbname(scene.database.name());
-    eventually(
-        Duration::from_secs(20),
-        "the setting does not arrive",
-        async || {
-            connect(&config)
-                .await
-                .simple_query("SELECT 1")
-                .await
-                .is_err()
-        },
-    )
+    eventually("the setting does not arrive", async || {
+        connect(&config)
+            .await
+            .simple_query("SELECT 1")
+            .await
+            .is_err()
+    })
     .await;
-    let keeper = Keeper::new(pool(config, 2));
+    let keeper = Keeper::new(pool_of(config, 2));
     let error = keeper.advisory_lock("k").acquire().await.unwrap_err();
     assert_eq!(
         error.kind(),
@@ -512,7 +486,7 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
     assert_all_granted(every_way(keeper).await);
     scene.nothing_left().await;
 
-    hold_plainly(&scene.observer, "k").await;
+    lock_by_sql(&scene.observer, "k").await;
     let wait = Duration::from_millis(600);
     let lock = || keeper.advisory_lock("k").wait(wait);
     let several = || {
@@ -584,12 +558,12 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
             .await,
         );
     }
-    release_plainly(&scene.observer, "k").await;
+    unlock_by_sql(&scene.observer, "k").await;
     scene.nothing_left().await;
 
     // Waits that end well, and guards that end badly.
     for session in [false, true] {
-        hold_plainly(&scene.observer, "k").await;
+        lock_by_sql(&scene.observer, "k").await;
         let lock = several().wait(Duration::from_secs(20));
         let waiting = async {
             if session {
@@ -599,11 +573,8 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
             }
         };
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
-                !scene.waiters("k").await.is_empty()
-            })
-            .await;
-            release_plainly(&scene.observer, "k").await;
+            eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
+            unlock_by_sql(&scene.observer, "k").await;
         };
         tokio::join!(waiting, release);
         scene.nothing_left().await;
@@ -659,7 +630,7 @@ async fn nothing_planted_on_the_search_path_is_run_through_a_pooler() {
     set_traps(&scene, "database").await;
     let pool = bouncer.pool(3);
     let keeper = Keeper::builder(pool).application("test").build();
-    crate::pgbouncer::knows_its_pooler(&keeper).await;
+    until_pooler_is_known(&keeper).await;
     use_everything(&scene, &keeper).await;
     assert_eq!(traps_sprung(&scene).await, 0, "something planted was run");
 }

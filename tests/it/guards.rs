@@ -1,112 +1,26 @@
 //! Guards and sections: who gets the lock when, what is committed, what a drop leaves behind.
 
-use std::fmt;
 use std::time::{Duration, Instant};
 
 use futures::{SinkExt as _, StreamExt as _, TryStreamExt as _, pin_mut};
-use lockkeeper::{Error, ErrorKind, Keeper, LockKey};
-use lockkeeper_testkit::Server;
-use tokio_postgres::Client;
+use lockkeeper::{Error, ErrorKind, LockKey};
+use lockkeeper_testkit::{
+    AppError, Scene, Server, eventually, lock_by_sql, median, sqlstate, unlock_by_sql,
+};
 use tokio_postgres::types::Type;
 
-use crate::common::{Scene, eventually};
-
-/// A scene on another server than the shared one.
-pub(crate) async fn scene_on(server: &Server, pool_size: usize) -> Scene {
-    let database = server.database().await;
-    let pool = database.pool(pool_size);
-    let keeper = Keeper::builder(pool.clone()).application("test").build();
-    let observer = database.connect().await;
-    Scene {
-        database,
-        pool,
-        keeper,
-        observer,
-    }
-}
-
-/// The backend of a plain client.
-pub(crate) async fn pid_of(client: &Client) -> i32 {
-    let row = client
-        .query_one("SELECT pg_backend_pid()", &[])
-        .await
-        .unwrap();
-    row.get(0)
-}
-
-/// The backend that the pool gives next.
-pub(crate) async fn next_pid(scene: &Scene) -> i32 {
-    let object = scene.pool.get().await.unwrap();
-    pid_of(&object).await
-}
-
-/// How a key is named in SQL calls of the lock functions.
-pub(crate) fn sql_key(key: &LockKey) -> String {
-    match key.as_i32_pair() {
-        Some((a, b)) => format!("({a})::int4, ({b})::int4"),
-        None => format!("('{}')::int8", key.as_i64().unwrap()),
-    }
-}
-
-/// Takes a session lock the plain way, on a connection that is none of the keeper's.
-pub(crate) async fn hold_plainly(client: &Client, key: impl Into<LockKey>) {
-    let sql = format!("SELECT pg_advisory_lock({})", sql_key(&key.into()));
-    client.batch_execute(&sql).await.unwrap();
-}
-
-pub(crate) async fn release_plainly(client: &Client, key: impl Into<LockKey>) {
-    let sql = format!("SELECT pg_advisory_unlock({})", sql_key(&key.into()));
-    let row = client.query_one(&sql, &[]).await.unwrap();
-    assert!(row.get::<_, bool>(0), "it was held");
-}
-
-/// An application's error, which can hold the driver's and the crate's.
-#[derive(Debug)]
-enum AppError {
-    Own(u32),
-    Driver(tokio_postgres::Error),
-    Keeper(Error),
-}
-
-impl fmt::Display for AppError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self:?}")
-    }
-}
-
-impl From<tokio_postgres::Error> for AppError {
-    fn from(error: tokio_postgres::Error) -> Self {
-        Self::Driver(error)
-    }
-}
-
-impl From<Error> for AppError {
-    fn from(error: Error) -> Self {
-        Self::Keeper(error)
-    }
-}
-
 async fn notes(scene: &Scene) -> Vec<i32> {
-    let rows = scene
-        .observer
-        .query("SELECT n FROM note ORDER BY n", &[])
-        .await
-        .unwrap();
-    rows.iter().map(|row| row.get(0)).collect()
+    scene.column("SELECT n FROM note ORDER BY n").await
 }
 
 async fn scene_with_notes(pool_size: usize) -> Scene {
     let scene = Scene::new(pool_size).await;
-    scene
-        .observer
-        .batch_execute("CREATE TABLE note (n int4 PRIMARY KEY)")
-        .await
-        .unwrap();
+    scene.run("CREATE TABLE note (n int4 PRIMARY KEY)").await;
     scene
 }
 
 fn divided_by_zero(error: &Error) -> bool {
-    error.sqlstate().map(tokio_postgres::error::SqlState::code) == Some("22012")
+    sqlstate(error) == "22012"
 }
 
 #[tokio::test]
@@ -214,10 +128,7 @@ async fn a_waiter_gets_the_key_when_its_holder_ends_in_any_way() {
             guard.commit().await.unwrap();
             pid
         });
-        eventually(Duration::from_secs(5), "no waiter", async || {
-            !scene.waiters("k").await.is_empty()
-        })
-        .await;
+        eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
         assert!(!waiter.is_finished());
         match (xact, session) {
             (Some(guard), _) if end == "drop" => drop(guard),
@@ -274,7 +185,7 @@ async fn a_section_commits_on_ok_and_rolls_back_on_err() {
     assert_eq!(notes(&scene).await, [1]);
 
     // The same connection served all of it.
-    assert_eq!(Some(next_pid(&scene).await), pid);
+    assert_eq!(Some(scene.next_pid().await), pid);
     scene.nothing_left().await;
 }
 
@@ -309,7 +220,7 @@ async fn a_try_section_runs_only_when_the_lock_is_free() {
     let scene = scene_with_notes(2).await;
     let keeper = &scene.keeper;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "k").await;
+    lock_by_sql(&holder, "k").await;
 
     let began = Instant::now();
     let section = async |tx: &mut lockkeeper::Tx| {
@@ -323,7 +234,7 @@ async fn a_try_section_runs_only_when_the_lock_is_free() {
     assert!(began.elapsed() < Duration::from_secs(5), "it never waits");
     assert_eq!(notes(&scene).await, [0; 0]);
 
-    release_plainly(&holder, "k").await;
+    unlock_by_sql(&holder, "k").await;
     assert_eq!(
         keeper.try_with_advisory_lock("k", section).await.unwrap(),
         Some(1)
@@ -361,30 +272,10 @@ async fn the_next_holder_sees_what_the_last_one_committed() {
                 .unwrap()
         }
     });
-    eventually(Duration::from_secs(5), "no waiter", async || {
-        !scene.waiters("k").await.is_empty()
-    })
-    .await;
+    eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
     first.commit().await.unwrap();
     assert_eq!(next.await.unwrap(), 1);
     scene.nothing_left().await;
-}
-
-/// How long it takes to see a lock go that a plain client unlocks, on this machine at this moment.
-pub(crate) async fn plain_unlock(scene: &Scene, client: &Client) -> Duration {
-    hold_plainly(client, "plain").await;
-    let started = Instant::now();
-    release_plainly(client, "plain").await;
-    while scene.advisory_locks().await > 0 {
-        assert!(started.elapsed() < Duration::from_secs(8));
-        tokio::task::yield_now().await;
-    }
-    started.elapsed()
-}
-
-pub(crate) fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -395,7 +286,7 @@ async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_goes_on() {
         let (mut took, mut plain) = (Vec::new(), Vec::new());
         let mut pids = Vec::new();
         for _ in 0..15 {
-            plain.push(plain_unlock(&scene, &client).await);
+            plain.push(scene.time_of_release_by_sql(&client).await);
             let lock = scene.keeper.advisory_locks(["k", "l"]);
             let session = |lock: lockkeeper::AdvisoryLock| async move {
                 let guard = lock.session().acquire().await.unwrap();
@@ -423,17 +314,13 @@ async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_goes_on() {
             pids.push(pid.unwrap());
             let dropped = Instant::now();
             drop((xact, session));
-            while scene.advisory_locks().await > 0 {
-                // A machine that stands still for a while is no bug of ours: the median judges.
-                assert!(dropped.elapsed() < Duration::from_secs(8), "{scope}");
-                tokio::task::yield_now().await;
-            }
-            took.push(dropped.elapsed());
+            // A machine that stands still for a while is no bug of ours: the median judges.
+            took.push(scene.time_until_no_advisory_lock(dropped).await);
         }
         let (took, plain) = (median(took), median(plain));
         let most = Duration::from_millis(50) + plain;
         assert!(took < most, "{scope}: {took:?} and not {plain:?}");
-        let same = next_pid(&scene).await;
+        let same = scene.next_pid().await;
         assert!(pids.iter().all(|pid| *pid == same), "{scope}: {pids:?}");
         scene.nothing_left().await;
     }
@@ -449,7 +336,7 @@ fn warnings(log: &str) -> Vec<&str> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn normal_use_writes_no_warning_to_the_servers_log() {
     let server = Server::start(&[]).unwrap();
-    let scene = scene_on(&server, 4).await;
+    let scene = Scene::on(&server, 4).await;
     let keeper = &scene.keeper;
     scene
         .observer
@@ -482,7 +369,7 @@ async fn normal_use_writes_no_warning_to_the_servers_log() {
     scene.nothing_left().await;
 
     // Busy, and waits that end in vain, in every form.
-    hold_plainly(&holder, "k").await;
+    lock_by_sql(&holder, "k").await;
     let short = Duration::from_millis(700);
     assert!(
         keeper
@@ -531,7 +418,7 @@ async fn normal_use_writes_no_warning_to_the_servers_log() {
             keeper.transaction(async |tx| Ok::<_, AppError>(tx.advisory_lock("k").await?));
         drop(tokio::time::timeout(limit, section).await);
     }
-    release_plainly(&holder, "k").await;
+    unlock_by_sql(&holder, "k").await;
     scene.nothing_left().await;
     // And tries whose answer nobody waits for.
     for _ in 0..10 {
@@ -627,11 +514,9 @@ async fn normal_use_writes_no_warning_to_the_servers_log() {
     // And a WARNING would have been seen.
     let before = server.log_len();
     scene.observer.batch_execute("ROLLBACK").await.unwrap();
-    eventually(
-        Duration::from_secs(2),
-        "the log shows no WARNING",
-        async || !warnings(&server.log_since(before)).is_empty(),
-    )
+    eventually("the log shows no WARNING", async || {
+        !warnings(&server.log_since(before)).is_empty()
+    })
     .await;
 }
 
@@ -639,7 +524,7 @@ async fn normal_use_writes_no_warning_to_the_servers_log() {
 #[tokio::test]
 async fn a_commit_that_fails_by_itself_writes_no_warning_either() {
     let server = Server::start(&[]).unwrap();
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     scene
         .observer
         .batch_execute(
@@ -659,7 +544,7 @@ async fn a_commit_that_fails_by_itself_writes_no_warning_either() {
     guard.execute(duplicate, &[]).await.unwrap();
     unique(guard.commit().await.unwrap_err());
     assert!(!scene.is_held("k").await);
-    assert_eq!(Some(next_pid(&scene).await), pid, "the connection goes on");
+    assert_eq!(Some(scene.next_pid().await), pid, "the connection goes on");
 
     let error = scene.keeper.transaction(async |tx| {
         tx.execute(duplicate, &[]).await?;
@@ -895,7 +780,7 @@ async fn a_transaction_guard_offers_the_drivers_methods_inside_its_transaction()
     assert_eq!(notes(&scene).await, [0; 0], "not before the commit");
     guard.commit().await.unwrap();
     assert_eq!(notes(&scene).await, [1, 2, 3, 4, 5, 6, 7]);
-    assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+    assert_eq!(scene.next_pid().await, pid, "the connection goes on");
 
     // And a drop undoes all of it.
     delete_notes(&scene).await;
@@ -905,7 +790,7 @@ async fn a_transaction_guard_offers_the_drivers_methods_inside_its_transaction()
         drop(guard);
         scene.nothing_left().await;
         assert_eq!(notes(&scene).await, [0; 0]);
-        pid == next_pid(&scene).await
+        pid == scene.next_pid().await
     })
     .await;
 }
@@ -923,7 +808,7 @@ async fn a_transaction_offers_the_drivers_methods() {
         .await
         .unwrap();
     assert_eq!(notes(&scene).await, [1, 2, 3, 4, 5, 6, 7]);
-    assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+    assert_eq!(scene.next_pid().await, pid, "the connection goes on");
     scene.nothing_left().await;
 }
 
@@ -942,7 +827,7 @@ async fn a_session_guard_offers_the_drivers_methods() {
         );
         assert_eq!(scene.holders("k").await, [pid]);
         guard.release().await.unwrap();
-        pid == next_pid(&scene).await
+        pid == scene.next_pid().await
     })
     .await;
 
@@ -959,7 +844,7 @@ async fn a_session_guard_offers_the_drivers_methods() {
             .unwrap();
         drop(guard);
         scene.nothing_left().await;
-        pid == next_pid(&scene).await
+        pid == scene.next_pid().await
     })
     .await;
 }

@@ -5,14 +5,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lockkeeper::graph::BackendId;
 use lockkeeper::{Health, Keeper, LockKey, Monitor, Reading};
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, Server, eventually, pid_of, poll_times_and_drop, until_waiting,
+};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop, until_it_waits};
-use crate::guards::{pid_of, scene_on};
-
-const SOON: Duration = Duration::from_secs(30);
 
 type Waiting = JoinHandle<Result<(), tokio_postgres::Error>>;
 
@@ -27,7 +24,7 @@ impl Alone {
         // What it locks now and then would be counted.
         let settings = [settings, &[("autovacuum", "off")]].concat();
         let server = tokio::task::block_in_place(|| Server::start(&settings).unwrap());
-        let scene = scene_on(&server, 2).await;
+        let scene = Scene::on(&server, 2).await;
         let monitor = looking(&scene);
         Self { scene, monitor }
     }
@@ -69,7 +66,7 @@ fn looking_as(scene: &Scene, role: &str) -> Monitor {
 async fn waits(observer: &Client, client: &Arc<Client>, pid: i32, sql: &str) -> Waiting {
     let (client, sql) = (Arc::clone(client), sql.to_owned());
     let waiting = tokio::spawn(async move { client.batch_execute(&sql).await });
-    until_it_waits(observer, pid, SOON).await;
+    until_waiting(observer, pid).await;
     waiting
 }
 
@@ -126,7 +123,7 @@ async fn a_quiet_server_is_healthy() {
     // What is reset is told.
     alone.run("SELECT pg_stat_reset()").await;
     let before = SystemTime::now() - Duration::from_secs(60);
-    eventually(SOON, "no time of the reset", async || {
+    eventually("no time of the reset", async || {
         let health = alone.monitor.health().await.unwrap();
         health
             .deadlocks()
@@ -138,7 +135,7 @@ async fn a_quiet_server_is_healthy() {
     // What is not counted is unknown, not 0.
     alone.run("ALTER SYSTEM SET track_counts = off").await;
     alone.run("SELECT pg_reload_conf()").await;
-    eventually(SOON, "deadlocks are still counted", async || {
+    eventually("deadlocks are still counted", async || {
         alone.monitor.health().await.unwrap().deadlocks().is_none()
     })
     .await;
@@ -185,7 +182,10 @@ async fn trouble_is_told_in_numbers() {
     let health = alone.monitor.health().await.unwrap();
     assert_eq!((health.lock_waiters(), health.cycles()), (3, 0));
     let longest = health.longest_wait().unwrap();
-    assert!(longest > Duration::ZERO && longest < SOON, "{longest:?}");
+    assert!(
+        longest > Duration::ZERO && longest < GIVE_UP_AFTER,
+        "{longest:?}"
+    );
     let roots = [
         (BackendId::Pid(root_pid), 2),
         (BackendId::Pid(other_pid), 1),
@@ -196,7 +196,7 @@ async fn trouble_is_told_in_numbers() {
     assert_eq!(oldest.as_ref().unwrap().pid(), Some(root_pid));
     let idle = health.oldest_idle_in_transaction().known().unwrap();
     assert_eq!(idle.as_ref().unwrap().pid(), Some(root_pid));
-    assert!(idle.as_ref().unwrap().in_state().unwrap() < SOON);
+    assert!(idle.as_ref().unwrap().in_state().unwrap() < GIVE_UP_AFTER);
     // Held, not awaited.
     assert_eq!(health.advisory_locks_held(), 1);
     let text = health.to_string();
@@ -251,7 +251,7 @@ async fn deadlocks_and_prepared_transactions_are_counted() {
     b.batch_execute("ROLLBACK").await.unwrap();
     waiting.await.unwrap().unwrap();
     // The backend reports its statistics when it is idle.
-    eventually(SOON, "the deadlock is not counted", async || {
+    eventually("the deadlock is not counted", async || {
         let health = alone.monitor.health().await.unwrap();
         health.deadlocks().unwrap().count() == 1
     })
@@ -263,7 +263,7 @@ async fn deadlocks_and_prepared_transactions_are_counted() {
     let health = alone.monitor.health().await.unwrap();
     let prepared = health.prepared_transactions();
     assert_eq!(prepared.count(), 2);
-    assert!(prepared.oldest().unwrap() < SOON);
+    assert!(prepared.oldest().unwrap() < GIVE_UP_AFTER);
     // They are no session's.
     assert_eq!(health.oldest_transaction(), &Reading::Known(None));
     let text = health.to_string();
@@ -362,7 +362,7 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
                 tokio::spawn(async move { worker.batch_execute(work).await })
             };
             // Either it waits for the old transaction, or that is not in its way.
-            eventually(SOON, "it neither waits nor ends", async || {
+            eventually("it neither waits nor ends", async || {
                 let sql = "SELECT $2 = ANY (pg_blocking_pids($1))";
                 let row = observer.query_one(sql, &[&pid, &old_pid]).await.unwrap();
                 row.get(0) || building.is_finished()
@@ -394,7 +394,7 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
     drop(stranger);
     let sql = format!("REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}");
     observer.batch_execute(&sql).await.unwrap();
-    eventually(SOON, "the role is still in use", async || {
+    eventually("the role is still in use", async || {
         observer
             .batch_execute(&format!("DROP ROLE {role}"))
             .await
@@ -503,7 +503,7 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
     assert_eq!(monitor.health().await.unwrap().hidden_sessions(), 1);
     drop((silent, monitor));
     waiting.abort();
-    eventually(SOON, "the role is still in use", async || {
+    eventually("the role is still in use", async || {
         scene
             .observer
             .batch_execute(&format!("DROP ROLE {role}"))
@@ -532,7 +532,7 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
             let health = poll_times_and_drop(monitor.health(), polls).await;
             let settings = poll_times_and_drop(monitor.settings(), polls).await;
             // What was dropped gives the pool's only connection back in the background.
-            scene.pool_is_whole_within(SOON).await;
+            scene.pool_is_whole_within(GIVE_UP_AFTER).await;
             monitor.health().await.unwrap();
             monitor.settings().await.unwrap();
             if let (Some(health), Some(settings)) = (health, settings) {
@@ -564,7 +564,7 @@ async fn health_is_cheap_in_a_pile_up() {
                 .await
         }));
     }
-    eventually(SOON, "not all of them wait", async || {
+    eventually("not all of them wait", async || {
         alone.monitor.health().await.unwrap().lock_waiters() == 200
     })
     .await;

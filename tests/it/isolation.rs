@@ -3,10 +3,8 @@
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, LockKey, TransactionOptions, XactGuard};
+use lockkeeper_testkit::{Scene, eventually, lock_by_sql, unlock_by_sql};
 use tokio_postgres::IsolationLevel;
-
-use crate::common::{Scene, eventually};
-use crate::guards::{hold_plainly, next_pid, release_plainly};
 
 const LEVELS: [(IsolationLevel, &str); 4] = [
     (IsolationLevel::ReadUncommitted, "read uncommitted"),
@@ -235,7 +233,7 @@ async fn a_waiter_reads_what_was_committed_while_it_waited() {
                         (row, pid)
                     }
                 });
-                eventually(Duration::from_secs(5), "no waiter", async || {
+                eventually("no waiter", async || {
                     !scene.waiters("counter").await.is_empty()
                 })
                 .await;
@@ -261,7 +259,7 @@ async fn a_waiter_reads_what_was_committed_while_it_waited() {
 #[tokio::test]
 async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
     let scene = scene_with_counter(1, "read committed", false).await;
-    let pid = next_pid(&scene).await;
+    let pid = scene.next_pid().await;
     for (level, name) in LEVELS {
         for keys in [vec![1], vec![1, 2, 3]] {
             let lock = || scene.keeper.advisory_locks(keys.clone()).isolation(level);
@@ -284,7 +282,7 @@ async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
                 guard.batch_execute("BEGIN").await.unwrap();
                 drop(guard);
                 scene.nothing_left().await;
-                assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+                assert_eq!(scene.next_pid().await, pid, "the connection goes on");
                 assert_eq!(
                     scene.show("default_transaction_isolation").await,
                     "read committed"
@@ -298,7 +296,7 @@ async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
 async fn a_busy_lock_is_busy_at_every_level() {
     let scene = scene_with_counter(2, "serializable", false).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "counter").await;
+    lock_by_sql(&holder, "counter").await;
     let keeper = &scene.keeper;
     for level in LEVELS
         .map(|(level, _)| Some(level))
@@ -320,7 +318,7 @@ async fn a_busy_lock_is_busy_at_every_level() {
     }
     let ran = keeper.try_with_advisory_lock("counter", async |_| Ok::<_, Error>(()));
     assert_eq!(ran.await.unwrap(), None);
-    release_plainly(&holder, "counter").await;
+    unlock_by_sql(&holder, "counter").await;
     scene.nothing_left().await;
 }
 
@@ -337,7 +335,7 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
             // Free or held: nobody waits for a lock that is refused.
             for held in [false, true] {
                 if held {
-                    hold_plainly(&scene.observer, "counter").await;
+                    lock_by_sql(&scene.observer, "counter").await;
                 }
                 let expected = i64::from(held);
                 let options = options.clone();
@@ -372,7 +370,7 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
                 });
                 section.await.unwrap();
                 if held {
-                    release_plainly(&scene.observer, "counter").await;
+                    unlock_by_sql(&scene.observer, "counter").await;
                 }
                 scene.nothing_left().await;
             }

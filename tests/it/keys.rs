@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use deadpool_postgres::{Manager, Pool};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, compat};
+use lockkeeper_testkit::{Scene, lock_by_sql, pid_of};
 use tokio_postgres::{Client, NoTls};
-
-use crate::common::Scene;
-use crate::guards::{hold_plainly, pid_of};
 
 /// Keys that are easily taken for one another, or for something else.
 fn odd_keys() -> Vec<LockKey> {
@@ -231,7 +229,7 @@ async fn errors_name_the_key_as_people_know_it() {
         (LockKey::from(""), r#""""#),
     ] {
         let holder = scene.database.connect().await;
-        hold_plainly(&holder, &key).await;
+        lock_by_sql(&holder, &key).await;
         let lock = scene.keeper.advisory_lock(key).wait(Duration::ZERO);
         let error = lock.acquire().await.unwrap_err().to_string();
         assert!(error.contains(text), "{error}");

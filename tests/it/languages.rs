@@ -1,15 +1,11 @@
 //! The server's messages about deadlocks in every language it has: the same facts in all of them.
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
-use lockkeeper_testkit::{Database, Server, Skip};
+use lockkeeper_testkit::{Database, Server, Skip, eventually};
 use tokio_postgres::{Client, Error};
 
-use crate::common::eventually;
 use crate::server_message::{ContextKind, LineKind, LockObject, Wait, context, deadlock_detail};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// The locale for each language that PostgreSQL 15 has. Georgian is in part English.
 const LOCALES: [&str; 11] = [
@@ -71,7 +67,7 @@ async fn begin_wait<'a>(
     let mut waiting = Box::pin(session.client.batch_execute(sql));
     let early = futures::poll!(&mut waiting);
     assert!(early.is_pending(), "{early:?}");
-    eventually(SOON, "the backend waits for no lock", async || {
+    eventually("the backend waits for no lock", async || {
         let sql = format!(
             "SELECT count(*) FROM pg_locks WHERE pid = {} AND NOT granted",
             session.pid

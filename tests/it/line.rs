@@ -7,14 +7,12 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use lockkeeper::{ErrorKind, Keeper, SessionGuard};
+use lockkeeper_testkit::{
+    Fault, GIVE_UP_AFTER, Proxy, Scene, eventually, pid_of, poll_times_and_drop,
+};
 use tokio::runtime::Builder;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::guards::pid_of;
-use crate::proxy::{Cut, Proxy};
-
-const SOON: Duration = Duration::from_secs(10);
 const LONG: Duration = Duration::from_secs(30);
 
 async fn taken(scene: &Scene, key: i64) -> SessionGuard {
@@ -40,7 +38,7 @@ async fn settled() {
 }
 
 async fn served<T>(waiter: JoinHandle<T>) -> T {
-    let served = tokio::time::timeout(SOON, waiter).await;
+    let served = tokio::time::timeout(GIVE_UP_AFTER, waiter).await;
     served.expect("not served").unwrap()
 }
 
@@ -96,7 +94,7 @@ async fn the_next_in_line_gets_the_connection_with_the_lock_under_its_own_name()
 #[tokio::test]
 async fn a_connection_that_was_used_goes_back_to_the_pool() {
     let scene = Scene::new(4).await;
-    scene.pool_is_whole_within(SOON).await;
+    scene.pool_is_whole_within(GIVE_UP_AFTER).await;
     took_it_once(&scene, 2).await;
     let first = taken(&scene, 2).await;
     let pid = first.backend_pid();
@@ -165,7 +163,7 @@ async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
                 other.batch_execute(unlock).await.unwrap();
             })
         };
-        eventually(SOON, "the stranger does not wait", async || {
+        eventually("the stranger does not wait", async || {
             scene.waiters(4).await.contains(&pid)
         })
         .await;
@@ -174,7 +172,9 @@ async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
         let in_time = asked.elapsed() < Duration::from_millis(250);
         served(stranger).await;
         let all = async { while tasks.join_next().await.transpose().unwrap().is_some() {} };
-        tokio::time::timeout(SOON, all).await.expect("stuck");
+        tokio::time::timeout(GIVE_UP_AFTER, all)
+            .await
+            .expect("stuck");
         if in_time {
             assert_eq!(
                 *order.lock().unwrap(),
@@ -244,7 +244,7 @@ async fn a_session_that_nobody_takes_is_unlocked() {
         drop(first);
         waiter.abort();
         drop(waiter.await);
-        eventually(SOON, "the lock is left", async || !scene.is_held(7).await).await;
+        eventually("the lock is left", async || !scene.is_held(7).await).await;
     }
     scene.nothing_left().await;
 }
@@ -253,7 +253,7 @@ async fn a_session_that_nobody_takes_is_unlocked() {
 async fn nobody_is_left_over_when_waiters_come_and_go() {
     let scene = Scene::new(4).await;
     // A login takes longer than most of them have.
-    scene.pool_is_whole_within(SOON).await;
+    scene.pool_is_whole_within(GIVE_UP_AFTER).await;
     let inside = Arc::new(AtomicU32::new(0));
     let entered = Arc::new(AtomicU32::new(0));
     let mut tasks = JoinSet::new();
@@ -315,11 +315,11 @@ async fn a_line_does_not_keep_the_pools_connection_from_others() {
             }
         });
     }
-    eventually(SOON, "the lock does not go round", async || {
+    eventually("the lock does not go round", async || {
         rounds.load(Ordering::SeqCst) > 10
     })
     .await;
-    let others = tokio::time::timeout(SOON, scene.pool.get()).await;
+    let others = tokio::time::timeout(GIVE_UP_AFTER, scene.pool.get()).await;
     tasks.shutdown().await;
     drop(
         others
@@ -349,7 +349,7 @@ fn a_guard_dropped_beside_its_idle_runtime_is_handed_over() {
     let mut waiter = Box::pin(lock.acquire());
     assert!(runtime.block_on(is_pending(&mut waiter)));
     drop(first);
-    let second = runtime.block_on(async { tokio::time::timeout(SOON, waiter).await });
+    let second = runtime.block_on(async { tokio::time::timeout(GIVE_UP_AFTER, waiter).await });
     drop(second.expect("not served").unwrap());
     runtime.block_on(scene.nothing_left());
 }
@@ -376,7 +376,7 @@ async fn a_release_that_nobody_polls_to_its_end_reaches_the_next() {
 #[tokio::test]
 async fn a_hand_over_that_is_never_answered_does_not_hold_up_the_next() {
     let scene = Scene::new(1).await;
-    let proxy = Proxy::before(&scene.database).await;
+    let proxy = Proxy::before(scene.database.server());
     let pool = proxy.pool(&scene.database.config(), 2);
     let keeper = Keeper::builder(pool).application("test").build();
     let lock = keeper.advisory_lock(12).wait(LONG).session();
@@ -392,9 +392,9 @@ async fn a_hand_over_that_is_never_answered_does_not_hold_up_the_next() {
     let waiter = tokio::spawn(async move { lock.acquire().await.unwrap() });
     settled().await;
     // The holder's own name, which is put back if the next one does not get the lock.
-    proxy.cut(", '')", Cut::Silence);
+    proxy.fault(", '')", Fault::Stall);
     drop(first);
-    eventually(SOON, "not handed over", async || proxy.cuts_left() == 0).await;
+    eventually("not handed over", async || proxy.faults_left() == 0).await;
     scene
         .observer
         .execute("SELECT pg_terminate_backend($1)", &[&pid])
@@ -403,5 +403,5 @@ async fn a_hand_over_that_is_never_answered_does_not_hold_up_the_next() {
     let soon = Duration::from_secs(5);
     let second = tokio::time::timeout(soon, waiter).await;
     drop(second.expect("not served").unwrap());
-    eventually(SOON, "the lock is left", async || !scene.is_held(12).await).await;
+    eventually("the lock is left", async || !scene.is_held(12).await).await;
 }

@@ -5,11 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use lockkeeper::{Error, ErrorKind, Keeper, RowLock, TransactionOptions, Tx};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, eventually, poll_times_and_drop};
 use tokio_postgres::Client;
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-
-const SOON: Duration = Duration::from_secs(30);
 
 /// A table `t (id, n)` with the rows 1 to `rows`, written in the opposite order.
 async fn scene(pool_size: usize, rows: u32) -> Scene {
@@ -34,10 +31,7 @@ async fn locked(client: &Client) -> Vec<i64> {
 
 /// Waits until some backend of the database waits for a lock.
 async fn somebody_waits(scene: &Scene) {
-    eventually(SOON, "nobody waits", async || {
-        scene.lock_waiters().await > 0
-    })
-    .await;
+    eventually("nobody waits", async || scene.lock_waiters().await > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -419,7 +413,7 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
                 tx.lock_rows("t", "id", [5_i64, 3, 1]).await
             });
             let done = poll_times_and_drop(work, polls).await;
-            eventually(SOON, "a row is still locked", async || {
+            eventually("a row is still locked", async || {
                 let others: &[i64] = if contended { &[3] } else { &[] };
                 locked(&scene.observer).await == others
             })
@@ -430,6 +424,6 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
             }
         }
         holder.batch_execute("ROLLBACK").await.unwrap();
-        scene.nothing_left_within(SOON).await;
+        scene.nothing_left_within(GIVE_UP_AFTER).await;
     }
 }

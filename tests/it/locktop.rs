@@ -4,13 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockkeeper::Monitor;
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{Scene, Server, eventually_within as eventually, pid_of, until_waiting};
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
-
-use crate::common::{Scene, eventually, until_it_waits};
-use crate::guards::{pid_of, scene_on};
 
 #[path = "../../examples/locktop/app.rs"]
 mod app;
@@ -48,7 +45,7 @@ struct Play {
 impl Play {
     async fn new() -> Self {
         let server = tokio::task::block_in_place(|| Server::start(&[]).unwrap());
-        let scene = scene_on(&server, 2).await;
+        let scene = Scene::on(&server, 2).await;
         let monitor = scene.keeper.monitor();
         Self { scene, monitor }
     }
@@ -69,7 +66,7 @@ impl Play {
             drop(tokio::spawn(
                 async move { waiter.batch_execute(&sql).await },
             ));
-            until_it_waits(&self.scene.observer, last, SOON).await;
+            until_waiting(&self.scene.observer, last).await;
         }
         // It stays until its backend is told to go.
         drop(tokio::spawn(async move {

@@ -8,7 +8,6 @@
     reason = "a test says what went wrong by panicking"
 )]
 
-mod common;
 // Two rooms themselves: what they read is not public.
 #[path = "../../src/server_message/mod.rs"]
 mod server_message;
@@ -46,7 +45,6 @@ mod pgbouncer;
 mod pictures;
 mod postgres_facts;
 mod processes;
-mod proxy;
 mod recovery;
 mod resolver;
 mod retry;

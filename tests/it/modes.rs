@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, LockKey};
-
-use crate::common::{Scene, eventually};
-use crate::guards::{hold_plainly, pid_of, sql_key};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, Scene, eventually, eventually_within, lock_by_sql, pid_of, sql_key,
+};
 
 async fn modes_of(scene: &Scene) -> Vec<(i32, String, bool)> {
     let rows = scene
@@ -117,13 +117,10 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
                 }
             }
         });
-        eventually(Duration::from_secs(5), "no waiter", async || {
-            !scene.waiters("k").await.is_empty()
-        })
-        .await;
+        eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
         let reader = first.pid();
         drop(first);
-        eventually(Duration::from_secs(2), "the reader holds on", async || {
+        eventually_within(CLEANED_UP_WITHIN, "the reader holds on", async || {
             !scene.holders("k").await.contains(&reader)
         })
         .await;
@@ -147,7 +144,7 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
                 tokio::spawn(async move { lock.acquire().await.unwrap() })
             })
             .collect();
-        eventually(Duration::from_secs(5), "no waiting readers", async || {
+        eventually("no waiting readers", async || {
             scene.waiters("k").await.len() == 2
         })
         .await;
@@ -191,10 +188,7 @@ async fn all_waiting_readers_are_let_in_together() {
                 })
             })
             .collect();
-        eventually(Duration::from_secs(5), "no waiters", async || {
-            !scene.waiters("k").await.is_empty()
-        })
-        .await;
+        eventually("no waiters", async || !scene.waiters("k").await.is_empty()).await;
         writer.commit().await.unwrap();
         let mut pids = Vec::new();
         for reader in readers {
@@ -226,10 +220,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
         let result = writer.batch_execute(&sql).await;
         (writer, result)
     });
-    eventually(Duration::from_secs(5), "no waiter", async || {
-        scene.waiters("k").await == [pid]
-    })
-    .await;
+    eventually("no waiter", async || scene.waiters("k").await == [pid]).await;
     for session in [false, true] {
         let second = try_lock(&scene, &"k".into(), session, AdvisoryMode::Shared).await;
         assert!(second.is_none(), "it passed the writer");
@@ -396,7 +387,7 @@ async fn the_description_takes_its_parts_in_any_order() {
     scene.pool_is_whole_within(Duration::from_secs(30)).await;
     let keeper = &scene.keeper;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "k").await;
+    lock_by_sql(&holder, "k").await;
     let wait = Duration::from_millis(50);
     let lock = || keeper.advisory_lock("k");
     for lock in [
@@ -412,7 +403,7 @@ async fn the_description_takes_its_parts_in_any_order() {
         assert!(error.waited().unwrap() < Duration::from_secs(5));
     }
     drop(holder);
-    eventually(Duration::from_secs(2), "still held", async || {
+    eventually_within(CLEANED_UP_WITHIN, "still held", async || {
         !scene.is_held("k").await
     })
     .await;

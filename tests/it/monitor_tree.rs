@@ -6,14 +6,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lockkeeper::graph::{BackendId, Edge, EdgeKind, LockObject, LockTree, Snapshot, TreeNode};
 use lockkeeper::{AdvisoryMode, Keeper, LockKey, LockMode, Monitor};
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, Server, eventually, pid_of, poll_times_and_drop, until_waiting,
+};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop, until_it_waits};
-use crate::guards::{pid_of, scene_on};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// A session of the play, by its name.
 struct Actor {
@@ -96,7 +93,7 @@ impl Stage {
     }
 
     async fn waiting(&self, pid: i32) {
-        until_it_waits(&self.scene.observer, pid, SOON).await;
+        until_waiting(&self.scene.observer, pid).await;
     }
 
     fn name(&self, id: &BackendId) -> String {
@@ -214,7 +211,7 @@ async fn a_chain_and_another_tree() {
         .taken_at()
         .duration_since(before)
         .unwrap_or_else(|error| error.duration());
-    assert!(off < SOON, "{off:?}");
+    assert!(off < GIVE_UP_AFTER, "{off:?}");
     let tree = snapshot.tree();
     assert_eq!(stage.shape(&tree), "A[B[C]] H[D]");
     assert_eq!(
@@ -234,7 +231,7 @@ async fn a_chain_and_another_tree() {
         (edge.mode_wanted(), edge.mode_held()),
         (LockMode::Share, Some(LockMode::Exclusive))
     );
-    assert!(edge.wait_age().unwrap() < SOON);
+    assert!(edge.wait_age().unwrap() < GIVE_UP_AFTER);
     assert_eq!(edge.worker(), None);
     let edge = stage.edge(&snapshot, &d);
     assert_eq!(edge.object().to_string(), "advisory lock \"invoice:42\"");
@@ -257,7 +254,7 @@ async fn a_chain_and_another_tree() {
         root.since_statement(),
         root.connected_for(),
     ] {
-        assert!(age.unwrap() < SOON, "{age:?}");
+        assert!(age.unwrap() < GIVE_UP_AFTER, "{age:?}");
     }
     // To the microsecond: the server finds the session again by it.
     let sql = "SELECT extract(epoch FROM backend_start)::text, extract(epoch FROM xact_start)::text \
@@ -465,7 +462,7 @@ async fn prepared_transactions_are_roots_without_a_pid() {
     );
     assert_eq!(prepared.database(), Some(stage.scene.database.name()));
     assert_eq!(prepared.user(), stage.scene.database.config().get_user());
-    assert!(prepared.in_transaction().unwrap() < SOON);
+    assert!(prepared.in_transaction().unwrap() < GIVE_UP_AFTER);
     assert_eq!(
         (prepared.state(), prepared.application_name()),
         (None, None)
@@ -504,7 +501,7 @@ async fn workers_of_a_parallel_query_count_as_their_leader() {
     b.run(&format!("SET {setting} = on")).await;
     stage.waits.push(b.start("SELECT look()"));
     let mut snapshot = stage.monitor.snapshot().await.unwrap();
-    eventually(SOON, "no worker waits", async || {
+    eventually("no worker waits", async || {
         snapshot = stage.monitor.snapshot().await.unwrap();
         stage.edges(&snapshot) == expected(["B held by A"])
     })
@@ -583,7 +580,7 @@ async fn a_role_without_privileges_sees_who_and_where_and_the_rest_as_hidden() {
     drop(keeper);
     let observer = stage.scene.database.connect().await;
     stage.done().await;
-    eventually(SOON, "the role is still in use", async || {
+    eventually("the role is still in use", async || {
         observer
             .batch_execute(&format!("DROP ROLE {role}"))
             .await
@@ -680,7 +677,7 @@ async fn rarer_objects_are_named_too() {
 async fn five_hundred_sessions_are_seen_at_once() {
     let settings = [("max_connections", "600"), ("deadlock_timeout", "10min")];
     let server = Server::start(&settings).unwrap();
-    let mut stage = Stage::of(scene_on(&server, 2).await);
+    let mut stage = Stage::of(Scene::on(&server, 2).await);
     let a = stage.actor().await;
     a.run("BEGIN; SELECT pg_advisory_xact_lock(1)").await;
     let mut waits = Vec::new();
@@ -692,11 +689,9 @@ async fn five_hundred_sessions_are_seen_at_once() {
                 .await
         }));
     }
-    eventually(
-        Duration::from_secs(60),
-        "not all of them wait",
-        async || stage.scene.lock_waiters().await == 500,
-    )
+    eventually("not all of them wait", async || {
+        stage.scene.lock_waiters().await == 500
+    })
     .await;
     let (mut best, mut bare) = (Duration::MAX, Duration::MAX);
     for _ in 0..5 {
@@ -778,9 +773,9 @@ async fn advisory_locks_with_their_names_and_owners() {
             .unwrap()
             .contains("tests/it/monitor_tree.rs:")
     );
-    assert!(held.idle_for().unwrap() < SOON && held.wait_age().is_none());
+    assert!(held.idle_for().unwrap() < GIVE_UP_AFTER && held.wait_age().is_none());
     assert!(!wanted.is_held() && !wanted.is_guarded() && wanted.mode() == AdvisoryMode::Shared);
-    assert!(wanted.wait_age().unwrap() < SOON);
+    assert!(wanted.wait_age().unwrap() < GIVE_UP_AFTER);
     assert_eq!(
         (wanted.idle_for(), wanted.backend().pid()),
         (None, Some(pid))
@@ -837,7 +832,7 @@ async fn advisory_locks_with_their_names_and_owners() {
         leaks[0].backend().pid().unwrap()
     );
     stage.scene.observer.batch_execute(&sql).await.unwrap();
-    eventually(SOON, "the leak is still there", async || {
+    eventually("the leak is still there", async || {
         monitor.leaks(Duration::ZERO).await.unwrap().is_empty()
     })
     .await;
@@ -863,7 +858,7 @@ async fn looks_may_be_dropped_anywhere() {
             let locks = poll_times_and_drop(monitor.advisory_locks(), polls).await;
             let activity = poll_times_and_drop(monitor.activity(), polls).await;
             // What was dropped gives the pool's only connection back in the background.
-            scene.pool_is_whole_within(SOON).await;
+            scene.pool_is_whole_within(GIVE_UP_AFTER).await;
             monitor.lock_tree().await.unwrap();
             if let (Some(tree), Some(locks), Some(activity)) = (tree, locks, activity) {
                 tree.unwrap();
@@ -882,7 +877,7 @@ async fn looks_may_be_dropped_anywhere() {
 async fn no_deadlock_is_seen_where_there_is_none() {
     let settings = [("max_connections", "300"), ("deadlock_timeout", "10min")];
     let server = Server::start(&settings).unwrap();
-    let stage = Stage::of(scene_on(&server, 2).await);
+    let stage = Stage::of(Scene::on(&server, 2).await);
     let sql = "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(0, 4); \
                SELECT pg_advisory_lock(1)";
     stage.scene.observer.batch_execute(sql).await.unwrap();
@@ -911,7 +906,7 @@ async fn no_deadlock_is_seen_where_there_is_none() {
             }
         }));
     }
-    eventually(SOON, "not all of them wait", async || {
+    eventually("not all of them wait", async || {
         stage.monitor.snapshot().await.unwrap().waiters().len() >= 200
     })
     .await;

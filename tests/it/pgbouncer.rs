@@ -4,102 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use lockkeeper::deadpool_postgres::Pool;
 use lockkeeper::tokio_postgres::{IsolationLevel, NoTls};
 use lockkeeper::{Error, ErrorKind, Keeper, KeeperBuilder, SessionGuard, Tx};
-use lockkeeper_testkit::{PgBouncer, PoolMode};
+use lockkeeper_testkit::{
+    BouncerScene, CLEANED_UP_WITHIN, GIVE_UP_AFTER, PoolMode, Scene, eventually, eventually_within,
+    in_time, poll_times_and_drop, until_pooler_is_known,
+};
 use tokio::task::JoinHandle;
-
-use crate::common::{Scene, eventually};
-
-const SOON: Duration = Duration::from_secs(5);
-/// A bound for calls that must not hang; PgBouncer itself would let a client wait for two minutes.
-const BOUND: Duration = Duration::from_secs(8);
-/// A bound for what takes some seconds, and would take a minute if nobody did anything about it.
-const LATE: Duration = Duration::from_secs(25);
-
-/// A scene seen from behind a PgBouncer; the scene's own pool and observer go around it.
-struct Behind {
-    scene: Scene,
-    bouncer: PgBouncer,
-    pool: Pool,
-    keeper: Keeper,
-}
-
-impl Behind {
-    /// `None`, and reported, where there is no PgBouncer.
-    async fn new(
-        test: &str,
-        mode: PoolMode,
-        pool_size: usize,
-        settings: &[(&str, &str)],
-    ) -> Option<Self> {
-        let scene = Scene::new(4).await;
-        let server = scene.database.server();
-        let bouncer = match server.pgbouncer_with(mode, scene.database.name(), settings) {
-            Ok(bouncer) => bouncer,
-            Err(skip) => {
-                skip.report(&format!("pgbouncer::{test}"));
-                return None;
-            }
-        };
-        let pool = bouncer.pool(pool_size);
-        let keeper = Keeper::builder(pool.clone()).application("behind").build();
-        Some(Self {
-            scene,
-            bouncer,
-            pool,
-            keeper,
-        })
-    }
-
-    /// A keeper that knows nothing of the pooler yet, over a pool of its own.
-    fn fresh(&self, pool_size: usize) -> Keeper {
-        self.fresh_with(pool_size, |builder| builder)
-    }
-
-    fn fresh_with(
-        &self,
-        pool_size: usize,
-        configure: impl FnOnce(KeeperBuilder) -> KeeperBuilder,
-    ) -> Keeper {
-        configure(Keeper::builder(self.bouncer.pool(pool_size)).application("behind")).build()
-    }
-
-    /// No advisory lock, no open transaction, no name of ours on a backend, and both pools whole.
-    async fn nothing_left(&self) {
-        self.scene.nothing_left_within(SOON).await;
-        eventually(SOON, "a backend goes by our name still", async || {
-            let row = self.scene.observer.query_one(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
-                 AND application_name LIKE '%.rs:%'",
-                &[],
-            );
-            row.await.unwrap().get::<_, i64>(0) == 0
-        })
-        .await;
-        let all = async {
-            let mut objects = Vec::new();
-            for _ in 0..self.pool.status().max_size {
-                let object = self.pool.get().await.unwrap();
-                // By turns: a session pooler may have fewer backends than there are clients.
-                object.batch_execute("SELECT 1").await.unwrap();
-                objects.push(object);
-            }
-        };
-        tokio::time::timeout(SOON, all)
-            .await
-            .expect("the pool behind the pooler does not give all of its connections");
-    }
-}
-
-/// Ends in time, whatever it is.
-async fn bounded<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(BOUND, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("{what}: no end within {BOUND:?}"),
-    }
-}
 
 /// Keeps the pooler's backends busy from several clients until it is dropped.
 struct Load {
@@ -108,7 +19,7 @@ struct Load {
 }
 
 impl Load {
-    fn start(behind: &Behind, clients: usize) -> Self {
+    fn start(behind: &BouncerScene, clients: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let pool = behind.bouncer.pool(clients);
         let tasks = (0..clients)
@@ -145,7 +56,7 @@ impl Load {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn transaction_locks_exclude_and_are_freed_in_transaction_mode() {
     let test = "transaction_locks_exclude_and_are_freed_in_transaction_mode";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 8, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 8, &[]).await else {
         return;
     };
     let (a, b, direct) = (&behind.keeper, behind.fresh(4), &behind.scene.keeper);
@@ -220,7 +131,8 @@ async fn a_counter_is_never_two_behind_a_pooler() {
     let test = "a_counter_is_never_two_behind_a_pooler";
     for backends in ["2", "20"] {
         let settings = [("default_pool_size", backends), ("server_round_robin", "1")];
-        let Some(behind) = Behind::new(test, PoolMode::Transaction, 8, &settings).await else {
+        let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 8, &settings).await
+        else {
             return;
         };
         let (inside, worst, done) = (
@@ -271,7 +183,7 @@ async fn a_counter_is_never_two_behind_a_pooler() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deadlocks_are_retried_behind_a_pooler() {
     let test = "deadlocks_are_retried_behind_a_pooler";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
     behind
@@ -321,7 +233,7 @@ async fn deadlocks_are_retried_behind_a_pooler() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_timeout_behind_a_pooler_names_the_backend_that_blocks() {
     let test = "a_timeout_behind_a_pooler_names_the_backend_that_blocks";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
     let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
@@ -377,7 +289,7 @@ async fn a_timeout_behind_a_pooler_names_the_backend_that_blocks() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
     let test = "a_cancelled_wait_behind_a_pooler_leaves_no_waiter";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
     // A wait inside of a transaction has slices of twice that long: what has left before was cancelled.
@@ -420,12 +332,12 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
                 let what = format!("{how} by {by}, round {round}");
                 let none = format!("{what}: nobody waits");
                 let waits = async || !behind.scene.waiters("k").await.is_empty();
-                eventually(SOON, &none, waits).await;
+                eventually(&none, waits).await;
                 wait.abort();
                 drop(wait.await);
                 let left = format!("{what}: the waiter is left");
                 let gone = async || behind.scene.waiters("k").await.is_empty();
-                eventually(Duration::from_secs(20), &left, gone).await;
+                eventually(&left, gone).await;
                 // The holder was not hit.
                 assert_eq!(
                     behind.scene.holders("k").await,
@@ -446,7 +358,7 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler() {
     let test = "a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -463,11 +375,11 @@ async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler
         waiting.transaction(body).await
     });
     let waits = async || !behind.scene.waiters("k").await.is_empty();
-    eventually(SOON, "nobody waits", waits).await;
+    eventually("nobody waits", waits).await;
     wait.abort();
     drop(wait.await);
     let gone = async || behind.scene.waiters("k").await.is_empty();
-    eventually(LATE, "the waiter is left", gone).await;
+    eventually("the waiter is left", gone).await;
     guard.commit().await.unwrap();
 
     // A statement of the caller's, under a lock.
@@ -477,7 +389,7 @@ async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler
     assert!(sleep.await.is_err());
     drop(guard);
     let free = async || !behind.scene.is_held("k").await;
-    eventually(LATE, "held after the drop", free).await;
+    eventually("held after the drop", free).await;
     behind.nothing_left().await;
     drop(silent);
 }
@@ -485,7 +397,7 @@ async fn a_silent_side_connection_does_not_keep_anything_running_behind_a_pooler
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
     let test = "dropping_a_guard_behind_a_pooler_frees_its_key";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &[]).await else {
         return;
     };
     for what in ["idle", "failed", "asleep", "dropped query"] {
@@ -500,7 +412,7 @@ async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
             }
             "dropped query" => {
                 let query = guard.query("SELECT pg_sleep(0.05)", &[]);
-                assert!(crate::common::poll_times_and_drop(query, 1).await.is_none());
+                assert!(poll_times_and_drop(query, 1).await.is_none());
             }
             _ => {}
         }
@@ -512,7 +424,7 @@ async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
         let left = format!("{what}: held after the drop");
         let free = async || !behind.scene.is_held("k").await;
         // A cancel behind a pooler may have to wait for a connection, twice.
-        eventually(Duration::from_secs(8), &left, free).await;
+        eventually_within(CLEANED_UP_WITHIN, &left, free).await;
     }
     behind.nothing_left().await;
 }
@@ -522,7 +434,7 @@ async fn dropping_a_guard_behind_a_pooler_frees_its_key() {
 async fn a_wait_in_the_poolers_own_queue_ends_in_time() {
     let test = "a_wait_in_the_poolers_own_queue_ends_in_time";
     let one = [("default_pool_size", "1")];
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 4, &one).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 4, &one).await else {
         return;
     };
     let guard = behind.keeper.advisory_lock("k").acquire().await.unwrap();
@@ -530,7 +442,7 @@ async fn a_wait_in_the_poolers_own_queue_ends_in_time() {
         let started = Instant::now();
         let wait = Duration::from_millis(200);
         let lock = behind.keeper.advisory_lock(key).wait(wait);
-        let error = bounded(key, lock.acquire()).await.unwrap_err();
+        let error = in_time(key, lock.acquire()).await.unwrap_err();
         assert!(started.elapsed() < Duration::from_secs(5), "{error}");
         assert_eq!(error.key().unwrap().name(), Some(key));
         assert!(
@@ -557,7 +469,7 @@ async fn a_wait_in_the_poolers_own_queue_ends_in_time() {
 async fn many_tasks_share_one_backend() {
     let test = "many_tasks_share_one_backend";
     let one = [("default_pool_size", "1")];
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 8, &one).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 8, &one).await else {
         return;
     };
     let done = Arc::new(AtomicU32::new(0));
@@ -579,7 +491,7 @@ async fn many_tasks_share_one_backend() {
         })
         .collect();
     for task in tasks {
-        bounded("section", task).await.unwrap().unwrap();
+        in_time("section", task).await.unwrap().unwrap();
     }
     assert_eq!(done.load(Ordering::Relaxed), 24);
     behind.nothing_left().await;
@@ -588,7 +500,7 @@ async fn many_tasks_share_one_backend() {
 // Transaction mode: what is refused.
 
 /// Asks for session locks in each way there is; `what` says where.
-async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
+async fn refused(behind: &BouncerScene, what: &str, pool_size: usize) -> Vec<String> {
     let session = |guard| Granted::Session(Box::new(guard));
     let mut wrong = Vec::new();
     for way in [
@@ -628,14 +540,14 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
             }
         };
         let started = Instant::now();
-        match tokio::time::timeout(BOUND, asked).await {
+        match tokio::time::timeout(GIVE_UP_AFTER, asked).await {
             Err(_) => {
-                wrong.push(format!("{what}, {way}: no end within {BOUND:?}"));
+                wrong.push(format!("{what}, {way}: no end within {GIVE_UP_AFTER:?}"));
                 return wrong;
             }
             Ok(Ok(granted)) => {
                 let shared = match granted {
-                    Granted::Session(guard) => behind.is_shared(*guard).await,
+                    Granted::Session(guard) => is_shared(&behind.scene, *guard).await,
                     Granted::Busy | Granted::Snapshot => String::new(),
                 };
                 wrong.push(format!("{what}, {way}: granted {shared}"));
@@ -661,7 +573,7 @@ async fn refused(behind: &Behind, what: &str, pool_size: usize) -> Vec<String> {
         while behind.scene.advisory_locks().await > 0 {
             if started.elapsed() > Duration::from_secs(2) {
                 wrong.push(format!("{what}, {way}: an advisory lock is left behind"));
-                behind.end_backends().await;
+                end_backends(&behind.scene).await;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -675,38 +587,26 @@ enum Granted {
     Busy,
 }
 
-impl Behind {
-    async fn end_backends(&self) {
-        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-                   WHERE datname = current_database() AND pid <> pg_backend_pid()";
-        self.scene.observer.batch_execute(sql).await.unwrap();
-    }
-
-    /// What a session guard is worth that should not have been granted.
-    async fn is_shared(&self, guard: SessionGuard) -> String {
-        let held = self.scene.holders("k").await;
-        let asked = guard.query_typed("SELECT pg_backend_pid()", &[]);
-        let answers = match asked.await {
-            Ok(rows) => rows[0].get::<_, i32>(0),
-            Err(error) => return format!("and lost: {error:?}"),
-        };
-        let release = guard.release().await.err().map(|error| error.to_string());
-        format!("held by {held:?}, {answers} answers, release: {release:?}")
-    }
+/// Ends all backends of the database but the observer's.
+async fn end_backends(scene: &Scene) {
+    scene
+        .run(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        .await;
 }
 
-/// Opens all of the pooler's backends, so that it has a choice.
-async fn open_backends(behind: &Behind, backends: usize) {
-    let pool = behind.bouncer.pool(backends);
-    let mut objects = Vec::new();
-    for _ in 0..backends {
-        let object = pool.get().await.unwrap();
-        object.batch_execute("BEGIN").await.unwrap();
-        objects.push(object);
-    }
-    for object in objects {
-        object.batch_execute("COMMIT").await.unwrap();
-    }
+/// What a session guard is worth that should not have been granted.
+async fn is_shared(scene: &Scene, guard: SessionGuard) -> String {
+    let held = scene.holders("k").await;
+    let asked = guard.query_typed("SELECT pg_backend_pid()", &[]);
+    let answers = match asked.await {
+        Ok(rows) => rows[0].get::<_, i32>(0),
+        Err(error) => return format!("and lost: {error:?}"),
+    };
+    let release = guard.release().await.err().map(|error| error.to_string());
+    format!("held by {held:?}, {answers} answers, release: {release:?}")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -715,12 +615,13 @@ async fn session_locks_are_refused_behind_an_idle_transaction_pooler() {
     for backends in [1, 2, 3, 20] {
         let size = backends.to_string();
         let settings = [("default_pool_size", size.as_str())];
-        let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+        let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &settings).await
+        else {
             return;
         };
         let what = format!("{backends} backends, one open");
         let mut wrong = refused(&behind, &what, 4).await;
-        open_backends(&behind, backends).await;
+        behind.open_backends(backends).await;
         let what = format!("{backends} backends, all open");
         wrong.extend(refused(&behind, &what, 4).await);
         assert!(wrong.is_empty(), "{wrong:#?}");
@@ -739,10 +640,11 @@ async fn session_locks_are_refused_behind_a_transaction_pooler_that_takes_turns(
             ("default_pool_size", size.as_str()),
             ("server_round_robin", "1"),
         ];
-        let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+        let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &settings).await
+        else {
             return;
         };
-        open_backends(&behind, backends).await;
+        behind.open_backends(backends).await;
         let what = format!("{backends} backends by turns");
         let wrong = refused(&behind, &what, 4).await;
         assert!(wrong.is_empty(), "{wrong:#?}");
@@ -759,7 +661,8 @@ async fn session_locks_are_refused_behind_a_busy_transaction_pooler() {
                 ("default_pool_size", backends),
                 ("server_round_robin", turns),
             ];
-            let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+            let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &settings).await
+            else {
                 return;
             };
             let load = Load::start(&behind, clients);
@@ -779,7 +682,7 @@ async fn session_locks_are_refused_behind_a_busy_transaction_pooler() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_locks_are_refused_behind_a_pooler_with_one_connection_in_the_pool() {
     let test = "session_locks_are_refused_behind_a_pooler_with_one_connection_in_the_pool";
-    let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &[]).await else {
         return;
     };
     let wrong = refused(&behind, "a pool of one", 1).await;
@@ -796,7 +699,8 @@ async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
             ("default_pool_size", backends),
             ("server_round_robin", turns),
         ];
-        let Some(behind) = Behind::new(test, PoolMode::Transaction, 2, &settings).await else {
+        let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &settings).await
+        else {
             return;
         };
         let (inside, worst) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
@@ -823,7 +727,7 @@ async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
             .collect();
         let mut refusals = 0;
         for task in tasks {
-            let error = bounded("a task", task).await.unwrap();
+            let error = in_time("a task", task).await.unwrap();
             refusals += u32::from(error.is_some_and(|e| e.kind() == ErrorKind::TransactionPooler));
         }
         let worst = worst.load(Ordering::SeqCst);
@@ -841,30 +745,10 @@ async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
 
 // Session mode.
 
-/// Lets a keeper find out what its pooler is: it does not wait for long for an answer, and refuses session locks as long
-/// as it does not know.
-pub(crate) async fn knows_its_pooler(keeper: &Keeper) {
-    let started = Instant::now();
-    loop {
-        let lock = keeper.advisory_lock("first").session();
-        let error = match lock.acquire().await {
-            Ok(guard) => return guard.release().await.unwrap(),
-            Err(error) => error,
-        };
-        let undecided = error
-            .to_string()
-            .contains("no second connection was to be had");
-        assert!(
-            undecided && started.elapsed() < Duration::from_secs(30),
-            "{error}"
-        );
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_guards_work_behind_a_session_pooler() {
     let test = "session_guards_work_behind_a_session_pooler";
-    let Some(behind) = Behind::new(test, PoolMode::Session, 4, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Session, 4, &[]).await else {
         return;
     };
     behind
@@ -874,8 +758,8 @@ async fn session_guards_work_behind_a_session_pooler() {
         .await
         .unwrap();
     let (a, b) = (&behind.keeper, behind.fresh(4));
-    knows_its_pooler(a).await;
-    knows_its_pooler(&b).await;
+    until_pooler_is_known(a).await;
+    until_pooler_is_known(&b).await;
     let mut guard = a.advisory_lock("k").session().acquire().await.unwrap();
     assert_eq!(
         behind.scene.holders("k").await,
@@ -910,11 +794,11 @@ async fn session_guards_work_behind_a_session_pooler() {
         }
     });
     let waits = async || !behind.scene.waiters("k").await.is_empty();
-    eventually(SOON, "nobody waits", waits).await;
+    eventually("nobody waits", waits).await;
     dropped.abort();
     drop(dropped.await);
     let gone = async || behind.scene.waiters("k").await.is_empty();
-    eventually(Duration::from_secs(20), "the waiter is left", gone).await;
+    eventually("the waiter is left", gone).await;
     let waiter = tokio::spawn({
         let b = b.clone();
         async move {
@@ -922,7 +806,7 @@ async fn session_guards_work_behind_a_session_pooler() {
             lock.session().acquire().await
         }
     });
-    eventually(SOON, "nobody waits", waits).await;
+    eventually("nobody waits", waits).await;
     guard.release().await.unwrap();
     let guard = waiter.await.unwrap().unwrap();
     assert_eq!(
@@ -931,7 +815,7 @@ async fn session_guards_work_behind_a_session_pooler() {
     );
     drop(guard);
     let free = async || !behind.scene.is_held("k").await;
-    eventually(SOON, "held after the drop", free).await;
+    eventually("held after the drop", free).await;
     behind.nothing_left().await;
 
     let several = a.advisory_locks(["k", "l"]).session().acquire().await;
@@ -952,12 +836,12 @@ async fn session_guards_work_behind_a_session_pooler() {
 async fn a_session_pooler_without_a_second_backend_does_not_hang_a_session_lock() {
     let test = "a_session_pooler_without_a_second_backend_does_not_hang_a_session_lock";
     let one = [("default_pool_size", "1")];
-    let Some(behind) = Behind::new(test, PoolMode::Session, 2, &one).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Session, 2, &one).await else {
         return;
     };
     let keeper = behind.fresh(2);
     let lock = keeper.advisory_lock("k").wait(Duration::from_secs(1));
-    match bounded("a session lock", lock.session().acquire()).await {
+    match in_time("a session lock", lock.session().acquire()).await {
         Ok(guard) => guard.release().await.unwrap(),
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::TransactionPooler, "{error:?}");
@@ -965,7 +849,7 @@ async fn a_session_pooler_without_a_second_backend_does_not_hang_a_session_lock(
         }
     }
     drop(keeper);
-    behind.scene.nothing_left_within(SOON).await;
+    behind.scene.nothing_left().await;
 }
 
 // Statement mode.
@@ -974,7 +858,7 @@ async fn a_session_pooler_without_a_second_backend_does_not_hang_a_session_lock(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_statement_mode_everything_fails_clearly_and_leaks_nothing() {
     let test = "in_statement_mode_everything_fails_clearly_and_leaks_nothing";
-    let Some(behind) = Behind::new(test, PoolMode::Statement, 4, &[]).await else {
+    let Some(behind) = BouncerScene::new(test, PoolMode::Statement, 4, &[]).await else {
         return;
     };
     behind
@@ -1020,7 +904,7 @@ async fn in_statement_mode_everything_fails_clearly_and_leaks_nothing() {
                 }
             }
         };
-        match bounded(way, asked).await {
+        match in_time(way, asked).await {
             Ok(()) => wrong.push(format!("{way}: granted")),
             Err(error) => {
                 let mut text = error.to_string();
@@ -1034,7 +918,7 @@ async fn in_statement_mode_everything_fails_clearly_and_leaks_nothing() {
                 }
             }
         }
-        behind.scene.nothing_left_within(SOON).await;
+        behind.scene.nothing_left().await;
     }
     let row = behind
         .scene
@@ -1048,7 +932,8 @@ async fn in_statement_mode_everything_fails_clearly_and_leaks_nothing() {
 /// left, not by what is refused either.
 #[tokio::test]
 async fn schema_changes_in_transactions_work_and_others_leave_no_setting() {
-    let Some(behind) = Behind::new("schema_changes", PoolMode::Transaction, 3, &[]).await else {
+    let Some(behind) = BouncerScene::new("schema_changes", PoolMode::Transaction, 3, &[]).await
+    else {
         return;
     };
     let schema = behind.keeper.schema();

@@ -11,16 +11,11 @@ use std::time::Duration;
 
 use lockkeeper::graph::LockTree;
 use lockkeeper::{Incident, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::{Server, Skip};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, Server, Skip, eventually, pid_of, until_waiting};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
-use crate::common::{Scene, eventually, until_it_waits};
-use crate::guards::{pid_of, scene_on};
-
 use browser::Scheme;
-
-const SOON: Duration = Duration::from_secs(60);
 
 /// Markup, quotes, an end of line, and what would be code in a script.
 const ODD: &str = "<script>alert(\"x\")</script> & 'q' `b` #35; \\";
@@ -33,7 +28,7 @@ struct Stage {
 
 impl Stage {
     async fn on(server: &Server) -> Self {
-        let scene = scene_on(server, 2).await;
+        let scene = Scene::on(server, 2).await;
         scene
             .observer
             .batch_execute(
@@ -68,7 +63,7 @@ impl Stage {
         self.waits.push(tokio::spawn(
             async move { runner.batch_execute(&sql).await },
         ));
-        until_it_waits(&self.scene.observer, pid, SOON).await;
+        until_waiting(&self.scene.observer, pid).await;
     }
 
     async fn tree(&self) -> LockTree {
@@ -240,7 +235,7 @@ async fn a_pile_up_of_five_hundred_in_chromium() {
             .waits
             .push(tokio::spawn(async move { client.batch_execute(sql).await }));
     }
-    eventually(SOON, "they do not all wait", async || {
+    eventually("they do not all wait", async || {
         let sql = "SELECT count(*) FROM pg_locks \
                    WHERE locktype = 'advisory' AND NOT granted AND waitstart IS NOT NULL";
         let row = stage.scene.observer.query_one(sql, &[]).await.unwrap();
@@ -301,10 +296,7 @@ async fn incidents() -> Vec<Incident> {
         .await
         .unwrap_err();
     let reported = async |count| {
-        eventually(SOON, "no report", async || {
-            found.lock().unwrap().len() >= count
-        })
-        .await;
+        eventually("no report", async || found.lock().unwrap().len() >= count).await;
     };
     reported(1).await;
     let once = TransactionOptions::new().attempts(1);
@@ -330,7 +322,7 @@ async fn incidents() -> Vec<Incident> {
         .unwrap_err();
     reported(2).await;
     other.batch_execute("ROLLBACK").await.unwrap();
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
     found.lock().unwrap().clone()
 }
 

@@ -6,20 +6,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
-use lockkeeper_testkit::{Database, Server};
+use lockkeeper_testkit::{
+    Database, GIVE_UP_AFTER, Server, cancel, eventually, pid_of, until_waiting,
+};
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
-
-use crate::common::eventually;
-
-const SOON: Duration = Duration::from_secs(30);
 
 async fn database() -> Database {
     Server::shared().database().await
-}
-
-async fn pid(client: &Client) -> i32 {
-    let row = client.query_one("SELECT pg_backend_pid()", &[]).await;
-    row.unwrap().get(0)
 }
 
 /// The SQLSTATE of a failed statement.
@@ -51,26 +44,6 @@ async fn advisory(observer: &Client, pid: i32, granted: bool) -> i64 {
         )
         .await;
     row.unwrap().get(0)
-}
-
-async fn waits(observer: &Client, pid: i32) {
-    eventually(SOON, "the backend waits for no lock", async || {
-        let row = observer
-            .query_one(
-                "SELECT count(*) FROM pg_locks WHERE pid = $1 AND NOT granted",
-                &[&pid],
-            )
-            .await;
-        row.unwrap().get::<_, i64>(0) > 0
-    })
-    .await;
-}
-
-async fn cancel(observer: &Client, pid: i32) {
-    observer
-        .execute("SELECT pg_cancel_backend($1)", &[&pid])
-        .await
-        .unwrap();
 }
 
 /// What 16 clients with a `lock_timeout` of 1 to 3 ms made of one key.
@@ -274,7 +247,7 @@ async fn lock_timeout_zero_means_for_ever_and_fractions_round() {
         .batch_execute("SELECT pg_advisory_lock(1)")
         .await
         .unwrap();
-    let pid = pid(&waiter).await;
+    let pid = pid_of(&waiter).await;
     waiter
         .batch_execute("SET lock_timeout = '0.4ms'")
         .await
@@ -284,7 +257,7 @@ async fn lock_timeout_zero_means_for_ever_and_fractions_round() {
             .batch_execute("SELECT pg_advisory_xact_lock(1)")
             .await
     });
-    waits(&observer, pid).await;
+    until_waiting(&observer, pid).await;
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(advisory(&observer, pid, false).await, 1);
     cancel(&observer, pid).await;
@@ -436,7 +409,7 @@ async fn unnest_returns_the_order_of_the_array() {
 async fn session_locks_are_reentrant_and_show_as_one_row() {
     let database = database().await;
     let (client, observer) = (database.connect().await, database.connect().await);
-    let pid = pid(&client).await;
+    let pid = pid_of(&client).await;
     let thrice =
         "SELECT pg_advisory_lock(1); SELECT pg_advisory_lock(1); SELECT pg_try_advisory_lock(1)";
     client.batch_execute(thrice).await.unwrap();
@@ -476,7 +449,7 @@ async fn a_session_lock_outlives_the_transaction_lock_it_was_taken_under() {
 async fn unlock_in_an_aborted_transaction_is_25p02_and_rollback_keeps_session_locks() {
     let database = database().await;
     let (client, observer) = (database.connect().await, database.connect().await);
-    let pid = pid(&client).await;
+    let pid = pid_of(&client).await;
     client
         .batch_execute("SELECT pg_advisory_lock(1)")
         .await
@@ -562,10 +535,10 @@ async fn try_fails_while_a_conflicting_waiter_is_queued() {
         .unwrap();
     let try_it = "SELECT pg_try_advisory_xact_lock_shared(1)";
     assert_eq!(texts(&late, try_it).await, ["t"]);
-    let pid = pid(&writer).await;
+    let pid = pid_of(&writer).await;
     let wait =
         tokio::spawn(async move { writer.batch_execute("SELECT pg_advisory_lock(1)").await });
-    waits(&observer, pid).await;
+    until_waiting(&observer, pid).await;
     assert_eq!(texts(&late, try_it).await, ["f"]);
     // The reader itself is let through: it holds a lock that already stands before the writer.
     assert_eq!(texts(&reader, try_it).await, ["t"]);
@@ -622,14 +595,14 @@ async fn a_repeatable_read_snapshot_predates_the_lock_wait() {
             .await
             .unwrap();
         let waiter = database.connect().await;
-        let waiter_pid = pid(&waiter).await;
+        let waiter_pid = pid_of(&waiter).await;
         let read = tokio::spawn(async move {
             let sql = format!(
                 "BEGIN ISOLATION LEVEL {level}; SELECT pg_advisory_xact_lock(1); SELECT n FROM t; COMMIT"
             );
             texts(&waiter, &sql).await
         });
-        waits(&observer, waiter_pid).await;
+        until_waiting(&observer, waiter_pid).await;
         let committed = texts(&holder, "SELECT n FROM t; COMMIT").await[0].clone();
         let read = read.await.unwrap()[1].clone();
         let found = if read == committed { "new" } else { "stale" };
@@ -642,14 +615,14 @@ async fn a_repeatable_read_snapshot_predates_the_lock_wait() {
 async fn the_driver_sends_a_simple_query_at_the_first_poll() {
     let database = database().await;
     let (client, observer) = (database.connect().await, database.connect().await);
-    let pid = pid(&client).await;
+    let pid = pid_of(&client).await;
     assert!(
         client
             .batch_execute("SELECT pg_advisory_lock(1)")
             .now_or_never()
             .is_none()
     );
-    eventually(SOON, "batch_execute was not sent", async || {
+    eventually("batch_execute was not sent", async || {
         advisory(&observer, pid, true).await == 1
     })
     .await;
@@ -659,7 +632,7 @@ async fn the_driver_sends_a_simple_query_at_the_first_poll() {
             .now_or_never()
             .is_none()
     );
-    eventually(SOON, "simple_query was not sent", async || {
+    eventually("simple_query was not sent", async || {
         advisory(&observer, pid, true).await == 2
     })
     .await;
@@ -699,17 +672,17 @@ async fn a_waiter_without_a_client_stays_queued_until_it_is_cancelled() {
         .batch_execute("SELECT pg_advisory_lock(1)")
         .await
         .unwrap();
-    let pid = pid(&waiter).await;
+    let pid = pid_of(&waiter).await;
     let token = waiter.cancel_token();
     let wait =
         tokio::spawn(async move { waiter.batch_execute("SELECT pg_advisory_lock(1)").await });
-    waits(&observer, pid).await;
+    until_waiting(&observer, pid).await;
     wait.abort();
     assert!(wait.await.is_err());
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(advisory(&observer, pid, false).await, 1);
     token.cancel_query(tokio_postgres::NoTls).await.unwrap();
-    eventually(SOON, "the cancelled waiter is queued still", async || {
+    eventually("the cancelled waiter is queued still", async || {
         advisory(&observer, pid, false).await == 0
     })
     .await;
@@ -785,7 +758,7 @@ async fn a_victim_of_a_deadlock_has_lost_its_transaction_locks_and_kept_its_sess
     let mut pids = Vec::new();
     for (first, second) in [(1, 2), (2, 1)] {
         let client = database.connect().await;
-        pids.push(pid(&client).await);
+        pids.push(pid_of(&client).await);
         client
             .batch_execute(&format!(
                 "SET deadlock_timeout = '100ms'; SELECT pg_advisory_lock(10 + {first}); \
@@ -879,13 +852,13 @@ async fn a_prepared_transaction_keeps_its_advisory_lock_without_a_pid() {
         let free = texts(&client, "SELECT pg_try_advisory_xact_lock(1)").await;
         assert_eq!(free, ["f"]);
         // The waiter's blocker is 0, which is no backend.
-        let pid = pid(&client).await;
+        let pid = pid_of(&client).await;
         let wait = tokio::spawn(async move {
             client
                 .batch_execute("SELECT pg_advisory_xact_lock(1)")
                 .await
         });
-        waits(&other, pid).await;
+        until_waiting(&other, pid).await;
         let blockers = texts(&other, &format!("SELECT pg_blocking_pids({pid})")).await;
         assert_eq!(blockers, ["{0}"]);
         if restarted {
@@ -1019,9 +992,9 @@ async fn nowait_is_told_from_a_lock_timeout_by_the_routine() {
         .batch_execute("BEGIN; UPDATE t SET n = 1")
         .await
         .unwrap();
-    let pid = pid(&queued).await;
+    let pid = pid_of(&queued).await;
     let (first, raised) = tokio::join!(queued.batch_execute("UPDATE t SET n = 2"), async {
-        waits(&observer, pid).await;
+        until_waiting(&observer, pid).await;
         let raised = client
             .batch_execute("SELECT FROM t FOR UPDATE NOWAIT")
             .await;
@@ -1031,7 +1004,7 @@ async fn nowait_is_told_from_a_lock_timeout_by_the_routine() {
     first.unwrap();
     nowait.insert(routine(raised));
     // The row has been changed since the statement began, and is being changed again.
-    let pid = self::pid(&client).await;
+    let pid = pid_of(&client).await;
     holder
         .batch_execute("SELECT pg_advisory_lock(1)")
         .await
@@ -1041,7 +1014,7 @@ async fn nowait_is_told_from_a_lock_timeout_by_the_routine() {
             "WITH w AS MATERIALIZED (SELECT pg_advisory_xact_lock(1)) SELECT FROM w, t FOR UPDATE OF t NOWAIT"
         ),
         async {
-            waits(&observer, pid).await;
+            until_waiting(&observer, pid).await;
             for sql in [
                 "UPDATE t SET n = 3",
                 "BEGIN; UPDATE t SET n = 4; SELECT pg_advisory_unlock(1)",
@@ -1098,7 +1071,7 @@ async fn a_crash_shows_in_the_position_replayed_last() {
             match ask().await {
                 Ok(answer) => return answer,
                 // A server that has lost a backend is away for a moment.
-                Err(error) => assert!(started.elapsed() < SOON, "{error}"),
+                Err(error) => assert!(started.elapsed() < GIVE_UP_AFTER, "{error}"),
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -1124,15 +1097,15 @@ async fn a_crash_shows_in_the_position_replayed_last() {
     assert!(replayed < written);
 
     // One of its backends is.
-    let pid = pid(&client).await;
+    let pid = pid_of(&client).await;
     let kill = format!("COPY (SELECT 1) TO PROGRAM 'kill -9 {pid}'");
     drop(client.batch_execute(&kill).await);
-    eventually(SOON, "the backend lives on", async || client.is_closed()).await;
+    eventually("the backend lives on", async || client.is_closed()).await;
     let started = Instant::now();
     let (client, third, again, _) = loop {
         let (client, third, again, written) = run().await;
         // The postmaster may not have noticed yet.
-        if again != Some(replayed) || started.elapsed() > SOON {
+        if again != Some(replayed) || started.elapsed() > GIVE_UP_AFTER {
             break (client, third, again, written);
         }
     };

@@ -9,29 +9,29 @@ use lockkeeper::{
     ErrorKind, LoadChange, Monitor, Protection, RecoveryCriterion, Resolver, ResolverPolicy,
     RunLog, SignalOutcome,
 };
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{
+    CapturedLog, GIVE_UP_AFTER, MonitorScene, Server, Session, eventually, eventually_within,
+    keeper_as, poll_times_and_drop, quoted, seen_by,
+};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinHandle;
-
-use crate::common::{kept_log, poll_times_and_drop};
-use crate::signals::{Ground, SOON, Session, keeper, seen_by};
 
 const TICK: Duration = Duration::from_millis(20);
 
 /// Quick, and of this database only: the server is shared with other tests.
-fn policy(ground: &Ground) -> ResolverPolicy {
+fn policy(ground: &MonitorScene) -> ResolverPolicy {
     ResolverPolicy::new()
         .database(ground.database.name())
         // Who has waited and writes now is in the next one's way for a moment, which on a slow machine is a long one.
-        .wait(SOON)
+        .wait(GIVE_UP_AFTER)
         .idle_grace(10 * TICK)
-        .settle(SOON)
+        .settle(GIVE_UP_AFTER)
         .poll(TICK)
-        .deadline(4 * SOON)
+        .deadline(4 * GIVE_UP_AFTER)
         .recovered_when(RecoveryCriterion::no_waits().checks(2))
 }
 
-fn resolver(ground: &Ground, policy: ResolverPolicy) -> Resolver {
+fn resolver(ground: &MonitorScene, policy: ResolverPolicy) -> Resolver {
     ground.monitor.resolver(policy)
 }
 
@@ -42,22 +42,22 @@ struct PileUp {
 }
 
 impl PileUp {
-    async fn behind(ground: &Ground, holder: Session) -> Self {
+    async fn behind(ground: &MonitorScene, holder: Session) -> Self {
         let waiters = [ground.session().await, ground.session().await];
         Self::of(ground, holder, waiters).await
     }
 
-    async fn of(ground: &Ground, holder: Session, waiters: [Session; 2]) -> Self {
+    async fn of(ground: &MonitorScene, holder: Session, waiters: [Session; 2]) -> Self {
         holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
         let mut waits = Vec::new();
         for waiter in waiters {
             waits.push(waiter.start("UPDATE t SET v = 'w' WHERE id = 1"));
-            ground.eventually_waits(waiter.pid).await;
+            ground.until_waiting(waiter.pid).await;
         }
         Self { holder, waits }
     }
 
-    async fn new(ground: &Ground) -> Self {
+    async fn new(ground: &MonitorScene) -> Self {
         let holder = ground.session().await;
         Self::behind(ground, holder).await
     }
@@ -113,7 +113,7 @@ fn is_the_side_connections(setting: &Setting) -> bool {
 
 #[tokio::test]
 async fn a_dry_run_changes_nothing() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let called = Arc::new(Mutex::new(Vec::new()));
     let calls = Arc::clone(&called);
@@ -174,7 +174,7 @@ async fn a_dry_run_changes_nothing() {
 
 #[tokio::test]
 async fn who_finishes_is_waited_for() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     // It works until the gate opens, which is when the run has begun.
     ground
@@ -185,10 +185,10 @@ async fn who_finishes_is_waited_for() {
     let working = pile.holder.start(
         "DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.01); END LOOP; END $$; COMMIT",
     );
-    ground.eventually_in(pile.holder.pid, "active").await;
+    ground.until_in_state(pile.holder.pid, "active").await;
     let (sender, mut begun) = tokio::sync::mpsc::unbounded_channel();
     let patient = policy(&ground)
-        .wait(4 * SOON)
+        .wait(4 * GIVE_UP_AFTER)
         .shed_load(move |change| sender.send(change).unwrap())
         .execute(true);
     let resolver = resolver(&ground, patient);
@@ -212,10 +212,10 @@ async fn who_finishes_is_waited_for() {
 
 #[tokio::test]
 async fn a_statement_is_cancelled_when_waiting_did_not_help() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let working = pile.holder.start("SELECT pg_sleep(600)");
-    ground.eventually_in(pile.holder.pid, "active").await;
+    ground.until_in_state(pile.holder.pid, "active").await;
     let called = Arc::new(Mutex::new(Vec::new()));
     let calls = Arc::clone(&called);
     let policy = policy(&ground)
@@ -255,12 +255,12 @@ async fn a_statement_is_cancelled_when_waiting_did_not_help() {
 
 #[tokio::test]
 async fn a_session_is_terminated_when_a_cancel_did_not_help() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let stubborn = "DO $$ BEGIN LOOP BEGIN PERFORM pg_sleep(600); \
                     EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$";
     let working = pile.holder.start(stubborn);
-    ground.eventually_in(pile.holder.pid, "active").await;
+    ground.until_in_state(pile.holder.pid, "active").await;
     let policy = policy(&ground).wait(50 * TICK).execute(true);
     let polite = policy.clone().may_terminate(false).settle(50 * TICK);
     let polite = resolver(&ground, polite);
@@ -279,7 +279,7 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
     assert_eq!(*log.rows()[2].outcome(), StepOutcome::DidNotHelp);
 
     // The cancel does not help for all of that time, and the termination has to within it.
-    let log = resolver(&ground, policy.settle(SOON / 3))
+    let log = resolver(&ground, policy.settle(GIVE_UP_AFTER / 3))
         .run()
         .await
         .unwrap();
@@ -294,16 +294,16 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
     );
     assert!(log.is_recovered() && log.signals() == 2, "{log}");
     assert!(working.await.unwrap().is_err());
-    ground.eventually_gone(pile.holder.pid).await;
+    ground.until_gone(pile.holder.pid).await;
     pile.all_go_on().await;
 }
 
 #[tokio::test]
 async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its_grace() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let patient = policy(&ground)
-        .idle_grace(2 * SOON)
+        .idle_grace(2 * GIVE_UP_AFTER)
         .deadline(20 * TICK)
         .execute(true);
     let log = resolver(&ground, patient).run().await.unwrap();
@@ -324,19 +324,19 @@ async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its
     let target = log.rows()[2].target().unwrap();
     assert!(target.in_state().unwrap() >= 10 * TICK, "{log}");
     assert!(log.is_recovered(), "{log}");
-    ground.eventually_gone(pile.holder.pid).await;
+    ground.until_gone(pile.holder.pid).await;
     pile.all_go_on().await;
 }
 
 #[tokio::test]
 async fn one_root_blocker_after_another() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let first = PileUp::new(&ground).await;
     let other = ground.session().await;
     other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2").await;
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 2");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let log = resolver(&ground, policy(&ground).execute(true))
         .run()
         .await
@@ -370,18 +370,18 @@ async fn one_root_blocker_after_another() {
 }
 
 /// Somebody idle in a transaction with one waiter, on another row, for as long as they are kept.
-async fn other_pile(ground: &Ground) -> (Session, Session) {
+async fn other_pile(ground: &MonitorScene) -> (Session, Session) {
     let other = ground.session().await;
     other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 3").await;
     let waiter = ground.session().await;
     drop(waiter.start("UPDATE t SET v = 'w' WHERE id = 3"));
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     (other, waiter)
 }
 
 #[tokio::test]
 async fn migrations_index_builds_and_patterns_are_left_alone() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let eager = policy(&ground)
         .wait(Duration::ZERO)
         .idle_grace(Duration::ZERO)
@@ -392,7 +392,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     migration.run("BEGIN; ALTER TABLE t ADD w int").await;
     let reader = ground.session().await;
     let reading = reader.start("SELECT FROM t");
-    ground.eventually_waits(reader.pid).await;
+    ground.until_waiting(reader.pid).await;
     let log = resolver(&ground, eager.clone()).run().await.unwrap();
     assert!(left_alone(&log, migration.pid).contains("migration"));
     assert_eq!((log.end(), log.signals()), (&RunEnd::NothingLeftToDo, 0));
@@ -444,10 +444,10 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     ground.observer.batch_execute(function).await.unwrap();
     let builder = ground.session().await;
     let building = builder.start("CREATE INDEX ON t (slow(id))");
-    ground.eventually_in(builder.pid, "active").await;
+    ground.until_in_state(builder.pid, "active").await;
     let writer = ground.session().await;
     // Only once the build has its lock.
-    crate::common::eventually(SOON, "it builds nothing", async || {
+    eventually("it builds nothing", async || {
         let sql = "SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE pid = $1)";
         let row = ground
             .observer
@@ -458,12 +458,12 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     })
     .await;
     let writing = writer.start("UPDATE t SET v = 'w' WHERE id = 5");
-    ground.eventually_waits(writer.pid).await;
+    ground.until_waiting(writer.pid).await;
     let log = resolver(&ground, eager.clone()).run().await.unwrap();
     assert!(left_alone(&log, builder.pid).contains("builds an index"));
     assert!(!building.is_finished());
     // With leave it is cancelled.
-    let log = resolver(&ground, eager.touch_migrations(true).settle(SOON))
+    let log = resolver(&ground, eager.touch_migrations(true).settle(GIVE_UP_AFTER))
         .run()
         .await
         .unwrap();
@@ -474,7 +474,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
 
 #[tokio::test]
 async fn oneself_is_left_alone() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let guard = ground.keeper.advisory_lock("k").acquire().await.unwrap();
     guard
         .execute("UPDATE t SET v = 'h' WHERE id = 1", &[])
@@ -482,7 +482,7 @@ async fn oneself_is_left_alone() {
         .unwrap();
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let eager = policy(&ground)
         .wait(Duration::ZERO)
         .idle_grace(Duration::ZERO)
@@ -500,7 +500,7 @@ async fn oneself_is_left_alone() {
         .find(|root| root.backend().pid() == Some(pid))
         .unwrap();
     assert_eq!(*root.verdict(), Verdict::LeaveAlone(Protection::OwnSession));
-    let allowed = eager.touch_own_sessions(true).settle(SOON);
+    let allowed = eager.touch_own_sessions(true).settle(GIVE_UP_AFTER);
     let log = resolver(&ground, allowed).run().await.unwrap();
     assert!(log.is_recovered() && log.signals() == 1, "{log}");
     waiting.await.unwrap().unwrap();
@@ -509,7 +509,7 @@ async fn oneself_is_left_alone() {
 
 #[tokio::test]
 async fn prepared_transactions_and_circles_are_for_others() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let gid = format!("order {}", ground.database.name());
     let session = ground.session().await;
     session
@@ -519,7 +519,7 @@ async fn prepared_transactions_and_circles_are_for_others() {
         .await;
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let eager = policy(&ground)
         .wait(Duration::ZERO)
         .settle(TICK)
@@ -547,9 +547,9 @@ async fn prepared_transactions_and_circles_are_for_others() {
         session.run(&sql).await;
     }
     let one = a.start("UPDATE t SET v = 'd' WHERE id = 2");
-    ground.eventually_waits(a.pid).await;
+    ground.until_waiting(a.pid).await;
     let two = b.start("UPDATE t SET v = 'd' WHERE id = 1");
-    ground.eventually_waits(b.pid).await;
+    ground.until_waiting(b.pid).await;
     let log = resolver(&ground, eager).run().await.unwrap();
     assert_eq!(
         (log.end(), log.signals()),
@@ -565,26 +565,26 @@ async fn prepared_transactions_and_circles_are_for_others() {
 
 #[tokio::test]
 async fn an_idle_sessions_lock_is_only_cleared_if_told_to() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let holder = ground.session().await;
     holder.run("SELECT pg_advisory_lock(77)").await;
     let waiter = ground.session().await;
     let waiting = waiter.start("SELECT pg_advisory_lock(77)");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let eager = policy(&ground).settle(TICK).execute(true);
     let log = resolver(&ground, eager.clone()).run().await.unwrap();
     assert!(left_alone(&log, holder.pid).contains("idle_session_grace"));
     assert!(holder.is_alive().await);
-    let told = eager.idle_session_grace(TICK).settle(SOON);
+    let told = eager.idle_session_grace(TICK).settle(GIVE_UP_AFTER);
     let log = resolver(&ground, told).run().await.unwrap();
     assert!(log.is_recovered() && log.signals() == 1, "{log}");
     waiting.await.unwrap().unwrap();
-    ground.eventually_gone(holder.pid).await;
+    ground.until_gone(holder.pid).await;
 }
 
 #[tokio::test]
 async fn roles() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let eager = policy(&ground).idle_grace(Duration::ZERO).execute(true);
     let quick = eager.clone().settle(TICK);
     let app = ground.role("app", "").await;
@@ -594,17 +594,17 @@ async fn roles() {
         .role("signaller", "IN ROLE pg_signal_backend, pg_read_all_stats")
         .await;
     let monitor_of = |config: &tokio_postgres::Config| -> Monitor {
-        keeper(&ground.database, config.clone()).monitor()
+        keeper_as(&ground.database, config.clone()).monitor()
     };
 
     // A plain role sees that there is something, not what, and says what would show it.
-    let pile = PileUp::behind(&ground, Session::new(&app).await).await;
+    let pile = PileUp::behind(&ground, Session::connect(&app).await).await;
     let monitor = monitor_of(&plain);
     let log = monitor.resolver(quick.clone()).run().await.unwrap();
     let needs = left_alone(&log, pile.holder.pid);
     let grant = format!(
         "GRANT pg_read_all_stats TO {}",
-        crate::signals::quoted(plain.get_user().unwrap())
+        quoted(plain.get_user().unwrap())
     );
     assert!(needs.contains(&grant), "{needs}");
     ground.observer.batch_execute(&grant).await.unwrap();
@@ -620,11 +620,11 @@ async fn roles() {
     ground.observer.batch_execute(&refused).await.unwrap();
     let log = monitor.resolver(eager.clone()).run().await.unwrap();
     assert!(log.is_recovered(), "{log}");
-    ground.eventually_gone(pile.holder.pid).await;
+    ground.until_gone(pile.holder.pid).await;
     pile.all_go_on().await;
 
     // Who may signal reaches no superuser, and does not try.
-    let pile = PileUp::behind(&ground, Session::new(&boss).await).await;
+    let pile = PileUp::behind(&ground, Session::connect(&boss).await).await;
     let monitor = monitor_of(&signals);
     let log = monitor.resolver(quick.clone()).run().await.unwrap();
     assert!(
@@ -652,13 +652,13 @@ async fn roles() {
 }
 
 async fn soon<T>(told: &mut UnboundedReceiver<T>) -> Option<T> {
-    let told = tokio::time::timeout(SOON, told.recv());
+    let told = tokio::time::timeout(GIVE_UP_AFTER, told.recv());
     told.await.expect("it is not told")
 }
 
 #[tokio::test]
 async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let policy = policy(&ground).hook_timeout(TICK).execute(true);
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
@@ -666,13 +666,16 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
     let (go, gate) = std::sync::mpsc::channel::<()>();
     let gate = Mutex::new(gate);
     let tell = sender.clone();
-    let slow = policy.clone().idle_grace(SOON).shed_load(move |change| {
-        if change == LoadChange::Shed {
-            entered.send(()).unwrap();
-            gate.lock().unwrap().recv().ok();
-        }
-        tell.send(change).unwrap();
-    });
+    let slow = policy
+        .clone()
+        .idle_grace(GIVE_UP_AFTER)
+        .shed_load(move |change| {
+            if change == LoadChange::Shed {
+                entered.send(()).unwrap();
+                gate.lock().unwrap().recv().ok();
+            }
+            tell.send(change).unwrap();
+        });
     // Dropped on the way.
     let slow = resolver(&ground, slow);
     let mut run = Box::pin(slow.run());
@@ -689,7 +692,7 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
     assert_eq!(soon(&mut told).await, Some(LoadChange::GaveUp));
     pile.is_untouched().await;
 
-    let panics = policy.hook_timeout(SOON).shed_load(move |change| {
+    let panics = policy.hook_timeout(GIVE_UP_AFTER).shed_load(move |change| {
         sender.send(change).unwrap();
         panic!("as it was told to");
     });
@@ -704,7 +707,7 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
 /// Nobody waits when the baseline is taken, and somebody does before the run has seen enough of the calm.
 #[tokio::test]
 async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let called = Arc::new(Mutex::new(Vec::new()));
     let calls = Arc::clone(&called);
     let policy = policy(&ground)
@@ -714,10 +717,10 @@ async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
     // The pile-up is to come before the run has seen enough: there is little left to do for it then.
     let holder = ground.session().await;
     let waiters = [ground.session().await, ground.session().await];
-    let (told, _logging) = kept_log();
+    let (told, _logging) = CapturedLog::start();
     let calm = resolver(&ground, policy);
     let run = tokio::spawn(async move { calm.run().await });
-    crate::common::eventually(SOON, "no baseline is kept", async || {
+    eventually("no baseline is kept", async || {
         told.text().contains("settings kept")
     })
     .await;
@@ -735,10 +738,10 @@ async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
 }
 
 /// Backends that stand still, as in a server that has no time for them; until told to go on.
-struct Stopped<'a>(&'a Ground, Vec<i32>);
+struct Stopped<'a>(&'a MonitorScene, Vec<i32>);
 
 impl<'a> Stopped<'a> {
-    async fn all_but(ground: &'a Ground, spared: &[i32]) -> Self {
+    async fn all_but(ground: &'a MonitorScene, spared: &[i32]) -> Self {
         let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() \
                    AND pid <> pg_backend_pid() AND pid <> ALL ($1)";
         let rows = ground.observer.query(sql, &[&spared]).await.unwrap();
@@ -760,13 +763,13 @@ impl<'a> Stopped<'a> {
 async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
     // Of its own: a backend may be stopped while it holds what all others need.
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let pile = PileUp::new(&ground).await;
     // A connection of the pool, which is asked where the other one does not answer.
     drop(ground.keeper.advisory_lock("k").acquire().await.unwrap());
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
     let patient = policy(&ground)
-        .idle_grace(4 * SOON)
+        .idle_grace(4 * GIVE_UP_AFTER)
         .deadline(50 * TICK)
         .shed_load(move |change| sender.send(change).unwrap())
         .execute(true);
@@ -774,8 +777,8 @@ async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
     let run = tokio::spawn(async move { patient.run().await });
     assert_eq!(told.recv().await, Some(LoadChange::Shed));
     let stopped = Stopped::all_but(&ground, &[pile.holder.pid]).await;
-    let ended = tokio::time::timeout(SOON, run).await;
-    let looked = tokio::time::timeout(SOON, ground.monitor.activity()).await;
+    let ended = tokio::time::timeout(GIVE_UP_AFTER, run).await;
+    let looked = tokio::time::timeout(GIVE_UP_AFTER, ground.monitor.activity()).await;
     stopped.signal("CONT").await;
     let log = ended.expect("it does not end").unwrap().unwrap();
     assert_eq!((log.end(), log.signals()), (&RunEnd::Deadline, 0), "{log}");
@@ -787,7 +790,7 @@ async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
 
 #[tokio::test]
 async fn dropped_at_any_point_a_run_leaves_no_transaction() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let dry = resolver(&ground, policy(&ground));
     let mut polls = 0;
@@ -802,7 +805,7 @@ async fn dropped_at_any_point_a_run_leaves_no_transaction() {
 
 #[tokio::test]
 async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let harmless = ground.session().await;
     harmless
         .run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2")
@@ -829,7 +832,7 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
                 changes.push(change);
             }
         };
-        tokio::time::timeout(SOON, all)
+        tokio::time::timeout(GIVE_UP_AFTER, all)
             .await
             .expect("something is left of the run");
         let end = match &log {
@@ -849,7 +852,7 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
         polls += 1;
     }
     assert!(polls > 10, "{polls}");
-    crate::common::eventually(SOON, "a transaction is left open", async || {
+    eventually("a transaction is left open", async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                    AND application_name = 'lockkeeper side connection' AND xact_start IS NOT NULL";
         let row = ground.observer.query_one(sql, &[]).await.unwrap();
@@ -861,9 +864,9 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
 
 #[tokio::test]
 async fn every_step_is_an_event_and_shows_no_literal() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
-    let (told, logging) = kept_log();
+    let (told, logging) = CapturedLog::start();
     let log = {
         let resolver = resolver(&ground, policy(&ground).execute(true));
         resolver.run().await.unwrap()
@@ -892,7 +895,7 @@ async fn every_step_is_an_event_and_shows_no_literal() {
 
 #[tokio::test]
 async fn with_nobody_waiting_there_is_nothing_to_do() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let idle = ground.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
     let policy = policy(&ground)
@@ -907,7 +910,7 @@ async fn with_nobody_waiting_there_is_nothing_to_do() {
 
 #[tokio::test]
 async fn bad_policies_are_refused_before_anything_is_sent() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     for policy in [
         ResolverPolicy::new().poll(Duration::ZERO),
         ResolverPolicy::new().deadline(Duration::ZERO),
@@ -920,10 +923,10 @@ async fn bad_policies_are_refused_before_anything_is_sent() {
 
 #[tokio::test]
 async fn a_plan_needs_no_server() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let pile = PileUp::new(&ground).await;
     let working = pile.holder.start("SELECT pg_sleep(600)");
-    ground.eventually_in(pile.holder.pid, "active").await;
+    ground.until_in_state(pile.holder.pid, "active").await;
     let tree = ground.monitor.lock_tree().await.unwrap();
     let policy = policy(&ground).wait(10 * TICK);
     let plan = resolver(&ground, policy).plan(&tree);
@@ -948,7 +951,7 @@ async fn a_plan_needs_no_server() {
 async fn replication_and_a_running_backup_are_left_alone() {
     let name = "replication_and_a_running_backup_are_left_alone";
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let standby = match server.standby() {
         Ok(standby) => standby,
         Err(skip) => return skip.report(name),
@@ -967,7 +970,7 @@ async fn replication_and_a_running_backup_are_left_alone() {
     sender.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1");
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let snapshot = ground.monitor.snapshot().await.unwrap();
     let root = snapshot.roots()[0].clone();
     assert_eq!(root.backend_type(), Some("walsender"));
@@ -983,7 +986,7 @@ async fn replication_and_a_running_backup_are_left_alone() {
     );
 
     // The standby may have been at its beginning still, or lost its connection and have another one now.
-    crate::common::eventually(SOON, "the standby does not stream", async || {
+    eventually("the standby does not stream", async || {
         let sql = "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'";
         ground.observer.query_one(sql, &[]).await.unwrap().get(0)
     })
@@ -1036,12 +1039,12 @@ async fn a_commit_that_waits_for_a_standby_is_left_alone() {
         ("synchronous_commit", "local"),
     ])
     .unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let pile = PileUp::new(&ground).await;
     let committing = pile
         .holder
         .start("SET LOCAL synchronous_commit = on; COMMIT");
-    crate::common::eventually(SOON, "it does not wait for the standby", async || {
+    eventually("it does not wait for the standby", async || {
         ground.seen(pile.holder.pid).await.wait_event() == Some("SyncRep")
     })
     .await;
@@ -1077,11 +1080,11 @@ async fn a_commit_that_waits_for_a_standby_is_left_alone() {
 #[tokio::test]
 async fn a_run_goes_on_after_a_restart_of_the_server() {
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let pile = PileUp::new(&ground).await;
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
     let patient = policy(&ground)
-        .idle_grace(4 * SOON)
+        .idle_grace(4 * GIVE_UP_AFTER)
         .shed_load(move |change| sender.send(change).unwrap())
         .execute(true);
     let resolver = resolver(&ground, patient);
@@ -1089,7 +1092,7 @@ async fn a_run_goes_on_after_a_restart_of_the_server() {
     assert_eq!(told.recv().await, Some(LoadChange::Shed));
     server.stop();
     // Whatever the run sees of it, it ends well; most often looks fail in this time.
-    crate::common::eventually(SOON, "the server is there still", async || {
+    eventually("the server is there still", async || {
         ground.observer.is_closed()
     })
     .await;
@@ -1111,7 +1114,7 @@ async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
         ("autovacuum_naptime", "1s"),
     ])
     .unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     // One to prevent wraparound comes all the same where others are switched off, which would be in its place.
     let slowly = "INSERT INTO t SELECT n, repeat('x', 1000) FROM generate_series(10, 5000) n; \
         ALTER TABLE t SET (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1, \
@@ -1120,7 +1123,7 @@ async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
     let age = "DO $$ BEGIN FOR n IN 1..110000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$";
     ground.observer.batch_execute(age).await.unwrap();
     let mut worker = 0;
-    crate::common::eventually(4 * SOON, "no autovacuum comes", async || {
+    eventually_within(4 * GIVE_UP_AFTER, "no autovacuum comes", async || {
         let sql = "SELECT a.pid FROM pg_stat_activity a JOIN pg_locks l USING (pid) \
                    WHERE a.backend_type = 'autovacuum worker' AND l.relation = 't'::regclass \
                    AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted \
@@ -1132,7 +1135,7 @@ async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
     .await;
     let waiter = ground.session().await;
     let waiting = waiter.start("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let eager = policy(&ground)
         .wait(Duration::ZERO)
         .touch_migrations(true)
@@ -1167,7 +1170,7 @@ struct BaseBackup {
 }
 
 impl BaseBackup {
-    async fn start(ground: &Ground) -> Option<Self> {
+    async fn start(ground: &MonitorScene) -> Option<Self> {
         let sql = "SELECT setting FROM pg_config WHERE name = 'BINDIR'";
         let row = ground.observer.query_one(sql, &[]).await.unwrap();
         let program = std::path::Path::new(&row.get::<_, String>(0)).join("pg_basebackup");
@@ -1193,7 +1196,7 @@ impl BaseBackup {
             .spawn()
             .unwrap();
         let mut pid = None;
-        crate::common::eventually(SOON, "no backup runs", async || {
+        eventually("no backup runs", async || {
             let sql = "SELECT pid FROM pg_stat_progress_basebackup WHERE backup_streamed > 0";
             let row = ground.observer.query_opt(sql, &[]).await.unwrap();
             pid = row.map(|row| row.get(0));

@@ -7,11 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx, is_retryable};
+use lockkeeper_testkit::{Scene, eventually, poll_times_and_drop, raise};
 use tokio_postgres::{Client, IsolationLevel};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// A user's error.
 #[derive(Debug, PartialEq, Eq)]
@@ -50,10 +47,6 @@ async fn rows(pool_size: usize) -> Scene {
 async fn count(scene: &Scene) -> i64 {
     let sql = "SELECT count(*) FROM t";
     scene.observer.query_one(sql, &[]).await.unwrap().get(0)
-}
-
-fn raise(code: &str) -> String {
-    format!("DO $$ BEGIN RAISE EXCEPTION 'raised by a test' USING ERRCODE = '{code}'; END $$")
 }
 
 // Errors of the application's own.
@@ -420,7 +413,7 @@ async fn nowait_is_not_retried_and_a_lock_timeout_is() {
         let asks = async {
             if held == "queued" {
                 // Somebody is the next already.
-                eventually(SOON, "nobody waits", async || {
+                eventually("nobody waits", async || {
                     let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                                AND wait_event_type = 'Lock'";
                     let row = scene.observer.query_one(sql, &[]).await.unwrap();

@@ -4,62 +4,22 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use lockkeeper::{
-    Change, ChangeFailed, ErrorKind, LockMode, Schema, TableName, TableWork, tokio_postgres,
-};
+use lockkeeper::{Change, ChangeFailed, ErrorKind, LockMode, Schema, TableName, TableWork};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, eventually, pid_of, poll_times_and_drop};
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-
-/// Far more than anything here takes on a slow machine.
-pub(crate) const LONG: Duration = Duration::from_secs(30);
-
-/// A scene with a side connection.
-pub(crate) async fn scene() -> Scene {
-    let scene = Scene::new(4).await;
-    let keeper = lockkeeper::Keeper::builder(scene.pool.clone())
-        .application("test")
-        .side_connection(scene.database.config(), NoTls)
-        .build();
-    Scene { keeper, ..scene }
-}
-
-/// A table of so many rows.
-pub(crate) async fn table(scene: &Scene, name: &str, rows: u32) {
-    let sql = format!(
-        "CREATE TABLE {name} (id int, a int, b text); \
-         INSERT INTO {name} SELECT n, n % 10, 'row ' || n FROM generate_series(1, {rows}) n"
-    );
-    scene.observer.batch_execute(&sql).await.unwrap();
-}
-
-pub(crate) async fn pid(client: &Client) -> i32 {
-    let row = client.query_one("SELECT pg_backend_pid()", &[]).await;
-    row.unwrap().get(0)
-}
-
-/// One boolean of the observer's.
-pub(crate) async fn holds(scene: &Scene, condition: &str) -> bool {
-    let row = scene
-        .observer
-        .query_one(&format!("SELECT {condition}"), &[])
-        .await;
-    row.unwrap().get(0)
-}
 
 fn millis(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
 fn short(change: Change) -> Change {
-    change.lock_timeout(millis(20)).deadline(LONG)
+    change.lock_timeout(millis(20)).deadline(GIVE_UP_AFTER)
 }
 
 #[tokio::test]
 async fn a_statement_and_a_batch() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let schema = scene.keeper.schema();
     let report = schema
         .change("ALTER TABLE t ADD COLUMN c int")
@@ -73,25 +33,25 @@ async fn a_statement_and_a_batch() {
         .run()
         .await
         .unwrap();
-    assert!(holds(&scene, "to_regclass('u') IS NOT NULL").await);
+    assert!(scene.is_true("to_regclass('u') IS NOT NULL").await);
     // All or nothing, and at once.
     let started = Instant::now();
     let error = schema
         .change("DROP TABLE u; ALTER TABLE nowhere ADD COLUMN c int")
-        .deadline(LONG * 4)
+        .deadline(GIVE_UP_AFTER * 4)
         .await
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Database);
     assert_eq!(error.sqlstate().unwrap().code(), "42P01");
-    assert!(started.elapsed() < LONG);
-    assert!(holds(&scene, "to_regclass('u') IS NOT NULL").await);
-    scene.nothing_left_within(LONG).await;
+    assert!(started.elapsed() < GIVE_UP_AFTER);
+    assert!(scene.is_true("to_regclass('u') IS NOT NULL").await);
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn what_cannot_work_is_refused_before_anything_is_sent() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let schema = scene.keeper.schema();
     for (change, word) in [
         (schema.change(""), "no statement"),
@@ -129,13 +89,13 @@ async fn what_cannot_work_is_refused_before_anything_is_sent() {
     let smuggled = r"COMMENT ON TABLE t IS 'C:\'; DROP TABLE t; COMMIT";
     let error = schema.dry_run(smuggled).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    assert!(holds(&scene, "to_regclass('t') IS NOT NULL").await);
+    assert!(scene.is_true("to_regclass('t') IS NOT NULL").await);
 }
 
 /// Readers of the partition itself would wait behind it for as long as somebody is in it.
 #[tokio::test]
 async fn a_detach_gives_way_to_readers_of_the_partition() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     scene
         .observer
         .batch_execute(
@@ -150,20 +110,18 @@ async fn a_detach_gives_way_to_readers_of_the_partition() {
         .schema()
         .change("ALTER TABLE p DETACH PARTITION q CONCURRENTLY")
         .lock_timeout(millis(50))
-        .deadline(LONG * 4);
+        .deadline(GIVE_UP_AFTER * 4);
     let changing = tokio::spawn(change.run());
-    eventually(LONG, "it is not begun", async || {
-        holds(
-            &scene,
-            "EXISTS (SELECT FROM pg_inherits WHERE inhdetachpending)",
-        )
-        .await
+    eventually("it is not begun", async || {
+        scene
+            .is_true("EXISTS (SELECT FROM pg_inherits WHERE inhdetachpending)")
+            .await
     })
     .await;
     // The holder stays, so a reader that waits for a wait without bound waits for ever.
     let reader = scene.database.connect().await;
     for _ in 0..5 {
-        let read = tokio::time::timeout(LONG, reader.batch_execute("SELECT FROM q"));
+        let read = tokio::time::timeout(GIVE_UP_AFTER, reader.batch_execute("SELECT FROM q"));
         read.await
             .expect("the reader waits for the detach")
             .unwrap();
@@ -171,18 +129,18 @@ async fn a_detach_gives_way_to_readers_of_the_partition() {
     assert!(!changing.is_finished());
     holder.batch_execute("COMMIT").await.unwrap();
     changing.await.unwrap().unwrap();
-    assert!(holds(&scene, "NOT EXISTS (SELECT FROM pg_inherits)").await);
-    scene.nothing_left_within(LONG).await;
+    assert!(scene.is_true("NOT EXISTS (SELECT FROM pg_inherits)").await);
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn it_gives_way_until_the_table_is_free_and_says_who_was_there() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let holder = scene.database.connect().await;
     let sql = "SET application_name = 'the reader'; BEGIN; SELECT FROM t";
     holder.batch_execute(sql).await.unwrap();
-    let holder_pid = pid(&holder).await;
+    let holder_pid = pid_of(&holder).await;
     let told = Arc::new(Mutex::new(Vec::new()));
     let also = Arc::clone(&told);
     let change = scene
@@ -190,10 +148,10 @@ async fn it_gives_way_until_the_table_is_free_and_says_who_was_there() {
         .schema()
         .change("ALTER TABLE t ADD COLUMN c int")
         .lock_timeout(millis(150))
-        .deadline(LONG * 2)
+        .deadline(GIVE_UP_AFTER * 2)
         .on_attempt(move |attempt| also.lock().unwrap().push(attempt.clone()));
     let changing = tokio::spawn(change.run());
-    eventually(LONG, "no attempt has failed", async || {
+    eventually("no attempt has failed", async || {
         told.lock().unwrap().iter().any(|one| !one.succeeded())
     })
     .await;
@@ -222,17 +180,17 @@ async fn it_gives_way_until_the_table_is_free_and_says_who_was_there() {
     );
     assert_eq!(told.lock().unwrap().len(), attempts.len());
     assert!(report.to_string().contains("the reader"), "{report}");
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn at_the_deadline_it_gives_up_without_a_longer_attempt() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let holder = scene.database.connect().await;
     let sql = "BEGIN; LOCK TABLE t IN ROW EXCLUSIVE MODE";
     holder.batch_execute(sql).await.unwrap();
-    let holder_pid = pid(&holder).await;
+    let holder_pid = pid_of(&holder).await;
     let error = scene
         .keeper
         .schema()
@@ -261,22 +219,22 @@ async fn at_the_deadline_it_gives_up_without_a_longer_attempt() {
     assert!(attempts.iter().all(|one| !one.succeeded()));
     assert!(attempts.last().unwrap().pause().is_none());
     holder.batch_execute("ROLLBACK").await.unwrap();
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
     assert!(
-        !holds(
-            &scene,
-            "EXISTS (SELECT FROM pg_attribute WHERE attname = 'c' AND attrelid = 't'::regclass)"
-        )
-        .await
+        !scene
+            .is_true(
+                "EXISTS (SELECT FROM pg_attribute WHERE attname = 'c' AND attrelid = 't'::regclass)"
+            )
+            .await
     );
 }
 
 /// Several locks one after another: the waits together are bounded, not only each.
 #[tokio::test]
 async fn the_waits_of_a_batch_are_bounded_together() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     for name in ["t1", "t2", "t3"] {
-        table(&scene, name, 1).await;
+        scene.table(name, 1).await;
     }
     let mut holders = Vec::new();
     for name in ["t1", "t2", "t3"] {
@@ -297,12 +255,12 @@ async fn the_waits_of_a_batch_are_bounded_together() {
     let changing = tokio::spawn(change.run());
     // Each gives way once it has been waited for more than half of the time.
     for (name, holder) in ["t1", "t2"].iter().zip(&holders) {
-        eventually(LONG, "it waits for the next", async || {
+        eventually("it waits for the next", async || {
             let condition = format!(
                 "EXISTS (SELECT FROM pg_locks WHERE relation = '{name}'::regclass AND NOT granted \
                  AND waitstart < clock_timestamp() - interval '6.5 s')"
             );
-            changing.is_finished() || holds(&scene, &condition).await
+            changing.is_finished() || scene.is_true(&condition).await
         })
         .await;
         holder.batch_execute("COMMIT").await.unwrap();
@@ -311,7 +269,7 @@ async fn the_waits_of_a_batch_are_bounded_together() {
     assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
     // Two such waits are more than one may be; a third is not begun.
     let condition = "EXISTS (SELECT FROM pg_locks WHERE relation = 't3'::regclass AND NOT granted)";
-    assert!(!holds(&scene, condition).await);
+    assert!(!scene.is_true(condition).await);
     let source = std::error::Error::source(&error).unwrap();
     let failed = source.downcast_ref::<ChangeFailed>().unwrap();
     assert_eq!(
@@ -320,13 +278,13 @@ async fn the_waits_of_a_batch_are_bounded_together() {
         "{error}"
     );
     holders[2].batch_execute("COMMIT").await.unwrap();
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn what_goes_through_a_table_is_refused_with_the_better_way() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute(
@@ -423,12 +381,12 @@ async fn what_goes_through_a_table_is_refused_with_the_better_way() {
     let refused = short(schema.change("ALTER TABLE t ALTER a TYPE bigint")).await;
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::Config);
     drop(holder);
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn partitions_count_and_odd_names_are_found() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     scene
         .observer
         .batch_execute(
@@ -466,8 +424,8 @@ async fn partitions_count_and_odd_names_are_found() {
 
 #[tokio::test]
 async fn what_cannot_be_in_a_transaction_is_sent_alone_and_settings_are_put_back() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let schema = scene.keeper.schema();
     let settings = async || {
         let mut all = Vec::new();
@@ -479,7 +437,7 @@ async fn what_cannot_be_in_a_transaction_is_sent_alone_and_settings_are_put_back
     let before = settings().await;
     schema
         .change("VACUUM t")
-        .statement_timeout(LONG)
+        .statement_timeout(GIVE_UP_AFTER)
         .await
         .unwrap();
     schema
@@ -494,23 +452,26 @@ async fn what_cannot_be_in_a_transaction_is_sent_alone_and_settings_are_put_back
         .unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "42704");
     assert_eq!(settings().await, before);
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn dropped_at_any_poll_it_leaves_nothing() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let holder = scene.database.connect().await;
     holder.batch_execute("BEGIN; SELECT FROM t").await.unwrap();
     let schema: Schema = scene.keeper.schema();
     for sql in ["ALTER TABLE t ADD COLUMN c int", "VACUUM (FREEZE) t"] {
         let conflicting = sql.starts_with("ALTER");
         for polls in 0..60 {
-            let change = schema.change(sql).lock_timeout(millis(50)).deadline(LONG);
+            let change = schema
+                .change(sql)
+                .lock_timeout(millis(50))
+                .deadline(GIVE_UP_AFTER);
             let done = poll_times_and_drop(change.run(), polls).await;
-            eventually(LONG, "somebody waits for the table", async || {
-                holds(&scene, "NOT EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass AND NOT granted)").await
+            eventually("somebody waits for the table", async || {
+                scene.is_true("NOT EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass AND NOT granted)").await
             })
             .await;
             if done.is_some() || conflicting && polls > 30 {
@@ -519,16 +480,16 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
         }
     }
     holder.batch_execute("COMMIT").await.unwrap();
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
     let condition =
         "NOT EXISTS (SELECT FROM pg_attribute WHERE attname = 'c' AND attrelid = 't'::regclass)";
-    assert!(holds(&scene, condition).await);
+    assert!(scene.is_true(condition).await);
 }
 
 #[tokio::test]
 async fn a_killed_or_cancelled_attempt_is_the_end_of_it() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     for (by, kind) in [
         ("pg_terminate_backend", ErrorKind::ConnectionLost),
         ("pg_cancel_backend", ErrorKind::Cancelled),
@@ -539,27 +500,27 @@ async fn a_killed_or_cancelled_attempt_is_the_end_of_it() {
             .keeper
             .schema()
             .change("ALTER TABLE t ADD COLUMN c int")
-            .lock_timeout(LONG)
-            .deadline(LONG * 4);
+            .lock_timeout(GIVE_UP_AFTER)
+            .deadline(GIVE_UP_AFTER * 4);
         let changing = tokio::spawn(change.run());
-        eventually(LONG, "it does not wait", async || {
+        eventually("it does not wait", async || {
             let sql = format!(
                 "coalesce((SELECT bool_or({by}(pid)) FROM pg_locks WHERE relation = 't'::regclass AND NOT granted), false)"
             );
-            holds(&scene, &sql).await
+            scene.is_true(&sql).await
         })
         .await;
         let error = changing.await.unwrap().unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
         holder.batch_execute("COMMIT").await.unwrap();
-        scene.nothing_left_within(LONG).await;
+        scene.nothing_left_within(GIVE_UP_AFTER).await;
     }
 }
 
 #[tokio::test]
 async fn a_pool_of_one_connection_is_enough() {
     let scene = Scene::new(1).await;
-    table(&scene, "t", 10).await;
+    scene.table("t", 10).await;
     let holder = scene.database.connect().await;
     holder.batch_execute("BEGIN; SELECT FROM t").await.unwrap();
     let schema = scene
@@ -577,13 +538,13 @@ async fn a_pool_of_one_connection_is_enough() {
         .change("ALTER TABLE t ADD COLUMN c int")
         .await
         .unwrap();
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute(
@@ -593,8 +554,10 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
         .await
         .unwrap();
     // What a session has counted is told some time later, and then added to what ANALYZE has found.
-    eventually(LONG, "its rows are not counted", async || {
-        holds(&scene, "pg_stat_get_live_tuples('t'::regclass) = 100").await
+    eventually("its rows are not counted", async || {
+        scene
+            .is_true("pg_stat_get_live_tuples('t'::regclass) = 100")
+            .await
     })
     .await;
     scene.observer.batch_execute("ANALYZE t").await.unwrap();
@@ -602,16 +565,16 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
     let sql =
         "SET application_name = 'everything'; BEGIN; LOCK TABLE t, child IN ACCESS EXCLUSIVE MODE";
     holder.batch_execute(sql).await.unwrap();
-    let holder_pid = pid(&holder).await;
+    let holder_pid = pid_of(&holder).await;
     let waiter = scene.database.connect().await;
-    let waiter_pid = pid(&waiter).await;
+    let waiter_pid = pid_of(&waiter).await;
     let waiting = tokio::spawn(async move { waiter.batch_execute("SELECT FROM t").await });
-    eventually(LONG, "the reader waits", async || {
-        holds(
-            &scene,
-            &format!("EXISTS (SELECT FROM pg_locks WHERE pid = {waiter_pid} AND NOT granted)"),
-        )
-        .await
+    eventually("the reader waits", async || {
+        scene
+            .is_true(&format!(
+                "EXISTS (SELECT FROM pg_locks WHERE pid = {waiter_pid} AND NOT granted)"
+            ))
+            .await
     })
     .await;
     let schema = scene.keeper.schema();
@@ -689,7 +652,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
     };
-    tokio::time::timeout(LONG, asking)
+    tokio::time::timeout(GIVE_UP_AFTER, asking)
         .await
         .expect("preflight waits for nobody");
     holder.batch_execute("ROLLBACK").await.unwrap();
@@ -711,8 +674,8 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
 /// What is predicted is what is locked.
 #[tokio::test]
 async fn a_dry_run_takes_what_preflight_says() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute(
@@ -724,7 +687,7 @@ async fn a_dry_run_takes_what_preflight_says() {
         )
         .await
         .unwrap();
-    let schema = scene.keeper.schema().lock_timeout(LONG);
+    let schema = scene.keeper.schema().lock_timeout(GIVE_UP_AFTER);
     for sql in [
         "ALTER TABLE t ADD note text",
         "ALTER TABLE t ADD CONSTRAINT k CHECK (a > -1) NOT VALID",
@@ -789,11 +752,9 @@ async fn a_dry_run_takes_what_preflight_says() {
     }
     // Nothing of it has stayed.
     assert!(
-        holds(
-            &scene,
-            "to_regclass('new') IS NULL AND to_regclass('parts_1') IS NOT NULL"
-        )
-        .await
+        scene
+            .is_true("to_regclass('new') IS NULL AND to_regclass('parts_1') IS NOT NULL")
+            .await
     );
     for sql in [
         "CREATE INDEX CONCURRENTLY ON t (a)",
@@ -803,7 +764,7 @@ async fn a_dry_run_takes_what_preflight_says() {
         let error = schema.dry_run(sql).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Readers and writers that note the longest of their statements.
@@ -866,8 +827,8 @@ impl Load {
 /// many times as long: waits as the server counts them, so that a slow machine makes no difference.
 #[tokio::test]
 async fn under_load_nobody_waits_longer_than_the_timeout() {
-    let scene = scene().await;
-    table(&scene, "busy", 100_000).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("busy", 100_000).await;
     scene
         .observer
         .batch_execute("CREATE INDEX ON busy (id)")
@@ -886,7 +847,7 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
         .keeper
         .schema()
         .lock_timeout(timeout)
-        .deadline(LONG * 4);
+        .deadline(GIVE_UP_AFTER * 4);
     let failed = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&failed);
     let change = schema
@@ -897,7 +858,7 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
         .on_attempt(move |attempt| {
             count.fetch_add(u64::from(!attempt.succeeded()), Ordering::Relaxed);
         });
-    eventually(LONG, "the load does not run", async || {
+    eventually("the load does not run", async || {
         load.done.load(Ordering::Relaxed) > 100
     })
     .await;
@@ -914,7 +875,10 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
         let row = scene.observer.query_one(sql, &[]).await.unwrap();
         longest_wait = longest_wait.max(row.get(0));
         tokio::time::sleep(millis(5)).await;
-        assert!(started.elapsed() < LONG * 2, "six attempts have not failed");
+        assert!(
+            started.elapsed() < GIVE_UP_AFTER * 2,
+            "six attempts have not failed"
+        );
     }
     let held = started.elapsed();
     holder.batch_execute("COMMIT").await.unwrap();
@@ -942,13 +906,13 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
     );
     assert!(longest_wait < 2.5, "somebody waited {longest_wait} s");
     assert!(longest < held, "the longest statement took {longest:?}");
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_role_without_rights_learns_so_at_once() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let role = format!("plain_{}", scene.database.name());
     scene
         .observer
@@ -962,7 +926,7 @@ async fn a_role_without_rights_learns_so_at_once() {
     let schema = keeper.schema();
     let error = schema
         .change("ALTER TABLE t ADD c int")
-        .deadline(LONG)
+        .deadline(GIVE_UP_AFTER)
         .await
         .unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "42501", "{error}");
@@ -971,12 +935,12 @@ async fn a_role_without_rights_learns_so_at_once() {
     // Who is in the way it may see, and what they do it may not.
     let preflight = schema.preflight("ALTER TABLE t ADD c int").await.unwrap();
     let blocker = preflight.blockers().next().unwrap();
-    assert_eq!(blocker.pid(), Some(pid(&holder).await));
+    assert_eq!(blocker.pid(), Some(pid_of(&holder).await));
     assert_eq!(blocker.state(), None);
     drop((keeper, pool, preflight));
     let sql = format!("DROP OWNED BY \"{role}\"");
     scene.observer.batch_execute(&sql).await.unwrap();
-    eventually(LONG, "the role cannot be dropped", async || {
+    eventually("the role cannot be dropped", async || {
         scene
             .observer
             .batch_execute(&format!("DROP ROLE \"{role}\""))

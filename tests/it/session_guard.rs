@@ -4,18 +4,12 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, Keeper, LockKey, SessionGuard};
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, ENDLESS, Proxy, Scene, Server, eventually_within, median,
+};
 use tokio::sync::oneshot;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
-
-use crate::cancel_safety::Proxy;
-use crate::common::{Scene, eventually};
-use crate::guards::{median, plain_unlock};
-
-/// Less than the ten seconds after which the library gives a connection up that does not answer: that is no release.
-const SOON: Duration = Duration::from_secs(9);
-const LONG: Duration = Duration::from_secs(3600);
 
 async fn take(keeper: &Keeper, key: impl Into<LockKey>) -> SessionGuard {
     keeper.advisory_lock(key).session().acquire().await.unwrap()
@@ -40,12 +34,6 @@ async fn next_borrower(scene: &Scene) -> (i32, bool, String) {
     )
 }
 
-async fn terminate(scene: &Scene, pid: i32) {
-    let sql = "SELECT pg_terminate_backend($1)";
-    let row = scene.observer.query_one(sql, &[&pid]).await.unwrap();
-    assert!(row.get::<_, bool>(0));
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guard_says_what_it_holds() {
     let scene = Scene::new(1).await;
@@ -53,7 +41,7 @@ async fn a_guard_says_what_it_holds() {
     assert_eq!(guard.held_keys(), [LockKey::from(700)]);
     assert_eq!(guard.mode(), AdvisoryMode::Exclusive);
     assert_eq!(scene.holders(700).await, [guard.backend_pid().unwrap()]);
-    assert!(guard.held_for() < SOON);
+    assert!(guard.held_for() < CLEANED_UP_WITHIN);
     assert!(!guard.is_lost());
     let looks = tokio::time::timeout(Duration::from_millis(150), guard.lost()).await;
     assert!(looks.is_err(), "said to be lost");
@@ -281,8 +269,11 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     assert!(!watched.is_finished());
     let pid = scene.holders(709).await[0];
     let terminated = Instant::now();
-    terminate(&scene, pid).await;
-    let (mut lost, _) = tokio::time::timeout(SOON, watched).await.unwrap().unwrap();
+    scene.terminate(pid).await;
+    let (mut lost, _) = tokio::time::timeout(CLEANED_UP_WITHIN, watched)
+        .await
+        .unwrap()
+        .unwrap();
     let noticed = terminated.elapsed();
     assert!(
         noticed < Duration::from_secs(5),
@@ -295,7 +286,7 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
         .unwrap();
     // The backend says that it ends before it lets its locks go.
     let free = async || !scene.is_held(709).await;
-    eventually(SOON, "still held", free).await;
+    eventually_within(CLEANED_UP_WITHIN, "still held", free).await;
     let again = take(&scene.keeper, 709).await;
 
     let ran = lost.transaction(async |_| panic!("run without the lock"));
@@ -323,7 +314,7 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
 async fn connections_that_died_in_the_pool_are_replaced() {
     let scene = Scene::new(4).await;
     for session in [false, true] {
-        scene.pool_is_whole_within(SOON).await;
+        scene.pool_is_whole().await;
         let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                    WHERE datname = current_database() AND pid <> pg_backend_pid() \
                    AND backend_type = 'client backend'";
@@ -347,9 +338,9 @@ async fn connections_that_died_in_the_pool_are_replaced() {
 async fn a_lost_guard_ends_quietly() {
     let scene = Scene::new(2).await;
     let guard = take(&scene.keeper, 711).await;
-    terminate(&scene, guard.backend_pid().unwrap()).await;
+    scene.terminate(guard.backend_pid().unwrap()).await;
     let lost = async || guard.is_lost();
-    eventually(SOON, "not noticed", lost).await;
+    eventually_within(CLEANED_UP_WITHIN, "not noticed", lost).await;
     drop(guard);
 
     let mut guard = take(&scene.keeper, 711).await;
@@ -364,9 +355,9 @@ async fn a_lost_guard_ends_quietly() {
     });
     let (outcome, ()) = tokio::join!(transaction, async {
         is_inside.await.unwrap();
-        terminate(&scene, pid).await;
+        scene.terminate(pid).await;
         let gone = async || scene.holders(711).await.is_empty();
-        eventually(SOON, "not terminated", gone).await;
+        eventually_within(CLEANED_UP_WITHIN, "not terminated", gone).await;
         go_on.send(()).unwrap();
     });
     let error = outcome.unwrap_err();
@@ -378,7 +369,7 @@ async fn a_lost_guard_ends_quietly() {
     ];
     assert!(kinds.contains(&error.kind()), "{error:?}");
     let lost = async || guard.is_lost();
-    eventually(SOON, "not noticed", lost).await;
+    eventually_within(CLEANED_UP_WITHIN, "not noticed", lost).await;
     assert_eq!(
         guard.release().await.unwrap_err().kind(),
         ErrorKind::LockLost
@@ -400,7 +391,7 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
     server.stop();
     let stopped = Instant::now();
     for guard in &guards {
-        tokio::time::timeout(SOON, guard.lost())
+        tokio::time::timeout(CLEANED_UP_WITHIN, guard.lost())
             .await
             .expect("not noticed");
     }
@@ -417,7 +408,7 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
     }
     // Where the end of its connection is not known yet, it is COMMIT that learns of it.
     let closed = async || xact.client().is_closed();
-    eventually(SOON, "not closed", closed).await;
+    eventually_within(CLEANED_UP_WITHIN, "not closed", closed).await;
     assert_eq!(
         xact.commit().await.unwrap_err().kind(),
         ErrorKind::ConnectionLost
@@ -446,18 +437,18 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
     scene.observer.batch_execute(&set).await.unwrap();
     let session = take(&scene.keeper, 715).await;
     let xact = scene.keeper.advisory_lock(716).acquire().await.unwrap();
-    tokio::time::timeout(SOON, session.lost())
+    tokio::time::timeout(CLEANED_UP_WITHIN, session.lost())
         .await
         .expect("not noticed");
     let free = async || !scene.is_held(715).await && !scene.is_held(716).await;
-    eventually(SOON, "still held", free).await;
+    eventually_within(CLEANED_UP_WITHIN, "still held", free).await;
     assert_eq!(
         session.release().await.unwrap_err().kind(),
         ErrorKind::LockLost
     );
     // Where the end of its connection is not known yet, it is COMMIT that learns of it.
     let closed = async || xact.client().is_closed();
-    eventually(SOON, "not closed", closed).await;
+    eventually_within(CLEANED_UP_WITHIN, "not closed", closed).await;
     assert_eq!(
         xact.commit().await.unwrap_err().kind(),
         ErrorKind::ConnectionLost
@@ -486,7 +477,7 @@ async fn a_lock_that_somebody_unlocked_by_hand_is_reported_as_lost() {
             );
             assert_eq!(scene.holders(717).await, [other.backend_pid().unwrap()]);
             let rest = async || scene.advisory_locks().await == 1;
-            eventually(SOON, "the other keys are left", rest).await;
+            eventually_within(CLEANED_UP_WITHIN, "the other keys are left", rest).await;
             other.release().await.unwrap();
             scene.nothing_left().await;
         }
@@ -498,8 +489,9 @@ async fn a_lock_that_somebody_unlocked_by_hand_is_reported_as_lost() {
 async fn a_release_over_a_slow_network_tells_a_lost_lock_from_a_held_one() {
     let mut scene = Scene::new(1).await;
     let latency = Duration::from_millis(40);
-    let proxy = Proxy::before(&scene.database, latency, Duration::ZERO).await;
-    scene.pool = proxy.pool(&scene.database, 1);
+    let proxy = Proxy::before(scene.database.server());
+    proxy.delay(latency);
+    scene.pool = proxy.pool(&scene.database.config(), 1);
     let keeper = Keeper::new(scene.pool.clone());
     for through_client in [false, true] {
         let guard = take(&keeper, 727).await;
@@ -543,11 +535,11 @@ async fn the_holders_name_carries_the_call_site_and_is_restored() {
                     .unwrap();
             }
             let (lock, line) = (scene.keeper.advisory_lock(719).session(), line!());
-            let (guard, ()) = tokio::join!(lock.wait(LONG).acquire(), async {
+            let (guard, ()) = tokio::join!(lock.wait(ENDLESS).acquire(), async {
                 if waits {
                     // Between two slices it is not there.
                     let mut waiter = None;
-                    eventually(SOON, "it does not wait", async || {
+                    eventually_within(CLEANED_UP_WITHIN, "it does not wait", async || {
                         waiter = scene.waiters(719).await.first().copied();
                         waiter.is_some()
                     })
@@ -592,7 +584,7 @@ async fn the_holders_name_carries_the_call_site_and_is_restored() {
     let waited = lock.clone().wait(Duration::from_millis(20)).acquire().await;
     assert_eq!(waited.unwrap_err().kind(), ErrorKind::LockTimeout);
     assert_eq!(scene.show("application_name").await, "the pool's own");
-    let given_up = lock.wait(LONG).acquire();
+    let given_up = lock.wait(ENDLESS).acquire();
     drop(tokio::time::timeout(Duration::from_millis(20), given_up).await);
     assert_eq!(scene.show("application_name").await, "the pool's own");
     drop(blocker);
@@ -609,14 +601,14 @@ async fn a_dropped_guard_unlocks_within_fifty_milliseconds_on_the_same_connectio
     let client = scene.database.connect().await;
     let (mut took, mut plain) = (Vec::new(), Vec::new());
     for n in 0..20 {
-        plain.push(plain_unlock(&scene, &client).await);
+        plain.push(scene.time_of_release_by_sql(&client).await);
         let locks = scene.keeper.advisory_locks(720..721 + n % 3).session();
         let guard = locks.acquire().await.unwrap();
         assert_eq!(guard.backend_pid(), Some(pid), "after {n} drops");
         let dropped = Instant::now();
         drop(guard);
         let free = async || scene.advisory_locks().await == 0;
-        eventually(SOON, "not unlocked", free).await;
+        eventually_within(CLEANED_UP_WITHIN, "not unlocked", free).await;
         took.push(dropped.elapsed());
     }
     let (took, plain) = (median(took), median(plain));
@@ -660,7 +652,7 @@ async fn readers_share_and_writers_are_alone() {
     let tasks = (0..60).map(|n| {
         let (keeper, state) = (scene.keeper.clone(), state.clone());
         tokio::spawn(async move {
-            let lock = keeper.advisory_lock(724).wait(LONG).session();
+            let lock = keeper.advisory_lock(724).wait(ENDLESS).session();
             let writes = n % 4 == 0;
             let lock = if writes { lock } else { lock.shared() };
             let guard = lock.acquire().await.unwrap();
@@ -731,7 +723,7 @@ async fn index_build(kinds: &[Waiter]) {
                 // A keeper for each, so that all of them stand in the server's queue.
                 let keeper = Keeper::new(scene.pool.clone());
                 tokio::spawn(async move {
-                    let lock = keeper.advisory_lock(730).wait(LONG);
+                    let lock = keeper.advisory_lock(730).wait(ENDLESS);
                     match kind {
                         Waiter::Xact => lock.acquire().await.map(drop),
                         Waiter::Session => lock.session().acquire().await.map(drop),
@@ -744,7 +736,7 @@ async fn index_build(kinds: &[Waiter]) {
             })
             .collect();
         let wait = async || scene.waiters(730).await.len() == kinds.len();
-        eventually(SOON, "they do not wait", wait).await;
+        eventually_within(CLEANED_UP_WITHIN, "they do not wait", wait).await;
         let build = guard.batch_execute("CREATE INDEX CONCURRENTLY note_id ON note (id)");
         let build = tokio::time::timeout(Duration::from_secs(20), build);
         let (built, longest) = with_longest_wait(&scene, build).await;
@@ -769,7 +761,7 @@ async fn index_build(kinds: &[Waiter]) {
         guard.release().await.unwrap();
         let mut refused = None;
         for waiter in waiters {
-            let waiter = tokio::time::timeout(SOON, waiter).await;
+            let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
             let granted = waiter.expect("a waiter is stuck").unwrap();
             refused = refused.or(granted.err());
         }

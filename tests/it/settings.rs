@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use lockkeeper::{
     AdvisoryLock, Error, ErrorKind, LockKey, SessionAdvisoryLock, TransactionOptions, Tx,
 };
+use lockkeeper_testkit::{
+    Scene, eventually, lock_by_sql, pid_of, poll_times_and_drop, unlock_by_sql,
+};
 use tokio_postgres::{Client, IsolationLevel, Row};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::guards::{hold_plainly, pid_of, release_plainly};
 
 /// Every setting there is, by name.
 type Settings = BTreeMap<String, String>;
@@ -243,7 +243,7 @@ async fn use_lock(scene: &Scene, way: &str) -> Option<Settings> {
 async fn settings_of_a_session_are_the_same_inside_and_after_every_use() {
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "busy").await;
+    lock_by_sql(&holder, "busy").await;
     for habits in HABITS {
         let object = scene.pool.get().await.unwrap();
         apply(&object, habits).await;
@@ -292,7 +292,7 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
             let what = format!("{way} with {habits:?}");
             let keys = || [LockKey::from("busy"), 1.into(), (1, 2).into()];
             for key in keys() {
-                hold_plainly(&holder, key).await;
+                lock_by_sql(&holder, key).await;
             }
             let keeper = scene.keeper.clone();
             let waiting = async {
@@ -343,12 +343,9 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
                 keys.sort();
                 for key in keys {
                     if way.starts_with("several") || key == LockKey::from("busy") {
-                        eventually(Duration::from_secs(5), "no waiter", async || {
-                            scene.waiters(&key).await == [pid]
-                        })
-                        .await;
+                        eventually("no waiter", async || scene.waiters(&key).await == [pid]).await;
                     }
-                    release_plainly(&holder, key).await;
+                    unlock_by_sql(&holder, key).await;
                 }
             };
             let (inside, ()) = tokio::join!(waiting, releasing);
@@ -370,7 +367,7 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
 async fn one_more_lock_keeps_what_the_transaction_has_set() {
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "busy").await;
+    lock_by_sql(&holder, "busy").await;
     let before = settings_of(&scene.pool.get().await.unwrap()).await;
     let options = TransactionOptions::new().statement_timeout(Duration::from_millis(1500));
     let in_vain = AtomicBool::new(false);
@@ -416,13 +413,13 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
         Ok::<_, Error>(())
     });
     let release = async {
-        eventually(Duration::from_secs(10), "no waiter", async || {
+        eventually("no waiter", async || {
             in_vain.load(Ordering::Relaxed) && !scene.waiters("busy").await.is_empty()
         })
         .await;
         // Longer than statement_timeout.
         tokio::time::sleep(Duration::from_millis(1800)).await;
-        release_plainly(&holder, "busy").await;
+        unlock_by_sql(&holder, "busy").await;
     };
     let (done, ()) = tokio::join!(section, release);
     done.unwrap();
@@ -443,7 +440,7 @@ async fn settings_are_the_same_after_every_cancellation() {
     const POLLS: [usize; 9] = [0, 1, 2, 3, 4, 5, 6, 8, 12];
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "busy").await;
+    lock_by_sql(&holder, "busy").await;
     // What every session starts with, and what one was set to since.
     scene
         .observer
@@ -627,7 +624,7 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
     // Shorter than a slice of the wait; room for a small statement on a slow machine.
     limit_statements_of_the_role(&scene, "60ms", "400ms").await;
     assert_eq!(scene.show("statement_timeout").await, "400ms");
-    hold_plainly(&scene.observer, "busy").await;
+    lock_by_sql(&scene.observer, "busy").await;
     for (way, lock) in every_lock(&scene, WAIT) {
         let began = Instant::now();
         let error = lock.take().await.expect_err(way);
@@ -649,7 +646,7 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
     });
     section.await.unwrap();
     assert!(began.elapsed() >= WAIT && began.elapsed() < WAIT * 2);
-    release_plainly(&scene.observer, "busy").await;
+    unlock_by_sql(&scene.observer, "busy").await;
     scene.nothing_left().await;
 }
 
@@ -659,14 +656,14 @@ async fn a_lock_is_granted_after_a_wait_longer_than_the_roles_timeouts() {
     limit_statements_of_the_role(&scene, "60ms", "400ms").await;
     let holder = scene.database.connect().await;
     for (way, lock) in every_lock(&scene, Duration::from_secs(20)) {
-        hold_plainly(&holder, "busy").await;
+        lock_by_sql(&holder, "busy").await;
         let release = async {
-            eventually(Duration::from_secs(10), "no waiter", async || {
+            eventually("no waiter", async || {
                 !scene.waiters("busy").await.is_empty()
             })
             .await;
             tokio::time::sleep(Duration::from_millis(1200)).await;
-            release_plainly(&holder, "busy").await;
+            unlock_by_sql(&holder, "busy").await;
         };
         let (taken, ()) = tokio::join!(lock.take(), release);
         taken.unwrap_or_else(|error| panic!("{way}: {error:?}"));
@@ -684,18 +681,15 @@ async fn waits_for_several_keys_together_stay_within_the_roles_statement_timeout
         scene.database.connect().await,
         scene.database.connect().await,
     );
-    hold_plainly(&second, 2).await;
+    lock_by_sql(&second, 2).await;
     for round in 0..8 {
-        hold_plainly(&first, 1).await;
+        lock_by_sql(&first, 1).await;
         let lock = scene.keeper.advisory_locks([1, 2, 3]).wait(WAIT);
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
-                !scene.waiters(1).await.is_empty()
-            })
-            .await;
+            eventually("no waiter", async || !scene.waiters(1).await.is_empty()).await;
             // Somewhere in one of the slices.
             tokio::time::sleep(Duration::from_millis(450 + 185 * round)).await;
-            release_plainly(&first, 1).await;
+            unlock_by_sql(&first, 1).await;
         };
         let (result, ()) = tokio::join!(lock.acquire(), release);
         let error = result.unwrap_err();

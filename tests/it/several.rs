@@ -3,11 +3,8 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{Scene, Server, eventually, lock_by_sql, pid_of, unlock_by_sql};
 use tokio_postgres::{Client, IsolationLevel};
-
-use crate::common::{Scene, eventually};
-use crate::guards::{hold_plainly, pid_of, release_plainly, scene_on};
 
 /// A set of locks held in either scope.
 #[derive(Debug)]
@@ -165,7 +162,7 @@ async fn one_busy_key_and_none_is_taken() {
         (1, 2).into(),
     ];
     for busy in &keys {
-        hold_plainly(&holder, busy).await;
+        lock_by_sql(&holder, busy).await;
         for scope in SCOPES {
             assert!(
                 try_acquire(&scene.keeper, &keys, scope)
@@ -189,33 +186,9 @@ async fn one_busy_key_and_none_is_taken() {
                 scene.nothing_but(1).await;
             }
         }
-        release_plainly(&holder, busy).await;
+        unlock_by_sql(&holder, busy).await;
     }
     scene.nothing_left().await;
-}
-
-impl Scene {
-    /// Waits for the state in which only so many advisory locks are held, and none is awaited.
-    async fn nothing_but(&self, locks: i64) {
-        const COUNT: &str = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
-        eventually(
-            Duration::from_secs(8),
-            "an advisory lock is left",
-            async || {
-                // The server sends an error before it has released what the failed transaction held: while the lock table
-                // is full because of that, even the observer gets no lock on a catalog.
-                match self.observer.query_one(COUNT, &[]).await {
-                    Ok(row) => row.get::<_, i64>(0) == locks,
-                    Err(error) => {
-                        assert_eq!(error.code().map(|code| code.code()), Some("53200"));
-                        false
-                    }
-                }
-            },
-        )
-        .await;
-    }
 }
 
 /// The same inside a transaction that goes on afterwards, and so would keep what it got.
@@ -231,7 +204,7 @@ async fn one_busy_key_and_none_is_taken_inside_a_transaction() {
         (1, 2).into(),
     ];
     for busy in &keys {
-        hold_plainly(&holder, busy).await;
+        lock_by_sql(&holder, busy).await;
         let mut guard = scene.keeper.advisory_lock("own").acquire().await.unwrap();
         let taken = guard.advisory_locks(&keys).try_acquire().await.unwrap();
         assert!(!taken);
@@ -250,7 +223,7 @@ async fn one_busy_key_and_none_is_taken_inside_a_transaction() {
         }
         assert_eq!(guard.held_keys().count(), 1);
         // All of them once they are free, and each once.
-        release_plainly(&holder, busy).await;
+        unlock_by_sql(&holder, busy).await;
         guard.advisory_lock(&keys[2]).await.unwrap();
         guard.advisory_locks(&keys).await.unwrap();
         assert_eq!(scene.advisory_locks().await, 6);
@@ -271,17 +244,14 @@ async fn one_wait_covers_all_of_the_keys() {
         scene.database.connect().await,
         scene.database.connect().await,
     );
-    hold_plainly(&third, 3).await;
+    lock_by_sql(&third, 3).await;
     for scope in SCOPES {
-        hold_plainly(&second, 2).await;
+        lock_by_sql(&second, 2).await;
         let began = Instant::now();
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
-                !scene.waiters(2).await.is_empty()
-            })
-            .await;
+            eventually("no waiter", async || !scene.waiters(2).await.is_empty()).await;
             tokio::time::sleep(Duration::from_millis(2500)).await;
-            release_plainly(&second, 2).await;
+            unlock_by_sql(&second, 2).await;
         };
         let (result, ()) = tokio::join!(acquire(&scene.keeper, [1, 2, 3], scope, WAIT), release);
         let took = began.elapsed();
@@ -295,15 +265,12 @@ async fn one_wait_covers_all_of_the_keys() {
         scene.nothing_but(1).await;
     }
     let mut guard = scene.keeper.advisory_lock("own").acquire().await.unwrap();
-    hold_plainly(&second, 2).await;
+    lock_by_sql(&second, 2).await;
     let began = Instant::now();
     let release = async {
-        eventually(Duration::from_secs(5), "no waiter", async || {
-            !scene.waiters(2).await.is_empty()
-        })
-        .await;
+        eventually("no waiter", async || !scene.waiters(2).await.is_empty()).await;
         tokio::time::sleep(Duration::from_millis(2500)).await;
-        release_plainly(&second, 2).await;
+        unlock_by_sql(&second, 2).await;
     };
     let waiting = async { guard.advisory_locks([1, 2, 3]).wait(WAIT).await };
     let (result, ()) = tokio::join!(waiting, release);
@@ -322,16 +289,13 @@ async fn keys_that_become_free_one_after_another_are_all_granted() {
         scene.database.connect().await,
     ];
     for scope in SCOPES {
-        hold_plainly(&holders[0], 2).await;
-        hold_plainly(&holders[1], 3).await;
+        lock_by_sql(&holders[0], 2).await;
+        lock_by_sql(&holders[1], 3).await;
         let release = async {
             for (holder, key) in holders.iter().zip([2, 3]) {
-                eventually(Duration::from_secs(5), "no waiter", async || {
-                    !scene.waiters(key).await.is_empty()
-                })
-                .await;
+                eventually("no waiter", async || !scene.waiters(key).await.is_empty()).await;
                 assert_eq!(scene.holders(key).await, [pid_of(holder).await]);
-                release_plainly(holder, key).await;
+                unlock_by_sql(holder, key).await;
             }
         };
         let (guard, ()) = tokio::join!(acquire(&scene.keeper, [3, 2, 1], scope, LONG), release);
@@ -348,7 +312,7 @@ async fn keys_that_become_free_one_after_another_are_all_granted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
     let scene = Scene::new(6).await;
-    hold_plainly(&scene.observer, 1).await;
+    lock_by_sql(&scene.observer, 1).await;
     let mut sets = Vec::new();
     for scope in [Scope::Xact, Scope::Session, Scope::Xact] {
         let keeper = scene.keeper.clone();
@@ -360,10 +324,7 @@ async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
                 .await;
         }));
     }
-    eventually(Duration::from_secs(5), "no waiters", async || {
-        scene.waiters(1).await.len() >= 2
-    })
-    .await;
+    eventually("no waiters", async || scene.waiters(1).await.len() >= 2).await;
     for scope in SCOPES {
         assert!(!scene.is_held(2).await);
         let began = Instant::now();
@@ -380,20 +341,18 @@ async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
     // And one that is busy for a moment is waited for where its holder releases it.
     let holder = scene.database.connect().await;
     for scope in SCOPES {
-        hold_plainly(&holder, 2).await;
+        lock_by_sql(&holder, 2).await;
         let release = async {
-            eventually(
-                Duration::from_secs(5),
-                "nobody waits at the server",
-                async || !scene.waiters(2).await.is_empty(),
-            )
+            eventually("nobody waits at the server", async || {
+                !scene.waiters(2).await.is_empty()
+            })
             .await;
-            release_plainly(&holder, 2).await;
+            unlock_by_sql(&holder, 2).await;
         };
         let (guard, ()) = tokio::join!(acquire(&scene.keeper, [2], scope, LONG), release);
         guard.unwrap().end().await;
     }
-    release_plainly(&scene.observer, 1).await;
+    unlock_by_sql(&scene.observer, 1).await;
     for set in sets {
         set.await.unwrap();
     }
@@ -504,7 +463,7 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
         scene.nothing_left().await;
 
         // Waited for, in vain and not.
-        hold_plainly(&holder, &keys[1]).await;
+        lock_by_sql(&holder, &keys[1]).await;
         // Fewer in vain: who is in the way of how many is asked after the end, which has to be told in two seconds.
         let some = &keys[..1000];
         let error = acquire(&scene.keeper, some, scope, Duration::from_millis(600))
@@ -514,11 +473,11 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
         assert_eq!(error.blockers().len(), 1, "{error}");
         scene.nothing_but(1).await;
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
+            eventually("no waiter", async || {
                 !scene.waiters(&keys[1]).await.is_empty()
             })
             .await;
-            release_plainly(&holder, &keys[1]).await;
+            unlock_by_sql(&holder, &keys[1]).await;
         };
         let (guard, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), release);
         let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
@@ -645,7 +604,7 @@ async fn a_set_that_cannot_fit_is_refused_before_it_takes_the_room_of_others() {
 async fn a_set_that_cannot_fit_is_refused_inside_a_transaction_too() {
     // Its own server: if it is not refused, it takes the room of others.
     let server = small_server();
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let keys: Vec<LockKey> = (0..20_000).map(LockKey::from).collect();
     let mut guard = scene.keeper.advisory_lock("own").acquire().await.unwrap();
     let error = guard.advisory_locks(&keys).try_acquire().await.unwrap_err();
@@ -701,7 +660,7 @@ async fn fill_but_for(client: &Client, room: i64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unharmed() {
     let server = small_server();
-    let scene = scene_on(&server, 4).await;
+    let scene = Scene::on(&server, 4).await;
     let keys: Vec<LockKey> = (0..100)
         .map(|n| {
             if n % 2 == 0 {
@@ -720,9 +679,9 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
         .unwrap();
     let holder = scene.database.connect().await;
     // Busy, so that there is waiting too.
-    hold_plainly(&holder, &keys[0]).await;
+    lock_by_sql(&holder, &keys[0]).await;
     // All connections exist, with the locks of their logins.
-    scene.pool_is_whole_but(1).await;
+    scene.open_connections_but(1).await;
     fill_but_for(&holder, 40).await;
     let taken = scene.advisory_locks().await;
     assert!(taken > 200, "{taken}");
@@ -745,11 +704,11 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
 
             // In the middle of a wait: the table is full when the busy key is free.
             let release = async {
-                eventually(Duration::from_secs(5), "no waiter", async || {
+                eventually("no waiter", async || {
                     !scene.waiters(&keys[0]).await.is_empty()
                 })
                 .await;
-                release_plainly(&holder, &keys[0]).await;
+                unlock_by_sql(&holder, &keys[0]).await;
             };
             let (result, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), release);
             assert_eq!(
@@ -758,7 +717,7 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
                 "{scope:?}"
             );
             scene.nothing_but(taken - 1).await;
-            hold_plainly(&holder, &keys[0]).await;
+            lock_by_sql(&holder, &keys[0]).await;
         }
         let mut guard = scene.keeper.advisory_lock("own").acquire().await.unwrap();
         let error = guard.advisory_locks(&keys[1..]).await.unwrap_err();
@@ -786,22 +745,12 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
     scene.nothing_left().await;
 }
 
-impl Scene {
-    /// Opens all of the pool's connections but so many that are in use.
-    async fn pool_is_whole_but(&self, in_use: usize) {
-        let mut objects = Vec::new();
-        for _ in in_use..self.pool.status().max_size {
-            objects.push(self.pool.get().await.unwrap());
-        }
-    }
-}
-
 /// Locks taken one by one in opposite orders are a deadlock. The server finds it, however long it takes to look.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_taken_one_by_one_in_opposite_orders_end_as_a_deadlock() {
     for timeout in ["100ms", "3s"] {
         let server = Server::start(&[("deadlock_timeout", timeout)]).unwrap();
-        let scene = scene_on(&server, 2).await;
+        let scene = Scene::on(&server, 2).await;
         let both_hold = std::sync::Arc::new(tokio::sync::Barrier::new(2));
         let began = Instant::now();
         let callers: Vec<_> = [(1, 2), (2, 1)]

@@ -10,14 +10,9 @@ use futures::future::join_all;
 use lockkeeper::{
     AdvisoryMode, Error, ErrorKind, Keeper, LockKey, SessionGuard, TransactionOptions, XactGuard,
 };
-use tokio_postgres::{Client, IsolationLevel};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Proxy, Random, Scene, eventually_within};
+use tokio_postgres::IsolationLevel;
 
-use crate::cancel_safety::{Dice, Proxy};
-use crate::common::{Scene, eventually};
-
-/// Less than the ten seconds after which the library gives a connection up that does not answer: that is no release.
-const SOON: Duration = Duration::from_secs(9);
-const LONG: Duration = Duration::from_secs(3600);
 const DAYS: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const fn ms(millis: u64) -> Duration {
@@ -71,24 +66,6 @@ async fn take(keeper: &Keeper, scope: Scope, key: LockKey, wait: Duration) -> Re
     }
 }
 
-/// Somebody without this crate who holds a key until the client is dropped or unlocks, and the pid.
-async fn holder(scene: &Scene, key: &LockKey) -> (Client, i32) {
-    let client = scene.database.connect().await;
-    let sql = format!(
-        "SELECT pg_backend_pid() FROM (SELECT pg_advisory_lock({})) AS l",
-        as_sql(key)
-    );
-    let pid = client.query_one(&sql, &[]).await.unwrap().get(0);
-    (client, pid)
-}
-
-fn as_sql(key: &LockKey) -> String {
-    match key.as_i32_pair() {
-        Some((a, b)) => format!("({a})::int4, ({b})::int4"),
-        None => format!("({})::int8", key.as_i64().unwrap()),
-    }
-}
-
 #[track_caller]
 fn timed_out(outcome: Result<Guard, Error>) -> Error {
     let Err(error) = outcome else {
@@ -120,7 +97,7 @@ fn assert_on_time(asked: Duration, took: &[Took], what: &str) {
             "{what}: ended after {all:?}, before its {asked:?}"
         );
         assert!(
-            *all < asked + SOON,
+            *all < asked + CLEANED_UP_WITHIN,
             "{what}: ended after {all:?} instead of {asked:?}"
         );
     }
@@ -170,7 +147,9 @@ async fn a_timeout_names_the_key_the_wait_and_the_holder() {
         (Scope::Snapshot, "idle in transaction"),
         (Scope::Later, "idle in transaction"),
     ] {
-        let guard = take(&scene.keeper, held, key.clone(), LONG).await.unwrap();
+        let guard = take(&scene.keeper, held, key.clone(), ENDLESS)
+            .await
+            .unwrap();
         let pid = guard.pid().unwrap();
         assert_eq!(scene.holders(key.clone()).await, [pid]);
         for scope in SCOPES {
@@ -237,7 +216,8 @@ async fn waits_end_at_the_time_asked_for_and_never_before() {
     let waits = [0, 400, 1_000, 7_000, 499_000, 501_000, 1_700_000, 2_300_000];
     let scopes = SCOPES.iter().zip(518..).map(|(&scope, key)| async move {
         let key = LockKey::from(key);
-        let (_holder, pid) = holder(scene, &key).await;
+        let holder = scene.holder(&key).await;
+        let pid = holder.pid;
         for asked in waits.map(Duration::from_micros) {
             time(asked, &format!("{scope:?}"), async |asked| {
                 let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
@@ -268,7 +248,8 @@ async fn sections_time_out_by_the_keepers_wait() {
         builder.application("test").lock_wait(wait).build()
     };
     let key = LockKey::from(502);
-    let (_holder, pid) = holder(&scene, &key).await;
+    let holder = scene.holder(&key).await;
+    let pid = holder.pid;
     time(asked, "with_advisory_lock", async |asked| {
         let keeper = waiting(asked);
         let section = keeper.with_advisory_lock(key.clone(), async |_| {
@@ -318,9 +299,9 @@ async fn several_keys_share_one_total_wait() {
         for _ in 0..12 {
             let mut holders = Vec::new();
             for key in &keys {
-                holders.push(holder(&scene, key).await);
+                holders.push(scene.holder(key).await);
             }
-            let last = holders.last().unwrap().1;
+            let last = holders.last().unwrap().pid;
             let (outcome, besides) = wait(Duration::ZERO).await;
             timed_out(outcome);
             let started = Instant::now();
@@ -328,10 +309,9 @@ async fn several_keys_share_one_total_wait() {
                 // The first three one after another, so that each next wait begins anew.
                 for key in &keys[..3] {
                     tokio::time::sleep(ms(250)).await;
-                    let (client, pid) = holders.remove(0);
-                    drop(client);
+                    let pid = holders.remove(0).pid;
                     let gone = async || !scene.holders(key.clone()).await.contains(&pid);
-                    eventually(SOON, "a holder is left", gone).await;
+                    eventually_within(CLEANED_UP_WITHIN, "a holder is left", gone).await;
                 }
                 started.elapsed()
             };
@@ -341,7 +321,7 @@ async fn several_keys_share_one_total_wait() {
                 assert!(!scene.is_held(key.clone()).await, "{key} is still held");
             }
             drop(holders);
-            scene.nothing_left_within(SOON).await;
+            scene.nothing_left().await;
             if released >= asked {
                 // It ended while it waited for one of the first three.
                 continue;
@@ -372,7 +352,7 @@ async fn tiny_waits_from_sixteen_tasks_never_leave_a_lock_behind() {
         let key = key.clone();
         let (inside, granted, refused) = (inside.clone(), granted.clone(), refused.clone());
         tokio::spawn(async move {
-            let mut dice = Dice(seed);
+            let mut dice = Random::new(seed);
             let scopes = [Scope::Xact, Scope::Session, Scope::Session, Scope::Snapshot];
             loop {
                 let enough =
@@ -423,14 +403,14 @@ async fn waits_without_an_end_are_granted_when_the_holder_goes() {
             assert_eq!(scene.holders(key.clone()).await, [free.pid().unwrap()]);
             drop(free);
             let gone = async || !scene.is_held(key.clone()).await;
-            eventually(SOON, "not released", gone).await;
-            let (client, _) = holder(&scene, &key).await;
+            eventually_within(CLEANED_UP_WITHIN, "not released", gone).await;
+            let holder = scene.holder(&key).await;
             let (keeper, theirs) = (scene.keeper.clone(), key.clone());
             let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, wait).await });
             let waits = async || scene.waiters(key.clone()).await.len() == 1;
-            eventually(SOON, "nobody waits", waits).await;
-            drop(client);
-            let guard = tokio::time::timeout(SOON, waiter).await;
+            eventually_within(CLEANED_UP_WITHIN, "nobody waits", waits).await;
+            drop(holder);
+            let guard = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
             let guard = guard.expect("not granted").unwrap().unwrap();
             assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
             drop(guard);
@@ -497,15 +477,16 @@ async fn a_transaction_on_an_exhausted_pool_says_so_in_time() {
 async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
     let scene = warm(5).await;
     let key = LockKey::from(512);
-    let (client, pid) = holder(&scene, &key).await;
+    let holder = scene.holder(&key).await;
+    let pid = holder.pid;
     let crowd: Vec<_> = (0..4)
         .map(|_| {
-            let lock = scene.keeper.advisory_lock(512).wait(LONG);
+            let lock = scene.keeper.advisory_lock(512).wait(ENDLESS);
             tokio::spawn(async move { drop(lock.acquire().await.unwrap()) })
         })
         .collect();
     let two_wait = async || scene.waiters(key.clone()).await.len() == 2;
-    eventually(SOON, "the crowd does not wait", two_wait).await;
+    eventually_within(CLEANED_UP_WITHIN, "the crowd does not wait", two_wait).await;
     let asked = ms(250);
     for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
         time(asked, &format!("{scope:?}"), async |asked| {
@@ -537,9 +518,9 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
         .await;
     }
     drop(rest);
-    drop(client);
+    drop(holder);
     for waiter in crowd {
-        let waiter = tokio::time::timeout(SOON, waiter).await;
+        let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
         waiter.expect("a waiter is stuck").unwrap();
     }
     scene.nothing_left().await;
@@ -549,11 +530,11 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
 async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
     let scene = Arc::new(warm(4).await);
     let key = LockKey::from(513);
-    let (client, _) = holder(&scene, &key).await;
+    let holder = scene.holder(&key).await;
     let order = Arc::new(std::sync::Mutex::new(Vec::new()));
     let mut crowd = Vec::new();
     for n in 0..12 {
-        let lock = scene.keeper.advisory_lock(&key).wait(LONG);
+        let lock = scene.keeper.advisory_lock(&key).wait(ENDLESS);
         let (order, seen, theirs) = (order.clone(), scene.clone(), key.clone());
         crowd.push(tokio::spawn(async move {
             let guard = lock.acquire().await.unwrap();
@@ -565,18 +546,21 @@ async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
             // Until the next ones have joined the server's queue.
             let granted = Instant::now();
             while seen.waiters(theirs.clone()).await.len() != left.min(2) {
-                assert!(granted.elapsed() < SOON, "the next ones do not wait");
+                assert!(
+                    granted.elapsed() < CLEANED_UP_WITHIN,
+                    "the next ones do not wait"
+                );
                 tokio::time::sleep(ms(5)).await;
             }
             guard.commit().await.unwrap();
         }));
         let expected = (n + 1).min(2);
         let stand = async || scene.waiters(key.clone()).await.len() == expected;
-        eventually(SOON, "it does not wait", stand).await;
+        eventually_within(CLEANED_UP_WITHIN, "it does not wait", stand).await;
         // Those in the line of the process cannot be seen from outside.
         tokio::time::sleep(ms(40)).await;
     }
-    drop(client);
+    drop(holder);
     for waiter in crowd {
         waiter.await.unwrap();
     }
@@ -629,10 +613,10 @@ async fn a_waiter_whose_backend_is_stopped_says_so() {
     ] {
         for scope in SCOPES {
             let what = format!("{scope:?}, {signal}");
-            let (client, _) = holder(&scene, &key).await;
+            let holder = scene.holder(&key).await;
             let (keeper, theirs) = (scene.keeper.clone(), key.clone());
             let waiter =
-                tokio::spawn(async move { take(&keeper, scope, theirs, LONG).await.map(drop) });
+                tokio::spawn(async move { take(&keeper, scope, theirs, ENDLESS).await.map(drop) });
             // Between two slices there is nothing to cancel: once more.
             let stopped = async || {
                 let sql = format!(
@@ -642,12 +626,14 @@ async fn a_waiter_whose_backend_is_stopped_says_so() {
                 scene.observer.query(&sql, &[]).await.unwrap();
                 waiter.is_finished()
             };
-            eventually(SOON, &format!("{what}: it waits on"), stopped).await;
+            eventually_within(CLEANED_UP_WITHIN, &format!("{what}: it waits on"), stopped).await;
             let error = waiter.await.unwrap().unwrap_err();
             assert_eq!(error.kind(), kind, "{what}: {error:?}");
             assert!(error.source().is_some(), "{what}: {error:?}");
-            drop(client);
-            let next = take(&scene.keeper, scope, key.clone(), LONG).await.unwrap();
+            drop(holder);
+            let next = take(&scene.keeper, scope, key.clone(), ENDLESS)
+                .await
+                .unwrap();
             drop(next);
             scene.nothing_left().await;
         }
@@ -663,13 +649,13 @@ async fn two_transactions_that_wait_for_each_other_are_told_of_the_deadlock() {
         let mut second = scene.keeper.advisory_lock(525).acquire().await.unwrap();
         assert_ne!(first.backend_pid(), second.backend_pid());
         let first = async move {
-            let outcome = first.advisory_lock(525).wait(LONG).await;
+            let outcome = first.advisory_lock(525).wait(ENDLESS).await;
             first.rollback().await;
             outcome
         };
         let second = async move {
             tokio::time::sleep(ms(apart)).await;
-            let outcome = second.advisory_lock(524).wait(LONG).await;
+            let outcome = second.advisory_lock(524).wait(ENDLESS).await;
             second.rollback().await;
             outcome
         };
@@ -690,25 +676,26 @@ async fn two_transactions_that_wait_for_each_other_are_told_of_the_deadlock() {
 async fn a_wait_survives_a_network_slower_than_its_slices() {
     let scopes = SCOPES.into_iter().map(|scope| async move {
         let mut scene = Scene::new(1).await;
-        let proxy = Proxy::before(&scene.database, ms(300), Duration::ZERO).await;
-        scene.pool = proxy.pool(&scene.database, 1);
+        let proxy = Proxy::before(scene.database.server());
+        proxy.delay(ms(300));
+        scene.pool = proxy.pool(&scene.database.config(), 1);
         let keeper = Keeper::new(scene.pool.clone());
-        scene.pool_is_whole_within(2 * SOON).await;
+        scene.pool_is_whole_within(2 * CLEANED_UP_WITHIN).await;
         let key = LockKey::from(526);
-        let (client, _) = holder(&scene, &key).await;
+        let holder = scene.holder(&key).await;
         let theirs = key.clone();
-        let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, LONG).await });
+        let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, ENDLESS).await });
         let waits = async || !scene.waiters(key.clone()).await.is_empty();
-        eventually(2 * SOON, "it does not wait", waits).await;
+        eventually_within(2 * CLEANED_UP_WITHIN, "it does not wait", waits).await;
         // Until an answer to one slice has come, and another one is under way.
         tokio::time::sleep(ms(1_800)).await;
-        drop(client);
-        let guard = tokio::time::timeout(2 * SOON, waiter).await;
+        drop(holder);
+        let guard = tokio::time::timeout(2 * CLEANED_UP_WITHIN, waiter).await;
         let guard = guard.expect("not granted").unwrap();
         let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
         assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
         drop(guard);
-        scene.nothing_left_within(2 * SOON).await;
+        scene.nothing_left_within(2 * CLEANED_UP_WITHIN).await;
     });
     join_all(scopes).await;
 }
@@ -717,14 +704,15 @@ async fn a_wait_survives_a_network_slower_than_its_slices() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_short_wait_on_an_empty_pool_tries_once_all_the_same() {
     let mut scene = Scene::new(1).await;
-    let proxy = Proxy::before(&scene.database, ms(40), Duration::ZERO).await;
+    let proxy = Proxy::before(scene.database.server());
+    proxy.delay(ms(40));
     for wait in [ms(0), ms(5), ms(60)] {
         for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
             let mut tries = 0;
             let guard = loop {
                 tries += 1;
                 // Each has a login of 80 ms at least before it.
-                scene.pool = proxy.pool(&scene.database, 1);
+                scene.pool = proxy.pool(&scene.database.config(), 1);
                 let keeper = Keeper::new(scene.pool.clone());
                 let started = Instant::now();
                 match take(&keeper, scope, LockKey::from(528), wait).await {
@@ -761,13 +749,13 @@ async fn a_wait_ends_though_the_network_is_silent() {
 async fn wait_in_silence(scope: Scope, busy: bool) {
     let what = format!("{scope:?}, busy {busy}");
     let mut scene = Scene::new(4).await;
-    let proxy = Proxy::before(&scene.database, Duration::ZERO, Duration::ZERO).await;
-    scene.pool = proxy.pool(&scene.database, 4);
+    let proxy = Proxy::before(scene.database.server());
+    scene.pool = proxy.pool(&scene.database.config(), 4);
     let keeper = Keeper::new(scene.pool.clone());
     let key = LockKey::from(527);
-    scene.pool_is_whole_within(SOON).await;
+    scene.pool_is_whole().await;
     let client = if busy {
-        Some(holder(&scene, &key).await)
+        Some(scene.holder(&key).await)
     } else {
         None
     };
@@ -775,10 +763,10 @@ async fn wait_in_silence(scope: Scope, busy: bool) {
     let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, asked).await });
     if busy {
         let waits = async || !scene.waiters(key.clone()).await.is_empty();
-        eventually(SOON, "it does not wait", waits).await;
+        eventually_within(CLEANED_UP_WITHIN, "it does not wait", waits).await;
     }
-    proxy.pause(true);
-    let outcome = tokio::time::timeout(asked + SOON, waiter).await;
+    proxy.stall(true);
+    let outcome = tokio::time::timeout(asked + CLEANED_UP_WITHIN, waiter).await;
     let outcome = outcome
         .unwrap_or_else(|_| panic!("{what}: it hangs"))
         .unwrap();
@@ -798,9 +786,9 @@ async fn wait_in_silence(scope: Scope, busy: bool) {
             drop(guard);
         }
     }
-    proxy.pause(false);
+    proxy.stall(false);
     drop(client);
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left().await;
 }
 
 /// What a role may not see is unknown, not something else.
@@ -854,7 +842,7 @@ async fn a_role_without_privileges_is_told_what_it_may_see_and_nothing_wrong() {
     pool.close();
     let gone = format!("DROP ROLE {role}");
     let dropped = async || scene.observer.batch_execute(&gone).await.is_ok();
-    eventually(SOON, "the role cannot be dropped", dropped).await;
+    eventually_within(CLEANED_UP_WITHIN, "the role cannot be dropped", dropped).await;
 }
 
 /// The server's own limits are shorter than the wait asked for: the wait counts.
@@ -872,7 +860,8 @@ async fn a_wait_is_as_long_as_asked_for_whatever_the_sessions_timeouts_are() {
     let asked = ms(2_000);
     let scopes = SCOPES.iter().zip(529..).map(|(&scope, key)| async move {
         let key = LockKey::from(key);
-        let (_holder, pid) = holder(scene, &key).await;
+        let holder = scene.holder(&key).await;
+        let pid = holder.pid;
         time(asked, &format!("{scope:?}"), async |asked| {
             let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
             assert_eq!(error.blockers()[0].pid(), Some(pid));

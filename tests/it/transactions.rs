@@ -4,7 +4,6 @@
 use std::collections::HashSet;
 use std::error::Error as StdError;
 use std::future::pending;
-use std::io;
 use std::net::Ipv4Addr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -14,98 +13,20 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, SinkExt as _, StreamExt as _, TryStreamExt as _};
-use lockkeeper::deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
-use lockkeeper::tokio_postgres::error::DbError;
+use lockkeeper::deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod};
 use lockkeeper::tokio_postgres::{Config, IsolationLevel, NoTls};
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
-use lockkeeper_testkit::{Database, Server};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use lockkeeper_testkit::{
+    AppError, CLEANED_UP_WITHIN, CapturedLog, Fault, GIVE_UP_AFTER, Proxy, Random, Scene, Server,
+    eventually, eventually_within, poll_times_and_drop, pool_of, raise, signal, sqlstate,
+    until_sleeping,
+};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpListener;
 use tokio::sync::{Barrier, Notify, oneshot};
 
-use crate::common::{Scene, eventually, kept_log, poll_times_and_drop};
-
-const SOON: Duration = Duration::from_secs(10);
-
-/// A user's error.
-#[derive(Debug, thiserror::Error)]
-enum Failed {
-    #[error("database")]
-    Driver(#[from] tokio_postgres::Error),
-    #[error("lockkeeper")]
-    Keeper(#[from] Error),
-    #[error("number {0}")]
-    Mine(u64),
-}
-
-/// A scene with a table `t (id, n)`, rows 1 and 2 at zero, and deadlocks that are found within 100 ms.
-async fn rows(pool_size: usize) -> Scene {
-    let scene = Scene::new(pool_size).await;
-    scene
-        .observer
-        .batch_execute(&format!(
-            "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); INSERT INTO t VALUES (1, 0), (2, 0); \
-             ALTER DATABASE {} SET deadlock_timeout = '100ms'",
-            scene.database.name()
-        ))
-        .await
-        .unwrap();
-    scene
-}
-
-async fn count(scene: &Scene, condition: &str) -> i64 {
-    let sql = format!("SELECT count(*) FROM t WHERE {condition}");
-    scene.observer.query_one(&sql, &[]).await.unwrap().get(0)
-}
-
 async fn ids(scene: &Scene) -> Vec<i32> {
-    let rows = scene.observer.query("SELECT id FROM t ORDER BY id", &[]);
-    rows.await.unwrap().iter().map(|row| row.get(0)).collect()
-}
-
-/// A statement that fails with this SQLSTATE.
-fn raise(code: &str) -> String {
-    format!("DO $$ BEGIN RAISE EXCEPTION 'raised by a test' USING ERRCODE = '{code}'; END $$")
-}
-
-/// The server's error at the end of a chain of sources.
-fn db_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a DbError> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(db) = error.downcast_ref::<DbError>() {
-            return Some(db);
-        }
-        next = error.source();
-    }
-    None
-}
-
-fn code<'a>(error: &'a (dyn StdError + 'static)) -> &'a str {
-    db_error(error).map_or("none", |db| db.code().code())
-}
-
-/// Waits until a backend sleeps in a statement, and does something about it. A plain loop: rustc cannot see that a
-/// future with an async closure in it is `Send` for a transaction's body.
-async fn signal_when_asleep(scene: &Scene, pid: i32, function: &str) {
-    let sql = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep'";
-    let started = Instant::now();
-    loop {
-        let row = scene.observer.query_one(sql, &[&pid]).await.unwrap();
-        if row.get::<_, i64>(0) == 1 {
-            break;
-        }
-        assert!(started.elapsed() < SOON, "the backend does not sleep");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    signal(scene, pid, function).await;
-}
-
-async fn signal(scene: &Scene, pid: i32, function: &str) {
-    scene
-        .observer
-        .execute(&format!("SELECT {function}($1)"), &[&pid])
-        .await
-        .unwrap();
+    scene.column("SELECT id FROM t ORDER BY id").await
 }
 
 // Retries.
@@ -113,7 +34,7 @@ async fn signal(scene: &Scene, pid: i32, function: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn opposite_row_orders_both_finish_and_exactly_one_is_retried() {
     for round in 1..=3_i64 {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let runs = Arc::new(AtomicU32::new(0));
         let pids = Arc::new(Mutex::new(HashSet::new()));
         let met = Arc::new(Barrier::new(2));
@@ -138,7 +59,7 @@ async fn opposite_row_orders_both_finish_and_exactly_one_is_retried() {
                             met.wait().await;
                         }
                         tx.execute(add, &[&second]).await?;
-                        Ok::<_, Failed>(())
+                        Ok::<_, AppError>(())
                     })
                     .await;
                 done.notify_one();
@@ -150,7 +71,7 @@ async fn opposite_row_orders_both_finish_and_exactly_one_is_retried() {
         }
         assert_eq!(runs.load(Ordering::Relaxed), 3, "round {round}");
         assert_eq!(pids.lock().unwrap().len(), 2, "one backend for both");
-        assert_eq!(count(&scene, "n = 2").await, 2);
+        assert_eq!(scene.count("t WHERE n = 2").await, 2);
         scene.nothing_left().await;
     }
 }
@@ -158,7 +79,7 @@ async fn opposite_row_orders_both_finish_and_exactly_one_is_retried() {
 /// Both closures have succeeded when the serialization failure comes, from COMMIT.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_serialization_failure_of_commit_is_retried() {
-    let scene = rows(4).await;
+    let scene = Scene::with_two_rows(4).await;
     scene
         .observer
         .batch_execute("UPDATE t SET n = 1")
@@ -183,7 +104,7 @@ async fn a_serialization_failure_of_commit_is_retried() {
                         met.wait().await;
                     }
                     ended.fetch_add(1, Ordering::Relaxed);
-                    Ok::<_, Failed>(())
+                    Ok::<_, AppError>(())
                 })
                 .await
         })
@@ -193,13 +114,13 @@ async fn a_serialization_failure_of_commit_is_retried() {
     }
     assert_eq!(began.load(Ordering::Relaxed), 3);
     assert_eq!(ended.load(Ordering::Relaxed), 3);
-    assert_eq!(count(&scene, "n > 0").await, 1, "write skew");
+    assert_eq!(scene.count("t WHERE n > 0").await, 1, "write skew");
     scene.nothing_left().await;
 }
 
 #[tokio::test]
 async fn deadlocks_serialization_failures_and_lock_timeouts_are_retried_and_nothing_else() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let pid = scene
         .keeper
         .transaction(async |tx| Ok::<_, Error>(tx.backend_pid()));
@@ -232,7 +153,7 @@ async fn deadlocks_serialization_failures_and_lock_timeouts_are_retried_and_noth
                 }
                 // The rollback before a retry leaves the connection in the pool.
                 assert_eq!(tx.backend_pid(), pid);
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             })
             .await;
         assert_eq!(
@@ -243,17 +164,17 @@ async fn deadlocks_serialization_failures_and_lock_timeouts_are_retried_and_noth
         match answer {
             Ok(()) => {
                 assert!(again, "{raised}");
-                assert_eq!(count(&scene, "id = 10").await, 1);
+                assert_eq!(scene.count("t WHERE id = 10").await, 1);
                 scene
                     .observer
                     .batch_execute("DELETE FROM t WHERE id = 10")
                     .await
                     .unwrap();
             }
-            Err(Failed::Driver(error)) => {
+            Err(AppError::Driver(error)) => {
                 assert!(!again, "{raised}");
-                assert_eq!(code(&error), raised);
-                assert_eq!(count(&scene, "id = 10").await, 0);
+                assert_eq!(sqlstate(&error), raised);
+                assert_eq!(scene.count("t WHERE id = 10").await, 0);
             }
             Err(other) => panic!("{raised}: {other:?}"),
         }
@@ -264,7 +185,7 @@ async fn deadlocks_serialization_failures_and_lock_timeouts_are_retried_and_noth
 /// The same for COMMIT's own errors, by a deferred trigger.
 #[tokio::test]
 async fn errors_of_commit_are_told_apart_too() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .observer
         .batch_execute(
@@ -305,14 +226,14 @@ async fn errors_of_commit_are_told_apart_too() {
         match (answer, kind) {
             (Ok(()), None) => {
                 assert_eq!(runs.load(Ordering::Relaxed), 2, "{raised}");
-                assert_eq!(count(&scene, "id = 10").await, 1, "{raised}");
+                assert_eq!(scene.count("t WHERE id = 10").await, 1, "{raised}");
             }
             (Err(error), Some(kind)) => {
                 assert_eq!(error.kind(), kind, "{raised}");
                 assert_eq!(error.sqlstate().map(|state| state.code()), Some(raised));
                 assert_eq!(error.attempts(), 1);
                 assert_eq!(runs.load(Ordering::Relaxed), 1, "{raised}");
-                assert_eq!(count(&scene, "id = 10").await, 0, "{raised}");
+                assert_eq!(scene.count("t WHERE id = 10").await, 0, "{raised}");
             }
             (answer, _) => panic!("{raised}: {answer:?}"),
         }
@@ -322,24 +243,24 @@ async fn errors_of_commit_are_told_apart_too() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_statement_is_not_retried() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     let runs = AtomicU32::new(0);
     let answer = scene
         .keeper
         .transaction(async |tx| {
             runs.fetch_add(1, Ordering::Relaxed);
             let pid = tx.backend_pid().unwrap();
-            let (slept, ()) = tokio::join!(
-                tx.batch_execute("SELECT pg_sleep(60)"),
-                signal_when_asleep(&scene, pid, "pg_cancel_backend")
-            );
+            let (slept, ()) = tokio::join!(tx.batch_execute("SELECT pg_sleep(60)"), async {
+                until_sleeping(&scene.observer, pid).await;
+                scene.cancel(pid).await;
+            });
             slept?;
             Ok::<_, Error>(())
         })
         .await;
     let error = answer.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Cancelled);
-    assert_eq!(code(&error), "57014");
+    assert_eq!(sqlstate(&error), "57014");
     assert!(!error.is_retryable());
     assert_eq!(runs.load(Ordering::Relaxed), 1);
 
@@ -360,24 +281,24 @@ async fn a_cancelled_statement_is_not_retried() {
 
 #[tokio::test]
 async fn a_closures_own_error_comes_back_as_it_was_and_rolls_back() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU64::new(0);
     let answer = scene
         .keeper
         .transaction(async |tx| {
             tx.execute("INSERT INTO t VALUES (10, 0)", &[]).await?;
-            Err::<(), _>(Failed::Mine(7 + runs.fetch_add(1, Ordering::Relaxed)))
+            Err::<(), _>(AppError::Own(7 + runs.fetch_add(1, Ordering::Relaxed)))
         })
         .await;
-    assert!(matches!(answer, Err(Failed::Mine(7))), "{answer:?}");
+    assert!(matches!(answer, Err(AppError::Own(7))), "{answer:?}");
     let answer = scene
         .keeper
         .with_advisory_lock("own", async |tx| {
             tx.execute("INSERT INTO t VALUES (10, 0)", &[]).await?;
-            Err::<(), _>(Failed::Mine(8))
+            Err::<(), _>(AppError::Own(8))
         })
         .await;
-    assert!(matches!(answer, Err(Failed::Mine(8))), "{answer:?}");
+    assert!(matches!(answer, Err(AppError::Own(8))), "{answer:?}");
     assert_eq!(runs.load(Ordering::Relaxed), 1);
     assert_eq!(ids(&scene).await, [1, 2]);
 
@@ -436,7 +357,7 @@ where
 async fn a_retryable_failure_is_recognized_whatever_the_error_type() {
     let scene = Scene::new(1).await;
     assert_eq!(fails_once::<Error>(&scene.keeper).await, 2);
-    assert_eq!(fails_once::<Failed>(&scene.keeper).await, 2);
+    assert_eq!(fails_once::<AppError>(&scene.keeper).await, 2);
     assert_eq!(fails_once::<Text>(&scene.keeper).await, 2);
     assert_eq!(fails_once::<Nothing>(&scene.keeper).await, 2);
     assert_eq!(fails_once::<anyhow::Error>(&scene.keeper).await, 2);
@@ -457,7 +378,7 @@ async fn a_retryable_failure_is_recognized_whatever_the_error_type() {
 /// forgotten it does not.
 #[tokio::test]
 async fn a_failure_that_was_dealt_with_is_not_a_reason_to_retry() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     let answer = scene
         .keeper
@@ -466,14 +387,14 @@ async fn a_failure_that_was_dealt_with_is_not_a_reason_to_retry() {
             drop(tx.batch_execute(&raise("40001")).await);
             // 25P02 is not what happened.
             drop(tx.batch_execute("SELECT 1").await);
-            Err::<(), _>(Failed::Mine(1))
+            Err::<(), _>(AppError::Own(1))
         })
         .await;
-    let Err(Failed::Keeper(error)) = answer else {
+    let Err(AppError::Keeper(error)) = answer else {
         panic!("{answer:?}")
     };
     assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
-    assert_eq!(code(&error), "40001");
+    assert_eq!(sqlstate(&error), "40001");
     assert_eq!(runs.swap(0, Ordering::Relaxed), 3);
 
     let answer = scene
@@ -483,17 +404,17 @@ async fn a_failure_that_was_dealt_with_is_not_a_reason_to_retry() {
             tx.batch_execute("SAVEPOINT mine").await?;
             drop(tx.batch_execute(&raise("40001")).await);
             tx.batch_execute("ROLLBACK TO SAVEPOINT mine").await?;
-            Err::<(), _>(Failed::Mine(2))
+            Err::<(), _>(AppError::Own(2))
         })
         .await;
-    assert!(matches!(answer, Err(Failed::Mine(2))), "{answer:?}");
+    assert!(matches!(answer, Err(AppError::Own(2))), "{answer:?}");
     assert_eq!(runs.load(Ordering::Relaxed), 1);
     scene.nothing_left().await;
 }
 
 #[tokio::test]
 async fn when_attempts_are_exhausted_the_last_real_error_is_the_source() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     for attempts in [2, 4] {
         let runs = AtomicU32::new(0);
         let error = scene
@@ -512,13 +433,13 @@ async fn when_attempts_are_exhausted_the_last_real_error_is_the_source() {
         assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
         assert_eq!(error.attempts(), attempts);
         assert_eq!(error.sqlstate().map(|state| state.code()), Some("40P01"));
-        assert_eq!(code(error.source().unwrap()), "40P01");
+        assert_eq!(sqlstate(error.source().unwrap()), "40P01");
         assert!(!error.is_retryable());
         let text = error.to_string();
         assert!(text.contains(&format!("{attempts} attempts")), "{text}");
         assert!(text.contains("40P01"), "{text}");
         assert!(!text.contains('\n'), "{text}");
-        assert_eq!(count(&scene, "id = 10").await, 0);
+        assert_eq!(scene.count("t WHERE id = 10").await, 0);
     }
 
     // From COMMIT, the same; its error is one of this crate, with the server's behind it.
@@ -542,13 +463,13 @@ async fn when_attempts_are_exhausted_the_last_real_error_is_the_source() {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
     assert_eq!(error.attempts(), 2);
-    assert_eq!(code(&error), "40001");
+    assert_eq!(sqlstate(&error), "40001");
     scene.nothing_left().await;
 }
 
 #[tokio::test]
 async fn one_attempt_gives_the_error_itself() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     let once = TransactionOptions::new().attempts(1);
     let answer = scene
@@ -556,13 +477,13 @@ async fn one_attempt_gives_the_error_itself() {
         .transaction_with(once, async |tx| {
             runs.fetch_add(1, Ordering::Relaxed);
             tx.batch_execute(&raise("40001")).await?;
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await;
-    let Err(Failed::Driver(error)) = answer else {
+    let Err(AppError::Driver(error)) = answer else {
         panic!("{answer:?}")
     };
-    assert_eq!(code(&error), "40001");
+    assert_eq!(sqlstate(&error), "40001");
     assert_eq!(runs.load(Ordering::Relaxed), 1);
     scene.nothing_left().await;
 }
@@ -575,7 +496,7 @@ async fn no_attempt_begins_after_the_deadline() {
         Ok::<_, Error>(())
     };
     // The time counts from before the connection is there.
-    scene.pool_is_whole_within(SOON).await;
+    scene.pool_is_whole_within(GIVE_UP_AFTER).await;
     let started = Instant::now();
     let options = TransactionOptions::new()
         .attempts(u32::MAX)
@@ -622,7 +543,7 @@ async fn a_storm_of_failures_runs_out_of_its_retry_budget() {
     let mut out_of_budget = 0;
     for task in tasks {
         let error = task.await.unwrap().unwrap_err();
-        assert_eq!(code(&error), "40001");
+        assert_eq!(sqlstate(&error), "40001");
         out_of_budget += u32::from(error.to_string().contains("budget"));
     }
     assert_eq!(runs.load(Ordering::Relaxed), 150);
@@ -679,7 +600,7 @@ async fn timeouts_of_any_length_are_set() {
 
 #[tokio::test]
 async fn isolation_and_access_mode_are_what_was_asked_for() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     for (level, shown) in [
         (IsolationLevel::ReadCommitted, "read committed"),
         (IsolationLevel::RepeatableRead, "repeatable read"),
@@ -704,7 +625,7 @@ async fn isolation_and_access_mode_are_what_was_asked_for() {
                 Ok::<_, Error>(())
             })
             .await;
-        assert_eq!(code(&answer.unwrap_err()), "25006");
+        assert_eq!(sqlstate(&answer.unwrap_err()), "25006");
     }
     assert_eq!(scene.show("transaction_isolation").await, "read committed");
     assert_eq!(scene.show("transaction_read_only").await, "off");
@@ -716,7 +637,7 @@ async fn isolation_and_access_mode_are_what_was_asked_for() {
 /// Every way to lose an error, then `Ok`: the caller hears of it, and nothing is committed.
 #[tokio::test]
 async fn a_swallowed_error_is_never_a_silent_rollback() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     for way in [
         "execute",
         "query_one",
@@ -774,7 +695,7 @@ async fn a_swallowed_error_is_never_a_silent_rollback() {
         assert_eq!(ids(&scene).await, [1, 2], "{way}");
         assert!(!error.is_retryable());
         if ["execute", "query_one", "batch", "prepared"].contains(&way) {
-            assert_eq!(code(&error), "22012", "{way}: {error:?}");
+            assert_eq!(sqlstate(&error), "22012", "{way}: {error:?}");
         }
         scene.nothing_left().await;
     }
@@ -787,14 +708,17 @@ async fn a_swallowed_error_is_never_a_silent_rollback() {
         .unwrap();
     drop(guard.execute("SELECT 1/0", &[]).await);
     let error = guard.commit().await.unwrap_err();
-    assert_eq!((error.kind(), code(&error)), (ErrorKind::Database, "22012"));
+    assert_eq!(
+        (error.kind(), sqlstate(&error)),
+        (ErrorKind::Database, "22012")
+    );
     assert_eq!(ids(&scene).await, [1, 2]);
     scene.nothing_left().await;
 }
 
 #[tokio::test]
 async fn a_swallowed_retryable_failure_is_retried() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     scene
         .keeper
@@ -805,7 +729,7 @@ async fn a_swallowed_retryable_failure_is_retried() {
                 drop(tx.batch_execute(&raise("40P01")).await);
                 drop(tx.batch_execute("SELECT 1").await);
             }
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await
         .unwrap();
@@ -817,7 +741,7 @@ async fn a_swallowed_retryable_failure_is_retried() {
 /// A mistake of the driver's user, which the server never saw, fails nothing.
 #[tokio::test]
 async fn an_error_the_server_never_saw_does_not_fail_the_transaction() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .keeper
         .transaction(async |tx| {
@@ -825,7 +749,7 @@ async fn an_error_the_server_never_saw_does_not_fail_the_transaction() {
             assert!(tx.query_one("SELECT id FROM t", &[]).await.is_err());
             assert!(tx.execute("SELECT $1::int", &[&"text"]).await.is_err());
             assert!(tx.batch_execute("SELECT '\0'").await.is_err());
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await
         .unwrap();
@@ -834,131 +758,6 @@ async fn an_error_the_server_never_saw_does_not_fail_the_transaction() {
 }
 
 // Connections that are cut.
-
-/// What a proxy does about a COMMIT that goes through it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OnCommit {
-    Pass,
-    /// The server never gets it: the connection is cut instead.
-    LoseRequest,
-    /// The server gets it; its answer is kept back, and the connection cut.
-    LoseReply,
-    /// The answer goes through, and then the connection is cut.
-    CutAfterReply,
-}
-
-/// A TCP proxy before the server.
-struct Proxy {
-    port: u16,
-    on_commit: Arc<Mutex<OnCommit>>,
-    /// Connections older than this are dead, which shows when something is sent on them.
-    generation: Arc<AtomicU32>,
-}
-
-impl Proxy {
-    async fn start(server: &Server) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let target = (server.host(), server.port());
-        let on_commit = Arc::new(Mutex::new(OnCommit::Pass));
-        let generation = Arc::new(AtomicU32::new(0));
-        let (mode, age) = (Arc::clone(&on_commit), Arc::clone(&generation));
-        tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                let server = TcpStream::connect(target.clone()).await.unwrap();
-                let (mode, age) = (Arc::clone(&mode), Arc::clone(&age));
-                let born = age.load(Ordering::Relaxed);
-                // An error is the end of one side, and so of the other.
-                tokio::spawn(async move {
-                    let alive = || age.load(Ordering::Relaxed) == born;
-                    drop(forward(client, server, &mode, alive).await);
-                });
-            }
-        });
-        Self {
-            port,
-            on_commit,
-            generation,
-        }
-    }
-
-    fn on_commit(&self, what: OnCommit) {
-        *self.on_commit.lock().unwrap() = what;
-    }
-
-    /// From now on the connections there are answer nothing but with their end.
-    fn age(&self) {
-        self.generation.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn pool(&self, database: &Database, size: usize) -> Pool {
-        let direct = database.config();
-        let mut config = Config::new();
-        config
-            .host("127.0.0.1")
-            .port(self.port)
-            .dbname(database.name());
-        if let Some(user) = direct.get_user() {
-            config.user(user);
-        }
-        if let Some(password) = direct.get_password() {
-            config.password(password);
-        }
-        pool(config, size)
-    }
-}
-
-async fn forward(
-    mut client: TcpStream,
-    mut server: TcpStream,
-    mode: &Mutex<OnCommit>,
-    alive: impl Fn() -> bool,
-) -> io::Result<()> {
-    let (mut up, mut down) = (vec![0; 65536], vec![0; 65536]);
-    let mut committing = OnCommit::Pass;
-    loop {
-        tokio::select! {
-            n = client.read(&mut up) => {
-                let sent = &up[..n?];
-                if sent.is_empty() || !alive() {
-                    return Ok(());
-                }
-                if sent.windows(6).any(|window| window == b"COMMIT") {
-                    committing = *mode.lock().unwrap();
-                }
-                if committing == OnCommit::LoseRequest {
-                    return Ok(());
-                }
-                server.write_all(sent).await?;
-            }
-            n = server.read(&mut down) => {
-                let answered = &down[..n?];
-                // Not the answer to something before it, such as the driver's farewell to a prepared statement.
-                let commits = answered.windows(7).any(|window| window == b"COMMIT\0");
-                if answered.is_empty() || commits && committing == OnCommit::LoseReply {
-                    return Ok(());
-                }
-                client.write_all(answered).await?;
-                if commits && committing == OnCommit::CutAfterReply {
-                    return Ok(());
-                }
-            }
-        }
-    }
-}
-
-fn pool(config: Config, size: usize) -> Pool {
-    pool_with(config, size, RecyclingMethod::Fast)
-}
-
-fn pool_with(config: Config, size: usize, recycling_method: RecyclingMethod) -> Pool {
-    let recycling = ManagerConfig { recycling_method };
-    Pool::builder(Manager::from_config(config, NoTls, recycling))
-        .max_size(size)
-        .runtime(Runtime::Tokio1)
-        .build()
-        .unwrap()
-}
 
 /// An answer about one insert must agree with the table: never applied twice, and where it is certain, right.
 fn agrees(answer: &Result<(), Error>, applied: i64, what: &str) {
@@ -975,7 +774,7 @@ fn agrees(answer: &Result<(), Error>, applied: i64, what: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cut_before_commit_nothing_is_applied() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     scene
         .observer
         .batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
@@ -987,7 +786,7 @@ async fn cut_before_commit_nothing_is_applied() {
             runs.fetch_add(1, Ordering::Relaxed);
             tx.execute("INSERT INTO t VALUES (10, 0)", &[]).await?;
             let pid = tx.backend_pid().unwrap();
-            signal(&scene, pid, "pg_terminate_backend").await;
+            scene.terminate(pid).await;
             match way {
                 "statement" => {
                     tx.execute("SELECT 1", &[]).await?;
@@ -1007,7 +806,7 @@ async fn cut_before_commit_nothing_is_applied() {
         } else {
             scene.keeper.transaction(body).await
         };
-        let applied = count(&scene, "id = 10").await;
+        let applied = scene.count("t WHERE id = 10").await;
         agrees(&answer, applied, way);
         assert_eq!(applied, 0, "{way}");
         let error = answer.unwrap_err();
@@ -1025,7 +824,7 @@ async fn cut_before_commit_nothing_is_applied() {
 /// The server's own cut of a transaction that idles for too long.
 #[tokio::test]
 async fn a_transaction_that_idles_for_too_long_is_lost_before_commit() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     let idle = TransactionOptions::new().idle_timeout(Duration::from_millis(30));
     let answer = scene
@@ -1048,7 +847,7 @@ async fn a_transaction_that_idles_for_too_long_is_lost_before_commit() {
 /// A side connection that is refused, or that nobody answers: all goes on without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_side_connection_that_cannot_be_opened_is_no_matter() {
-    let scene = rows(4).await;
+    let scene = Scene::with_two_rows(4).await;
     let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let refused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let ports = [&silent, &refused].map(|listener| listener.local_addr().unwrap().port());
@@ -1076,13 +875,13 @@ async fn a_side_connection_that_cannot_be_opened_is_no_matter() {
             }
         });
         let waits = async || !scene.waiters("k").await.is_empty();
-        eventually(SOON, "nobody waits", waits).await;
+        eventually("nobody waits", waits).await;
         waiter.abort();
         drop(waiter.await);
         let gone = async || scene.waiters("k").await.is_empty();
-        eventually(Duration::from_secs(8), "the waiter is left", gone).await;
+        eventually_within(CLEANED_UP_WITHIN, "the waiter is left", gone).await;
         guard.commit().await.unwrap();
-        assert!(started.elapsed() < SOON);
+        assert!(started.elapsed() < GIVE_UP_AFTER);
         scene.nothing_left().await;
     }
     drop(silent);
@@ -1090,20 +889,27 @@ async fn a_side_connection_that_cannot_be_opened_is_no_matter() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cut_during_commit_it_is_never_applied_twice() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .observer
         .batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
         .await
         .unwrap();
-    let proxy = Proxy::start(scene.database.server()).await;
-    let keeper = Keeper::new(proxy.pool(&scene.database, 2));
-    for (mode, applied) in [
-        (OnCommit::LoseRequest, 0),
-        (OnCommit::LoseReply, 1),
-        (OnCommit::CutAfterReply, 1),
-        (OnCommit::Pass, 1),
+    let proxy = Proxy::before(scene.database.server());
+    let keeper = Keeper::new(proxy.pool(&scene.database.config(), 2));
+    for (fault, applied) in [
+        (Some(Fault::CutBefore), 0),
+        (Some(Fault::Reset), 0),
+        (Some(Fault::CutDuring), 1),
+        (Some(Fault::CutAnswer), 1),
+        (Some(Fault::CutAfter), 1),
+        (None, 1),
     ] {
+        let cut_commit = || {
+            if let Some(fault) = fault {
+                proxy.fault("COMMIT", fault);
+            }
+        };
         for way in ["transaction", "lock", "guard"] {
             scene
                 .observer
@@ -1114,7 +920,7 @@ async fn cut_during_commit_it_is_never_applied_twice() {
             let body = async |tx: &mut Tx| {
                 runs.fetch_add(1, Ordering::Relaxed);
                 tx.execute("INSERT INTO t VALUES (10, 0)", &[]).await?;
-                proxy.on_commit(mode);
+                cut_commit();
                 Ok::<_, Error>(())
             };
             let answer = match way {
@@ -1127,28 +933,20 @@ async fn cut_during_commit_it_is_never_applied_twice() {
                         .await
                         .unwrap();
                     runs.fetch_add(1, Ordering::Relaxed);
-                    proxy.on_commit(mode);
+                    cut_commit();
                     guard.commit().await
                 }
             };
-            proxy.on_commit(OnCommit::Pass);
-            eventually(SOON, "the cut transaction is open still", async || {
-                let open = scene.observer.query_one(
-                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
-                     AND pid <> pg_backend_pid() AND xact_start IS NOT NULL AND backend_type = 'client backend'",
-                    &[],
-                );
-                open.await.unwrap().get::<_, i64>(0) == 0
-            })
-            .await;
-            let what = format!("{mode:?} {way}");
-            assert_eq!(count(&scene, "id = 10").await, applied, "{what}");
+            scene.until_no_transaction().await;
+            let what = format!("{fault:?} {way}");
+            assert_eq!(proxy.faults_left(), 0, "{what}");
+            assert_eq!(scene.count("t WHERE id = 10").await, applied, "{what}");
             agrees(&answer, applied, &what);
             assert_eq!(runs.load(Ordering::Relaxed), 1, "{what}");
             match &answer {
                 Err(error) => {
                     assert!(!error.is_retryable() || applied == 0, "{what}");
-                    let certain = matches!(mode, OnCommit::Pass | OnCommit::CutAfterReply);
+                    let certain = matches!(fault, None | Some(Fault::CutAfter));
                     assert!(!certain, "{what}: {error:?}");
                     if way != "transaction" {
                         assert_eq!(error.key().unwrap().name(), Some("cut"), "{what}");
@@ -1174,7 +972,7 @@ async fn cut_during_commit_it_is_never_applied_twice() {
 /// COMMIT is held up by a deferred trigger, and its backend terminated, or the COMMIT cancelled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backend_that_ends_during_commit_has_not_committed() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     scene
         .observer
         .batch_execute(
@@ -1200,9 +998,10 @@ async fn a_backend_that_ends_during_commit_has_not_committed() {
             }),
             async {
                 let known = async || pid.lock().unwrap().is_some();
-                eventually(SOON, "the transaction does not begin", known).await;
+                eventually("the transaction does not begin", known).await;
                 let pid = pid.lock().unwrap().unwrap();
-                signal_when_asleep(&scene, pid, function).await;
+                until_sleeping(&scene.observer, pid).await;
+                signal(&scene.observer, function, pid).await;
             }
         );
         let error = answer.unwrap_err();
@@ -1210,7 +1009,7 @@ async fn a_backend_that_ends_during_commit_has_not_committed() {
         let known = function == "pg_terminate_backend" && error.kind() == ErrorKind::ConnectionLost;
         assert!(error.kind() == kind || known, "{function}: {error:?}");
         assert_eq!(runs.load(Ordering::Relaxed), 1);
-        assert_eq!(count(&scene, "id = 10").await, 0);
+        assert_eq!(scene.count("t WHERE id = 10").await, 0);
         scene.nothing_left().await;
     }
 }
@@ -1218,7 +1017,7 @@ async fn a_backend_that_ends_during_commit_has_not_committed() {
 /// Dropped while COMMIT waits for its answer: it goes on, and the connection comes back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_is_dropped_goes_on() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .observer
         .batch_execute(
@@ -1241,8 +1040,8 @@ async fn a_commit_that_is_dropped_goes_on() {
         tokio::task::yield_now().await;
     }
     drop(transaction);
-    eventually(SOON, "the dropped COMMIT was lost", async || {
-        count(&scene, "id = 10").await == 1
+    eventually("the dropped COMMIT was lost", async || {
+        scene.count("t WHERE id = 10").await == 1
     })
     .await;
     scene.nothing_left().await;
@@ -1250,16 +1049,10 @@ async fn a_commit_that_is_dropped_goes_on() {
 
 // Call sites.
 
-async fn name_of(scene: &Scene, pid: Option<i32>) -> String {
-    let sql = "SELECT application_name FROM pg_stat_activity WHERE pid = $1";
-    let row = scene.observer.query_one(sql, &[&pid.unwrap()]).await;
-    row.unwrap().get(0)
-}
-
 /// What the server shows during the body of a transaction, and the line that asked for it.
 async fn shown(scene: &Scene, keeper: &Keeper) -> (String, Option<u32>) {
     let body = async |tx: &mut Tx| {
-        let name = name_of(scene, tx.backend_pid()).await;
+        let name = scene.application_name(tx.backend_pid().unwrap()).await;
         if let Some(site) = tx.call_site() {
             assert_eq!(site.file(), file!());
         }
@@ -1345,10 +1138,10 @@ async fn application_name_is_the_prefix_and_the_call_site_during_the_body() {
 /// The connection's own name is back after each way a transaction can end.
 #[tokio::test]
 async fn application_name_is_restored_after_every_end() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let mut config = scene.database.config();
     config.application_name("mine");
-    let own = pool(config, 1);
+    let own = pool_of(config, 1);
     let keeper = Keeper::builder(own.clone()).application("keeper").build();
     let shown = async || {
         let object = own.get().await.unwrap();
@@ -1364,10 +1157,10 @@ async fn application_name_is_restored_after_every_end() {
     for end in ["commit", "error", "failure", "retry", "drop", "savepoint"] {
         let runs = AtomicU32::new(0);
         let body = async |tx: &mut Tx| {
-            let name = name_of(&scene, tx.backend_pid()).await;
+            let name = scene.application_name(tx.backend_pid().unwrap()).await;
             assert!(name.starts_with("keeper tests/"), "{name}");
             match end {
-                "error" => return Err(Failed::Mine(1)),
+                "error" => return Err(AppError::Own(1)),
                 "failure" => tx.batch_execute("SELECT 1/0").await?,
                 "retry" if runs.fetch_add(1, Ordering::Relaxed) == 0 => {
                     tx.batch_execute(&raise("40001")).await?;
@@ -1376,10 +1169,13 @@ async fn application_name_is_restored_after_every_end() {
                 "savepoint" => {
                     let inner = tx.savepoint(async |tx| {
                         tx.batch_execute("SELECT 1/0").await?;
-                        Ok::<_, Failed>(())
+                        Ok::<_, AppError>(())
                     });
                     assert!(inner.await.is_err());
-                    assert_eq!(name_of(&scene, tx.backend_pid()).await, name);
+                    assert_eq!(
+                        scene.application_name(tx.backend_pid().unwrap()).await,
+                        name
+                    );
                 }
                 _ => {}
             }
@@ -1389,7 +1185,7 @@ async fn application_name_is_restored_after_every_end() {
         let within = if end == "drop" {
             Duration::from_millis(200)
         } else {
-            SOON
+            GIVE_UP_AFTER
         };
         drop(tokio::time::timeout(within, transaction).await);
         assert_eq!(shown().await, (pid, "mine".to_owned()), "{end}");
@@ -1412,14 +1208,14 @@ async fn a_keeper_without_call_sites_tells_none() {
 
 // Savepoints.
 
-async fn insert(tx: &Tx, id: i32) -> Result<(), Failed> {
+async fn insert(tx: &Tx, id: i32) -> Result<(), AppError> {
     tx.execute("INSERT INTO t VALUES ($1, 0)", &[&id]).await?;
     Ok(())
 }
 
 #[tokio::test]
 async fn a_failing_savepoint_leaves_what_is_around_it() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .keeper
         .transaction(async |tx| {
@@ -1430,16 +1226,16 @@ async fn a_failing_savepoint_leaves_what_is_around_it() {
                     let kept = tx
                         .savepoint(async |tx| {
                             insert(tx, 12).await?;
-                            Ok::<_, Failed>(12)
+                            Ok::<_, AppError>(12)
                         })
                         .await?;
                     assert_eq!(kept, 12);
                     // A failure of the server.
                     insert(tx, 1).await?;
-                    Ok::<_, Failed>(())
+                    Ok::<_, AppError>(())
                 })
                 .await;
-            assert!(matches!(failed, Err(Failed::Driver(_))), "{failed:?}");
+            assert!(matches!(failed, Err(AppError::Driver(_))), "{failed:?}");
             // One of the closure's own.
             let failed = tx
                 .savepoint(async |tx| {
@@ -1447,12 +1243,12 @@ async fn a_failing_savepoint_leaves_what_is_around_it() {
                     let inner = tx
                         .savepoint(async |tx| {
                             insert(tx, 14).await?;
-                            Err::<(), _>(Failed::Mine(14))
+                            Err::<(), _>(AppError::Own(14))
                         })
                         .await;
-                    assert!(matches!(inner, Err(Failed::Mine(14))));
+                    assert!(matches!(inner, Err(AppError::Own(14))));
                     insert(tx, 15).await?;
-                    Ok::<_, Failed>(())
+                    Ok::<_, AppError>(())
                 })
                 .await;
             assert!(failed.is_ok());
@@ -1461,15 +1257,15 @@ async fn a_failing_savepoint_leaves_what_is_around_it() {
                 .savepoint(async |tx| {
                     insert(tx, 16).await?;
                     drop(insert(tx, 1).await);
-                    Ok::<_, Failed>(())
+                    Ok::<_, AppError>(())
                 })
                 .await;
-            let Err(Failed::Keeper(error)) = failed else {
+            let Err(AppError::Keeper(error)) = failed else {
                 panic!("{failed:?}")
             };
             assert_eq!(error.kind(), ErrorKind::Database);
             insert(tx, 17).await?;
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await
         .unwrap();
@@ -1480,14 +1276,14 @@ async fn a_failing_savepoint_leaves_what_is_around_it() {
 #[tokio::test]
 async fn savepoints_nest_deeply_and_roll_back_at_any_depth() {
     /// Inserts its depth, goes deeper, and fails where it is told to.
-    fn nest(tx: &mut Tx, depth: i32, fails: i32) -> BoxFuture<'_, Result<(), Failed>> {
+    fn nest(tx: &mut Tx, depth: i32, fails: i32) -> BoxFuture<'_, Result<(), AppError>> {
         Box::pin(async move {
             insert(tx, 100 + depth).await?;
             if depth < 5 {
                 let inner = tx.savepoint(async move |tx| {
                     nest(tx, depth + 1, fails).await?;
                     if depth + 1 == fails {
-                        return Err(Failed::Mine(0));
+                        return Err(AppError::Own(0));
                     }
                     Ok(())
                 });
@@ -1498,7 +1294,7 @@ async fn savepoints_nest_deeply_and_roll_back_at_any_depth() {
         })
     }
     for fails in 0..=5 {
-        let scene = rows(1).await;
+        let scene = Scene::with_two_rows(1).await;
         scene
             .keeper
             .transaction(async |tx| nest(tx, 0, fails).await)
@@ -1513,7 +1309,7 @@ async fn savepoints_nest_deeply_and_roll_back_at_any_depth() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadlock_inside_a_savepoint_retries_the_whole() {
-    let scene = rows(4).await;
+    let scene = Scene::with_two_rows(4).await;
     let runs = Arc::new(AtomicU32::new(0));
     let met = Arc::new(Barrier::new(2));
     let survivor = Arc::new(Notify::new());
@@ -1552,14 +1348,14 @@ async fn a_deadlock_inside_a_savepoint_retries_the_whole() {
         task.await.unwrap().unwrap();
     }
     assert_eq!(runs.load(Ordering::Relaxed), 3);
-    assert_eq!(count(&scene, "n = 2").await, 2);
+    assert_eq!(scene.count("t WHERE n = 2").await, 2);
     scene.nothing_left().await;
 }
 
 /// However far it got: dropped, all of it is undone and the transaction goes on.
 #[tokio::test]
 async fn a_savepoint_dropped_in_the_middle_is_rolled_back() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let mut finished = false;
     let mut polls = 0;
     while !finished {
@@ -1576,14 +1372,14 @@ async fn a_savepoint_dropped_in_the_middle_is_rolled_back() {
                     insert(tx, 11).await?;
                     tx.savepoint(async |tx| insert(tx, 12).await).await?;
                     drop(insert(tx, 1).await);
-                    Err::<(), _>(Failed::Mine(1))
+                    Err::<(), _>(AppError::Own(1))
                 });
                 let result = poll_times_and_drop(inner, polls).await;
                 assert!(!matches!(result, Some(Ok(()))));
                 insert(tx, 13).await?;
                 let kept = tx.savepoint(async |tx| insert(tx, 14).await);
                 kept.await?;
-                Ok::<_, Failed>(result.is_some())
+                Ok::<_, AppError>(result.is_some())
             })
             .await
             .unwrap();
@@ -1600,7 +1396,7 @@ async fn a_savepoint_dropped_in_the_middle_is_rolled_back() {
             let slow = tx.savepoint(async |tx| {
                 insert(tx, 20).await?;
                 tx.batch_execute("SELECT pg_sleep(0.3)").await?;
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             });
             let slow = tokio::time::timeout(Duration::from_millis(100), slow);
             assert!(slow.await.is_err());
@@ -1610,11 +1406,11 @@ async fn a_savepoint_dropped_in_the_middle_is_rolled_back() {
                 if tx.call_site().is_some() {
                     panic!("on purpose");
                 }
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             });
             assert!(AssertUnwindSafe(panics).catch_unwind().await.is_err());
             insert(tx, 23).await?;
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await
         .unwrap();
@@ -1624,7 +1420,7 @@ async fn a_savepoint_dropped_in_the_middle_is_rolled_back() {
 
 #[tokio::test]
 async fn a_lock_taken_inside_a_savepoint_ends_with_its_rollback() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     scene
         .keeper
         .with_advisory_lock("outer", async |tx| {
@@ -1632,7 +1428,7 @@ async fn a_lock_taken_inside_a_savepoint_ends_with_its_rollback() {
                 .savepoint(async |tx| {
                     tx.advisory_lock("inner").await?;
                     assert_eq!(tx.held_keys().count(), 2);
-                    Err::<(), _>(Failed::Mine(1))
+                    Err::<(), _>(AppError::Own(1))
                 })
                 .await;
             assert!(failed.is_err());
@@ -1643,12 +1439,12 @@ async fn a_lock_taken_inside_a_savepoint_ends_with_its_rollback() {
             assert!(scene.is_held("inner").await);
             let kept = tx.savepoint(async |tx| {
                 tx.advisory_lock("kept").await?;
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             });
             kept.await?;
             assert_eq!(tx.held_keys().count(), 3);
             assert!(scene.is_held("kept").await);
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await
         .unwrap();
@@ -1657,7 +1453,7 @@ async fn a_lock_taken_inside_a_savepoint_ends_with_its_rollback() {
 
 #[tokio::test]
 async fn a_savepoint_in_a_failed_transaction_is_an_error() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let answer = scene
         .keeper
         .transaction(async |tx| {
@@ -1671,13 +1467,13 @@ async fn a_savepoint_in_a_failed_transaction_is_an_error() {
                 })
                 .await;
             assert!(inner.is_err() && !ran.into_inner());
-            Ok::<_, Failed>(())
+            Ok::<_, AppError>(())
         })
         .await;
-    let Err(Failed::Keeper(error)) = answer else {
+    let Err(AppError::Keeper(error)) = answer else {
         panic!("{answer:?}")
     };
-    assert_eq!(code(&error), "22012");
+    assert_eq!(sqlstate(&error), "22012");
     assert_eq!(ids(&scene).await, [1, 2]);
     scene.nothing_left().await;
 }
@@ -1714,42 +1510,29 @@ enum End {
     Dropped,
 }
 
-/// Random numbers that are the same each time.
-struct Random(u64);
+fn random_way(random: &mut Random) -> Way {
+    random.one_of(&[Way::Watched, Way::Batch, Way::Bare, Way::Dropped])
+}
 
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % n
+fn random_steps(random: &mut Random, depth: u32, next_id: &mut i32) -> Vec<Step> {
+    let count = 1 + random.below(4);
+    let mut steps = Vec::new();
+    for _ in 0..count {
+        steps.push(match random.below(10) {
+            0..5 => {
+                *next_id += 1;
+                Step::Insert(*next_id, random_way(random))
+            }
+            5 => Step::Fail(random_way(random)),
+            6 => Step::Mistake,
+            _ if depth < 3 => {
+                let inner = random_steps(random, depth + 1, next_id);
+                Step::Savepoint(inner, random.one_of(&[End::Ok, End::Err, End::Dropped]))
+            }
+            _ => Step::Mistake,
+        });
     }
-
-    fn way(&mut self) -> Way {
-        [Way::Watched, Way::Batch, Way::Bare, Way::Dropped][usize::try_from(self.below(4)).unwrap()]
-    }
-
-    fn steps(&mut self, depth: u32, next_id: &mut i32) -> Vec<Step> {
-        let count = 1 + self.below(4);
-        let mut steps = Vec::new();
-        for _ in 0..count {
-            steps.push(match self.below(10) {
-                0..5 => {
-                    *next_id += 1;
-                    Step::Insert(*next_id, self.way())
-                }
-                5 => Step::Fail(self.way()),
-                6 => Step::Mistake,
-                _ if depth < 3 => {
-                    let inner = self.steps(depth + 1, next_id);
-                    let end = [End::Ok, End::Err, End::Dropped];
-                    Step::Savepoint(inner, end[usize::try_from(self.below(3)).unwrap()])
-                }
-                _ => Step::Mistake,
-            });
-        }
-        steps
-    }
+    steps
 }
 
 /// What a transaction comes to: its rows, and whether it has failed.
@@ -1805,7 +1588,7 @@ fn act<'a>(tx: &'a mut Tx, steps: &'a [Step]) -> BoxFuture<'a, ()> {
                         act(tx, inner).await;
                         match end {
                             End::Ok => Ok(()),
-                            End::Err => Err(Failed::Mine(0)),
+                            End::Err => Err(AppError::Own(0)),
                             End::Dropped => {
                                 assert!(done.send(()).is_ok());
                                 pending().await
@@ -1825,7 +1608,7 @@ fn act<'a>(tx: &'a mut Tx, steps: &'a [Step]) -> BoxFuture<'a, ()> {
 /// Whatever a body does and however it hides it: `Ok` means that all of it is there, an error that none of it is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outcome_is_what_the_table_says_whatever_the_body_does() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     let mut failures = 0;
     for seed in 1..=150_u64 {
         scene
@@ -1833,7 +1616,7 @@ async fn an_outcome_is_what_the_table_says_whatever_the_body_does() {
             .batch_execute("DELETE FROM t WHERE id > 2")
             .await
             .unwrap();
-        let steps = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)).steps(0, &mut 10);
+        let steps = random_steps(&mut Random::new(seed), 0, &mut 10);
         let mut model = Model::default();
         model.run(&steps);
         let body = async |tx: &mut Tx| {
@@ -1944,8 +1727,12 @@ const DIRT: [&str; 5] = [
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_of_ours_runs_in_a_transaction_that_others_left_open() {
-    let scene = rows(2).await;
-    let clean = pool_with(scene.database.config(), 2, RecyclingMethod::Clean);
+    let scene = Scene::with_two_rows(2).await;
+    let clean = ManagerConfig {
+        recycling_method: RecyclingMethod::Clean,
+    };
+    let clean = Manager::from_config(scene.database.config(), NoTls, clean);
+    let clean = Pool::builder(clean).max_size(2).build().unwrap();
     let pools = [(&scene.pool, &DIRT[..]), (&clean, &DIRT[..1])];
     let mut wrong = Vec::new();
     for (pool, dirts) in pools {
@@ -2026,14 +1813,14 @@ async fn a_dirty_connection_does_not_make_a_free_lock_busy() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_died_in_the_pool_are_not_an_error() {
-    let scene = rows(12).await;
+    let scene = Scene::with_two_rows(12).await;
     for how in CALLS {
         scene
             .observer
             .batch_execute("DELETE FROM t WHERE id > 2")
             .await
             .unwrap();
-        scene.pool_is_whole_within(SOON).await;
+        scene.pool_is_whole_within(GIVE_UP_AFTER).await;
         assert_eq!(scene.pool.status().size, 12);
         scene
             .observer
@@ -2057,9 +1844,9 @@ async fn connections_that_died_in_the_pool_are_not_an_error() {
 /// As a firewall leaves them that has forgotten them: whether a connection is dead shows only when it is used.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_died_without_a_word_are_not_an_error() {
-    let scene = rows(1).await;
-    let proxy = Proxy::start(scene.database.server()).await;
-    let pool = proxy.pool(&scene.database, 12);
+    let scene = Scene::with_two_rows(1).await;
+    let proxy = Proxy::before(scene.database.server());
+    let pool = proxy.pool(&scene.database.config(), 12);
     let keeper = Keeper::new(pool.clone());
     let mut wrong = Vec::new();
     for how in CALLS {
@@ -2074,7 +1861,7 @@ async fn connections_that_died_without_a_word_are_not_an_error() {
         }
         drop(all);
         assert_eq!(pool.status().size, 12);
-        proxy.age();
+        proxy.forget_connections();
         match call(&keeper, how).await {
             Ok(pid) => {
                 assert!(pid.is_some(), "{how}: a free lock is busy");
@@ -2123,7 +1910,7 @@ async fn after_a_restart_of_the_server_the_next_call_simply_works() {
         .await
         .unwrap();
     assert_eq!(row.get::<_, i64>(0), 4);
-    eventually(SOON, "an advisory lock is left", async || {
+    eventually("an advisory lock is left", async || {
         let row = observer
             .query_one(
                 "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
@@ -2171,7 +1958,7 @@ async fn a_server_that_is_down_is_an_error_of_the_pool() {
 #[tokio::test]
 async fn every_attempt_is_in_the_log() {
     let scene = Scene::new(1).await;
-    let (log, _logging) = kept_log();
+    let (log, _logging) = CapturedLog::start();
     let options = TransactionOptions::new().attempts(4);
     let answer = scene
         .keeper
@@ -2197,7 +1984,7 @@ async fn every_attempt_is_in_the_log() {
 #[tokio::test]
 async fn no_literal_of_the_users_sql_is_in_our_errors_and_logs() {
     const SECRET: &str = "sekret-4711";
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .observer
         .batch_execute(&format!(
@@ -2205,7 +1992,7 @@ async fn no_literal_of_the_users_sql_is_in_our_errors_and_logs() {
         ))
         .await
         .unwrap();
-    let (log, logging) = kept_log();
+    let (log, logging) = CapturedLog::start();
     let mut errors: Vec<Error> = Vec::new();
     for sql in [
         format!("INSERT INTO s VALUES ('{SECRET}')"),
@@ -2270,7 +2057,7 @@ async fn no_literal_of_the_users_sql_is_in_our_errors_and_logs() {
 /// Errors met on the way of a row stream come back as they are, and nothing is committed.
 #[tokio::test]
 async fn what_is_not_watched_is_handed_back_as_it_was() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     for way in ["client", "stream"] {
         let answer = scene
             .keeper
@@ -2288,11 +2075,11 @@ async fn what_is_not_watched_is_handed_back_as_it_was() {
                     let rows: Vec<_> = pin!(rows).try_collect().await?;
                     assert!(rows.is_empty(), "no error in the stream");
                 }
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             })
             .await;
         assert!(
-            matches!(answer, Err(Failed::Driver(_))),
+            matches!(answer, Err(AppError::Driver(_))),
             "{way}: {answer:?}"
         );
         assert_eq!(ids(&scene).await, [1, 2]);
@@ -2303,7 +2090,7 @@ async fn what_is_not_watched_is_handed_back_as_it_was() {
 /// A transaction that is dropped between two attempts holds nothing, not even a connection.
 #[tokio::test]
 async fn between_two_attempts_nothing_is_held() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     let transaction =
         scene
@@ -2312,12 +2099,12 @@ async fn between_two_attempts_nothing_is_held() {
                 runs.fetch_add(1, Ordering::Relaxed);
                 insert(tx, 10).await?;
                 tx.batch_execute(&raise("40001")).await?;
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             });
     let mut transaction = Box::pin(transaction);
     tokio::select! {
         answer = &mut transaction => panic!("{answer:?}"),
-        () = eventually(SOON, "no fourth run", async || runs.load(Ordering::Relaxed) >= 4) => {}
+        () = eventually("no fourth run", async || runs.load(Ordering::Relaxed) >= 4) => {}
     }
     drop(transaction);
     scene.nothing_left().await;

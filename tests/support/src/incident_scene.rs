@@ -32,7 +32,7 @@ impl IncidentScene {
         pool_size: usize,
         configure: impl FnOnce(KeeperBuilder, &Database) -> KeeperBuilder,
     ) -> IncidentScene {
-        let mut scene = Scene::new(pool_size).await;
+        let scene = Scene::new(pool_size).await;
         scene
             .run(
                 "CREATE TABLE account (id int PRIMARY KEY, balance int NOT NULL, note text); \
@@ -42,14 +42,22 @@ impl IncidentScene {
         // Room for a cycle to be closed and sampled on a slow machine. The other side of it has no deadlock check, so one
         // that is closed after our side's check is there for ever.
         scene.set("deadlock_timeout", "3s").await;
-        let incidents = Arc::new(Mutex::new(Vec::new()));
-        let kept = Arc::clone(&incidents);
-        let builder = scene.builder().on_incident(move |incident| {
+        let mut scene = IncidentScene {
+            scene,
+            incidents: Arc::default(),
+        };
+        let builder = scene.kept(scene.scene.builder());
+        scene.scene.keeper = configure(builder, &scene.scene.database).build();
+        scene
+    }
+
+    /// A builder of a keeper whose incidents are kept here.
+    pub fn kept(&self, builder: KeeperBuilder) -> KeeperBuilder {
+        let kept = Arc::clone(&self.incidents);
+        builder.on_incident(move |incident| {
             let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
             kept.push(incident.clone());
-        });
-        scene.keeper = configure(builder, &scene.database).build();
-        IncidentScene { scene, incidents }
+        })
     }
 
     /// The incidents so far.

@@ -29,8 +29,8 @@
 //!
 //! # What the tests share
 //!
-//! - [`Scene`]: a database, a keeper and an observer; [`MonitorScene`] and [`IncidentScene`] are such scenes for a monitor
-//!   and for incidents. [`Session`] is a connection that does not use the library.
+//! - [`Scene`]: a database, a keeper and an observer; [`MonitorScene`], [`IncidentScene`] and [`BouncerScene`]
+//!   are such scenes for a monitor, for incidents and behind a PgBouncer. [`Session`] is a connection that does not use the library.
 //! - [`eventually`], [`until_waiting`] and other waits for what the server shows; [`GIVE_UP_AFTER`] is the one long timeout.
 //! - [`Proxy`]: a network between a client and its server that can be cut, reset, stalled and delayed.
 //! - [`poll_times_and_drop`], to drop a call at any point; [`Random`]; [`CapturedLog`]; [`assert_error`].
@@ -53,8 +53,10 @@
 compile_error!("the tests start their servers on Unix only");
 
 mod account;
+mod app_error;
 mod assert_error;
 mod bouncer;
+mod bouncer_scene;
 mod captured_log;
 mod cluster;
 mod database;
@@ -75,8 +77,10 @@ mod skip;
 mod standby;
 mod wait;
 
+pub use app_error::AppError;
 pub use assert_error::{assert_error, raise, server_error, sqlstate};
 pub use bouncer::{PgBouncer, PoolMode};
+pub use bouncer_scene::{BouncerScene, until_pooler_is_known};
 pub use captured_log::CapturedLog;
 pub use database::{Database, pool_of};
 pub use error::SetupError;
@@ -87,7 +91,10 @@ pub use proxy::{Fault, Proxy, Traffic};
 pub use random::Random;
 pub use scene::{Scene, median};
 pub use server::Server;
-pub use session::{Running, Session, lock_by_sql, pid_of, quoted, sql_key, unlock_by_sql};
+pub use session::{
+    Running, Session, cancel, connect, lock_by_sql, pid_of, quoted, signal, sql_key, terminate,
+    unlock_by_sql,
+};
 pub use skip::Skip;
 pub use wait::{
     CLEANED_UP_WITHIN, ENDLESS, GIVE_UP_AFTER, eventually, eventually_within, in_time, in_time_of,

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, NoTls};
 
 use crate::database::Database;
 use crate::server::Server;
-use crate::session::{Session, lock_by_sql, pid_of, unlock_by_sql};
+use crate::session::{Session, cancel, lock_by_sql, pid_of, terminate, unlock_by_sql};
 use crate::wait::{CLEANED_UP_WITHIN, eventually, eventually_within, in_time_of};
 
 /// A database of its own, a keeper over a pool of its own, and an observer on a connection beside it.
@@ -95,6 +95,21 @@ impl Scene {
         row.expect(&sql).get(0)
     }
 
+    /// The first column of a query's rows.
+    pub async fn column(&self, sql: &str) -> Vec<i32> {
+        let rows = self.observer.query(sql, &[]).await.expect(sql);
+        rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    /// Makes a table `name (id, a, b)` of so many rows.
+    pub async fn table(&self, name: &str, rows: u32) {
+        self.run(&format!(
+            "CREATE TABLE {name} (id int, a int, b text); \
+             INSERT INTO {name} SELECT n, n % 10, 'row ' || n FROM generate_series(1, {rows}) n"
+        ))
+        .await;
+    }
+
     /// How many rows there are in a table, or in what else may stand behind `FROM`.
     pub async fn count(&self, from: &str) -> i64 {
         let sql = format!("SELECT count(*) FROM {from}");
@@ -116,19 +131,12 @@ impl Scene {
 
     /// Ends a backend.
     pub async fn terminate(&self, pid: i32) {
-        self.signal("pg_terminate_backend", pid).await;
+        terminate(&self.observer, pid).await;
     }
 
     /// Cancels what a backend runs.
     pub async fn cancel(&self, pid: i32) {
-        self.signal("pg_cancel_backend", pid).await;
-    }
-
-    /// Calls one of the functions that signal a backend.
-    pub async fn signal(&self, function: &str, pid: i32) {
-        let sql = format!("SELECT {function}($1)");
-        let row = self.observer.query_one(&sql, &[&pid]).await;
-        assert!(row.expect(&sql).get::<_, bool>(0), "{pid} has ended");
+        cancel(&self.observer, pid).await;
     }
 
     /// Backends that hold the key, in any mode.

@@ -27,11 +27,7 @@ impl Session {
     ///
     /// When the server does not answer, or refuses.
     pub async fn connect(config: &Config) -> Session {
-        let client = match probe::connect(config).await {
-            Ok(client) => client,
-            Err(error) => panic!("cannot connect: {}", probe::describe(&error)),
-        };
-        Session::of(client).await
+        Session::of(connect(config).await).await
     }
 
     /// A connection that there is.
@@ -62,6 +58,35 @@ impl Session {
     pub async fn is_alive(&self) -> bool {
         self.client.batch_execute("").await.is_ok()
     }
+}
+
+/// A connection of the driver's, served by a task of the current runtime.
+///
+/// # Panics
+///
+/// When the server does not answer, or refuses.
+pub async fn connect(config: &Config) -> Client {
+    match probe::connect(config).await {
+        Ok(client) => client,
+        Err(error) => panic!("cannot connect: {}", probe::describe(&error)),
+    }
+}
+
+/// Cancels what a backend runs; panics if there is no such backend.
+pub async fn cancel(observer: &Client, pid: i32) {
+    signal(observer, "pg_cancel_backend", pid).await;
+}
+
+/// Ends a backend; panics if there is no such backend.
+pub async fn terminate(observer: &Client, pid: i32) {
+    signal(observer, "pg_terminate_backend", pid).await;
+}
+
+/// Calls one of the functions that signal a backend; panics if there is no such backend.
+pub async fn signal(observer: &Client, function: &str, pid: i32) {
+    let sql = format!("SELECT {function}($1)");
+    let row = observer.query_one(&sql, &[&pid]).await;
+    assert!(row.expect(&sql).get::<_, bool>(0), "{pid} has ended");
 }
 
 /// The backend of a connection.
