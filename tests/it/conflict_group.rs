@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use lockkeeper::deadpool_postgres::Pool;
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, Keeper, TransactionOptions, Tx};
 use lockkeeper_testkit::{
-    GIVE_UP_AFTER, PoolMode, Proxy, Scene, eventually, poll_times_and_drop, raise,
+    GIVE_UP_AFTER, PoolMode, Proxy, Scene, assert_error, assert_error_in, eventually,
+    poll_times_and_drop, raise, until_true,
 };
 use tokio::sync::{Barrier, Notify};
 use tokio_postgres::IsolationLevel;
@@ -141,6 +142,7 @@ impl Watch {
         for _ in 0..10 {
             self.met
                 .fetch_add(self.running.load(Ordering::SeqCst), Ordering::SeqCst);
+            // The time itself is what is tested: another member would be seen in it.
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
         drop(alone);
@@ -238,14 +240,18 @@ async fn other_failures_do_not_count() {
     scene.nothing_left().await;
 }
 
-/// Until somebody waits for the group's lock. A plain loop: rustc cannot see that a future with an async closure in it is
-/// `Send` for a transaction's body.
+/// Waits until so many sessions hold the group's lock, or wait for it.
+async fn until_group(scene: &Scene, granted: bool, count: i64) {
+    let sql = "SELECT count(*) >= $3 FROM pg_locks WHERE locktype = 'advisory' AND classid = 0 AND objid = $1 \
+               AND granted = $2 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let what = format!("not {count} sessions with granted = {granted}");
+    let group = u32::try_from(GROUP).unwrap();
+    until_true(&scene.observer, &what, sql, &[&group, &granted, &count]).await;
+}
+
+/// Waits until a session waits for the group's lock.
 async fn locked_out(scene: &Scene) {
-    let started = Instant::now();
-    while scene.waiters(GROUP).await.is_empty() {
-        assert!(started.elapsed() < GIVE_UP_AFTER, "nobody waits");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    until_group(scene, false, 1).await;
 }
 
 /// Somebody who begins to wait before all those it meets is the victim each time: the server breaks the deadlock that it
@@ -337,7 +343,11 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
             assert_eq!(runs.load(Ordering::Relaxed), 3);
         } else {
             let error = answer.expect_err("the test did not show what it should");
-            assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
+            assert_error(
+                &error,
+                ErrorKind::RetriesExhausted,
+                "5 attempts (SQLSTATE 40P01)",
+            );
             assert_eq!(error.sqlstate().map(|state| state.code()), Some("40P01"));
             assert_eq!(runs.load(Ordering::Relaxed), 5);
         }
@@ -466,7 +476,7 @@ async fn the_groups_own_lock_is_waited_for_as_long_as_the_keeper_says() {
                 .await
                 .unwrap_err();
             let what = format!("{options:?}: {error}");
-            assert_eq!(error.kind(), ErrorKind::LockTimeout, "{what}");
+            assert_error_in(&what, &error, ErrorKind::LockTimeout, "holds ExclusiveLock");
             assert!(started.elapsed() >= wait, "{what}");
             assert!(started.elapsed() < Duration::from_secs(5), "{what}");
             assert_eq!(error.key().and_then(|key| key.as_i64()), Some(GROUP));
@@ -536,11 +546,7 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
                 let run = runs.fetch_add(1, Ordering::Relaxed);
                 if run == 1 {
                     begun.notify_one();
-                    let waits = async || scene.holders(GROUP).await.len() == 2;
-                    let started = Instant::now();
-                    while !waits().await && started.elapsed() < GIVE_UP_AFTER {
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
+                    until_group(&scene, true, 2).await;
                 }
                 loses(tx, run).await?;
                 tx.execute("UPDATE t SET n = n + 1 WHERE id = 1", &[])
@@ -554,12 +560,8 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
                 .transaction_with(grouped(Some(level)), async |tx| {
                     tx.execute("UPDATE t SET n = n + 10 WHERE id = 1", &[])
                         .await?;
-                    // Until somebody waits to be alone.
-                    let started = Instant::now();
-                    while scene.waiters(GROUP).await.is_empty() && started.elapsed() < GIVE_UP_AFTER
-                    {
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
+                    // Until the other one waits to be alone.
+                    locked_out(&scene).await;
                     Ok::<_, Error>(())
                 })
                 .await
@@ -627,7 +629,11 @@ async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
             tx.advisory_lock(GROUP + 1).await?;
             tx.advisory_lock(GROUP).shared().await?;
             let error = tx.advisory_lock(GROUP).await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Config);
+            assert_error(
+                &error,
+                ErrorKind::Config,
+                "81: held on this connection as ShareLock already",
+            );
             assert_eq!(tx.held_keys().count(), 2);
             Ok::<_, Error>(())
         })

@@ -1,12 +1,12 @@
 //! The doctor: findings about the server's settings, and that what they propose mends them.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool};
 use lockkeeper::{Effect, Keeper, Settings, SettingsFinding, SettingsFindingKind, Severity};
 use lockkeeper_testkit::{
     GIVE_UP_AFTER, PoolMode, Scene, Server, eventually, poll_times_and_drop, pool_of,
+    until_connected,
 };
 use tokio_postgres::{Config, NoTls};
 
@@ -451,12 +451,8 @@ async fn a_standby_is_named_as_one() {
     };
     let mut config = standby.config();
     config.dbname(database.name());
-    let began = Instant::now();
     // The database has to arrive first.
-    while config.connect(NoTls).await.is_err() {
-        assert!(began.elapsed() < GIVE_UP_AFTER, "the standby lags behind");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    until_connected(&config).await;
     let keeper = Keeper::new(pool_of(config, 2));
     let settings = keeper.monitor().settings().await.unwrap();
     let [finding] = settings.findings() else {

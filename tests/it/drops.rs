@@ -3,14 +3,17 @@
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, pending};
 use futures::{SinkExt, StreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene, eventually_within};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, ENDLESS, Scene, assert_error, eventually_within, is_pending,
+};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 
@@ -80,43 +83,68 @@ impl Middle {
     fn all() -> impl Iterator<Item = Self> {
         QUIET.into_iter().chain(BUSY_FOR_LONG)
     }
+}
+
+/// A call that goes into the middle, and is ended there.
+#[derive(Clone)]
+struct Visit {
+    middle: Middle,
+    /// The call has got there, for where the server shows it before the call has its answer, or does not show it.
+    arrived: Arc<AtomicBool>,
+}
+
+impl Visit {
+    fn to(middle: Middle) -> Self {
+        Self {
+            middle,
+            arrived: Arc::default(),
+        }
+    }
 
     /// A call that goes there and stays.
-    fn stay(self, keeper: Keeper) -> BoxFuture<'static, ()> {
+    fn stay(&self, keeper: Keeper) -> BoxFuture<'static, ()> {
+        let visit = self.clone();
         async move {
-            self.goes_there(keeper).await.unwrap();
-            panic!("{self:?} is over");
+            visit.goes_there(keeper).await.unwrap();
+            panic!("{:?} is over", visit.middle);
         }
         .boxed()
     }
 
-    async fn goes_there(self, keeper: Keeper) -> Result<(), Error> {
-        match self {
+    /// Is there, and stays.
+    async fn arrive(&self) -> Result<(), Error> {
+        self.arrived.store(true, Ordering::SeqCst);
+        pending().await
+    }
+
+    async fn goes_there(&self, keeper: Keeper) -> Result<(), Error> {
+        let middle = self.middle;
+        match middle {
             Section | SectionWithSavepoint | SectionInStatement => {
                 let section = keeper.with_advisory_lock(KEY, async move |tx| {
-                    if self == SectionInStatement {
+                    if middle == SectionInStatement {
                         tx.execute(SLEEP, &[]).await?;
-                    } else if self == SectionWithSavepoint {
+                    } else if middle == SectionWithSavepoint {
                         let savepoint = tx.savepoint(async |tx| {
                             tx.advisory_lock(KEY + 10).await?;
-                            pending::<Result<(), Error>>().await
+                            self.arrive().await
                         });
                         savepoint.await?;
                     }
-                    pending::<Result<(), Error>>().await
+                    self.arrive().await
                 });
                 section.await
             }
             Transaction => {
                 let transaction = keeper.transaction(async |tx| {
                     tx.advisory_lock(KEY).await?;
-                    pending::<Result<(), Error>>().await
+                    self.arrive().await
                 });
                 transaction.await
             }
             Xact => {
                 let _guard = xact(&keeper, KEY).await;
-                pending().await
+                self.arrive().await
             }
             XactInStatement => {
                 let guard = xact(&keeper, KEY).await;
@@ -132,7 +160,7 @@ impl Middle {
                 let guard = xact(&keeper, KEY).await;
                 let mut rows = pin!(guard.query_raw(STREAM, Vec::<i32>::new()).await?);
                 rows.next().await.unwrap()?;
-                pending().await
+                self.arrive().await
             }
             XactInCopy => {
                 let guard = xact(&keeper, KEY).await;
@@ -142,11 +170,11 @@ impl Middle {
                 let mut sink = pin!(guard.copy_in("COPY t FROM STDIN").await?);
                 sink.send(bytes::Bytes::from_static(b"1\n2")).await?;
                 sink.flush().await?;
-                pending().await
+                self.arrive().await
             }
             Session => {
                 let _guard = session(&keeper, KEY).await;
-                pending().await
+                self.arrive().await
             }
             SessionInStatement => {
                 let guard = session(&keeper, KEY).await;
@@ -161,14 +189,21 @@ impl Middle {
             SessionInTransaction | SessionInTransactionInStatement => {
                 let mut guard = session(&keeper, KEY).await;
                 let transaction = guard.transaction(async move |tx| {
-                    if self == SessionInTransactionInStatement {
+                    if middle == SessionInTransactionInStatement {
                         tx.execute(SLEEP, &[]).await?;
                     }
-                    pending::<Result<(), Error>>().await
+                    self.arrive().await
                 });
                 transaction.await
             }
-            Waiting | WaitingInLine => keeper.advisory_lock(BUSY).acquire().await.map(drop),
+            Waiting => keeper.advisory_lock(BUSY).acquire().await.map(drop),
+            WaitingInLine => {
+                // Its first poll is what takes a place in the line.
+                let mut waiting = Box::pin(keeper.advisory_lock(BUSY).acquire());
+                assert!(is_pending(&mut waiting).await);
+                self.arrived.store(true, Ordering::SeqCst);
+                waiting.await.map(drop)
+            }
             WaitingForSession => {
                 let lock = keeper.advisory_lock(BUSY).session();
                 lock.acquire().await.map(drop)
@@ -185,27 +220,24 @@ impl Middle {
         }
     }
 
-    /// Returns when the call has got there, as the server shows it.
-    async fn reached(self, scene: &Scene) {
-        let there = async || match self {
-            XactInStream => blocked_by_its_client(scene).await == 1,
-            XactInCopy => active(scene, "COPY t %").await == 1,
+    /// Returns when the call has got there.
+    async fn reached(&self, scene: &Scene) {
+        let middle = self.middle;
+        let there = async || match middle {
+            XactInStream => self.has_arrived() && blocked_by_its_client(scene).await == 1,
+            XactInCopy => self.has_arrived() && active(scene, "COPY t %").await == 1,
             Waiting | WaitingForSession | WaitingBeforeSnapshot | WaitingInTransaction => {
                 scene.waiters(BUSY).await.len() == 1
             }
-            WaitingInLine => scene.waiters(BUSY).await.len() == 2,
-            SectionWithSavepoint => scene.is_held(KEY + 10).await,
-            _ if BUSY_FOR_LONG.contains(&self) => active(scene, SLEEP).await == 1,
-            _ => scene.is_held(KEY).await,
+            _ if BUSY_FOR_LONG.contains(&middle) => active(scene, SLEEP).await == 1,
+            _ => self.has_arrived(),
         };
-        eventually_within(
-            CLEANED_UP_WITHIN,
-            &format!("{self:?} is not reached"),
-            there,
-        )
-        .await;
-        // For the answer, and for what cannot be seen.
-        tokio::time::sleep(Duration::from_millis(15)).await;
+        let what = format!("{middle:?} is not reached");
+        eventually_within(CLEANED_UP_WITHIN, &what, there).await;
+    }
+
+    fn has_arrived(&self) -> bool {
+        self.arrived.load(Ordering::SeqCst)
     }
 }
 
@@ -238,7 +270,7 @@ async fn blocked_by_its_client(scene: &Scene) -> i64 {
 async fn ends_by(
     how: &str,
     middles: impl IntoIterator<Item = Middle>,
-    end: impl AsyncFn(&Scene, Middle),
+    end: impl AsyncFn(&Scene, Visit),
 ) {
     let scene = Scene::with(3, |builder| builder.lock_wait(ENDLESS)).await;
     let holder = scene.database.connect().await;
@@ -261,7 +293,10 @@ async fn ends_by(
                 })
             })
             .collect();
-        end(&scene, middle).await;
+        if middle == WaitingInLine {
+            scene.until_awaited_by(2, BUSY).await;
+        }
+        end(&scene, Visit::to(middle)).await;
         let others = i64::try_from(crowd.len()).unwrap();
         let left = format!("{what}: a lock is left");
         eventually_within(CLEANED_UP_WITHIN, &left, async || {
@@ -291,9 +326,9 @@ async fn ends_by(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_aborted_task_leaves_nothing() {
-    ends_by("abort", Middle::all(), async |scene, middle| {
-        let task = tokio::spawn(middle.stay(scene.keeper.clone()));
-        middle.reached(scene).await;
+    ends_by("abort", Middle::all(), async |scene, visit| {
+        let task = tokio::spawn(visit.stay(scene.keeper.clone()));
+        visit.reached(scene).await;
         task.abort();
         assert!(task.await.unwrap_err().is_cancelled());
     })
@@ -302,10 +337,10 @@ async fn an_aborted_task_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_timeout_around_a_call_leaves_nothing() {
-    ends_by("select!", Middle::all(), async |scene, middle| {
+    ends_by("select!", Middle::all(), async |scene, visit| {
         tokio::select! {
-            () = middle.stay(scene.keeper.clone()) => unreachable!(),
-            () = middle.reached(scene) => {}
+            () = visit.stay(scene.keeper.clone()) => unreachable!(),
+            () = visit.reached(scene) => {}
         }
     })
     .await;
@@ -317,10 +352,10 @@ async fn a_timeout_on_a_current_thread_runtime_leaves_nothing() {
     ends_by(
         "select! on one thread",
         Middle::all(),
-        async |scene, middle| {
+        async |scene, visit| {
             tokio::select! {
-                () = middle.stay(scene.keeper.clone()) => unreachable!(),
-                () = middle.reached(scene) => {}
+                () = visit.stay(scene.keeper.clone()) => unreachable!(),
+                () = visit.reached(scene) => {}
             }
         },
     )
@@ -329,9 +364,9 @@ async fn a_timeout_on_a_current_thread_runtime_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unwinding_through_a_call_leaves_nothing() {
-    ends_by("unwinding", Middle::all(), async |scene, middle| {
+    ends_by("unwinding", Middle::all(), async |scene, visit| {
         let (stop, stopped) = oneshot::channel();
-        let call = middle.stay(scene.keeper.clone());
+        let call = visit.stay(scene.keeper.clone());
         let task = tokio::spawn(async move {
             let mut call = call;
             tokio::select! {
@@ -341,7 +376,7 @@ async fn unwinding_through_a_call_leaves_nothing() {
             // With the call alive in this frame.
             std::panic::resume_unwind(Box::new("stop"));
         });
-        middle.reached(scene).await;
+        visit.reached(scene).await;
         stop.send(()).unwrap();
         assert!(task.await.unwrap_err().is_panic());
     })
@@ -350,11 +385,11 @@ async fn unwinding_through_a_call_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_dropped_on_a_thread_without_a_runtime_leaves_nothing() {
-    ends_by("a plain thread", Middle::all(), async |scene, middle| {
-        let mut call = middle.stay(scene.keeper.clone());
+    ends_by("a plain thread", Middle::all(), async |scene, visit| {
+        let mut call = visit.stay(scene.keeper.clone());
         tokio::select! {
             () = &mut call => unreachable!(),
-            () = middle.reached(scene) => {}
+            () = visit.reached(scene) => {}
         }
         let dropper = thread::spawn(move || {
             assert!(Handle::try_current().is_err());
@@ -374,8 +409,8 @@ enum Shutdown {
 }
 
 /// Runs a call on a runtime of its own, and ends that.
-async fn end_with_its_runtime(scene: &Scene, middle: Middle, shutdown: Shutdown) {
-    let call = middle.stay(scene.keeper.clone());
+async fn end_with_its_runtime(scene: &Scene, visit: Visit, shutdown: Shutdown) {
+    let call = visit.stay(scene.keeper.clone());
     let (stop, stopped) = oneshot::channel::<()>();
     let (over, is_over) = oneshot::channel();
     let runner = thread::spawn(move || {
@@ -396,7 +431,7 @@ async fn end_with_its_runtime(scene: &Scene, middle: Middle, shutdown: Shutdown)
         }
         over.send(()).unwrap();
     });
-    middle.reached(scene).await;
+    visit.reached(scene).await;
     stop.send(()).unwrap();
     is_over.await.unwrap();
     runner.join().unwrap();
@@ -411,17 +446,17 @@ async fn a_runtime_that_shuts_down_leaves_nothing() {
     ] {
         // On connections of the runtime that ends.
         let what = format!("{shutdown:?}");
-        ends_by(&what, QUIET, async |scene, middle| {
-            end_with_its_runtime(scene, middle, shutdown).await;
+        ends_by(&what, QUIET, async |scene, visit| {
+            end_with_its_runtime(scene, visit, shutdown).await;
         })
         .await;
         // On connections of this one.
         let what = format!("{shutdown:?}, with a connection of another runtime");
-        ends_by(&what, QUIET, async |scene, middle| {
-            if middle != WaitingInLine {
+        ends_by(&what, QUIET, async |scene, visit| {
+            if visit.middle != WaitingInLine {
                 scene.pool_is_whole().await;
             }
-            end_with_its_runtime(scene, middle, shutdown).await;
+            end_with_its_runtime(scene, visit, shutdown).await;
         })
         .await;
     }
@@ -436,8 +471,8 @@ async fn a_runtime_that_shuts_down_in_a_long_statement_leaves_nothing() {
         Shutdown::CurrentThread,
     ] {
         let what = format!("{shutdown:?}");
-        ends_by(&what, BUSY_FOR_LONG, async |scene, middle| {
-            end_with_its_runtime(scene, middle, shutdown).await;
+        ends_by(&what, BUSY_FOR_LONG, async |scene, visit| {
+            end_with_its_runtime(scene, visit, shutdown).await;
         })
         .await;
     }
@@ -598,7 +633,7 @@ async fn an_early_return_releases_and_passes_the_error_on() {
     }
     let scene = Scene::new(2).await;
     let error = fails(&scene.keeper).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Database);
+    assert_error(&error, ErrorKind::Database, "SQLSTATE 22012");
     assert_eq!(error.sqlstate().unwrap().code(), "22012");
     scene.nothing_left().await;
     let section = scene.keeper.with_advisory_lock(620, async |tx| {

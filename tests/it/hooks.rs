@@ -8,7 +8,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use lockkeeper::{ErrorKind, Keeper, TransactionOptions, Tx};
 use lockkeeper_testkit::{
-    AppError, Fault, Proxy, Random, Scene, eventually, poll_times_and_drop, raise,
+    AppError, Fault, Proxy, Random, Scene, assert_error_in, poll_times_and_drop, raise,
 };
 
 /// What hooks have done, in their order.
@@ -81,8 +81,7 @@ async fn hooks_run_in_order_once_the_server_has_committed() {
         Ok::<_, AppError>("value")
     });
     let (value, ()) = tokio::join!(transaction, async {
-        let waits = async || !scene.waiters(1).await.is_empty();
-        eventually("COMMIT does not wait", waits).await;
+        scene.until_awaited(1).await;
         assert!(done.take().is_empty(), "before COMMIT was answered");
         scene
             .observer
@@ -205,7 +204,7 @@ async fn hooks_are_not_run_when_the_outcome_is_unknown() {
                 }
             }
         };
-        assert_eq!(error.kind(), ErrorKind::CommitUnknown, "{way}");
+        assert_error_in(&way, &error, ErrorKind::CommitUnknown, "outcome unknown");
         assert!(done.take().is_empty(), "{way}");
         // It was committed.
         assert_eq!(inserted(&scene).await, [1], "{way}");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use lockkeeper::incident::{Cause, Quality};
 use lockkeeper::tokio_postgres::{self, Client, NoTls};
 use lockkeeper::{Error, ErrorKind, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::{GIVE_UP_AFTER, IncidentScene, Skip, eventually};
+use lockkeeper_testkit::{GIVE_UP_AFTER, IncidentScene, Skip, assert_error, eventually};
 use tokio::sync::{Barrier, Semaphore};
 
 /// So that two transactions have their first lock before either wants its second, in their first attempts only.
@@ -305,7 +305,11 @@ async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
         })
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
+    assert_error(
+        &error,
+        ErrorKind::RetriesExhausted,
+        "2 attempts (SQLSTATE 55P03)",
+    );
     let incident = error.incident().expect("the last report");
     assert_eq!(incident.kind(), IncidentKind::LockTimeout);
     assert_eq!((incident.attempt(), incident.attempts()), (2, 2));
@@ -677,7 +681,7 @@ async fn a_slow_or_panicking_sink_holds_up_nothing() {
         let error = tokio::time::timeout(GIVE_UP_AFTER, time_out())
             .await
             .expect("held up");
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, "SQLSTATE 55P03");
     }
     eventually("the sink is not called again after a panic", async || {
         calls.load(Ordering::Relaxed) == 2

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, LockKey, TransactionOptions, XactGuard};
-use lockkeeper_testkit::{Scene, eventually, lock_by_sql, unlock_by_sql};
+use lockkeeper_testkit::{Scene, assert_error, assert_error_in, lock_by_sql, unlock_by_sql};
 use tokio_postgres::IsolationLevel;
 
 const LEVELS: [(IsolationLevel, &str); 4] = [
@@ -152,7 +152,7 @@ async fn guards_lose_no_update_whatever_the_isolation() {
                         match done {
                             Ok(()) => round += 1,
                             Err(error) => {
-                                assert_eq!(error.kind(), ErrorKind::Serialization, "{error:?}");
+                                assert_error(&error, ErrorKind::Serialization, "commit failed, the transaction was rolled back (SQLSTATE 40001)");
                                 assert_eq!(level, "serializable");
                             }
                         }
@@ -233,10 +233,7 @@ async fn a_waiter_reads_what_was_committed_while_it_waited() {
                         (row, pid)
                     }
                 });
-                eventually("no waiter", async || {
-                    !scene.waiters("counter").await.is_empty()
-                })
-                .await;
+                scene.until_awaited("counter").await;
                 expected += 1;
                 writer.execute(WRITE, &[&expected]).await.unwrap();
                 let writers_pid = writer.backend_pid();
@@ -311,7 +308,12 @@ async fn a_busy_lock_is_busy_at_every_level() {
         for millis in [0, 30, 700] {
             let wait = Duration::from_millis(millis);
             let error = lock().wait(wait).acquire().await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::LockTimeout, "{level:?}: {error:?}");
+            assert_error_in(
+                format_args!("{level:?}"),
+                &error,
+                ErrorKind::LockTimeout,
+                r#""counter" after"#,
+            );
             assert_eq!(error.blockers().len(), 1);
             assert!(error.waited().unwrap() >= wait);
         }
@@ -351,7 +353,11 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
                         ];
                         for result in results {
                             let error = result.unwrap_err();
-                            assert_eq!(error.kind(), ErrorKind::Config, "{error:?}");
+                            assert_error(
+                                &error,
+                                ErrorKind::Config,
+                                "snapshot taken before the lock",
+                            );
                             assert!(error.to_string().contains("snapshot"), "{error}");
                             assert!(error.key().is_some());
                         }
@@ -385,7 +391,11 @@ async fn a_second_lock_is_refused_behind_the_snapshot_of_the_first() {
     let scene = scene_with_counter(2, "repeatable read", false).await;
     let section = scene.keeper.with_advisory_lock("counter", async |tx| {
         let error = tx.advisory_lock("another").await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(
+            &error,
+            ErrorKind::Config,
+            r#""another": this transaction's isolation level"#,
+        );
         // The one that it has is not asked for again.
         tx.advisory_lock("counter").await?;
         assert_eq!(scene.advisory_locks().await, 1);
@@ -401,7 +411,11 @@ async fn a_second_lock_is_refused_behind_the_snapshot_of_the_first() {
         .unwrap();
     let section = guard.transaction(async |tx| {
         let error = tx.advisory_lock("another").await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(
+            &error,
+            ErrorKind::Config,
+            r#""another": this transaction's isolation level"#,
+        );
         Ok::<_, Error>(())
     });
     section.await.unwrap();

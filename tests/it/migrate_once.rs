@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, Keeper, Schema};
-use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, eventually, poll_times_and_drop};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop,
+};
 
 /// As another process would have it: a pool and a keeper of its own.
 fn process(scene: &Scene) -> Schema {
@@ -132,7 +134,7 @@ async fn what_fails_is_not_done_and_the_next_one_runs_it() {
         .migrate_once("\0", async |_| Ok::<_, Error>(()))
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config);
+    assert_error(&error, ErrorKind::Config, "NUL");
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
@@ -161,7 +163,11 @@ async fn a_dropped_or_killed_one_is_taken_over() {
             Ok::<_, Error>(())
         })
         .await;
-    assert_eq!(lost.unwrap_err().kind(), ErrorKind::LockLost);
+    assert_error(
+        &lost.unwrap_err(),
+        ErrorKind::LockLost,
+        r#""lockkeeper migration"/"k": the migration has run"#,
+    );
     assert_eq!(
         schema
             .migrate_once("k", async |_| Ok::<_, Error>(1))
@@ -202,7 +208,11 @@ async fn it_is_stopped_once_the_lock_is_lost() {
         .unwrap()
         .unwrap()
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockLost, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockLost,
+        r#""lockkeeper migration"/"k": the migration was stopped"#,
+    );
     assert_eq!(stopped.load(Ordering::Relaxed), 1);
     let next = process(&scene)
         .migrate_once("k", async |_| Ok::<_, Error>(2))
@@ -224,7 +234,12 @@ async fn a_transaction_left_open_is_not_done() {
             })
             .await;
         let error = outcome.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{sql}: {error}");
+        assert_error_in(
+            &sql,
+            &error,
+            ErrorKind::Config,
+            r#""lockkeeper migration"/"k": the migration has run"#,
+        );
         scene.nothing_left_within(GIVE_UP_AFTER).await;
     }
     // What is done stays so, although the lock is gone before it is released.
@@ -258,7 +273,11 @@ async fn who_waits_too_long_says_so() {
         })
         .await;
     let error = outcome.unwrap().unwrap();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockTimeout,
+        r#""lockkeeper migration"/"slow""#,
+    );
     assert_eq!(
         error.key().unwrap().to_string(),
         lockkeeper::LockKey::from(("lockkeeper migration", "slow")).to_string()

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, LockKey};
 use lockkeeper_testkit::{
-    CLEANED_UP_WITHIN, Scene, eventually, eventually_within, lock_by_sql, pid_of, sql_key,
+    CLEANED_UP_WITHIN, Scene, assert_error, eventually, eventually_within, lock_by_sql, pid_of,
+    sql_key,
 };
 
 async fn modes_of(scene: &Scene) -> Vec<(i32, String, bool)> {
@@ -117,7 +118,7 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
                 }
             }
         });
-        eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
+        scene.until_awaited("k").await;
         let reader = first.pid();
         drop(first);
         eventually_within(CLEANED_UP_WITHIN, "the reader holds on", async || {
@@ -144,10 +145,7 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
                 tokio::spawn(async move { lock.acquire().await.unwrap() })
             })
             .collect();
-        eventually("no waiting readers", async || {
-            scene.waiters("k").await.len() == 2
-        })
-        .await;
+        scene.until_awaited_by(2, "k").await;
         drop(writer);
         let mut guards = Vec::new();
         for reader in readers {
@@ -188,7 +186,7 @@ async fn all_waiting_readers_are_let_in_together() {
                 })
             })
             .collect();
-        eventually("no waiters", async || !scene.waiters("k").await.is_empty()).await;
+        scene.until_awaited("k").await;
         writer.commit().await.unwrap();
         let mut pids = Vec::new();
         for reader in readers {
@@ -232,7 +230,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
         .shared()
         .wait(Duration::ZERO);
     let error = lock.acquire().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout);
+    assert_error(&error, ErrorKind::LockTimeout, "waits for ExclusiveLock");
     let blockers: Vec<_> = error
         .blockers()
         .iter()
@@ -250,7 +248,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
 }
 
 fn assert_says_the_mode(error: &Error, key: &LockKey) {
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(&error, ErrorKind::Config, "held on this connection as");
     assert!(error.key().is_some_and(|named| named.same_lock(key)));
     let text = error.to_string();
     assert!(
@@ -399,7 +397,7 @@ async fn the_description_takes_its_parts_in_any_order() {
         lock().wait(wait).shared().session(),
     ] {
         let error = lock.acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, r#""k" after"#);
         assert!(error.waited().unwrap() < Duration::from_secs(5));
     }
     drop(holder);

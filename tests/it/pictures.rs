@@ -309,12 +309,7 @@ async fn incidents() -> Vec<Incident> {
             tx.batch_execute(&update(1)).await?;
             let (second, sql) = (Arc::clone(&second), update(1));
             tokio::spawn(async move { second.batch_execute(&sql).await });
-            // Until it waits; without end, as the test is then.
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks \
-                       WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
-            while !tx.query_one(sql, &[&pid]).await?.get::<_, bool>(0) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+            until_waiting(tx.client(), pid).await;
             tx.batch_execute(&update(2)).await?;
             Ok::<_, lockkeeper::Error>(())
         })

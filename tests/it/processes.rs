@@ -217,8 +217,7 @@ async fn the_lock_of_a_killed_process_goes_to_the_next() {
                     drop(lock.acquire().await.unwrap());
                 }
             });
-            let waits = async || scene.waiters(KEY).await.len() == 1;
-            eventually("it does not wait", waits).await;
+            scene.until_awaited_by(1, KEY).await;
             assert!(!waiter.is_finished());
             other.kill().await;
             let waiter = tokio::time::timeout(GIVE_UP_AFTER, waiter).await;

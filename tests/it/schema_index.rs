@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use lockkeeper::{ErrorKind, IndexColumn, RecipeReport};
-use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, eventually, pid_of, poll_times_and_drop};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, pid_of, poll_times_and_drop,
+};
 use tokio_postgres::Client;
 
 /// The indexes of a table, and whether they are valid.
@@ -163,16 +165,24 @@ async fn an_index_of_each_form() {
         schema.create_index("t", ["a"]).name("t_a_b_idx"),
     ] {
         let error = other.await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-        assert!(error.to_string().contains("differs"), "{error}");
+        assert_error(&error, ErrorKind::Config, "differs from the one wanted");
     }
-    for wrong in [
-        schema.create_index("nowhere", ["a"]),
-        schema.create_index("t", Vec::<String>::new()),
-        schema.create_index("t", [""]),
-        schema.create_index("t", ["a"]).name("x".repeat(64)),
+    for (wrong, text) in [
+        (
+            schema.create_index("nowhere", ["a"]),
+            r#"no table "nowhere""#,
+        ),
+        (
+            schema.create_index("t", Vec::<String>::new()),
+            "at least one column",
+        ),
+        (schema.create_index("t", [""]), "empty name"),
+        (
+            schema.create_index("t", ["a"]).name("x".repeat(64)),
+            "64 bytes; at most 63",
+        ),
     ] {
-        assert_eq!(wrong.await.unwrap_err().kind(), ErrorKind::Config);
+        assert_error(&wrong.await.unwrap_err(), ErrorKind::Config, text);
     }
     let error = schema.create_index("t", ["nothing"]).await.unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "42703");
@@ -355,7 +365,7 @@ async fn another_index_of_the_name_is_refused() {
     }
     for other in [lower("upper(b)"), part("a > 2"), desc("ASC"), more("id")] {
         let error = other.await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert_error(&error, ErrorKind::Config, "differs from the one wanted");
     }
     assert_eq!(
         indexes(&scene, "t").await,
@@ -369,7 +379,7 @@ async fn a_unique_violation_is_cleaned_up_and_reported_not_repeated() {
     let scene = scene_with_a_duplicate().await;
     let schema = scene.keeper.schema();
     let error = schema.create_index("t", ["id"]).unique().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Database);
+    assert_error(&error, ErrorKind::Database, "SQLSTATE 23505");
     assert_eq!(error.sqlstate().unwrap().code(), "23505");
     assert_eq!(indexes(&scene, "t").await, valid(&[]));
     scene.nothing_left_within(GIVE_UP_AFTER).await;
@@ -422,13 +432,22 @@ async fn another_sessions_build_is_left_alone_and_waited_for() {
         .no_wait()
         .await
         .unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::LockTimeout, "{refused}");
+    assert_error_in(
+        &refused,
+        &refused,
+        ErrorKind::LockTimeout,
+        r#"builds an index of "public"."t""#,
+    );
     assert_eq!(refused.blockers()[0].pid(), Some(other.pid), "{refused}");
     let waiting = schema
         .create_index("t", ["b"])
         .deadline(std::time::Duration::from_millis(300));
     let error = waiting.await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockTimeout,
+        r#"builds an index of "public"."t""#,
+    );
     assert_eq!(indexes(&scene, "t").await, [("t_a_idx".to_owned(), false)]);
     assert!(!others.is_finished());
     let same = tokio::spawn(schema.create_index("t", ["a"]).run());
@@ -476,7 +495,11 @@ async fn a_build_of_another_role_is_seen_too() {
         .no_wait()
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockTimeout,
+        "holds ShareUpdateExclusiveLock on relation public.t",
+    );
     blocking.batch_execute("COMMIT").await.unwrap();
     others.await.unwrap().unwrap();
     keeper.schema().create_index("t", ["b"]).await.unwrap();

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use lockkeeper::{ErrorKind, RecipeReport, ReferentialAction};
-use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, eventually, poll_times_and_drop};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop,
+};
 
 /// The constraints of a table as `name: definition`, those that only say NOT NULL left out.
 async fn constraints(scene: &Scene, table: &str) -> Vec<String> {
@@ -99,12 +101,15 @@ async fn a_check_is_added_and_validated() {
         .await
         .unwrap();
     let error = schema.add_check("t", "uniq", "a > 0").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    for wrong in [
-        schema.add_check("nowhere", "c", "true"),
-        schema.add_check("t", "", "true"),
+    assert_error(&error, ErrorKind::Config, r#"a constraint "uniq" already"#);
+    for (wrong, text) in [
+        (
+            schema.add_check("nowhere", "c", "true"),
+            r#"no table "nowhere""#,
+        ),
+        (schema.add_check("t", "", "true"), "empty name"),
     ] {
-        assert_eq!(wrong.await.unwrap_err().kind(), ErrorKind::Config);
+        assert_error(&wrong.await.unwrap_err(), ErrorKind::Config, text);
     }
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
@@ -150,7 +155,11 @@ async fn a_foreign_key_is_added_and_validated() {
     // Another one under the name.
     let other = schema.add_foreign_key("t", ["id"], "far.P", ["Id"]);
     let error = other.name("t_a_fkey").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::Config,
+        r#"a foreign key "t_a_fkey" already"#,
+    );
     assert!(
         schema
             .add_foreign_key("t", ["a"], "far.P", ["Id"])
@@ -211,7 +220,7 @@ async fn a_column_becomes_not_null() {
         assert!(scene.is_true(valid).await);
     }
     let error = schema.set_not_null("t", "nothing").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(&error, ErrorKind::Config, r#"no column "nothing""#);
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
@@ -257,7 +266,7 @@ async fn a_primary_key_is_added() {
             .is_empty()
     );
     let error = schema.add_primary_key("t", ["a"]).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(&error, ErrorKind::Config, "has a primary key already");
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
@@ -416,13 +425,13 @@ async fn a_column_is_added_without_a_rewrite() {
     assert!(report.steps().is_empty() && report.backfill().is_none());
     assert!(is_not_null(&scene, "t", "Fixed").await);
     let error = schema.add_column("t", "plain", "text").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(&error, ErrorKind::Config, r#"a column "plain" already"#);
     for rewriting in ["serial", "bigint GENERATED ALWAYS AS IDENTITY"] {
         let error = schema
             .add_column("t", "number", rewriting)
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{rewriting}: {error}");
+        assert_error_in(rewriting, &error, ErrorKind::Config, r#"on "public"."t""#);
     }
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
@@ -433,7 +442,12 @@ async fn a_table_is_replaced() {
     scene.table("t", 100).await;
     let schema = scene.keeper.schema();
     let nothing = schema.replace_table("t", "t_new").await.unwrap_err();
-    assert_eq!(nothing.kind(), ErrorKind::Config, "{nothing}");
+    assert_error_in(
+        &nothing,
+        &nothing,
+        ErrorKind::Config,
+        r#"no table "public"."t_new""#,
+    );
     let build = "CREATE TABLE t_new (LIKE t); INSERT INTO t_new SELECT * FROM t ORDER BY a";
     let replace = schema
         .replace_table("t", "t_new")
@@ -474,7 +488,11 @@ async fn a_table_is_replaced() {
         .await
         .unwrap();
     let error = replace.await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::Config,
+        r#"a foreign key of "public"."c""#,
+    );
     assert!(error.to_string().contains("foreign key"), "{error}");
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
@@ -498,23 +516,41 @@ async fn a_name_that_is_taken_by_something_else_is_refused() {
     let before = constraints(&scene, "t").await;
     let schema = scene.keeper.schema();
     let key = || schema.add_foreign_key("t", ["a"], "p", ["id"]);
-    let refused = [
-        schema.set_not_null("t", "a").await,
-        schema.set_not_null("t", "b").await,
-        schema.add_primary_key("t", ["a"]).name("new_key").await,
-        schema.add_check("t", "small", "a < 5").await,
-        schema.add_foreign_key("t", ["a"], "p", ["other"]).await,
-        key().on_delete(ReferentialAction::Cascade).await,
-        key().on_update(ReferentialAction::SetNull).await,
-        schema
-            .replace_table("t", "t_new")
-            .build("CREATE TABLE t_new (LIKE t)")
-            .drop_old()
-            .await,
-    ];
-    for (n, outcome) in refused.into_iter().enumerate() {
-        let error = outcome.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{n}: {error}");
+    let replacement = schema
+        .replace_table("t", "t_new")
+        .build("CREATE TABLE t_new (LIKE t)");
+    for (outcome, text) in [
+        (
+            schema.set_not_null("t", "a").await,
+            r#"a constraint "t_a_is_not_null" already"#,
+        ),
+        (
+            schema.set_not_null("t", "b").await,
+            r#"a constraint "t_b_is_not_null" already"#,
+        ),
+        (
+            schema.add_primary_key("t", ["a"]).name("new_key").await,
+            r#"a constraint "t_a_is_not_null" already"#,
+        ),
+        (
+            schema.add_check("t", "small", "a < 5").await,
+            r#"a CHECK "small" already"#,
+        ),
+        (
+            schema.add_foreign_key("t", ["a"], "p", ["other"]).await,
+            r#"a foreign key "t_a_fkey" already"#,
+        ),
+        (
+            key().on_delete(ReferentialAction::Cascade).await,
+            r#"a foreign key "t_a_fkey" already"#,
+        ),
+        (
+            key().on_update(ReferentialAction::SetNull).await,
+            r#"a foreign key "t_a_fkey" already"#,
+        ),
+        (replacement.drop_old().await, r#""public"."t_old" already"#),
+    ] {
+        assert_error(&outcome.unwrap_err(), ErrorKind::Config, text);
     }
     // The same said otherwise is the same.
     for same in [

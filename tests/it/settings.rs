@@ -8,7 +8,8 @@ use lockkeeper::{
     AdvisoryLock, Error, ErrorKind, LockKey, SessionAdvisoryLock, TransactionOptions, Tx,
 };
 use lockkeeper_testkit::{
-    Scene, eventually, lock_by_sql, pid_of, poll_times_and_drop, unlock_by_sql,
+    Scene, assert_error, assert_error_in, eventually, lock_by_sql, pid_of, poll_times_and_drop,
+    unlock_by_sql,
 };
 use tokio_postgres::{Client, IsolationLevel, Row};
 
@@ -110,7 +111,7 @@ async fn use_lock(scene: &Scene, way: &str) -> Option<Settings> {
             .wait(Duration::from_millis(650))
     };
     let timed_out = |error: Error| {
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{way}: {error}");
+        assert_error_in(&way, &error, ErrorKind::LockTimeout, "holds ExclusiveLock");
         None
     };
     match way {
@@ -386,7 +387,7 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
             .wait(Duration::from_secs(2))
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+        assert_error(&error, ErrorKind::LockTimeout, r#""busy" after"#);
         assert!(began.elapsed() >= Duration::from_secs(2));
         assert_eq!(
             difference(&inside, &collected(tx.query(ALL, &[]).await?)),
@@ -417,8 +418,10 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
             in_vain.load(Ordering::Relaxed) && !scene.waiters("busy").await.is_empty()
         })
         .await;
-        // Longer than statement_timeout.
-        tokio::time::sleep(Duration::from_millis(1800)).await;
+        let longer_than_the_timeout = Duration::from_millis(1800);
+        scene
+            .until_awaited_for(longer_than_the_timeout, "busy")
+            .await;
         unlock_by_sql(&holder, "busy").await;
     };
     let (done, ()) = tokio::join!(section, release);
@@ -629,10 +632,11 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
         let began = Instant::now();
         let error = lock.take().await.expect_err(way);
         let took = began.elapsed();
-        assert_eq!(
-            error.kind(),
+        assert_error_in(
+            format_args!("{way} after {took:?}"),
+            &error,
             ErrorKind::LockTimeout,
-            "{way} after {took:?}: {error:?}"
+            "holds ExclusiveLock",
         );
         assert!(took >= WAIT && took < WAIT * 2, "{way}: {took:?}");
         assert_eq!(scene.advisory_locks().await, 1, "{way}");
@@ -640,7 +644,7 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
     let began = Instant::now();
     let section = scene.keeper.transaction(async |tx| {
         let error = tx.advisory_lock("busy").wait(WAIT).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+        assert_error(&error, ErrorKind::LockTimeout, r#""busy" after"#);
         tx.query_one("SELECT 1", &[]).await?;
         Ok::<_, Error>(())
     });
@@ -658,11 +662,9 @@ async fn a_lock_is_granted_after_a_wait_longer_than_the_roles_timeouts() {
     for (way, lock) in every_lock(&scene, Duration::from_secs(20)) {
         lock_by_sql(&holder, "busy").await;
         let release = async {
-            eventually("no waiter", async || {
-                !scene.waiters("busy").await.is_empty()
-            })
-            .await;
-            tokio::time::sleep(Duration::from_millis(1200)).await;
+            scene
+                .until_awaited_for(Duration::from_millis(1200), "busy")
+                .await;
             unlock_by_sql(&holder, "busy").await;
         };
         let (taken, ()) = tokio::join!(lock.take(), release);
@@ -686,17 +688,18 @@ async fn waits_for_several_keys_together_stay_within_the_roles_statement_timeout
         lock_by_sql(&first, 1).await;
         let lock = scene.keeper.advisory_locks([1, 2, 3]).wait(WAIT);
         let release = async {
-            eventually("no waiter", async || !scene.waiters(1).await.is_empty()).await;
             // Somewhere in one of the slices.
-            tokio::time::sleep(Duration::from_millis(450 + 185 * round)).await;
+            let time = Duration::from_millis(450 + 185 * round);
+            scene.until_awaited_for(time, 1).await;
             unlock_by_sql(&first, 1).await;
         };
         let (result, ()) = tokio::join!(lock.acquire(), release);
         let error = result.unwrap_err();
-        assert_eq!(
-            error.kind(),
+        assert_error_in(
+            format_args!("round {round}"),
+            &error,
             ErrorKind::LockTimeout,
-            "round {round}: {error:?}"
+            "1: and 2 more after",
         );
     }
     drop((first, second));

@@ -6,7 +6,7 @@ use lockkeeper::{
     ErrorKind, Finding, FindingKind, Keeper, LockKey, Protection, SignalOutcome, Watchdog,
     WatchdogPolicy,
 };
-use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Server, Session, eventually};
+use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Server, Session, assert_error, eventually};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::NoTls;
 
@@ -338,14 +338,18 @@ fn bad_policies_and_a_missing_runtime_are_refused() {
             .side_connection(database.config(), NoTls)
             .build()
     });
-    for policy in [
-        WatchdogPolicy::new(),
-        WatchdogPolicy::new().every(Duration::ZERO),
-        WatchdogPolicy::new()
-            .leaked_locks(None)
-            .clear_leaked_locks(true),
+    let contradiction = WatchdogPolicy::new()
+        .leaked_locks(None)
+        .clear_leaked_locks(true);
+    for (policy, text) in [
+        (WatchdogPolicy::new(), "outside a tokio runtime"),
+        (
+            WatchdogPolicy::new().every(Duration::ZERO),
+            "at least 100ms",
+        ),
+        (contradiction, "leaked_locks(None)"),
     ] {
         let error = keeper.watchdog(policy).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert_error(&error, ErrorKind::Config, text);
     }
 }

@@ -4,27 +4,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkeeper::incident::Quality;
-use lockkeeper::tokio_postgres::{self, Client, NoTls};
+use lockkeeper::tokio_postgres::{self, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::{Fault, IncidentScene, PoolMode, Proxy, eventually};
+use lockkeeper_testkit::{
+    Fault, GIVE_UP_AFTER, IncidentScene, PoolMode, Proxy, eventually, until_blocking,
+};
 use tokio::sync::Notify;
 
 const ONE: &str = "UPDATE account SET balance = balance + 1 WHERE id = 1";
 const TWO: &str = "UPDATE account SET balance = balance + 1 WHERE id = 2";
-
-/// Waits until this client's backend is in somebody's way. A loop of its own: a spawned task calls it.
-async fn in_the_way(client: &Client) {
-    let sql = "SELECT count(*) FROM pg_locks \
-               WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))";
-    for _ in 0..2000 {
-        let row = client.query_one(sql, &[]).await.unwrap();
-        if row.get::<_, i64>(0) > 0 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    panic!("nobody waits");
-}
 
 /// A stranger who holds row 2, waits for row 1 once somebody waits for row 2, and commits when it has both.
 async fn survivor(reported: &IncidentScene) -> tokio::task::JoinHandle<()> {
@@ -32,7 +20,7 @@ async fn survivor(reported: &IncidentScene) -> tokio::task::JoinHandle<()> {
     let sql = format!("SET deadlock_timeout = '1h'; BEGIN; {TWO}");
     client.batch_execute(&sql).await.unwrap();
     tokio::spawn(async move {
-        in_the_way(&client).await;
+        until_blocking(&client).await;
         let sql = format!("{ONE}; COMMIT");
         client.batch_execute(&sql).await.unwrap();
     })
@@ -209,7 +197,8 @@ async fn an_answer_that_the_driver_refuses_does_not_hide_what_the_server_refused
 /// it.
 async fn looked_at(side: &Proxy, held: &Proxy) {
     let mut questions = 0;
-    for _ in 0..2000 {
+    let started = Instant::now();
+    while started.elapsed() < GIVE_UP_AFTER {
         let (said, _) = side.heard();
         questions += said.iter().filter(|said| said.contains("pg_locks")).count();
         // One look at what failed may have been on its way, which is two such questions.
@@ -282,7 +271,7 @@ async fn a_commit_that_waits_is_seen() {
             .batch_execute("INSERT INTO place VALUES (2)")
             .await
             .unwrap();
-        in_the_way(&client).await;
+        until_blocking(&client).await;
         client.batch_execute("COMMIT").await.unwrap();
     };
     let (ran, ()) = tokio::join!(ran, survivor);
@@ -425,6 +414,7 @@ async fn slow_statements_are_looked_at_together() {
         let keeper = keeper.clone();
         slow.spawn(async move {
             let ran = keeper.transaction(async |tx| {
+                // One after another, as statements come: what is tested is that they are asked about together.
                 tokio::time::sleep(Duration::from_millis(u64::from(n) * 7)).await;
                 tx.batch_execute("SELECT pg_sleep(2)")
                     .await

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use lockkeeper::{BackfillProgress, Error, ErrorKind};
-use lockkeeper_testkit::{GIVE_UP_AFTER, eventually, poll_times_and_drop};
+use lockkeeper_testkit::{GIVE_UP_AFTER, assert_error, eventually, poll_times_and_drop};
 
 use super::{all_are, checkpoint, counted, number, scene};
 
@@ -124,7 +124,7 @@ async fn a_violated_constraint_ends_the_run_and_the_next_goes_on_behind_the_last
         .unwrap();
     let run = async || counted(&scene.keeper).batch_rows(50..=50).run().await;
     let error = run().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Database, "{error}");
+    assert_error(&error, ErrorKind::Database, "SQLSTATE 23514");
     assert_eq!(error.sqlstate().unwrap().code(), "23514");
     assert_eq!(
         checkpoint(&scene).await,
@@ -173,7 +173,7 @@ async fn a_run_that_was_overtaken_changes_nothing_more() {
         .unwrap();
     holder.batch_execute("COMMIT").await.unwrap();
     let error = overtaken.await.unwrap().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockLost, "{error}");
+    assert_error(&error, ErrorKind::LockLost, "this batch was rolled back");
     assert_eq!(number(&scene.observer, "SELECT sum(n) FROM t").await, 10);
     scene.nothing_left().await;
 }
@@ -196,7 +196,7 @@ async fn a_checkpoint_that_is_not_the_one_it_knows_ends_a_run() {
                 Err(error) => break error,
             }
         };
-        assert_eq!(error.kind(), ErrorKind::LockLost, "{error}");
+        assert_error(&error, ErrorKind::LockLost, "this batch was rolled back");
         let after = number(&scene.observer, "SELECT sum(n) FROM t").await;
         assert_eq!(before, after, "{change}");
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use lockkeeper::{BackfillProgress, ErrorKind, Keeper, ReplicationLag};
-use lockkeeper_testkit::GIVE_UP_AFTER;
+use lockkeeper_testkit::{GIVE_UP_AFTER, assert_error, assert_error_in};
 
 use super::{all_are, checkpoint, counted, number, scene, telling};
 
@@ -103,7 +103,12 @@ async fn only_one_runs_and_the_others_find_it_busy_or_wait() {
             .run()
             .await
             .unwrap_err();
-        assert_eq!(late.kind(), ErrorKind::LockTimeout, "{late}");
+        assert_error_in(
+            &late,
+            &late,
+            ErrorKind::LockTimeout,
+            r#""lockkeeper_backfill"/"public.count" after"#,
+        );
         assert!(!late.blockers().is_empty(), "{late}");
     }
     // Another one of the same table is not kept out.
@@ -161,7 +166,11 @@ async fn a_name_belongs_to_what_it_does() {
     counted(&scene.keeper).run().await.unwrap();
     let other = counted(&scene.keeper).filter("n > 0");
     let error = other.clone().run().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::Config,
+        r#"the backfill "count" in public.lockkeeper_backfill"#,
+    );
     assert!(error.to_string().contains("another name"), "{error}");
     other.restart().run().await.unwrap();
     all_are(&scene, 2).await;

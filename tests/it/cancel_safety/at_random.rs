@@ -95,6 +95,7 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
                     0,
                     "two holders of one lock"
                 );
+                // The time itself is what is tested: another holder would be seen in it.
                 tokio::time::sleep(hold).await;
                 inside.fetch_sub(1, Ordering::SeqCst);
                 match held {
@@ -125,13 +126,9 @@ async fn ten_thousand_requests_given_up_at_random_leave_nothing() {
         "{what}: too few to show anything"
     );
     assert_no_trace(&scene, None, CLEANED_UP_WITHIN, &what).await;
-    // Nor is anything still under way.
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_no_trace(
-        &scene,
-        None,
-        CLEANED_UP_WITHIN,
-        &format!("{what}, a moment later"),
-    )
-    .await;
+    // Nor is anything still under way that would show later.
+    for look in 1..=20 {
+        let what = format!("{what}, look {look}");
+        assert_no_trace(&scene, None, CLEANED_UP_WITHIN, &what).await;
+    }
 }

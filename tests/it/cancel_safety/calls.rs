@@ -233,6 +233,7 @@ const CALLS: &[(&str, Call)] = &[
             let guard = keeper.advisory_lock(KEY).session().acquire().await?;
             tokio::select! {
                 () = guard.lost() => panic!("lost"),
+                // A call that goes on for a while, to be dropped in.
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
             }
             guard.release().await
@@ -332,10 +333,10 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
             let keeper = new_keeper(&scene.pool, ENDLESS);
             let call = tokio::spawn(call(keeper));
             if after > 0 {
+                // A moment of the wait. Which slice of it that is in makes no difference.
                 tokio::time::sleep(Duration::from_millis(after)).await;
             } else if waits {
-                let waits = async || !scene.waiters(KEY).await.is_empty();
-                eventually_within(CLEANED_UP_WITHIN, &format!("{name} does not wait"), waits).await;
+                scene.until_awaited(KEY).await;
             }
             call.abort();
             let dropped = Instant::now();
@@ -378,8 +379,7 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
             })
         })
         .collect();
-    let two_wait = async || scene.waiters(KEY).await.len() == 2;
-    eventually_within(CLEANED_UP_WITHIN, "the crowd does not wait", &two_wait).await;
+    scene.until_awaited_by(2, KEY).await;
     for &(name, call) in CALLS {
         for polls in 0..MOST_POLLS {
             let outcome = poll_times_and_drop(call(keeper.clone()), polls).await;

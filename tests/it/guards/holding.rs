@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use lockkeeper::LockKey;
-use lockkeeper_testkit::{AppError, Scene, eventually, median};
+use lockkeeper_testkit::{AppError, Scene, median};
 
 use super::scene_with_notes;
 
@@ -113,7 +113,7 @@ async fn a_waiter_gets_the_key_when_its_holder_ends_in_any_way() {
             guard.commit().await.unwrap();
             pid
         });
-        eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
+        scene.until_awaited("k").await;
         assert!(!waiter.is_finished());
         match (xact, session) {
             (Some(guard), _) if end == "drop" => drop(guard),
@@ -151,7 +151,7 @@ async fn the_next_holder_sees_what_the_last_one_committed() {
                 .unwrap()
         }
     });
-    eventually("no waiter", async || !scene.waiters("k").await.is_empty()).await;
+    scene.until_awaited("k").await;
     first.commit().await.unwrap();
     assert_eq!(next.await.unwrap(), 1);
     scene.nothing_left().await;

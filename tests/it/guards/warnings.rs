@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use lockkeeper::{Error, ErrorKind, LockKey};
-use lockkeeper_testkit::{AppError, Scene, Server, eventually, lock_by_sql, unlock_by_sql};
+use lockkeeper_testkit::{
+    AppError, Scene, Server, assert_error, eventually, lock_by_sql, unlock_by_sql,
+};
 
 use super::divided_by_zero;
 
@@ -68,20 +70,20 @@ async fn normal_use_writes_no_warning_to_the_servers_log() {
     for wait in [Duration::ZERO, short] {
         let lock = keeper.advisory_lock("k").wait(wait);
         let error = lock.clone().acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, r#""k" after"#);
         let error = set().wait(wait).acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, r#""k": and 1 more after"#);
         let error = session.clone().wait(wait).acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, r#""k" after"#);
         let error = set().session().wait(wait).acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, r#""k": and 1 more after"#);
     }
     keeper
         .transaction(async |tx| {
             let error = tx.advisory_lock("k").wait(Duration::from_millis(30)).await;
-            assert_eq!(error.unwrap_err().kind(), ErrorKind::LockTimeout);
+            assert_error(&error.unwrap_err(), ErrorKind::LockTimeout, r#""k" after"#);
             let error = tx.advisory_lock("k").wait(Duration::ZERO).await;
-            assert_eq!(error.unwrap_err().kind(), ErrorKind::LockTimeout);
+            assert_error(&error.unwrap_err(), ErrorKind::LockTimeout, r#""k" after"#);
             assert!(!tx.advisory_lock("k").try_acquire().await?);
             tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
             Ok::<_, AppError>(())
@@ -217,7 +219,11 @@ async fn a_commit_that_fails_by_itself_writes_no_warning_either() {
     let before = server.log_len();
     let duplicate = "INSERT INTO note VALUES (1)";
     let unique = |error: Error| {
-        assert_eq!(error.kind(), ErrorKind::Database);
+        assert_error(
+            &error,
+            ErrorKind::Database,
+            "commit failed, the transaction was rolled back (SQLSTATE 23505)",
+        );
         assert_eq!(error.sqlstate().map(|code| code.code()), Some("23505"));
     };
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
-use lockkeeper_testkit::{cancel, pid_of, until_waiting};
+use lockkeeper_testkit::{cancel, pid_of, until_waiting, until_waiting_for};
 use tokio_postgres::Error;
 
 use super::{advisory, code, database, texts};
@@ -186,8 +186,7 @@ async fn lock_timeout_zero_means_for_ever_and_fractions_round() {
             .batch_execute("SELECT pg_advisory_xact_lock(1)")
             .await
     });
-    until_waiting(&observer, pid).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    until_waiting_for(&observer, pid, Duration::from_millis(50)).await;
     assert_eq!(advisory(&observer, pid, false).await, 1);
     cancel(&observer, pid).await;
     assert_eq!(code(wait.await.unwrap()), "57014");

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use lockkeeper_testkit::{eventually, pid_of, until_waiting};
+use lockkeeper_testkit::{eventually, pid_of, until_waiting, until_waiting_for};
 
 use super::{advisory, database, texts};
 
@@ -76,7 +76,7 @@ async fn a_waiter_without_a_client_stays_queued_until_it_is_cancelled() {
     until_waiting(&observer, pid).await;
     wait.abort();
     assert!(wait.await.is_err());
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    until_waiting_for(&observer, pid, Duration::from_millis(50)).await;
     assert_eq!(advisory(&observer, pid, false).await, 1);
     token.cancel_query(tokio_postgres::NoTls).await.unwrap();
     eventually("the cancelled waiter is queued still", async || {

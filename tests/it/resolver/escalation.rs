@@ -4,15 +4,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lockkeeper::LoadChange;
-use lockkeeper::resolver::{Action, RunEnd, Setting, StepOutcome};
-use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Session};
+use lockkeeper::resolver::{Action, RunEnd, StepOutcome};
+use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Session, eventually};
 
 use super::{PileUp, TICK, actions, left_alone, policy, resolver};
-
-/// Whether a look at the settings was the side connection's, which sets this one.
-fn is_the_side_connections(setting: &Setting) -> bool {
-    setting.name() == "lock_timeout" && setting.value() == "1000"
-}
 
 #[tokio::test]
 async fn a_dry_run_changes_nothing() {
@@ -25,15 +20,15 @@ async fn a_dry_run_changes_nothing() {
         .idle_grace(Duration::ZERO)
         .shed_load(move |change| calls.lock().unwrap().push(change));
     let resolver = resolver(&ground, policy);
-    let mut log = resolver.run().await.unwrap();
-    // When the side connection does not answer in time, one of the pool's is asked.
-    for _ in 0..20 {
-        let settings = log.baseline().settings();
-        if settings.iter().any(is_the_side_connections) {
-            break;
-        }
-        log = resolver.run().await.unwrap();
-    }
+    // Where the side connection is not open in time, one of the pool's is asked.
+    eventually("there is no side connection", async || {
+        drop(ground.monitor.activity().await);
+        let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() \
+                   AND application_name = 'lockkeeper side connection' AND state = 'idle')";
+        ground.observer.query_one(sql, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let log = resolver.run().await.unwrap();
     assert_eq!(*log.end(), RunEnd::DryRun);
     assert_eq!(log.signals(), 0);
     let pid = Some(pile.holder.pid);

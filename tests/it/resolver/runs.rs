@@ -6,7 +6,8 @@ use std::time::Duration;
 use lockkeeper::resolver::{Action, RunEnd, Step, StepOutcome};
 use lockkeeper::{ErrorKind, LoadChange, RecoveryCriterion, ResolverPolicy};
 use lockkeeper_testkit::{
-    CapturedLog, GIVE_UP_AFTER, MonitorScene, Server, eventually, poll_times_and_drop, seen_by,
+    CapturedLog, GIVE_UP_AFTER, MonitorScene, Proxy, Server, assert_error, eventually, keeper_as,
+    poll_times_and_drop, seen_by,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -272,13 +273,17 @@ async fn with_nobody_waiting_there_is_nothing_to_do() {
 #[tokio::test]
 async fn bad_policies_are_refused_before_anything_is_sent() {
     let ground = MonitorScene::new().await;
-    for policy in [
-        ResolverPolicy::new().poll(Duration::ZERO),
-        ResolverPolicy::new().deadline(Duration::ZERO),
-        ResolverPolicy::new().recovered_when(RecoveryCriterion::no_waits().checks(0)),
+    let no_checks = RecoveryCriterion::no_waits().checks(0);
+    for (policy, text) in [
+        (ResolverPolicy::new().poll(Duration::ZERO), "at least 10ms"),
+        (
+            ResolverPolicy::new().deadline(Duration::ZERO),
+            "a deadline of 0",
+        ),
+        (ResolverPolicy::new().recovered_when(no_checks), "0 checks"),
     ] {
         let error = ground.monitor.resolver(policy).run().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert_error(&error, ErrorKind::Config, text);
     }
 }
 
@@ -310,7 +315,10 @@ async fn a_plan_needs_no_server() {
 #[tokio::test]
 async fn a_run_goes_on_after_a_restart_of_the_server() {
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
+    let mut ground = MonitorScene::on(&server).await;
+    let proxy = Proxy::before(&server);
+    let side = proxy.config(&ground.database.config());
+    ground.monitor = keeper_as(&ground.database, side).monitor();
     let pile = PileUp::new(&ground).await;
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
     let patient = policy(&ground)
@@ -320,13 +328,11 @@ async fn a_run_goes_on_after_a_restart_of_the_server() {
     let resolver = resolver(&ground, patient);
     let run = tokio::spawn(async move { resolver.run().await });
     assert_eq!(told.recv().await, Some(LoadChange::Shed));
+    proxy.refuse(true);
     server.stop();
-    // Whatever the run sees of it, it ends well; most often looks fail in this time.
-    eventually("the server is there still", async || {
-        ground.observer.is_closed()
-    })
-    .await;
-    tokio::time::sleep(10 * TICK).await;
+    // Until the run has asked in vain.
+    eventually("no question fails", async || proxy.refused() > 2).await;
+    proxy.refuse(false);
     server.restart();
     let log = run.await.unwrap().unwrap();
     assert!(log.is_recovered() && log.signals() == 0, "{log}");

@@ -1,7 +1,7 @@
 //! What is known of a change beforehand.
 
 use lockkeeper::{ErrorKind, LockMode, TableWork};
-use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, eventually, pid_of};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, assert_error, eventually, pid_of};
 
 #[tokio::test]
 async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
@@ -112,7 +112,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
             .preflight(("nowhere", LockMode::Share))
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(&error, ErrorKind::Config, r#"no table "nowhere""#);
     };
     tokio::time::timeout(GIVE_UP_AFTER, asking)
         .await
@@ -224,7 +224,7 @@ async fn a_dry_run_takes_what_preflight_says() {
         "DROP TABLE t; COMMIT",
     ] {
         let error = schema.dry_run(sql).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert_error(&error, ErrorKind::Config, "cannot run in a transaction");
     }
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }

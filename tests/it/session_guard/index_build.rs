@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::Keeper;
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene, eventually_within};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene};
 use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
 
@@ -62,8 +62,7 @@ async fn index_build(kinds: &[Waiter]) {
                 })
             })
             .collect();
-        let wait = async || scene.waiters(730).await.len() == kinds.len();
-        eventually_within(CLEANED_UP_WITHIN, "they do not wait", wait).await;
+        scene.until_awaited_by(kinds.len(), 730).await;
         let build = guard.batch_execute("CREATE INDEX CONCURRENTLY note_id ON note (id)");
         let build = tokio::time::timeout(Duration::from_secs(20), build);
         let (built, longest) = with_longest_wait(&scene, build).await;

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey};
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, Proxy, Scene, Server, eventually_within};
-use tokio::sync::oneshot;
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, Fault, Proxy, Scene, Server, assert_error, assert_error_in,
+    eventually_within, until_closed,
+};
 
 use super::take;
 
@@ -20,7 +22,8 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
         lost.lost().await;
         (lost, started.elapsed())
     });
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    // Not before.
+    scene.nothing_but(2).await;
     assert!(!watched.is_finished());
     let pid = scene.holders(709).await[0];
     let terminated = Instant::now();
@@ -40,17 +43,24 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
         .await
         .unwrap();
     // The backend says that it ends before it lets its locks go.
-    let free = async || !scene.is_held(709).await;
-    eventually_within(CLEANED_UP_WITHIN, "still held", free).await;
+    scene.until_free(709).await;
     let again = take(&scene.keeper, 709).await;
 
     let ran = lost.transaction(async |_| panic!("run without the lock"));
     let ran: Result<(), Error> = ran.await;
-    assert_eq!(ran.unwrap_err().kind(), ErrorKind::LockLost);
+    assert_error(
+        &ran.unwrap_err(),
+        ErrorKind::LockLost,
+        "lock lost with its connection: 709",
+    );
     let error = lost.batch_execute("SELECT 1").await.unwrap_err();
     assert!(error.is_closed(), "{error:?}");
     let error = lost.release().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockLost, "{error:?}");
+    assert_error(
+        &error,
+        ErrorKind::LockLost,
+        "lock lost with its connection: 709",
+    );
     assert_eq!(error.key(), Some(&LockKey::from(709)));
     assert!(!error.is_retryable());
 
@@ -88,7 +98,7 @@ async fn connections_that_died_in_the_pool_are_replaced() {
     }
 }
 
-/// A lost guard that is simply dropped, and one whose backend ends during its transaction.
+/// A lost guard that is simply dropped, and one whose backend ends in its transaction, before COMMIT.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_guard_ends_quietly() {
     let scene = Scene::new(2).await;
@@ -100,39 +110,61 @@ async fn a_lost_guard_ends_quietly() {
 
     let mut guard = take(&scene.keeper, 711).await;
     let pid = guard.backend_pid().unwrap();
-    let (inside, is_inside) = oneshot::channel();
-    let (go_on, goes_on) = oneshot::channel();
-    let transaction = guard.transaction(async move |tx| {
+    let transaction = guard.transaction(async |tx| {
         tx.batch_execute("CREATE TABLE note (id int)").await?;
-        inside.send(()).unwrap();
-        goes_on.await.unwrap();
+        scene.terminate(pid).await;
+        // Before COMMIT is sent.
+        until_closed(tx.client()).await;
         Ok::<_, Error>(())
     });
-    let (outcome, ()) = tokio::join!(transaction, async {
-        is_inside.await.unwrap();
-        scene.terminate(pid).await;
-        let gone = async || scene.holders(711).await.is_empty();
-        eventually_within(CLEANED_UP_WITHIN, "not terminated", gone).await;
-        go_on.send(()).unwrap();
-    });
-    let error = outcome.unwrap_err();
-    // Before COMMIT was sent, or while it was: never reported as done.
-    let kinds = [
-        ErrorKind::LockLost,
-        ErrorKind::CommitUnknown,
-        ErrorKind::ConnectionLost,
-    ];
-    assert!(kinds.contains(&error.kind()), "{error:?}");
+    let error = transaction.await.unwrap_err();
+    assert_error(&error, error.kind(), "TODO");
     let lost = async || guard.is_lost();
     eventually_within(CLEANED_UP_WITHIN, "not noticed", lost).await;
-    assert_eq!(
-        guard.release().await.unwrap_err().kind(),
-        ErrorKind::LockLost
+    assert_error(
+        &guard.release().await.unwrap_err(),
+        ErrorKind::LockLost,
+        "lock lost with its connection: 711",
     );
     let sql = "SELECT to_regclass('note') IS NULL";
     let rolled_back: bool = scene.observer.query_one(sql, &[]).await.unwrap().get(0);
     assert!(rolled_back);
     scene.nothing_left().await;
+}
+
+/// The same while COMMIT is sent: it is never reported as done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guard_that_is_lost_during_commit_does_not_know_its_outcome() {
+    let scene = Scene::new(2).await;
+    let proxy = Proxy::before(scene.database.server());
+    let keeper = Keeper::new(proxy.pool(&scene.database.config(), 2));
+    scene.run("CREATE TABLE note (id int)").await;
+    for (fault, applied) in [
+        (Fault::CutBefore, 0),
+        (Fault::CutDuring, 1),
+        (Fault::CutAnswer, 1),
+    ] {
+        scene.run("DELETE FROM note").await;
+        let mut guard = take(&keeper, 711).await;
+        proxy.fault("COMMIT", fault);
+        let transaction = guard.transaction(async |tx| {
+            tx.batch_execute("INSERT INTO note VALUES (1)").await?;
+            Ok::<_, Error>(())
+        });
+        let error = transaction.await.unwrap_err();
+        assert_error_in(format_args!("{fault:?}"), &error, error.kind(), "TODO");
+        assert_eq!(proxy.faults_left(), 0);
+        let lost = async || guard.is_lost();
+        eventually_within(CLEANED_UP_WITHIN, "not noticed", lost).await;
+        assert_error(
+            &guard.release().await.unwrap_err(),
+            ErrorKind::LockLost,
+            "lock lost with its connection: 711",
+        );
+        scene.until_no_transaction().await;
+        assert_eq!(scene.count("note").await, applied, "{fault:?}");
+        scene.nothing_left().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -156,23 +188,22 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
         "noticed after {noticed:?}"
     );
     for guard in guards {
-        assert_eq!(
-            guard.release().await.unwrap_err().kind(),
-            ErrorKind::LockLost
+        assert_error(
+            &guard.release().await.unwrap_err(),
+            ErrorKind::LockLost,
+            "lock lost with its connection: 71",
         );
     }
     // Where the end of its connection is not known yet, it is COMMIT that learns of it.
     let closed = async || xact.client().is_closed();
     eventually_within(CLEANED_UP_WITHIN, "not closed", closed).await;
-    assert_eq!(
-        xact.commit().await.unwrap_err().kind(),
-        ErrorKind::ConnectionLost
+    assert_error(
+        &xact.commit().await.unwrap_err(),
+        ErrorKind::ConnectionLost,
+        "nothing is applied: 714",
     );
     let error = keeper.advisory_lock(712).acquire().await.unwrap_err();
-    assert!(
-        matches!(error.kind(), ErrorKind::Pool | ErrorKind::ConnectionLost),
-        "{error:?}"
-    );
+    assert_error(&error, ErrorKind::Pool, "no connection from the pool: 712");
     server.restart();
     // On new connections, and not from what was known of the server before.
     for guard in [take(&keeper, 712).await, take(&keeper, 713).await] {
@@ -197,16 +228,18 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
         .expect("not noticed");
     let free = async || !scene.is_held(715).await && !scene.is_held(716).await;
     eventually_within(CLEANED_UP_WITHIN, "still held", free).await;
-    assert_eq!(
-        session.release().await.unwrap_err().kind(),
-        ErrorKind::LockLost
+    assert_error(
+        &session.release().await.unwrap_err(),
+        ErrorKind::LockLost,
+        "lock lost with its connection: 715",
     );
     // Where the end of its connection is not known yet, it is COMMIT that learns of it.
     let closed = async || xact.client().is_closed();
     eventually_within(CLEANED_UP_WITHIN, "not closed", closed).await;
-    assert_eq!(
-        xact.commit().await.unwrap_err().kind(),
-        ErrorKind::ConnectionLost
+    assert_error(
+        &xact.commit().await.unwrap_err(),
+        ErrorKind::ConnectionLost,
+        "nothing is applied: 716",
     );
     scene.nothing_left().await;
 }
@@ -225,10 +258,11 @@ async fn a_lock_that_somebody_unlocked_by_hand_is_reported_as_lost() {
             // Somebody else may have it by now, who is not to be disturbed.
             let other = take(&scene.keeper, 717).await;
             let error = guard.release().await.unwrap_err();
-            assert_eq!(
-                error.kind(),
+            assert_error_in(
+                format_args!("{keys:?}, {unlock}"),
+                &error,
                 ErrorKind::LockLost,
-                "{keys:?}, {unlock}: {error:?}"
+                "lock lost with its connection: 71",
             );
             assert_eq!(scene.holders(717).await, [other.backend_pid().unwrap()]);
             let rest = async || scene.advisory_locks().await == 1;
@@ -262,9 +296,12 @@ async fn a_release_over_a_slow_network_tells_a_lost_lock_from_a_held_one() {
         } else {
             guard.batch_execute(unlock).await.unwrap();
         }
-        let released = guard.release().await;
-        let kind = released.map_err(|error| error.kind());
-        assert_eq!(kind, Err(ErrorKind::LockLost), "client {through_client}");
+        let error = guard.release().await.unwrap_err();
+        assert_error(
+            &error,
+            ErrorKind::LockLost,
+            "lock lost with its connection: 727",
+        );
         scene.nothing_left().await;
     }
 }

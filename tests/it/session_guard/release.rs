@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, LockKey};
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene, eventually_within, median};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, ENDLESS, Scene, assert_error, eventually_within, median,
+};
 
 use super::{next_borrower, take};
 
@@ -91,7 +93,11 @@ async fn the_holders_name_carries_the_call_site_and_is_restored() {
     assert!(lock.clone().try_acquire().await.unwrap().is_none());
     assert_eq!(scene.show("application_name").await, "the pool's own");
     let waited = lock.clone().wait(Duration::from_millis(20)).acquire().await;
-    assert_eq!(waited.unwrap_err().kind(), ErrorKind::LockTimeout);
+    assert_error(
+        &waited.unwrap_err(),
+        ErrorKind::LockTimeout,
+        "holds ExclusiveLock",
+    );
     assert_eq!(scene.show("application_name").await, "the pool's own");
     let given_up = lock.wait(ENDLESS).acquire();
     drop(tokio::time::timeout(Duration::from_millis(20), given_up).await);
@@ -175,6 +181,7 @@ async fn readers_share_and_writers_are_alone() {
                 );
                 *most = (*most).max(*readers);
             }
+            // The time itself is what is tested: readers are to meet in it, and no writer.
             tokio::time::sleep(Duration::from_millis(4)).await;
             {
                 let mut state = state.lock().unwrap();

@@ -1,7 +1,7 @@
 //! Transactions on a session guard.
 
 use lockkeeper::{Error, ErrorKind};
-use lockkeeper_testkit::Scene;
+use lockkeeper_testkit::{Scene, assert_error};
 use tokio_postgres::error::SqlState;
 
 use super::{next_borrower, take};
@@ -186,7 +186,11 @@ async fn a_transaction_that_cannot_commit_says_so() {
         Ok::<_, Error>(())
     });
     let error = swallowed.await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Database, "{error:?}");
+    assert_error(
+        &error,
+        ErrorKind::Database,
+        "the transaction was rolled back (SQLSTATE 25P02)",
+    );
     let swallowed = guard.transaction(async |tx| {
         assert!(tx.client().batch_execute("SELECT 1/0").await.is_err());
         Ok::<_, Error>(())

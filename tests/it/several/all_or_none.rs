@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, LockKey};
-use lockkeeper_testkit::{Scene, eventually, lock_by_sql, pid_of, unlock_by_sql};
+use lockkeeper_testkit::{
+    Scene, assert_error, assert_error_in, lock_by_sql, pid_of, unlock_by_sql,
+};
 
 use super::{LONG, SCOPES, Scope, acquire, many_keys, try_acquire};
 
@@ -47,16 +49,16 @@ async fn no_keys_at_all_are_a_mistake_of_the_caller() {
         let error = acquire(&scene.keeper, none(), scope, LONG)
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(&error, ErrorKind::Config, "no keys given");
         let error = try_acquire(&scene.keeper, none(), scope).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(&error, ErrorKind::Config, "no keys given");
     }
     drop(taken);
     let section = scene.keeper.transaction(async |tx| {
         let error = tx.advisory_locks(none()).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(&error, ErrorKind::Config, "no keys given");
         let error = tx.advisory_locks(none()).try_acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(&error, ErrorKind::Config, "no keys given");
         tx.query_one("SELECT 1", &[]).await?;
         Ok::<_, Error>(())
     });
@@ -90,7 +92,7 @@ async fn one_busy_key_and_none_is_taken() {
                 let error = acquire(&scene.keeper, &keys, scope, wait)
                     .await
                     .unwrap_err();
-                assert_eq!(error.kind(), ErrorKind::LockTimeout);
+                assert_error(&error, ErrorKind::LockTimeout, "1: and 4 more after");
                 let blockers: Vec<_> = error
                     .blockers()
                     .iter()
@@ -132,7 +134,7 @@ async fn one_busy_key_and_none_is_taken_inside_a_transaction() {
                 .advisory_locks(&keys)
                 .wait(Duration::from_millis(millis));
             let error = lock.await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::LockTimeout);
+            assert_error(&error, ErrorKind::LockTimeout, "1: and 4 more after");
             assert_eq!(scene.advisory_locks().await, 2, "{busy} busy, {millis} ms");
         }
         assert_eq!(guard.held_keys().count(), 1);
@@ -182,14 +184,16 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
         let error = acquire(&scene.keeper, some, scope, Duration::from_millis(600))
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{scope:?}: {error:?}");
+        assert_error_in(
+            format_args!("{scope:?}"),
+            &error,
+            ErrorKind::LockTimeout,
+            "and 999 more after",
+        );
         assert_eq!(error.blockers().len(), 1, "{error}");
         scene.nothing_but(1).await;
         let release = async {
-            eventually("no waiter", async || {
-                !scene.waiters(&keys[1]).await.is_empty()
-            })
-            .await;
+            scene.until_awaited(&keys[1]).await;
             unlock_by_sql(&holder, &keys[1]).await;
         };
         let (guard, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), release);

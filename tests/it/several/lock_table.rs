@@ -1,13 +1,20 @@
 //! Sets for which the server's lock table has no room.
 
 use lockkeeper::{Error, ErrorKind, LockKey};
-use lockkeeper_testkit::{Scene, Server, eventually, lock_by_sql, unlock_by_sql};
+use lockkeeper_testkit::{
+    Scene, Server, assert_error, assert_error_in, lock_by_sql, unlock_by_sql,
+};
 use tokio_postgres::Client;
 
 use super::{LONG, SCOPES, acquire, try_acquire};
 
 fn assert_refused_unsent(error: &Error, what: &str) {
-    assert_eq!(error.kind(), ErrorKind::OutOfLocks, "{what}: {error:?}");
+    assert_error_in(
+        &what,
+        &error,
+        ErrorKind::OutOfLocks,
+        "max_locks_per_transaction",
+    );
     assert_eq!(
         error.sqlstate(),
         None,
@@ -134,7 +141,12 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
             let error = try_acquire(&scene.keeper, &keys[1..], scope)
                 .await
                 .unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::OutOfLocks, "{scope:?}: {error:?}");
+            assert_error_in(
+                format_args!("{scope:?}"),
+                &error,
+                ErrorKind::OutOfLocks,
+                "and 98 more (SQLSTATE 53200)",
+            );
             assert_eq!(error.sqlstate().map(|code| code.code()), Some("53200"));
             assert!(error.key().is_some() && !error.is_retryable());
             scene.nothing_but(taken).await;
@@ -142,34 +154,42 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
             let error = acquire(&scene.keeper, &keys[1..], scope, LONG)
                 .await
                 .unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::OutOfLocks, "{scope:?}: {error:?}");
+            assert_error_in(
+                format_args!("{scope:?}"),
+                &error,
+                ErrorKind::OutOfLocks,
+                "and 98 more (SQLSTATE 53200)",
+            );
             scene.nothing_but(taken).await;
 
             // In the middle of a wait: the table is full when the busy key is free.
             let release = async {
-                eventually("no waiter", async || {
-                    !scene.waiters(&keys[0]).await.is_empty()
-                })
-                .await;
+                scene.until_awaited(&keys[0]).await;
                 unlock_by_sql(&holder, &keys[0]).await;
             };
             let (result, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), release);
-            assert_eq!(
-                result.unwrap_err().kind(),
+            assert_error_in(
+                format_args!("{scope:?}"),
+                &result.unwrap_err(),
                 ErrorKind::OutOfLocks,
-                "{scope:?}"
+                "and 99 more after",
             );
             scene.nothing_but(taken - 1).await;
             lock_by_sql(&holder, &keys[0]).await;
         }
         let mut guard = scene.keeper.advisory_lock("own").acquire().await.unwrap();
         let error = guard.advisory_locks(&keys[1..]).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::OutOfLocks, "{error:?}");
-        let error = guard.commit().await.unwrap_err();
-        assert_eq!(
-            error.kind(),
+        assert_error(
+            &error,
             ErrorKind::OutOfLocks,
-            "round {round}: {error:?}"
+            "and 98 more (SQLSTATE 53200)",
+        );
+        let error = guard.commit().await.unwrap_err();
+        assert_error_in(
+            format_args!("round {round}"),
+            &error,
+            ErrorKind::OutOfLocks,
+            r#""own": an earlier statement of the transaction failed"#,
         );
         scene.nothing_but(taken).await;
     }

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::ErrorKind;
-use lockkeeper_testkit::{Scene, eventually, lock_by_sql, pid_of, unlock_by_sql};
+use lockkeeper_testkit::{
+    Scene, assert_error, assert_error_in, eventually, lock_by_sql, pid_of, unlock_by_sql,
+};
 
 use super::{LONG, SCOPES, Scope, acquire, many_keys};
 
@@ -23,14 +25,19 @@ async fn one_wait_covers_all_of_the_keys() {
         lock_by_sql(&second, 2).await;
         let began = Instant::now();
         let release = async {
-            eventually("no waiter", async || !scene.waiters(2).await.is_empty()).await;
-            tokio::time::sleep(Duration::from_millis(2500)).await;
+            let most_of_it = Duration::from_millis(2500);
+            scene.until_awaited_for(most_of_it, 2).await;
             unlock_by_sql(&second, 2).await;
         };
         let (result, ()) = tokio::join!(acquire(&scene.keeper, [1, 2, 3], scope, WAIT), release);
         let took = began.elapsed();
         let error = result.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{scope:?}: {error:?}");
+        assert_error_in(
+            format_args!("{scope:?}"),
+            &error,
+            ErrorKind::LockTimeout,
+            "1: and 2 more after",
+        );
         assert!(took >= WAIT, "{scope:?}: {took:?} is too early");
         assert!(
             took < TWO_WAITS,
@@ -42,14 +49,19 @@ async fn one_wait_covers_all_of_the_keys() {
     lock_by_sql(&second, 2).await;
     let began = Instant::now();
     let release = async {
-        eventually("no waiter", async || !scene.waiters(2).await.is_empty()).await;
-        tokio::time::sleep(Duration::from_millis(2500)).await;
+        scene
+            .until_awaited_for(Duration::from_millis(2500), 2)
+            .await;
         unlock_by_sql(&second, 2).await;
     };
     let waiting = async { guard.advisory_locks([1, 2, 3]).wait(WAIT).await };
     let (result, ()) = tokio::join!(waiting, release);
     let took = began.elapsed();
-    assert_eq!(result.unwrap_err().kind(), ErrorKind::LockTimeout);
+    assert_error(
+        &result.unwrap_err(),
+        ErrorKind::LockTimeout,
+        "1: and 2 more after",
+    );
     assert!(took >= WAIT && took < TWO_WAITS, "{took:?}");
     drop((guard, second, third));
     scene.nothing_left().await;
@@ -67,7 +79,7 @@ async fn keys_that_become_free_one_after_another_are_all_granted() {
         lock_by_sql(&holders[1], 3).await;
         let release = async {
             for (holder, key) in holders.iter().zip([2, 3]) {
-                eventually("no waiter", async || !scene.waiters(key).await.is_empty()).await;
+                scene.until_awaited(key).await;
                 assert_eq!(scene.holders(key).await, [pid_of(holder).await]);
                 unlock_by_sql(holder, key).await;
             }
@@ -117,10 +129,7 @@ async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
     for scope in SCOPES {
         lock_by_sql(&holder, 2).await;
         let release = async {
-            eventually("nobody waits at the server", async || {
-                !scene.waiters(2).await.is_empty()
-            })
-            .await;
+            scene.until_awaited(2).await;
             unlock_by_sql(&holder, 2).await;
         };
         let (guard, ()) = tokio::join!(acquire(&scene.keeper, [2], scope, LONG), release);
@@ -141,6 +150,9 @@ async fn a_large_set_waits_for_a_connection_as_long_as_a_small_one() {
         for scope in SCOPES {
             let taken = scene.pool.get().await.unwrap();
             let later = async {
+                let waits = async || scene.pool.status().waiting == 1;
+                eventually("no call waits for the connection", waits).await;
+                // The time itself is what is tested: it is longer than any other bound that a call could have here.
                 tokio::time::sleep(Duration::from_millis(1500)).await;
                 drop(taken);
             };

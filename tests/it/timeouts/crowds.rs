@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::Pool;
 use futures::future::join_all;
 use lockkeeper::LockKey;
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, eventually_within};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, is_pending};
 
 use super::{Scope, ms, take, time, timed_out, warm};
 
@@ -24,8 +24,7 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
             tokio::spawn(async move { drop(lock.acquire().await.unwrap()) })
         })
         .collect();
-    let two_wait = async || scene.waiters(key.clone()).await.len() == 2;
-    eventually_within(CLEANED_UP_WITHIN, "the crowd does not wait", two_wait).await;
+    scene.until_awaited_by(2, &key).await;
     let asked = ms(250);
     for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
         time(asked, &format!("{scope:?}"), async |asked| {
@@ -73,31 +72,24 @@ async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
     let order = Arc::new(std::sync::Mutex::new(Vec::new()));
     let mut crowd = Vec::new();
     for n in 0..12 {
+        // The first two stand at the server, which shows them. The others stand in the line of the process, where the first
+        // poll of a call takes its place.
         let lock = scene.keeper.advisory_lock(&key).wait(ENDLESS);
+        let mut waiting = Box::pin(lock.acquire());
+        assert!(is_pending(&mut waiting).await);
         let (order, seen, theirs) = (order.clone(), scene.clone(), key.clone());
         crowd.push(tokio::spawn(async move {
-            let guard = lock.acquire().await.unwrap();
+            let guard = waiting.await.unwrap();
             let left = {
                 let mut order = order.lock().unwrap();
                 order.push(n);
                 12 - order.len()
             };
             // Until the next ones have joined the server's queue.
-            let granted = Instant::now();
-            while seen.waiters(theirs.clone()).await.len() != left.min(2) {
-                assert!(
-                    granted.elapsed() < CLEANED_UP_WITHIN,
-                    "the next ones do not wait"
-                );
-                tokio::time::sleep(ms(5)).await;
-            }
+            seen.until_awaited_by(left.min(2), theirs).await;
             guard.commit().await.unwrap();
         }));
-        let expected = (n + 1).min(2);
-        let stand = async || scene.waiters(key.clone()).await.len() == expected;
-        eventually_within(CLEANED_UP_WITHIN, "it does not wait", stand).await;
-        // Those in the line of the process cannot be seen from outside.
-        tokio::time::sleep(ms(40)).await;
+        scene.until_awaited_by((n + 1).min(2), &key).await;
     }
     drop(holder);
     for waiter in crowd {
@@ -129,6 +121,7 @@ async fn a_hundred_tasks(scope: Scope) {
     let mut calm = Vec::new();
     for _ in 0..20 {
         calm.push(other_work(&scene.pool).await);
+        // The pace of the other work, here and below.
         tokio::time::sleep(ms(2)).await;
     }
     calm.sort();
@@ -143,6 +136,7 @@ async fn a_hundred_tasks(scope: Scope) {
                     .await
                     .unwrap();
                 assert_eq!(counter.fetch_add(1, Ordering::SeqCst), 0, "two holders");
+                // The time itself is what is tested: another holder would be seen in it.
                 tokio::time::sleep(ms(5)).await;
                 counter.fetch_sub(1, Ordering::SeqCst);
                 drop(guard);

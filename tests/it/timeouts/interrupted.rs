@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use lockkeeper::{ErrorKind, Keeper, LockKey};
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Proxy, Scene, eventually_within};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, ENDLESS, Proxy, Scene, assert_error, assert_error_in, eventually,
+    eventually_within,
+};
 
 use super::{SCOPES, Scope, ms, take};
 
@@ -35,7 +38,7 @@ async fn a_waiter_whose_backend_is_stopped_says_so() {
             };
             eventually_within(CLEANED_UP_WITHIN, &format!("{what}: it waits on"), stopped).await;
             let error = waiter.await.unwrap().unwrap_err();
-            assert_eq!(error.kind(), kind, "{what}: {error:?}");
+            assert_error_in(&what, &error, kind, "TODO");
             assert!(error.source().is_some(), "{what}: {error:?}");
             drop(holder);
             let next = take(&scene.keeper, scope, key.clone(), ENDLESS)
@@ -55,13 +58,16 @@ async fn two_transactions_that_wait_for_each_other_are_told_of_the_deadlock() {
         let mut first = scene.keeper.advisory_lock(524).acquire().await.unwrap();
         let mut second = scene.keeper.advisory_lock(525).acquire().await.unwrap();
         assert_ne!(first.backend_pid(), second.backend_pid());
+        let scene = &scene;
         let first = async move {
             let outcome = first.advisory_lock(525).wait(ENDLESS).await;
             first.rollback().await;
             outcome
         };
         let second = async move {
-            tokio::time::sleep(ms(apart)).await;
+            if apart > 0 {
+                scene.until_awaited_for(ms(apart), 525).await;
+            }
             let outcome = second.advisory_lock(524).wait(ENDLESS).await;
             second.rollback().await;
             outcome
@@ -72,7 +78,7 @@ async fn two_transactions_that_wait_for_each_other_are_told_of_the_deadlock() {
         let ((Err(error), Ok(())) | (Ok(()), Err(error))) = both else {
             panic!("{apart} ms apart: {both:?}");
         };
-        assert_eq!(error.kind(), ErrorKind::Deadlock, "{error:?}");
+        assert_error(&error, ErrorKind::Deadlock, "SQLSTATE 40P01");
         scene.nothing_left().await;
     });
     join_all(apart).await;
@@ -95,7 +101,11 @@ async fn a_wait_survives_a_network_slower_than_its_slices() {
         let waits = async || !scene.waiters(key.clone()).await.is_empty();
         eventually_within(2 * CLEANED_UP_WITHIN, "it does not wait", waits).await;
         // Until an answer to one slice has come, and another one is under way.
-        tokio::time::sleep(ms(1_800)).await;
+        let flights = proxy.traffic().flights;
+        eventually("no further slice", async || {
+            proxy.traffic().flights >= flights + 2
+        })
+        .await;
         drop(holder);
         let guard = tokio::time::timeout(2 * CLEANED_UP_WITHIN, waiter).await;
         let guard = guard.expect("not granted").unwrap();
@@ -134,32 +144,22 @@ async fn wait_in_silence(scope: Scope, busy: bool) {
         None
     };
     let (theirs, asked) = (key.clone(), ms(700));
+    // Silent from the beginning where the lock is free, and in the middle of the wait where it is not.
+    proxy.stall(!busy);
     let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, asked).await });
     if busy {
-        let waits = async || !scene.waiters(key.clone()).await.is_empty();
-        eventually_within(CLEANED_UP_WITHIN, "it does not wait", waits).await;
+        scene.until_awaited(&key).await;
+        proxy.stall(true);
     }
-    proxy.stall(true);
     let outcome = tokio::time::timeout(asked + CLEANED_UP_WITHIN, waiter).await;
     let outcome = outcome
         .unwrap_or_else(|_| panic!("{what}: it hangs"))
         .unwrap();
-    match outcome {
-        Err(error) => {
-            let kinds = [
-                ErrorKind::ConnectionLost,
-                ErrorKind::LockTimeout,
-                ErrorKind::Pool,
-            ];
-            assert!(kinds.contains(&error.kind()), "{what}: {error:?}");
-            assert_eq!(error.key(), Some(&key), "{what}: {error:?}");
-        }
-        // It was faster than the pause.
-        Ok(guard) => {
-            assert!(!busy, "{what}");
-            drop(guard);
-        }
-    }
+    let Err(error) = outcome else {
+        panic!("{what}: granted");
+    };
+    assert_error_in(&what, &error, error.kind(), "TODO");
+    assert_eq!(error.key(), Some(&key), "{what}: {error:?}");
     proxy.stall(false);
     drop(client);
     scene.nothing_left().await;

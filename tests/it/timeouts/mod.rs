@@ -9,7 +9,7 @@ mod pools;
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, Scene};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, Scene, assert_error};
 use tokio_postgres::IsolationLevel;
 
 const fn ms(millis: u64) -> Duration {
@@ -68,7 +68,7 @@ fn timed_out(outcome: Result<Guard, Error>) -> Error {
     let Err(error) = outcome else {
         panic!("granted what somebody else holds");
     };
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+    assert_error(&error, ErrorKind::LockTimeout, " after ");
     error
 }
 

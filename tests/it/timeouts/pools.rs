@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey};
-use lockkeeper_testkit::{Proxy, Scene};
+use lockkeeper_testkit::{Proxy, Scene, assert_error};
 
 use super::{Scope, ms, take, time};
 
@@ -20,7 +20,7 @@ async fn an_exhausted_pool_is_said_in_time() {
                 let Err(error) = take(&scene.keeper, scope, LockKey::from(510), asked).await else {
                     panic!("no connection could be had");
                 };
-                assert_eq!(error.kind(), ErrorKind::Pool, "{error:?}");
+                assert_error(&error, ErrorKind::Pool, "2 of 2 in use after");
                 assert_eq!(error.key(), Some(&LockKey::from(510)), "{error}");
             })
             .await;
@@ -44,12 +44,16 @@ async fn a_transaction_on_an_exhausted_pool_says_so_in_time() {
         let keeper = waiting(asked);
         let transaction = keeper.transaction(async |_| Ok::<_, Error>(()));
         let error = transaction.await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Pool, "{error:?}");
+        assert_error(&error, ErrorKind::Pool, "1 of 1 in use after");
     })
     .await;
     time(asked, "try_acquire", async |asked| {
         let tried = waiting(asked).advisory_lock(511).try_acquire().await;
-        assert_eq!(tried.unwrap_err().kind(), ErrorKind::Pool);
+        assert_error(
+            &tried.unwrap_err(),
+            ErrorKind::Pool,
+            "511: none became free, 1 of 1 in use after",
+        );
     })
     .await;
     drop(taken);

@@ -4,23 +4,27 @@ use std::time::Duration;
 
 use lockkeeper::tokio_postgres::IsolationLevel;
 use lockkeeper::{Error, ErrorKind, TransactionOptions};
-use lockkeeper_testkit::{Scene, sqlstate};
+use lockkeeper_testkit::{Scene, assert_error, sqlstate};
 
 #[tokio::test]
 async fn options_that_cannot_work_are_refused_before_any_sql() {
     let scene = Scene::new(1).await;
-    for options in [
-        TransactionOptions::new().attempts(0),
-        TransactionOptions::new().lock_timeout(Duration::ZERO),
-        TransactionOptions::new().statement_timeout(Duration::ZERO),
-        TransactionOptions::new().idle_timeout(Duration::ZERO),
+    let new = TransactionOptions::new;
+    for (options, text) in [
+        (new().attempts(0), "attempts is 0"),
+        (new().lock_timeout(Duration::ZERO), ": lock_timeout is 0"),
+        (
+            new().statement_timeout(Duration::ZERO),
+            ": statement_timeout is 0",
+        ),
+        (new().idle_timeout(Duration::ZERO), ": idle_timeout is 0"),
     ] {
         let error = scene
             .keeper
-            .transaction_with(options.clone(), async |_| Ok::<_, Error>(()))
+            .transaction_with(options, async |_| Ok::<_, Error>(()))
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{options:?}");
+        assert_error(&error, ErrorKind::Config, text);
         assert_eq!(error.attempts(), 0);
     }
     assert_eq!(scene.pool.status().size, 0, "a connection was opened");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use lockkeeper::{Error, ErrorKind, Tx};
-use lockkeeper_testkit::{AppError, Scene, poll_times_and_drop, sqlstate};
+use lockkeeper_testkit::{AppError, Scene, assert_error, poll_times_and_drop, sqlstate};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Barrier, Notify};
 
@@ -64,7 +64,11 @@ async fn a_failing_savepoint_leaves_what_is_around_it() {
             let Err(AppError::Keeper(error)) = failed else {
                 panic!("{failed:?}")
             };
-            assert_eq!(error.kind(), ErrorKind::Database);
+            assert_error(
+                &error,
+                ErrorKind::Database,
+                "a statement inside the savepoint failed",
+            );
             insert(tx, 17).await?;
             Ok::<_, AppError>(())
         })

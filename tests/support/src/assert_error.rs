@@ -1,6 +1,7 @@
 //! Errors, asserted by their kind and by what they say.
 
 use std::error::Error as StdError;
+use std::fmt;
 
 use lockkeeper::{Error, ErrorKind};
 use tokio_postgres::error::DbError;
@@ -12,6 +13,15 @@ pub fn assert_error(error: &Error, kind: ErrorKind, text: &str) {
     let shown = error.to_string();
     assert!(shown.contains(text), "{text:?} is not in {shown:?}");
     assert!(!shown.contains('\n'), "{shown:?}");
+}
+
+/// The same, where `what` says which of several cases it is.
+#[track_caller]
+pub fn assert_error_in(what: impl fmt::Display, error: &Error, kind: ErrorKind, text: &str) {
+    assert_eq!(error.kind(), kind, "{what}: {error:?}");
+    let shown = error.to_string();
+    assert!(shown.contains(text), "{what}: {text:?} is not in {shown:?}");
+    assert!(!shown.contains('\n'), "{what}: {shown:?}");
 }
 
 /// The server's error at the end of a chain of sources.

@@ -78,7 +78,7 @@ mod standby;
 mod wait;
 
 pub use app_error::AppError;
-pub use assert_error::{assert_error, raise, server_error, sqlstate};
+pub use assert_error::{assert_error, assert_error_in, raise, server_error, sqlstate};
 pub use bouncer::{PgBouncer, PoolMode};
 pub use bouncer_scene::{BouncerScene, until_pooler_is_known};
 pub use captured_log::CapturedLog;
@@ -98,5 +98,6 @@ pub use session::{
 pub use skip::Skip;
 pub use wait::{
     CLEANED_UP_WITHIN, ENDLESS, GIVE_UP_AFTER, eventually, eventually_within, in_time, in_time_of,
-    until_blocking, until_gone, until_in_state, until_sleeping, until_true, until_waiting,
+    until_blocking, until_closed, until_connected, until_gone, until_in_state, until_sleeping,
+    until_true, until_waiting, until_waiting_for,
 };

@@ -9,7 +9,10 @@ use tokio_postgres::{Client, NoTls};
 use crate::database::Database;
 use crate::server::Server;
 use crate::session::{Session, cancel, lock_by_sql, pid_of, terminate, unlock_by_sql};
-use crate::wait::{CLEANED_UP_WITHIN, eventually, eventually_within, in_time_of};
+use crate::wait::{
+    CLEANED_UP_WITHIN, GIVE_UP_AFTER, eventually, eventually_within, in_time_of, until_true,
+    until_true_within,
+};
 
 /// A database of its own, a keeper over a pool of its own, and an observer on a connection beside it.
 #[derive(Debug)]
@@ -155,45 +158,68 @@ impl Scene {
     }
 
     async fn lock_pids(&self, key: &LockKey, granted: bool) -> Vec<i32> {
-        // A wait is shown a moment before its beginning is, which the library goes by.
         let sql = format!(
-            "SELECT l.pid FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = {} AND l.objid = {} \
-             AND l.objsubid = {} AND l.granted = {granted} AND (l.granted OR l.waitstart IS NOT NULL) \
-             AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY 1",
-            key.classid(),
-            key.objid(),
-            key.objsubid()
+            "SELECT l.pid FROM pg_locks l WHERE {} ORDER BY 1",
+            is_lock(key, granted)
         );
-        let rows = self.observer.query(&sql, &[]).await.expect(&sql);
-        rows.iter().map(|row| row.get(0)).collect()
+        self.column(&sql).await
     }
 
     /// Waits until a backend waits for the key. Its pid.
     pub async fn until_awaited(&self, key: impl Into<LockKey>) -> i32 {
         let key = key.into();
-        let mut found = None;
-        eventually("no session waits for the lock", async || {
-            found = self.waiters(&key).await.first().copied();
-            found.is_some()
-        })
-        .await;
-        found.expect("it was found")
+        let started = Instant::now();
+        loop {
+            if let Some(pid) = self.waiters(&key).await.first() {
+                return *pid;
+            }
+            assert!(
+                started.elapsed() < GIVE_UP_AFTER,
+                "no session waits for {key}"
+            );
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 
-    /// Waits until so many backends wait for the key.
+    /// Waits until so many backends wait for the key, and no more.
     pub async fn until_awaited_by(&self, count: usize, key: impl Into<LockKey>) {
-        let key = key.into();
+        let sql = format!(
+            "SELECT count(*) = {count} FROM pg_locks l WHERE {}",
+            is_lock(&key.into(), false)
+        );
         let what = format!("not {count} sessions wait for the lock");
-        eventually(&what, async || self.waiters(&key).await.len() == count).await;
+        until_true(&self.observer, &what, &sql, &[]).await;
+    }
+
+    /// Waits until the key has been waited for for so long, by the server's clock: the library waits in slices, and all of
+    /// them count.
+    pub async fn until_awaited_for(&self, time: Duration, key: impl Into<LockKey>) {
+        let sql = format!(
+            "SELECT extract(epoch FROM min(l.waitstart))::float8, extract(epoch FROM clock_timestamp())::float8 \
+             FROM pg_locks l WHERE {}",
+            is_lock(&key.into(), false)
+        );
+        let what = format!("no session waits for the lock for {time:?}");
+        let mut began = None;
+        eventually(&what, async || {
+            let row = self.observer.query_one(&sql, &[]).await.expect(&sql);
+            let Some(this_slice) = row.get::<_, Option<f64>>(0) else {
+                return false;
+            };
+            let began = *began.get_or_insert(this_slice);
+            row.get::<_, f64>(1) - began > time.as_secs_f64()
+        })
+        .await;
     }
 
     /// Waits until no backend holds the key.
     pub async fn until_free(&self, key: impl Into<LockKey>) {
-        let key = key.into();
-        eventually_within(CLEANED_UP_WITHIN, "the lock is still held", async || {
-            !self.is_held(&key).await
-        })
-        .await;
+        let sql = format!(
+            "SELECT NOT EXISTS (SELECT FROM pg_locks l WHERE {})",
+            is_lock(&key.into(), true)
+        );
+        let what = "the lock is still held";
+        until_true_within(CLEANED_UP_WITHIN, &self.observer, what, &sql, &[]).await;
     }
 
     /// How many sessions of this database wait for a lock of any kind.
@@ -331,6 +357,19 @@ impl Scene {
 
 const ADVISORY_LOCKS: &str = "pg_locks WHERE locktype = 'advisory' \
                               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+
+/// The condition for the rows of `pg_locks l` that show a key of this database.
+fn is_lock(key: &LockKey, granted: bool) -> String {
+    // A wait is shown a moment before its beginning is, which the library goes by.
+    format!(
+        "l.locktype = 'advisory' AND l.classid = {} AND l.objid = {} AND l.objsubid = {} \
+         AND l.granted = {granted} AND (l.granted OR l.waitstart IS NOT NULL) \
+         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        key.classid(),
+        key.objid(),
+        key.objsubid()
+    )
+}
 
 /// The middle one of some times.
 #[must_use]

@@ -5,8 +5,10 @@
 
 use std::time::{Duration, Instant};
 
-use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Config};
+
+use crate::probe;
 
 /// When a state that must come is given up, and the test has failed. Far longer than anything takes on a slow machine,
 /// so it shows nothing but that the state does not come.
@@ -61,13 +63,24 @@ pub async fn until_true(
     sql: &str,
     parameters: &[&(dyn ToSql + Sync)],
 ) {
+    until_true_within(GIVE_UP_AFTER, client, what, sql, parameters).await;
+}
+
+/// The same where the time itself is asserted.
+pub(crate) async fn until_true_within(
+    within: Duration,
+    client: &Client,
+    what: &str,
+    sql: &str,
+    parameters: &[&(dyn ToSql + Sync)],
+) {
     let started = Instant::now();
     loop {
         let row = client.query_one(sql, parameters).await;
         if row.expect(sql).get(0) {
             return;
         }
-        assert!(started.elapsed() < GIVE_UP_AFTER, "{what}");
+        assert!(started.elapsed() < within, "{what} (after {within:?})");
         tokio::time::sleep(PAUSE).await;
     }
 }
@@ -78,6 +91,14 @@ pub async fn until_true(
 pub async fn until_waiting(observer: &Client, pid: i32) {
     let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
     until_true(observer, "the backend waits for no lock", sql, &[&pid]).await;
+}
+
+/// Waits until a backend has waited for a lock for so long without a pause, by the server's clock.
+pub async fn until_waiting_for(observer: &Client, pid: i32, time: Duration) {
+    let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted \
+               AND waitstart < clock_timestamp() - make_interval(secs => $2))";
+    let what = format!("the backend does not wait for a lock for {time:?}");
+    until_true(observer, &what, sql, &[&pid, &time.as_secs_f64()]).await;
 }
 
 /// Waits until another session waits for a lock of this client's session.
@@ -99,6 +120,34 @@ pub async fn until_in_state(observer: &Client, pid: i32, state: &str) {
     let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND state = $2)";
     let what = format!("{pid} is not {state}");
     until_true(observer, &what, sql, &[&pid, &state]).await;
+}
+
+/// Waits until the driver has seen the end of a connection.
+pub async fn until_closed(client: &Client) {
+    let started = Instant::now();
+    while !client.is_closed() {
+        assert!(
+            started.elapsed() < GIVE_UP_AFTER,
+            "the connection stays open"
+        );
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Waits until a server takes connections to a database, and gives one.
+pub async fn until_connected(config: &Config) -> Client {
+    let started = Instant::now();
+    loop {
+        match probe::connect(config).await {
+            Ok(client) => return client,
+            Err(error) => assert!(
+                started.elapsed() < GIVE_UP_AFTER,
+                "{}",
+                probe::describe(&error)
+            ),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
 }
 
 /// Waits until a backend has ended.

@@ -230,6 +230,7 @@ async fn connections_can_be_refused_led_elsewhere_and_forgotten() {
     let config = lab.proxy.config(&lab.database.config());
     lab.proxy.refuse(true);
     assert!(config.connect(NoTls).await.is_err());
+    assert_eq!(lab.proxy.refused(), 1);
     lab.behind.run(INSERT).await;
     lab.proxy.refuse(false);
     lab.proxy.forget_connections();

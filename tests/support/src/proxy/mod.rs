@@ -85,6 +85,7 @@ struct Shared {
     flights: AtomicU64,
     up: AtomicU64,
     down: AtomicU64,
+    refused: AtomicU64,
 }
 
 /// What happens to messages and connections.
@@ -131,8 +132,10 @@ impl Proxy {
                 if shared.rules().closed {
                     return;
                 }
-                // Refused, the client sees its connection closed.
-                if !shared.rules().refusing {
+                if shared.rules().refusing {
+                    // The client sees its connection closed.
+                    shared.refused.fetch_add(1, Ordering::SeqCst);
+                } else {
                     Link::start(Arc::clone(&shared), client);
                 }
             }
@@ -179,6 +182,12 @@ impl Proxy {
     /// Whether new connections are closed at once.
     pub fn refuse(&self, refusing: bool) {
         self.shared.rules().refusing = refusing;
+    }
+
+    /// How many connections have been refused.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.shared.refused.load(Ordering::SeqCst)
     }
 
     /// Everything that is sent from now on arrives so much later, each way.
