@@ -366,7 +366,7 @@ async fn each_scope_is_examined_by_itself() {
                 (session, xact)
             };
             assert_error_in(
-                &broken,
+                broken,
                 &bad.unwrap_err(),
                 ErrorKind::NoAdvisoryLocks,
                 "granted one exclusive lock to two sessions",

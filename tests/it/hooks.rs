@@ -204,7 +204,7 @@ async fn hooks_are_not_run_when_the_outcome_is_unknown() {
                 }
             }
         };
-        assert_error_in(&way, &error, ErrorKind::CommitUnknown, "outcome unknown");
+        assert_error_in(way, &error, ErrorKind::CommitUnknown, "outcome unknown");
         assert!(done.take().is_empty(), "{way}");
         // It was committed.
         assert_eq!(inserted(&scene).await, [1], "{way}");

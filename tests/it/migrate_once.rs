@@ -235,7 +235,7 @@ async fn a_transaction_left_open_is_not_done() {
             .await;
         let error = outcome.unwrap_err();
         assert_error_in(
-            &sql,
+            sql,
             &error,
             ErrorKind::Config,
             r#""lockkeeper migration"/"k": the migration has run"#,

@@ -248,7 +248,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
 }
 
 fn assert_says_the_mode(error: &Error, key: &LockKey) {
-    assert_error(&error, ErrorKind::Config, "held on this connection as");
+    assert_error(error, ErrorKind::Config, "held on this connection as");
     assert!(error.key().is_some_and(|named| named.same_lock(key)));
     let text = error.to_string();
     assert!(

@@ -102,7 +102,7 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
             break error;
         }
     };
-    assert_error(&error, error.kind(), "TODO");
+    assert_error(&error, ErrorKind::Pool, "no connection from the pool");
     assert!(recovery.check().await.is_err());
     server.restart();
     // Those who waited are gone, and are told so.

@@ -111,7 +111,7 @@ async fn use_lock(scene: &Scene, way: &str) -> Option<Settings> {
             .wait(Duration::from_millis(650))
     };
     let timed_out = |error: Error| {
-        assert_error_in(&way, &error, ErrorKind::LockTimeout, "holds ExclusiveLock");
+        assert_error_in(way, &error, ErrorKind::LockTimeout, "holds ExclusiveLock");
         None
     };
     match way {

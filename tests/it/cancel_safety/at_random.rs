@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
-use futures::future::FutureExt;
 use lockkeeper::{Error, Keeper, SessionGuard, XactGuard};
 use lockkeeper_testkit::{CLEANED_UP_WITHIN, Random, Scene, Server};
 use tokio_postgres::IsolationLevel;

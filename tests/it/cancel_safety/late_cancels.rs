@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::future::{FutureExt, join_all};
+use futures::future::join_all;
 use lockkeeper::{Error, Tx};
 use lockkeeper_testkit::{CLEANED_UP_WITHIN, Proxy, Scene, eventually_within};
 

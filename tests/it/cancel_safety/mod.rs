@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use futures::future::FutureExt;
-use futures::{SinkExt, StreamExt, TryStreamExt};
+use futures::{SinkExt, TryStreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, XactGuard};
 use lockkeeper_testkit::{Scene, eventually_within};
 

@@ -64,7 +64,7 @@ async fn what_is_not_decided_in_time_stays_unknown() {
         "{waited:?}"
     );
     assert_error(
-        &answer.as_ref().unwrap_err(),
+        answer.as_ref().unwrap_err(),
         ErrorKind::CommitUnknown,
         "the server did not decide in time",
     );
@@ -152,7 +152,7 @@ async fn a_connection_that_stays_silent_is_not_waited_for() {
         lab.agrees(&answer, &counts, "silent").await;
         assert_eq!(answer.is_err(), is_unknown, "{answer:?}");
         if let Err(error) = answer {
-            assert_error(&error, ErrorKind::CommitUnknown, "TODO");
+            assert_error(&error, ErrorKind::CommitUnknown, "outcome unknown");
         }
         assert_eq!(counts.runs(), 1);
         lab.proxy.clear_faults();

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt as _, TryStreamExt as _};
 use lockkeeper::LockKey;
 use lockkeeper_testkit::{AppError, Scene, median};
 

@@ -1,6 +1,5 @@
 //! Locks that are taken in savepoints.
 
-use futures::StreamExt as _;
 use lockkeeper_testkit::{AppError, Scene};
 
 use super::{notes, scene_with_notes};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::TryStreamExt as _;
 use lockkeeper::{Error, ErrorKind, LockKey};
 use lockkeeper_testkit::{AppError, assert_error, assert_error_in, lock_by_sql, unlock_by_sql};
 
@@ -181,7 +181,7 @@ async fn commit_of_an_aborted_transaction_is_an_error() {
             .await;
         let error = result.expect_err(way);
         assert_error_in(
-            &way,
+            way,
             &error,
             ErrorKind::Database,
             r#""k": an earlier statement of the transaction failed"#,

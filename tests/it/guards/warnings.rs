@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use lockkeeper::{Error, ErrorKind, LockKey};
 use lockkeeper_testkit::{
     AppError, Scene, Server, assert_error, eventually, lock_by_sql, unlock_by_sql,

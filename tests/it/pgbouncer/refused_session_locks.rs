@@ -278,9 +278,10 @@ async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
         let mut refusals = 0;
         for task in tasks {
             let error = in_time("a task", task).await.unwrap();
-            if let Some(error) = error {
-                assert_error(&error, error.kind(), "TODO");
-                refusals += u32::from(error.kind() == ErrorKind::TransactionPooler);
+            match error {
+                Some(error) if error.kind() == ErrorKind::TransactionPooler => refusals += 1,
+                Some(error) => assert_error(&error, ErrorKind::LockTimeout, r#""k" after"#),
+                None => {}
             }
         }
         let worst = worst.load(Ordering::SeqCst);

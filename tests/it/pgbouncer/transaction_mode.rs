@@ -400,7 +400,11 @@ async fn a_wait_in_the_poolers_own_queue_ends_in_time() {
         let error = in_time(key, lock.acquire()).await.unwrap_err();
         assert!(started.elapsed() < Duration::from_secs(5), "{error}");
         assert_eq!(error.key().unwrap().name(), Some(key));
-        assert_error(&error, error.kind(), "TODO");
+        assert_error(
+            &error,
+            ErrorKind::ConnectionLost,
+            "no answer from the server after",
+        );
     }
     assert_eq!(
         behind.scene.holders("k").await,

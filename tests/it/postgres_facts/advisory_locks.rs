@@ -1,6 +1,5 @@
 //! Advisory locks and their functions.
 
-use futures::FutureExt as _;
 use lockkeeper_testkit::{Server, cancel, pid_of, until_waiting};
 
 use super::{advisory, code, database, texts};

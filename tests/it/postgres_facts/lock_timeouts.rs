@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::FutureExt as _;
 use lockkeeper_testkit::{cancel, pid_of, until_waiting, until_waiting_for};
 use tokio_postgres::Error;
 

@@ -6,7 +6,6 @@ mod lock_timeouts;
 mod sessions;
 mod transactions;
 
-use futures::FutureExt as _;
 use lockkeeper_testkit::{Database, Server};
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use futures::FutureExt as _;
 use lockkeeper_testkit::{GIVE_UP_AFTER, Server, eventually, pid_of, until_waiting};
 use tokio_postgres::Error;
 

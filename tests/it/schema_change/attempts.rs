@@ -308,7 +308,11 @@ async fn a_killed_or_cancelled_attempt_is_the_end_of_it() {
     let scene = Scene::with_side_connection(4).await;
     scene.table("t", 10).await;
     for (by, kind, text) in [
-        ("pg_terminate_backend", ErrorKind::ConnectionLost, "TODO"),
+        (
+            "pg_terminate_backend",
+            ErrorKind::ConnectionLost,
+            "SQLSTATE 57P01",
+        ),
         ("pg_cancel_backend", ErrorKind::Cancelled, "SQLSTATE 57014"),
     ] {
         let holder = scene.database.connect().await;

@@ -118,7 +118,11 @@ async fn a_lost_guard_ends_quietly() {
         Ok::<_, Error>(())
     });
     let error = transaction.await.unwrap_err();
-    assert_error(&error, error.kind(), "TODO");
+    assert_error(
+        &error,
+        ErrorKind::LockLost,
+        "lock lost with its connection: 711",
+    );
     let lost = async || guard.is_lost();
     eventually_within(CLEANED_UP_WITHIN, "not noticed", lost).await;
     assert_error(
@@ -152,7 +156,12 @@ async fn a_guard_that_is_lost_during_commit_does_not_know_its_outcome() {
             Ok::<_, Error>(())
         });
         let error = transaction.await.unwrap_err();
-        assert_error_in(format_args!("{fault:?}"), &error, error.kind(), "TODO");
+        assert_error_in(
+            format_args!("{fault:?}"),
+            &error,
+            ErrorKind::CommitUnknown,
+            "outcome unknown",
+        );
         assert_eq!(proxy.faults_left(), 0);
         let lost = async || guard.is_lost();
         eventually_within(CLEANED_UP_WITHIN, "not noticed", lost).await;

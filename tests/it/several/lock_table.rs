@@ -10,8 +10,8 @@ use super::{LONG, SCOPES, acquire, try_acquire};
 
 fn assert_refused_unsent(error: &Error, what: &str) {
     assert_error_in(
-        &what,
-        &error,
+        what,
+        error,
         ErrorKind::OutOfLocks,
         "max_locks_per_transaction",
     );

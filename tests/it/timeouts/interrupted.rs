@@ -17,9 +17,13 @@ use super::{SCOPES, Scope, ms, take};
 async fn a_waiter_whose_backend_is_stopped_says_so() {
     let scene = Scene::new(3).await;
     let key = LockKey::from(523);
-    for (signal, kind) in [
-        ("pg_cancel_backend", ErrorKind::Cancelled),
-        ("pg_terminate_backend", ErrorKind::ConnectionLost),
+    for (signal, kind, text) in [
+        ("pg_cancel_backend", ErrorKind::Cancelled, "SQLSTATE 57014"),
+        (
+            "pg_terminate_backend",
+            ErrorKind::ConnectionLost,
+            "SQLSTATE 57P01",
+        ),
     ] {
         for scope in SCOPES {
             let what = format!("{scope:?}, {signal}");
@@ -38,7 +42,7 @@ async fn a_waiter_whose_backend_is_stopped_says_so() {
             };
             eventually_within(CLEANED_UP_WITHIN, &format!("{what}: it waits on"), stopped).await;
             let error = waiter.await.unwrap().unwrap_err();
-            assert_error_in(&what, &error, kind, "TODO");
+            assert_error_in(&what, &error, kind, text);
             assert!(error.source().is_some(), "{what}: {error:?}");
             drop(holder);
             let next = take(&scene.keeper, scope, key.clone(), ENDLESS)
@@ -158,7 +162,12 @@ async fn wait_in_silence(scope: Scope, busy: bool) {
     let Err(error) = outcome else {
         panic!("{what}: granted");
     };
-    assert_error_in(&what, &error, error.kind(), "TODO");
+    assert_error_in(
+        &what,
+        &error,
+        ErrorKind::ConnectionLost,
+        "no answer from the server after",
+    );
     assert_eq!(error.key(), Some(&key), "{what}: {error:?}");
     proxy.stall(false);
     drop(client);

@@ -4,10 +4,8 @@ use std::future::pending;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use futures::{FutureExt as _, SinkExt as _, StreamExt as _};
 use lockkeeper::{Error, Keeper, Tx};
 use lockkeeper_testkit::{AppError, GIVE_UP_AFTER, Scene, pool_of, raise};
-use tokio::io::AsyncReadExt as _;
 
 /// What the server shows during the body of a transaction, and the line that asked for it.
 async fn shown(scene: &Scene, keeper: &Keeper) -> (String, Option<u32>) {

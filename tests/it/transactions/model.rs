@@ -2,8 +2,8 @@
 
 use std::future::pending;
 
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use futures::{FutureExt as _, SinkExt as _};
 use lockkeeper::{Error, Tx};
 use lockkeeper_testkit::{AppError, Random, Scene};
 use tokio::sync::oneshot;

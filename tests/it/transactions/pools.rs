@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use futures::{FutureExt as _, StreamExt as _};
 use lockkeeper::deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod};
 use lockkeeper::tokio_postgres::{IsolationLevel, NoTls};
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};

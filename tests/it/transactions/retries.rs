@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use futures::{FutureExt as _, StreamExt as _};
 use lockkeeper::tokio_postgres::IsolationLevel;
 use lockkeeper::{Error, ErrorKind, TransactionOptions, Tx};
 use lockkeeper_testkit::{

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use lockkeeper::{Error, ErrorKind, Tx};
 use lockkeeper_testkit::{AppError, Scene, assert_error, poll_times_and_drop, sqlstate};
-use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Barrier, Notify};
 
 use super::{Nothing, ids, insert};

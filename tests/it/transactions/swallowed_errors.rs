@@ -67,7 +67,7 @@ async fn a_swallowed_error_is_never_a_silent_rollback() {
             .await;
         let error = answer.expect_err(way);
         assert_error_in(
-            &way,
+            way,
             &error,
             ErrorKind::Database,
             "an earlier statement of the transaction failed",
