@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use lockkeeper::deadpool_postgres::Pool;
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, Keeper, TransactionOptions, Tx};
 use lockkeeper_testkit::{
-    GIVE_UP_AFTER, PoolMode, Proxy, Scene, assert_error, assert_error_in, eventually,
+    GIVE_UP_AFTER, PoolMode, Proxy, Scene, assert_error, assert_error_in, eventually, in_time,
     poll_times_and_drop, raise, until_true,
 };
 use tokio::sync::{Barrier, Notify};
@@ -59,9 +59,8 @@ async fn members_run_side_by_side() {
             })
             .collect();
         for task in tasks {
-            tokio::time::timeout(GIVE_UP_AFTER, task)
+            in_time("they do not run side by side", task)
                 .await
-                .expect("they do not run side by side")
                 .unwrap()
                 .unwrap();
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use lockkeeper::incident::{Cause, Quality};
 use lockkeeper::tokio_postgres::{self, Client, NoTls};
 use lockkeeper::{Error, ErrorKind, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::{GIVE_UP_AFTER, IncidentScene, Skip, assert_error, eventually};
+use lockkeeper_testkit::{GIVE_UP_AFTER, IncidentScene, Skip, assert_error, eventually, in_time};
 use tokio::sync::{Barrier, Semaphore};
 
 /// So that two transactions have their first lock before either wants its second, in their first attempts only.
@@ -27,7 +27,7 @@ impl Meeting {
     }
 
     /// A row's lock is not handed over: who comes back at once may take it before the one who was woken for it, and close
-    /// the circle again.
+    /// the cycle again.
     async fn let_the_other_finish(&self) {
         let finished = tokio::time::timeout(GIVE_UP_AFTER, self.finished.acquire());
         drop(finished.await);
@@ -75,7 +75,7 @@ async fn stranger(client: Client, meeting: &Meeting) {
         .unwrap();
     client.batch_execute(TWO).await.unwrap();
     meeting.meet().await;
-    // Second in the circle, so that the other one finds it closed.
+    // Second in the cycle, so that the other one finds it closed.
     eventually("the other one does not wait", async || {
         let sql = "SELECT count(*) FROM pg_locks \
                    WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))";
@@ -678,9 +678,7 @@ async fn a_slow_or_panicking_sink_holds_up_nothing() {
     };
     // More than wait for a sink; the late ones are dropped.
     for _ in 0..80 {
-        let error = tokio::time::timeout(GIVE_UP_AFTER, time_out())
-            .await
-            .expect("held up");
+        let error = in_time("held up", time_out()).await;
         assert_error(&error, ErrorKind::LockTimeout, "SQLSTATE 55P03");
     }
     eventually("the sink is not called again after a panic", async || {

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, LockKey, TransactionOptions, XactGuard};
-use lockkeeper_testkit::{Scene, assert_error, assert_error_in, lock_by_sql, unlock_by_sql};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, lock_by_sql, unlock_by_sql,
+};
 use tokio_postgres::IsolationLevel;
 
 const LEVELS: [(IsolationLevel, &str); 4] = [
@@ -12,7 +14,6 @@ const LEVELS: [(IsolationLevel, &str); 4] = [
     (IsolationLevel::RepeatableRead, "repeatable read"),
     (IsolationLevel::Serializable, "serializable"),
 ];
-const LONG: Duration = Duration::from_secs(60);
 
 /// A counter at 0, and sessions that begin their transactions at `level`.
 async fn scene_with_counter(pool_size: usize, level: &str, of_role: bool) -> Scene {
@@ -131,7 +132,7 @@ async fn guards_lose_no_update_whatever_the_isolation() {
                             0 => keeper.advisory_lock("counter"),
                             _ => keeper.advisory_locks([LockKey::from("counter"), (1, 2).into()]),
                         };
-                        lock = lock.wait(LONG);
+                        lock = lock.wait(GIVE_UP_AFTER);
                         if let Some((level, _)) = asked {
                             lock = lock.isolation(level);
                         }
@@ -180,7 +181,10 @@ async fn transactions_on_a_session_guard_lose_no_update() {
             let keeper = scene.keeper.clone();
             tokio::spawn(async move {
                 for _ in 0..30 {
-                    let lock = keeper.advisory_lock("counter").session().wait(LONG);
+                    let lock = keeper
+                        .advisory_lock("counter")
+                        .session()
+                        .wait(GIVE_UP_AFTER);
                     let mut guard = lock.acquire().await.unwrap();
                     guard
                         .transaction(async |tx| {
@@ -226,7 +230,12 @@ async fn a_waiter_reads_what_was_committed_while_it_waited() {
                     };
                     lock = if shared { lock.shared() } else { lock };
                     async move {
-                        let guard = lock.isolation(level).wait(LONG).acquire().await.unwrap();
+                        let guard = lock
+                            .isolation(level)
+                            .wait(GIVE_UP_AFTER)
+                            .acquire()
+                            .await
+                            .unwrap();
                         let row = guard.query_one(READ, &[]).await.unwrap();
                         let pid = guard.backend_pid();
                         guard.commit().await.unwrap();

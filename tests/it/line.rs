@@ -139,9 +139,7 @@ async fn a_pool_of_one_goes_round() {
         });
     }
     let all = async { while tasks.join_next().await.transpose().unwrap().is_some() {} };
-    tokio::time::timeout(GIVE_UP_AFTER, all)
-        .await
-        .expect("stuck");
+    in_time("stuck", all).await;
     scene.nothing_left().await;
 }
 

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use lockkeeper::graph::LockTree;
 use lockkeeper::{Incident, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, Server, Skip, eventually, pid_of, until_waiting};
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Running, Scene, Server, Session, Skip, eventually, pid_of, until_waiting,
+};
+use tokio_postgres::NoTls;
 
 use browser::Scheme;
 
@@ -22,8 +23,8 @@ const ODD: &str = "<script>alert(\"x\")</script> & 'q' `b` #35; \\";
 
 struct Stage {
     scene: Scene,
-    waits: Vec<JoinHandle<Result<(), tokio_postgres::Error>>>,
-    clients: Vec<Arc<Client>>,
+    waits: Vec<Running>,
+    sessions: Vec<Session>,
 }
 
 impl Stage {
@@ -40,37 +41,28 @@ impl Stage {
         Self {
             scene,
             waits: Vec::new(),
-            clients: Vec::new(),
+            sessions: Vec::new(),
         }
     }
 
     /// A session that has run something.
-    async fn session(&mut self, name: &str, sql: &str) -> Arc<Client> {
+    async fn session(&mut self, name: &str, sql: &str) -> Session {
         let mut config = self.scene.database.config();
         config.application_name(name);
-        let (client, connection) = config.connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
-        client.batch_execute(sql).await.unwrap();
-        let client = Arc::new(client);
-        self.clients.push(Arc::clone(&client));
-        client
+        let session = Session::connect(&config).await;
+        session.run(sql).await;
+        self.sessions.push(session.clone());
+        session
     }
 
     /// Something that has to wait.
-    async fn waits(&mut self, client: &Arc<Client>, sql: &str) {
-        let pid = pid_of(client).await;
-        let (runner, sql) = (Arc::clone(client), sql.to_owned());
-        self.waits.push(tokio::spawn(
-            async move { runner.batch_execute(&sql).await },
-        ));
-        until_waiting(&self.scene.observer, pid).await;
+    async fn waits(&mut self, session: &Session, sql: &str) {
+        let waiting = session.start_waiting(&self.scene.observer, sql).await;
+        self.waits.push(waiting);
     }
 
     async fn tree(&self) -> LockTree {
-        let keeper = Keeper::builder(self.scene.pool.clone())
-            .side_connection(self.scene.database.config(), NoTls)
-            .build();
-        keeper.monitor().lock_tree().await.unwrap()
+        self.scene.monitor().lock_tree().await.unwrap()
     }
 }
 
@@ -229,19 +221,11 @@ async fn a_pile_up_of_five_hundred_in_chromium() {
         .session("holder", "BEGIN; SELECT pg_advisory_xact_lock(7)")
         .await;
     for number in 0..500 {
-        let client = stage.session(&format!("waiter {number}"), "").await;
-        let sql = "SELECT pg_advisory_xact_lock(7)";
-        stage
-            .waits
-            .push(tokio::spawn(async move { client.batch_execute(sql).await }));
+        let session = stage.session(&format!("waiter {number}"), "").await;
+        let waiting = session.start("SELECT pg_advisory_xact_lock(7)");
+        stage.waits.push(waiting);
     }
-    eventually("they do not all wait", async || {
-        let sql = "SELECT count(*) FROM pg_locks \
-                   WHERE locktype = 'advisory' AND NOT granted AND waitstart IS NOT NULL";
-        let row = stage.scene.observer.query_one(sql, &[]).await.unwrap();
-        row.get::<_, i64>(0) == 500
-    })
-    .await;
+    stage.scene.until_awaited_by(500, 7).await;
     let tree = stage.tree().await;
     let page = tree.to_html();
     assert!(page.len() < 1_000_000, "{}", page.len());

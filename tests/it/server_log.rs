@@ -303,7 +303,7 @@ async fn check(database: &Database, observer: &Client, logs: &Logs, locale: &str
     a.run("ROLLBACK; RESET deadlock_timeout").await;
     b.run("ROLLBACK").await;
 
-    // A circle over a queue, which the server opens: C is let through before B.
+    // A cycle over a queue, which the server opens: C is let through before B.
     a.run("SET deadlock_timeout = '10min'; BEGIN; LOCK TABLE t IN ACCESS SHARE MODE")
         .await;
     b.run("SET deadlock_timeout = '10min'; BEGIN").await;

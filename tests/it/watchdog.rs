@@ -6,7 +6,7 @@ use lockkeeper::{
     ErrorKind, Finding, FindingKind, Keeper, LockKey, Protection, SignalOutcome, Watchdog,
     WatchdogPolicy,
 };
-use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Server, Session, assert_error, eventually};
+use lockkeeper_testkit::{MonitorScene, Server, Session, assert_error, eventually, in_time};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::NoTls;
 
@@ -30,8 +30,7 @@ fn start(keeper: &Keeper, policy: WatchdogPolicy) -> (Watchdog, UnboundedReceive
 }
 
 async fn next(findings: &mut UnboundedReceiver<Finding>) -> Finding {
-    let next = tokio::time::timeout(GIVE_UP_AFTER, findings.recv()).await;
-    next.expect("nothing is found").unwrap()
+    in_time("nothing is found", findings.recv()).await.unwrap()
 }
 
 /// So many more looks.
@@ -141,9 +140,7 @@ async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(GIVE_UP_AFTER, any_gone)
-        .await
-        .expect("nobody is ended");
+    in_time("nobody is ended", any_gone).await;
     watchdog.stop().await;
     let mut told = Vec::new();
     while let Some(finding) = findings.recv().await {
@@ -265,9 +262,7 @@ async fn it_survives_a_restart_and_ends_with_its_handle() {
     // Stopped, it says nothing any more, and what it held is given back: the channel is closed.
     watchdog.stop().await;
     let rest = async { while findings.recv().await.is_some() {} };
-    tokio::time::timeout(GIVE_UP_AFTER, rest)
-        .await
-        .expect("something is left of it");
+    in_time("something is left of it", rest).await;
     idle.run("COMMIT").await;
     waiting.await.unwrap().unwrap();
     // With the keeper goes the last one who has a connection.
@@ -290,9 +285,7 @@ async fn dropped_it_ends_too() {
         }
         drop(watchdog);
         let rest = async { while findings.recv().await.is_some() {} };
-        tokio::time::timeout(GIVE_UP_AFTER, rest)
-            .await
-            .expect("something is left of it");
+        in_time("something is left of it", rest).await;
     }
     // A stop that nobody waits for.
     let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
@@ -300,9 +293,7 @@ async fn dropped_it_ends_too() {
     assert!(futures::poll!(&mut stop).is_pending());
     drop(stop);
     let rest = async { while findings.recv().await.is_some() {} };
-    tokio::time::timeout(GIVE_UP_AFTER, rest)
-        .await
-        .expect("something is left of it");
+    in_time("something is left of it", rest).await;
 }
 
 #[tokio::test]
@@ -319,9 +310,7 @@ async fn a_callback_that_panics_is_given_the_next_one_too() {
     for _ in 0..2 {
         let leaker = ground.session().await;
         leaker.run("SELECT pg_advisory_lock_shared(5)").await;
-        let pid = tokio::time::timeout(GIVE_UP_AFTER, told.recv())
-            .await
-            .expect("nothing is told");
+        let pid = in_time("nothing is told", told.recv()).await;
         assert_eq!(pid, Some(Some(leaker.pid)));
         drop(leaker);
     }

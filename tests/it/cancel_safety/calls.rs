@@ -6,7 +6,8 @@ use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions};
 use lockkeeper_testkit::{
-    CLEANED_UP_WITHIN, ENDLESS, Proxy, Random, Scene, eventually_within, poll_times_and_drop,
+    CLEANED_UP_WITHIN, ENDLESS, Proxy, Random, Scene, eventually_within, in_time_of,
+    poll_times_and_drop,
 };
 use tokio_postgres::IsolationLevel;
 
@@ -408,8 +409,9 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
     }
     drop(holder);
     for waiter in crowd {
-        let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
-        waiter.expect("a waiter is stuck").unwrap();
+        in_time_of(CLEANED_UP_WITHIN, "a waiter is stuck", waiter)
+            .await
+            .unwrap();
     }
     scene.nothing_left().await;
 }

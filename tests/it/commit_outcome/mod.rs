@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use deadpool_postgres::Pool;
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
-use lockkeeper_testkit::{Database, GIVE_UP_AFTER, Proxy, Server, eventually};
+use lockkeeper_testkit::{Database, Proxy, Server, eventually, in_time};
 use tokio_postgres::Client;
 
 /// The advisory lock that COMMIT waits for, where a test holds it up.
@@ -182,8 +182,9 @@ impl Lab {
     async fn pool_is_whole(&self) {
         let mut all = Vec::new();
         for _ in 0..self.pool.status().max_size {
-            let object = tokio::time::timeout(GIVE_UP_AFTER, self.pool.get()).await;
-            let object = object.expect("the pool gives no connection").unwrap();
+            let object = in_time("the pool gives no connection", self.pool.get())
+                .await
+                .unwrap();
             drop(object.batch_execute("SELECT 1").await);
             all.push(object);
         }

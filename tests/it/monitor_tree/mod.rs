@@ -5,38 +5,17 @@ mod sessions;
 mod waits;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
+use lockkeeper::Monitor;
 use lockkeeper::graph::{BackendId, Edge, EdgeKind, LockTree, Snapshot, TreeNode};
-use lockkeeper::{Keeper, Monitor};
-use lockkeeper_testkit::{Scene, pid_of, until_waiting};
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
-
-/// A session of the play, by its name.
-struct Actor {
-    client: Arc<Client>,
-    pid: i32,
-}
-
-impl Actor {
-    async fn run(&self, sql: &str) {
-        self.client.batch_execute(sql).await.unwrap();
-    }
-
-    /// Begins something that has to wait.
-    fn start(&self, sql: impl Into<String>) -> JoinHandle<Result<(), tokio_postgres::Error>> {
-        let (client, sql) = (Arc::clone(&self.client), sql.into());
-        tokio::spawn(async move { client.batch_execute(&sql).await })
-    }
-}
+use lockkeeper_testkit::{NINE_ROWS, Running, Scene, Session, until_waiting};
 
 /// A scene with named sessions, of which the shared server's other sessions are told apart.
 struct Stage {
     scene: Scene,
     monitor: Monitor,
     names: BTreeMap<i32, char>,
-    waits: Vec<JoinHandle<Result<(), tokio_postgres::Error>>>,
+    waits: Vec<Running>,
 }
 
 impl Stage {
@@ -45,41 +24,33 @@ impl Stage {
     }
 
     fn of(scene: Scene) -> Self {
-        let keeper = Keeper::builder(scene.pool.clone())
-            .side_connection(scene.database.config(), NoTls)
-            .build();
         Self {
+            monitor: scene.monitor(),
             scene,
-            monitor: keeper.monitor(),
             names: BTreeMap::new(),
             waits: Vec::new(),
         }
     }
 
-    /// With a table of some rows.
+    /// With the table of [`NINE_ROWS`].
     async fn with_table() -> Self {
         let stage = Self::new().await;
-        let sql = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 9) n";
-        stage.scene.observer.batch_execute(sql).await.unwrap();
+        stage.scene.run(NINE_ROWS).await;
         stage
     }
 
     /// Named A, B, C, … in the order of their coming.
-    async fn actor(&mut self) -> Actor {
-        let client = self.scene.database.connect().await;
-        let pid = pid_of(&client).await;
+    async fn actor(&mut self) -> Session {
+        let session = self.scene.session().await;
         let name = char::from(b'A' + u8::try_from(self.names.len()).unwrap());
-        // A deadlock is to last until it is looked at.
+        // A deadlock is to last until the monitor has seen it.
         let sql = format!("SET deadlock_timeout = '30s'; SET application_name = 'actor {name}'");
-        client.batch_execute(&sql).await.unwrap();
-        self.names.insert(pid, name);
-        Actor {
-            client: Arc::new(client),
-            pid,
-        }
+        session.run(&sql).await;
+        self.names.insert(session.pid, name);
+        session
     }
 
-    async fn actors<const N: usize>(&mut self) -> [Actor; N] {
+    async fn actors<const N: usize>(&mut self) -> [Session; N] {
         let mut actors = Vec::new();
         for _ in 0..N {
             actors.push(self.actor().await);
@@ -87,10 +58,10 @@ impl Stage {
         actors.try_into().ok().unwrap()
     }
 
-    /// Starts something, and comes back when it waits for a lock.
-    async fn waits(&mut self, actor: &Actor, sql: &str) {
-        self.waits.push(actor.start(sql));
-        self.waiting(actor.pid).await;
+    /// Starts something, and returns when it waits for a lock.
+    async fn waits(&mut self, actor: &Session, sql: &str) {
+        let waiting = actor.start_waiting(&self.scene.observer, sql).await;
+        self.waits.push(waiting);
     }
 
     async fn waiting(&self, pid: i32) {
@@ -155,7 +126,7 @@ impl Stage {
         shown.join(" ")
     }
 
-    fn edge<'a>(&self, snapshot: &'a Snapshot, waiter: &Actor) -> &'a Edge {
+    fn edge<'a>(&self, snapshot: &'a Snapshot, waiter: &Session) -> &'a Edge {
         snapshot.edges_of(&waiter.pid.into()).next().unwrap()
     }
 

@@ -1,13 +1,12 @@
 //! What is locked, and what it is called.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use lockkeeper::graph::LockObject;
 use lockkeeper::{AdvisoryMode, Keeper, LockKey};
-use lockkeeper_testkit::{GIVE_UP_AFTER, eventually, pid_of};
+use lockkeeper_testkit::{GIVE_UP_AFTER, eventually};
 
-use super::{Actor, Stage, expected};
+use super::{Stage, expected};
 
 #[tokio::test]
 async fn objects_of_another_database_have_no_name_here() {
@@ -113,14 +112,11 @@ async fn advisory_locks_with_their_names_and_owners() {
                        pg_advisory_lock({key} + 1)"
     );
     other.batch_execute(&sql).await.unwrap();
-    let waiter = Actor {
-        pid: 0,
-        client: Arc::new(stage.scene.database.connect().await),
-    };
-    let pid = pid_of(&waiter.client).await;
+    let waiter = stage.scene.session().await;
+    let pid = waiter.pid;
     let own_key = LockKey::from(&name).as_i64().unwrap();
-    let wait = waiter.start(format!("SELECT pg_advisory_xact_lock_shared({own_key})"));
-    stage.waiting(pid).await;
+    let sql = format!("SELECT pg_advisory_xact_lock_shared({own_key})");
+    let wait = waiter.start_waiting(&stage.scene.observer, &sql).await;
 
     let entries = monitor.advisory_locks().await.unwrap();
     let of = |key: &LockKey| {

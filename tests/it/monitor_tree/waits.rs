@@ -206,7 +206,7 @@ async fn a_deadlock_before_the_server_ends_it() {
     let text = tree.to_string();
     let line = format!("deadlock: pid {} → pid {} → pid {}\n", a.pid, b.pid, a.pid);
     assert!(text.contains(&line), "{text}");
-    // From outside the circle all of it is reached, and it ends.
+    // From outside the cycle all of it is reached, and it ends.
     let snapshot = stage.monitor.snapshot_of(&[c.pid]).await.unwrap();
     assert_eq!(
         stage.edges(&snapshot),

@@ -136,7 +136,7 @@ async fn a_failed_transaction_has_lost_its_locks_before_it_is_rolled_back() {
     client.batch_execute("ROLLBACK").await.unwrap();
 }
 
-/// Two sessions in a circle: what the victim's transaction held is gone without a ROLLBACK; its session locks are not.
+/// Two sessions in a cycle: what the victim's transaction held is gone without a ROLLBACK; its session locks are not.
 #[tokio::test]
 async fn a_victim_of_a_deadlock_has_lost_its_transaction_locks_and_kept_its_session_locks() {
     let database = database().await;

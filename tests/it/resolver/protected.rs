@@ -137,7 +137,7 @@ async fn oneself_is_left_alone() {
 }
 
 #[tokio::test]
-async fn prepared_transactions_and_circles_are_for_others() {
+async fn prepared_transactions_and_cycles_are_for_others() {
     let ground = MonitorScene::new().await;
     let gid = format!("order {}", ground.database.name());
     let session = ground.session().await;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use lockkeeper::resolver::{Action, RunEnd, Step, StepOutcome};
 use lockkeeper::{ErrorKind, LoadChange, RecoveryCriterion, ResolverPolicy};
 use lockkeeper_testkit::{
-    CapturedLog, GIVE_UP_AFTER, MonitorScene, Proxy, Server, assert_error, eventually, keeper_as,
-    poll_times_and_drop, seen_by,
+    CapturedLog, GIVE_UP_AFTER, MonitorScene, Proxy, Server, assert_error, eventually, in_time,
+    keeper_as, poll_times_and_drop, seen_by,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -194,9 +194,7 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
                 changes.push(change);
             }
         };
-        tokio::time::timeout(GIVE_UP_AFTER, all)
-            .await
-            .expect("something is left of the run");
+        in_time("something is left of the run", all).await;
         let end = match &log {
             Some(_) => LoadChange::Resume,
             None => *changes.last().unwrap_or(&LoadChange::GaveUp),

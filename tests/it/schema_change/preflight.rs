@@ -1,7 +1,7 @@
 //! What is known of a change beforehand.
 
 use lockkeeper::{ErrorKind, LockMode, TableWork};
-use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, assert_error, eventually, pid_of};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, assert_error, eventually, in_time, pid_of};
 
 #[tokio::test]
 async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
@@ -114,9 +114,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
             .unwrap_err();
         assert_error(&error, ErrorKind::Config, r#"no table "nowhere""#);
     };
-    tokio::time::timeout(GIVE_UP_AFTER, asking)
-        .await
-        .expect("preflight waits for nobody");
+    in_time("preflight waits for nobody", asking).await;
     holder.batch_execute("ROLLBACK").await.unwrap();
     waiting.await.unwrap().unwrap();
     let weak = scene.database.connect().await;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::Keeper;
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, Scene, in_time_of};
 use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
 
@@ -87,8 +87,9 @@ async fn index_build(kinds: &[Waiter]) {
         guard.release().await.unwrap();
         let mut refused = None;
         for waiter in waiters {
-            let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
-            let granted = waiter.expect("a waiter is stuck").unwrap();
+            let granted = in_time_of(CLEANED_UP_WITHIN, "a waiter is stuck", waiter)
+                .await
+                .unwrap();
             refused = refused.or(granted.err());
         }
         if in_deadlock || refused.as_ref().is_some_and(|e| e.sqlstate() == deadlock) {

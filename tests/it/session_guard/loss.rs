@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey};
 use lockkeeper_testkit::{
     CLEANED_UP_WITHIN, Fault, Proxy, Scene, Server, assert_error, assert_error_in,
-    eventually_within, until_closed,
+    eventually_within, in_time_of, until_closed,
 };
 
 use super::take;
@@ -187,9 +187,7 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
     server.stop();
     let stopped = Instant::now();
     for guard in &guards {
-        tokio::time::timeout(CLEANED_UP_WITHIN, guard.lost())
-            .await
-            .expect("not noticed");
+        in_time_of(CLEANED_UP_WITHIN, "not noticed", guard.lost()).await;
     }
     let noticed = stopped.elapsed();
     assert!(
@@ -232,9 +230,7 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
     scene.observer.batch_execute(&set).await.unwrap();
     let session = take(&scene.keeper, 715).await;
     let xact = scene.keeper.advisory_lock(716).acquire().await.unwrap();
-    tokio::time::timeout(CLEANED_UP_WITHIN, session.lost())
-        .await
-        .expect("not noticed");
+    in_time_of(CLEANED_UP_WITHIN, "not noticed", session.lost()).await;
     let free = async || !scene.is_held(715).await && !scene.is_held(716).await;
     eventually_within(CLEANED_UP_WITHIN, "still held", free).await;
     assert_error(

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, LockKey};
 use lockkeeper_testkit::{
-    Scene, assert_error, assert_error_in, lock_by_sql, pid_of, unlock_by_sql,
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, lock_by_sql, pid_of, unlock_by_sql,
 };
 
-use super::{LONG, SCOPES, Scope, acquire, many_keys, try_acquire};
+use super::{SCOPES, Scope, acquire, many_keys, try_acquire};
 
 #[tokio::test]
 async fn keys_are_sorted_and_taken_once() {
@@ -28,7 +28,9 @@ async fn keys_are_sorted_and_taken_once() {
     sorted.dedup();
     assert_eq!(sorted.len(), 6);
     for scope in SCOPES {
-        let guard = acquire(&scene.keeper, &given, scope, LONG).await.unwrap();
+        let guard = acquire(&scene.keeper, &given, scope, GIVE_UP_AFTER)
+            .await
+            .unwrap();
         assert_eq!(guard.keys(), sorted);
         assert_eq!(scene.advisory_locks().await, 6);
         for key in &given {
@@ -46,7 +48,7 @@ async fn no_keys_at_all_are_a_mistake_of_the_caller() {
     // No connection is needed to say so.
     let taken = scene.pool.get().await.unwrap();
     for scope in SCOPES {
-        let error = acquire(&scene.keeper, none(), scope, LONG)
+        let error = acquire(&scene.keeper, none(), scope, GIVE_UP_AFTER)
             .await
             .unwrap_err();
         assert_error(&error, ErrorKind::Config, "no keys given");
@@ -155,7 +157,7 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
     let keys = many_keys(3000);
     let holder = scene.database.connect().await;
     for scope in SCOPES {
-        let guard = acquire(&scene.keeper, &keys, scope, LONG).await;
+        let guard = acquire(&scene.keeper, &keys, scope, GIVE_UP_AFTER).await;
         let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
         assert_eq!(scene.advisory_locks().await, 3000);
         assert_eq!(guard.keys().len(), 3000);
@@ -196,7 +198,8 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
             scene.until_awaited(&keys[1]).await;
             unlock_by_sql(&holder, &keys[1]).await;
         };
-        let (guard, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), release);
+        let (guard, ()) =
+            tokio::join!(acquire(&scene.keeper, &keys, scope, GIVE_UP_AFTER), release);
         let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
         assert_eq!(scene.advisory_locks().await, 3000);
         guard.end().await;
@@ -234,7 +237,7 @@ async fn a_connection_left_in_a_transaction_is_not_committed_for_its_owner() {
                         .unwrap()
                         .unwrap()
                 } else {
-                    acquire(&scene.keeper, keys.clone(), scope, LONG)
+                    acquire(&scene.keeper, keys.clone(), scope, GIVE_UP_AFTER)
                         .await
                         .unwrap()
                 };

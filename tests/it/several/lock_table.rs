@@ -2,11 +2,11 @@
 
 use lockkeeper::{Error, ErrorKind, LockKey};
 use lockkeeper_testkit::{
-    Scene, Server, assert_error, assert_error_in, lock_by_sql, unlock_by_sql,
+    GIVE_UP_AFTER, Scene, Server, assert_error, assert_error_in, lock_by_sql, unlock_by_sql,
 };
 use tokio_postgres::Client;
 
-use super::{LONG, SCOPES, acquire, try_acquire};
+use super::{SCOPES, acquire, try_acquire};
 
 fn assert_refused_unsent(error: &Error, what: &str) {
     assert_error_in(
@@ -39,7 +39,7 @@ async fn a_set_that_cannot_fit_is_refused_before_it_takes_the_room_of_others() {
         .map(LockKey::from)
         .collect();
     for scope in SCOPES {
-        let error = acquire(&scene.keeper, &keys, scope, LONG)
+        let error = acquire(&scene.keeper, &keys, scope, GIVE_UP_AFTER)
             .await
             .unwrap_err();
         assert_refused_unsent(&error, "acquire");
@@ -151,7 +151,7 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
             assert!(error.key().is_some() && !error.is_retryable());
             scene.nothing_but(taken).await;
 
-            let error = acquire(&scene.keeper, &keys[1..], scope, LONG)
+            let error = acquire(&scene.keeper, &keys[1..], scope, GIVE_UP_AFTER)
                 .await
                 .unwrap_err();
             assert_error_in(
@@ -167,7 +167,8 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
                 scene.until_awaited(&keys[0]).await;
                 unlock_by_sql(&holder, &keys[0]).await;
             };
-            let (result, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), release);
+            let (result, ()) =
+                tokio::join!(acquire(&scene.keeper, &keys, scope, GIVE_UP_AFTER), release);
             assert_error_in(
                 format_args!("{scope:?}"),
                 &result.unwrap_err(),
@@ -197,7 +198,7 @@ async fn a_lock_table_that_is_full_after_all_leaves_nothing_held_and_others_unha
     assert!(!others.is_lost());
     assert!(scene.is_held("others").await);
     for scope in SCOPES {
-        acquire(&scene.keeper, &keys[1..6], scope, LONG)
+        acquire(&scene.keeper, &keys[1..6], scope, GIVE_UP_AFTER)
             .await
             .unwrap()
             .end()

@@ -84,8 +84,6 @@ async fn try_acquire(
     })
 }
 
-const LONG: Duration = Duration::from_secs(20);
-
 /// Numbers of both key spaces.
 fn many_keys(count: i32) -> Vec<LockKey> {
     (0..count)

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, LockKey};
-use lockkeeper_testkit::{Scene, Server};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, Server};
 
-use super::{LONG, Scope, acquire};
+use super::{Scope, acquire};
 
 /// Callers that name the same keys in opposite orders: neither waits for the other's second key.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -60,7 +60,7 @@ async fn opposite_orders_never_deadlock() {
     pids.dedup();
     assert!(pids.len() > 1, "one backend does not wait for itself");
     scene.nothing_left().await;
-    // A circle of waiters would end only with the slices of their waits, half a second each.
+    // A cycle of waiters would end only with the slices of their waits, half a second each.
     assert!(
         began.elapsed() < Duration::from_secs(90),
         "{:?}",
@@ -98,7 +98,7 @@ async fn locks_taken_one_by_one_in_opposite_orders_end_as_a_deadlock() {
                 tokio::spawn(async move {
                     let mut guard = keeper.advisory_lock(first).acquire().await.unwrap();
                     both_hold.wait().await;
-                    let result = guard.advisory_lock(second).wait(LONG).await;
+                    let result = guard.advisory_lock(second).wait(GIVE_UP_AFTER).await;
                     if result.is_ok() {
                         assert_eq!(guard.held_keys().count(), 2);
                         guard.commit().await.unwrap();

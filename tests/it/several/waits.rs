@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::ErrorKind;
 use lockkeeper_testkit::{
-    Scene, assert_error, assert_error_in, eventually, lock_by_sql, pid_of, unlock_by_sql,
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, lock_by_sql, pid_of,
+    unlock_by_sql,
 };
 
-use super::{LONG, SCOPES, Scope, acquire, many_keys};
+use super::{SCOPES, Scope, acquire, many_keys};
 
 /// The wait is for all of the keys together, however the holders make room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -84,7 +85,10 @@ async fn keys_that_become_free_one_after_another_are_all_granted() {
                 unlock_by_sql(holder, key).await;
             }
         };
-        let (guard, ()) = tokio::join!(acquire(&scene.keeper, [3, 2, 1], scope, LONG), release);
+        let (guard, ()) = tokio::join!(
+            acquire(&scene.keeper, [3, 2, 1], scope, GIVE_UP_AFTER),
+            release
+        );
         let guard = guard.unwrap();
         for key in [1, 2, 3] {
             assert_eq!(scene.holders(key).await, [guard.pid()], "{scope:?}");
@@ -103,7 +107,7 @@ async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
     for scope in [Scope::Xact, Scope::Session, Scope::Xact] {
         let keeper = scene.keeper.clone();
         sets.push(tokio::spawn(async move {
-            acquire(&keeper, [1, 2], scope, LONG)
+            acquire(&keeper, [1, 2], scope, GIVE_UP_AFTER)
                 .await
                 .unwrap()
                 .end()
@@ -132,7 +136,7 @@ async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
             scene.until_awaited(2).await;
             unlock_by_sql(&holder, 2).await;
         };
-        let (guard, ()) = tokio::join!(acquire(&scene.keeper, [2], scope, LONG), release);
+        let (guard, ()) = tokio::join!(acquire(&scene.keeper, [2], scope, GIVE_UP_AFTER), release);
         guard.unwrap().end().await;
     }
     unlock_by_sql(&scene.observer, 1).await;
@@ -156,7 +160,8 @@ async fn a_large_set_waits_for_a_connection_as_long_as_a_small_one() {
                 tokio::time::sleep(Duration::from_millis(1500)).await;
                 drop(taken);
             };
-            let (guard, ()) = tokio::join!(acquire(&scene.keeper, &keys, scope, LONG), later);
+            let (guard, ()) =
+                tokio::join!(acquire(&scene.keeper, &keys, scope, GIVE_UP_AFTER), later);
             let guard =
                 guard.unwrap_or_else(|error| panic!("{} keys, {scope:?}: {error}", keys.len()));
             guard.end().await;

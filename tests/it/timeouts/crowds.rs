@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::Pool;
 use futures::future::join_all;
 use lockkeeper::LockKey;
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, is_pending};
+use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, in_time_of, is_pending};
 
 use super::{Scope, ms, take, time, timed_out, warm};
 
@@ -58,8 +58,9 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
     drop(rest);
     drop(holder);
     for waiter in crowd {
-        let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
-        waiter.expect("a waiter is stuck").unwrap();
+        in_time_of(CLEANED_UP_WITHIN, "a waiter is stuck", waiter)
+            .await
+            .unwrap();
     }
     scene.nothing_left().await;
 }

@@ -7,7 +7,7 @@ use futures::future::join_all;
 use lockkeeper::{ErrorKind, Keeper, LockKey};
 use lockkeeper_testkit::{
     CLEANED_UP_WITHIN, ENDLESS, Proxy, Scene, assert_error, assert_error_in, eventually,
-    eventually_within,
+    eventually_within, in_time_of,
 };
 
 use super::{SCOPES, Scope, ms, take};
@@ -111,8 +111,9 @@ async fn a_wait_survives_a_network_slower_than_its_slices() {
         })
         .await;
         drop(holder);
-        let guard = tokio::time::timeout(2 * CLEANED_UP_WITHIN, waiter).await;
-        let guard = guard.expect("not granted").unwrap();
+        let guard = in_time_of(2 * CLEANED_UP_WITHIN, "not granted", waiter)
+            .await
+            .unwrap();
         let guard = guard.unwrap_or_else(|error| panic!("{scope:?}: {error:?}"));
         assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
         drop(guard);

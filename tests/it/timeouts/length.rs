@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, TransactionOptions};
-use lockkeeper_testkit::{CLEANED_UP_WITHIN, Random, Scene, assert_error, eventually_within};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, Random, Scene, assert_error, eventually_within, in_time_of,
+};
 
 use super::{Guard, SCOPES, Scope, Took, assert_on_time, ms, take, time, timed_out, warm};
 
@@ -212,8 +214,10 @@ async fn waits_without_an_end_are_granted_when_the_holder_goes() {
             let waiter = tokio::spawn(async move { take(&keeper, scope, theirs, wait).await });
             scene.until_awaited_by(1, &key).await;
             drop(holder);
-            let guard = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
-            let guard = guard.expect("not granted").unwrap().unwrap();
+            let guard = in_time_of(CLEANED_UP_WITHIN, "not granted", waiter)
+                .await
+                .unwrap()
+                .unwrap();
             assert_eq!(scene.holders(key.clone()).await, [guard.pid().unwrap()]);
             drop(guard);
             scene.nothing_left().await;

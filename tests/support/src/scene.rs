@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::Pool;
-use lockkeeper::{Keeper, KeeperBuilder, LockKey};
+use lockkeeper::{Keeper, KeeperBuilder, LockKey, Monitor};
 use tokio_postgres::{Client, NoTls};
 
 use crate::database::Database;
@@ -76,6 +76,15 @@ impl Scene {
     /// A builder of another keeper over the same pool.
     pub fn builder(&self) -> KeeperBuilder {
         Keeper::builder(self.pool.clone()).application("test")
+    }
+
+    /// A monitor that sees the server over a side connection.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        let keeper = self
+            .builder()
+            .side_connection(self.database.config(), NoTls);
+        keeper.build().monitor()
     }
 
     /// Runs statements on the observer's connection.

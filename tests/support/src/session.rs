@@ -7,6 +7,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config};
 
 use crate::probe;
+use crate::wait::until_waiting;
 
 /// What comes of a statement that takes a while.
 pub type Running = JoinHandle<Result<(), tokio_postgres::Error>>;
@@ -52,6 +53,13 @@ impl Session {
     pub fn start(&self, sql: &str) -> Running {
         let (client, sql) = (Arc::clone(&self.client), sql.to_owned());
         tokio::spawn(async move { client.batch_execute(&sql).await })
+    }
+
+    /// Begins statements that wait for a lock, and returns when they do.
+    pub async fn start_waiting(&self, observer: &Client, sql: &str) -> Running {
+        let running = self.start(sql);
+        until_waiting(observer, self.pid).await;
+        running
     }
 
     /// Whether the server answers it.
