@@ -50,7 +50,6 @@ mod case;
 mod effort;
 mod left;
 mod pools;
-mod proxy;
 mod random;
 
 pub mod cancelled;

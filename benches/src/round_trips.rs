@@ -3,11 +3,9 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use lockkeeper_testkit::Database;
-use tokio_postgres::Config;
+use lockkeeper_testkit::{Database, Proxy};
 
 use crate::markdown::{Table, as_f64};
-use crate::proxy::Proxy;
 use crate::{Case, Effort, Failure, Peer, Pools};
 
 /// In each direction. Longer than a call takes without it, so that the number of delays can be told from their sum.
@@ -41,9 +39,9 @@ pub async fn measure(
     cases: &[Case],
     effort: Effort,
 ) -> Result<AllTrips, Failure> {
-    let proxy = Proxy::start(database.server(), DELAY)?;
-    let config = through(&database.config(), proxy.port);
-    let pools = Pools::new(&config, 2)?;
+    let proxy = Proxy::before(database.server());
+    proxy.delay(DELAY);
+    let pools = Pools::new(&proxy.config(&database.config()), 2)?;
     let times = effort.of(9, 1);
 
     let one = one_round_trip(&pools, effort).await?;
@@ -113,22 +111,6 @@ pub fn table(trips: &AllTrips) -> Table {
         }
     }
     table
-}
-
-/// The same database, reached through a port of this machine.
-fn through(direct: &Config, port: u16) -> Config {
-    let mut config = Config::new();
-    config.host("127.0.0.1").port(port);
-    if let Some(user) = direct.get_user() {
-        config.user(user);
-    }
-    if let Some(password) = direct.get_password() {
-        config.password(password);
-    }
-    if let Some(database) = direct.get_dbname() {
-        config.dbname(database);
-    }
-    config
 }
 
 /// What there is to divide by: the shortest of exchanges, by the same clock.

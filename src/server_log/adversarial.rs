@@ -108,7 +108,8 @@ fn a_prefix_of_any_length_is_accepted() {
         "x%a".repeat(300),
     ] {
         let events = read(Reader::stderr(&prefix), &Message::timeout().stderr());
-        assert!(events.len() < 2);
+        // The lines have another prefix.
+        assert!(events.is_empty(), "{events:?}");
     }
 }
 

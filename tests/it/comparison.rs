@@ -3,19 +3,9 @@
 //! The queries are of the two known kinds: `pg_locks` joined with itself, and a recursive query from root blockers down.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::time::Duration;
 
-use lockkeeper::Keeper;
 use lockkeeper::graph::Snapshot;
-use lockkeeper_testkit::Server;
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, until_it_waits};
-use crate::guards::{pid_of, scene_on};
-
-const SOON: Duration = Duration::from_secs(30);
+use lockkeeper_testkit::{NINE_ROWS, Running, Scene, Server, Session};
 
 /// Who waits, and who is said to be in the way.
 type Edges = BTreeSet<(char, char)>;
@@ -62,16 +52,15 @@ fn recursive_of_blocking_pids() -> String {
 
 struct Stage {
     scene: Scene,
-    actors: Vec<(i32, char, Arc<Client>)>,
-    waits: Vec<JoinHandle<Result<(), tokio_postgres::Error>>>,
+    actors: Vec<(char, Session)>,
+    waits: Vec<Running>,
 }
 
 impl Stage {
     async fn new(server: &Server) -> Self {
-        let scene = scene_on(server, 2).await;
-        let sql = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 9) n; \
-                   CREATE TABLE u (id int PRIMARY KEY, v text); INSERT INTO u SELECT n, 'x' FROM generate_series(1, 9) n";
-        scene.observer.batch_execute(sql).await.unwrap();
+        let scene = Scene::on(server, 2).await;
+        scene.run(NINE_ROWS).await;
+        scene.run(&NINE_ROWS.replace(" t ", " u ")).await;
         Self {
             scene,
             actors: Vec::new(),
@@ -80,28 +69,24 @@ impl Stage {
     }
 
     async fn holds(&mut self, name: char, sql: &str) {
-        let client = self.scene.database.connect().await;
-        client.batch_execute(sql).await.unwrap();
-        let pid = pid_of(&client).await;
-        self.actors.push((pid, name, Arc::new(client)));
+        let session = self.scene.session().await;
+        session.run(sql).await;
+        self.actors.push((name, session));
     }
 
     async fn waits(&mut self, name: char, sql: &str) {
-        if !self.actors.iter().any(|(_, known, _)| *known == name) {
+        if !self.actors.iter().any(|(known, _)| *known == name) {
             self.holds(name, "").await;
         }
         let mut actors = self.actors.iter();
-        let (pid, _, client) = actors.find(|(_, known, _)| *known == name).unwrap();
-        let (pid, client, sql) = (*pid, Arc::clone(client), sql.to_owned());
-        self.waits.push(tokio::spawn(
-            async move { client.batch_execute(&sql).await },
-        ));
-        until_it_waits(&self.scene.observer, pid, SOON).await;
+        let (_, session) = actors.find(|(known, _)| *known == name).unwrap();
+        let waiting = session.start_waiting(&self.scene.observer, sql).await;
+        self.waits.push(waiting);
     }
 
     fn name(&self, pid: i32) -> char {
         let mut actors = self.actors.iter();
-        actors.find(|(known, ..)| *known == pid).unwrap().1
+        actors.find(|(_, session)| session.pid == pid).unwrap().0
     }
 
     /// What a query shows, and in how many rows.
@@ -115,10 +100,7 @@ impl Stage {
     }
 
     async fn ours(&self) -> Snapshot {
-        let keeper = Keeper::builder(self.scene.pool.clone())
-            .side_connection(self.scene.database.config(), NoTls)
-            .build();
-        keeper.monitor().snapshot().await.unwrap()
+        self.scene.monitor().snapshot().await.unwrap()
     }
 
     fn edges(&self, snapshot: &Snapshot) -> Edges {
@@ -213,7 +195,7 @@ async fn what_queries_that_people_paste_show_of_a_scene() {
     assert_eq!(
         missing,
         [&('I', 'J'), &('J', 'I')],
-        "no root leads into a circle"
+        "no root leads into a cycle"
     );
     assert_eq!(mistakes(&of_pids, &truth), (0, 2));
 }

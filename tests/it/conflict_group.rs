@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::deadpool_postgres::Pool;
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, Keeper, TransactionOptions, Tx};
-use lockkeeper_testkit::PoolMode;
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, PoolMode, Proxy, Scene, assert_error, assert_error_in, eventually, in_time,
+    poll_times_and_drop, raise, until_true,
+};
 use tokio::sync::{Barrier, Notify};
 use tokio_postgres::IsolationLevel;
 
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::proxy::Proxy;
-
-const SOON: Duration = Duration::from_secs(10);
 const GROUP: i64 = 81;
 
 const LEVELS: [Option<IsolationLevel>; 4] = [
@@ -31,25 +30,6 @@ fn grouped(level: Option<IsolationLevel>) -> TransactionOptions {
     }
 }
 
-/// A scene with rows 1 and 2 at zero, and deadlocks that are found within 100 ms.
-async fn rows(pool_size: usize) -> Scene {
-    let scene = Scene::new(pool_size).await;
-    scene
-        .observer
-        .batch_execute(&format!(
-            "CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL); INSERT INTO t VALUES (1, 0), (2, 0); \
-             ALTER DATABASE {} SET deadlock_timeout = '100ms'",
-            scene.database.name()
-        ))
-        .await
-        .unwrap();
-    scene
-}
-
-fn raise(code: &str) -> String {
-    format!("DO $$ BEGIN RAISE EXCEPTION 'raised by a test' USING ERRCODE = '{code}'; END $$")
-}
-
 /// How the group's lock is held by this transaction: `ShareLock` or `ExclusiveLock`, each as often as there is one.
 async fn held(tx: &Tx) -> Result<Vec<String>, Error> {
     let sql = "SELECT mode FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted";
@@ -60,7 +40,7 @@ async fn held(tx: &Tx) -> Result<Vec<String>, Error> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_run_side_by_side() {
     for level in LEVELS {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let met = Arc::new(Barrier::new(4));
         let tasks: Vec<_> = (0..4)
             .map(|_| {
@@ -79,9 +59,8 @@ async fn members_run_side_by_side() {
             })
             .collect();
         for task in tasks {
-            tokio::time::timeout(SOON, task)
+            in_time("they do not run side by side", task)
                 .await
-                .expect("they do not run side by side")
                 .unwrap()
                 .unwrap();
         }
@@ -92,8 +71,8 @@ async fn members_run_side_by_side() {
 /// The lock rides in the message that begins the transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_lock_costs_no_message_more() {
-    let scene = rows(1).await;
-    let proxy = Proxy::before(&scene.database).await;
+    let scene = Scene::with_two_rows(1).await;
+    let proxy = Proxy::before(scene.database.server());
     let keeper = Keeper::builder(proxy.pool(&scene.database.config(), 1))
         .watch(false)
         .build();
@@ -162,6 +141,7 @@ impl Watch {
         for _ in 0..10 {
             self.met
                 .fetch_add(self.running.load(Ordering::SeqCst), Ordering::SeqCst);
+            // The time itself is what is tested: another member would be seen in it.
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
         drop(alone);
@@ -179,7 +159,7 @@ async fn loses(tx: &Tx, run: u32) -> Result<(), Error> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_has_been_a_victim_twice_runs_alone() {
     for level in LEVELS {
-        let scene = rows(6).await;
+        let scene = Scene::with_two_rows(6).await;
         let watch = Arc::new(Watch::default());
         let stop = Arc::new(AtomicBool::new(false));
         let members: Vec<_> = (0..4)
@@ -235,7 +215,7 @@ async fn who_has_been_a_victim_twice_runs_alone() {
 /// Only deadlocks make a victim.
 #[tokio::test]
 async fn other_failures_do_not_count() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     let runs = AtomicU32::new(0);
     scene
         .keeper
@@ -259,14 +239,18 @@ async fn other_failures_do_not_count() {
     scene.nothing_left().await;
 }
 
-/// Until somebody waits for the group's lock. A plain loop: rustc cannot see that a future with an async closure in it is
-/// `Send` for a transaction's body.
+/// Waits until so many sessions hold the group's lock, or wait for it.
+async fn until_group(scene: &Scene, granted: bool, count: i64) {
+    let sql = "SELECT count(*) >= $3 FROM pg_locks WHERE locktype = 'advisory' AND classid = 0 AND objid = $1 \
+               AND granted = $2 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let what = format!("not {count} sessions with granted = {granted}");
+    let group = u32::try_from(GROUP).unwrap();
+    until_true(&scene.observer, &what, sql, &[&group, &granted, &count]).await;
+}
+
+/// Waits until a session waits for the group's lock.
 async fn locked_out(scene: &Scene) {
-    let started = Instant::now();
-    while scene.waiters(GROUP).await.is_empty() {
-        assert!(started.elapsed() < SOON, "nobody waits");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    until_group(scene, false, 1).await;
 }
 
 /// Somebody who begins to wait before all those it meets is the victim each time: the server breaks the deadlock that it
@@ -274,7 +258,7 @@ async fn locked_out(scene: &Scene) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_would_lose_each_time_loses_twice_in_a_group() {
     for in_group in [false, true] {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let options = || {
             if in_group {
                 grouped(None)
@@ -330,7 +314,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
                     let started = Instant::now();
                     let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = $1";
                     let pid = loser_pid.load(Ordering::Relaxed);
-                    while started.elapsed() < SOON {
+                    while started.elapsed() < GIVE_UP_AFTER {
                         let row = scene.observer.query_one(waits, &[&pid]).await?;
                         if row.get::<_, i64>(0) > 0 {
                             break;
@@ -358,7 +342,11 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
             assert_eq!(runs.load(Ordering::Relaxed), 3);
         } else {
             let error = answer.expect_err("the test did not show what it should");
-            assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
+            assert_error(
+                &error,
+                ErrorKind::RetriesExhausted,
+                "5 attempts (SQLSTATE 40P01)",
+            );
             assert_eq!(error.sqlstate().map(|state| state.code()), Some("40P01"));
             assert_eq!(runs.load(Ordering::Relaxed), 5);
         }
@@ -371,7 +359,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn who_is_to_run_alone_is_not_starved() {
     for level in [None, Some(IsolationLevel::Serializable)] {
-        let scene = rows(12).await;
+        let scene = Scene::with_two_rows(12).await;
         // As other processes would.
         let keepers: Vec<_> = (0..8).map(|_| Keeper::new(scene.pool.clone())).collect();
         let stop = Arc::new(AtomicBool::new(false));
@@ -393,7 +381,7 @@ async fn who_is_to_run_alone_is_not_starved() {
                 })
             })
             .collect();
-        eventually(SOON, "no load", async || {
+        eventually("no load", async || {
             watch.running.load(Ordering::Relaxed) > 4
         })
         .await;
@@ -422,7 +410,7 @@ async fn who_is_to_run_alone_is_not_starved() {
 
 #[tokio::test]
 async fn the_lock_ends_with_its_transaction() {
-    let scene = rows(2).await;
+    let scene = Scene::with_two_rows(2).await;
     for lost in [0, 2] {
         for way in ["commit", "error", "server", "panic", "drop", "retry"] {
             let runs = Arc::new(AtomicU32::new(0));
@@ -448,7 +436,7 @@ async fn the_lock_ends_with_its_transaction() {
             });
             if way == "drop" {
                 let began = async || runs.load(Ordering::Relaxed) > lost;
-                eventually(SOON, "it does not begin", began).await;
+                eventually("it does not begin", began).await;
                 assert!(scene.is_held(GROUP).await);
                 task.abort();
             }
@@ -487,7 +475,7 @@ async fn the_groups_own_lock_is_waited_for_as_long_as_the_keeper_says() {
                 .await
                 .unwrap_err();
             let what = format!("{options:?}: {error}");
-            assert_eq!(error.kind(), ErrorKind::LockTimeout, "{what}");
+            assert_error_in(&what, &error, ErrorKind::LockTimeout, "holds ExclusiveLock");
             assert!(started.elapsed() >= wait, "{what}");
             assert!(started.elapsed() < Duration::from_secs(5), "{what}");
             assert_eq!(error.key().and_then(|key| key.as_i64()), Some(GROUP));
@@ -548,7 +536,7 @@ async fn the_groups_own_lock_is_waited_for_as_long_as_the_keeper_says() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_runs_alone_reads_what_the_others_have_committed() {
     for level in [IsolationLevel::RepeatableRead, IsolationLevel::Serializable] {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let runs = AtomicU32::new(0);
         let begun = Notify::new();
         let alone = scene
@@ -557,11 +545,7 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
                 let run = runs.fetch_add(1, Ordering::Relaxed);
                 if run == 1 {
                     begun.notify_one();
-                    let waits = async || scene.holders(GROUP).await.len() == 2;
-                    let started = Instant::now();
-                    while !waits().await && started.elapsed() < SOON {
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
+                    until_group(&scene, true, 2).await;
                 }
                 loses(tx, run).await?;
                 tx.execute("UPDATE t SET n = n + 1 WHERE id = 1", &[])
@@ -575,11 +559,8 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
                 .transaction_with(grouped(Some(level)), async |tx| {
                     tx.execute("UPDATE t SET n = n + 10 WHERE id = 1", &[])
                         .await?;
-                    // Until somebody waits to be alone.
-                    let started = Instant::now();
-                    while scene.waiters(GROUP).await.is_empty() && started.elapsed() < SOON {
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
+                    // Until the other one waits to be alone.
+                    locked_out(&scene).await;
                     Ok::<_, Error>(())
                 })
                 .await
@@ -601,7 +582,7 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
 async fn a_small_pool_does_not_stand_still() {
     for pool_size in 1..=3 {
         for level in [None, Some(IsolationLevel::RepeatableRead)] {
-            let scene = rows(pool_size).await;
+            let scene = Scene::with_two_rows(pool_size).await;
             let watch = Arc::new(Watch::default());
             let tasks: Vec<_> = (0..12)
                 .map(|task| {
@@ -637,7 +618,7 @@ async fn a_small_pool_does_not_stand_still() {
 /// A lock of the caller's own is not the group's, unless it has the same key.
 #[tokio::test]
 async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
-    let scene = rows(1).await;
+    let scene = Scene::with_two_rows(1).await;
     scene
         .keeper
         .transaction_with(grouped(None), async |tx| {
@@ -647,7 +628,11 @@ async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
             tx.advisory_lock(GROUP + 1).await?;
             tx.advisory_lock(GROUP).shared().await?;
             let error = tx.advisory_lock(GROUP).await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Config);
+            assert_error(
+                &error,
+                ErrorKind::Config,
+                "81: held on this connection as ShareLock already",
+            );
             assert_eq!(tx.held_keys().count(), 2);
             Ok::<_, Error>(())
         })
@@ -663,7 +648,7 @@ async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn through_a_transaction_pooler_too() {
     for level in LEVELS {
-        let scene = rows(4).await;
+        let scene = Scene::with_two_rows(4).await;
         let server = scene.database.server();
         let bouncer = match server.pgbouncer(PoolMode::Transaction, scene.database.name()) {
             Ok(bouncer) => bouncer,
@@ -711,7 +696,7 @@ async fn through_a_transaction_pooler_too() {
 async fn dropped_at_any_point_nothing_is_left() {
     for level in [None, Some(IsolationLevel::Serializable)] {
         for busy in [false, true] {
-            let scene = rows(2).await;
+            let scene = Scene::with_two_rows(2).await;
             let mut polls = 0;
             let finished = loop {
                 if busy {

@@ -7,13 +7,10 @@ use std::time::Duration;
 use lockkeeper::incident::{Cause, Quality};
 use lockkeeper::tokio_postgres::{Client, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, TransactionOptions};
+use lockkeeper_testkit::IncidentScene;
 use tokio::sync::{Barrier, Notify};
 use tokio::task::JoinHandle;
 
-use crate::common::eventually;
-use crate::incidents::Reported;
-
-const SOON: Duration = Duration::from_secs(10);
 const ONE: &str = "UPDATE account SET balance = 1 WHERE id = 1";
 const TWO: &str = "UPDATE account SET balance = 1 WHERE id = 2";
 const THREE: &str = "UPDATE account SET balance = 1 WHERE id = 3";
@@ -24,8 +21,8 @@ type Steps = [&'static str; 2];
 /// Deadlocks a keeper's transaction with somebody else's, and gives the report. Each has done its first step before
 /// either does its second; the other one, who looks for no deadlock, waits second. The closure's second attempt does
 /// nothing.
-async fn deadlock(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
-    let client = stranger(reported, &format!("BEGIN; {}", theirs[0])).await;
+async fn deadlock(reported: &IncidentScene, ours: Steps, theirs: Steps) -> Incident {
+    let client = reported.stranger(&format!("BEGIN; {}", theirs[0])).await;
     let attempts = &AtomicU32::new(0);
     let ran = reported.keeper().transaction(async |tx| {
         if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
@@ -35,7 +32,7 @@ async fn deadlock(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
         Ok::<_, Error>(())
     });
     let (ran, ()) = tokio::join!(ran, async {
-        waiters(reported, 1).await;
+        reported.scene.until_lock_waiters(1).await;
         client.batch_execute(theirs[1]).await.unwrap();
         client.batch_execute("ROLLBACK").await.unwrap();
     });
@@ -49,8 +46,8 @@ async fn deadlock(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
 }
 
 /// The same where each wants more of one thing. That the server sees at once, when the second one begins to wait: us.
-async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> Incident {
-    let client = stranger(reported, &format!("BEGIN; {}", theirs[0])).await;
+async fn deadlock_at_once(reported: &IncidentScene, ours: Steps, theirs: Steps) -> Incident {
+    let client = reported.stranger(&format!("BEGIN; {}", theirs[0])).await;
     let held = &Notify::new();
     let waits = &Notify::new();
     let attempts = &AtomicU32::new(0);
@@ -64,7 +61,7 @@ async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> In
         Ok::<_, Error>(())
     });
     let waiting = async {
-        waiters(reported, 1).await;
+        reported.scene.until_lock_waiters(1).await;
         waits.notify_one();
     };
     let (ran, (), ()) = tokio::join!(ran, waiting, async {
@@ -80,7 +77,7 @@ async fn deadlock_at_once(reported: &Reported, ours: Steps, theirs: Steps) -> In
 }
 
 /// Lets a keeper's statement time out, and gives the report.
-async fn time_out(reported: &Reported, sql: &str) -> Incident {
+async fn time_out(reported: &IncidentScene, sql: &str) -> Incident {
     let options = TransactionOptions::new()
         .attempts(1)
         .lock_timeout(Duration::from_millis(900));
@@ -95,15 +92,6 @@ async fn time_out(reported: &Reported, sql: &str) -> Incident {
     incident
 }
 
-/// Somebody who does not use this crate, and does not look for deadlocks.
-async fn stranger(reported: &Reported, sql: &str) -> Client {
-    let client = reported.scene.database.connect().await;
-    let set = "SET deadlock_timeout = '1h'";
-    client.batch_execute(set).await.unwrap();
-    client.batch_execute(sql).await.unwrap();
-    client
-}
-
 /// One whose statement goes on by itself.
 fn goes_on(client: Client, sql: &'static str) -> JoinHandle<Client> {
     tokio::spawn(async move {
@@ -112,16 +100,8 @@ fn goes_on(client: Client, sql: &'static str) -> JoinHandle<Client> {
     })
 }
 
-/// Waits until so many wait for a lock of this database.
-async fn waiters(reported: &Reported, count: i64) {
-    eventually(SOON, "nobody waits", async || {
-        reported.scene.lock_waiters().await >= count
-    })
-    .await;
-}
-
-async fn scene(sql: &str) -> Reported {
-    let reported = Reported::new(4).await;
+async fn scene(sql: &str) -> IncidentScene {
+    let reported = IncidentScene::new(4).await;
     reported.scene.observer.batch_execute(sql).await.unwrap();
     reported
 }
@@ -222,7 +202,7 @@ async fn order_inversion_of_rows_of_a_partition() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn order_inversion_in_a_savepoint() {
     let reported = scene("").await;
-    let client = stranger(&reported, &format!("BEGIN; {TWO}")).await;
+    let client = reported.stranger(&format!("BEGIN; {TWO}")).await;
     let attempts = &AtomicU32::new(0);
     let ran = reported.keeper().transaction(async |tx| {
         if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
@@ -233,7 +213,7 @@ async fn order_inversion_in_a_savepoint() {
         Ok::<_, Error>(())
     });
     let (ran, ()) = tokio::join!(ran, async {
-        waiters(&reported, 1).await;
+        reported.scene.until_lock_waiters(1).await;
         client
             .batch_execute(&format!("{ONE}; ROLLBACK"))
             .await
@@ -269,7 +249,7 @@ async fn order_inversion_with_a_statement_through_the_bare_client() {
         Ok::<_, Error>(())
     });
     let waiting = async {
-        waiters(&reported, 1).await;
+        reported.scene.until_lock_waiters(1).await;
         waits.notify_one();
     };
     let (survivor, victim, ()) = tokio::join!(survivor, victim, waiting);
@@ -354,11 +334,9 @@ const CHILD: &str = "CREATE TABLE item (id int, account int REFERENCES account (
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_foreign_keys_parent_under_for_update() {
     let reported = scene(CHILD).await;
-    let holder = stranger(
-        &reported,
-        "BEGIN; SELECT FROM account WHERE id = 1 FOR UPDATE",
-    )
-    .await;
+    let holder = reported
+        .stranger("BEGIN; SELECT FROM account WHERE id = 1 FOR UPDATE")
+        .await;
     let incident = time_out(&reported, "INSERT INTO item VALUES (1, 1)").await;
     drop(holder);
     // What to do about that is the same whatever it holds.
@@ -399,16 +377,18 @@ async fn an_index_build_against_a_writer() {
     is(&incident, Cause::IndexBuild);
     // A writer behind an index build that waits for another writer.
     let reported = scene("").await;
-    let writer = stranger(&reported, &format!("BEGIN; {ONE}")).await;
-    let build = stranger(&reported, "").await;
+    let writer = reported.stranger(&format!("BEGIN; {ONE}")).await;
+    let build = reported.stranger("").await;
     let build = goes_on(build, "CREATE INDEX ON account (balance)");
-    waiters(&reported, 1).await;
+    reported.scene.until_lock_waiters(1).await;
     let incident = time_out(&reported, TWO).await;
     is(&incident, Cause::LockQueue);
     writer.batch_execute("ROLLBACK").await.unwrap();
     drop(build.await.unwrap());
     // A writer behind one that has its lock.
-    let build = stranger(&reported, "BEGIN; CREATE INDEX ON account (balance)").await;
+    let build = reported
+        .stranger("BEGIN; CREATE INDEX ON account (balance)")
+        .await;
     let build = goes_on(build, "CREATE INDEX ON account (note); SELECT pg_sleep(0)");
     let build = build.await.unwrap();
     let cancel = build.cancel_token();
@@ -422,7 +402,7 @@ async fn an_index_build_against_a_writer() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_holder_that_is_idle_in_its_transaction() {
     let reported = scene("").await;
-    let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let holder = reported.stranger(&format!("BEGIN; {ONE}")).await;
     let incident = time_out(&reported, ONE).await;
     is(&incident, Cause::IdleInTransaction);
     drop(holder);
@@ -431,7 +411,7 @@ async fn a_holder_that_is_idle_in_its_transaction() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_holder_that_is_busy() {
     let reported = scene("").await;
-    let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let holder = reported.stranger(&format!("BEGIN; {ONE}")).await;
     let cancel = holder.cancel_token();
     let holder = goes_on(holder, "SELECT pg_sleep(600)");
     let incident = time_out(&reported, ONE).await;
@@ -445,10 +425,10 @@ async fn a_holder_that_is_busy() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_queue_behind_a_strong_lock() {
     let reported = scene("").await;
-    let reader = stranger(&reported, "BEGIN; SELECT FROM account").await;
-    let alter = stranger(&reported, "").await;
+    let reader = reported.stranger("BEGIN; SELECT FROM account").await;
+    let alter = reported.stranger("").await;
     let alter = goes_on(alter, "ALTER TABLE account ADD COLUMN more int");
-    waiters(&reported, 1).await;
+    reported.scene.until_lock_waiters(1).await;
     let incident = time_out(&reported, "SELECT FROM account").await;
     is(&incident, Cause::LockQueue);
     says(&incident, "AccessExclusiveLock");
@@ -457,11 +437,11 @@ async fn the_queue_behind_a_strong_lock() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_circle_through_the_queue_is_no_deadlock() {
+async fn a_cycle_through_the_queue_is_no_deadlock() {
     let reported = scene("").await;
     // The reader holds the table, the ALTER waits for it, and we wait behind the ALTER with what the reader wants.
-    let reader = stranger(&reported, "BEGIN; SELECT FROM account").await;
-    let alter = stranger(&reported, "").await;
+    let reader = reported.stranger("BEGIN; SELECT FROM account").await;
+    let alter = reported.stranger("").await;
     let attempts = &AtomicU32::new(0);
     let ran = reported.keeper().transaction(async |tx| {
         if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
@@ -471,9 +451,9 @@ async fn a_circle_through_the_queue_is_no_deadlock() {
         Ok::<_, Error>(())
     });
     let alter = goes_on(alter, "ALTER TABLE account ADD COLUMN more int");
-    waiters(&reported, 1).await;
+    reported.scene.until_lock_waiters(1).await;
     let (ran, ()) = tokio::join!(ran, async {
-        waiters(&reported, 2).await;
+        reported.scene.until_lock_waiters(2).await;
         reader
             .batch_execute("SELECT pg_advisory_xact_lock(7)")
             .await
@@ -489,7 +469,7 @@ async fn a_circle_through_the_queue_is_no_deadlock() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_advisory_lock_that_is_held() {
     let reported = scene("").await;
-    let holder = stranger(&reported, "SELECT pg_advisory_lock(7)").await;
+    let holder = reported.stranger("SELECT pg_advisory_lock(7)").await;
     let incident = time_out(&reported, "SELECT pg_advisory_xact_lock(7)").await;
     is(&incident, Cause::AdvisoryLockHeld);
     drop(holder);
@@ -500,7 +480,7 @@ async fn a_prepared_transaction_that_was_left() {
     let reported = scene("").await;
     let gid = format!("{}_left", reported.scene.database.name());
     let sql = format!("BEGIN; {ONE}; PREPARE TRANSACTION '{gid}'");
-    let holder = stranger(&reported, &sql).await;
+    let holder = reported.stranger(&sql).await;
     let incident = time_out(&reported, ONE).await;
     let end = format!("ROLLBACK PREPARED '{gid}'");
     holder.batch_execute(&end).await.unwrap();
@@ -512,13 +492,13 @@ async fn a_prepared_transaction_that_was_left() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_the_deadlock_of_others() {
     let reported = scene("").await;
-    let one = stranger(&reported, &format!("BEGIN; {ONE}")).await;
-    let two = stranger(&reported, &format!("BEGIN; {TWO}; {THREE}")).await;
+    let one = reported.stranger(&format!("BEGIN; {ONE}")).await;
+    let two = reported.stranger(&format!("BEGIN; {TWO}; {THREE}")).await;
     let one = goes_on(one, TWO);
-    waiters(&reported, 1).await;
+    reported.scene.until_lock_waiters(1).await;
     let cancel = two.cancel_token();
     let two = goes_on(two, ONE);
-    waiters(&reported, 2).await;
+    reported.scene.until_lock_waiters(2).await;
     let incident = time_out(&reported, THREE).await;
     is(&incident, Cause::BehindDeadlock);
     cancel.cancel_query(NoTls).await.unwrap();
@@ -529,8 +509,8 @@ async fn behind_the_deadlock_of_others() {
 /// Nothing was seen and the server says little: no cause is made up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_not_seen_is_not_explained() {
-    let reported = Reported::with(2, |builder, _| builder.watch(false)).await;
-    let holder = stranger(&reported, &format!("BEGIN; {ONE}")).await;
+    let reported = IncidentScene::with(2, |builder, _| builder.watch(false)).await;
+    let holder = reported.stranger(&format!("BEGIN; {ONE}")).await;
     let options = TransactionOptions::new()
         .attempts(1)
         .lock_timeout(Duration::from_millis(50));

@@ -1,17 +1,14 @@
 //! The doctor: findings about the server's settings, and that what they propose mends them.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool};
 use lockkeeper::{Effect, Keeper, Settings, SettingsFinding, SettingsFindingKind, Severity};
-use lockkeeper_testkit::{PoolMode, Server};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, PoolMode, Scene, Server, eventually, poll_times_and_drop, pool_of,
+    until_connected,
+};
 use tokio_postgres::{Config, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::guards::scene_on;
-
-const SOON: Duration = Duration::from_secs(30);
 
 const WELL: [(&str, &str); 6] = [
     ("lock_timeout", "10s"),
@@ -38,14 +35,9 @@ fn start(settings: &[(&str, &str)]) -> Server {
     tokio::task::block_in_place(|| Server::start(settings).unwrap())
 }
 
-fn pool(config: Config, size: usize) -> Pool {
-    let manager = Manager::from_config(config, NoTls, ManagerConfig::default());
-    Pool::builder(manager).max_size(size).build().unwrap()
-}
-
 /// What is found over a new pool.
 async fn examine(config: &Config) -> Settings {
-    let keeper = Keeper::new(pool(config.clone(), 2));
+    let keeper = Keeper::new(pool_of(config.clone(), 2));
     keeper.monitor().settings().await.unwrap()
 }
 
@@ -68,7 +60,7 @@ fn names(settings: &Settings) -> Vec<&str> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_found_on_a_server_that_is_set_up_well() {
     let server = start(&WELL);
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let settings = scene.keeper.monitor().settings().await.unwrap();
     assert_eq!(settings.findings(), [], "{settings}");
     assert_eq!(settings.to_string(), "nothing to mend\n");
@@ -86,14 +78,14 @@ async fn nothing_is_found_on_a_server_that_is_set_up_well() {
     assert_eq!(settings.role(), "app");
 
     // With a side connection, whose own bounds are none of the application's.
-    let keeper = Keeper::builder(pool(config.clone(), 1))
+    let keeper = Keeper::builder(pool_of(config.clone(), 1))
         .side_connection(config.clone(), NoTls)
         .build();
     let settings = keeper.monitor().settings().await.unwrap();
     assert_eq!(settings.findings(), [], "{settings}");
 
     // A connection that died in the pool is none of the server's faults.
-    let pool = pool(config, 2);
+    let pool = pool_of(config, 2);
     let keeper = Keeper::builder(pool.clone())
         .side_connection(scene.database.config(), NoTls)
         .build();
@@ -109,7 +101,7 @@ async fn nothing_is_found_on_a_server_that_is_set_up_well() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_found_is_mended_by_its_statement() {
     let server = start(&BADLY);
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let role = r#"Odd "Role's"#;
     let sql = r#"CREATE ROLE "Odd ""Role's" LOGIN"#;
     scene.observer.batch_execute(sql).await.unwrap();
@@ -181,7 +173,7 @@ async fn what_is_found_is_mended_by_its_statement() {
             Effect::Reload => {
                 let reload = "SELECT pg_reload_conf()";
                 scene.observer.batch_execute(reload).await.unwrap();
-                eventually(SOON, statement, async || {
+                eventually(statement, async || {
                     let settings = examine(&config).await;
                     settings.finding(finding.kind()).is_none()
                 })
@@ -210,7 +202,7 @@ async fn a_lock_table_that_fills_up_is_found() {
     let mut settings = WELL;
     settings[5].1 = "70";
     let server = start(&[&settings[..], &[("max_connections", "20")]].concat());
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let monitor = scene.keeper.monitor();
     assert_eq!(monitor.settings().await.unwrap().findings(), []);
     let capacity = monitor.health().await.unwrap().lock_table().capacity();
@@ -242,7 +234,7 @@ async fn a_lock_table_that_fills_up_is_found() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_values_are_those_of_the_applications_connections() {
     let server = start(&WELL);
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let observer = &scene.observer;
     let database = scene.database.name();
     observer
@@ -286,7 +278,7 @@ async fn the_values_are_those_of_the_applications_connections() {
     // Both on the pool's side, though the side connection would see a good one.
     let mut by_itself = config.clone();
     by_itself.options("-c lock_timeout=0");
-    let keeper = Keeper::builder(pool(by_itself, 2))
+    let keeper = Keeper::builder(pool_of(by_itself, 2))
         .side_connection(config.clone(), NoTls)
         .build();
     let settings = keeper.monitor().settings().await.unwrap();
@@ -322,7 +314,7 @@ async fn the_values_are_those_of_the_applications_connections() {
         .unwrap();
     let mut ops = config.clone();
     ops.user("ops");
-    let keeper = Keeper::builder(pool(config, 2))
+    let keeper = Keeper::builder(pool_of(config, 2))
         .side_connection(ops, NoTls)
         .build();
     let settings = keeper.monitor().settings().await.unwrap();
@@ -338,7 +330,7 @@ async fn the_values_are_those_of_the_applications_connections() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn privileges_that_are_not_inherited_are_found_and_mended() {
     let server = start(&WELL);
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let observer = &scene.observer;
     let sql = "CREATE ROLE aloof LOGIN NOINHERIT; GRANT pg_read_all_stats TO aloof; \
                CREATE ROLE staff; GRANT pg_monitor, pg_signal_backend TO staff; CREATE ROLE app LOGIN; GRANT staff TO app";
@@ -374,7 +366,7 @@ async fn planted_functions_are_not_run() {
         scene.database.name()
     );
     scene.observer.batch_execute(&sql).await.unwrap();
-    let monitor = Keeper::new(pool(scene.database.config(), 2)).monitor();
+    let monitor = Keeper::new(pool_of(scene.database.config(), 2)).monitor();
     let settings = monitor.settings().await.unwrap();
     assert_eq!(settings.value("deadlock_timeout"), Some("1s"));
     monitor.health().await.unwrap();
@@ -446,7 +438,7 @@ async fn a_pooler_in_between_is_found() {
             break;
         }
     }
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -459,13 +451,9 @@ async fn a_standby_is_named_as_one() {
     };
     let mut config = standby.config();
     config.dbname(database.name());
-    let began = Instant::now();
     // The database has to arrive first.
-    while config.connect(NoTls).await.is_err() {
-        assert!(began.elapsed() < SOON, "the standby lags behind");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let keeper = Keeper::new(pool(config, 2));
+    until_connected(&config).await;
+    let keeper = Keeper::new(pool_of(config, 2));
     let settings = keeper.monitor().settings().await.unwrap();
     let [finding] = settings.findings() else {
         panic!("{settings}");
@@ -484,7 +472,7 @@ async fn a_standby_is_named_as_one() {
         .unwrap();
     let build = "CREATE UNIQUE INDEX CONCURRENTLY i ON t (v)";
     primary.batch_execute(build).await.unwrap_err();
-    eventually(SOON, "the index does not arrive", async || {
+    eventually("the index does not arrive", async || {
         let health = keeper.monitor().health().await.unwrap();
         health.invalid_indexes() == &lockkeeper::Reading::Hidden
     })

@@ -3,22 +3,19 @@
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, pending};
 use futures::{SinkExt, StreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, ENDLESS, Scene, assert_error, eventually_within, is_pending,
+};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
-
-use crate::common::{Scene, eventually};
-
-/// What is to happen at once takes some milliseconds; what would be left otherwise stays for a minute and longer, or for
-/// the ten seconds after which the library gives up a connection that does not answer.
-const SOON: Duration = Duration::from_secs(9);
-const LONG: Duration = Duration::from_secs(3600);
 
 /// Free in every scene, and held by somebody else in every scene.
 const KEY: i64 = 600;
@@ -86,43 +83,68 @@ impl Middle {
     fn all() -> impl Iterator<Item = Self> {
         QUIET.into_iter().chain(BUSY_FOR_LONG)
     }
+}
+
+/// A call that goes into the middle, and is ended there.
+#[derive(Clone)]
+struct Visit {
+    middle: Middle,
+    /// The call has got there, for where the server shows it before the call has its answer, or does not show it.
+    arrived: Arc<AtomicBool>,
+}
+
+impl Visit {
+    fn to(middle: Middle) -> Self {
+        Self {
+            middle,
+            arrived: Arc::default(),
+        }
+    }
 
     /// A call that goes there and stays.
-    fn stay(self, keeper: Keeper) -> BoxFuture<'static, ()> {
+    fn stay(&self, keeper: Keeper) -> BoxFuture<'static, ()> {
+        let visit = self.clone();
         async move {
-            self.goes_there(keeper).await.unwrap();
-            panic!("{self:?} is over");
+            visit.goes_there(keeper).await.unwrap();
+            panic!("{:?} is over", visit.middle);
         }
         .boxed()
     }
 
-    async fn goes_there(self, keeper: Keeper) -> Result<(), Error> {
-        match self {
+    /// Is there, and stays.
+    async fn arrive(&self) -> Result<(), Error> {
+        self.arrived.store(true, Ordering::SeqCst);
+        pending().await
+    }
+
+    async fn goes_there(&self, keeper: Keeper) -> Result<(), Error> {
+        let middle = self.middle;
+        match middle {
             Section | SectionWithSavepoint | SectionInStatement => {
                 let section = keeper.with_advisory_lock(KEY, async move |tx| {
-                    if self == SectionInStatement {
+                    if middle == SectionInStatement {
                         tx.execute(SLEEP, &[]).await?;
-                    } else if self == SectionWithSavepoint {
+                    } else if middle == SectionWithSavepoint {
                         let savepoint = tx.savepoint(async |tx| {
                             tx.advisory_lock(KEY + 10).await?;
-                            pending::<Result<(), Error>>().await
+                            self.arrive().await
                         });
                         savepoint.await?;
                     }
-                    pending::<Result<(), Error>>().await
+                    self.arrive().await
                 });
                 section.await
             }
             Transaction => {
                 let transaction = keeper.transaction(async |tx| {
                     tx.advisory_lock(KEY).await?;
-                    pending::<Result<(), Error>>().await
+                    self.arrive().await
                 });
                 transaction.await
             }
             Xact => {
                 let _guard = xact(&keeper, KEY).await;
-                pending().await
+                self.arrive().await
             }
             XactInStatement => {
                 let guard = xact(&keeper, KEY).await;
@@ -138,7 +160,7 @@ impl Middle {
                 let guard = xact(&keeper, KEY).await;
                 let mut rows = pin!(guard.query_raw(STREAM, Vec::<i32>::new()).await?);
                 rows.next().await.unwrap()?;
-                pending().await
+                self.arrive().await
             }
             XactInCopy => {
                 let guard = xact(&keeper, KEY).await;
@@ -148,11 +170,11 @@ impl Middle {
                 let mut sink = pin!(guard.copy_in("COPY t FROM STDIN").await?);
                 sink.send(bytes::Bytes::from_static(b"1\n2")).await?;
                 sink.flush().await?;
-                pending().await
+                self.arrive().await
             }
             Session => {
                 let _guard = session(&keeper, KEY).await;
-                pending().await
+                self.arrive().await
             }
             SessionInStatement => {
                 let guard = session(&keeper, KEY).await;
@@ -167,14 +189,21 @@ impl Middle {
             SessionInTransaction | SessionInTransactionInStatement => {
                 let mut guard = session(&keeper, KEY).await;
                 let transaction = guard.transaction(async move |tx| {
-                    if self == SessionInTransactionInStatement {
+                    if middle == SessionInTransactionInStatement {
                         tx.execute(SLEEP, &[]).await?;
                     }
-                    pending::<Result<(), Error>>().await
+                    self.arrive().await
                 });
                 transaction.await
             }
-            Waiting | WaitingInLine => keeper.advisory_lock(BUSY).acquire().await.map(drop),
+            Waiting => keeper.advisory_lock(BUSY).acquire().await.map(drop),
+            WaitingInLine => {
+                // Its first poll is what takes a place in the line.
+                let mut waiting = Box::pin(keeper.advisory_lock(BUSY).acquire());
+                assert!(is_pending(&mut waiting).await);
+                self.arrived.store(true, Ordering::SeqCst);
+                waiting.await.map(drop)
+            }
             WaitingForSession => {
                 let lock = keeper.advisory_lock(BUSY).session();
                 lock.acquire().await.map(drop)
@@ -191,22 +220,24 @@ impl Middle {
         }
     }
 
-    /// Returns when the call has got there, as the server shows it.
-    async fn reached(self, scene: &Scene) {
-        let there = async || match self {
-            XactInStream => blocked_by_its_client(scene).await == 1,
-            XactInCopy => active(scene, "COPY t %").await == 1,
+    /// Returns when the call has got there.
+    async fn reached(&self, scene: &Scene) {
+        let middle = self.middle;
+        let there = async || match middle {
+            XactInStream => self.has_arrived() && blocked_by_its_client(scene).await == 1,
+            XactInCopy => self.has_arrived() && active(scene, "COPY t %").await == 1,
             Waiting | WaitingForSession | WaitingBeforeSnapshot | WaitingInTransaction => {
                 scene.waiters(BUSY).await.len() == 1
             }
-            WaitingInLine => scene.waiters(BUSY).await.len() == 2,
-            SectionWithSavepoint => scene.is_held(KEY + 10).await,
-            _ if BUSY_FOR_LONG.contains(&self) => active(scene, SLEEP).await == 1,
-            _ => scene.is_held(KEY).await,
+            _ if BUSY_FOR_LONG.contains(&middle) => active(scene, SLEEP).await == 1,
+            _ => self.has_arrived(),
         };
-        eventually(SOON, &format!("{self:?} is not reached"), there).await;
-        // For the answer, and for what cannot be seen.
-        tokio::time::sleep(Duration::from_millis(15)).await;
+        let what = format!("{middle:?} is not reached");
+        eventually_within(CLEANED_UP_WITHIN, &what, there).await;
+    }
+
+    fn has_arrived(&self) -> bool {
+        self.arrived.load(Ordering::SeqCst)
     }
 }
 
@@ -239,9 +270,9 @@ async fn blocked_by_its_client(scene: &Scene) -> i64 {
 async fn ends_by(
     how: &str,
     middles: impl IntoIterator<Item = Middle>,
-    end: impl AsyncFn(&Scene, Middle),
+    end: impl AsyncFn(&Scene, Visit),
 ) {
-    let scene = Scene::with(3, |builder| builder.lock_wait(LONG)).await;
+    let scene = Scene::with(3, |builder| builder.lock_wait(ENDLESS)).await;
     let holder = scene.database.connect().await;
     let hold = async || {
         holder
@@ -262,26 +293,32 @@ async fn ends_by(
                 })
             })
             .collect();
-        end(&scene, middle).await;
+        if middle == WaitingInLine {
+            scene.until_awaited_by(2, BUSY).await;
+        }
+        end(&scene, Visit::to(middle)).await;
         let others = i64::try_from(crowd.len()).unwrap();
         let left = format!("{what}: a lock is left");
-        eventually(SOON, &left, async || {
+        eventually_within(CLEANED_UP_WITHIN, &left, async || {
             scene.advisory_locks().await == 1 + others
         })
         .await;
         let runs = format!("{what}: a statement still runs");
-        eventually(SOON, &runs, async || active(&scene, "%").await == others).await;
+        eventually_within(CLEANED_UP_WITHIN, &runs, async || {
+            active(&scene, "%").await == others
+        })
+        .await;
         holder
             .execute("SELECT pg_advisory_unlock($1)", &[&BUSY])
             .await
             .unwrap();
         for waiter in crowd {
-            let waiter = tokio::time::timeout(SOON, waiter).await;
+            let waiter = tokio::time::timeout(CLEANED_UP_WITHIN, waiter).await;
             waiter
                 .unwrap_or_else(|_| panic!("{what}: another waiter is stuck"))
                 .unwrap();
         }
-        let whole = AssertUnwindSafe(scene.nothing_left_within(SOON)).catch_unwind();
+        let whole = AssertUnwindSafe(scene.nothing_left()).catch_unwind();
         assert!(whole.await.is_ok(), "{what}: something is left");
         hold().await;
     }
@@ -289,9 +326,9 @@ async fn ends_by(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_aborted_task_leaves_nothing() {
-    ends_by("abort", Middle::all(), async |scene, middle| {
-        let task = tokio::spawn(middle.stay(scene.keeper.clone()));
-        middle.reached(scene).await;
+    ends_by("abort", Middle::all(), async |scene, visit| {
+        let task = tokio::spawn(visit.stay(scene.keeper.clone()));
+        visit.reached(scene).await;
         task.abort();
         assert!(task.await.unwrap_err().is_cancelled());
     })
@@ -300,10 +337,10 @@ async fn an_aborted_task_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_timeout_around_a_call_leaves_nothing() {
-    ends_by("select!", Middle::all(), async |scene, middle| {
+    ends_by("select!", Middle::all(), async |scene, visit| {
         tokio::select! {
-            () = middle.stay(scene.keeper.clone()) => unreachable!(),
-            () = middle.reached(scene) => {}
+            () = visit.stay(scene.keeper.clone()) => unreachable!(),
+            () = visit.reached(scene) => {}
         }
     })
     .await;
@@ -315,10 +352,10 @@ async fn a_timeout_on_a_current_thread_runtime_leaves_nothing() {
     ends_by(
         "select! on one thread",
         Middle::all(),
-        async |scene, middle| {
+        async |scene, visit| {
             tokio::select! {
-                () = middle.stay(scene.keeper.clone()) => unreachable!(),
-                () = middle.reached(scene) => {}
+                () = visit.stay(scene.keeper.clone()) => unreachable!(),
+                () = visit.reached(scene) => {}
             }
         },
     )
@@ -327,9 +364,9 @@ async fn a_timeout_on_a_current_thread_runtime_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unwinding_through_a_call_leaves_nothing() {
-    ends_by("unwinding", Middle::all(), async |scene, middle| {
+    ends_by("unwinding", Middle::all(), async |scene, visit| {
         let (stop, stopped) = oneshot::channel();
-        let call = middle.stay(scene.keeper.clone());
+        let call = visit.stay(scene.keeper.clone());
         let task = tokio::spawn(async move {
             let mut call = call;
             tokio::select! {
@@ -339,7 +376,7 @@ async fn unwinding_through_a_call_leaves_nothing() {
             // With the call alive in this frame.
             std::panic::resume_unwind(Box::new("stop"));
         });
-        middle.reached(scene).await;
+        visit.reached(scene).await;
         stop.send(()).unwrap();
         assert!(task.await.unwrap_err().is_panic());
     })
@@ -348,11 +385,11 @@ async fn unwinding_through_a_call_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_dropped_on_a_thread_without_a_runtime_leaves_nothing() {
-    ends_by("a plain thread", Middle::all(), async |scene, middle| {
-        let mut call = middle.stay(scene.keeper.clone());
+    ends_by("a plain thread", Middle::all(), async |scene, visit| {
+        let mut call = visit.stay(scene.keeper.clone());
         tokio::select! {
             () = &mut call => unreachable!(),
-            () = middle.reached(scene) => {}
+            () = visit.reached(scene) => {}
         }
         let dropper = thread::spawn(move || {
             assert!(Handle::try_current().is_err());
@@ -372,8 +409,8 @@ enum Shutdown {
 }
 
 /// Runs a call on a runtime of its own, and ends that.
-async fn end_with_its_runtime(scene: &Scene, middle: Middle, shutdown: Shutdown) {
-    let call = middle.stay(scene.keeper.clone());
+async fn end_with_its_runtime(scene: &Scene, visit: Visit, shutdown: Shutdown) {
+    let call = visit.stay(scene.keeper.clone());
     let (stop, stopped) = oneshot::channel::<()>();
     let (over, is_over) = oneshot::channel();
     let runner = thread::spawn(move || {
@@ -394,7 +431,7 @@ async fn end_with_its_runtime(scene: &Scene, middle: Middle, shutdown: Shutdown)
         }
         over.send(()).unwrap();
     });
-    middle.reached(scene).await;
+    visit.reached(scene).await;
     stop.send(()).unwrap();
     is_over.await.unwrap();
     runner.join().unwrap();
@@ -409,17 +446,17 @@ async fn a_runtime_that_shuts_down_leaves_nothing() {
     ] {
         // On connections of the runtime that ends.
         let what = format!("{shutdown:?}");
-        ends_by(&what, QUIET, async |scene, middle| {
-            end_with_its_runtime(scene, middle, shutdown).await;
+        ends_by(&what, QUIET, async |scene, visit| {
+            end_with_its_runtime(scene, visit, shutdown).await;
         })
         .await;
         // On connections of this one.
         let what = format!("{shutdown:?}, with a connection of another runtime");
-        ends_by(&what, QUIET, async |scene, middle| {
-            if middle != WaitingInLine {
-                scene.pool_is_whole_within(SOON).await;
+        ends_by(&what, QUIET, async |scene, visit| {
+            if visit.middle != WaitingInLine {
+                scene.pool_is_whole().await;
             }
-            end_with_its_runtime(scene, middle, shutdown).await;
+            end_with_its_runtime(scene, visit, shutdown).await;
         })
         .await;
     }
@@ -434,8 +471,8 @@ async fn a_runtime_that_shuts_down_in_a_long_statement_leaves_nothing() {
         Shutdown::CurrentThread,
     ] {
         let what = format!("{shutdown:?}");
-        ends_by(&what, BUSY_FOR_LONG, async |scene, middle| {
-            end_with_its_runtime(scene, middle, shutdown).await;
+        ends_by(&what, BUSY_FOR_LONG, async |scene, visit| {
+            end_with_its_runtime(scene, visit, shutdown).await;
         })
         .await;
     }
@@ -454,7 +491,7 @@ async fn guards_that_outlive_their_runtime_release_at_the_latest_when_they_are_d
     for warm in [false, true] {
         let scene = Scene::new(4).await;
         if warm {
-            scene.pool_is_whole_within(SOON).await;
+            scene.pool_is_whole().await;
         }
         let keeper = scene.keeper.clone();
         let holds = thread::spawn(move || {
@@ -472,7 +509,7 @@ async fn guards_that_outlive_their_runtime_release_at_the_latest_when_they_are_d
         tokio::task::spawn_blocking(|| holds.join().unwrap())
             .await
             .unwrap();
-        scene.nothing_left_within(SOON).await;
+        scene.nothing_left().await;
     }
 }
 
@@ -596,7 +633,7 @@ async fn an_early_return_releases_and_passes_the_error_on() {
     }
     let scene = Scene::new(2).await;
     let error = fails(&scene.keeper).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Database);
+    assert_error(&error, ErrorKind::Database, "SQLSTATE 22012");
     assert_eq!(error.sqlstate().unwrap().code(), "22012");
     scene.nothing_left().await;
     let section = scene.keeper.with_advisory_lock(620, async |tx| {
@@ -635,7 +672,7 @@ fn guards_dropped_while_a_plain_thread_unwinds_release() {
     });
     receiver.recv().unwrap();
     assert!(unwinds.join().is_err());
-    runtime.block_on(scene.nothing_left_within(SOON));
+    runtime.block_on(scene.nothing_left());
 }
 
 /// The caller keeps a stream of rows that nobody reads, and with it the connection busy, after the guard has gone.
@@ -645,7 +682,7 @@ async fn a_stream_of_rows_that_outlives_its_guard_does_not_keep_the_lock() {
     let guard = xact(&scene.keeper, 625).await;
     let mut first = Box::pin(guard.query_raw(STREAM, Vec::<i32>::new()).await.unwrap());
     first.next().await.unwrap().unwrap();
-    eventually(SOON, "the stream is not stuck", async || {
+    eventually_within(CLEANED_UP_WITHIN, "the stream is not stuck", async || {
         blocked_by_its_client(&scene).await > 0
     })
     .await;
@@ -653,12 +690,12 @@ async fn a_stream_of_rows_that_outlives_its_guard_does_not_keep_the_lock() {
     let guard = session(&scene.keeper, 626).await;
     let mut second = Box::pin(guard.query_raw(STREAM, Vec::<i32>::new()).await.unwrap());
     second.next().await.unwrap().unwrap();
-    eventually(SOON, "the stream is not stuck", async || {
+    eventually_within(CLEANED_UP_WITHIN, "the stream is not stuck", async || {
         blocked_by_its_client(&scene).await > 0
     })
     .await;
     drop(guard);
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left().await;
     drop((first, second));
 }
 
@@ -701,13 +738,15 @@ async fn ending_a_guard_does_not_wait_for_a_statement_that_was_given_up() {
                     async { drop(guard) }.boxed()
                 }
             };
-            let ending = tokio::time::timeout(SOON, ending).await;
+            let ending = tokio::time::timeout(CLEANED_UP_WITHIN, ending).await;
             assert!(ending.is_ok(), "{what}: waits for the statement");
-            eventually(SOON, &format!("{what}: still runs"), async || {
-                active(&scene, "%").await == 0
-            })
+            eventually_within(
+                CLEANED_UP_WITHIN,
+                &format!("{what}: still runs"),
+                async || active(&scene, "%").await == 0,
+            )
             .await;
-            scene.nothing_left_within(SOON).await;
+            scene.nothing_left().await;
         }
     }
 }

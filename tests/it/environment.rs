@@ -1,53 +1,22 @@
 //! Servers on which a lock would not be what it seems: standbys, engines without locks, planted functions.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
-use lockkeeper_testkit::{Database, PoolMode, Server};
-use tokio_postgres::{Client, Config, IsolationLevel, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::guards::{hold_plainly, release_plainly};
-
-async fn connect(config: &Config) -> Client {
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    drop(tokio::spawn(connection));
-    client
-}
-
-/// A pool like that of the testkit, to anywhere.
-fn pool(config: Config, size: usize) -> deadpool_postgres::Pool {
-    let recycling_method = deadpool_postgres::RecyclingMethod::Fast;
-    let config = deadpool_postgres::Manager::from_config(
-        config,
-        NoTls,
-        deadpool_postgres::ManagerConfig { recycling_method },
-    );
-    let runtime = deadpool_postgres::Runtime::Tokio1;
-    deadpool_postgres::Pool::builder(config)
-        .max_size(size)
-        .runtime(runtime)
-        .build()
-        .unwrap()
-}
+use lockkeeper_testkit::{
+    Database, PoolMode, Scene, Server, assert_error, assert_error_in, connect, eventually,
+    lock_by_sql, poll_times_and_drop, pool_of, unlock_by_sql, until_connected,
+    until_pooler_is_known,
+};
+use tokio_postgres::{IsolationLevel, NoTls};
 
 /// A scene on the standby of `database`'s server.
 async fn scene_on_standby(database: Database, standby: &Server, pool_size: usize) -> Scene {
     let mut config = standby.config();
     config.dbname(database.name());
-    let began = Instant::now();
-    let observer = loop {
-        // The database has to arrive first.
-        match config.connect(NoTls).await {
-            Ok((client, connection)) => {
-                drop(tokio::spawn(connection));
-                break client;
-            }
-            Err(error) => assert!(began.elapsed() < Duration::from_secs(20), "{error:?}"),
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    };
-    let pool = pool(config, pool_size);
+    // The database has to arrive first.
+    let observer = until_connected(&config).await;
+    let pool = pool_of(config, pool_size);
     Scene {
         keeper: Keeper::builder(pool.clone()).application("test").build(),
         database,
@@ -141,10 +110,14 @@ async fn session(result: Result<Option<SessionGuard>, Error>) -> Result<Option<(
     }
 }
 
-fn assert_all_are(ways: Vec<(&'static str, Result<Option<()>, Error>)>, kind: ErrorKind) {
+fn assert_all_are(
+    ways: Vec<(&'static str, Result<Option<()>, Error>)>,
+    kind: ErrorKind,
+    text: &str,
+) {
     for (way, result) in ways {
         let error = result.expect_err(way);
-        assert_eq!(error.kind(), kind, "{way}: {error:?}");
+        assert_error_in(way, &error, kind, text);
         assert!(error.key().is_some(), "{way}: {error}");
     }
 }
@@ -177,14 +150,18 @@ async fn a_standby_grants_nothing_until_it_is_promoted() {
     // Even while somebody holds the key there: the answer is not that it is busy.
     for held in [false, true, false] {
         if held {
-            hold_plainly(&scene.observer, "k").await;
+            lock_by_sql(&scene.observer, "k").await;
         }
         // Twice: what is known of a connection by then does not open the door.
         for _ in 0..2 {
-            assert_all_are(every_way(&scene.keeper).await, ErrorKind::ReadOnlyServer);
+            assert_all_are(
+                every_way(&scene.keeper).await,
+                ErrorKind::ReadOnlyServer,
+                "nothing was locked",
+            );
         }
         if held {
-            release_plainly(&scene.observer, "k").await;
+            unlock_by_sql(&scene.observer, "k").await;
         }
         scene.nothing_left().await;
     }
@@ -200,7 +177,7 @@ async fn a_standby_grants_nothing_until_it_is_promoted() {
         .query_one("SELECT pg_promote(true, 60)", &[])
         .await
         .unwrap();
-    eventually(Duration::from_secs(60), "not promoted", async || {
+    eventually("not promoted", async || {
         let row = scene
             .observer
             .query_one("SELECT pg_is_in_recovery()", &[])
@@ -230,16 +207,18 @@ async fn a_standby_is_named_as_such_under_serializable_too() {
             .isolation(IsolationLevel::Serializable)
     };
     let error = lock().acquire().await.unwrap_err();
-    assert_eq!(
-        error.kind(),
+    assert_error_in(
+        "asked for",
+        &error,
         ErrorKind::ReadOnlyServer,
-        "asked for: {error:?}"
+        "nothing was locked (SQLSTATE 0A000)",
     );
     let error = lock().try_acquire().await.unwrap_err();
-    assert_eq!(
-        error.kind(),
+    assert_error_in(
+        "asked for",
+        &error,
         ErrorKind::ReadOnlyServer,
-        "asked for: {error:?}"
+        "nothing was locked (SQLSTATE 0A000)",
     );
 
     let primary = scene.database.connect().await;
@@ -250,24 +229,21 @@ async fn a_standby_is_named_as_such_under_serializable_too() {
     primary.batch_execute(&sql).await.unwrap();
     let mut config = standby.config();
     config.dbname(scene.database.name());
-    eventually(
-        Duration::from_secs(20),
-        "the setting does not arrive",
-        async || {
-            connect(&config)
-                .await
-                .simple_query("SELECT 1")
-                .await
-                .is_err()
-        },
-    )
+    eventually("the setting does not arrive", async || {
+        connect(&config)
+            .await
+            .simple_query("SELECT 1")
+            .await
+            .is_err()
+    })
     .await;
-    let keeper = Keeper::new(pool(config, 2));
+    let keeper = Keeper::new(pool_of(config, 2));
     let error = keeper.advisory_lock("k").acquire().await.unwrap_err();
-    assert_eq!(
-        error.kind(),
+    assert_error_in(
+        "by default",
+        &error,
         ErrorKind::ReadOnlyServer,
-        "by default: {error:?}"
+        "nothing was locked (SQLSTATE 0A000)",
     );
     let error = keeper
         .advisory_lock("k")
@@ -275,10 +251,11 @@ async fn a_standby_is_named_as_such_under_serializable_too() {
         .acquire()
         .await
         .unwrap_err();
-    assert_eq!(
-        error.kind(),
+    assert_error_in(
+        "by default",
+        &error,
         ErrorKind::ReadOnlyServer,
-        "by default: {error:?}"
+        "nothing was locked (SQLSTATE 0A000)",
     );
     assert_eq!(scene.advisory_locks().await, 0);
 }
@@ -334,7 +311,7 @@ async fn an_engine_whose_locks_do_nothing_is_refused() {
             let mut ways = every_way(&scene.keeper).await;
             // A lock inside a transaction that began without one: see below.
             ways.retain(|(way, _)| !way.ends_with("in a transaction"));
-            assert_all_are(ways, ErrorKind::NoAdvisoryLocks);
+            assert_all_are(ways, ErrorKind::NoAdvisoryLocks, "to two sessions");
         }
         scene.nothing_left().await;
     }
@@ -347,9 +324,17 @@ async fn an_engine_whose_locks_do_nothing_is_refused_on_a_pool_of_one() {
     replace_lock_functions(&scene, &["transaction", "session"], "sql").await;
     let lock = || scene.keeper.advisory_lock("k");
     let error = lock().acquire().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NoAdvisoryLocks);
+    assert_error(
+        &error,
+        ErrorKind::NoAdvisoryLocks,
+        "granted one exclusive lock to two sessions",
+    );
     let error = lock().session().try_acquire().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NoAdvisoryLocks);
+    assert_error(
+        &error,
+        ErrorKind::NoAdvisoryLocks,
+        "granted one exclusive lock to two sessions",
+    );
     scene.nothing_left().await;
 }
 
@@ -360,7 +345,7 @@ async fn a_lock_that_does_nothing_is_refused_inside_a_transaction_too() {
     let mut ways = every_way(&scene.keeper).await;
     ways.retain(|(way, _)| way.ends_with("in a transaction"));
     assert_eq!(ways.len(), 2);
-    assert_all_are(ways, ErrorKind::NoAdvisoryLocks);
+    assert_all_are(ways, ErrorKind::NoAdvisoryLocks, "to two sessions");
     scene.nothing_left().await;
 }
 
@@ -380,10 +365,11 @@ async fn each_scope_is_examined_by_itself() {
             } else {
                 (session, xact)
             };
-            assert_eq!(
-                bad.unwrap_err().kind(),
+            assert_error_in(
+                broken,
+                &bad.unwrap_err(),
                 ErrorKind::NoAdvisoryLocks,
-                "{broken}"
+                "granted one exclusive lock to two sessions",
             );
             good.unwrap();
             scene.nothing_left().await;
@@ -512,7 +498,7 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
     assert_all_granted(every_way(keeper).await);
     scene.nothing_left().await;
 
-    hold_plainly(&scene.observer, "k").await;
+    lock_by_sql(&scene.observer, "k").await;
     let wait = Duration::from_millis(600);
     let lock = || keeper.advisory_lock("k").wait(wait);
     let several = || {
@@ -522,7 +508,7 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
     };
     let timed_out = |error: Option<Error>| {
         let error = error.expect("it is held");
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+        assert_error(&error, ErrorKind::LockTimeout, "holds ExclusiveLock");
         assert_eq!(error.blockers().len(), 1, "{error}");
     };
     timed_out(lock().acquire().await.err());
@@ -555,7 +541,7 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
             .wait(Duration::from_millis(30))
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, "holds ExclusiveLock");
         Ok::<_, Error>(())
     });
     section.await.unwrap();
@@ -584,12 +570,12 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
             .await,
         );
     }
-    release_plainly(&scene.observer, "k").await;
+    unlock_by_sql(&scene.observer, "k").await;
     scene.nothing_left().await;
 
     // Waits that end well, and guards that end badly.
     for session in [false, true] {
-        hold_plainly(&scene.observer, "k").await;
+        lock_by_sql(&scene.observer, "k").await;
         let lock = several().wait(Duration::from_secs(20));
         let waiting = async {
             if session {
@@ -599,11 +585,8 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
             }
         };
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
-                !scene.waiters("k").await.is_empty()
-            })
-            .await;
-            release_plainly(&scene.observer, "k").await;
+            scene.until_awaited("k").await;
+            unlock_by_sql(&scene.observer, "k").await;
         };
         tokio::join!(waiting, release);
         scene.nothing_left().await;
@@ -659,7 +642,7 @@ async fn nothing_planted_on_the_search_path_is_run_through_a_pooler() {
     set_traps(&scene, "database").await;
     let pool = bouncer.pool(3);
     let keeper = Keeper::builder(pool).application("test").build();
-    crate::pgbouncer::knows_its_pooler(&keeper).await;
+    until_pooler_is_known(&keeper).await;
     use_everything(&scene, &keeper).await;
     assert_eq!(traps_sprung(&scene).await, 0, "something planted was run");
 }

@@ -5,16 +5,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lockkeeper::graph::BackendId;
 use lockkeeper::{Health, Keeper, LockKey, Monitor, Reading};
-use lockkeeper_testkit::Server;
-use tokio::task::JoinHandle;
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Running, Scene, Server, Session, connect, eventually, pid_of,
+    poll_times_and_drop,
+};
 use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, eventually, poll_times_and_drop, until_it_waits};
-use crate::guards::{pid_of, scene_on};
-
-const SOON: Duration = Duration::from_secs(30);
-
-type Waiting = JoinHandle<Result<(), tokio_postgres::Error>>;
 
 /// A server of one's own, where all numbers are known.
 struct Alone {
@@ -27,36 +22,27 @@ impl Alone {
         // What it locks now and then would be counted.
         let settings = [settings, &[("autovacuum", "off")]].concat();
         let server = tokio::task::block_in_place(|| Server::start(&settings).unwrap());
-        let scene = scene_on(&server, 2).await;
-        let monitor = looking(&scene);
+        let scene = Scene::on(&server, 2).await;
+        let monitor = scene.monitor();
         Self { scene, monitor }
     }
 
-    async fn client(&self) -> (Arc<Client>, i32) {
-        let client = self.scene.database.connect().await;
-        let pid = pid_of(&client).await;
-        (Arc::new(client), pid)
+    async fn session(&self) -> Session {
+        self.scene.session().await
     }
 
     async fn run(&self, sql: &str) {
         self.scene.observer.batch_execute(sql).await.unwrap();
     }
 
-    /// Begins something that waits for a lock, and comes back when it does.
-    async fn waits(&self, client: &Arc<Client>, pid: i32, sql: &str) -> Waiting {
-        waits(&self.scene.observer, client, pid, sql).await
+    /// Begins something that waits for a lock, and returns when it does.
+    async fn waits(&self, session: &Session, sql: &str) -> Running {
+        session.start_waiting(&self.scene.observer, sql).await
     }
 }
 
-/// A monitor over a side connection.
-fn looking(scene: &Scene) -> Monitor {
-    let keeper = Keeper::builder(scene.pool.clone())
-        .side_connection(scene.database.config(), NoTls)
-        .build();
-    keeper.monitor()
-}
-
-/// The same of a role, whose pool is its own too: that is where it looks when the side connection does not answer in time.
+/// A monitor of a role, over a side connection. Its pool is of the same role: a question that the side connection does not
+/// answer in time is asked there.
 fn looking_as(scene: &Scene, role: &str) -> Monitor {
     let mut config = scene.database.config();
     config.user(role);
@@ -64,13 +50,6 @@ fn looking_as(scene: &Scene, role: &str) -> Monitor {
         .side_connection(config, NoTls)
         .build();
     keeper.monitor()
-}
-
-async fn waits(observer: &Client, client: &Arc<Client>, pid: i32, sql: &str) -> Waiting {
-    let (client, sql) = (Arc::clone(client), sql.to_owned());
-    let waiting = tokio::spawn(async move { client.batch_execute(&sql).await });
-    until_it_waits(observer, pid, SOON).await;
-    waiting
 }
 
 fn invalid(health: &Health) -> Vec<String> {
@@ -126,7 +105,7 @@ async fn a_quiet_server_is_healthy() {
     // What is reset is told.
     alone.run("SELECT pg_stat_reset()").await;
     let before = SystemTime::now() - Duration::from_secs(60);
-    eventually(SOON, "no time of the reset", async || {
+    eventually("no time of the reset", async || {
         let health = alone.monitor.health().await.unwrap();
         health
             .deadlocks()
@@ -138,7 +117,7 @@ async fn a_quiet_server_is_healthy() {
     // What is not counted is unknown, not 0.
     alone.run("ALTER SYSTEM SET track_counts = off").await;
     alone.run("SELECT pg_reload_conf()").await;
-    eventually(SOON, "deadlocks are still counted", async || {
+    eventually("deadlocks are still counted", async || {
         alone.monitor.health().await.unwrap().deadlocks().is_none()
     })
     .await;
@@ -150,58 +129,47 @@ async fn a_quiet_server_is_healthy() {
 async fn trouble_is_told_in_numbers() {
     let alone = Alone::new(&[("deadlock_timeout", "10min")]).await;
     alone.run(TABLE).await;
-    let (root, root_pid) = alone.client().await;
-    root.batch_execute("BEGIN; UPDATE t SET v = v WHERE id = 1")
-        .await
-        .unwrap();
-    let (second, second_pid) = alone.client().await;
-    second
-        .batch_execute("BEGIN; UPDATE t SET v = v WHERE id = 2")
-        .await
-        .unwrap();
+    let root = alone.session().await;
+    root.run("BEGIN; UPDATE t SET v = v WHERE id = 1").await;
+    let second = alone.session().await;
+    second.run("BEGIN; UPDATE t SET v = v WHERE id = 2").await;
     let mut waiting = vec![
         alone
-            .waits(&second, second_pid, "UPDATE t SET v = v WHERE id = 1")
+            .waits(&second, "UPDATE t SET v = v WHERE id = 1")
             .await,
     ];
-    let (third, third_pid) = alone.client().await;
-    waiting.push(
-        alone
-            .waits(&third, third_pid, "UPDATE t SET v = v WHERE id = 2")
-            .await,
-    );
-    let (other, other_pid) = alone.client().await;
-    other
-        .batch_execute("SELECT pg_advisory_lock(1)")
-        .await
-        .unwrap();
-    let (fourth, fourth_pid) = alone.client().await;
-    waiting.push(
-        alone
-            .waits(&fourth, fourth_pid, "SELECT pg_advisory_lock(1)")
-            .await,
-    );
+    let third = alone.session().await;
+    waiting.push(alone.waits(&third, "UPDATE t SET v = v WHERE id = 2").await);
+    let other = alone.session().await;
+    other.run("SELECT pg_advisory_lock(1)").await;
+    let fourth = alone.session().await;
+    waiting.push(alone.waits(&fourth, "SELECT pg_advisory_lock(1)").await);
 
     let health = alone.monitor.health().await.unwrap();
     assert_eq!((health.lock_waiters(), health.cycles()), (3, 0));
     let longest = health.longest_wait().unwrap();
-    assert!(longest > Duration::ZERO && longest < SOON, "{longest:?}");
+    assert!(
+        longest > Duration::ZERO && longest < GIVE_UP_AFTER,
+        "{longest:?}"
+    );
     let roots = [
-        (BackendId::Pid(root_pid), 2),
-        (BackendId::Pid(other_pid), 1),
+        (BackendId::Pid(root.pid), 2),
+        (BackendId::Pid(other.pid), 1),
     ];
     assert_eq!(health.root_blockers(), roots);
     // Not the sessions that wait, though theirs is a transaction too, nor this look's own.
     let oldest = health.oldest_transaction().known().unwrap();
-    assert_eq!(oldest.as_ref().unwrap().pid(), Some(root_pid));
+    assert_eq!(oldest.as_ref().unwrap().pid(), Some(root.pid));
     let idle = health.oldest_idle_in_transaction().known().unwrap();
-    assert_eq!(idle.as_ref().unwrap().pid(), Some(root_pid));
-    assert!(idle.as_ref().unwrap().in_state().unwrap() < SOON);
+    assert_eq!(idle.as_ref().unwrap().pid(), Some(root.pid));
+    assert!(idle.as_ref().unwrap().in_state().unwrap() < GIVE_UP_AFTER);
     // Held, not awaited.
     assert_eq!(health.advisory_locks_held(), 1);
     let text = health.to_string();
-    let blockers =
-        format!("; root blockers: pid {root_pid} (blocks 2), pid {other_pid} (blocks 1)\n");
+    let blockers = format!(
+        "; root blockers: pid {} (blocks 2), pid {} (blocks 1)\n",
+        root.pid, other.pid
+    );
     assert!(
         text.starts_with("3 sessions waiting for a lock, the longest for ")
             && text.contains(&blockers),
@@ -209,12 +177,8 @@ async fn trouble_is_told_in_numbers() {
     );
     assert_eq!(health.snapshot().roots().len(), 2);
 
-    // A circle has no root, and is not to be overlooked for that.
-    waiting.push(
-        alone
-            .waits(&root, root_pid, "UPDATE t SET v = v WHERE id = 2")
-            .await,
-    );
+    // A cycle has no root, and is not to be overlooked for that.
+    waiting.push(alone.waits(&root, "UPDATE t SET v = v WHERE id = 2").await);
     let health = alone.monitor.health().await.unwrap();
     assert_eq!((health.lock_waiters(), health.cycles()), (4, 1));
     assert_eq!(health.root_blockers(), &roots[1..]);
@@ -228,42 +192,37 @@ async fn trouble_is_told_in_numbers() {
 async fn deadlocks_and_prepared_transactions_are_counted() {
     let alone = Alone::new(&[("deadlock_timeout", "10ms")]).await;
     alone.run(TABLE).await;
-    let (a, a_pid) = alone.client().await;
-    let (b, _) = alone.client().await;
+    let a = alone.session().await;
+    let b = alone.session().await;
     for (client, id) in [(&a, 1), (&b, 2)] {
         // The other one notices.
         client
-            .batch_execute(&format!(
+            .run(&format!(
                 "SET deadlock_timeout = '{id}0s'; BEGIN; UPDATE t SET v = v WHERE id = {id}"
             ))
-            .await
-            .unwrap();
+            .await;
     }
-    b.batch_execute("SET deadlock_timeout = '10ms'")
+    b.run("SET deadlock_timeout = '10ms'").await;
+    let waiting = alone.waits(&a, "UPDATE t SET v = v WHERE id = 2").await;
+    b.start("UPDATE t SET v = v WHERE id = 1")
         .await
-        .unwrap();
-    let waiting = alone
-        .waits(&a, a_pid, "UPDATE t SET v = v WHERE id = 2")
-        .await;
-    b.batch_execute("UPDATE t SET v = v WHERE id = 1")
-        .await
+        .unwrap()
         .unwrap_err();
-    b.batch_execute("ROLLBACK").await.unwrap();
+    b.run("ROLLBACK").await;
     waiting.await.unwrap().unwrap();
     // The backend reports its statistics when it is idle.
-    eventually(SOON, "the deadlock is not counted", async || {
+    eventually("the deadlock is not counted", async || {
         let health = alone.monitor.health().await.unwrap();
         health.deadlocks().unwrap().count() == 1
     })
     .await;
-    a.batch_execute("PREPARE TRANSACTION 'one'").await.unwrap();
-    b.batch_execute("BEGIN; UPDATE t SET v = v WHERE id = 9; PREPARE TRANSACTION 'two'")
-        .await
-        .unwrap();
+    a.run("PREPARE TRANSACTION 'one'").await;
+    b.run("BEGIN; UPDATE t SET v = v WHERE id = 9; PREPARE TRANSACTION 'two'")
+        .await;
     let health = alone.monitor.health().await.unwrap();
     let prepared = health.prepared_transactions();
     assert_eq!(prepared.count(), 2);
-    assert!(prepared.oldest().unwrap() < SOON);
+    assert!(prepared.oldest().unwrap() < GIVE_UP_AFTER);
     // They are no session's.
     assert_eq!(health.oldest_transaction(), &Reading::Known(None));
     let text = health.to_string();
@@ -288,15 +247,14 @@ async fn the_lock_table_counts_objects_that_are_in_it() {
     let alone = Alone::new(&[]).await;
     alone.run(TABLE).await;
     let before = alone.monitor.health().await.unwrap().lock_table().entries();
-    let (a, _) = alone.client().await;
-    let (b, _) = alone.client().await;
+    let a = alone.session().await;
+    let b = alone.session().await;
     // On the fast path, and predicate locks.
-    a.batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT FROM t WHERE id = 1")
-        .await
-        .unwrap();
+    a.run("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT FROM t WHERE id = 1")
+        .await;
     let locks = "SELECT pg_advisory_lock_shared(n) FROM generate_series(1, 300) n";
     for client in [&a, &b] {
-        client.batch_execute(locks).await.unwrap();
+        client.run(locks).await;
     }
     let health = alone.monitor.health().await.unwrap();
     assert_eq!(health.lock_table().entries(), before + 300);
@@ -312,7 +270,7 @@ async fn the_lock_table_counts_objects_that_are_in_it() {
 async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
     let scene = Scene::new(2).await;
     let observer = &scene.observer;
-    let monitor = looking(&scene);
+    let monitor = scene.monitor();
     let sql = r#"CREATE SCHEMA "Odd ""schema"; CREATE TABLE "Odd ""schema".t (v int);
                  INSERT INTO "Odd ""schema".t VALUES (1), (1); CREATE TABLE empty (v int)"#;
     observer.batch_execute(sql).await.unwrap();
@@ -362,7 +320,7 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
                 tokio::spawn(async move { worker.batch_execute(work).await })
             };
             // Either it waits for the old transaction, or that is not in its way.
-            eventually(SOON, "it neither waits nor ends", async || {
+            eventually("it neither waits nor ends", async || {
                 let sql = "SELECT $2 = ANY (pg_blocking_pids($1))";
                 let row = observer.query_one(sql, &[&pid, &old_pid]).await.unwrap();
                 row.get(0) || building.is_finished()
@@ -394,7 +352,7 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
     drop(stranger);
     let sql = format!("REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}");
     observer.batch_execute(&sql).await.unwrap();
-    eventually(SOON, "the role is still in use", async || {
+    eventually("the role is still in use", async || {
         observer
             .batch_execute(&format!("DROP ROLE {role}"))
             .await
@@ -437,15 +395,10 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
     open.batch_execute("BEGIN; SELECT pg_advisory_xact_lock(7)")
         .await
         .unwrap();
-    let waiter = Arc::new(scene.database.connect().await);
-    let waiter_pid = pid_of(&waiter).await;
-    let waiting = waits(
-        &scene.observer,
-        &waiter,
-        waiter_pid,
-        "SELECT pg_advisory_xact_lock(7)",
-    )
-    .await;
+    let waiter = scene.session().await;
+    let waiting = alone
+        .waits(&waiter, "SELECT pg_advisory_xact_lock(7)")
+        .await;
 
     let mut config = scene.database.config();
     config.user(&role);
@@ -467,8 +420,7 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
     );
 
     // Its own it sees, and that there may be others.
-    let (own, connection) = config.connect(NoTls).await.unwrap();
-    drop(tokio::spawn(connection));
+    let own = connect(&config).await;
     own.batch_execute("BEGIN").await.unwrap();
     let own_pid = pid_of(&own).await;
     let health = monitor.health().await.unwrap();
@@ -503,7 +455,7 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
     assert_eq!(monitor.health().await.unwrap().hidden_sessions(), 1);
     drop((silent, monitor));
     waiting.abort();
-    eventually(SOON, "the role is still in use", async || {
+    eventually("the role is still in use", async || {
         scene
             .observer
             .batch_execute(&format!("DROP ROLE {role}"))
@@ -523,7 +475,7 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
     for side in [false, true] {
         let scene = Scene::new(1).await;
         let monitor = if side {
-            looking(&scene)
+            scene.monitor()
         } else {
             scene.keeper.monitor()
         };
@@ -532,7 +484,7 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
             let health = poll_times_and_drop(monitor.health(), polls).await;
             let settings = poll_times_and_drop(monitor.settings(), polls).await;
             // What was dropped gives the pool's only connection back in the background.
-            scene.pool_is_whole_within(SOON).await;
+            scene.pool_is_whole_within(GIVE_UP_AFTER).await;
             monitor.health().await.unwrap();
             monitor.settings().await.unwrap();
             if let (Some(health), Some(settings)) = (health, settings) {
@@ -550,21 +502,14 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
 async fn health_is_cheap_in_a_pile_up() {
     let settings = [("max_connections", "300"), ("deadlock_timeout", "10min")];
     let alone = Alone::new(&settings).await;
-    let (holder, _) = alone.client().await;
-    holder
-        .batch_execute("BEGIN; SELECT pg_advisory_xact_lock(1)")
-        .await
-        .unwrap();
+    let holder = alone.session().await;
+    holder.run("BEGIN; SELECT pg_advisory_xact_lock(1)").await;
     let mut waiting = Vec::new();
     for _ in 0..200 {
-        let (client, _) = alone.client().await;
-        waiting.push(tokio::spawn(async move {
-            client
-                .batch_execute("SELECT pg_advisory_xact_lock(1)")
-                .await
-        }));
+        let client = alone.session().await;
+        waiting.push(client.start("SELECT pg_advisory_xact_lock(1)"));
     }
-    eventually(SOON, "not all of them wait", async || {
+    eventually("not all of them wait", async || {
         alone.monitor.health().await.unwrap().lock_waiters() == 200
     })
     .await;

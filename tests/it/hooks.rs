@@ -3,27 +3,13 @@
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::proxy::{Cut, Proxy};
-
-const SOON: Duration = Duration::from_secs(10);
-
-/// A user's error.
-#[derive(Debug, thiserror::Error)]
-enum Failed {
-    #[error("database")]
-    Driver(#[from] tokio_postgres::Error),
-    #[error("lockkeeper")]
-    Keeper(#[from] Error),
-    #[error("mine")]
-    Mine,
-}
+use lockkeeper::{ErrorKind, Keeper, TransactionOptions, Tx};
+use lockkeeper_testkit::{
+    AppError, Fault, Proxy, Random, Scene, assert_error_in, poll_times_and_drop, raise,
+};
 
 /// What hooks have done, in their order.
 #[derive(Clone, Default)]
@@ -59,14 +45,10 @@ async fn inserted(scene: &Scene) -> Vec<i32> {
 }
 
 /// A row, and a hook of the same number.
-async fn insert(tx: &mut Tx, id: i32, done: &Done) -> Result<(), Failed> {
+async fn insert(tx: &mut Tx, id: i32, done: &Done) -> Result<(), AppError> {
     tx.execute("INSERT INTO t (id) VALUES ($1)", &[&id]).await?;
     tx.after_commit(done.hook(id));
     Ok(())
-}
-
-fn raise(code: &str) -> String {
-    format!("DO $$ BEGIN RAISE EXCEPTION 'raised by a test' USING ERRCODE = '{code}'; END $$")
 }
 
 #[tokio::test]
@@ -96,11 +78,10 @@ async fn hooks_run_in_order_once_the_server_has_committed() {
             let free = pool.status().available;
             done.hook(i32::try_from(free).unwrap() * 100)();
         });
-        Ok::<_, Failed>("value")
+        Ok::<_, AppError>("value")
     });
     let (value, ()) = tokio::join!(transaction, async {
-        let waits = async || !scene.waiters(1).await.is_empty();
-        eventually(SOON, "COMMIT does not wait", waits).await;
+        scene.until_awaited(1).await;
         assert!(done.take().is_empty(), "before COMMIT was answered");
         scene
             .observer
@@ -122,7 +103,7 @@ async fn hooks_do_not_run_where_nothing_was_committed() {
         let transaction = scene.keeper.transaction_with(options, async |tx| {
             insert(tx, 1, &done).await?;
             match way {
-                "error" => return Err(Failed::Mine),
+                "error" => return Err(AppError::Own(1)),
                 "server" => tx.batch_execute("SELECT 1/0").await?,
                 "swallowed" => drop(tx.batch_execute("SELECT 1/0").await),
                 "commit" => insert(tx, 1, &done).await?,
@@ -191,16 +172,16 @@ async fn hooks_of_a_dropped_transaction_are_not_run() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hooks_are_not_run_when_the_outcome_is_unknown() {
     let scene = rows(1).await;
-    let proxy = Proxy::before(&scene.database).await;
+    let proxy = Proxy::before(scene.database.server());
     let keeper = lockkeeper::Keeper::new(proxy.pool(&scene.database.config(), 2));
     let done = Done::default();
     for way in ["transaction", "guard", "session"] {
-        proxy.cut("COMMIT", Cut::Answer);
+        proxy.fault("COMMIT", Fault::CutAnswer);
         let error = match way {
             "transaction" => {
                 let transaction = keeper.transaction(async |tx| insert(tx, 1, &done).await);
                 match transaction.await {
-                    Err(Failed::Keeper(error)) => error,
+                    Err(AppError::Keeper(error)) => error,
                     other => panic!("{other:?}"),
                 }
             }
@@ -218,12 +199,12 @@ async fn hooks_are_not_run_when_the_outcome_is_unknown() {
                 let mut guard = lock.acquire().await.unwrap();
                 let transaction = guard.transaction(async |tx| insert(tx, 1, &done).await);
                 match transaction.await {
-                    Err(Failed::Keeper(error)) => error,
+                    Err(AppError::Keeper(error)) => error,
                     other => panic!("{other:?}"),
                 }
             }
         };
-        assert_eq!(error.kind(), ErrorKind::CommitUnknown, "{way}");
+        assert_error_in(way, &error, ErrorKind::CommitUnknown, "outcome unknown");
         assert!(done.take().is_empty(), "{way}");
         // It was committed.
         assert_eq!(inserted(&scene).await, [1], "{way}");
@@ -278,7 +259,7 @@ async fn hooks_run_whoever_holds_the_transaction() {
         assert!(fails.await.is_err());
         let fails = guard.transaction(async |tx| {
             insert(tx, 7, &done).await?;
-            Err::<(), _>(Failed::Mine)
+            Err::<(), _>(AppError::Own(1))
         });
         assert!(fails.await.is_err());
         assert!(done.take().is_empty());
@@ -300,7 +281,7 @@ async fn a_hook_that_panics_does_no_harm() {
             insert(tx, 1, &done).await?;
             tx.after_commit(|| panic!("on purpose"));
             insert(tx, 2, &done).await?;
-            Ok::<_, Failed>(tx.backend_pid())
+            Ok::<_, AppError>(tx.backend_pid())
         })
         .await
         .unwrap();
@@ -308,22 +289,9 @@ async fn a_hook_that_panics_does_no_harm() {
     assert_eq!(inserted(&scene).await, [1, 2]);
     let again = scene
         .keeper
-        .transaction(async |tx| Ok::<_, Failed>(tx.backend_pid()));
+        .transaction(async |tx| Ok::<_, AppError>(tx.backend_pid()));
     assert_eq!(again.await.unwrap(), pid, "the connection was thrown away");
     scene.nothing_left().await;
-}
-
-/// Numbers that look random, the same in each run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (self.0 >> 33) % n
-    }
 }
 
 /// What is done in a savepoint, and how it ends.
@@ -377,7 +345,7 @@ fn act<'a>(tx: &'a mut Tx, steps: &'a [Step], done: &'a Done) -> BoxFuture<'a, (
             let savepoint = tx.savepoint(async move |tx| {
                 act(tx, inside, done).await;
                 match end {
-                    End::Err => return Err(Failed::Mine),
+                    End::Err => return Err(AppError::Own(1)),
                     End::Swallowed => drop(tx.batch_execute("SELECT 1/0").await),
                     End::Panic => assert!(tx.call_site().is_none(), "on purpose"),
                     End::Ok | End::Dropped(_) => {}
@@ -399,13 +367,13 @@ async fn hooks_go_and_stay_with_their_savepoints() {
     let (mut kept, mut lost) = (0, 0);
     for seed in 0..60 {
         let mut next = 0;
-        let plan = steps(&mut Random(seed), 0, &mut next);
+        let plan = steps(&mut Random::new(seed), 0, &mut next);
         let done = Done::default();
         scene
             .keeper
             .transaction(async |tx| {
                 act(tx, &plan, &done).await;
-                Ok::<_, Failed>(())
+                Ok::<_, AppError>(())
             })
             .await
             .unwrap();

@@ -6,76 +6,9 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::incident::{Cause, Quality};
 use lockkeeper::tokio_postgres::{self, Client, NoTls};
-use lockkeeper::{
-    Error, ErrorKind, Incident, IncidentKind, Keeper, KeeperBuilder, TransactionOptions,
-};
-use lockkeeper_testkit::{Database, Skip};
+use lockkeeper::{Error, ErrorKind, IncidentKind, Keeper, TransactionOptions};
+use lockkeeper_testkit::{GIVE_UP_AFTER, IncidentScene, Skip, assert_error, eventually, in_time};
 use tokio::sync::{Barrier, Semaphore};
-
-use crate::common::{Scene, eventually};
-
-const SOON: Duration = Duration::from_secs(30);
-
-/// A scene with a table of three rows, whose keeper has a side connection and whose reports are kept.
-pub(crate) struct Reported {
-    pub(crate) scene: Scene,
-    incidents: Arc<Mutex<Vec<Incident>>>,
-}
-
-impl Reported {
-    pub(crate) async fn new(pool_size: usize) -> Self {
-        Self::with(pool_size, |builder, database| {
-            builder.side_connection(database.config(), NoTls)
-        })
-        .await
-    }
-
-    pub(crate) async fn with(
-        pool_size: usize,
-        configure: impl FnOnce(KeeperBuilder, &Database) -> KeeperBuilder,
-    ) -> Self {
-        let mut scene = Scene::new(pool_size).await;
-        scene
-            .observer
-            .batch_execute(
-                "CREATE TABLE account (id int PRIMARY KEY, balance int NOT NULL, note text); \
-                 INSERT INTO account SELECT id, 100 FROM generate_series(1, 3) AS id",
-            )
-            .await
-            .unwrap();
-        // Room for a circle to be closed, and looked at, on a slow machine: the other side of it looks for no deadlock,
-        // so one that is closed after our side has looked is there for ever.
-        deadlock_timeout(&scene, "3s").await;
-        let incidents = Arc::new(Mutex::new(Vec::new()));
-        let kept = Arc::clone(&incidents);
-        let builder = Keeper::builder(scene.pool.clone())
-            .application("test")
-            .on_incident(move |incident| kept.lock().unwrap().push(incident.clone()));
-        scene.keeper = configure(builder, &scene.database).build();
-        Self { scene, incidents }
-    }
-
-    pub(crate) fn incidents(&self) -> Vec<Incident> {
-        self.incidents.lock().unwrap().clone()
-    }
-
-    /// The reports, once there are so many.
-    pub(crate) async fn after(&self, count: usize) -> Vec<Incident> {
-        eventually(SOON, "no report", async || self.incidents().len() >= count).await;
-        self.incidents()
-    }
-
-    pub(crate) fn keeper(&self) -> &Keeper {
-        &self.scene.keeper
-    }
-}
-
-/// Of connections opened from now on.
-async fn deadlock_timeout(scene: &Scene, time: &str) {
-    let name = scene.database.name();
-    let sql = format!("ALTER DATABASE {name} SET deadlock_timeout = '{time}'");
-    scene.observer.batch_execute(&sql).await.unwrap();
-}
 
 /// So that two transactions have their first lock before either wants its second, in their first attempts only.
 struct Meeting {
@@ -94,9 +27,9 @@ impl Meeting {
     }
 
     /// A row's lock is not handed over: who comes back at once may take it before the one who was woken for it, and close
-    /// the circle again.
+    /// the cycle again.
     async fn let_the_other_finish(&self) {
-        let finished = tokio::time::timeout(SOON, self.finished.acquire());
+        let finished = tokio::time::timeout(GIVE_UP_AFTER, self.finished.acquire());
         drop(finished.await);
     }
 
@@ -142,8 +75,8 @@ async fn stranger(client: Client, meeting: &Meeting) {
         .unwrap();
     client.batch_execute(TWO).await.unwrap();
     meeting.meet().await;
-    // Second in the circle, so that the other one finds it closed.
-    eventually(SOON, "the other one does not wait", async || {
+    // Second in the cycle, so that the other one finds it closed.
+    eventually("the other one does not wait", async || {
         let sql = "SELECT count(*) FROM pg_locks \
                    WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))";
         client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > 0
@@ -158,7 +91,7 @@ async fn stranger(client: Client, meeting: &Meeting) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadlock_names_both_statements_both_call_sites_the_relation_and_the_rows_key() {
-    let reported = Reported::new(4).await;
+    let reported = IncidentScene::new(4).await;
     let meeting = Meeting::new();
     let options = TransactionOptions::new;
     let (one, other) = tokio::join!(
@@ -218,7 +151,7 @@ async fn a_deadlock_names_both_statements_both_call_sites_the_relation_and_the_r
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_other_side_may_be_anybody() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     let meeting = Meeting::new();
     let mut config = reported.scene.database.config();
     config.application_name("stranger");
@@ -260,7 +193,7 @@ async fn the_other_side_may_be_anybody() {
 /// Without a side connection the watcher borrows one of the pool's, if one is free.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_side_connection_the_pool_is_asked() {
-    let reported = Reported::with(3, |builder, _| builder).await;
+    let reported = IncidentScene::with(3, |builder, _| builder).await;
     let meeting = Meeting::new();
     let (attempts, ()) = tokio::join!(
         write_two(
@@ -281,7 +214,7 @@ async fn without_a_side_connection_the_pool_is_asked() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_any_look_both_sides_are_known_by_their_journals() {
     for watch in [true, false] {
-        let reported = Reported::with(2, |builder, _| builder.watch(watch)).await;
+        let reported = IncidentScene::with(2, |builder, _| builder.watch(watch)).await;
         let meeting = Meeting::new();
         let options = TransactionOptions::new;
         let (one, other) = tokio::join!(
@@ -301,7 +234,7 @@ async fn without_any_look_both_sides_are_known_by_their_journals() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadlock_of_advisory_locks_names_them() {
-    let reported = Reported::new(4).await;
+    let reported = IncidentScene::new(4).await;
     let meeting = Meeting::new();
     let lock_two = async |first: &'static str, second: &'static str| {
         let meeting = &meeting;
@@ -326,7 +259,7 @@ async fn a_deadlock_of_advisory_locks_names_them() {
 /// A `lock_timeout` below `deadlock_timeout` ends the wait before the server looks for a deadlock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadlock_that_a_lock_timeout_hides_is_found() {
-    let reported = Reported::new(4).await;
+    let reported = IncidentScene::new(4).await;
     let meeting = Meeting::new();
     // One gives up well before the other, which then has what it waits for.
     let options = |time| TransactionOptions::new().lock_timeout(Duration::from_millis(time));
@@ -353,9 +286,9 @@ async fn a_deadlock_that_a_lock_timeout_hides_is_found() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     // The server has looked for a deadlock by then.
-    deadlock_timeout(&reported.scene, "1s").await;
+    reported.scene.set("deadlock_timeout", "1s").await;
     let holder = reported.scene.database.connect().await;
     holder
         .batch_execute(&format!("SET application_name = 'forgetful'; BEGIN; {ONE}"))
@@ -372,7 +305,11 @@ async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
         })
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::RetriesExhausted);
+    assert_error(
+        &error,
+        ErrorKind::RetriesExhausted,
+        "2 attempts (SQLSTATE 55P03)",
+    );
     let incident = error.incident().expect("the last report");
     assert_eq!(incident.kind(), IncidentKind::LockTimeout);
     assert_eq!((incident.attempt(), incident.attempts()), (2, 2));
@@ -398,7 +335,7 @@ async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_wait_is_reported_once_while_it_goes_on() {
-    let reported = Reported::with(3, |builder, database| {
+    let reported = IncidentScene::with(3, |builder, database| {
         builder
             .side_connection(database.config(), NoTls)
             .long_wait(Duration::from_millis(300))
@@ -420,7 +357,7 @@ async fn a_long_wait_is_reported_once_while_it_goes_on() {
     assert!(!waiter.is_finished());
     // Several looks later it is still one report.
     let backend = incident.victim().pid().unwrap();
-    eventually(SOON, "no later look", async || {
+    eventually("no later look", async || {
         let sql =
             "SELECT clock_timestamp() - query_start > '2 s' FROM pg_stat_activity WHERE pid = $1";
         let row = reported
@@ -441,14 +378,14 @@ async fn a_long_wait_is_reported_once_while_it_goes_on() {
 /// A transaction waits for an advisory lock in slices, each of which the server takes for a wait of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_wait_for_an_advisory_lock_is_one_wait() {
-    let reported = Reported::with(2, |builder, database| {
+    let reported = IncidentScene::with(2, |builder, database| {
         builder
             .side_connection(database.config(), NoTls)
             .long_wait(Duration::from_secs(5))
     })
     .await;
     // The slices are of twice this.
-    deadlock_timeout(&reported.scene, "1s").await;
+    reported.scene.set("deadlock_timeout", "1s").await;
     let holder = reported.scene.database.connect().await;
     let key = lockkeeper::LockKey::from("long");
     let sql = format!(
@@ -481,7 +418,7 @@ async fn a_long_wait_for_an_advisory_lock_is_one_wait() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn literals_are_shown_only_when_asked_for() {
     for show in [false, true] {
-        let reported = Reported::with(3, |builder, database| {
+        let reported = IncidentScene::with(3, |builder, database| {
             builder
                 .side_connection(database.config(), NoTls)
                 .show_literals(show)
@@ -511,7 +448,7 @@ async fn literals_are_shown_only_when_asked_for() {
 /// A role that sees nothing of other roles' statements gets the same report, with the hidden parts marked as hidden.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_role_without_privileges_gets_the_same_report_with_what_is_hidden_marked() {
-    let mut reported = Reported::new(1).await;
+    let mut reported = IncidentScene::new(1).await;
     let database = &reported.scene.database;
     let role = format!("{}_plain", database.name());
     reported
@@ -529,12 +466,10 @@ async fn a_role_without_privileges_gets_the_same_report_with_what_is_hidden_mark
         .max_size(2)
         .build()
         .unwrap();
-    let kept = Arc::clone(&reported.incidents);
-    reported.scene.keeper = Keeper::builder(pool)
+    let builder = Keeper::builder(pool)
         .application("plain")
-        .side_connection(config, NoTls)
-        .on_incident(move |incident| kept.lock().unwrap().push(incident.clone()))
-        .build();
+        .side_connection(config, NoTls);
+    reported.scene.keeper = reported.kept(builder).build();
     let meeting = Meeting::new();
     let (attempts, ()) = tokio::join!(
         write_two(
@@ -577,7 +512,7 @@ async fn the_report_is_the_same_in_other_languages() {
         "zh_CN.UTF-8",
     ] {
         for watch in [true, false] {
-            let reported = Reported::with(4, |builder, database| {
+            let reported = IncidentScene::with(4, |builder, database| {
                 builder
                     .side_connection(database.config(), NoTls)
                     .watch(watch)
@@ -639,7 +574,7 @@ async fn a_side_connection_that_fails_holds_up_nothing() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let silent_port = silent.local_addr().unwrap().port();
     for port in [refused, silent_port] {
-        let reported = Reported::with(3, |builder, database| {
+        let reported = IncidentScene::with(3, |builder, database| {
             let mut config = tokio_postgres::Config::new();
             config
                 .host("127.0.0.1")
@@ -682,7 +617,7 @@ async fn a_side_connection_that_fails_holds_up_nothing() {
 /// The side connection's backend is terminated between two incidents: the next one is seen all the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_side_connection_that_died_is_opened_again() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     for round in 1..=2 {
         let meeting = Meeting::new();
         let (attempts, ()) = tokio::join!(
@@ -717,7 +652,7 @@ async fn a_slow_or_panicking_sink_holds_up_nothing() {
     let counted = Arc::clone(&calls);
     let (release, held) = std::sync::mpsc::channel::<()>();
     let held = Mutex::new(held);
-    let reported = Reported::with(3, |builder, _| {
+    let reported = IncidentScene::with(3, |builder, _| {
         builder.watch(false).on_incident(move |_| {
             let call = counted.fetch_add(1, Ordering::Relaxed);
             assert!(call > 0, "the first call panics");
@@ -743,19 +678,15 @@ async fn a_slow_or_panicking_sink_holds_up_nothing() {
     };
     // More than wait for a sink; the late ones are dropped.
     for _ in 0..80 {
-        let error = tokio::time::timeout(SOON, time_out())
-            .await
-            .expect("held up");
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        let error = in_time("held up", time_out()).await;
+        assert_error(&error, ErrorKind::LockTimeout, "SQLSTATE 55P03");
     }
-    eventually(
-        SOON,
-        "the sink is not called again after a panic",
-        async || calls.load(Ordering::Relaxed) == 2,
-    )
+    eventually("the sink is not called again after a panic", async || {
+        calls.load(Ordering::Relaxed) == 2
+    })
     .await;
     release.send(()).unwrap();
-    eventually(SOON, "what waited is not handed out", async || {
+    eventually("what waited is not handed out", async || {
         calls.load(Ordering::Relaxed) > 60
     })
     .await;
@@ -766,7 +697,7 @@ async fn a_slow_or_panicking_sink_holds_up_nothing() {
 /// While nothing has been in flight for longer than 100 ms the server is not asked.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_watcher_asks_nothing() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     let asked = async || {
         let row = reported
             .scene
@@ -794,10 +725,7 @@ async fn an_idle_watcher_asks_nothing() {
         longest
     };
     quick_ones().await;
-    eventually(SOON, "not opened beforehand", async || {
-        asked().await.is_some()
-    })
-    .await;
+    eventually("not opened beforehand", async || asked().await.is_some()).await;
     // On a busy machine a quick statement may be a slow one, which is looked at: such a round says nothing.
     let mut idle = None;
     for _ in 0..30 {
@@ -828,7 +756,7 @@ async fn an_idle_watcher_asks_nothing() {
             .map_err(Error::from)
     });
     slow.await.unwrap();
-    eventually(SOON, "a slow statement is not looked at", async || {
+    eventually("a slow statement is not looked at", async || {
         asked().await.is_some_and(|asked| asked != idle)
     })
     .await;

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, LockKey, TransactionOptions, XactGuard};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, lock_by_sql, unlock_by_sql,
+};
 use tokio_postgres::IsolationLevel;
-
-use crate::common::{Scene, eventually};
-use crate::guards::{hold_plainly, next_pid, release_plainly};
 
 const LEVELS: [(IsolationLevel, &str); 4] = [
     (IsolationLevel::ReadUncommitted, "read uncommitted"),
@@ -14,7 +14,6 @@ const LEVELS: [(IsolationLevel, &str); 4] = [
     (IsolationLevel::RepeatableRead, "repeatable read"),
     (IsolationLevel::Serializable, "serializable"),
 ];
-const LONG: Duration = Duration::from_secs(60);
 
 /// A counter at 0, and sessions that begin their transactions at `level`.
 async fn scene_with_counter(pool_size: usize, level: &str, of_role: bool) -> Scene {
@@ -133,7 +132,7 @@ async fn guards_lose_no_update_whatever_the_isolation() {
                             0 => keeper.advisory_lock("counter"),
                             _ => keeper.advisory_locks([LockKey::from("counter"), (1, 2).into()]),
                         };
-                        lock = lock.wait(LONG);
+                        lock = lock.wait(GIVE_UP_AFTER);
                         if let Some((level, _)) = asked {
                             lock = lock.isolation(level);
                         }
@@ -154,7 +153,7 @@ async fn guards_lose_no_update_whatever_the_isolation() {
                         match done {
                             Ok(()) => round += 1,
                             Err(error) => {
-                                assert_eq!(error.kind(), ErrorKind::Serialization, "{error:?}");
+                                assert_error(&error, ErrorKind::Serialization, "commit failed, the transaction was rolled back (SQLSTATE 40001)");
                                 assert_eq!(level, "serializable");
                             }
                         }
@@ -182,7 +181,10 @@ async fn transactions_on_a_session_guard_lose_no_update() {
             let keeper = scene.keeper.clone();
             tokio::spawn(async move {
                 for _ in 0..30 {
-                    let lock = keeper.advisory_lock("counter").session().wait(LONG);
+                    let lock = keeper
+                        .advisory_lock("counter")
+                        .session()
+                        .wait(GIVE_UP_AFTER);
                     let mut guard = lock.acquire().await.unwrap();
                     guard
                         .transaction(async |tx| {
@@ -228,17 +230,19 @@ async fn a_waiter_reads_what_was_committed_while_it_waited() {
                     };
                     lock = if shared { lock.shared() } else { lock };
                     async move {
-                        let guard = lock.isolation(level).wait(LONG).acquire().await.unwrap();
+                        let guard = lock
+                            .isolation(level)
+                            .wait(GIVE_UP_AFTER)
+                            .acquire()
+                            .await
+                            .unwrap();
                         let row = guard.query_one(READ, &[]).await.unwrap();
                         let pid = guard.backend_pid();
                         guard.commit().await.unwrap();
                         (row, pid)
                     }
                 });
-                eventually(Duration::from_secs(5), "no waiter", async || {
-                    !scene.waiters("counter").await.is_empty()
-                })
-                .await;
+                scene.until_awaited("counter").await;
                 expected += 1;
                 writer.execute(WRITE, &[&expected]).await.unwrap();
                 let writers_pid = writer.backend_pid();
@@ -261,7 +265,7 @@ async fn a_waiter_reads_what_was_committed_while_it_waited() {
 #[tokio::test]
 async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
     let scene = scene_with_counter(1, "read committed", false).await;
-    let pid = next_pid(&scene).await;
+    let pid = scene.next_pid().await;
     for (level, name) in LEVELS {
         for keys in [vec![1], vec![1, 2, 3]] {
             let lock = || scene.keeper.advisory_locks(keys.clone()).isolation(level);
@@ -284,7 +288,7 @@ async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
                 guard.batch_execute("BEGIN").await.unwrap();
                 drop(guard);
                 scene.nothing_left().await;
-                assert_eq!(next_pid(&scene).await, pid, "the connection goes on");
+                assert_eq!(scene.next_pid().await, pid, "the connection goes on");
                 assert_eq!(
                     scene.show("default_transaction_isolation").await,
                     "read committed"
@@ -298,7 +302,7 @@ async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
 async fn a_busy_lock_is_busy_at_every_level() {
     let scene = scene_with_counter(2, "serializable", false).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "counter").await;
+    lock_by_sql(&holder, "counter").await;
     let keeper = &scene.keeper;
     for level in LEVELS
         .map(|(level, _)| Some(level))
@@ -313,14 +317,19 @@ async fn a_busy_lock_is_busy_at_every_level() {
         for millis in [0, 30, 700] {
             let wait = Duration::from_millis(millis);
             let error = lock().wait(wait).acquire().await.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::LockTimeout, "{level:?}: {error:?}");
+            assert_error_in(
+                format_args!("{level:?}"),
+                &error,
+                ErrorKind::LockTimeout,
+                r#""counter" after"#,
+            );
             assert_eq!(error.blockers().len(), 1);
             assert!(error.waited().unwrap() >= wait);
         }
     }
     let ran = keeper.try_with_advisory_lock("counter", async |_| Ok::<_, Error>(()));
     assert_eq!(ran.await.unwrap(), None);
-    release_plainly(&holder, "counter").await;
+    unlock_by_sql(&holder, "counter").await;
     scene.nothing_left().await;
 }
 
@@ -337,7 +346,7 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
             // Free or held: nobody waits for a lock that is refused.
             for held in [false, true] {
                 if held {
-                    hold_plainly(&scene.observer, "counter").await;
+                    lock_by_sql(&scene.observer, "counter").await;
                 }
                 let expected = i64::from(held);
                 let options = options.clone();
@@ -353,7 +362,11 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
                         ];
                         for result in results {
                             let error = result.unwrap_err();
-                            assert_eq!(error.kind(), ErrorKind::Config, "{error:?}");
+                            assert_error(
+                                &error,
+                                ErrorKind::Config,
+                                "snapshot taken before the lock",
+                            );
                             assert!(error.to_string().contains("snapshot"), "{error}");
                             assert!(error.key().is_some());
                         }
@@ -372,7 +385,7 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
                 });
                 section.await.unwrap();
                 if held {
-                    release_plainly(&scene.observer, "counter").await;
+                    unlock_by_sql(&scene.observer, "counter").await;
                 }
                 scene.nothing_left().await;
             }
@@ -387,7 +400,11 @@ async fn a_second_lock_is_refused_behind_the_snapshot_of_the_first() {
     let scene = scene_with_counter(2, "repeatable read", false).await;
     let section = scene.keeper.with_advisory_lock("counter", async |tx| {
         let error = tx.advisory_lock("another").await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(
+            &error,
+            ErrorKind::Config,
+            r#""another": this transaction's isolation level"#,
+        );
         // The one that it has is not asked for again.
         tx.advisory_lock("counter").await?;
         assert_eq!(scene.advisory_locks().await, 1);
@@ -403,7 +420,11 @@ async fn a_second_lock_is_refused_behind_the_snapshot_of_the_first() {
         .unwrap();
     let section = guard.transaction(async |tx| {
         let error = tx.advisory_lock("another").await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
+        assert_error(
+            &error,
+            ErrorKind::Config,
+            r#""another": this transaction's isolation level"#,
+        );
         Ok::<_, Error>(())
     });
     section.await.unwrap();

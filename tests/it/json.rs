@@ -1,16 +1,9 @@
 //! What the monitor sees as JSON, of a real server.
 
-use std::time::Duration;
-
 use lockkeeper::{Keeper, LockKey};
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{Scene, Server, eventually, pid_of};
 use serde_json::Value;
 use tokio_postgres::NoTls;
-
-use crate::common::{Scene, eventually};
-use crate::guards::{pid_of, scene_on};
-
-const SOON: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn a_tree_and_advisory_locks_of_a_server() {
@@ -32,7 +25,7 @@ async fn a_tree_and_advisory_locks_of_a_server() {
     let number = key.as_i64().unwrap();
     let sql = format!("SELECT pg_advisory_lock({number}), 'secret'");
     let wait = tokio::spawn(async move { waiter.batch_execute(&sql).await });
-    eventually(SOON, "it does not wait", async || {
+    eventually("it does not wait", async || {
         scene.waiters(key.clone()).await == [pid]
     })
     .await;
@@ -134,7 +127,7 @@ async fn health_of_a_server() {
     // Of its own, where all numbers are known.
     let settings = [("autovacuum", "off"), ("max_prepared_transactions", "2")];
     let server = tokio::task::block_in_place(|| Server::start(&settings).unwrap());
-    let scene = scene_on(&server, 2).await;
+    let scene = Scene::on(&server, 2).await;
     let monitor = Keeper::builder(scene.pool.clone())
         .side_connection(scene.database.config(), NoTls)
         .build()
@@ -169,10 +162,7 @@ async fn health_of_a_server() {
             async move { client.batch_execute(&sql).await },
         ));
     }
-    eventually(SOON, "they do not wait", async || {
-        scene.lock_waiters().await == 2
-    })
-    .await;
+    eventually("they do not wait", async || scene.lock_waiters().await == 2).await;
     let health = monitor.health().await.unwrap();
     let text = serde_json::to_string(&health).unwrap();
     assert!(!text.contains("secret"), "{text}");

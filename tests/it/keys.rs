@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use deadpool_postgres::{Manager, Pool};
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, compat};
+use lockkeeper_testkit::{Scene, assert_error, lock_by_sql, pid_of};
 use tokio_postgres::{Client, NoTls};
-
-use crate::common::Scene;
-use crate::guards::{hold_plainly, pid_of};
 
 /// Keys that are easily taken for one another, or for something else.
 fn odd_keys() -> Vec<LockKey> {
@@ -205,7 +203,7 @@ async fn errors_name_the_key_as_people_know_it() {
             lock.clone().acquire().await.unwrap_err(),
             lock.session().acquire().await.unwrap_err(),
         ] {
-            assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+            assert_error(&error, ErrorKind::LockTimeout, "holds ExclusiveLock");
             assert_eq!(error.key(), Some(&key));
             let text = error.to_string();
             assert!(text.contains(&key.to_string()), "{text}");
@@ -231,7 +229,7 @@ async fn errors_name_the_key_as_people_know_it() {
         (LockKey::from(""), r#""""#),
     ] {
         let holder = scene.database.connect().await;
-        hold_plainly(&holder, &key).await;
+        lock_by_sql(&holder, &key).await;
         let lock = scene.keeper.advisory_lock(key).wait(Duration::ZERO);
         let error = lock.acquire().await.unwrap_err().to_string();
         assert!(error.contains(text), "{error}");
@@ -405,14 +403,10 @@ fn keeper_without_a_server() -> Keeper {
 }
 
 fn assert_collision(error: &Error, refused: &LockKey, known: &LockKey) {
-    assert_eq!(error.kind(), ErrorKind::KeyCollision, "{error}");
+    assert_error(error, ErrorKind::KeyCollision, &refused.to_string());
+    assert_error(error, ErrorKind::KeyCollision, &known.to_string());
     assert_eq!(error.key(), Some(refused));
     assert!(!error.is_retryable());
-    let text = error.to_string();
-    assert!(
-        text.contains(&refused.to_string()) && text.contains(&known.to_string()),
-        "{text}"
-    );
 }
 
 /// All the ways to ask for a lock, each of which must refuse `refused`.
@@ -494,9 +488,17 @@ async fn two_names_with_one_number_in_one_set_are_refused_before_anything_is_sen
     );
     for keys in [[&a, &b], [&b, &a]] {
         let error = keeper.advisory_locks(keys).acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::KeyCollision);
+        assert_error(
+            &error,
+            ErrorKind::KeyCollision,
+            r#"its number is "keys set"/"b\u{1f}c" already"#,
+        );
         let error = keeper.advisory_locks(keys).session().try_acquire().await;
-        assert_eq!(error.unwrap_err().kind(), ErrorKind::KeyCollision);
+        assert_error(
+            &error.unwrap_err(),
+            ErrorKind::KeyCollision,
+            r#"its number is "keys set"/"b\u{1f}c" already"#,
+        );
     }
     // The control: what is sent fails otherwise.
     let error = keeper
@@ -504,7 +506,7 @@ async fn two_names_with_one_number_in_one_set_are_refused_before_anything_is_sen
         .acquire()
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Pool, "{error}");
+    assert_error(&error, ErrorKind::Pool, r#""keys set""#);
 }
 
 #[tokio::test]

@@ -5,17 +5,13 @@ mod observe;
 mod outside;
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use lockkeeper::{LockMode, LockedRelation, RowLock, StatementLock, TableWork};
-use lockkeeper_testkit::{Database, Server};
+use lockkeeper_testkit::{Database, GIVE_UP_AFTER, Server, eventually, pid_of};
 use tokio_postgres::Client;
 
-use crate::common::eventually;
 use cases::Case;
 use observe::{Seen, Watcher, row_lock_on, scene};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// Statements with a test of their own instead of a line in the cases.
 const ALONE: [(&str, &str); 1] = [(
@@ -30,11 +26,6 @@ async fn locked_at_once(client: &Client, sql: &str) -> bool {
         Err(error) if error.code().map(|code| code.code()) == Some("55P03") => false,
         Err(error) => panic!("{sql}: {error:?}"),
     }
-}
-
-async fn pid(client: &Client) -> i32 {
-    let row = client.query_one("SELECT pg_backend_pid()", &[]).await;
-    row.unwrap().get(0)
 }
 
 #[tokio::test]
@@ -105,13 +96,13 @@ async fn a_waiter_for_a_row_says_which_lock_it_wants() {
     );
     for wanted in RowLock::ALL {
         let waiter = database.connect().await;
-        let pid = pid(&waiter).await;
+        let pid = pid_of(&waiter).await;
         let waiting = tokio::spawn(async move {
             waiter
                 .batch_execute(&format!("SELECT FROM t {wanted}"))
                 .await
         });
-        eventually(SOON, "the waiter waits", async || {
+        eventually("the waiter waits", async || {
             let rows = observer
                 .query(
                     "SELECT locktype, mode FROM pg_locks WHERE pid = $1 AND NOT granted",
@@ -181,7 +172,7 @@ async fn a_lock_that_is_waited_for_blocks_too() {
     assert!(locked_at_once(&reader, wants_to_read).await);
     reader.batch_execute("ROLLBACK").await.unwrap();
     let waiting = tokio::spawn(async move { waiter.batch_execute("DROP TABLE t").await });
-    eventually(SOON, "the reader queues behind the DROP", async || {
+    eventually("the reader queues behind the DROP", async || {
         let at_once = locked_at_once(&reader, wants_to_read).await;
         reader.batch_execute("ROLLBACK").await.unwrap();
         !at_once
@@ -256,7 +247,7 @@ async fn statements_about_tablespaces_take_what_the_table_says() {
 async fn check_in_block(database: &Database, which: impl Fn(&Case) -> bool) -> usize {
     let major = database.server().major();
     let (client, other) = (database.connect().await, database.connect().await);
-    let sql = format!("SET lock_timeout = {}", SOON.as_millis());
+    let sql = format!("SET lock_timeout = {}", GIVE_UP_AFTER.as_millis());
     client.batch_execute(&sql).await.unwrap();
     let watcher = Watcher::new(database).await;
     let mut wrong = Vec::new();
@@ -279,7 +270,7 @@ async fn check_in_block(database: &Database, which: impl Fn(&Case) -> bool) -> u
             Ok(()) => {
                 executed += 1;
                 let mut seen = Seen::default();
-                watcher.see_locks(pid(&client).await, &mut seen).await;
+                watcher.see_locks(pid_of(&client).await, &mut seen).await;
                 watcher.see_files(&client, &mut seen).await;
                 let after = watcher.fetched_in_transaction(&client).await;
                 watcher.see_work(&before, &after, &mut seen);
@@ -494,7 +485,7 @@ async fn what_the_notes_say() {
         client.batch_execute("BEGIN").await.unwrap();
         client.batch_execute(sql).await.unwrap();
         let mut seen = Seen::default();
-        watcher.see_locks(pid(&client).await, &mut seen).await;
+        watcher.see_locks(pid_of(&client).await, &mut seen).await;
         assert_eq!(seen.mode(relation), mode, "{sql}: {relation}");
         client.batch_execute("ROLLBACK").await.unwrap();
     }

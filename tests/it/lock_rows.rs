@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use lockkeeper::{Error, ErrorKind, Keeper, RowLock, TransactionOptions, Tx};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop,
+};
 use tokio_postgres::Client;
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-
-const SOON: Duration = Duration::from_secs(30);
 
 /// A table `t (id, n)` with the rows 1 to `rows`, written in the opposite order.
 async fn scene(pool_size: usize, rows: u32) -> Scene {
@@ -34,10 +33,7 @@ async fn locked(client: &Client) -> Vec<i64> {
 
 /// Waits until some backend of the database waits for a lock.
 async fn somebody_waits(scene: &Scene) {
-    eventually(SOON, "nobody waits", async || {
-        scene.lock_waiters().await > 0
-    })
-    .await;
+    eventually("nobody waits", async || scene.lock_waiters().await > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -220,7 +216,12 @@ async fn what_is_locked_by_others_is_waited_for_refused_or_skipped() {
         })
         .await
         .unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::LockTimeout, "{refused}");
+    assert_error_in(
+        &refused,
+        &refused,
+        ErrorKind::LockTimeout,
+        r#"rows of "t" (SQLSTATE 55P03)"#,
+    );
     assert!(!refused.is_retryable(), "{refused}");
     assert!(refused.to_string().contains("rows of \"t\""), "{refused}");
     assert_eq!(
@@ -236,7 +237,12 @@ async fn what_is_locked_by_others_is_waited_for_refused_or_skipped() {
         .transaction_with(options, async |tx| tx.lock_rows("t", "id", [2_i64]).await)
         .await
         .unwrap_err();
-    assert_eq!(late.kind(), ErrorKind::LockTimeout, "{late}");
+    assert_error_in(
+        &late,
+        &late,
+        ErrorKind::LockTimeout,
+        r#"rows of "t" (SQLSTATE 55P03)"#,
+    );
     assert!(late.is_retryable(), "{late}");
 
     // Foreign keys go on, unless asked otherwise.
@@ -359,7 +365,7 @@ async fn operators_and_functions_are_postgresqls_own() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_is_refused() {
     let scene = scene(1, 1).await;
-    for (table, key, said) in [
+    for (table, key, text) in [
         ("", "id", "empty name"),
         ("t", "", "empty name"),
         ("t", "a\0b", "NUL"),
@@ -372,15 +378,17 @@ async fn what_cannot_be_is_refused() {
             Ok(refused)
         });
         let refused = refused.await.unwrap();
-        assert_eq!(refused.kind(), ErrorKind::Config, "{refused}");
-        assert!(refused.to_string().contains(said), "{refused}");
+        assert_error(&refused, ErrorKind::Config, text);
     }
     let unfit = in_transaction(&scene.keeper, async |tx| {
         tx.lock_rows("t", "id", ["text"]).await
     });
     let unfit = unfit.await.unwrap_err();
-    assert_eq!(unfit.kind(), ErrorKind::Config, "{unfit}");
-    assert!(unfit.to_string().contains("&str"), "{unfit}");
+    assert_error(
+        &unfit,
+        ErrorKind::Config,
+        r#"ids of type &str do not fit the key "id" of "t""#,
+    );
     // Of a type that is said without asking: the server has no operator for the two.
     scene
         .observer
@@ -391,12 +399,19 @@ async fn what_cannot_be_is_refused() {
         tx.lock_rows("t", "name", [1_i64]).await
     });
     let unfit = unfit.await.unwrap_err();
-    assert_eq!(unfit.kind(), ErrorKind::Config, "{unfit}");
-    assert!(unfit.to_string().contains("i64"), "{unfit}");
+    assert_error(
+        &unfit,
+        ErrorKind::Config,
+        r#"ids of type i64 do not fit the key "name" of "t""#,
+    );
     let missing = in_transaction(&scene.keeper, async |tx| {
         tx.lock_rows("no_such_table", "id", [1_i64]).await
     });
-    assert_eq!(missing.await.unwrap_err().kind(), ErrorKind::Database);
+    assert_error(
+        &missing.await.unwrap_err(),
+        ErrorKind::Database,
+        r#"rows of "no_such_table" (SQLSTATE 42P01)"#,
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -419,7 +434,7 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
                 tx.lock_rows("t", "id", [5_i64, 3, 1]).await
             });
             let done = poll_times_and_drop(work, polls).await;
-            eventually(SOON, "a row is still locked", async || {
+            eventually("a row is still locked", async || {
                 let others: &[i64] = if contended { &[3] } else { &[] };
                 locked(&scene.observer).await == others
             })
@@ -430,6 +445,6 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
             }
         }
         holder.batch_execute("ROLLBACK").await.unwrap();
-        scene.nothing_left_within(SOON).await;
+        scene.nothing_left_within(GIVE_UP_AFTER).await;
     }
 }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, Keeper, Schema};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::schema_change::{LONG, holds, table};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop,
+};
 
 /// As another process would have it: a pool and a keeper of its own.
 fn process(scene: &Scene) -> Schema {
@@ -17,7 +17,7 @@ fn process(scene: &Scene) -> Schema {
 #[tokio::test]
 async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
     let scene = Scene::new(2).await;
-    table(&scene, "t", 20_000).await;
+    scene.table("t", 20_000).await;
     let ran = Arc::new(AtomicU32::new(0));
     let mut tasks = Vec::new();
     for _ in 0..6 {
@@ -48,11 +48,9 @@ async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
         "{outcomes:?}"
     );
     assert!(
-        holds(
-            &scene,
-            "(SELECT indisvalid FROM pg_index WHERE indexrelid = 't_a_idx'::regclass)"
-        )
-        .await
+        scene
+            .is_true("(SELECT indisvalid FROM pg_index WHERE indexrelid = 't_a_idx'::regclass)")
+            .await
     );
     let row = scene
         .observer
@@ -65,7 +63,7 @@ async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
     assert_eq!(row.get::<_, &str>(0), "add index");
     assert!(row.get::<_, &str>(1).contains("migrate_once.rs"), "{row:?}");
     assert!(row.get::<_, bool>(2));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Between a look whether it is done and the lock it can become done.
@@ -91,7 +89,7 @@ async fn however_short_it_is_it_runs_once() {
         }
         assert_eq!(ran.load(Ordering::Relaxed), 1, "round {round}");
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
@@ -112,7 +110,7 @@ async fn what_fails_is_not_done_and_the_next_one_runs_it() {
         })
         .await;
     assert_eq!(failed.unwrap_err().sqlstate().unwrap().code(), "42P07");
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
     for expected in [Some(7), None, None] {
         let ran = schema
             .migrate_once("k'e\\y", async |_| Ok::<_, Error>(7))
@@ -127,13 +125,17 @@ async fn what_fails_is_not_done_and_the_next_one_runs_it() {
             .unwrap(),
         Some(8)
     );
-    assert!(holds(&scene, "(SELECT count(*) = 2 FROM lockkeeper_migration)").await);
+    assert!(
+        scene
+            .is_true("(SELECT count(*) = 2 FROM lockkeeper_migration)")
+            .await
+    );
     let error = schema
         .migrate_once("\0", async |_| Ok::<_, Error>(()))
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config);
-    scene.nothing_left_within(LONG).await;
+    assert_error(&error, ErrorKind::Config, "NUL");
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
@@ -143,7 +145,7 @@ async fn a_dropped_or_killed_one_is_taken_over() {
     for polls in [1, 3, 5, 8, 12, 16, 20] {
         let once = schema.migrate_once("k", async |_| {
             // Pending at each poll.
-            while !LONG.is_zero() {
+            while !GIVE_UP_AFTER.is_zero() {
                 tokio::task::yield_now().await;
             }
             Ok::<_, Error>(())
@@ -161,7 +163,11 @@ async fn a_dropped_or_killed_one_is_taken_over() {
             Ok::<_, Error>(())
         })
         .await;
-    assert_eq!(lost.unwrap_err().kind(), ErrorKind::LockLost);
+    assert_error(
+        &lost.unwrap_err(),
+        ErrorKind::LockLost,
+        r#""lockkeeper migration"/"k": the migration has run"#,
+    );
     assert_eq!(
         schema
             .migrate_once("k", async |_| Ok::<_, Error>(1))
@@ -169,7 +175,7 @@ async fn a_dropped_or_killed_one_is_taken_over() {
             .unwrap(),
         Some(1)
     );
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Who has lost the lock stops, since somebody else has it by now.
@@ -188,7 +194,7 @@ async fn it_is_stopped_once_the_lock_is_lost() {
         };
         schema.migrate_once("k", stay).await
     });
-    eventually(LONG, "it does not run", async || {
+    eventually("it does not run", async || {
         started.load(Ordering::Relaxed) > 0
     })
     .await;
@@ -197,18 +203,22 @@ async fn it_is_stopped_once_the_lock_is_lost() {
         started.load(Ordering::Relaxed)
     );
     scene.observer.batch_execute(&sql).await.unwrap();
-    let error = tokio::time::timeout(LONG, first)
+    let error = tokio::time::timeout(GIVE_UP_AFTER, first)
         .await
         .unwrap()
         .unwrap()
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockLost, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockLost,
+        r#""lockkeeper migration"/"k": the migration was stopped"#,
+    );
     assert_eq!(stopped.load(Ordering::Relaxed), 1);
     let next = process(&scene)
         .migrate_once("k", async |_| Ok::<_, Error>(2))
         .await;
     assert_eq!(next.unwrap(), Some(2));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// A transaction that is left open would take with it the note, and what the note is about.
@@ -224,8 +234,13 @@ async fn a_transaction_left_open_is_not_done() {
             })
             .await;
         let error = outcome.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{sql}: {error}");
-        scene.nothing_left_within(LONG).await;
+        assert_error_in(
+            sql,
+            &error,
+            ErrorKind::Config,
+            r#""lockkeeper migration"/"k": the migration has run"#,
+        );
+        scene.nothing_left_within(GIVE_UP_AFTER).await;
     }
     // What is done stays so, although the lock is gone before it is released.
     scene
@@ -241,7 +256,7 @@ async fn a_transaction_left_open_is_not_done() {
         let ran = schema.migrate_once("k", async |_| Ok::<_, Error>(2)).await;
         assert_eq!(ran.unwrap(), expected);
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
@@ -258,12 +273,16 @@ async fn who_waits_too_long_says_so() {
         })
         .await;
     let error = outcome.unwrap().unwrap();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockTimeout,
+        r#""lockkeeper migration"/"slow""#,
+    );
     assert_eq!(
         error.key().unwrap().to_string(),
         lockkeeper::LockKey::from(("lockkeeper migration", "slow")).to_string()
     );
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// The table is created by one of them, wherever it is wanted, and later ones need no right to.
@@ -288,11 +307,9 @@ async fn the_table_is_created_once_in_any_schema() {
         assert_eq!(task.await.unwrap().unwrap(), Some(()));
     }
     assert!(
-        holds(
-            &scene,
-            "(SELECT count(*) = 8 FROM \"Book \"\"keeping\".lockkeeper_migration)"
-        )
-        .await
+        scene
+            .is_true("(SELECT count(*) = 8 FROM \"Book \"\"keeping\".lockkeeper_migration)")
+            .await
     );
     let role = format!("reader_{}", scene.database.name());
     scene
@@ -319,7 +336,7 @@ async fn the_table_is_created_once_in_any_schema() {
     assert_eq!(error.sqlstate().unwrap().code(), "3F000", "{error}");
     pool.close();
     drop(pool);
-    eventually(LONG, "the role cannot be dropped", async || {
+    eventually("the role cannot be dropped", async || {
         let sql = format!("DROP OWNED BY \"{role}\"; DROP ROLE \"{role}\"");
         scene.observer.batch_execute(&sql).await.is_ok()
     })

@@ -4,12 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use lockkeeper_testkit::{Scene, eventually};
 use tokio::task::JoinSet;
 
-use crate::common::{Scene, eventually};
-
 const ROWS: i64 = 1_000_000;
-const SOON: Duration = Duration::from_secs(30);
 /// For a machine that does other things too. A statement of the load takes a millisecond.
 const STALL: Duration = Duration::from_secs(15);
 
@@ -68,7 +66,7 @@ impl Load {
     /// Others went on meanwhile, and none of their statements took long.
     async fn went_on(&self, step: &str) {
         let before = self.done.load(Ordering::Relaxed);
-        eventually(SOON, "the load stands still", async || {
+        eventually("the load stands still", async || {
             self.done.load(Ordering::Relaxed) > before + 8
         })
         .await;

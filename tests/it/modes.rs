@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use lockkeeper::{AdvisoryMode, Error, ErrorKind, LockKey};
-
-use crate::common::{Scene, eventually};
-use crate::guards::{hold_plainly, pid_of, sql_key};
+use lockkeeper_testkit::{
+    CLEANED_UP_WITHIN, Scene, assert_error, eventually, eventually_within, lock_by_sql, pid_of,
+    sql_key,
+};
 
 async fn modes_of(scene: &Scene) -> Vec<(i32, String, bool)> {
     let rows = scene
@@ -117,13 +118,10 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
                 }
             }
         });
-        eventually(Duration::from_secs(5), "no waiter", async || {
-            !scene.waiters("k").await.is_empty()
-        })
-        .await;
+        scene.until_awaited("k").await;
         let reader = first.pid();
         drop(first);
-        eventually(Duration::from_secs(2), "the reader holds on", async || {
+        eventually_within(CLEANED_UP_WITHIN, "the reader holds on", async || {
             !scene.holders("k").await.contains(&reader)
         })
         .await;
@@ -147,10 +145,7 @@ async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
                 tokio::spawn(async move { lock.acquire().await.unwrap() })
             })
             .collect();
-        eventually(Duration::from_secs(5), "no waiting readers", async || {
-            scene.waiters("k").await.len() == 2
-        })
-        .await;
+        scene.until_awaited_by(2, "k").await;
         drop(writer);
         let mut guards = Vec::new();
         for reader in readers {
@@ -191,10 +186,7 @@ async fn all_waiting_readers_are_let_in_together() {
                 })
             })
             .collect();
-        eventually(Duration::from_secs(5), "no waiters", async || {
-            !scene.waiters("k").await.is_empty()
-        })
-        .await;
+        scene.until_awaited("k").await;
         writer.commit().await.unwrap();
         let mut pids = Vec::new();
         for reader in readers {
@@ -226,10 +218,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
         let result = writer.batch_execute(&sql).await;
         (writer, result)
     });
-    eventually(Duration::from_secs(5), "no waiter", async || {
-        scene.waiters("k").await == [pid]
-    })
-    .await;
+    eventually("no waiter", async || scene.waiters("k").await == [pid]).await;
     for session in [false, true] {
         let second = try_lock(&scene, &"k".into(), session, AdvisoryMode::Shared).await;
         assert!(second.is_none(), "it passed the writer");
@@ -241,7 +230,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
         .shared()
         .wait(Duration::ZERO);
     let error = lock.acquire().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout);
+    assert_error(&error, ErrorKind::LockTimeout, "waits for ExclusiveLock");
     let blockers: Vec<_> = error
         .blockers()
         .iter()
@@ -259,7 +248,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
 }
 
 fn assert_says_the_mode(error: &Error, key: &LockKey) {
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(error, ErrorKind::Config, "held on this connection as");
     assert!(error.key().is_some_and(|named| named.same_lock(key)));
     let text = error.to_string();
     assert!(
@@ -396,7 +385,7 @@ async fn the_description_takes_its_parts_in_any_order() {
     scene.pool_is_whole_within(Duration::from_secs(30)).await;
     let keeper = &scene.keeper;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "k").await;
+    lock_by_sql(&holder, "k").await;
     let wait = Duration::from_millis(50);
     let lock = || keeper.advisory_lock("k");
     for lock in [
@@ -408,11 +397,11 @@ async fn the_description_takes_its_parts_in_any_order() {
         lock().wait(wait).shared().session(),
     ] {
         let error = lock.acquire().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout);
+        assert_error(&error, ErrorKind::LockTimeout, r#""k" after"#);
         assert!(error.waited().unwrap() < Duration::from_secs(5));
     }
     drop(holder);
-    eventually(Duration::from_secs(2), "still held", async || {
+    eventually_within(CLEANED_UP_WITHIN, "still held", async || {
         !scene.is_held("k").await
     })
     .await;

@@ -11,29 +11,25 @@ use std::time::Duration;
 
 use lockkeeper::graph::LockTree;
 use lockkeeper::{Incident, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::{Server, Skip};
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, NoTls};
-
-use crate::common::{Scene, eventually, until_it_waits};
-use crate::guards::{pid_of, scene_on};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Running, Scene, Server, Session, Skip, eventually, pid_of, until_waiting,
+};
+use tokio_postgres::NoTls;
 
 use browser::Scheme;
-
-const SOON: Duration = Duration::from_secs(60);
 
 /// Markup, quotes, an end of line, and what would be code in a script.
 const ODD: &str = "<script>alert(\"x\")</script> & 'q' `b` #35; \\";
 
 struct Stage {
     scene: Scene,
-    waits: Vec<JoinHandle<Result<(), tokio_postgres::Error>>>,
-    clients: Vec<Arc<Client>>,
+    waits: Vec<Running>,
+    sessions: Vec<Session>,
 }
 
 impl Stage {
     async fn on(server: &Server) -> Self {
-        let scene = scene_on(server, 2).await;
+        let scene = Scene::on(server, 2).await;
         scene
             .observer
             .batch_execute(
@@ -45,37 +41,28 @@ impl Stage {
         Self {
             scene,
             waits: Vec::new(),
-            clients: Vec::new(),
+            sessions: Vec::new(),
         }
     }
 
     /// A session that has run something.
-    async fn session(&mut self, name: &str, sql: &str) -> Arc<Client> {
+    async fn session(&mut self, name: &str, sql: &str) -> Session {
         let mut config = self.scene.database.config();
         config.application_name(name);
-        let (client, connection) = config.connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
-        client.batch_execute(sql).await.unwrap();
-        let client = Arc::new(client);
-        self.clients.push(Arc::clone(&client));
-        client
+        let session = Session::connect(&config).await;
+        session.run(sql).await;
+        self.sessions.push(session.clone());
+        session
     }
 
     /// Something that has to wait.
-    async fn waits(&mut self, client: &Arc<Client>, sql: &str) {
-        let pid = pid_of(client).await;
-        let (runner, sql) = (Arc::clone(client), sql.to_owned());
-        self.waits.push(tokio::spawn(
-            async move { runner.batch_execute(&sql).await },
-        ));
-        until_it_waits(&self.scene.observer, pid, SOON).await;
+    async fn waits(&mut self, session: &Session, sql: &str) {
+        let waiting = session.start_waiting(&self.scene.observer, sql).await;
+        self.waits.push(waiting);
     }
 
     async fn tree(&self) -> LockTree {
-        let keeper = Keeper::builder(self.scene.pool.clone())
-            .side_connection(self.scene.database.config(), NoTls)
-            .build();
-        keeper.monitor().lock_tree().await.unwrap()
+        self.scene.monitor().lock_tree().await.unwrap()
     }
 }
 
@@ -234,19 +221,11 @@ async fn a_pile_up_of_five_hundred_in_chromium() {
         .session("holder", "BEGIN; SELECT pg_advisory_xact_lock(7)")
         .await;
     for number in 0..500 {
-        let client = stage.session(&format!("waiter {number}"), "").await;
-        let sql = "SELECT pg_advisory_xact_lock(7)";
-        stage
-            .waits
-            .push(tokio::spawn(async move { client.batch_execute(sql).await }));
+        let session = stage.session(&format!("waiter {number}"), "").await;
+        let waiting = session.start("SELECT pg_advisory_xact_lock(7)");
+        stage.waits.push(waiting);
     }
-    eventually(SOON, "they do not all wait", async || {
-        let sql = "SELECT count(*) FROM pg_locks \
-                   WHERE locktype = 'advisory' AND NOT granted AND waitstart IS NOT NULL";
-        let row = stage.scene.observer.query_one(sql, &[]).await.unwrap();
-        row.get::<_, i64>(0) == 500
-    })
-    .await;
+    stage.scene.until_awaited_by(500, 7).await;
     let tree = stage.tree().await;
     let page = tree.to_html();
     assert!(page.len() < 1_000_000, "{}", page.len());
@@ -301,10 +280,7 @@ async fn incidents() -> Vec<Incident> {
         .await
         .unwrap_err();
     let reported = async |count| {
-        eventually(SOON, "no report", async || {
-            found.lock().unwrap().len() >= count
-        })
-        .await;
+        eventually("no report", async || found.lock().unwrap().len() >= count).await;
     };
     reported(1).await;
     let once = TransactionOptions::new().attempts(1);
@@ -317,12 +293,7 @@ async fn incidents() -> Vec<Incident> {
             tx.batch_execute(&update(1)).await?;
             let (second, sql) = (Arc::clone(&second), update(1));
             tokio::spawn(async move { second.batch_execute(&sql).await });
-            // Until it waits; without end, as the test is then.
-            let sql = "SELECT EXISTS (SELECT FROM pg_locks \
-                       WHERE pid = $1 AND NOT granted AND waitstart IS NOT NULL)";
-            while !tx.query_one(sql, &[&pid]).await?.get::<_, bool>(0) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+            until_waiting(tx.client(), pid).await;
             tx.batch_execute(&update(2)).await?;
             Ok::<_, lockkeeper::Error>(())
         })
@@ -330,7 +301,7 @@ async fn incidents() -> Vec<Incident> {
         .unwrap_err();
     reported(2).await;
     other.batch_execute("ROLLBACK").await.unwrap();
-    scene.nothing_left_within(SOON).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
     found.lock().unwrap().clone()
 }
 

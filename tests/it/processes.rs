@@ -10,14 +10,10 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::{Manager, Pool};
 use futures::future::pending;
 use lockkeeper::{Error, Keeper};
+use lockkeeper_testkit::{ENDLESS, GIVE_UP_AFTER, Scene, eventually};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio_postgres::{IsolationLevel, NoTls};
-
-use crate::common::{Scene, eventually};
-
-const SOON: Duration = Duration::from_secs(15);
-const LONG: Duration = Duration::from_secs(3600);
 
 const KEY: i64 = 800;
 const OWN: i64 = 801;
@@ -95,7 +91,7 @@ fn the_other_process() {
     runtime.unwrap().block_on(async {
         let manager = Manager::new(url.parse().unwrap(), NoTls);
         let pool = Pool::builder(manager).max_size(2).build().unwrap();
-        let keeper = Keeper::builder(pool).lock_wait(LONG).build();
+        let keeper = Keeper::builder(pool).lock_wait(ENDLESS).build();
         work(&task, keeper).await.unwrap();
     });
 }
@@ -213,7 +209,7 @@ async fn the_lock_of_a_killed_process_goes_to_the_next() {
                     .unwrap()
                     .is_none()
             );
-            let lock = scene.keeper.advisory_lock(KEY).wait(LONG);
+            let lock = scene.keeper.advisory_lock(KEY).wait(ENDLESS);
             let waiter = tokio::spawn(async move {
                 if session {
                     drop(lock.session().acquire().await.unwrap());
@@ -221,11 +217,10 @@ async fn the_lock_of_a_killed_process_goes_to_the_next() {
                     drop(lock.acquire().await.unwrap());
                 }
             });
-            let waits = async || scene.waiters(KEY).await.len() == 1;
-            eventually(SOON, "it does not wait", waits).await;
+            scene.until_awaited_by(1, KEY).await;
             assert!(!waiter.is_finished());
             other.kill().await;
-            let waiter = tokio::time::timeout(SOON, waiter).await;
+            let waiter = tokio::time::timeout(GIVE_UP_AFTER, waiter).await;
             waiter
                 .unwrap_or_else(|_| panic!("{task}: the key is not free"))
                 .unwrap();
@@ -245,7 +240,7 @@ async fn kill_a_waiter(task: &str) -> Duration {
     holder.execute(take, &[&KEY]).await.unwrap();
     let other = Other::start(&scene, task);
     let mut waiter = None;
-    eventually(Duration::from_secs(30), "it does not wait", async || {
+    eventually("it does not wait", async || {
         waiter = scene.waiters(KEY).await.first().copied();
         waiter.is_some()
     })
@@ -253,7 +248,7 @@ async fn kill_a_waiter(task: &str) -> Duration {
     let waiter = waiter.unwrap();
     other.kill().await;
     let killed = Instant::now();
-    eventually(SOON, &format!("{task}: {waiter} still waits"), async || {
+    eventually(&format!("{task}: {waiter} still waits"), async || {
         scene.waiters(KEY).await.is_empty()
     })
     .await;
@@ -302,7 +297,7 @@ async fn a_process_killed_in_a_long_statement_is_noticed_where_the_server_checks
         let row = scene.observer.query_one(sql, &[]).await.unwrap();
         row.get::<_, i64>(0) == 1
     };
-    eventually(SOON, "it does not sleep", sleeps).await;
+    eventually("it does not sleep", sleeps).await;
     other.kill().await;
     let next = scene.keeper.advisory_lock(KEY).acquire().await.unwrap();
     next.commit().await.unwrap();

@@ -4,16 +4,14 @@ use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _};
 use lockkeeper::{Changes, ErrorKind, RecoveryCriterion, Trend};
-use lockkeeper_testkit::Server;
-
-use crate::signals::{Ground, SOON, keeper};
+use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Server, assert_error, keeper_as};
 
 const OFTEN: Duration = Duration::from_millis(100);
 
 #[tokio::test]
 async fn waits_that_begin_and_end_are_told() {
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let mut watch = ground.monitor.watch(OFTEN).unwrap();
     let first = watch.next().await.unwrap().unwrap();
     assert!(first.changes().is_empty() && first.snapshot().is_empty());
@@ -56,7 +54,7 @@ async fn waits_that_begin_and_end_are_told() {
 
 #[tokio::test]
 async fn a_next_that_is_dropped_loses_nothing() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let mut watch = ground.monitor.watch(OFTEN).unwrap();
     // Polled once and dropped, over and over: the look goes on where it was.
     let mut items = 0;
@@ -74,7 +72,7 @@ async fn a_next_that_is_dropped_loses_nothing() {
 #[tokio::test]
 async fn a_watch_and_a_recovery_survive_a_restart() {
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let mut watch = ground.monitor.watch(OFTEN).unwrap();
     let mut recovery = ground
         .monitor
@@ -84,7 +82,7 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
     holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     assert_eq!(
         watch
             .next()
@@ -104,7 +102,7 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
             break error;
         }
     };
-    assert_ne!(error.kind(), ErrorKind::Config);
+    assert_error(&error, ErrorKind::Pool, "no connection from the pool");
     assert!(recovery.check().await.is_err());
     server.restart();
     // Those who waited are gone, and are told so.
@@ -114,7 +112,7 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
         }
     };
     assert_eq!(update.changes().ended_waits().len(), 1);
-    let check = recovery.wait(OFTEN, SOON).await.unwrap();
+    let check = recovery.wait(OFTEN, GIVE_UP_AFTER).await.unwrap();
     assert!(check.is_recovered(), "{check}");
     assert!(waiting.await.unwrap().is_err());
 }
@@ -122,7 +120,7 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
 #[tokio::test]
 async fn a_recovery_is_seen_coming() {
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let holder = ground.session().await;
     holder
         .run("BEGIN; UPDATE t SET v = 'h' WHERE id IN (1, 2)")
@@ -132,14 +130,14 @@ async fn a_recovery_is_seen_coming() {
     for id in [1, 2] {
         let waiter = ground.session().await;
         waits.push(waiter.start(&format!("UPDATE t SET v = 'w' WHERE id = {id}")));
-        ground.eventually_waits(waiter.pid).await;
+        ground.until_waiting(waiter.pid).await;
         waiters.push(waiter);
     }
     let criterion = RecoveryCriterion::no_waits().checks(2);
     let mut recovery = ground.monitor.recovery(criterion).unwrap();
     let mut short = ground
         .monitor
-        .recovery(RecoveryCriterion::waits_shorter_than(10 * SOON).checks(1))
+        .recovery(RecoveryCriterion::waits_shorter_than(10 * GIVE_UP_AFTER).checks(1))
         .unwrap();
     let check = recovery.check().await.unwrap();
     assert_eq!((check.waits().sessions(), check.trend()), (2, Trend::First));
@@ -168,19 +166,21 @@ async fn a_recovery_is_seen_coming() {
 
 #[tokio::test]
 async fn what_cannot_work_is_refused() {
-    let ground = Ground::new().await;
-    let monitor = keeper(&ground.database, ground.database.config()).monitor();
+    let ground = MonitorScene::new().await;
+    let monitor = keeper_as(&ground.database, ground.database.config()).monitor();
     for interval in [Duration::ZERO, Duration::from_millis(99)] {
         let error = monitor.watch(interval).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config);
-        assert!(error.to_string().contains("at least 100ms"), "{error}");
+        assert_error(&error, ErrorKind::Config, "at least 100ms");
     }
     let criterion = RecoveryCriterion::no_waits().checks(0);
     let error = monitor.recovery(criterion).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config);
+    assert_error(&error, ErrorKind::Config, "0 checks");
     let mut recovery = monitor.recovery(RecoveryCriterion::no_waits()).unwrap();
-    let error = recovery.wait(Duration::ZERO, SOON).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config);
+    let error = recovery
+        .wait(Duration::ZERO, GIVE_UP_AFTER)
+        .await
+        .unwrap_err();
+    assert_error(&error, ErrorKind::Config, "a check every 0ns");
     // The longest there is: it looks once.
     let mut watch = monitor.watch(Duration::MAX).unwrap();
     watch.next().await.unwrap().unwrap();

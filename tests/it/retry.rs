@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkeeper::{Error, ErrorKind, Keeper, TransactionOptions, Tx, is_retryable};
+use lockkeeper_testkit::{
+    Scene, assert_error, assert_error_in, eventually, poll_times_and_drop, raise,
+};
 use tokio_postgres::{Client, IsolationLevel};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// A user's error.
 #[derive(Debug, PartialEq, Eq)]
@@ -50,10 +49,6 @@ async fn rows(pool_size: usize) -> Scene {
 async fn count(scene: &Scene) -> i64 {
     let sql = "SELECT count(*) FROM t";
     scene.observer.query_one(sql, &[]).await.unwrap().get(0)
-}
-
-fn raise(code: &str) -> String {
-    format!("DO $$ BEGIN RAISE EXCEPTION 'raised by a test' USING ERRCODE = '{code}'; END $$")
 }
 
 // Errors of the application's own.
@@ -320,7 +315,11 @@ async fn a_failure_is_found_behind_other_errors() {
         })
         .await
         .unwrap_err();
-    assert_eq!(exhausted.kind(), ErrorKind::RetriesExhausted);
+    assert_error(
+        &exhausted,
+        ErrorKind::RetriesExhausted,
+        "2 attempts (SQLSTATE 40001)",
+    );
     assert!(!is_retryable(&exhausted) && !is_retryable(&Paying(exhausted.into())));
     assert!(!is_retryable(&std::fmt::Error));
 }
@@ -420,7 +419,7 @@ async fn nowait_is_not_retried_and_a_lock_timeout_is() {
         let asks = async {
             if held == "queued" {
                 // Somebody is the next already.
-                eventually(SOON, "nobody waits", async || {
+                eventually("nobody waits", async || {
                     let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                                AND wait_event_type = 'Lock'";
                     let row = scene.observer.query_one(sql, &[]).await.unwrap();
@@ -449,13 +448,12 @@ async fn nowait_is_not_retried_and_a_lock_timeout_is() {
                     .await;
                 let error = answer.unwrap_err();
                 assert_eq!(runs.load(Ordering::Relaxed), runs_expected, "{held}: {sql}");
-                assert_eq!(error.sqlstate().map(|state| state.code()), Some("55P03"));
                 let kind = if nowait {
                     ErrorKind::LockTimeout
                 } else {
                     ErrorKind::RetriesExhausted
                 };
-                assert_eq!(error.kind(), kind, "{held}: {sql}");
+                assert_error_in(&sql, &error, kind, "(SQLSTATE 55P03)");
                 assert!(
                     !error.is_retryable() && !is_retryable(&error),
                     "{held}: {sql}"

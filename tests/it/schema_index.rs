@@ -3,11 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use lockkeeper::{ErrorKind, IndexColumn, ProcedureReport};
-use tokio::task::JoinHandle;
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, pid_of, poll_times_and_drop,
+};
 use tokio_postgres::Client;
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::schema_change::{LONG, holds, pid, scene, table};
 
 /// The indexes of a table, and whether they are valid.
 async fn indexes(scene: &Scene, table: &str) -> Vec<(String, bool)> {
@@ -26,11 +25,6 @@ fn valid(names: &[&str]) -> Vec<(String, bool)> {
         .collect()
 }
 
-fn start(client: Client, sql: &str) -> JoinHandle<Result<(), tokio_postgres::Error>> {
-    let sql = sql.to_owned();
-    tokio::spawn(async move { client.batch_execute(&sql).await })
-}
-
 /// The backend that builds an index of the table and waits for another session, once there is one.
 async fn builder(scene: &Scene, table: &str) -> i32 {
     let sql = format!(
@@ -38,7 +32,7 @@ async fn builder(scene: &Scene, table: &str) -> i32 {
          AND phase LIKE 'waiting for%'"
     );
     let mut found = None;
-    eventually(LONG, "nobody builds", async || {
+    eventually("nobody builds", async || {
         let rows = scene.observer.query(&sql, &[]).await.unwrap();
         found = rows.first().map(|row| row.get(0));
         found.is_some()
@@ -57,8 +51,8 @@ async fn in_the_way(scene: &Scene, table: &str) -> Client {
 
 /// A table `t` in which an id is there twice.
 async fn scene_with_a_duplicate() -> Scene {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let twice = "INSERT INTO t VALUES (1, 1, 'twice')";
     scene.observer.batch_execute(twice).await.unwrap();
     scene
@@ -82,8 +76,8 @@ fn sent(report: &ProcedureReport, word: &str) -> usize {
 
 #[tokio::test]
 async fn an_index_of_each_form() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute(
@@ -135,11 +129,9 @@ async fn an_index_of_each_form() {
         .await
         .unwrap();
     assert!(
-        holds(
-            &scene,
-            "to_regclass('elsewhere.\"Odd \"\"T_A b_idx\"') IS NOT NULL"
-        )
-        .await
+        scene
+            .is_true("to_regclass('elsewhere.\"Odd \"\"T_A b_idx\"') IS NOT NULL")
+            .await
     );
     // Once more: nothing is left to do, not even of those.
     assert!(
@@ -173,16 +165,24 @@ async fn an_index_of_each_form() {
         schema.create_index("t", ["a"]).name("t_a_b_idx"),
     ] {
         let error = other.await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-        assert!(error.to_string().contains("differs"), "{error}");
+        assert_error(&error, ErrorKind::Config, "differs from the one wanted");
     }
-    for wrong in [
-        schema.create_index("nowhere", ["a"]),
-        schema.create_index("t", Vec::<String>::new()),
-        schema.create_index("t", [""]),
-        schema.create_index("t", ["a"]).name("x".repeat(64)),
+    for (wrong, text) in [
+        (
+            schema.create_index("nowhere", ["a"]),
+            r#"no table "nowhere""#,
+        ),
+        (
+            schema.create_index("t", Vec::<String>::new()),
+            "at least one column",
+        ),
+        (schema.create_index("t", [""]), "empty name"),
+        (
+            schema.create_index("t", ["a"]).name("x".repeat(64)),
+            "64 bytes; at most 63",
+        ),
     ] {
-        assert_eq!(wrong.await.unwrap_err().kind(), ErrorKind::Config);
+        assert_error(&wrong.await.unwrap_err(), ErrorKind::Config, text);
     }
     let error = schema.create_index("t", ["nothing"]).await.unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "42703");
@@ -211,7 +211,7 @@ async fn an_index_of_each_form() {
         indexes(&scene, "t").await,
         valid(&["hashed", "t_a_b_idx", "t_expr_idx"])
     );
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
@@ -286,9 +286,9 @@ async fn a_valid_index_that_took_the_name_meanwhile_is_not_dropped() {
         .create_index("t", ["a"])
         .name("wanted");
     let building = tokio::spawn(build.run());
-    eventually(LONG, "it does not wait", async || {
+    eventually("it does not wait", async || {
         let waits = "EXISTS (SELECT FROM pg_locks WHERE relation IN ('t'::regclass, 'wanted'::regclass) AND NOT granted)";
-        holds(&scene, waits).await
+        scene.is_true(waits).await
     })
     .await;
     other
@@ -298,14 +298,12 @@ async fn a_valid_index_that_took_the_name_meanwhile_is_not_dropped() {
     let report = building.await.unwrap().unwrap();
     assert_eq!(sent(&report, "DROP INDEX"), 0, "{report}");
     assert!(
-        holds(
-            &scene,
-            "(SELECT obj_description('wanted'::regclass) = 'theirs')"
-        )
-        .await
+        scene
+            .is_true("(SELECT obj_description('wanted'::regclass) = 'theirs')")
+            .await
     );
     assert_eq!(indexes(&scene, "t").await, valid(&["wanted"]));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Killed between its being named aside and its being dropped, it is found again.
@@ -325,22 +323,22 @@ async fn what_was_named_aside_is_dropped_by_the_next_run() {
         .await
         .unwrap();
     let building = tokio::spawn(build().run());
-    eventually(LONG, "it is not named aside", async || {
-        holds(&scene, "to_regclass('wanted') IS NULL").await
+    eventually("it is not named aside", async || {
+        scene.is_true("to_regclass('wanted') IS NULL").await
     })
     .await;
     building.abort();
     in_the_way.batch_execute("COMMIT").await.unwrap();
     build().await.unwrap();
     assert_eq!(indexes(&scene, "t").await, valid(&["wanted"]));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Expressions, predicates and orders are compared too, although only the server can read them.
 #[tokio::test]
 async fn another_index_of_the_name_is_refused() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
     let schema = scene.keeper.schema();
     let lower = |sql| schema.create_index("t", [IndexColumn::expression(sql)]);
     let part = |sql: &str| schema.create_index("t", ["a"]).name("part").predicate(sql);
@@ -367,13 +365,13 @@ async fn another_index_of_the_name_is_refused() {
     }
     for other in [lower("upper(b)"), part("a > 2"), desc("ASC"), more("id")] {
         let error = other.await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert_error(&error, ErrorKind::Config, "differs from the one wanted");
     }
     assert_eq!(
         indexes(&scene, "t").await,
         valid(&["more", "part", "sorted", "t_expr_idx"])
     );
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
@@ -381,16 +379,16 @@ async fn a_unique_violation_is_cleaned_up_and_reported_not_repeated() {
     let scene = scene_with_a_duplicate().await;
     let schema = scene.keeper.schema();
     let error = schema.create_index("t", ["id"]).unique().await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Database);
+    assert_error(&error, ErrorKind::Database, "SQLSTATE 23505");
     assert_eq!(error.sqlstate().unwrap().code(), "23505");
     assert_eq!(indexes(&scene, "t").await, valid(&[]));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_killed_or_cancelled_build_is_cleaned_up_and_repeated() {
-    let scene = scene().await;
-    table(&scene, "t", 1000).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 1000).await;
     for by in ["pg_cancel_backend", "pg_terminate_backend"] {
         let in_the_way = in_the_way(&scene, "t").await;
         let schema = scene.keeper.schema();
@@ -398,10 +396,10 @@ async fn a_killed_or_cancelled_build_is_cleaned_up_and_repeated() {
         let pid = builder(&scene, "t").await;
         // Half-way: what it leaves is not valid.
         assert_eq!(indexes(&scene, "t").await, [("t_a_idx".to_owned(), false)]);
-        assert!(holds(&scene, &format!("{by}({pid})")).await);
+        assert!(scene.is_true(&format!("{by}({pid})")).await);
         let mut next = pid;
         in_the_way.batch_execute("COMMIT").await.unwrap();
-        eventually(LONG, "it is not built", async || {
+        eventually("it is not built", async || {
             next = pid;
             building.is_finished()
         })
@@ -414,34 +412,42 @@ async fn a_killed_or_cancelled_build_is_cleaned_up_and_repeated() {
         );
         assert_eq!(indexes(&scene, "t").await, valid(&["t_a_idx"]));
         schema.drop_index("t_a_idx").await.unwrap();
-        scene.nothing_left_within(LONG).await;
+        scene.nothing_left_within(GIVE_UP_AFTER).await;
     }
 }
 
 #[tokio::test]
 async fn another_sessions_build_is_left_alone_and_waited_for() {
-    let scene = scene().await;
-    table(&scene, "t", 1000).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 1000).await;
     let blocking = in_the_way(&scene, "t").await;
-    let other = scene.database.connect().await;
-    let other_pid = pid(&other).await;
-    let others = start(other, "CREATE INDEX CONCURRENTLY t_a_idx ON t (a)");
-    assert_eq!(builder(&scene, "t").await, other_pid);
+    let other = scene.session().await;
+    let others = other.start("CREATE INDEX CONCURRENTLY t_a_idx ON t (a)");
+    assert_eq!(builder(&scene, "t").await, other.pid);
     let schema = scene.keeper.schema();
     // Neither the same nor another one is begun, and the half-built one is not taken for a left-over.
     let refused = schema
         .create_index("t", ["a"])
-        .deadline(LONG)
+        .deadline(GIVE_UP_AFTER)
         .no_wait()
         .await
         .unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::LockTimeout, "{refused}");
-    assert_eq!(refused.blockers()[0].pid(), Some(other_pid), "{refused}");
+    assert_error_in(
+        &refused,
+        &refused,
+        ErrorKind::LockTimeout,
+        r#"builds an index of "public"."t""#,
+    );
+    assert_eq!(refused.blockers()[0].pid(), Some(other.pid), "{refused}");
     let waiting = schema
         .create_index("t", ["b"])
         .deadline(std::time::Duration::from_millis(300));
     let error = waiting.await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockTimeout,
+        r#"builds an index of "public"."t""#,
+    );
     assert_eq!(indexes(&scene, "t").await, [("t_a_idx".to_owned(), false)]);
     assert!(!others.is_finished());
     let same = tokio::spawn(schema.create_index("t", ["a"]).run());
@@ -450,7 +456,7 @@ async fn another_sessions_build_is_left_alone_and_waited_for() {
     for _ in 0..20 {
         let condition =
             "EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass AND NOT granted)";
-        assert!(!holds(&scene, condition).await);
+        assert!(!scene.is_true(condition).await);
         assert!(!same.is_finished() && !dropping.is_finished() && !others.is_finished());
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
@@ -461,14 +467,14 @@ async fn another_sessions_build_is_left_alone_and_waited_for() {
         .expect("the other build was not disturbed");
     dropping.await.unwrap().unwrap();
     same.await.unwrap().unwrap();
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Who may not see another role's progress sees its lock.
 #[tokio::test]
 async fn a_build_of_another_role_is_seen_too() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let role = format!("owner_{}", scene.database.name());
     scene
         .observer
@@ -480,17 +486,20 @@ async fn a_build_of_another_role_is_seen_too() {
     let pool = scene.database.pool_as(&role, 3);
     let keeper = lockkeeper::Keeper::new(pool.clone());
     let blocking = in_the_way(&scene, "t").await;
-    let other = scene.database.connect().await;
-    let other_pid = pid(&other).await;
-    let others = start(other, "CREATE INDEX CONCURRENTLY t_a_idx ON t (a)");
-    assert_eq!(builder(&scene, "t").await, other_pid);
+    let other = scene.session().await;
+    let others = other.start("CREATE INDEX CONCURRENTLY t_a_idx ON t (a)");
+    assert_eq!(builder(&scene, "t").await, other.pid);
     let error = keeper
         .schema()
         .create_index("t", ["a"])
         .no_wait()
         .await
         .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::LockTimeout,
+        "holds ShareUpdateExclusiveLock on relation public.t",
+    );
     blocking.batch_execute("COMMIT").await.unwrap();
     others.await.unwrap().unwrap();
     keeper.schema().create_index("t", ["b"]).await.unwrap();
@@ -502,7 +511,7 @@ async fn a_build_of_another_role_is_seen_too() {
         .batch_execute(&format!("DROP OWNED BY \"{role}\""))
         .await
         .unwrap();
-    eventually(LONG, "the role cannot be dropped", async || {
+    eventually("the role cannot be dropped", async || {
         scene
             .observer
             .batch_execute(&format!("DROP ROLE \"{role}\""))
@@ -515,8 +524,8 @@ async fn a_build_of_another_role_is_seen_too() {
 /// Of many that want the same index at once, all find it in the end.
 #[tokio::test]
 async fn many_at_once() {
-    let scene = scene().await;
-    table(&scene, "t", 1000).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 1000).await;
     let mut tasks = Vec::new();
     for _ in 0..3 {
         let create = scene.keeper.schema().create_index("t", ["a"]);
@@ -526,15 +535,15 @@ async fn many_at_once() {
         task.await.unwrap().unwrap();
     }
     assert_eq!(indexes(&scene, "t").await, valid(&["t_a_idx"]));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn progress_is_told_and_a_dropped_build_is_cancelled() {
-    let scene = scene().await;
-    table(&scene, "t", 1000).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 1000).await;
     let blocking = in_the_way(&scene, "t").await;
-    let blocking_pid = pid(&blocking).await;
+    let blocking_pid = pid_of(&blocking).await;
     let told = Arc::new(Mutex::new(Vec::new()));
     let also = Arc::clone(&told);
     let create = scene
@@ -544,22 +553,20 @@ async fn progress_is_told_and_a_dropped_build_is_cancelled() {
         .on_progress(move |progress| also.lock().unwrap().push(progress.clone()));
     let building = tokio::spawn(create.run());
     let pid = builder(&scene, "t").await;
-    eventually(LONG, "no progress is told", async || {
+    eventually("no progress is told", async || {
         !told.lock().unwrap().is_empty()
     })
     .await;
     let first = told.lock().unwrap()[0].clone();
     assert_eq!(first.pid(), pid);
-    eventually(LONG, "nobody is waited for", async || {
+    eventually("nobody is waited for", async || {
         (told.lock().unwrap().iter()).any(|one| one.waits_for() == Some(blocking_pid))
     })
     .await;
     assert!(first.to_string().starts_with(first.phase()));
     building.abort();
-    eventually(LONG, "the build goes on", async || {
-        holds(
-            &scene,
-            "NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())",
+    eventually("the build goes on", async || {
+        scene.is_true("NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())",
         )
         .await
     })
@@ -572,20 +579,20 @@ async fn progress_is_told_and_a_dropped_build_is_cancelled() {
         .await
         .unwrap();
     assert_eq!(indexes(&scene, "t").await, valid(&["t_a_idx"]));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn dropped_at_any_poll_it_can_be_begun_again() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let schema = scene.keeper.schema();
     for polls in 0..200 {
         let done = poll_times_and_drop(schema.create_index("t", ["a"]).run(), polls).await;
-        eventually(LONG, "the build goes on", async || {
+        eventually("the build goes on", async || {
             let condition = "NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database()) \
                              AND NOT EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass)";
-            holds(&scene, condition).await
+            scene.is_true(condition).await
         })
         .await;
         if done.is_some() {
@@ -594,12 +601,12 @@ async fn dropped_at_any_poll_it_can_be_begun_again() {
     }
     schema.create_index("t", ["a"]).await.unwrap();
     assert_eq!(indexes(&scene, "t").await, valid(&["t_a_idx"]));
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_partitioned_table_gets_one_for_each_partition() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     scene
         .observer
         .batch_execute(
@@ -626,7 +633,7 @@ async fn a_partitioned_table_gets_one_for_each_partition() {
             "{table}"
         );
     }
-    assert!(holds(&scene, "(SELECT count(*) = 4 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid AND c.relkind IN ('i', 'I'))").await);
+    assert!(scene.is_true("(SELECT count(*) = 4 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid AND c.relkind IN ('i', 'I'))").await);
     assert!(
         schema
             .create_index("p", ["a"])
@@ -639,5 +646,5 @@ async fn a_partitioned_table_gets_one_for_each_partition() {
     for table in ["p", "p1", "p21"] {
         assert_eq!(indexes(&scene, table).await, [], "{table}");
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }

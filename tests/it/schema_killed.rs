@@ -1,10 +1,7 @@
 //! Recipes whose connection is lost at any of their messages: begun again, they come to the same end.
 
 use lockkeeper::{Error, ErrorKind, Keeper, Schema};
-
-use crate::common::{Scene, eventually};
-use crate::proxy::{Cut, Proxy};
-use crate::schema_change::LONG;
+use lockkeeper_testkit::{Fault, GIVE_UP_AFTER, Proxy, Scene, eventually};
 
 /// What each run begins with, in a schema of its own.
 const TABLES: &str = "CREATE TABLE r (id int PRIMARY KEY); INSERT INTO r SELECT generate_series(0, 9); \
@@ -88,7 +85,7 @@ async fn shape(scene: &Scene, place: &str) -> Vec<String> {
 /// Runs it with the connection cut at the first message, the second and so on, and then once more without.
 async fn at_any_message(recipe: Recipe) {
     let scene = Scene::new(2).await;
-    let proxy = Proxy::before(&scene.database).await;
+    let proxy = Proxy::before(scene.database.server());
     let cut_off = proxy.pool(&scene.database.config(), 2);
     let cut_off = Keeper::builder(cut_off).watch(false).build().schema();
     let schema = scene.keeper.schema();
@@ -105,14 +102,14 @@ async fn at_any_message(recipe: Recipe) {
     recipe.run(&schema, "clean").await.unwrap();
     let expected = shape(&scene, "clean").await;
     let mut cuts = 0;
-    for cut in [Cut::Before, Cut::During] {
+    for cut in [Fault::CutBefore, Fault::CutDuring] {
         for message in 0.. {
             let place = format!("s{message}_{cut:?}").to_lowercase();
             begin(&place).await;
-            proxy.cut_later(message, cut);
+            proxy.fault_later(message, cut);
             let ran = recipe.run(&cut_off, &place).await;
-            let was_cut = proxy.cuts_left() == 0;
-            proxy.forget();
+            let was_cut = proxy.faults_left() == 0;
+            proxy.clear_faults();
             let what = format!("{recipe:?}: {cut:?} message {message}");
             match ran {
                 Ok(()) => assert_eq!(shape(&scene, &place).await, expected, "{what}"),
@@ -129,7 +126,7 @@ async fn at_any_message(recipe: Recipe) {
             let mut ran = recipe.run(&schema, &place).await;
             if matches!(recipe, Recipe::ReplaceTable) && ran.is_err() {
                 // The caller's own statement, of which two are not run at once.
-                eventually(LONG, &what, async || {
+                eventually(&what, async || {
                     let others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                                   AND pid <> pg_backend_pid() AND state <> 'idle'";
                     scene.observer.query_one(others, &[]).await.unwrap().get::<_, i64>(0) == 0
@@ -139,7 +136,7 @@ async fn at_any_message(recipe: Recipe) {
             }
             ran.unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(shape(&scene, &place).await, expected, "{what}");
-            eventually(LONG, &what, async || {
+            eventually(&what, async || {
                 let sql = format!("DROP SCHEMA {place} CASCADE");
                 scene.observer.batch_execute(&sql).await.is_ok()
             })
@@ -147,7 +144,7 @@ async fn at_any_message(recipe: Recipe) {
         }
     }
     assert!(cuts > 10, "only {cuts} messages");
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use lockkeeper::{ErrorKind, ProcedureReport, ReferentialAction};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::schema_change::{LONG, holds, scene, table};
+use lockkeeper_testkit::{
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop,
+};
 
 /// The constraints of a table as `name: definition`, those that only say NOT NULL left out.
 async fn constraints(scene: &Scene, table: &str) -> Vec<String> {
@@ -21,7 +21,7 @@ async fn is_not_null(scene: &Scene, table: &str, column: &str) -> bool {
     let sql = format!(
         "(SELECT attnotnull FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname = '{column}')"
     );
-    holds(scene, &sql).await
+    scene.is_true(&sql).await
 }
 
 /// The statements sent, without the names.
@@ -56,8 +56,8 @@ async fn rows(scene: &Scene, sql: &str) -> i64 {
 
 #[tokio::test]
 async fn a_check_is_added_and_validated() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let schema = scene.keeper.schema();
     let report = schema
         .add_check("t", "small", "a < 10 -- always")
@@ -101,20 +101,23 @@ async fn a_check_is_added_and_validated() {
         .await
         .unwrap();
     let error = schema.add_check("t", "uniq", "a > 0").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    for wrong in [
-        schema.add_check("nowhere", "c", "true"),
-        schema.add_check("t", "", "true"),
+    assert_error(&error, ErrorKind::Config, r#"a constraint "uniq" already"#);
+    for (wrong, text) in [
+        (
+            schema.add_check("nowhere", "c", "true"),
+            r#"no table "nowhere""#,
+        ),
+        (schema.add_check("t", "", "true"), "empty name"),
     ] {
-        assert_eq!(wrong.await.unwrap_err().kind(), ErrorKind::Config);
+        assert_error(&wrong.await.unwrap_err(), ErrorKind::Config, text);
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_foreign_key_is_added_and_validated() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute("CREATE SCHEMA far; CREATE TABLE far.\"P\" (\"Id\" int PRIMARY KEY); INSERT INTO far.\"P\" SELECT generate_series(1, 9)")
@@ -152,7 +155,11 @@ async fn a_foreign_key_is_added_and_validated() {
     // Another one under the name.
     let other = schema.add_foreign_key("t", ["id"], "far.P", ["Id"]);
     let error = other.name("t_a_fkey").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::Config,
+        r#"a foreign key "t_a_fkey" already"#,
+    );
     assert!(
         schema
             .add_foreign_key("t", ["a"], "far.P", ["Id"])
@@ -161,13 +168,13 @@ async fn a_foreign_key_is_added_and_validated() {
             .steps()
             .is_empty()
     );
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_column_becomes_not_null() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute("UPDATE t SET a = NULL WHERE id = 5")
@@ -210,17 +217,17 @@ async fn a_column_becomes_not_null() {
         let report = schema.set_not_null("t", "b").await.unwrap();
         assert_eq!(verbs(&report), ["VALIDATE"]);
         let valid = "(SELECT convalidated FROM pg_constraint WHERE conname = 'b_there')";
-        assert!(holds(&scene, valid).await);
+        assert!(scene.is_true(valid).await);
     }
     let error = schema.set_not_null("t", "nothing").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    scene.nothing_left_within(LONG).await;
+    assert_error(&error, ErrorKind::Config, r#"no column "nothing""#);
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_primary_key_is_added() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     scene
         .observer
         .batch_execute("ALTER TABLE t RENAME id TO \"Id\"; INSERT INTO t (\"Id\", a) VALUES (1, 1)")
@@ -229,7 +236,7 @@ async fn a_primary_key_is_added() {
     let schema = scene.keeper.schema();
     let error = schema.add_primary_key("t", ["Id", "a"]).await.unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "23505");
-    assert!(holds(&scene, "to_regclass('t_pkey') IS NULL").await);
+    assert!(scene.is_true("to_regclass('t_pkey') IS NULL").await);
     scene
         .observer
         .batch_execute("DELETE FROM t WHERE b IS NULL")
@@ -259,27 +266,27 @@ async fn a_primary_key_is_added() {
             .is_empty()
     );
     let error = schema.add_primary_key("t", ["a"]).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-    scene.nothing_left_within(LONG).await;
+    assert_error(&error, ErrorKind::Config, "has a primary key already");
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// Dropped anywhere, and begun again: the same end.
 #[tokio::test]
 async fn recipes_dropped_half_way_go_on() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     let schema = scene.keeper.schema();
     for polls in [
         1, 5, 9, 13, 17, 21, 25, 29, 33, 38, 43, 48, 55, 62, 70, 80, 90,
     ] {
         let name = format!("t{polls}");
-        table(&scene, &name, 50).await;
+        scene.table(&name, 50).await;
         drop(poll_times_and_drop(schema.add_primary_key(&name, ["id"]).run(), polls).await);
-        eventually(LONG, "something goes on", async || {
+        eventually("something goes on", async || {
             let condition = format!(
                 "NOT EXISTS (SELECT FROM pg_locks WHERE relation = '{name}'::regclass) \
                  AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())"
             );
-            holds(&scene, &condition).await
+            scene.is_true(&condition).await
         })
         .await;
         schema.add_primary_key(&name, ["id"]).await.unwrap();
@@ -289,12 +296,12 @@ async fn recipes_dropped_half_way_go_on() {
         );
         assert!(is_not_null(&scene, &name, "id").await);
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn of_a_partitioned_table() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     scene
         .observer
         .batch_execute(
@@ -325,13 +332,11 @@ async fn of_a_partitioned_table() {
         assert_eq!(found, expected, "{table}");
     }
     // One constraint of the whole, valid, with those of the partitions below it.
-    assert!(holds(&scene, "(SELECT count(*) = 4 FROM pg_constraint WHERE conparentid <> 0 AND conrelid IN ('p1'::regclass, 'p2'::regclass))").await);
+    assert!(scene.is_true("(SELECT count(*) = 4 FROM pg_constraint WHERE conparentid <> 0 AND conrelid IN ('p1'::regclass, 'p2'::regclass))").await);
     assert!(
-        holds(
-            &scene,
-            "(SELECT indisvalid FROM pg_index WHERE indexrelid = 'p_pkey'::regclass)"
-        )
-        .await
+        scene
+            .is_true("(SELECT indisvalid FROM pg_index WHERE indexrelid = 'p_pkey'::regclass)")
+            .await
     );
     assert!(
         schema
@@ -349,13 +354,13 @@ async fn of_a_partitioned_table() {
             .steps()
             .is_empty()
     );
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_column_is_added_without_a_rewrite() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let file = async || rows(&scene, "SELECT pg_relation_filenode('t')::int8").await;
     let before = file().await;
     let schema = scene.keeper.schema();
@@ -420,24 +425,29 @@ async fn a_column_is_added_without_a_rewrite() {
     assert!(report.steps().is_empty() && report.backfill().is_none());
     assert!(is_not_null(&scene, "t", "Fixed").await);
     let error = schema.add_column("t", "plain", "text").await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(&error, ErrorKind::Config, r#"a column "plain" already"#);
     for rewriting in ["serial", "bigint GENERATED ALWAYS AS IDENTITY"] {
         let error = schema
             .add_column("t", "number", rewriting)
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{rewriting}: {error}");
+        assert_error_in(rewriting, &error, ErrorKind::Config, r#"on "public"."t""#);
     }
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 #[tokio::test]
 async fn a_table_is_replaced() {
-    let scene = scene().await;
-    table(&scene, "t", 100).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 100).await;
     let schema = scene.keeper.schema();
     let nothing = schema.replace_table("t", "t_new").await.unwrap_err();
-    assert_eq!(nothing.kind(), ErrorKind::Config, "{nothing}");
+    assert_error_in(
+        &nothing,
+        &nothing,
+        ErrorKind::Config,
+        r#"no table "public"."t_new""#,
+    );
     let build = "CREATE TABLE t_new (LIKE t); INSERT INTO t_new SELECT * FROM t ORDER BY a";
     let replace = schema
         .replace_table("t", "t_new")
@@ -452,8 +462,8 @@ async fn a_table_is_replaced() {
             .lock_timeout(Duration::from_millis(50))
             .run(),
     );
-    eventually(LONG, "the new table is not built", async || {
-        holds(&scene, "to_regclass('t_new') IS NOT NULL").await
+    eventually("the new table is not built", async || {
+        scene.is_true("to_regclass('t_new') IS NOT NULL").await
     })
     .await;
     reader
@@ -464,11 +474,9 @@ async fn a_table_is_replaced() {
     assert_eq!(report.steps().len(), 2, "{report}");
     assert_eq!(rows(&scene, "SELECT count(*) FROM t").await, 101);
     assert!(
-        holds(
-            &scene,
-            "to_regclass('t_old') IS NOT NULL AND to_regclass('t_new') IS NULL"
-        )
-        .await
+        scene
+            .is_true("to_regclass('t_old') IS NOT NULL AND to_regclass('t_new') IS NULL")
+            .await
     );
     // It is done; what is left to do is to drop the old one, if that is wanted.
     let again = replace.clone().drop_old().await.unwrap();
@@ -480,18 +488,22 @@ async fn a_table_is_replaced() {
         .await
         .unwrap();
     let error = replace.await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert_error(
+        &error,
+        ErrorKind::Config,
+        r#"a foreign key of "public"."c""#,
+    );
     assert!(error.to_string().contains("foreign key"), "{error}");
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// What has the name that a recipe would give, and is not what the recipe would make, is refused: never taken for done, and
 /// never dropped.
 #[tokio::test]
 async fn a_name_that_is_taken_by_something_else_is_refused() {
-    let scene = scene().await;
-    table(&scene, "t", 10).await;
-    table(&scene, "t_old", 3).await;
+    let scene = Scene::with_side_connection(4).await;
+    scene.table("t", 10).await;
+    scene.table("t_old", 3).await;
     scene
         .observer
         .batch_execute(
@@ -504,23 +516,41 @@ async fn a_name_that_is_taken_by_something_else_is_refused() {
     let before = constraints(&scene, "t").await;
     let schema = scene.keeper.schema();
     let key = || schema.add_foreign_key("t", ["a"], "p", ["id"]);
-    let refused = [
-        schema.set_not_null("t", "a").await,
-        schema.set_not_null("t", "b").await,
-        schema.add_primary_key("t", ["a"]).name("new_key").await,
-        schema.add_check("t", "small", "a < 5").await,
-        schema.add_foreign_key("t", ["a"], "p", ["other"]).await,
-        key().on_delete(ReferentialAction::Cascade).await,
-        key().on_update(ReferentialAction::SetNull).await,
-        schema
-            .replace_table("t", "t_new")
-            .build("CREATE TABLE t_new (LIKE t)")
-            .drop_old()
-            .await,
-    ];
-    for (n, outcome) in refused.into_iter().enumerate() {
-        let error = outcome.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{n}: {error}");
+    let replacement = schema
+        .replace_table("t", "t_new")
+        .build("CREATE TABLE t_new (LIKE t)");
+    for (outcome, text) in [
+        (
+            schema.set_not_null("t", "a").await,
+            r#"a constraint "t_a_is_not_null" already"#,
+        ),
+        (
+            schema.set_not_null("t", "b").await,
+            r#"a constraint "t_b_is_not_null" already"#,
+        ),
+        (
+            schema.add_primary_key("t", ["a"]).name("new_key").await,
+            r#"a constraint "t_a_is_not_null" already"#,
+        ),
+        (
+            schema.add_check("t", "small", "a < 5").await,
+            r#"a CHECK "small" already"#,
+        ),
+        (
+            schema.add_foreign_key("t", ["a"], "p", ["other"]).await,
+            r#"a foreign key "t_a_fkey" already"#,
+        ),
+        (
+            key().on_delete(ReferentialAction::Cascade).await,
+            r#"a foreign key "t_a_fkey" already"#,
+        ),
+        (
+            key().on_update(ReferentialAction::SetNull).await,
+            r#"a foreign key "t_a_fkey" already"#,
+        ),
+        (replacement.drop_old().await, r#""public"."t_old" already"#),
+    ] {
+        assert_error(&outcome.unwrap_err(), ErrorKind::Config, text);
     }
     // The same said otherwise is the same.
     for same in [
@@ -534,7 +564,7 @@ async fn a_name_that_is_taken_by_something_else_is_refused() {
     }
     assert_eq!(constraints(&scene, "t").await, before);
     assert_eq!(rows(&scene, "SELECT count(*) FROM t_old").await, 3);
-    assert!(holds(&scene, "to_regclass('t_new') IS NULL").await);
+    assert!(scene.is_true("to_regclass('t_new') IS NULL").await);
     // Nor where there is nothing left to do but to tidy up.
     scene
         .observer
@@ -543,13 +573,13 @@ async fn a_name_that_is_taken_by_something_else_is_refused() {
         .unwrap();
     schema.set_not_null("t", "a").await.unwrap();
     assert_eq!(constraints(&scene, "t").await, before);
-    scene.nothing_left_within(LONG).await;
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
 /// What is not said is looked for along the search_path of the pool's connections.
 #[tokio::test]
 async fn another_schema_on_the_search_path() {
-    let scene = scene().await;
+    let scene = Scene::with_side_connection(4).await;
     scene
         .observer
         .batch_execute("CREATE SCHEMA app; CREATE TABLE app.t (id int, a int); CREATE TABLE public.t (id int, a int); \

@@ -8,13 +8,10 @@ use std::time::Duration;
 use lockkeeper::graph::LockObject;
 use lockkeeper::server_log::{LogEvent, LogEventKind, Reader};
 use lockkeeper::{LockKey, LockMode};
-use lockkeeper_testkit::{Database, Server, Skip};
+use lockkeeper_testkit::{Database, GIVE_UP_AFTER, Server, Skip, eventually};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
-use crate::common::eventually;
-
-const SOON: Duration = Duration::from_secs(30);
 const PREFIX: &str = "%m [%p] %q%u@%d %a ";
 
 /// A statement over several lines, with what ends a text in each of the formats.
@@ -72,7 +69,7 @@ impl Logs {
             event.kind() == kind && event.pid() == Some(pid) && event.statement() == Some(statement)
         };
         let mut found = BTreeMap::new();
-        eventually(SOON, kind.as_str(), async || {
+        eventually(kind.as_str(), async || {
             let all = self.all();
             found = all
                 .iter()
@@ -122,7 +119,7 @@ impl Session {
     ) -> JoinHandle<Result<(), tokio_postgres::Error>> {
         let (client, sql) = (Arc::clone(&self.client), sql.to_owned());
         let wait = tokio::spawn(async move { client.batch_execute(&sql).await });
-        eventually(SOON, "it does not wait", async || {
+        eventually("it does not wait", async || {
             let sql = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)";
             let row = observer.query_one(sql, &[&self.pid]).await.unwrap();
             row.get(0)
@@ -150,7 +147,7 @@ fn check_same(events: &BTreeMap<&'static str, LogEvent>, kind: LogEventKind) -> 
         // Each format asks the clock for itself.
         let times = (event.time().unwrap(), first.time().unwrap());
         let apart = times.0.duration_since(times.1);
-        assert!(apart.unwrap_or_else(|error| error.duration()) < SOON);
+        assert!(apart.unwrap_or_else(|error| error.duration()) < GIVE_UP_AFTER);
         if *format != "guessed" {
             assert_eq!(event.application_name(), first.application_name());
         }
@@ -252,7 +249,7 @@ async fn check(database: &Database, observer: &Client, logs: &Logs, locale: &str
     b.run("RESET lock_timeout").await;
     let nowait = "SELECT FROM t WHERE id = 1 FOR UPDATE NOWAIT";
     b.client.batch_execute(nowait).await.unwrap_err();
-    eventually(SOON, "no message of NOWAIT", async || {
+    eventually("no message of NOWAIT", async || {
         let mut all = logs.all();
         all.retain(|format, _| *format == "csv" || *format == "json");
         all.values().all(|events| {
@@ -306,7 +303,7 @@ async fn check(database: &Database, observer: &Client, logs: &Logs, locale: &str
     a.run("ROLLBACK; RESET deadlock_timeout").await;
     b.run("ROLLBACK").await;
 
-    // A circle over a queue, which the server opens: C is let through before B.
+    // A cycle over a queue, which the server opens: C is let through before B.
     a.run("SET deadlock_timeout = '10min'; BEGIN; LOCK TABLE t IN ACCESS SHARE MODE")
         .await;
     b.run("SET deadlock_timeout = '10min'; BEGIN").await;
@@ -413,7 +410,7 @@ async fn a_lock_that_was_not_waited_for_is_read_where_it_is_logged() {
         .await
         .unwrap_err();
     let mut found = Vec::new();
-    eventually(SOON, "no message of it", async || {
+    eventually("no message of it", async || {
         found = logs
             .read("server.log", Reader::stderr(PREFIX))
             .into_iter()

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use lockkeeper::{
     AdvisoryLock, Error, ErrorKind, LockKey, SessionAdvisoryLock, TransactionOptions, Tx,
 };
+use lockkeeper_testkit::{
+    Scene, assert_error, assert_error_in, eventually, lock_by_sql, pid_of, poll_times_and_drop,
+    unlock_by_sql,
+};
 use tokio_postgres::{Client, IsolationLevel, Row};
-
-use crate::common::{Scene, eventually, poll_times_and_drop};
-use crate::guards::{hold_plainly, pid_of, release_plainly};
 
 /// Every setting there is, by name.
 type Settings = BTreeMap<String, String>;
@@ -110,7 +111,7 @@ async fn use_lock(scene: &Scene, way: &str) -> Option<Settings> {
             .wait(Duration::from_millis(650))
     };
     let timed_out = |error: Error| {
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{way}: {error}");
+        assert_error_in(way, &error, ErrorKind::LockTimeout, "holds ExclusiveLock");
         None
     };
     match way {
@@ -243,7 +244,7 @@ async fn use_lock(scene: &Scene, way: &str) -> Option<Settings> {
 async fn settings_of_a_session_are_the_same_inside_and_after_every_use() {
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "busy").await;
+    lock_by_sql(&holder, "busy").await;
     for habits in HABITS {
         let object = scene.pool.get().await.unwrap();
         apply(&object, habits).await;
@@ -292,7 +293,7 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
             let what = format!("{way} with {habits:?}");
             let keys = || [LockKey::from("busy"), 1.into(), (1, 2).into()];
             for key in keys() {
-                hold_plainly(&holder, key).await;
+                lock_by_sql(&holder, key).await;
             }
             let keeper = scene.keeper.clone();
             let waiting = async {
@@ -343,12 +344,9 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
                 keys.sort();
                 for key in keys {
                     if way.starts_with("several") || key == LockKey::from("busy") {
-                        eventually(Duration::from_secs(5), "no waiter", async || {
-                            scene.waiters(&key).await == [pid]
-                        })
-                        .await;
+                        eventually("no waiter", async || scene.waiters(&key).await == [pid]).await;
                     }
-                    release_plainly(&holder, key).await;
+                    unlock_by_sql(&holder, key).await;
                 }
             };
             let (inside, ()) = tokio::join!(waiting, releasing);
@@ -370,7 +368,7 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
 async fn one_more_lock_keeps_what_the_transaction_has_set() {
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "busy").await;
+    lock_by_sql(&holder, "busy").await;
     let before = settings_of(&scene.pool.get().await.unwrap()).await;
     let options = TransactionOptions::new().statement_timeout(Duration::from_millis(1500));
     let in_vain = AtomicBool::new(false);
@@ -389,7 +387,7 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
             .wait(Duration::from_secs(2))
             .await
             .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+        assert_error(&error, ErrorKind::LockTimeout, r#""busy" after"#);
         assert!(began.elapsed() >= Duration::from_secs(2));
         assert_eq!(
             difference(&inside, &collected(tx.query(ALL, &[]).await?)),
@@ -416,13 +414,15 @@ async fn one_more_lock_keeps_what_the_transaction_has_set() {
         Ok::<_, Error>(())
     });
     let release = async {
-        eventually(Duration::from_secs(10), "no waiter", async || {
+        eventually("no waiter", async || {
             in_vain.load(Ordering::Relaxed) && !scene.waiters("busy").await.is_empty()
         })
         .await;
-        // Longer than statement_timeout.
-        tokio::time::sleep(Duration::from_millis(1800)).await;
-        release_plainly(&holder, "busy").await;
+        let longer_than_the_timeout = Duration::from_millis(1800);
+        scene
+            .until_awaited_for(longer_than_the_timeout, "busy")
+            .await;
+        unlock_by_sql(&holder, "busy").await;
     };
     let (done, ()) = tokio::join!(section, release);
     done.unwrap();
@@ -443,7 +443,7 @@ async fn settings_are_the_same_after_every_cancellation() {
     const POLLS: [usize; 9] = [0, 1, 2, 3, 4, 5, 6, 8, 12];
     let scene = Scene::new(1).await;
     let holder = scene.database.connect().await;
-    hold_plainly(&holder, "busy").await;
+    lock_by_sql(&holder, "busy").await;
     // What every session starts with, and what one was set to since.
     scene
         .observer
@@ -627,15 +627,16 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
     // Shorter than a slice of the wait; room for a small statement on a slow machine.
     limit_statements_of_the_role(&scene, "60ms", "400ms").await;
     assert_eq!(scene.show("statement_timeout").await, "400ms");
-    hold_plainly(&scene.observer, "busy").await;
+    lock_by_sql(&scene.observer, "busy").await;
     for (way, lock) in every_lock(&scene, WAIT) {
         let began = Instant::now();
         let error = lock.take().await.expect_err(way);
         let took = began.elapsed();
-        assert_eq!(
-            error.kind(),
+        assert_error_in(
+            format_args!("{way} after {took:?}"),
+            &error,
             ErrorKind::LockTimeout,
-            "{way} after {took:?}: {error:?}"
+            "holds ExclusiveLock",
         );
         assert!(took >= WAIT && took < WAIT * 2, "{way}: {took:?}");
         assert_eq!(scene.advisory_locks().await, 1, "{way}");
@@ -643,13 +644,13 @@ async fn timeouts_of_the_role_do_not_end_a_wait() {
     let began = Instant::now();
     let section = scene.keeper.transaction(async |tx| {
         let error = tx.advisory_lock("busy").wait(WAIT).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+        assert_error(&error, ErrorKind::LockTimeout, r#""busy" after"#);
         tx.query_one("SELECT 1", &[]).await?;
         Ok::<_, Error>(())
     });
     section.await.unwrap();
     assert!(began.elapsed() >= WAIT && began.elapsed() < WAIT * 2);
-    release_plainly(&scene.observer, "busy").await;
+    unlock_by_sql(&scene.observer, "busy").await;
     scene.nothing_left().await;
 }
 
@@ -659,14 +660,12 @@ async fn a_lock_is_granted_after_a_wait_longer_than_the_roles_timeouts() {
     limit_statements_of_the_role(&scene, "60ms", "400ms").await;
     let holder = scene.database.connect().await;
     for (way, lock) in every_lock(&scene, Duration::from_secs(20)) {
-        hold_plainly(&holder, "busy").await;
+        lock_by_sql(&holder, "busy").await;
         let release = async {
-            eventually(Duration::from_secs(10), "no waiter", async || {
-                !scene.waiters("busy").await.is_empty()
-            })
-            .await;
-            tokio::time::sleep(Duration::from_millis(1200)).await;
-            release_plainly(&holder, "busy").await;
+            scene
+                .until_awaited_for(Duration::from_millis(1200), "busy")
+                .await;
+            unlock_by_sql(&holder, "busy").await;
         };
         let (taken, ()) = tokio::join!(lock.take(), release);
         taken.unwrap_or_else(|error| panic!("{way}: {error:?}"));
@@ -684,25 +683,23 @@ async fn waits_for_several_keys_together_stay_within_the_roles_statement_timeout
         scene.database.connect().await,
         scene.database.connect().await,
     );
-    hold_plainly(&second, 2).await;
+    lock_by_sql(&second, 2).await;
     for round in 0..8 {
-        hold_plainly(&first, 1).await;
+        lock_by_sql(&first, 1).await;
         let lock = scene.keeper.advisory_locks([1, 2, 3]).wait(WAIT);
         let release = async {
-            eventually(Duration::from_secs(5), "no waiter", async || {
-                !scene.waiters(1).await.is_empty()
-            })
-            .await;
             // Somewhere in one of the slices.
-            tokio::time::sleep(Duration::from_millis(450 + 185 * round)).await;
-            release_plainly(&first, 1).await;
+            let time = Duration::from_millis(450 + 185 * round);
+            scene.until_awaited_for(time, 1).await;
+            unlock_by_sql(&first, 1).await;
         };
         let (result, ()) = tokio::join!(lock.acquire(), release);
         let error = result.unwrap_err();
-        assert_eq!(
-            error.kind(),
+        assert_error_in(
+            format_args!("round {round}"),
+            &error,
             ErrorKind::LockTimeout,
-            "round {round}: {error:?}"
+            "1: and 2 more after",
         );
     }
     drop((first, second));

@@ -1,163 +1,14 @@
 //! Signals go to the session that was seen, or to nobody.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use lockkeeper::graph::{Backend, BackendId};
-use lockkeeper::{Keeper, Monitor, Protection, ResolverPolicy, SignalOutcome};
-use lockkeeper_testkit::{Database, Server};
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Config, NoTls};
-
-use crate::common::{eventually, poll_times_and_drop, until_it_waits};
-use crate::guards::pid_of;
-
-/// Generous: other tests keep the machine busy.
-pub(crate) const SOON: Duration = Duration::from_secs(30);
-
-/// A plain session.
-#[derive(Clone)]
-pub(crate) struct Session {
-    pub(crate) client: Arc<Client>,
-    pub(crate) pid: i32,
-}
-
-impl Session {
-    pub(crate) async fn new(config: &Config) -> Self {
-        let (client, connection) = config.connect(NoTls).await.unwrap();
-        drop(tokio::spawn(connection));
-        let pid = pid_of(&client).await;
-        // The statement that asked is closed by a message of its own, which is to be over by the time this is.
-        client.batch_execute("").await.unwrap();
-        Self {
-            client: Arc::new(client),
-            pid,
-        }
-    }
-
-    pub(crate) async fn run(&self, sql: &str) {
-        self.client.batch_execute(sql).await.unwrap();
-    }
-
-    /// Begins something that takes a while.
-    pub(crate) fn start(&self, sql: &str) -> JoinHandle<Result<(), tokio_postgres::Error>> {
-        let (client, sql) = (Arc::clone(&self.client), sql.to_owned());
-        tokio::spawn(async move { client.batch_execute(&sql).await })
-    }
-
-    pub(crate) async fn is_alive(&self) -> bool {
-        self.client.batch_execute("").await.is_ok()
-    }
-}
-
-/// A database, somebody who looks at it over a side connection of a role, and somebody who checks.
-pub(crate) struct Ground {
-    pub(crate) database: Database,
-    pub(crate) keeper: Keeper,
-    pub(crate) monitor: Monitor,
-    pub(crate) observer: Client,
-}
-
-impl Ground {
-    pub(crate) async fn new() -> Self {
-        Self::on(Server::shared()).await
-    }
-
-    pub(crate) async fn on(server: &Server) -> Self {
-        let database = server.database().await;
-        let observer = database.connect().await;
-        let sql = "CREATE TABLE t (id int PRIMARY KEY, v text); \
-                   INSERT INTO t SELECT n, 'x' FROM generate_series(1, 9) n";
-        observer.batch_execute(sql).await.unwrap();
-        let keeper = keeper(&database, database.config());
-        Self {
-            monitor: keeper.monitor(),
-            keeper,
-            observer,
-            database,
-        }
-    }
-
-    pub(crate) async fn session(&self) -> Session {
-        Session::new(&self.database.config()).await
-    }
-
-    /// How to connect as a role, which is made.
-    pub(crate) async fn role(&self, name: &str, with: &str) -> Config {
-        let name = format!("{name} {}", self.database.name());
-        let quoted = quoted(&name);
-        let sql = format!("CREATE ROLE {quoted} LOGIN PASSWORD 'secret' {with}");
-        self.observer.batch_execute(&sql).await.unwrap();
-        let grant = format!("GRANT ALL ON t TO {quoted}");
-        self.observer.batch_execute(&grant).await.unwrap();
-        let mut config = self.database.config();
-        config.user(&name).password("secret");
-        config
-    }
-
-    /// Roles are of the whole server, and outlive the database.
-    pub(crate) async fn drop_roles(&self) {
-        let like = format!("% {}", self.database.name());
-        let sql = "SELECT rolname FROM pg_roles WHERE rolname LIKE $1";
-        for row in self.observer.query(sql, &[&like]).await.unwrap() {
-            let role = quoted(row.get(0));
-            let sql = format!("DROP OWNED BY {role}; DROP ROLE {role}");
-            self.observer.batch_execute(&sql).await.unwrap();
-        }
-    }
-
-    /// The session as the monitor sees it now.
-    pub(crate) async fn seen(&self, pid: i32) -> Backend {
-        seen_by(&self.monitor, pid).await
-    }
-
-    pub(crate) async fn eventually_in(&self, pid: i32, state: &str) {
-        eventually(SOON, &format!("{pid} is not {state}"), async || {
-            let sql = "SELECT state FROM pg_stat_activity WHERE pid = $1";
-            let row = self.observer.query_opt(sql, &[&pid]).await.unwrap();
-            row.and_then(|row| row.get::<_, Option<String>>(0))
-                .as_deref()
-                == Some(state)
-        })
-        .await;
-    }
-
-    pub(crate) async fn eventually_waits(&self, pid: i32) {
-        until_it_waits(&self.observer, pid, SOON).await;
-    }
-
-    pub(crate) async fn eventually_gone(&self, pid: i32) {
-        eventually(SOON, "it is still there", async || {
-            let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)";
-            let row = self.observer.query_one(sql, &[&pid]).await.unwrap();
-            !row.get::<_, bool>(0)
-        })
-        .await;
-    }
-}
-
-pub(crate) fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-/// Of one role: a look that the side connection does not answer in time is taken on the pool's.
-pub(crate) fn keeper(database: &Database, config: Config) -> Keeper {
-    let role = config.get_user().expect("a role is named");
-    Keeper::builder(database.pool_as(role, 2))
-        .application("test")
-        .side_connection(config, NoTls)
-        .build()
-}
-
-pub(crate) async fn seen_by(monitor: &Monitor, pid: i32) -> Backend {
-    let activity = monitor.activity().await.unwrap();
-    let found = activity.iter().find(|backend| backend.pid() == Some(pid));
-    found.unwrap().clone()
-}
+use lockkeeper::graph::BackendId;
+use lockkeeper::{Protection, ResolverPolicy, SignalOutcome};
+use lockkeeper_testkit::{
+    MonitorScene, Server, Session, eventually, keeper_as, poll_times_and_drop, quoted, seen_by,
+};
 
 #[tokio::test]
 async fn a_statement_is_cancelled_and_a_session_terminated() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let session = ground.session().await;
     session
         .run("BEGIN; UPDATE t SET v = 'y' WHERE id = 1")
@@ -168,7 +19,7 @@ async fn a_statement_is_cancelled_and_a_session_terminated() {
         SignalOutcome::NothingRuns
     );
     let sleeping = session.start("SELECT pg_sleep(600)");
-    ground.eventually_in(session.pid, "active").await;
+    ground.until_in_state(session.pid, "active").await;
     // It was idle when it was seen, and works now: a cancel is for the transaction, a termination for what was idle.
     let outcome = ground.monitor.terminate(&idle).await.unwrap();
     assert!(matches!(outcome, SignalOutcome::Changed(_)), "{outcome}");
@@ -180,14 +31,14 @@ async fn a_statement_is_cancelled_and_a_session_terminated() {
     assert_eq!(error.code().unwrap().code(), "57014");
 
     ground
-        .eventually_in(session.pid, "idle in transaction (aborted)")
+        .until_in_state(session.pid, "idle in transaction (aborted)")
         .await;
     let aborted = ground.seen(session.pid).await;
     assert_eq!(
         ground.monitor.terminate(&aborted).await.unwrap(),
         SignalOutcome::Signalled
     );
-    ground.eventually_gone(session.pid).await;
+    ground.until_gone(session.pid).await;
     for outcome in [
         ground.monitor.terminate(&aborted).await.unwrap(),
         ground.monitor.cancel(&aborted).await.unwrap(),
@@ -198,7 +49,7 @@ async fn a_statement_is_cancelled_and_a_session_terminated() {
 
 #[tokio::test]
 async fn a_transaction_that_has_ended_is_not_avenged() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let session = ground.session().await;
     session
         .run("BEGIN; UPDATE t SET v = 'y' WHERE id = 1")
@@ -218,7 +69,7 @@ async fn a_transaction_that_has_ended_is_not_avenged() {
     // Seen idle, used since, idle again.
     let seen = ground.seen(session.pid).await;
     session.run("SELECT").await;
-    ground.eventually_in(session.pid, "idle").await;
+    ground.until_in_state(session.pid, "idle").await;
     let outcome = ground.monitor.terminate(&seen).await.unwrap();
     assert!(matches!(outcome, SignalOutcome::Changed(_)), "{outcome}");
     assert!(session.is_alive().await);
@@ -226,7 +77,7 @@ async fn a_transaction_that_has_ended_is_not_avenged() {
 
 #[tokio::test]
 async fn oneself_and_the_servers_own_are_left_alone() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let activity = ground.monitor.activity().await.unwrap();
     let mut own = 0;
     for backend in &activity {
@@ -253,7 +104,7 @@ async fn oneself_and_the_servers_own_are_left_alone() {
 #[tokio::test]
 async fn who_has_begun_a_backup_is_left_alone() {
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let session = ground.session().await;
     let begin = match server.major() {
         14 => "SELECT pg_start_backup('nightly', true, false)",
@@ -268,7 +119,7 @@ async fn who_has_begun_a_backup_is_left_alone() {
 
 #[tokio::test]
 async fn a_prepared_transaction_is_for_somebody_to_end_by_hand() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let gid = format!("it's {}", ground.database.name());
     let session = ground.session().await;
     let sql = format!(
@@ -278,7 +129,7 @@ async fn a_prepared_transaction_is_for_somebody_to_end_by_hand() {
     session.run(&sql).await;
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'z' WHERE id = 1");
-    ground.eventually_waits(waiter.pid).await;
+    ground.until_waiting(waiter.pid).await;
     let snapshot = ground.monitor.snapshot().await.unwrap();
     let id = BackendId::Prepared(Some(gid.as_str().into()));
     let prepared = snapshot.backend(&id).unwrap();
@@ -296,16 +147,16 @@ async fn a_prepared_transaction_is_for_somebody_to_end_by_hand() {
 
 #[tokio::test]
 async fn what_a_role_lacks_is_said() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let victim = ground.role("victim", "").await;
-    let victim = Session::new(&victim).await;
+    let victim = Session::connect(&victim).await;
     let root = ground.session().await;
     for session in [&victim, &root] {
         session.run("BEGIN; UPDATE t SET v = v WHERE id = -1").await;
     }
     let plain = ground.role("plain \"ops", "").await;
     let plain_name = plain.get_user().unwrap().to_owned();
-    let monitor = keeper(&ground.database, plain.clone()).monitor();
+    let monitor = keeper_as(&ground.database, plain.clone()).monitor();
     let quoted = quoted(&plain_name);
 
     let needs = async |pid: i32| {
@@ -344,20 +195,20 @@ async fn what_a_role_lacks_is_said() {
     let seen = seen_by(&monitor, victim.pid).await;
     let outcome = monitor.terminate(&seen).await.unwrap();
     assert_eq!(outcome, SignalOutcome::Signalled);
-    ground.eventually_gone(victim.pid).await;
+    ground.until_gone(victim.pid).await;
     assert!(root.is_alive().await);
     // Its own sessions it may always end.
-    let own = Session::new(&plain).await;
+    let own = Session::connect(&plain).await;
     let seen = seen_by(&monitor, own.pid).await;
     let outcome = monitor.terminate(&seen).await.unwrap();
     assert_eq!(outcome, SignalOutcome::Signalled);
-    ground.eventually_gone(own.pid).await;
+    ground.until_gone(own.pid).await;
     ground.drop_roles().await;
 }
 
 #[tokio::test]
 async fn functions_planted_on_the_search_path_are_not_run() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let plant = "CREATE SCHEMA evil; \
         CREATE FUNCTION evil.no(anyelement, anyelement) RETURNS bool LANGUAGE sql AS 'SELECT 1/0 = 0'; \
         CREATE OPERATOR evil.= (LEFTARG = anyelement, RIGHTARG = anyelement, FUNCTION = evil.no); \
@@ -367,10 +218,10 @@ async fn functions_planted_on_the_search_path_are_not_run() {
     ground.observer.batch_execute(plant).await.unwrap();
     let mut config = ground.database.config();
     config.options("-c search_path=evil,pg_catalog");
-    let monitor = keeper(&ground.database, config).monitor();
+    let monitor = keeper_as(&ground.database, config).monitor();
     let session = ground.session().await;
     let sleeping = session.start("SELECT pg_sleep(600)");
-    ground.eventually_in(session.pid, "active").await;
+    ground.until_in_state(session.pid, "active").await;
     let seen = seen_by(&monitor, session.pid).await;
     let outcome = monitor.cancel(&seen).await.unwrap();
     assert_eq!(outcome, SignalOutcome::Signalled);
@@ -382,7 +233,7 @@ async fn functions_planted_on_the_search_path_are_not_run() {
 
 #[tokio::test]
 async fn dropped_at_any_point_no_transaction_is_left() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let session = ground.session().await;
     session.run("BEGIN").await;
     let seen = ground.seen(session.pid).await;
@@ -394,7 +245,7 @@ async fn dropped_at_any_point_no_transaction_is_left() {
         polls += 1;
     }
     assert!(polls > 1);
-    eventually(SOON, "a transaction is left open", async || {
+    eventually("a transaction is left open", async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                    AND xact_start IS NOT NULL AND pid NOT IN (pg_backend_pid(), $1)";
         let row = ground

@@ -6,18 +6,15 @@ use lockkeeper::{
     ErrorKind, Finding, FindingKind, Keeper, LockKey, Protection, SignalOutcome, Watchdog,
     WatchdogPolicy,
 };
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{MonitorScene, Server, Session, assert_error, eventually, in_time};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_postgres::NoTls;
-
-use crate::common::eventually;
-use crate::signals::{Ground, SOON};
 
 const OFTEN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(20);
 
 /// Looks for nothing, often, and only in this database: the server is shared with other tests.
-fn policy(ground: &Ground) -> WatchdogPolicy {
+fn policy(ground: &MonitorScene) -> WatchdogPolicy {
     WatchdogPolicy::new()
         .every(OFTEN)
         .leaked_locks(None)
@@ -33,14 +30,13 @@ fn start(keeper: &Keeper, policy: WatchdogPolicy) -> (Watchdog, UnboundedReceive
 }
 
 async fn next(findings: &mut UnboundedReceiver<Finding>) -> Finding {
-    let next = tokio::time::timeout(SOON, findings.recv()).await;
-    next.expect("nothing is found").unwrap()
+    in_time("nothing is found", findings.recv()).await.unwrap()
 }
 
 /// So many more looks.
 async fn looks(watchdog: &Watchdog, more: u64) {
     let before = watchdog.looks();
-    eventually(SOON, "it does not look", async || {
+    eventually("it does not look", async || {
         watchdog.looks() >= before + more
     })
     .await;
@@ -48,7 +44,7 @@ async fn looks(watchdog: &Watchdog, more: u64) {
 
 #[tokio::test]
 async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let guard = ground
         .keeper
         .advisory_lock("kept")
@@ -85,7 +81,7 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
     let found = next(&mut findings).await;
     assert_eq!(found.backend().pid(), Some(leaker.pid));
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
-    ground.eventually_gone(leaker.pid).await;
+    ground.until_gone(leaker.pid).await;
     looks(&watchdog, 2).await;
     watchdog.stop().await;
     assert!(guard.release().await.is_ok());
@@ -93,7 +89,7 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
 
 #[tokio::test]
 async fn who_idles_in_the_way_of_others_is_told_and_cleared_if_told_to() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let idle = ground.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
     let harmless = ground.session().await;
@@ -121,14 +117,14 @@ async fn who_idles_in_the_way_of_others_is_told_and_cleared_if_told_to() {
     let found = next(&mut findings).await;
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
     waiting.await.unwrap().unwrap();
-    ground.eventually_gone(idle.pid).await;
+    ground.until_gone(idle.pid).await;
     assert!(harmless.is_alive().await);
     drop(watchdog);
 }
 
 #[tokio::test]
 async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let mut leakers = Vec::new();
     for key in 0..20 {
         let leaker = ground.session().await;
@@ -144,9 +140,7 @@ async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(SOON, any_gone)
-        .await
-        .expect("nobody is ended");
+    in_time("nobody is ended", any_gone).await;
     watchdog.stop().await;
     let mut told = Vec::new();
     while let Some(finding) = findings.recv().await {
@@ -163,7 +157,7 @@ async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
 
 #[tokio::test]
 async fn those_whom_a_resolver_leaves_alone_are_only_told() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let migration = ground.session().await;
     migration.run("BEGIN; ALTER TABLE t ADD w int").await;
     let waiter = ground.session().await;
@@ -202,20 +196,20 @@ async fn those_whom_a_resolver_leaves_alone_are_only_told() {
 
 #[tokio::test]
 async fn a_wait_that_nobody_waits_out_is_taken_from_the_queue() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let holder = ground.session().await;
     holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
     let mut config = ground.database.config();
     config.application_name("test src/gone.rs:7");
     // Its client is gone: the socket is closed, and nobody cancels.
-    let gone = crate::signals::Session::new(&config).await;
+    let gone = Session::connect(&config).await;
     let waiting = gone.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.eventually_waits(gone.pid).await;
+    ground.until_waiting(gone.pid).await;
     waiting.abort();
     // Another program's session waits as long, and is none of this keeper's.
     let other = ground.session().await;
     let others = other.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.eventually_waits(other.pid).await;
+    ground.until_waiting(other.pid).await;
     // Nor is one that is alive in this process.
     let transaction = {
         let keeper = ground.keeper.clone();
@@ -238,7 +232,7 @@ async fn a_wait_that_nobody_waits_out_is_taken_from_the_queue() {
     assert_eq!(found.kind(), FindingKind::ZombieWaiter);
     assert_eq!(found.backend().pid(), Some(gone_pid), "{found}");
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled));
-    ground.eventually_gone(gone_pid).await;
+    ground.until_gone(gone_pid).await;
     looks(&watchdog, 3).await;
     assert!(findings.try_recv().is_err());
     watchdog.stop().await;
@@ -250,11 +244,11 @@ async fn a_wait_that_nobody_waits_out_is_taken_from_the_queue() {
 #[tokio::test]
 async fn it_survives_a_restart_and_ends_with_its_handle() {
     let server = Server::start(&[]).unwrap();
-    let ground = Ground::on(&server).await;
+    let ground = MonitorScene::on(&server).await;
     let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
     looks(&watchdog, 1).await;
     server.stop();
-    eventually(SOON, "no look fails", async || watchdog.failures() > 0).await;
+    eventually("no look fails", async || watchdog.failures() > 0).await;
     server.restart();
     looks(&watchdog, 2).await;
     assert!(watchdog.is_running());
@@ -268,14 +262,12 @@ async fn it_survives_a_restart_and_ends_with_its_handle() {
     // Stopped, it says nothing any more, and what it held is given back: the channel is closed.
     watchdog.stop().await;
     let rest = async { while findings.recv().await.is_some() {} };
-    tokio::time::timeout(SOON, rest)
-        .await
-        .expect("something is left of it");
+    in_time("something is left of it", rest).await;
     idle.run("COMMIT").await;
     waiting.await.unwrap().unwrap();
     // With the keeper goes the last one who has a connection.
     drop(ground);
-    eventually(SOON, "a connection is left", async || {
+    eventually("a connection is left", async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lockkeeper side connection'";
         observer.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0
     })
@@ -284,7 +276,7 @@ async fn it_survives_a_restart_and_ends_with_its_handle() {
 
 #[tokio::test]
 async fn dropped_it_ends_too() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     for _ in 0..3 {
         let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
         // At once, and after looks.
@@ -293,9 +285,7 @@ async fn dropped_it_ends_too() {
         }
         drop(watchdog);
         let rest = async { while findings.recv().await.is_some() {} };
-        tokio::time::timeout(SOON, rest)
-            .await
-            .expect("something is left of it");
+        in_time("something is left of it", rest).await;
     }
     // A stop that nobody waits for.
     let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
@@ -303,14 +293,12 @@ async fn dropped_it_ends_too() {
     assert!(futures::poll!(&mut stop).is_pending());
     drop(stop);
     let rest = async { while findings.recv().await.is_some() {} };
-    tokio::time::timeout(SOON, rest)
-        .await
-        .expect("something is left of it");
+    in_time("something is left of it", rest).await;
 }
 
 #[tokio::test]
 async fn a_callback_that_panics_is_given_the_next_one_too() {
-    let ground = Ground::new().await;
+    let ground = MonitorScene::new().await;
     let (sender, mut told) = unbounded_channel();
     let reports = policy(&ground)
         .leaked_locks(TICK)
@@ -322,9 +310,7 @@ async fn a_callback_that_panics_is_given_the_next_one_too() {
     for _ in 0..2 {
         let leaker = ground.session().await;
         leaker.run("SELECT pg_advisory_lock_shared(5)").await;
-        let pid = tokio::time::timeout(SOON, told.recv())
-            .await
-            .expect("nothing is told");
+        let pid = in_time("nothing is told", told.recv()).await;
         assert_eq!(pid, Some(Some(leaker.pid)));
         drop(leaker);
     }
@@ -335,20 +321,24 @@ async fn a_callback_that_panics_is_given_the_next_one_too() {
 fn bad_policies_and_a_missing_runtime_are_refused() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let keeper = runtime.block_on(async {
-        let ground = Ground::new().await;
+        let ground = MonitorScene::new().await;
         let database = &ground.database;
         Keeper::builder(database.pool(1))
             .side_connection(database.config(), NoTls)
             .build()
     });
-    for policy in [
-        WatchdogPolicy::new(),
-        WatchdogPolicy::new().every(Duration::ZERO),
-        WatchdogPolicy::new()
-            .leaked_locks(None)
-            .clear_leaked_locks(true),
+    let contradiction = WatchdogPolicy::new()
+        .leaked_locks(None)
+        .clear_leaked_locks(true);
+    for (policy, text) in [
+        (WatchdogPolicy::new(), "outside a tokio runtime"),
+        (
+            WatchdogPolicy::new().every(Duration::ZERO),
+            "at least 100ms",
+        ),
+        (contradiction, "leaked_locks(None)"),
     ] {
         let error = keeper.watchdog(policy).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert_error(&error, ErrorKind::Config, text);
     }
 }

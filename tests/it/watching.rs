@@ -4,40 +4,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkeeper::incident::Quality;
-use lockkeeper::tokio_postgres::{self, Client, NoTls};
+use lockkeeper::tokio_postgres::{self, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, Keeper, TransactionOptions};
-use lockkeeper_testkit::PoolMode;
+use lockkeeper_testkit::{
+    Fault, GIVE_UP_AFTER, IncidentScene, PoolMode, Proxy, eventually, until_blocking,
+};
 use tokio::sync::Notify;
 
-use crate::common::eventually;
-use crate::incidents::Reported;
-use crate::proxy::{Cut, Proxy};
-
-const SOON: Duration = Duration::from_secs(10);
 const ONE: &str = "UPDATE account SET balance = balance + 1 WHERE id = 1";
 const TWO: &str = "UPDATE account SET balance = balance + 1 WHERE id = 2";
 
-/// Waits until this client's backend is in somebody's way. A loop of its own: a spawned task calls it.
-async fn in_the_way(client: &Client) {
-    let sql = "SELECT count(*) FROM pg_locks \
-               WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))";
-    for _ in 0..2000 {
-        let row = client.query_one(sql, &[]).await.unwrap();
-        if row.get::<_, i64>(0) > 0 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    panic!("nobody waits");
-}
-
 /// A stranger who holds row 2, waits for row 1 once somebody waits for row 2, and commits when it has both.
-async fn survivor(reported: &Reported) -> tokio::task::JoinHandle<()> {
+async fn survivor(reported: &IncidentScene) -> tokio::task::JoinHandle<()> {
     let client = reported.scene.database.connect().await;
     let sql = format!("SET deadlock_timeout = '1h'; BEGIN; {TWO}");
     client.batch_execute(&sql).await.unwrap();
     tokio::spawn(async move {
-        in_the_way(&client).await;
+        until_blocking(&client).await;
         let sql = format!("{ONE}; COMMIT");
         client.batch_execute(&sql).await.unwrap();
     })
@@ -53,7 +36,7 @@ fn other(incident: &Incident) -> &lockkeeper::incident::Participant {
 /// with its error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_next_transaction_on_a_backend_is_not_taken_for_the_one_before() {
-    let reported = Reported::new(2).await;
+    let reported = IncidentScene::new(2).await;
     let keeper = reported.keeper();
     let (held, waits) = (&Notify::new(), &Notify::new());
     let (next_began, reported_it) = (&Notify::new(), &Notify::new());
@@ -85,7 +68,7 @@ async fn the_next_transaction_on_a_backend_is_not_taken_for_the_one_before() {
         line
     };
     let closer = async {
-        eventually(SOON, "the first does not wait", async || {
+        eventually("the first does not wait", async || {
             reported.scene.lock_waiters().await > 0
         })
         .await;
@@ -116,7 +99,7 @@ async fn the_next_transaction_on_a_backend_is_not_taken_for_the_one_before() {
 /// The transaction before on the session that a guard holds is over; the guard's lock is what is waited for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_guard_is_not_taken_for_the_transaction_that_ran_on_it() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     let keeper = reported.keeper();
     let line = line!() + 1;
     let lock = keeper.advisory_lock("leader");
@@ -148,7 +131,7 @@ async fn a_session_guard_is_not_taken_for_the_transaction_that_ran_on_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn statements_after_the_one_that_failed_do_not_hide_its_evidence() {
     for together in [false, true] {
-        let reported = Reported::new(3).await;
+        let reported = IncidentScene::new(3).await;
         let survivor = survivor(&reported).await;
         let attempts = AtomicU32::new(0);
         let ran = reported.keeper().transaction(async |tx| {
@@ -186,7 +169,7 @@ async fn statements_after_the_one_that_failed_do_not_hide_its_evidence() {
 /// An error of the driver's own says nothing of why the transaction failed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_the_driver_refuses_does_not_hide_what_the_server_refused() {
-    let reported = Reported::new(2).await;
+    let reported = IncidentScene::new(2).await;
     let holder = reported.scene.database.connect().await;
     let sql = format!("BEGIN; {ONE}");
     holder.batch_execute(&sql).await.unwrap();
@@ -214,7 +197,8 @@ async fn an_answer_that_the_driver_refuses_does_not_hide_what_the_server_refused
 /// it.
 async fn looked_at(side: &Proxy, held: &Proxy) {
     let mut questions = 0;
-    for _ in 0..2000 {
+    let started = Instant::now();
+    while started.elapsed() < GIVE_UP_AFTER {
         let (said, _) = side.heard();
         questions += said.iter().filter(|said| said.contains("pg_locks")).count();
         // One look at what failed may have been on its way, which is two such questions.
@@ -229,10 +213,10 @@ async fn looked_at(side: &Proxy, held: &Proxy) {
 /// The statement after the one that failed runs for so long that it is looked at itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_failed() {
-    let reported = Reported::new(1).await;
+    let reported = IncidentScene::new(1).await;
     let direct = reported.scene.database.config();
-    let proxy = Proxy::before(&reported.scene.database).await;
-    let side = Proxy::before(&reported.scene.database).await;
+    let proxy = Proxy::before(reported.scene.database.server());
+    let side = Proxy::before(reported.scene.database.server());
     let incidents = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let kept = std::sync::Arc::clone(&incidents);
     let keeper = Keeper::builder(proxy.pool(&direct, 2))
@@ -245,8 +229,8 @@ async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_f
         tx.batch_execute(ONE).await?;
         let failed = tx.batch_execute(TWO).await;
         if attempts.fetch_add(1, Ordering::Relaxed) == 0 {
-            proxy.cut("SELECT 2", Cut::Held);
-            side.heard();
+            proxy.fault("SELECT 2", Fault::Hold);
+            drop(side.heard());
             let (refused, ()) =
                 tokio::join!(tx.batch_execute("SELECT 2"), looked_at(&side, &proxy));
             refused.unwrap_err();
@@ -255,10 +239,7 @@ async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_f
     });
     ran.await.unwrap();
     survivor.await.unwrap();
-    eventually(SOON, "no report", async || {
-        !incidents.lock().unwrap().is_empty()
-    })
-    .await;
+    eventually("no report", async || !incidents.lock().unwrap().is_empty()).await;
     let incident = incidents.lock().unwrap().remove(0);
     assert_eq!(incident.quality(), Quality::Complete, "{incident}");
     let statement = incident.victim().statement().unwrap();
@@ -268,7 +249,7 @@ async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_f
 /// Deferred constraints are checked by COMMIT, which waits then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_waits_is_seen() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     let sql = "CREATE TABLE place (k int UNIQUE DEFERRABLE INITIALLY DEFERRED)";
     reported.scene.observer.batch_execute(sql).await.unwrap();
     let client = reported.scene.database.connect().await;
@@ -290,7 +271,7 @@ async fn a_commit_that_waits_is_seen() {
             .batch_execute("INSERT INTO place VALUES (2)")
             .await
             .unwrap();
-        in_the_way(&client).await;
+        until_blocking(&client).await;
         client.batch_execute("COMMIT").await.unwrap();
     };
     let (ran, ()) = tokio::join!(ran, survivor);
@@ -302,7 +283,7 @@ async fn a_commit_that_waits_is_seen() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn debug_of_transactions_and_guards_shows_no_statement() {
-    let reported = Reported::new(2).await;
+    let reported = IncidentScene::new(2).await;
     let mut guard = reported
         .keeper()
         .advisory_lock("leader")
@@ -323,7 +304,7 @@ async fn debug_of_transactions_and_guards_shows_no_statement() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_wait_says_which_attempt_it_is() {
-    let reported = Reported::with(3, |builder, database| {
+    let reported = IncidentScene::with(3, |builder, database| {
         builder
             .side_connection(database.config(), NoTls)
             // Longer than the deadlock lasts.
@@ -361,7 +342,7 @@ async fn a_long_wait_says_which_attempt_it_is() {
 /// Where there is no side connection, a question that fails costs no connection of the pool.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_look_that_fails_closes_no_connection_of_the_pool() {
-    let mut reported = Reported::with(1, |builder, _| builder).await;
+    let mut reported = IncidentScene::with(1, |builder, _| builder).await;
     let database = &reported.scene.database;
     let role = format!("{}_blind", database.name());
     let sql = format!(
@@ -415,8 +396,8 @@ async fn a_look_that_fails_closes_no_connection_of_the_pool() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_statements_are_looked_at_together() {
     const SLOW: u8 = 16;
-    let reported = Reported::new(1).await;
-    let proxy = Proxy::before(&reported.scene.database).await;
+    let reported = IncidentScene::new(1).await;
+    let proxy = Proxy::before(reported.scene.database.server());
     let direct = reported.scene.database.config();
     let pool = reported.scene.database.pool(usize::from(SLOW));
     let mut all = Vec::new();
@@ -433,6 +414,7 @@ async fn slow_statements_are_looked_at_together() {
         let keeper = keeper.clone();
         slow.spawn(async move {
             let ran = keeper.transaction(async |tx| {
+                // One after another, as statements come: what is tested is that they are asked about together.
                 tokio::time::sleep(Duration::from_millis(u64::from(n) * 7)).await;
                 tx.batch_execute("SELECT pg_sleep(2)")
                     .await
@@ -467,7 +449,7 @@ async fn a_side_connection_that_is_refused_is_not_asked_for_ten_times_a_second()
             drop(stream);
         }
     });
-    let reported = Reported::with(2, |builder, database| {
+    let reported = IncidentScene::with(2, |builder, database| {
         let mut config = tokio_postgres::Config::new();
         config
             .host("127.0.0.1")
@@ -491,7 +473,7 @@ async fn a_side_connection_that_is_refused_is_not_asked_for_ten_times_a_second()
 /// A side connection that is led through a transaction pooler all the same must not leave its settings to others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_side_connection_through_a_pooler_leaves_no_settings() {
-    let reported = Reported::new(1).await;
+    let reported = IncidentScene::new(1).await;
     let server = reported.scene.database.server();
     let settings = [("default_pool_size", "1")];
     let bouncer = match server.pgbouncer_with(
@@ -525,7 +507,7 @@ async fn a_side_connection_through_a_pooler_leaves_no_settings() {
 /// The name of a key's column is remembered; it may change.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_is_named_by_its_key_after_the_key_was_renamed() {
-    let reported = Reported::new(3).await;
+    let reported = IncidentScene::new(3).await;
     let mut keys = Vec::new();
     for column in ["id", "number", "number"] {
         if keys.len() == 1 {

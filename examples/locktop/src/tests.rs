@@ -9,17 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockkeeper::Monitor;
-use lockkeeper_testkit::Server;
+use lockkeeper_testkit::{Scene, Server, eventually_within as eventually, pid_of, until_waiting};
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 use crate::app::{Action, App, Command, Look};
 use crate::view;
-
-mod common;
-
-use common::{Scene, eventually, pid_of, until_it_waits};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -71,7 +67,7 @@ impl Play {
             drop(tokio::spawn(
                 async move { waiter.batch_execute(&sql).await },
             ));
-            until_it_waits(&self.scene.observer, last, SOON).await;
+            until_waiting(&self.scene.observer, last).await;
         }
         // It stays until its backend is told to go.
         drop(tokio::spawn(async move {

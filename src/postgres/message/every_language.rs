@@ -6,14 +6,11 @@
 )]
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
-use lockkeeper_testkit::{Database, Server, Skip};
+use lockkeeper_testkit::{Database, Server, Skip, eventually};
 use tokio_postgres::{Client, Error};
 
 use super::{ContextKind, LineKind, LockObject, Wait, context, deadlock_detail};
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// The locale for each language that PostgreSQL 15 has. Georgian is in part English.
 const LOCALES: [&str; 11] = [
@@ -56,15 +53,6 @@ impl Session {
     async fn xid(&self) -> u32 {
         let sql = "SELECT (pg_current_xact_id_if_assigned()::text::bigint % 4294967296)::oid";
         number(&self.client, sql).await
-    }
-}
-
-/// Asks until it is so.
-async fn eventually(what: &str, mut state: impl AsyncFnMut() -> bool) {
-    let started = std::time::Instant::now();
-    while !state().await {
-        assert!(started.elapsed() < SOON, "{what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -5,24 +5,13 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use lockkeeper::{LockMode, StatementLock};
-use lockkeeper_testkit::{Database, Server};
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Error};
+use lockkeeper_testkit::{
+    Database, GIVE_UP_AFTER, Server, Session, cancel, eventually, until_gone,
+};
 
 use super::cases::Case;
+use super::compare;
 use super::observe::{Seen, Watcher, scene};
-use super::{SOON, compare, pid};
-use crate::common::eventually;
-
-fn start(client: Client, sql: &str) -> JoinHandle<Result<(), Error>> {
-    let sql = sql.to_owned();
-    tokio::spawn(async move { client.batch_execute(&sql).await })
-}
-
-async fn cancel(observer: &Client, pid: i32) {
-    let sql = "SELECT pg_cancel_backend($1)";
-    observer.execute(sql, &[&pid]).await.unwrap();
-}
 
 /// A server on which a session with `synchronous_commit = on` waits in each commit for a standby that does not exist.
 /// It has written its commit by then and holds its locks still; a cancel ends the wait, and the statement goes on
@@ -37,17 +26,17 @@ fn server_that_holds_up_commits() -> Server {
 
 /// Executes a statement commit by commit and collects the locks it held at each.
 async fn step_through(database: &Database, watcher: &Watcher, sql: &str) -> (Seen, usize) {
-    let client = database.connect().await;
-    let pid = pid(&client).await;
-    let setting = "SET synchronous_commit = on";
-    client.batch_execute(setting).await.unwrap();
-    let task = start(client, sql);
+    let session = Session::connect(&database.config()).await;
+    session.run("SET synchronous_commit = on").await;
+    let (pid, task) = (session.pid, session.start(sql));
+    // It ends with its statement.
+    drop(session);
     let (mut seen, mut commits) = (Seen::default(), 0);
     // The transaction that is committed is still shown, and tells one commit from the next.
     let mut last = String::new();
     let started = Instant::now();
     while !task.is_finished() {
-        assert!(started.elapsed() < SOON * 3, "{sql} does not end");
+        assert!(started.elapsed() < GIVE_UP_AFTER * 3, "{sql} does not end");
         let row = watcher
             .observer
             .query_opt(
@@ -71,12 +60,7 @@ async fn step_through(database: &Database, watcher: &Watcher, sql: &str) -> (See
         panic!("{sql}: {:?}", error.as_db_error());
     }
     // What it has read it may report when it ends only.
-    eventually(SOON, "the session does not end", async || {
-        let sql = "SELECT FROM pg_stat_activity WHERE pid = $1";
-        let row = watcher.observer.query_opt(sql, &[&pid]).await.unwrap();
-        row.is_none()
-    })
-    .await;
+    until_gone(&watcher.observer, pid).await;
     (seen, commits)
 }
 
@@ -88,13 +72,13 @@ async fn asks_for(
     relation: &str,
     held: LockMode,
 ) -> LockMode {
-    let (holder, client) = (database.connect().await, database.connect().await);
+    let holder = database.connect().await;
     let lock = format!("BEGIN; LOCK TABLE {relation} IN {} MODE", held.as_sql());
     holder.batch_execute(&lock).await.unwrap();
-    let pid = pid(&client).await;
-    let task = start(client, sql);
+    let session = Session::connect(&database.config()).await;
+    let (pid, task) = (session.pid, session.start(sql));
     let mut mode = None;
-    eventually(SOON, "the statement waits for the relation", async || {
+    eventually("the statement waits for the relation", async || {
         let row = watcher
             .observer
             .query_opt(
@@ -179,7 +163,7 @@ async fn reported(database: &Database, watcher: &Watcher) -> HashMap<String, i64
         .await
         .unwrap();
     drop(client);
-    eventually(SOON, "the counters are reported", async || {
+    eventually("the counters are reported", async || {
         let row = watcher.observer.query_one(sql, &[]).await.unwrap();
         row.get::<_, i64>(0) > marked
     })
@@ -196,7 +180,7 @@ async fn vacuum_goes_on_beside_writers() {
     client.batch_execute("CREATE TABLE t ()").await.unwrap();
     let sql = "BEGIN; LOCK TABLE t IN ROW EXCLUSIVE MODE";
     writer.batch_execute(sql).await.unwrap();
-    let sql = format!("SET lock_timeout = {}", SOON.as_millis());
+    let sql = format!("SET lock_timeout = {}", GIVE_UP_AFTER.as_millis());
     client.batch_execute(&sql).await.unwrap();
     for sql in ["VACUUM t", "VACUUM (ANALYZE) t"] {
         client.batch_execute(sql).await.unwrap();
@@ -205,17 +189,15 @@ async fn vacuum_goes_on_beside_writers() {
 
 /// Leaves `leaving_1` half-way out of `leaving`, for FINALIZE: a cancelled DETACH PARTITION CONCURRENTLY.
 pub(super) async fn leave_half_way(database: &Database) {
-    let (reader, client) = (database.connect().await, database.connect().await);
-    let observer = database.connect().await;
+    let (reader, observer) = (database.connect().await, database.connect().await);
     let sql = "BEGIN; LOCK TABLE leaving_1 IN ACCESS SHARE MODE";
     reader.batch_execute(sql).await.unwrap();
-    let pid = pid(&client).await;
-    let task = start(
-        client,
-        "ALTER TABLE leaving DETACH PARTITION leaving_1 CONCURRENTLY",
-    );
-    eventually(SOON, "the second transaction waits for the reader", async || {
-        let sql = "SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND mode = 'AccessExclusiveLock'";
+    let session = Session::connect(&database.config()).await;
+    let task = session.start("ALTER TABLE leaving DETACH PARTITION leaving_1 CONCURRENTLY");
+    let pid = session.pid;
+    eventually("the second transaction waits for the reader", async || {
+        let sql =
+            "SELECT FROM pg_locks WHERE pid = $1 AND NOT granted AND mode = 'AccessExclusiveLock'";
         observer.query_opt(sql, &[&pid]).await.unwrap().is_some()
     })
     .await;

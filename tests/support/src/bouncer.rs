@@ -93,7 +93,7 @@ impl PgBouncer {
     /// Never: the pool connects at first use.
     #[must_use]
     pub fn pool(&self, size: usize) -> Pool {
-        database::pool(self.config(), size)
+        database::pool_of(self.config(), size)
     }
 
     /// Its TCP port.

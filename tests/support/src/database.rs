@@ -73,7 +73,7 @@ impl Database {
     /// Never: the pool connects at first use.
     #[must_use]
     pub fn pool(&self, size: usize) -> Pool {
-        pool(self.config(), size)
+        pool_of(self.config(), size)
     }
 
     /// The same, as another role.
@@ -85,7 +85,7 @@ impl Database {
     pub fn pool_as(&self, role: &str, size: usize) -> Pool {
         let mut config = self.config();
         config.user(role);
-        pool(config, size)
+        pool_of(config, size)
     }
 }
 
@@ -119,7 +119,13 @@ impl Drop for Database {
     }
 }
 
-pub(crate) fn pool(config: Config, size: usize) -> Pool {
+/// A pool of at most `size` connections, recycled the `Fast` way: one is not tried before it is given out.
+///
+/// # Panics
+///
+/// Never: the pool connects at first use.
+#[must_use]
+pub fn pool_of(config: Config, size: usize) -> Pool {
     let manager = Manager::from_config(
         config,
         NoTls,

@@ -21,10 +21,9 @@ use lockkeeper::{
     LockKey, SessionAdvisoryLock, SessionGuard, TransactionOptions, Tx, TxAdvisoryLock, XactGuard,
     deadpool_postgres,
 };
+use lockkeeper_testkit::{Scene, eventually_within as eventually};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-
-use crate::common::{Scene, eventually};
 
 const SOON: Duration = Duration::from_secs(5);
 

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lockkeeper::Keeper;
+use lockkeeper_testkit::{Scene, eventually_within as eventually};
 use metrics_util::CompositeKey;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 use tokio_postgres::NoTls;
-
-use crate::common::Scene;
 
 /// What recording one look gave: name to value, with all labels seen.
 struct Recorded {
@@ -130,7 +129,7 @@ async fn what_is_hidden_is_recorded_as_no_number() {
     assert_eq!(value("advisory_locks_held"), 0.0);
     drop(keeper);
     let drop = format!("DROP ROLE {role}");
-    crate::common::eventually(std::time::Duration::from_secs(30), "in use", async || {
+    eventually(std::time::Duration::from_secs(30), "in use", async || {
         scene.observer.batch_execute(&drop).await.is_ok()
     })
     .await;

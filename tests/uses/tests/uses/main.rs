@@ -8,7 +8,5 @@
     reason = "a test says what went wrong by panicking"
 )]
 
-mod common;
-
 mod applications;
 mod health_metrics;
