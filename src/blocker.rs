@@ -18,8 +18,8 @@ pub struct Blocker {
     pub(crate) application_name: Option<String>,
     pub(crate) user: Option<String>,
     pub(crate) state: Option<String>,
-    pub(crate) in_state: Option<Duration>,
-    pub(crate) in_transaction: Option<Duration>,
+    pub(crate) state_age: Option<Duration>,
+    pub(crate) transaction_age: Option<Duration>,
     pub(crate) mode: AdvisoryMode,
     /// What else is locked, and how, where it is not the advisory lock in question.
     pub(crate) object: Option<(String, LockMode)>,
@@ -60,14 +60,14 @@ impl Blocker {
 
     /// For how long it has been in that state.
     #[must_use]
-    pub fn in_state(&self) -> Option<Duration> {
-        self.in_state
+    pub fn state_age(&self) -> Option<Duration> {
+        self.state_age
     }
 
     /// Age of its open transaction; `None` outside a transaction too.
     #[must_use]
-    pub fn in_transaction(&self) -> Option<Duration> {
-        self.in_transaction
+    pub fn transaction_age(&self) -> Option<Duration> {
+        self.transaction_age
     }
 
     /// The mode it holds, or waits for, of an advisory lock; of other locks see [`lock_mode`](Self::lock_mode).
@@ -118,12 +118,12 @@ impl fmt::Display for Blocker {
                 Some(user) => write!(f, ", user {}", user.escape_debug())?,
                 None => f.write_str(", user hidden")?,
             }
-            match (&self.state, self.in_state) {
+            match (&self.state, self.state_age) {
                 (Some(state), Some(age)) => write!(f, ", {state} for {age:.1?}")?,
                 (Some(state), None) => write!(f, ", {state}")?,
                 (None, _) => f.write_str(", state hidden")?,
             }
-            if let Some(age) = self.in_transaction {
+            if let Some(age) = self.transaction_age {
                 write!(f, ", in its transaction for {age:.1?}")?;
             }
             f.write_str(")")?;
@@ -147,8 +147,8 @@ mod tests {
             application_name: Some("billing src/pay.rs:42".into()),
             user: Some("app".into()),
             state: Some("idle in transaction".into()),
-            in_state: Some(Duration::from_millis(3200)),
-            in_transaction: None,
+            state_age: Some(Duration::from_millis(3200)),
+            transaction_age: None,
             mode: AdvisoryMode::Exclusive,
             object: None,
             granted: true,
@@ -183,7 +183,7 @@ mod tests {
         let hidden = Blocker {
             user: None,
             state: None,
-            in_state: None,
+            state_age: None,
             granted: false,
             ..blocker()
         };

@@ -43,10 +43,10 @@ impl Serialize for Backend {
         document.serialize_field("client", &self.client_address())?;
         document.serialize_field("backend_type", &self.backend_type())?;
         document.serialize_field("state", &self.state())?;
-        document.serialize_field("in_state_ms", &self.in_state().map(millis))?;
-        document.serialize_field("transaction_age_ms", &self.in_transaction().map(millis))?;
-        document.serialize_field("statement_age_ms", &self.since_statement().map(millis))?;
-        document.serialize_field("connection_age_ms", &self.connected_for().map(millis))?;
+        document.serialize_field("in_state_ms", &self.state_age().map(millis))?;
+        document.serialize_field("transaction_age_ms", &self.transaction_age().map(millis))?;
+        document.serialize_field("statement_age_ms", &self.statement_age().map(millis))?;
+        document.serialize_field("connection_age_ms", &self.connection_age().map(millis))?;
         document.serialize_field("wait_event_type", &self.wait_event_type())?;
         document.serialize_field("wait_event", &self.wait_event())?;
         document.serialize_field("statement", &self.statement().map(redact))?;
@@ -149,7 +149,7 @@ struct Node {
 
 impl<'a> Document<'a> {
     fn new(snapshot: &'a Snapshot, cycles: &[Cycle], tree: Option<&LockTree>) -> Self {
-        let place = |id: &BackendId| snapshot.place(id).unwrap_or_default();
+        let place = |id: &BackendId| snapshot.position(id).unwrap_or_default();
         let mut waits: Vec<WaitDocument<'_>> = Vec::new();
         let mut open: Option<&Arc<Wait>> = None;
         // Of each waiter the wait that begins first.
@@ -175,11 +175,11 @@ impl<'a> Document<'a> {
         }
         let nodes = tree.map(|tree| {
             let walk = tree.walk().map(|(depth, node)| Node {
-                backend: node.place(),
+                backend: node.position(),
                 depth,
                 below: node.edge().map(|edge| place(edge.blocker())),
-                wait: first_wait[node.place()],
-                blocks: node.blocks(),
+                wait: first_wait[node.position()],
+                blocks: node.blocked_count(),
                 in_cycle: node.is_in_cycle(),
                 workers: node.workers(),
             });
@@ -193,7 +193,7 @@ impl<'a> Document<'a> {
         Self {
             version: VERSION,
             taken_at: rfc3339(snapshot.taken_at()),
-            took_ms: millis(snapshot.took()),
+            took_ms: millis(snapshot.duration()),
             backends: snapshot.backends(),
             waits,
             roots: roots.map(|root| place(root.id())).collect(),
@@ -289,7 +289,7 @@ pub(crate) fn millis(duration: Duration) -> f64 {
 mod tests {
     use std::time::SystemTime;
 
-    use super::super::backend::{Sight, Verbatim};
+    use super::super::backend::{RawStatement, Visibility};
     use super::super::testing::{described, hard, snapshot, soft};
     use super::*;
 
@@ -305,11 +305,11 @@ mod tests {
             database: None,
         };
         let holder = Backend {
-            sight: Sight::Whole,
+            visibility: Visibility::Full,
             application_name: Some("billing src/pay.rs:42".into()),
             state: Some("idle in transaction".into()),
-            in_state: Some(Duration::from_micros(1500)),
-            statement: Some(Verbatim("UPDATE t SET a = 'secret'".into())),
+            state_age: Some(Duration::from_micros(1500)),
+            statement: Some(RawStatement("UPDATE t SET a = 'secret'".into())),
             query_id: Some(i64::MAX),
             ..Backend::unknown(1.into())
         };

@@ -95,7 +95,7 @@
 //! # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
 //! let snapshot = keeper.monitor().snapshot().await?;
 //! for root in snapshot.roots() {
-//!     println!("{root} blocks {}", snapshot.blocked_by(root.id()));
+//!     println!("{root} blocks {}", snapshot.blocked_count(root.id()));
 //! }
 //! for cycle in snapshot.cycles().iter().filter(|cycle| cycle.is_deadlock()) {
 //!     for edge in cycle.edges() {
@@ -108,13 +108,13 @@
 
 mod assemble;
 mod backend;
+#[cfg(feature = "pictures")]
+mod diagram;
+mod digraph;
 mod edge;
 #[cfg(feature = "serde")]
 pub(crate) mod json;
 mod modes;
-mod net;
-#[cfg(feature = "pictures")]
-mod picture;
 mod render;
 mod snapshot;
 pub(crate) mod sql;
@@ -129,7 +129,7 @@ pub use tree::{LockTree, TreeNode};
 
 /// What rows of the server become, for the rooms that read them.
 pub(crate) mod parts {
-    pub(crate) use crate::graph::backend::{Sight, Verbatim};
+    pub(crate) use crate::graph::backend::{RawStatement, Visibility};
     #[cfg(test)]
     pub(crate) use crate::graph::edge::Wait;
 }

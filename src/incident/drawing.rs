@@ -314,7 +314,7 @@ fn name(participant: &Participant) -> String {
 }
 
 fn state(participant: &Participant) -> Option<String> {
-    match (participant.state(), participant.in_state()) {
+    match (participant.state(), participant.state_age()) {
         (Some(state), Some(age)) => Some(format!("{state} for {}", words::age(age))),
         (Some(state), None) => Some(state.to_owned()),
         (None, _) if participant.is_hidden() => Some("state hidden from this role".to_owned()),

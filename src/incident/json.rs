@@ -195,7 +195,7 @@ impl<'a> Who<'a> {
             client: who.client_address(),
             backend_type: who.backend_type(),
             state: who.state(),
-            in_state_ms: who.in_state().map(millis),
+            in_state_ms: who.state_age().map(millis),
             transaction_age_ms: who.transaction_age().map(millis),
             wait_age_ms: who.wait_age().map(millis),
             statement: who.statement(),

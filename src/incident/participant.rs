@@ -27,7 +27,7 @@ pub struct Participant {
     pub(super) client_address: Option<Arc<str>>,
     pub(super) backend_type: Option<Arc<str>>,
     pub(super) state: Option<Arc<str>>,
-    pub(super) in_state: Option<Duration>,
+    pub(super) state_age: Option<Duration>,
     pub(super) transaction_age: Option<Duration>,
     pub(super) wait_age: Option<Duration>,
     pub(super) statement: Option<Arc<str>>,
@@ -112,8 +112,8 @@ impl Participant {
 
     /// For how long it had been in that state.
     #[must_use]
-    pub fn in_state(&self) -> Option<Duration> {
-        self.in_state
+    pub fn state_age(&self) -> Option<Duration> {
+        self.state_age
     }
 
     /// Age of its transaction.
@@ -275,8 +275,8 @@ fn participant(
         client_address: text(backend.and_then(Backend::client_address)),
         backend_type: text(backend.and_then(Backend::backend_type)),
         state: text(backend.and_then(Backend::state)),
-        in_state: backend.and_then(Backend::in_state),
-        transaction_age: backend.and_then(Backend::in_transaction).or(journal_age),
+        state_age: backend.and_then(Backend::state_age),
+        transaction_age: backend.and_then(Backend::transaction_age).or(journal_age),
         wait_age: own_edges().filter_map(|edge| edge.wait_age).max(),
         statement: statement.map(|sql| texts.statement(sql)),
         query_id: backend.and_then(Backend::query_id),

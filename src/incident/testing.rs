@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::call_site::CallSite;
-use crate::graph::parts::{Sight, Verbatim};
+use crate::graph::parts::{RawStatement, Visibility};
 use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, assemble};
 use crate::mode::LockMode;
 
@@ -70,7 +70,7 @@ impl Server {
         millis: u64,
     ) -> Self {
         let mut backend = Backend::unknown(pid.into());
-        backend.sight = Sight::Whole;
+        backend.visibility = Visibility::Full;
         backend.backend_start = Some(now() - ms(60_000));
         backend.application_name = Some(application.into());
         backend.user = Some("app".into());
@@ -78,9 +78,9 @@ impl Server {
         backend.client_address = Some("10.0.0.7".into());
         backend.backend_type = Some("client backend".into());
         backend.state = Some(state.into());
-        backend.in_transaction = Some(ms(millis + 240));
-        backend.in_state = Some(ms(millis));
-        backend.statement = Some(Verbatim(statement.into()));
+        backend.transaction_age = Some(ms(millis + 240));
+        backend.state_age = Some(ms(millis));
+        backend.statement = Some(RawStatement(statement.into()));
         backend.query_id = Some(i64::from(pid) * 1000);
         self.backends.push(backend);
         self
@@ -89,7 +89,7 @@ impl Server {
     /// Of another role.
     pub(super) fn hidden(mut self, pid: i32, application: &str) -> Self {
         let mut backend = Backend::unknown(pid.into());
-        backend.sight = Sight::Hidden;
+        backend.visibility = Visibility::Hidden;
         backend.application_name = Some(application.into());
         backend.user = Some("other".into());
         self.backends.push(backend);

@@ -20,7 +20,7 @@ impl Serialize for Health {
         HealthDocument {
             version: VERSION,
             taken_at: rfc3339(self.snapshot().taken_at()),
-            took_ms: millis(self.snapshot().took()),
+            took_ms: millis(self.snapshot().duration()),
             database: self.database(),
             lock_waiters: self.lock_waiters(),
             longest_wait_ms: self.longest_wait().map(millis),

@@ -148,11 +148,11 @@ impl Sampler {
         }
         let pids: Vec<i32> = waiting.keys().copied().collect();
         let asked = Instant::now();
-        let reply = self.ask(&graph::sql::blocking(Some(&pids))).await?;
+        let reply = self.ask(&graph::sql::wait_graph(Some(&pids))).await?;
         let answered = Instant::now();
         let took = answered - asked;
         *lock(&self.rested) = answered + took * REST;
-        let Some(seen) = graph::sql::seen(&reply, &names::named) else {
+        let Some(seen) = graph::sql::read_sample(&reply, &names::named) else {
             return Ok(());
         };
         let snapshot = Arc::new(seen.snapshot(took));

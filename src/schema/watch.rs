@@ -94,7 +94,7 @@ impl Watch {
             {
                 tell(&IndexProgress::from(progress));
             }
-            let sql = graph::sql::blocking(Some(&[self.pid]));
+            let sql = graph::sql::wait_graph(Some(&[self.pid]));
             let reply = match connections.ask_within(SPARE, &sql).await {
                 Ok(reply) => reply,
                 Err(error) => {
@@ -102,7 +102,7 @@ impl Watch {
                     continue;
                 }
             };
-            let Some(seen) = graph::sql::seen(&reply, &|key| key) else {
+            let Some(seen) = graph::sql::read_sample(&reply, &|key| key) else {
                 continue;
             };
             let snapshot = seen.snapshot(Duration::ZERO);
@@ -143,8 +143,8 @@ fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
             application_name: of(Backend::application_name),
             user: of(Backend::user),
             state: of(Backend::state),
-            in_state: backend.and_then(Backend::in_state),
-            in_transaction: backend.and_then(Backend::in_transaction),
+            state_age: backend.and_then(Backend::state_age),
+            transaction_age: backend.and_then(Backend::transaction_age),
             mode: AdvisoryMode::Exclusive,
             object: Some((
                 edge.object().to_string(),

@@ -227,7 +227,7 @@ impl Wait<'_> {
         let idle = idle_for(root)?;
         // It may have been on its way to its next statement.
         let waited = self.first.wait_age.unwrap_or(Duration::MAX);
-        let is_certain = root.in_state.is_some_and(|age| age >= waited / 2);
+        let is_certain = root.state_age.is_some_and(|age| age >= waited / 2);
         let text = format!(
             "{}, and was idle in its transaction{idle}: its client did something else meanwhile, or forgot it.",
             sentence(&self.holds())
@@ -270,7 +270,7 @@ impl Wait<'_> {
             return None;
         }
         let mut text = format!("{}, and was busy", sentence(&self.holds()));
-        if let Some(age) = root.in_state {
+        if let Some(age) = root.state_age {
             text.push_str(&format!(" for {}", words::age(age)));
         }
         if let Some(statement) = &root.statement {
@@ -302,7 +302,7 @@ fn idle_for(participant: &Participant) -> Option<String> {
         .starts_with("idle in transaction")
         .then_some(participant)?;
     Some(
-        idle.in_state
+        idle.state_age
             .map(|age| format!(" for {}", words::age(age)))
             .unwrap_or_default(),
     )
@@ -341,9 +341,9 @@ mod tests {
         report.diagnosis().fix().unwrap_or_default()
     }
 
-    fn row_held(state: &str, in_state: u64) -> Server {
+    fn row_held(state: &str, state_age: u64) -> Server {
         Server::default()
-            .session_for(12, "psql", state, "SELECT 'secret'", in_state)
+            .session_for(12, "psql", state, "SELECT 'secret'", state_age)
             .waits_for_row(11, &row(account(), 1), 12, 958)
     }
 

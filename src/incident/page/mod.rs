@@ -188,7 +188,7 @@ impl Incident {
             paper.write("  ", "  ", &who.join(", "));
         }
         let mut state = Vec::new();
-        match (participant.state(), participant.in_state()) {
+        match (participant.state(), participant.state_age()) {
             (Some(what), Some(age)) => state.push(format!("{what} for {}", words::age(age))),
             (Some(what), None) => state.push(what.to_owned()),
             _ => {}

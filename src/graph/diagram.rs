@@ -9,7 +9,7 @@ use crate::picture::{
 use crate::postgres::statement::redact;
 use crate::postgres::timestamp::rfc3339;
 
-use super::render::count;
+use super::render::plural;
 use super::{Backend, BackendId, Edge, LockObject, LockTree, TreeNode};
 use crate::postgres::timestamp::Age;
 
@@ -44,7 +44,7 @@ impl LockTree {
         let mut facts = vec![format!(
             "Taken {} within {}.",
             rfc3339(self.snapshot().taken_at()),
-            Age(self.snapshot().took())
+            Age(self.snapshot().duration())
         )];
         let (title, summary) = self.headline();
         facts.extend(summary);
@@ -99,12 +99,12 @@ impl LockTree {
         }
         let waiters = self.snapshot().waiters().len();
         let longest = self.snapshot().edges().iter().filter_map(Edge::wait_age);
-        let mut title = format!("{} waiting for a lock", count(waiters, "session"));
+        let mut title = format!("{} waiting for a lock", plural(waiters, "session"));
         if let Some(age) = longest.max() {
             title.push_str(&format!(", the longest for {}", Age(age)));
         }
         let roots = self.snapshot().roots().len();
-        (title, Some(count(roots, "root blocker")))
+        (title, Some(plural(roots, "root blocker")))
     }
 
     fn picture(&self) -> Picture {
@@ -154,7 +154,7 @@ impl LockTree {
 
     fn table(&self) -> Table {
         let rows = self.walk().map(|(depth, node)| Row {
-            id: Some(row_id(node.place())),
+            id: Some(row_id(node.position())),
             depth,
             marked: depth == 0,
             cells: cells(&node),
@@ -213,7 +213,7 @@ fn card(node: &TreeNode<'_>, at: usize, above: Option<usize>) -> Card {
     }
     Card {
         name,
-        badge: (node.blocks() > 0).then(|| format!("blocks {}", node.blocks())),
+        badge: (node.blocked_count() > 0).then(|| format!("blocks {}", node.blocked_count())),
         lines,
         look: if edge.is_none() {
             Look::Root
@@ -245,11 +245,11 @@ fn add_fold(picture: &mut Picture, fold: &Fold, above: Option<usize>) {
     } else {
         "more root blocker"
     };
-    let name = count(fold.heads, what);
+    let name = plural(fold.heads, what);
     let mut lines = Vec::new();
     if fold.all > fold.heads {
         let behind = fold.all - fold.heads;
-        lines.push(Line::new(format!("{} behind", count(behind, "session"))));
+        lines.push(Line::new(format!("{} behind", plural(behind, "session"))));
     }
     if let Some(above) = above {
         let blocker = &picture.cards[above].name;
@@ -284,7 +284,7 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
     application.extend(text(backend.client_address()));
     application.extend(text(backend.backend_type()).filter(|kind| kind != "client backend"));
     let mut doing = Vec::from_iter(state(backend));
-    if let Some(age) = backend.in_transaction() {
+    if let Some(age) = backend.transaction_age() {
         let what = if backend.pid().is_some() {
             "in its transaction for"
         } else {
@@ -311,8 +311,8 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
         more => in_the_way.push(format!("and {more} more")),
     }
     let mut session = vec![backend.id().to_string()];
-    if node.blocks() > 0 {
-        session.push(format!("blocks {}", node.blocks()));
+    if node.blocked_count() > 0 {
+        session.push(format!("blocks {}", node.blocked_count()));
     }
     let statement = match backend.statement() {
         Some(statement) => shortened(&redact(statement)),
@@ -331,7 +331,7 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
 
 /// `idle in transaction for 12.3s`
 fn state(backend: &Backend) -> Option<String> {
-    match (backend.state(), backend.in_state()) {
+    match (backend.state(), backend.state_age()) {
         (Some(state), Some(age)) => Some(format!("{state} for {}", Age(age))),
         (Some(state), None) => Some(state.to_owned()),
         (None, _) if backend.is_hidden() => Some("state hidden from this role".to_owned()),
@@ -381,17 +381,17 @@ fn shortened(statement: &str) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::backend::{Sight, Verbatim};
+    use super::super::backend::{RawStatement, Visibility};
     use super::super::testing::{any_edges, described, hard, snapshot, soft};
     use super::*;
 
     fn told(pid: i32, statement: &str) -> Backend {
         Backend {
-            sight: Sight::Whole,
+            visibility: Visibility::Full,
             application_name: Some("a <b> src/\"pay\".rs:42".into()),
             user: Some("app".into()),
             state: Some("active".into()),
-            statement: Some(Verbatim(statement.into())),
+            statement: Some(RawStatement(statement.into())),
             ..Backend::unknown(pid.into())
         }
     }
