@@ -6,7 +6,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::graph::LockObject;
 
-use super::scene::Scene;
+use super::observed_graph::ObservedGraph;
 use super::{IncidentEdge, IncidentKind, Participant};
 
 /// The same for incidents that are one problem: the same statements of the same places in the code, that met in the same
@@ -30,7 +30,7 @@ impl fmt::Display for Fingerprint {
 
 pub(super) fn fingerprint(
     kind: IncidentKind,
-    scene: &Scene,
+    observed: &ObservedGraph,
     participants: &[Participant],
 ) -> Fingerprint {
     let who = |id| {
@@ -39,9 +39,9 @@ pub(super) fn fingerprint(
             .find(|participant| participant.id.as_ref() == Some(id))
     };
     let mut parts = vec![vec![class(kind).to_owned()]];
-    if scene.cycle > 0 {
-        // The circle as seen from each of its members; the least of these is the same for all.
-        let links: Vec<_> = scene.edges[..scene.cycle]
+    if observed.cycle > 0 {
+        // The cycle as seen from each of its members; the least of these is the same for all.
+        let links: Vec<_> = observed.edges[..observed.cycle]
             .iter()
             .map(|edge| [waiter(who(&edge.waiter)), contest(edge)].concat())
             .collect();
@@ -53,8 +53,8 @@ pub(super) fn fingerprint(
         parts.extend(turned.min().unwrap_or_default());
     } else {
         parts.push(waiter(participants.first()));
-        let of_victim = |edge: &&IncidentEdge| Some(&edge.waiter) == scene.victim.as_ref();
-        let mut links: Vec<_> = scene
+        let of_victim = |edge: &&IncidentEdge| Some(&edge.waiter) == observed.victim.as_ref();
+        let mut links: Vec<_> = observed
             .edges
             .iter()
             .filter(of_victim)
@@ -138,7 +138,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::testing::*;
-    use super::super::{Evidence, Journal, Kind, Look, RowKey};
+    use super::super::{Evidence, IncidentTrigger, Journal, RowKey, WaitSample};
     use super::*;
     use crate::call_site::{self, CallSite};
     use crate::graph::{Relation, RowId};
@@ -233,8 +233,8 @@ mod tests {
         table(accident.oid + number, part.relation)
     }
 
-    fn look(parts: &[Part], accident: &Accident) -> Look {
-        let mut server = Server::default();
+    fn sample(parts: &[Part], accident: &Accident) -> WaitSample {
+        let mut server = TestServer::default();
         let mut keys: Vec<(RowId, RowKey)> = Vec::new();
         for (at, part) in parts.iter().enumerate() {
             let waiter = accident.pids[at];
@@ -260,7 +260,7 @@ mod tests {
                 }
             };
         }
-        server.look(accident.millis, keys)
+        server.sample(accident.millis, keys)
     }
 
     fn journal_of(at: usize, parts: &[Part], accident: &Accident) -> Journal {
@@ -279,11 +279,11 @@ mod tests {
         Evidence {
             victim: journal_of(accident.victim, parts, accident),
             others: others.map(|at| journal_of(at, parts, accident)).collect(),
-            looks: vec![look(parts, accident)],
+            samples: vec![sample(parts, accident)],
             ..evidence(if accident.hidden {
-                Kind::LockTimeout
+                IncidentTrigger::LockTimeout
             } else {
-                Kind::Deadlock
+                IncidentTrigger::Deadlock
             })
         }
     }
@@ -327,7 +327,7 @@ mod tests {
     fn of_a_wait_it_does_not_matter_how_many_are_in_the_way() {
         let object = LockObject::Relation(account());
         let server = |pids: &[i32], statement: &str| {
-            let server = pids.iter().fold(Server::default(), |server, pid| {
+            let server = pids.iter().fold(TestServer::default(), |server, pid| {
                 let server = server.session(*pid, "billing src/refund.rs:17", "active", statement);
                 server.holds(*pid, &object, "RowExclusiveLock")
             });
@@ -337,7 +337,7 @@ mod tests {
         let many = report(timeout(server(&[21, 22, 23], "SELECT now()")));
         assert_eq!(one.fingerprint(), many.fingerprint());
         let mut long = timeout(server(&[12], "SELECT 1"));
-        long.kind = Kind::LongWait;
+        long.trigger = IncidentTrigger::LongWait;
         assert_ne!(report(long).fingerprint(), one.fingerprint());
         let mut elsewhere = timeout(server(&[12], "SELECT 1"));
         elsewhere.victim.call_site = Some(REFUND);

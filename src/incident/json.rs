@@ -6,7 +6,8 @@ use crate::graph::json::{Key, Name, millis};
 use crate::graph::{BackendId, EdgeKind};
 
 use super::{
-    Incident, IncidentEdge, JournalLine, JournalMark, Outcome, Participant, Quality, RowKey, words,
+    Completeness, Incident, IncidentEdge, JournalLine, JournalMark, Outcome, Participant, RowKey,
+    wording,
 };
 
 /// Goes up when a field changes its meaning, or goes away. New fields do not count.
@@ -143,10 +144,10 @@ impl<'a> Document<'a> {
             kind: incident.kind().as_str(),
             headline: incident.headline(),
             fingerprint: incident.fingerprint().to_string(),
-            occurred: words::timestamp(incident.occurred()),
-            first_seen: words::timestamp(incident.first_seen()),
-            last_seen: words::timestamp(incident.last_seen()),
-            previously_seen: incident.previously_seen().map(words::timestamp),
+            occurred: wording::timestamp(incident.occurred()),
+            first_seen: wording::timestamp(incident.first_seen()),
+            last_seen: wording::timestamp(incident.last_seen()),
+            previously_seen: incident.previously_seen().map(wording::timestamp),
             count: incident.count(),
             attempt: incident.attempt(),
             attempts: incident.attempts(),
@@ -158,14 +159,14 @@ impl<'a> Document<'a> {
                 text: diagnosis.text(),
                 fix: diagnosis.fix(),
             },
-            quality: match incident.quality() {
-                Quality::Complete => "complete",
-                Quality::Partial => "partial",
-                Quality::DetailOnly => "detail_only",
-                Quality::Nothing => "nothing",
+            quality: match incident.completeness() {
+                Completeness::Complete => "complete",
+                Completeness::Partial => "partial",
+                Completeness::DetailOnly => "detail_only",
+                Completeness::Nothing => "nothing",
             },
             captured_after_ms: incident.captured_after().map(millis),
-            missing: incident.missing().collect(),
+            missing: incident.caveats().collect(),
             error: incident.sqlstate().map(|sqlstate| Error {
                 sqlstate,
                 message: incident.message(),
@@ -187,7 +188,7 @@ impl<'a> Who<'a> {
         Self {
             pid: who.pid(),
             prepared: who.id().and_then(BackendId::prepared_transaction),
-            backend_start: who.backend_start().map(words::timestamp),
+            backend_start: who.backend_start().map(wording::timestamp),
             call_site: who.call_site(),
             application_name: who.application_name(),
             user: who.user(),
@@ -217,7 +218,7 @@ impl<'a> Line<'a> {
         Self {
             after_ms: millis(line.after()),
             text: line.text(),
-            took_ms: line.took().map(millis),
+            took_ms: line.duration().map(millis),
             failed: line.failed(),
             advisory: line
                 .advisory()
@@ -270,7 +271,7 @@ fn columns(key: &RowKey) -> Vec<Column<'_>> {
 mod tests {
     use std::time::Duration;
 
-    use super::super::Kind;
+    use super::super::IncidentTrigger;
     use super::super::testing::*;
     use super::*;
     use crate::mode::AdvisoryMode;
@@ -278,7 +279,7 @@ mod tests {
     #[test]
     fn a_whole_document() {
         let mut evidence = transfers();
-        evidence.looks.remove(0);
+        evidence.samples.remove(0);
         evidence.victim.statements.remove(1);
         evidence.others[0].statements.truncate(1);
         let document = serde_json::to_string_pretty(&report(evidence)).expect("a document");
@@ -452,7 +453,7 @@ mod tests {
         let mut entry = entry(0, "", Some(1));
         entry.text = None;
         entry.advisory = vec![(("billing", "invoice:42").into(), AdvisoryMode::Shared)];
-        let mut evidence = evidence(Kind::LongWait);
+        let mut evidence = evidence(IncidentTrigger::LongWait);
         evidence.victim.statements = vec![entry];
         evidence.outcome = Outcome::StillWaiting;
         let document = serde_json::to_value(report(evidence)).expect("a document");

@@ -1,10 +1,10 @@
-//! Sessions that waited for one another in a circle.
+//! Sessions that waited for one another in a cycle.
 
 use crate::graph::LockObject;
 use crate::postgres::statement::{self, StatementKind};
 
 use super::super::journal::locks_rows;
-use super::super::{IncidentEdge, JournalLine, JournalMark, words};
+use super::super::{IncidentEdge, JournalLine, JournalMark, wording};
 use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
@@ -12,7 +12,7 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .or_else(|| index_build(facts))
         .or_else(|| {
             facts
-                .circle()
+                .cycle()
                 .iter()
                 .find_map(|edge| foreign_key(facts, edge))
         })
@@ -26,23 +26,23 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
 
 /// All of them are about one thing, which each of them has already.
 fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let (first, rest) = facts.circle().split_first()?;
+    let (first, rest) = facts.cycle().split_first()?;
     let is_one = rest.iter().all(|edge| edge.same_thing(first));
     let is_known = first.row.is_some()
         || matches!(
             first.object,
             LockObject::Relation(_) | LockObject::Advisory { .. }
         );
-    if !is_one || !is_known || facts.circle().iter().any(IncidentEdge::is_soft) {
+    if !is_one || !is_known || facts.cycle().iter().any(IncidentEdge::is_soft) {
         return None;
     }
     let names: Vec<_> = facts
-        .circle()
+        .cycle()
         .iter()
         .map(|edge| facts.name(&edge.waiter))
         .collect();
     let all = if names.len() == 2 { "both" } else { "all" };
-    let thing = words::thing(first);
+    let thing = wording::object(first);
     let (held, fix) = if let Some(row) = &first.row {
         (
             "in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check)"
@@ -59,8 +59,8 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
             "Ask for it exclusively from the start where it may be needed so.".to_owned(),
         )
     } else {
-        let modes = facts.circle().iter().filter_map(IncidentEdge::mode_held);
-        let mut modes: Vec<_> = modes.map(words::plain).collect();
+        let modes = facts.cycle().iter().filter_map(IncidentEdge::mode_held);
+        let mut modes: Vec<_> = modes.map(wording::printable).collect();
         modes.sort();
         modes.dedup();
         let held = match modes.as_slice() {
@@ -79,12 +79,12 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
         "{} {all} held {thing} {held}, and each wanted more of it, which the others' hold did not allow.",
         list(&names)
     );
-    let is_certain = facts.circle().iter().all(IncidentEdge::was_seen);
+    let is_certain = facts.cycle().iter().all(IncidentEdge::was_seen);
     Some(Diagnosis::new(Cause::LockUpgrade, is_certain, text).with_fix(fix))
 }
 
 fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let (edge, kind) = facts.circle().iter().find_map(|edge| {
+    let (edge, kind) = facts.cycle().iter().find_map(|edge| {
         let waits = matches!(
             edge.object,
             LockObject::Relation(_) | LockObject::VirtualTransaction(_)
@@ -93,14 +93,14 @@ fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
         Some((edge, kind))
     })?;
     let before = facts
-        .circle()
+        .cycle()
         .iter()
         .find(|before| before.blocker == edge.waiter)?;
     let what = match &edge.object {
         LockObject::VirtualTransaction(_) => {
             "the end of a transaction that was there before it".to_owned()
         }
-        _ => words::thing(edge),
+        _ => wording::object(edge),
     };
     let text = format!(
         "{} was building an index and waited for {what}, which {} had; meanwhile {} waited for {}, which the session of \
@@ -108,23 +108,23 @@ fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
         facts.name(&edge.waiter),
         facts.name(&edge.blocker),
         facts.name(&before.waiter),
-        words::thing(before),
+        wording::object(before),
     );
     Some(Diagnosis::new(Cause::IndexBuild, true, text).with_fix(index_fix(kind)))
 }
 
 fn unique(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let waits = facts.circle().iter();
+    let waits = facts.cycle().iter();
     let waits: Vec<_> = waits
         .filter_map(|edge| Some((edge, facts.is_unique_wait(edge)?)))
         .collect();
     let (edge, _) = waits.iter().max_by_key(|(_, is_told)| *is_told)?;
     let is_told = waits.iter().any(|(_, is_told)| *is_told);
     let key = match &edge.context {
-        Some(context) => format!("the same key of {}", words::plain(&context.relation)),
+        Some(context) => format!("the same key of {}", wording::printable(&context.relation)),
         None => "the same unique key".to_owned(),
     };
-    let all = waits.len() == facts.circle().len();
+    let all = waits.len() == facts.cycle().len();
     let (others, fix) = if all {
         (
             "; the others waited for keys that were inserted in another order",
@@ -147,14 +147,14 @@ fn unique(facts: &Facts<'_>) -> Option<Diagnosis> {
 }
 
 fn queue(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let soft = facts.circle().iter().find(|edge| edge.is_soft())?;
+    let soft = facts.cycle().iter().find(|edge| edge.is_soft())?;
     let text = format!(
         "{} waited for {} only because {} waited for it too, ahead in the queue, in a mode that conflicts{}.",
         facts.name(&soft.waiter),
-        words::thing(soft),
+        wording::object(soft),
         facts.name(&soft.blocker),
         soft.mode_queued()
-            .map(|mode| format!(" ({})", words::plain(mode)))
+            .map(|mode| format!(" ({})", wording::printable(mode)))
             .unwrap_or_default(),
     );
     let fix = "Take the strong lock under a short lock_timeout and try again after a pause, so that nobody queues behind it \
@@ -191,19 +191,19 @@ fn differ(a: &IncidentEdge, b: &IncidentEdge) -> bool {
 }
 
 fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let circle = facts.circle();
-    let differs = circle.iter().any(|a| circle.iter().any(|b| differ(a, b)));
+    let cycle = facts.cycle();
+    let differs = cycle.iter().any(|a| cycle.iter().any(|b| differ(a, b)));
     if !differs {
         return None;
     }
-    let orders = circle.iter().enumerate().map(|(at, wanted)| {
-        // The edge before it in the circle is the one that waits for this session.
-        let held = &circle[(at + circle.len() - 1) % circle.len()];
+    let orders = cycle.iter().enumerate().map(|(at, wanted)| {
+        // The edge before it in the cycle is the one that waits for this session.
+        let held = &cycle[(at + cycle.len() - 1) % cycle.len()];
         format!(
             "{} held {} and wanted {}",
             facts.name(&wanted.waiter),
-            words::thing(held),
-            words::thing(wanted),
+            wording::object(held),
+            wording::object(wanted),
         )
     });
     let orders: Vec<_> = orders.collect();
@@ -211,17 +211,17 @@ fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
         "The same locks were taken in different orders: {}.",
         orders.join("; ")
     );
-    let is_certain = circle.iter().all(IncidentEdge::was_seen)
-        && !circle
+    let is_certain = cycle.iter().all(IncidentEdge::was_seen)
+        && !cycle
             .iter()
             .any(|edge| matches!(class(edge), Class::AnyRow | Class::Other));
-    Some(Diagnosis::new(Cause::OrderInversion, is_certain, text).with_fix(one_order(circle)))
+    Some(Diagnosis::new(Cause::OrderInversion, is_certain, text).with_fix(one_order(cycle)))
 }
 
 /// Where rows were not seen, but every transaction is one of this process: each had written some, and wanted to write
 /// another one.
 fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let stories = facts.circle().iter().map(|edge| {
+    let stories = facts.cycle().iter().map(|edge| {
         let participant = facts.participant(&edge.waiter)?;
         let lines = participant.journal();
         let waited = lines
@@ -238,7 +238,8 @@ fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
         let is_plain = writes(&lines[waited])
             && participant.journal_dropped() == 0
             && !before.clone().any(shares);
-        let quoted = |line: &JournalLine| words::short(line.text().unwrap_or_default(), QUOTED);
+        let quoted =
+            |line: &JournalLine| wording::one_line(line.text().unwrap_or_default(), QUOTED);
         let (first, then) = (quoted(first), quoted(&lines[waited]));
         is_plain.then(|| {
             format!(
@@ -271,30 +272,30 @@ fn locks_for_itself(kind: StatementKind) -> bool {
 }
 
 /// The order to use.
-fn one_order(circle: &[IncidentEdge]) -> String {
-    let all = |class_of: Class| circle.iter().all(|edge| class(edge) == class_of);
+fn one_order(cycle: &[IncidentEdge]) -> String {
+    let all = |class_of: Class| cycle.iter().all(|edge| class(edge) == class_of);
     if all(Class::Advisory) {
-        let mut keys: Vec<_> = circle
+        let mut keys: Vec<_> = cycle
             .iter()
             .filter_map(|edge| edge.object.advisory_key())
             .collect();
         keys.sort();
         keys.dedup();
-        let keys: Vec<_> = keys.into_iter().map(words::in_rust).collect();
+        let keys: Vec<_> = keys.into_iter().map(wording::rust_literal).collect();
         return format!(
             "Take them with one call, which puts them into one order: advisory_locks([{}]).",
             keys.join(", ")
         );
     }
-    let relations = circle.iter().filter_map(words::relation_of);
+    let relations = cycle.iter().filter_map(wording::relation_of);
     let mut relations: Vec<_> = relations.map(ToString::to_string).collect();
     relations.sort();
     relations.dedup();
     if all(Class::Row)
         && let [relation] = relations.as_slice()
     {
-        let edges: Vec<_> = circle.iter().collect();
-        let key = words::order(&edges).unwrap_or_else(|| "its primary key".to_owned());
+        let edges: Vec<_> = cycle.iter().collect();
+        let key = wording::key_columns(&edges).unwrap_or_else(|| "its primary key".to_owned());
         return format!(
             "Lock the rows of {relation} in one order in every transaction, that of {key}, before the first of them is \
              written: SELECT … ORDER BY {} FOR NO KEY UPDATE.",
@@ -305,13 +306,16 @@ fn one_order(circle: &[IncidentEdge]) -> String {
             },
         );
     }
-    if circle.iter().all(|edge| words::relation_of(edge).is_some()) {
+    if cycle
+        .iter()
+        .all(|edge| wording::relation_of(edge).is_some())
+    {
         return format!(
             "Use one order in every transaction, such as that of the names: {}.",
             relations.join(" before ")
         );
     }
-    if circle.iter().any(|edge| class(edge) == Class::Advisory) {
+    if cycle.iter().any(|edge| class(edge) == Class::Advisory) {
         return "Take the advisory lock first, in every transaction, before anything else is locked.".to_owned();
     }
     "Take these locks in one order in every transaction.".to_owned()
@@ -319,9 +323,9 @@ fn one_order(circle: &[IncidentEdge]) -> String {
 
 /// Who wants a row lines up for it before waiting for its holders, unless it is one of those who share a lock on it
 /// (`current_is_member` in PostgreSQL's `src/backend/access/heap/heapam.c`; test `diagnoses::lock_upgrade_of_a_row`). So
-/// nobody in this circle has lined up because all had the row already.
+/// nobody in this cycle has lined up because all had the row already.
 fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let circle = facts.circle();
+    let cycle = facts.cycle();
     let is_member = |edge: &IncidentEdge| {
         let changes = matches!(
             facts.statement(&edge.waiter),
@@ -334,12 +338,12 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
         );
         changes && edge.was_seen() && !edge.is_soft() && class(edge) == Class::AnyRow
     };
-    if circle.is_empty() || !circle.iter().all(is_member) {
+    if cycle.is_empty() || !cycle.iter().all(is_member) {
         return None;
     }
-    let names: Vec<_> = circle.iter().map(|edge| facts.name(&edge.waiter)).collect();
-    let context = circle.iter().find_map(|edge| edge.context.as_ref());
-    let row = context.map_or_else(|| "a row".to_owned(), |row| words::row_of_context(row));
+    let names: Vec<_> = cycle.iter().map(|edge| facts.name(&edge.waiter)).collect();
+    let context = cycle.iter().find_map(|edge| edge.context.as_ref());
+    let row = context.map_or_else(|| "a row".to_owned(), |row| wording::row_of_context(row));
     let text = format!(
         "{} held {row} in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check), and each wanted \
          to change it, which the others' hold did not allow.",
@@ -352,7 +356,7 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
 
 fn unknown(facts: &Facts<'_>) -> Diagnosis {
     let names: Vec<_> = facts
-        .circle()
+        .cycle()
         .iter()
         .map(|edge| facts.name(&edge.waiter))
         .collect();
@@ -377,7 +381,7 @@ mod tests {
     use crate::graph::{LockObject, RowId};
 
     use super::super::super::testing::*;
-    use super::super::super::{Evidence, Incident, Kind, ServerError};
+    use super::super::super::{Evidence, Incident, IncidentTrigger, ServerError};
     use super::*;
 
     fn found(evidence: Evidence) -> (Cause, bool, Incident) {
@@ -391,8 +395,8 @@ mod tests {
     }
 
     /// Pid 11 waits for the second thing, which 12 holds; 12 waits for the first, which 11 holds.
-    fn two(first: (&LockObject, &'static str), second: (&LockObject, &'static str)) -> Server {
-        Server::default()
+    fn two(first: (&LockObject, &'static str), second: (&LockObject, &'static str)) -> TestServer {
+        TestServer::default()
             .session(11, "billing src/transfer.rs:41", "active", "SELECT 1")
             .session(12, "billing src/refund.rs:17", "active", "SELECT 2")
             .holds(11, first.0, first.1)
@@ -401,8 +405,8 @@ mod tests {
             .waits(12, first.0, first.1, 400, &[11])
     }
 
-    fn rows(first: &RowId, second: &RowId, sql: [&str; 2]) -> Server {
-        Server::default()
+    fn rows(first: &RowId, second: &RowId, sql: [&str; 2]) -> TestServer {
+        TestServer::default()
             .session(11, "src/transfer.rs:41", "active", sql[0])
             .session(12, "src/refund.rs:17", "active", sql[1])
             .waits_for_row(11, second, 12, 958)
@@ -472,7 +476,7 @@ mod tests {
     #[test]
     fn an_advisory_lock_and_a_row() {
         let key = advisory("invoice:1");
-        let server = Server::default()
+        let server = TestServer::default()
             .waits_for_row(11, &row(account(), 1), 12, 958)
             .holds(11, &key, "ExclusiveLock")
             .waits(12, &key, "ExclusiveLock", 5, &[11]);
@@ -489,7 +493,7 @@ mod tests {
                  Process 12 waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process 11.",
                 "",
             )),
-            ..evidence(Kind::Deadlock)
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
         // Whether they held them, or stood ahead in the queue, the server does not say.
@@ -499,7 +503,7 @@ mod tests {
                  Process 12 waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process 11.",
                 "",
             )),
-            ..evidence(Kind::Deadlock)
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
     }
@@ -507,7 +511,7 @@ mod tests {
     #[test]
     fn more_of_one_row() {
         let row = row(account(), 1);
-        let server = Server::default()
+        let server = TestServer::default()
             .waits_for_row(11, &row, 12, 958)
             // The second one in line.
             .waits(
@@ -531,7 +535,7 @@ mod tests {
     #[test]
     fn more_of_one_table() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .holds(11, &object, "ShareLock")
             .holds(12, &object, "ShareLock")
             .waits(11, &object, "RowExclusiveLock", 958, &[12])
@@ -552,7 +556,7 @@ mod tests {
         let detail = [line(11, 12), line(12, 13), line(13, 11)].join("\n");
         let (cause, certain, report) = found(Evidence {
             error: Some(deadlock_error(&detail, "")),
-            ..evidence(Kind::Deadlock)
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::LockUpgrade, false));
         assert!(
@@ -567,7 +571,7 @@ mod tests {
     #[test]
     fn an_index_build_and_a_writer() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(11, "migrate", "active", "CREATE INDEX ON account (note)")
             .session(12, "src/refund.rs:17", "active", "UPDATE audit SET x = 1")
             .holds(12, &object, "RowExclusiveLock")
@@ -578,7 +582,7 @@ mod tests {
         assert!(fix(&report).contains("CONCURRENTLY"));
         let key = advisory("migrations");
         let old = LockObject::VirtualTransaction("3/15".into());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(
                 11,
                 "src/refund.rs:17",
@@ -685,7 +689,7 @@ mod tests {
     fn keys_inserted_in_different_orders() {
         let transaction = |pid| LockObject::Transaction(pid);
         let server = || {
-            Server::default()
+            TestServer::default()
                 .session(
                     11,
                     "src/transfer.rs:41",
@@ -720,7 +724,7 @@ mod tests {
     #[test]
     fn over_the_queue_of_a_lock() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .holds(13, &object, "AccessShareLock")
             .waits(12, &object, "AccessExclusiveLock", 958, &[13])
             .waits(11, &object, "AccessShareLock", 400, &[12])
@@ -734,7 +738,7 @@ mod tests {
     #[test]
     fn rows_that_were_not_seen_by_what_was_run() {
         let mut evidence = Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             ..transfers()
         };
         evidence.victim.statements.remove(1);
@@ -743,7 +747,7 @@ mod tests {
         let text = report.diagnosis().text();
         let ran = "pid 11 (src/transfer.rs:41) ran UPDATE account SET balance = balance - ? WHERE id = ? before it waited";
         assert!(text.contains(ran), "{text}");
-        // An upgrade, or a foreign key's parent, would look the same.
+        // An upgrade, or a foreign key's parent, would sample the same.
         for shared in [
             "INSERT INTO log VALUES (1)",
             "SELECT * FROM account FOR SHARE",
@@ -761,7 +765,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_not_guessed() {
         let evidence = Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             others: Vec::new(),
             ..transfers()
         };

@@ -8,9 +8,9 @@ use std::fmt;
 use crate::graph::{BackendId, LockObject};
 use crate::postgres::statement::{self, StatementKind};
 
-use super::scene::Scene;
-use super::server::Message;
-use super::{IncidentEdge, IncidentKind, JournalMark, Participant, words};
+use super::observed_graph::ObservedGraph;
+use super::server::ServerMessage;
+use super::{IncidentEdge, IncidentKind, JournalMark, Participant, wording};
 
 /// How much of a statement is quoted.
 const QUOTED: usize = 120;
@@ -154,13 +154,13 @@ impl fmt::Display for Diagnosis {
 /// All that a diagnosis goes by.
 pub(super) struct Facts<'a> {
     pub(super) kind: IncidentKind,
-    pub(super) scene: &'a Scene,
+    pub(super) observed: &'a ObservedGraph,
     pub(super) participants: &'a [Participant],
-    pub(super) message: &'a Message,
+    pub(super) message: &'a ServerMessage,
 }
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
-    if facts.scene.cycle > 0 {
+    if facts.observed.cycle > 0 {
         cycle::diagnose(facts)
     } else {
         wait::diagnose(facts)
@@ -168,14 +168,14 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
 }
 
 impl<'a> Facts<'a> {
-    fn circle(&self) -> &'a [IncidentEdge] {
-        &self.scene.edges[..self.scene.cycle]
+    fn cycle(&self) -> &'a [IncidentEdge] {
+        &self.observed.edges[..self.observed.cycle]
     }
 
     /// Edges of the victim.
     fn direct(&self) -> impl Iterator<Item = &'a IncidentEdge> {
-        let victim = self.scene.victim.as_ref();
-        let edges = self.scene.edges.iter();
+        let victim = self.observed.victim.as_ref();
+        let edges = self.observed.edges.iter();
         edges.filter(move |edge| Some(&edge.waiter) == victim)
     }
 
@@ -187,7 +187,7 @@ impl<'a> Facts<'a> {
     /// `pid 4711 (src/pay.rs:42)`
     fn name(&self, id: &BackendId) -> String {
         match self.participant(id) {
-            Some(participant) => words::who(participant),
+            Some(participant) => wording::name(participant),
             None => id.to_string(),
         }
     }
@@ -255,7 +255,7 @@ impl<'a> Facts<'a> {
 fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
     let waiter = facts.name(&edge.waiter);
     let blocker = facts.name(&edge.blocker);
-    let is_victim = Some(&edge.waiter) == facts.scene.victim.as_ref();
+    let is_victim = Some(&edge.waiter) == facts.observed.victim.as_ref();
     let (schema, name, is_told) = match &facts.message.parent {
         Some(parent) if is_victim => (parent.schema.as_str(), parent.name.as_str(), true),
         _ if is_victim && facts.message.has_context => return None,
@@ -271,7 +271,11 @@ fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
             (schema, name, false)
         }
     };
-    let table = format!("{}.{}", words::plain(schema), words::plain(name));
+    let table = format!(
+        "{}.{}",
+        wording::printable(schema),
+        wording::printable(name)
+    );
     let on_parent = facts.statements_on(&edge.blocker, schema, name);
     let locks = on_parent
         .iter()

@@ -1,11 +1,11 @@
-//! A wait for a lock that lasted too long, without a circle.
+//! A wait for a lock that lasted too long, without a cycle.
 
 use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
 
 use crate::graph::{BackendId, LockObject};
 
-use super::super::{IncidentEdge, IncidentKind, Participant, words};
+use super::super::{IncidentEdge, IncidentKind, Participant, wording};
 use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
@@ -18,8 +18,8 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
     }
     let Some(chain) = chain(facts) else {
         let text = format!(
-            "{}, which {} held, was not released, since those in the way waited for one another in a circle.",
-            sentence(&words::thing(first)),
+            "{}, which {} held, was not released, since those in the way waited for one another in a cycle.",
+            sentence(&wording::object(first)),
             facts.name(&first.blocker),
         );
         let fix = "The server fails one of them when a wait has lasted for deadlock_timeout; that deadlock has to be mended.";
@@ -48,8 +48,8 @@ fn told_only(facts: &Facts<'_>) -> Diagnosis {
     if let (Some(parent), true) = (parent, facts.direct().next().is_none()) {
         let table = format!(
             "{}.{}",
-            words::plain(&parent.schema),
-            words::plain(&parent.name)
+            wording::printable(&parent.schema),
+            wording::printable(&parent.name)
         );
         let text = format!(
             "A row was written that refers to {table}; the foreign key's check locks the row there FOR KEY SHARE, and had to \
@@ -67,7 +67,7 @@ fn told_only(facts: &Facts<'_>) -> Diagnosis {
     if let Some(row) = row.filter(|row| row.index_entry) {
         let text = format!(
             "A key of {} was inserted that another transaction, which had not ended, had inserted too.",
-            words::plain(&row.relation)
+            wording::printable(&row.relation)
         );
         let fix = "Insert rows in the order of their unique key, in every transaction.";
         return Diagnosis::new(
@@ -82,7 +82,7 @@ fn told_only(facts: &Facts<'_>) -> Diagnosis {
         _ => "Nobody was seen in the way",
     };
     let text = match row {
-        Some(row) => format!("{what}; the wait was for {}.", words::row_of_context(row)),
+        Some(row) => format!("{what}; the wait was for {}.", wording::row_of_context(row)),
         None => format!("{what}."),
     };
     Diagnosis::new(Cause::Unknown, false, text)
@@ -90,14 +90,14 @@ fn told_only(facts: &Facts<'_>) -> Diagnosis {
 
 /// From the victim to the nearest of those in the way who wait for nobody.
 fn chain<'a>(facts: &Facts<'a>) -> Option<Vec<&'a IncidentEdge>> {
-    let edges = &facts.scene.edges;
+    let edges = &facts.observed.edges;
     let waiters: HashSet<_> = edges.iter().map(|edge| &edge.waiter).collect();
     let mut chains: VecDeque<_> = facts.direct().map(|edge| vec![edge]).collect();
     // Holders before those who only stand ahead.
     chains
         .make_contiguous()
         .sort_by_key(|chain| chain[0].is_soft());
-    let mut known: HashSet<&BackendId> = facts.scene.victim.iter().collect();
+    let mut known: HashSet<&BackendId> = facts.observed.victim.iter().collect();
     while let Some(chain) = chains.pop_front() {
         let end = &chain[chain.len() - 1].blocker;
         if !waiters.contains(end) {
@@ -127,7 +127,7 @@ impl Wait<'_> {
 
     /// `pid 12 (src/pay.rs:42) holds row id = 7 of public.users`, over others if it is so.
     fn holds(&self) -> String {
-        let thing = words::thing(self.first);
+        let thing = wording::object(self.first);
         let root = self.facts.name(self.root);
         if self.is_chain {
             let before = self.facts.name(&self.first.blocker);
@@ -168,7 +168,7 @@ impl Wait<'_> {
         if let Some(kind) = victim.filter(|_| waits) {
             let text = format!(
                 "The index build waited for {}, which {} had.",
-                words::thing(self.first),
+                wording::object(self.first),
                 self.facts.name(&self.first.blocker)
             );
             let mut fix = index_fix(kind).to_owned();
@@ -189,9 +189,9 @@ impl Wait<'_> {
         let text = format!(
             "{} was building an index, and held {}{} meanwhile.",
             sentence(&self.facts.name(&edge.blocker)),
-            words::thing(edge),
+            wording::object(edge),
             edge.mode_held()
-                .map(|mode| format!(" in {}", words::plain(mode)))
+                .map(|mode| format!(" in {}", wording::printable(mode)))
                 .unwrap_or_default(),
         );
         Some(Diagnosis::new(Cause::IndexBuild, true, text).with_fix(index_fix(kind)))
@@ -204,11 +204,11 @@ impl Wait<'_> {
         let ahead = self.facts.name(&self.first.blocker);
         let mode = self.first.mode_queued();
         let mode = mode
-            .map(|mode| format!(" ({})", words::plain(mode)))
+            .map(|mode| format!(" ({})", wording::printable(mode)))
             .unwrap_or_default();
         let mut text = format!(
             "{} was not held in a mode that conflicts, but {ahead} waited for it ahead in the queue, in a mode that does{mode}",
-            sentence(&words::thing(self.first)),
+            sentence(&wording::object(self.first)),
         );
         if self.is_chain {
             text.push_str(&format!("; it waited for {}", self.facts.name(self.root)));
@@ -240,7 +240,7 @@ impl Wait<'_> {
     fn unique(&self) -> Option<Diagnosis> {
         let is_told = self.facts.is_unique_wait(self.first)?;
         let key = match &self.first.context {
-            Some(context) => format!("a key of {}", words::plain(&context.relation)),
+            Some(context) => format!("a key of {}", wording::printable(&context.relation)),
             None => "a unique key".to_owned(),
         };
         let text = format!(
@@ -257,7 +257,7 @@ impl Wait<'_> {
         self.first.object.advisory_key()?;
         let mut text = sentence(&self.holds());
         if let Some(state) = self.root().and_then(|root| root.state.as_deref()) {
-            text.push_str(&format!(" ({})", words::plain(state)));
+            text.push_str(&format!(" ({})", wording::printable(state)));
         }
         text.push('.');
         let fix = "Hold it for less long, wait for it longer, or use more than one key for what need not exclude each other.";
@@ -271,10 +271,10 @@ impl Wait<'_> {
         }
         let mut text = format!("{}, and was busy", sentence(&self.holds()));
         if let Some(age) = root.state_age {
-            text.push_str(&format!(" for {}", words::age(age)));
+            text.push_str(&format!(" for {}", wording::age(age)));
         }
         if let Some(statement) = &root.statement {
-            text.push_str(&format!(" with {}", words::short(statement, QUOTED)));
+            text.push_str(&format!(" with {}", wording::one_line(statement, QUOTED)));
         }
         text.push('.');
         let fix = "Make that statement, or what its transaction does after it took the lock, shorter; or let it take the lock \
@@ -303,7 +303,7 @@ fn idle_for(participant: &Participant) -> Option<String> {
         .then_some(participant)?;
     Some(
         idle.state_age
-            .map(|age| format!(" for {}", words::age(age)))
+            .map(|age| format!(" for {}", wording::age(age)))
             .unwrap_or_default(),
     )
 }
@@ -324,7 +324,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::super::testing::*;
-    use super::super::super::{Evidence, Incident, Kind};
+    use super::super::super::{Evidence, Incident, IncidentTrigger};
     use super::*;
 
     fn found(evidence: Evidence) -> (Cause, bool, Incident) {
@@ -341,8 +341,8 @@ mod tests {
         report.diagnosis().fix().unwrap_or_default()
     }
 
-    fn row_held(state: &str, state_age: u64) -> Server {
-        Server::default()
+    fn row_held(state: &str, state_age: u64) -> TestServer {
+        TestServer::default()
             .session_for(12, "psql", state, "SELECT 'secret'", state_age)
             .waits_for_row(11, &row(account(), 1), 12, 958)
     }
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn the_holder_is_hidden() {
         let server =
-            Server::default()
+            TestServer::default()
                 .hidden(12, "psql")
                 .waits_for_row(11, &row(account(), 1), 12, 958);
         let (cause, certain, report) = found(timeout(server));
@@ -398,10 +398,10 @@ mod tests {
         assert!(text(&report).contains("hidden from this role (pg_read_all_stats"));
         assert!(
             report
-                .missing()
+                .caveats()
                 .any(|line| line.contains("pid 12 (psql) are hidden"))
         );
-        let server = Server::default().waits_for_row(11, &row(account(), 1), 12, 958);
+        let server = TestServer::default().waits_for_row(11, &row(account(), 1), 12, 958);
         let (cause, _, report) = found(timeout(server));
         assert_eq!(cause, Cause::Unknown);
         assert!(text(&report).contains("was not seen"));
@@ -411,13 +411,13 @@ mod tests {
     fn a_prepared_transaction() {
         let prepared = BackendId::Prepared(Some("order-7".into()));
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .holds(prepared, &object, "RowExclusiveLock")
             .waits(11, &object, "ShareLock", 958, &[0]);
         let (cause, certain, report) = found(timeout(server));
         assert_eq!((cause, certain), (Cause::PreparedTransaction, true));
         assert!(fix(&report).contains("ROLLBACK PREPARED or COMMIT PREPARED, of \"order-7\""));
-        let server = Server::default().waits(11, &object, "ShareLock", 958, &[0]);
+        let server = TestServer::default().waits(11, &object, "ShareLock", 958, &[0]);
         let (cause, _, report) = found(timeout(server));
         assert_eq!(cause, Cause::PreparedTransaction);
         assert!(fix(&report).contains("pg_prepared_xacts"));
@@ -426,7 +426,7 @@ mod tests {
     #[test]
     fn behind_a_migration() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(12, "migrate", "active", "ALTER TABLE account ADD x int")
             .session_for(13, "psql", "idle in transaction", "SELECT 1", 60_000)
             .holds(13, &object, "AccessShareLock")
@@ -448,7 +448,7 @@ mod tests {
     #[test]
     fn holders_come_before_those_in_the_queue() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session_for(13, "psql", "idle in transaction", "", 60_000)
             .holds(13, &object, "ShareLock")
             // What it waits for was over in that moment.
@@ -462,7 +462,7 @@ mod tests {
     #[test]
     fn an_index_is_built() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(12, "migrate", "active", "CREATE INDEX ON account (note)")
             .holds(12, &object, "ShareLock")
             .waits(11, &object, "RowExclusiveLock", 958, &[12]);
@@ -471,7 +471,7 @@ mod tests {
         assert!(text(&report).contains("held table public.account in ShareLock"));
         // The build waits, behind one who forgot to commit.
         let mut victim = timeout(
-            Server::default()
+            TestServer::default()
                 .session_for(12, "psql", "idle in transaction", "", 60_000)
                 .holds(12, &object, "RowExclusiveLock")
                 .waits(11, &object, "ShareLock", 958, &[12]),
@@ -487,7 +487,7 @@ mod tests {
     #[test]
     fn an_advisory_lock() {
         let key = advisory("invoice:1");
-        let server = Server::default()
+        let server = TestServer::default()
             .session_for(12, "billing src/pay.rs:7", "idle", "", 60_000)
             .holds(12, &key, "ExclusiveLock")
             .waits(11, &key, "ExclusiveLock", 958, &[12]);
@@ -503,7 +503,7 @@ mod tests {
     fn a_key_that_another_one_inserted() {
         let transaction = LockObject::Transaction(12);
         let server = || {
-            Server::default()
+            TestServer::default()
                 .session(
                     11,
                     "src/transfer.rs:41",
@@ -525,7 +525,7 @@ mod tests {
         assert_eq!((cause, certain), (Cause::UniqueInsert, true));
         assert!(text(&report).contains("a key of account_pkey"));
         let (cause, certain, report) = found(Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             ..told
         });
         assert_eq!((cause, certain), (Cause::UniqueInsert, true));
@@ -542,7 +542,7 @@ mod tests {
 
     #[test]
     fn a_foreign_keys_parent() {
-        let server = Server::default()
+        let server = TestServer::default()
             .session(
                 11,
                 "src/transfer.rs:41",
@@ -564,7 +564,7 @@ mod tests {
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, true));
         assert!(fix(&report).contains("Use FOR NO KEY UPDATE"));
         let (cause, certain, report) = found(Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             ..told
         });
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
@@ -573,7 +573,7 @@ mod tests {
 
     #[test]
     fn behind_a_deadlock_of_others() {
-        let server = Server::default()
+        let server = TestServer::default()
             .waits_for_row(11, &row(account(), 1), 12, 958)
             .waits_for_row(12, &row(account(), 2), 13, 900)
             .waits_for_row(13, &row(account(), 1), 12, 900);
@@ -584,14 +584,14 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_not_guessed() {
-        let (cause, certain, report) = found(evidence(Kind::LockTimeout));
+        let (cause, certain, report) = found(evidence(IncidentTrigger::LockTimeout));
         assert_eq!((cause, certain), (Cause::Unknown, false));
         assert_eq!(text(&report), "Nobody was seen in the way.");
         let context = "while updating tuple (0,2) in relation \"account\"";
         let (cause, _, report) = found(Evidence {
             error: Some(deadlock_error("??", context)),
-            missing: vec![Arc::from("the side connection could not be opened")],
-            ..evidence(Kind::Deadlock)
+            caveats: vec![Arc::from("the side connection could not be opened")],
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!(cause, Cause::Unknown);
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Which incidents were there before.
+//! Earlier incidents with the same fingerprint.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -9,28 +9,29 @@ use super::Fingerprint;
 
 const MOST: usize = 1024;
 
-/// The incidents that were there before, by their fingerprint. Of bounded size: the ones seen longest ago are forgotten.
+/// The occurrences of earlier incidents, by fingerprint. Bounded: the incidents that occurred longest ago are
+/// forgotten.
 #[derive(Debug, Default)]
-pub(crate) struct History {
-    seen: Mutex<HashMap<Fingerprint, Sightings>>,
+pub(crate) struct IncidentHistory {
+    seen: Mutex<HashMap<Fingerprint, Occurrences>>,
 }
 
-/// How often incidents with one fingerprint were there.
+/// How often incidents with one fingerprint occurred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sightings {
+pub(super) struct Occurrences {
     pub(super) first: SystemTime,
-    /// Before the one that asks.
+    /// Before the current one.
     pub(super) previous: Option<SystemTime>,
     pub(super) last: SystemTime,
     pub(super) count: u64,
 }
 
-impl History {
-    /// Counts one more, and says how often it was there with this one. Times may come in any order.
-    pub(super) fn count(&self, fingerprint: Fingerprint, at: SystemTime) -> Sightings {
+impl IncidentHistory {
+    /// Counts an incident, and returns the occurrences including this one. Times may come in any order.
+    pub(super) fn count(&self, fingerprint: Fingerprint, at: SystemTime) -> Occurrences {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.len() >= MOST && !seen.contains_key(&fingerprint) {
-            let oldest = seen.iter().min_by_key(|(_, sightings)| sightings.last);
+            let oldest = seen.iter().min_by_key(|(_, occurrences)| occurrences.last);
             if let Some(oldest) = oldest.map(|(fingerprint, _)| *fingerprint) {
                 seen.remove(&oldest);
             }
@@ -44,7 +45,7 @@ impl History {
                 known.count = known.count.saturating_add(1);
                 *known
             }
-            Entry::Vacant(new) => *new.insert(Sightings {
+            Entry::Vacant(new) => *new.insert(Occurrences {
                 first: at,
                 previous: None,
                 last: at,
@@ -66,7 +67,7 @@ mod tests {
 
     #[test]
     fn the_same_is_counted() {
-        let history = History::default();
+        let history = IncidentHistory::default();
         assert_eq!(history.count(Fingerprint(1), at(10)).count, 1);
         assert_eq!(history.count(Fingerprint(2), at(11)).previous, None);
         let again = history.count(Fingerprint(1), at(20));
@@ -80,7 +81,7 @@ mod tests {
 
     #[test]
     fn what_was_seen_longest_ago_is_forgotten() {
-        let history = History::default();
+        let history = IncidentHistory::default();
         for n in 0..MOST as u64 {
             history.count(Fingerprint(n), at(n));
         }

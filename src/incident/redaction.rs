@@ -1,4 +1,4 @@
-//! Statements as they may be shown.
+//! Which redaction of statements may be shown.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use crate::postgres::statement::{self, StatementKind};
 /// Longer statements are cut.
 const MOST_CHARS: usize = 4000;
 
-/// Whether literals may be shown.
+/// Whether literals are shown.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Texts {
+pub(super) struct Redaction {
     pub(super) literals: bool,
 }
 
-impl Texts {
+impl Redaction {
     pub(super) fn statement(self, sql: &str) -> Arc<str> {
         if self.literals || is_call(sql) {
             shortened(sql)
@@ -23,8 +23,8 @@ impl Texts {
     }
 }
 
-/// Whether it is a call of this crate's that takes advisory locks, as transactions note it: `advisory_lock("invoice:42")`.
-/// There is no data in it but keys.
+/// Whether the text is a call of this crate that takes advisory locks, as it is logged: `advisory_lock("invoice:42")`.
+/// Its only data is keys.
 pub(super) fn is_call(text: &str) -> bool {
     let name = text.split_once('(').map_or("", |(name, _)| name);
     name.contains("advisory_lock")
@@ -32,10 +32,9 @@ pub(super) fn is_call(text: &str) -> bool {
         && !name.starts_with("pg_")
 }
 
-/// What is the same for statements that differ in their data only, whether the client noted them or the server shows
-/// them.
+/// The fingerprint of a statement, equal whether its text comes from the client's log or from the server.
 pub(super) fn fingerprint(sql: &str) -> statement::Fingerprint {
-    // The keys are data, and what the server is sent for it depends on the waits before.
+    // The keys are data, and the SQL that is sent depends on the waits before.
     if is_call(sql) || statement::kind(sql) == StatementKind::AdvisoryLock {
         return statement::fingerprint("advisory_lock");
     }
@@ -72,7 +71,7 @@ mod tests {
 
     #[test]
     fn calls_are_told_from_statements() {
-        let redacted = Texts { literals: false };
+        let redacted = Redaction { literals: false };
         for call in [
             "advisory_lock(42)",
             "try_advisory_lock(\"a'b\")",
