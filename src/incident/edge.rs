@@ -158,7 +158,7 @@ impl IncidentEdge {
     }
 
     /// Whether the other edge is about the same object: one row, one relation, one advisory lock.
-    pub(super) fn same_thing(&self, other: &Self) -> bool {
+    pub(super) fn same_object(&self, other: &Self) -> bool {
         match (&self.row, &other.row) {
             (Some(a), Some(b)) => same_row(a, b),
             (None, None) => match (self.object.advisory_key(), other.object.advisory_key()) {

@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_was_seen_to_run_comes_first() {
+    fn the_sampled_statement_takes_precedence() {
         let mut evidence = transfers();
         evidence.others[0].statements = vec![
             entry(100, "SELECT 1", Some(700)),
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_waiter_said_after_its_wait_is_left_out() {
+    fn statements_after_the_wait_are_left_out() {
         let mut evidence = transfers();
         let looked = evidence.samples.last().expect("a sample").after;
         let since = evidence.victim.statements.last().expect("one").after;
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_of_this_crates_is_its_sql() {
+    fn a_call_of_this_crate_matches_its_sql() {
         let mut evidence = transfers();
         let (first, second) = (advisory("a"), advisory("b"));
         let server = TestServer::default()
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn an_advisory_lock_was_taken_by_whom_took_it() {
+    fn an_advisory_lock_marks_the_statement_that_took_it() {
         let (first, second) = (LockKey::from("a"), LockKey::from("b"));
         let lock = |after, key: &LockKey, took| {
             let mut entry = entry(after, "SELECT pg_advisory_xact_lock($1)", took);
@@ -528,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relation_was_locked_by_whom_took_that_lock() {
+    fn a_relation_lock_marks_the_first_statement_that_takes_it() {
         let object = LockObject::Relation(account());
         let server = |held| {
             TestServer::default()
@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_was_locked_by_whom_locks_rows() {
+    fn a_row_lock_marks_the_first_statement_that_locks_rows() {
         let mut evidence = transfers();
         let statements = &mut evidence.victim.statements;
         statements.insert(0, entry(0, "SELECT * FROM account", Some(1)));

@@ -1,8 +1,8 @@
-//! The report as a document for programs. Its fields are documented at [`Incident`].
+//! The report as a JSON document. Its fields are documented at [`Incident`].
 
 use serde::{Serialize, Serializer};
 
-use crate::graph::json::{Key, Name, millis};
+use crate::graph::json::{LockKeyJson, RelationJson, millis};
 use crate::graph::{BackendId, EdgeKind};
 
 use super::{
@@ -10,17 +10,17 @@ use super::{
     wording,
 };
 
-/// Goes up when a field changes its meaning, or goes away. New fields do not count.
+/// Incremented when a field changes its meaning or is removed. New fields do not count.
 const VERSION: u32 = 1;
 
 impl Serialize for Incident {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Document::new(self).serialize(serializer)
+        IncidentJson::new(self).serialize(serializer)
     }
 }
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct IncidentJson<'a> {
     version: u32,
     kind: &'a str,
     headline: String,
@@ -34,17 +34,17 @@ struct Document<'a> {
     attempts: u32,
     outcome: &'a str,
     pause_ms: Option<f64>,
-    diagnosis: Diagnosis<'a>,
+    diagnosis: DiagnosisJson<'a>,
     quality: &'a str,
     captured_after_ms: Option<f64>,
     missing: Vec<&'a str>,
-    error: Option<Error<'a>>,
-    participants: Vec<Who<'a>>,
-    edges: Vec<Edge<'a>>,
+    error: Option<ErrorJson<'a>>,
+    participants: Vec<ParticipantJson<'a>>,
+    edges: Vec<IncidentEdgeJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct Diagnosis<'a> {
+struct DiagnosisJson<'a> {
     cause: &'a str,
     certain: bool,
     text: &'a str,
@@ -52,7 +52,7 @@ struct Diagnosis<'a> {
 }
 
 #[derive(Serialize)]
-struct Error<'a> {
+struct ErrorJson<'a> {
     sqlstate: &'a str,
     message: Option<&'a str>,
     detail: Option<&'a str>,
@@ -60,7 +60,7 @@ struct Error<'a> {
 }
 
 #[derive(Serialize)]
-struct Who<'a> {
+struct ParticipantJson<'a> {
     pid: Option<i32>,
     prepared: Option<&'a str>,
     backend_start: Option<String>,
@@ -81,29 +81,29 @@ struct Who<'a> {
     hidden: bool,
     in_this_process: bool,
     seen_after_ms: Option<f64>,
-    conflict_group: Option<Key<'a>>,
+    conflict_group: Option<LockKeyJson<'a>>,
     journal_dropped: usize,
-    journal: Vec<Line<'a>>,
+    journal: Vec<JournalLineJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct JournalLineJson<'a> {
     after_ms: f64,
     text: Option<&'a str>,
     took_ms: Option<f64>,
     failed: bool,
-    advisory: Vec<Taken<'a>>,
+    advisory: Vec<AdvisoryLockJson<'a>>,
     mark: Option<&'static str>,
 }
 
 #[derive(Serialize)]
-struct Taken<'a> {
-    key: Key<'a>,
+struct AdvisoryLockJson<'a> {
+    key: LockKeyJson<'a>,
     mode: &'static str,
 }
 
 #[derive(Serialize)]
-struct Edge<'a> {
+struct IncidentEdgeJson<'a> {
     waiter: Option<usize>,
     blocker: Option<usize>,
     in_cycle: bool,
@@ -114,19 +114,19 @@ struct Edge<'a> {
     wait_age_ms: Option<f64>,
     locktype: &'a str,
     object: String,
-    relation: Option<Name<'a>>,
+    relation: Option<RelationJson<'a>>,
     ctid: Option<String>,
-    row_key: Option<Vec<Column<'a>>>,
-    advisory_key: Option<Key<'a>>,
+    row_key: Option<Vec<ColumnJson<'a>>>,
+    advisory_key: Option<LockKeyJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct Column<'a> {
+struct ColumnJson<'a> {
     column: &'a str,
     value: Option<&'a str>,
 }
 
-impl<'a> Document<'a> {
+impl<'a> IncidentJson<'a> {
     fn new(incident: &'a Incident) -> Self {
         let (outcome, pause) = match incident.outcome() {
             Outcome::Retried { pause } => ("retried", Some(pause)),
@@ -153,7 +153,7 @@ impl<'a> Document<'a> {
             attempts: incident.attempts(),
             outcome,
             pause_ms: pause.map(millis),
-            diagnosis: Diagnosis {
+            diagnosis: DiagnosisJson {
                 cause: diagnosis.cause().as_str(),
                 certain: diagnosis.is_certain(),
                 text: diagnosis.text(),
@@ -167,23 +167,27 @@ impl<'a> Document<'a> {
             },
             captured_after_ms: incident.captured_after().map(millis),
             missing: incident.caveats().collect(),
-            error: incident.sqlstate().map(|sqlstate| Error {
+            error: incident.sqlstate().map(|sqlstate| ErrorJson {
                 sqlstate,
                 message: incident.message(),
                 detail: incident.detail(),
                 context: incident.context(),
             }),
-            participants: incident.participants().iter().map(Who::new).collect(),
+            participants: incident
+                .participants()
+                .iter()
+                .map(ParticipantJson::new)
+                .collect(),
             edges: incident
                 .edges()
                 .iter()
-                .map(|edge| Edge::new(edge, place))
+                .map(|edge| IncidentEdgeJson::new(edge, place))
                 .collect(),
         }
     }
 }
 
-impl<'a> Who<'a> {
+impl<'a> ParticipantJson<'a> {
     fn new(who: &'a Participant) -> Self {
         Self {
             pid: who.pid(),
@@ -206,14 +210,14 @@ impl<'a> Who<'a> {
             hidden: who.is_hidden(),
             in_this_process: who.is_in_this_process(),
             seen_after_ms: who.seen_after().map(millis),
-            conflict_group: who.conflict_group().map(Key::new),
+            conflict_group: who.conflict_group().map(LockKeyJson::new),
             journal_dropped: who.journal_dropped(),
-            journal: who.journal().iter().map(Line::new).collect(),
+            journal: who.journal().iter().map(JournalLineJson::new).collect(),
         }
     }
 }
 
-impl<'a> Line<'a> {
+impl<'a> JournalLineJson<'a> {
     fn new(line: &'a JournalLine) -> Self {
         Self {
             after_ms: millis(line.after()),
@@ -222,8 +226,8 @@ impl<'a> Line<'a> {
             failed: line.failed(),
             advisory: line
                 .advisory()
-                .map(|(key, mode)| Taken {
-                    key: Key::new(key),
+                .map(|(key, mode)| AdvisoryLockJson {
+                    key: LockKeyJson::new(key),
                     mode: mode.as_pg_locks(),
                 })
                 .collect(),
@@ -236,7 +240,7 @@ impl<'a> Line<'a> {
     }
 }
 
-impl<'a> Edge<'a> {
+impl<'a> IncidentEdgeJson<'a> {
     fn new(edge: &'a IncidentEdge, place: impl Fn(&BackendId) -> Option<usize>) -> Self {
         Self {
             waiter: place(edge.waiter()),
@@ -252,18 +256,18 @@ impl<'a> Edge<'a> {
             wait_age_ms: edge.wait_age().map(millis),
             locktype: edge.object().locktype(),
             object: edge.object().to_string(),
-            relation: edge.relation().map(Name::new),
+            relation: edge.relation().map(RelationJson::new),
             ctid: edge.row().map(crate::graph::RowId::ctid),
             row_key: edge.row_key().map(columns),
-            advisory_key: edge.object().advisory_key().map(Key::new),
+            advisory_key: edge.object().advisory_key().map(LockKeyJson::new),
         }
     }
 }
 
-fn columns(key: &RowKey) -> Vec<Column<'_>> {
+fn columns(key: &RowKey) -> Vec<ColumnJson<'_>> {
     let columns = key.columns();
     columns
-        .map(|(column, value)| Column { column, value })
+        .map(|(column, value)| ColumnJson { column, value })
         .collect()
 }
 
@@ -286,7 +290,7 @@ mod tests {
         assert_eq!(document, DOCUMENT);
     }
 
-    /// Programs read this: a change of what is in it is a new [`VERSION`].
+    /// Programs read this: a change of its contents requires a new [`VERSION`].
     const DOCUMENT: &str = r#"{
   "version": 1,
   "kind": "deadlock",
@@ -468,7 +472,7 @@ mod tests {
         assert_eq!(document["pause_ms"], serde_json::Value::Null);
     }
 
-    /// Each field of the document is in the table that describes it.
+    /// Each field of the document is in the tables of the documentation.
     #[test]
     fn every_field_is_documented() {
         let table = include_str!("mod.rs");

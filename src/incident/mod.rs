@@ -102,8 +102,7 @@ impl Error {
 /// | `attempt`, `attempts` | which attempt of the transaction, of how many |
 /// | `outcome`, `pause_ms` | `retried` after that pause, `gave_up`, `not_retried`, `still_waiting` |
 /// | `diagnosis` | `cause` ([`Cause::as_str`]), `certain`, `text`, `fix` |
-/// | `quality`, `captured_after_ms` | `complete`, `partial`, `detail_only`, `nothing`; when it was sampled, since the
-/// victim's statement began |
+/// | `quality`, `captured_after_ms` | `complete`, `partial`, `detail_only`, `nothing`; when it was sampled, since the victim's statement began |
 /// | `missing` | what is unknown and why, an array of sentences |
 /// | `error` | the server's: `sqlstate`, `message`, `detail`, `context`, without parts that may contain data |
 /// | `participants` | an array, the victim first |

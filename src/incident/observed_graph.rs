@@ -41,8 +41,8 @@ impl ObservedGraph {
         }
         // The first line of DETAIL is about the session that the server failed (`DeadLockReport` in PostgreSQL's
         // `src/backend/storage/lmgr/deadlock.c`).
-        let told = detail.first().filter(|_| is_cycle);
-        let Some(victim) = own.or_else(|| told.map(|edge| edge.waiter.clone())) else {
+        let reported = detail.first().filter(|_| is_cycle);
+        let Some(victim) = own.or_else(|| reported.map(|edge| edge.waiter.clone())) else {
             return Self::default();
         };
         let mut observed = Self {
@@ -50,11 +50,13 @@ impl ObservedGraph {
             ..Self::default()
         };
         // The server names the members. A sample whose cycle has other members is of another cycle.
-        let told = is_cycle.then(|| members(&detail));
+        let reported = is_cycle.then(|| members(&detail));
         let seen = evidence.samples.iter().enumerate().rev();
         let seen = seen.filter_map(|(at, sample)| {
             let cycle = cycle(&sample.snapshot, &victim, evidence.trigger)?;
-            let fits = told.as_ref().is_none_or(|told| *told == members(&cycle));
+            let fits = reported
+                .as_ref()
+                .is_none_or(|reported| *reported == members(&cycle));
             fits.then_some((at, cycle))
         });
         if let Some((at, cycle)) = { seen }.next() {
@@ -106,11 +108,11 @@ impl ObservedGraph {
                     reached.push(edge.blocker().clone());
                 }
                 let edge = IncidentEdge::from_sample(edge);
-                let is_told = |told: &IncidentEdge| {
-                    (&told.waiter, &told.blocker) == (&edge.waiter, &edge.blocker)
-                        && told.object == edge.object
+                let is_known = |known: &IncidentEdge| {
+                    (&known.waiter, &known.blocker) == (&edge.waiter, &edge.blocker)
+                        && known.object == edge.object
                 };
-                if !self.edges[..self.cycle].iter().any(is_told) {
+                if !self.edges[..self.cycle].iter().any(is_known) {
                     self.edges.push(edge);
                 }
             }
@@ -210,11 +212,11 @@ fn cycle(
     let hard = shortest_cycle(snapshot, victim, |edge| !edge.is_soft());
     let any = || shortest_cycle(snapshot, victim, |_| true);
     let cycle = hard.or_else(|| any().filter(|_| trigger == IncidentTrigger::Deadlock))?;
-    let told = cycle.into_iter().map(|edge| IncidentEdge {
+    let edges = cycle.into_iter().map(|edge| IncidentEdge {
         in_cycle: true,
         ..IncidentEdge::from_sample(edge)
     });
-    Some(told.collect())
+    Some(edges.collect())
 }
 
 fn shortest_cycle<'a>(
@@ -366,7 +368,7 @@ mod tests {
         lines.collect::<Vec<_>>().join("\n")
     }
 
-    fn told(members: &[i32], samples: Vec<WaitSample>) -> Evidence {
+    fn detail_evidence(members: &[i32], samples: Vec<WaitSample>) -> Evidence {
         Evidence {
             error: Some(deadlock_error(&detail(members), "")),
             samples,
@@ -375,14 +377,14 @@ mod tests {
     }
 
     #[test]
-    fn the_last_look_with_the_whole_circle_counts() {
+    fn the_last_sample_with_the_whole_cycle_is_used() {
         let late = TestServer::default().waits_for_row(11, &row(account(), 9), 13, 1);
         let samples = vec![
             cycle(&[11, 12]).sample(1, Vec::new()),
             cycle(&[11, 12]).sample(2, Vec::new()),
             late.sample(3, Vec::new()),
         ];
-        let report = report(told(&[11, 12], samples));
+        let report = report(detail_evidence(&[11, 12], samples));
         assert_eq!(completeness(&report), (Completeness::Complete, Some(2)));
         assert_eq!(pids(&report), [11, 12]);
         assert_eq!(report.cycle().len(), 2);
@@ -391,18 +393,18 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_others_is_another_one() {
+    fn a_cycle_of_other_sessions_is_ignored() {
         let sample = cycle(&[11, 13]).sample(2, Vec::new());
-        let report = report(told(&[11, 12], vec![sample]));
+        let report = report(detail_evidence(&[11, 12], vec![sample]));
         assert_eq!(completeness(&report), (Completeness::DetailOnly, None));
         assert_eq!(pids(&report), [11, 12]);
     }
 
     #[test]
-    fn what_was_seen_completes_what_was_told() {
+    fn samples_complete_the_detail() {
         let server = TestServer::default().waits_for_row(11, &row(account(), 9), 12, 700);
         let samples = vec![server.sample(800, vec![(row(account(), 9), key("id", "9"))])];
-        let report = report(told(&[11, 12], samples));
+        let report = report(detail_evidence(&[11, 12], samples));
         assert_eq!(completeness(&report), (Completeness::Partial, Some(800)));
         let [first, second] = report.cycle() else {
             panic!("{:?}", report.edges());
@@ -419,9 +421,9 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_alone_is_not_a_circle() {
+    fn a_single_wait_is_not_a_cycle() {
         let server = TestServer::default().waits_for_row(11, &row(account(), 9), 12, 700);
-        let mut evidence = told(&[11, 12], vec![server.sample(800, Vec::new())]);
+        let mut evidence = detail_evidence(&[11, 12], vec![server.sample(800, Vec::new())]);
         evidence.error = None;
         let found = report(evidence);
         assert_eq!(completeness(&found), (Completeness::Partial, Some(800)));
@@ -432,7 +434,7 @@ mod tests {
                 .contains("The victim's wait was seen 800ms after")
         );
         // The server's message, with a line that cannot be parsed.
-        let mut evidence = told(&[11, 12], Vec::new());
+        let mut evidence = detail_evidence(&[11, 12], Vec::new());
         let text = format!("??\n{}", detail(&[11, 12]).lines().next().expect("a line"));
         evidence.error = Some(deadlock_error(&text, ""));
         let found = report(evidence);
@@ -484,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn hundreds_are_not_all_named() {
+    fn of_hundreds_of_blockers_some_are_left_out() {
         let object = LockObject::Relation(account());
         let many: Vec<i32> = (100..300).collect();
         let server = many.iter().fold(TestServer::default(), |server, pid| {
@@ -499,8 +501,8 @@ mod tests {
     }
 
     #[test]
-    fn without_a_pid_the_server_says_who_failed() {
-        let mut evidence = told(&[12, 11], vec![cycle(&[12, 11]).sample(2, Vec::new())]);
+    fn without_a_pid_the_detail_identifies_the_victim() {
+        let mut evidence = detail_evidence(&[12, 11], vec![cycle(&[12, 11]).sample(2, Vec::new())]);
         evidence.victim.pid = None;
         let found = report(evidence.clone());
         assert_eq!(found.victim().pid(), Some(12));
@@ -514,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn parallel_workers_are_their_leaders() {
+    fn parallel_workers_belong_to_their_leaders() {
         let object = LockObject::Relation(account());
         let mut worker = Backend::unknown(21.into());
         worker.leader_pid = Some(11);
@@ -523,7 +525,7 @@ mod tests {
             .sample(5, Vec::new());
         let edges = sample.snapshot.edges().to_vec();
         sample.snapshot = Snapshot::new(vec![worker], edges, now(), ms(1)).into();
-        let mut evidence = told(&[21, 12], vec![sample]);
+        let mut evidence = detail_evidence(&[21, 12], vec![sample]);
         evidence.victim.pid = Some(11);
         let found = report(evidence);
         assert_eq!(pids(&found), [11, 12]);
@@ -533,16 +535,16 @@ mod tests {
             "another lock was seen"
         );
         // No sample shows the worker.
-        let mut evidence = told(&[21, 12], Vec::new());
+        let mut evidence = detail_evidence(&[21, 12], Vec::new());
         evidence.victim.pid = Some(11);
         assert_eq!(pids(&report(evidence)), [11, 12]);
-        let mut evidence = told(&[12, 11], Vec::new());
+        let mut evidence = detail_evidence(&[12, 11], Vec::new());
         evidence.victim.pid = Some(11);
         assert_eq!(pids(&report(evidence)), [11, 12]);
     }
 
     #[test]
-    fn what_is_told_by_number_is_called_by_name() {
+    fn oids_and_keys_get_their_names() {
         let sample = TestServer::default()
             .waits(77, &LockObject::Relation(account()), "ShareLock", 5, &[78])
             .sample(5, Vec::new());
@@ -552,7 +554,7 @@ mod tests {
             "Process 11 waits for ShareLock on relation 16384 of database 5; blocked by process 12.\n\
              Process 12 waits for ExclusiveLock on advisory lock [5,{a},{b},1]; blocked by process 11."
         );
-        let mut evidence = told(&[11, 12], vec![sample]);
+        let mut evidence = detail_evidence(&[11, 12], vec![sample]);
         evidence.error = Some(deadlock_error(&detail, ""));
         let mut lock = entry(1, "SELECT pg_advisory_xact_lock($1)", Some(1));
         lock.advisory = vec![(named, AdvisoryMode::Exclusive)];

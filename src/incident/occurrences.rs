@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_is_counted() {
+    fn equal_fingerprints_are_counted() {
         let history = IncidentHistory::default();
         assert_eq!(history.count(Fingerprint(1), at(10)).count, 1);
         assert_eq!(history.count(Fingerprint(2), at(11)).previous, None);
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_longest_ago_is_forgotten() {
+    fn the_oldest_occurrence_is_forgotten() {
         let history = IncidentHistory::default();
         for n in 0..MOST as u64 {
             history.count(Fingerprint(n), at(n));

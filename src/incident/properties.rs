@@ -1,4 +1,4 @@
-//! What holds for every report, whatever it is made from.
+//! Properties of all reports, whatever the evidence.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,10 +15,10 @@ use super::{
     ServerError, WaitSample,
 };
 
-/// In each literal, and nowhere else.
+/// Part of each literal, and of nothing else.
 const SECRET: &str = "Zq7";
 
-/// Statements whose literals have the secret, whole or cut off.
+/// Statements whose literals contain the secret, complete or truncated.
 fn statement() -> impl Strategy<Value = String> {
     let piece = prop::sample::select(vec![
         "UPDATE account SET a = 'Zq7'",
@@ -154,7 +154,7 @@ fn any_journal(text: BoxedStrategy<String>) -> impl Strategy<Value = Journal> {
         })
 }
 
-/// The server's error, or one that a function raised.
+/// The server's error, or an error raised by a function.
 fn any_error(
     text: BoxedStrategy<String>,
     detail: BoxedStrategy<String>,
@@ -227,7 +227,7 @@ fn any_evidence(
         )
 }
 
-/// Everything that comes out of a report.
+/// All texts of a report.
 fn all_texts(report: &Incident) -> String {
     let json = {
         #[cfg(feature = "serde")]
@@ -260,7 +260,7 @@ proptest! {
         prop_assert!(!any || all_texts(&report).contains(SECRET));
     }
 
-    /// Any redaction, any times, any edges.
+    /// Any text, any times, any edges.
     #[test]
     fn every_report_is_a_page(
         evidence in any_evidence(any::<String>().boxed(), any::<String>().boxed()),
@@ -274,7 +274,7 @@ proptest! {
         let page = all_texts(&report);
         prop_assert!(!page.is_empty());
         for line in report.to_string().lines() {
-            // Those that are two columns wide are told apart in the tests of the paper.
+            // The tests of `text_wrap` check characters that are two columns wide.
             prop_assert!(line.chars().count() <= 100, "{}", line);
             prop_assert!(!line.contains(char::is_control), "{:?}", line);
         }

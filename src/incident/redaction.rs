@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_told_from_statements() {
+    fn calls_are_distinguished_from_statements() {
         let redacted = Redaction { literals: false };
         for call in [
             "advisory_lock(42)",

@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn as_people_look_for_it() {
+    fn display_is_a_condition() {
         assert_eq!(key(&[("id", Some("7"))]).to_string(), "id = 7");
         assert_eq!(
             key(&[("a", Some("1")), ("b", Some("x")), ("c", None)]).to_string(),

@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_carry_data_is_not_shown() {
+    fn texts_that_may_contain_data_are_withheld() {
         let shown = read(None, Some(CHECK), None).shown;
         let expected = "while locking tuple (0,1) in relation \"parent\"\n\
             SQL statement \"SELECT ? FROM ONLY \"public\".\"pa\"\"rent\" x WHERE \"id\" OPERATOR(pg_catalog.=) $1 \

@@ -49,7 +49,7 @@ pub(super) fn key(column: &str, value: &str) -> RowKey {
     RowKey::new([(column.to_owned(), Some(value.to_owned()))])
 }
 
-/// What a server shows.
+/// The sessions and locks of a server.
 #[derive(Debug, Default)]
 pub(super) struct TestServer {
     rows: Vec<LockRow>,
@@ -61,7 +61,7 @@ impl TestServer {
         self.session_for(pid, application, state, statement, 960)
     }
 
-    /// With the time it has been in its state.
+    /// With the time that it has been in its state.
     pub(super) fn session_for(
         mut self,
         pid: i32,
@@ -87,7 +87,7 @@ impl TestServer {
         self
     }
 
-    /// Of another role.
+    /// A session of another role.
     pub(super) fn hidden(mut self, pid: i32, application: &str) -> Self {
         let mut backend = Backend::unknown(pid.into());
         backend.visibility = Visibility::Hidden;
@@ -133,7 +133,7 @@ impl TestServer {
         self
     }
 
-    /// Waits for the transaction that has the row; a blocker's transaction has its pid as its number.
+    /// Waits for the transaction that locked the row. The transaction id is the blocker's pid.
     pub(super) fn waits_for_row(self, pid: i32, row: &RowId, blocker: i32, millis: u64) -> Self {
         let transaction = LockObject::Transaction(blocker.unsigned_abs());
         self.holds(blocker, &transaction, "ExclusiveLock")
@@ -161,7 +161,7 @@ pub(super) fn entry(after: u64, text: &str, duration: Option<u64>) -> JournalEnt
     }
 }
 
-/// A transaction of this process that began so long before the incident.
+/// A transaction of this process that began this long before the incident.
 pub(super) fn journal(
     pid: i32,
     site: CallSite,
@@ -183,7 +183,7 @@ pub(super) fn journal(
 pub(super) const TRANSFER: CallSite = CallSite::at("src/transfer.rs", 41);
 pub(super) const REFUND: CallSite = CallSite::at("src/refund.rs", 17);
 
-/// Nothing but that it happened, to pid 11.
+/// The minimal evidence, for pid 11.
 pub(super) fn evidence(trigger: IncidentTrigger) -> Evidence {
     Evidence {
         trigger,
@@ -285,7 +285,7 @@ pub(super) fn transfers() -> Evidence {
     }
 }
 
-/// One that waits for a lock timeout behind what the server shows.
+/// A lock timeout of a session that waits behind these sessions.
 pub(super) fn timeout(server: TestServer) -> Evidence {
     Evidence {
         error: Some(timeout_error(None)),
@@ -294,7 +294,7 @@ pub(super) fn timeout(server: TestServer) -> Evidence {
     }
 }
 
-/// Two that are in a deadlock, as the server shows it.
+/// A deadlock of these sessions.
 pub(super) fn deadlock(server: TestServer) -> Evidence {
     Evidence {
         samples: vec![server.sample(960, Vec::new())],

@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ages_are_as_short_as_they_can_be() {
+    fn ages_are_short() {
         for (millis, expected) in [
             (0, "0.0ms"),
             (9, "9.0ms"),
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_moves_the_cursor() {
+    fn control_characters_are_replaced() {
         assert_eq!(printable("a\x1b[2J\u{202e}é"), "a\u{fffd}[2J\u{fffd}é");
         assert_eq!(one_line("a \n\t b", 10), "a b");
         assert_eq!(one_line("äbcdef", 3), "äbc…");

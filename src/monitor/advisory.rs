@@ -81,11 +81,11 @@ impl serde::Serialize for AdvisoryLockEntry {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         use serde::ser::SerializeStruct as _;
 
-        use crate::graph::json::{Key, VERSION, millis};
+        use crate::graph::json::{LockKeyJson, VERSION, millis};
 
         let mut document = serializer.serialize_struct("AdvisoryLockEntry", 8)?;
         document.serialize_field("version", &VERSION)?;
-        document.serialize_field("advisory_key", &Key::new(&self.key))?;
+        document.serialize_field("advisory_key", &LockKeyJson::new(&self.key))?;
         document.serialize_field("mode", self.mode.as_pg_locks())?;
         document.serialize_field("held", &self.held)?;
         document.serialize_field("wait_age_ms", &self.wait_age.map(millis))?;

@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_ended_are_remembered_for_a_while() {
+    fn ended_transactions_are_kept_for_a_while() {
         let transactions = Arc::new(ActiveTransactions::default());
         let first = enter(&transactions);
         first.identify(7);
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_is_told_apart_by_the_time() {
+    fn a_backends_transaction_depends_on_the_time() {
         let transactions = Arc::new(ActiveTransactions::default());
         let enter = || {
             std::thread::sleep(Duration::from_millis(1));

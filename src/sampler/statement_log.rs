@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_that_were_sent_together_none_is_forgotten() {
+    fn statements_sent_together_are_all_kept() {
         let log = log();
         let numbers: Vec<_> = (0..MAX_STATEMENTS * 2)
             .map(|_| log.begin(None, false))
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_what_the_server_refused() {
+    fn a_failure_is_the_statement_that_failed_by_itself() {
         let log = log();
         let failed = |failure: Option<Failure>| {
             let number = log.begin_statement(Sent::Text("SELECT 1"));
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn the_one_that_runs_is_the_first_without_an_end() {
+    fn the_running_statement_is_the_first_without_an_end() {
         let log = log();
         assert!(log.running().is_none());
         let first = log.begin(None, false);

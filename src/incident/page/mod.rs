@@ -481,7 +481,7 @@ HOW SURE THIS IS
 Fingerprint 5b62a63f352df502, seen for the first time";
 
     #[test]
-    fn a_deadlock_of_which_the_server_alone_tells() {
+    fn a_deadlock_without_a_sample() {
         let page = report(Evidence {
             samples: Vec::new(),
             others: Vec::new(),
@@ -557,7 +557,7 @@ Fingerprint 5b62a63f352df502, seen for the first time";
     }
 
     #[test]
-    fn nothing_at_all() {
+    fn a_report_without_evidence() {
         let mut evidence = evidence(IncidentTrigger::LongWait);
         evidence.victim.pid = None;
         evidence.victim.call_site = None;
