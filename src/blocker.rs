@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_for_people() {
+    fn display_is_one_line() {
         assert_eq!(
             blocker().to_string(),
             "pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s) holds ExclusiveLock"
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_of_another_kind_is_said() {
+    fn another_kind_of_lock_is_displayed() {
         let table = Blocker {
             object: Some(("relation orders".into(), LockMode::AccessShare)),
             ..blocker()
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn hidden_is_said_not_guessed() {
+    fn hidden_values_are_displayed_as_hidden() {
         let hidden = Blocker {
             user: None,
             state: None,

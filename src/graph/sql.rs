@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use super::parts::{RawStatement, Visibility};
+use super::backend::{RawStatement, Visibility};
 use super::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, assemble};
 use crate::key::LockKey;
 use crate::mode::LockMode;

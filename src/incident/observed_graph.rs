@@ -323,8 +323,8 @@ impl<'a> Names<'a> {
         )
     }
 
-    fn object(&self, object: &message::LockObject) -> LockObject {
-        LockObject::of_message(object, |oid| self.relation(oid))
+    fn object(&self, object: &message::LockTag) -> LockObject {
+        LockObject::from_tag(object, |oid| self.relation(oid))
     }
 }
 

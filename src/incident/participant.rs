@@ -45,7 +45,7 @@ pub struct Participant {
     /// A form of the call site that is equal whether the site is known here or was read from `application_name`.
     pub(super) site_key: Option<Arc<str>>,
     /// The fingerprint of the statement, as the server keeps it.
-    pub(super) fingerprint: Option<statement::Fingerprint>,
+    pub(super) fingerprint: Option<statement::StatementFingerprint>,
 }
 
 impl Participant {

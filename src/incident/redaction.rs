@@ -33,7 +33,7 @@ pub(super) fn is_call(text: &str) -> bool {
 }
 
 /// The fingerprint of a statement, equal whether its text comes from the client's log or from the server.
-pub(super) fn fingerprint(sql: &str) -> statement::Fingerprint {
+pub(super) fn fingerprint(sql: &str) -> statement::StatementFingerprint {
     // The keys are data, and the SQL that is sent depends on the waits before.
     if is_call(sql) || statement::kind(sql) == StatementKind::AdvisoryLock {
         return statement::fingerprint("advisory_lock");

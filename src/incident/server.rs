@@ -106,7 +106,7 @@ impl ShownMessage {
             return;
         }
         let lines = read.lines.iter().map(|line| match &line.kind {
-            LineKind::Wait(_) | LineKind::Unread => line.raw.clone(),
+            LineKind::Wait(_) | LineKind::Unparsed => line.raw.clone(),
             LineKind::Statement { statement, .. } => {
                 let head = line.raw.strip_suffix(statement.as_str());
                 format!(

@@ -336,7 +336,7 @@ mod tests {
 
     use super::*;
     use crate::graph::BackendId;
-    use crate::graph::parts::Visibility;
+    use crate::graph::Visibility;
     use crate::monitor::testing::{backend, edge, snapshot};
 
     const SECOND: Duration = Duration::from_secs(1);

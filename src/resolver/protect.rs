@@ -194,7 +194,7 @@ fn migration_keys(policy: &ResolverPolicy, database: Option<&str>) -> Vec<LockKe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::parts::RawStatement;
+    use crate::graph::RawStatement;
     use crate::monitor::testing::backend;
 
     fn said(sql: &str) -> Backend {

@@ -9,7 +9,7 @@ mod other;
 
 use crate::mode::LockMode;
 use crate::postgres::TableName;
-use crate::postgres::statement::undecided;
+use crate::postgres::statement::ambiguous_string;
 use crate::schema::statements::LockedRelation;
 
 /// One statement of a batch.
@@ -127,7 +127,7 @@ pub(super) fn read(sql: &str) -> Vec<Statement<'_>> {
 /// Why a batch cannot be read to its end, if so: behind a string whose end a setting decides could stand anything, a
 /// COMMIT too.
 pub(super) fn flaw(sql: &str) -> Option<String> {
-    let unread = undecided(sql)?;
+    let unread = ambiguous_string(sql)?;
     let (_, behind) = unread.split_once(';')?;
     (!behind.trim().is_empty()).then(|| {
         let end = unread.char_indices().nth(40).map_or(unread.len(), |(at, _)| at);
