@@ -11,7 +11,7 @@ use std::time::Duration;
 use lockkeeper_testkit::{Database, Server, Skip};
 use tokio_postgres::{Client, Error};
 
-use super::{ContextKind, LineKind, LockTag, Wait, context, deadlock_detail};
+use super::{ContextKind, DetailWait, LineKind, LockTag, context, deadlock_detail};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -101,7 +101,7 @@ struct Deadlock {
     context: String,
     /// The server's own log of it with the statements, if it can be read.
     log: Option<String>,
-    waits: Vec<Wait>,
+    waits: Vec<DetailWait>,
     statements: Vec<String>,
     /// The page and offset of the row that the victim waited for.
     row: (u32, u16),
@@ -216,7 +216,7 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
     assert_ne!(row_14.0, u32::from(row_14.1), "the two could be mixed up");
     let pids = [a.pid, b.pid, c.pid, d.pid, e.pid];
     let waits = objects.into_iter().enumerate();
-    let waits = waits.map(|(at, (mode, object))| Wait {
+    let waits = waits.map(|(at, (mode, object))| DetailWait {
         waiter: pids[at],
         blocker: pids[(at + 1) % 5],
         mode: mode.to_owned(),
