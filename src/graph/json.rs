@@ -149,7 +149,7 @@ struct NodeJson {
 
 impl<'a> SnapshotJson<'a> {
     fn new(snapshot: &'a Snapshot, cycles: &[Cycle], tree: Option<&LockTree>) -> Self {
-        let place = |id: &BackendId| snapshot.position(id).unwrap_or_default();
+        let position = |id: &BackendId| snapshot.position(id).unwrap_or_default();
         let mut waits: Vec<WaitJson<'_>> = Vec::new();
         let mut open: Option<&Arc<Wait>> = None;
         // The first wait of each waiter.
@@ -157,7 +157,7 @@ impl<'a> SnapshotJson<'a> {
         for edge in snapshot.edges() {
             if !open.is_some_and(|open| Arc::ptr_eq(open, &edge.wait)) {
                 open = Some(&edge.wait);
-                let waiter = place(edge.waiter());
+                let waiter = position(edge.waiter());
                 first_wait[waiter].get_or_insert(waits.len());
                 waits.push(WaitJson {
                     waiter,
@@ -167,7 +167,7 @@ impl<'a> SnapshotJson<'a> {
             }
             if let Some(wait) = waits.last_mut() {
                 wait.blockers.push(BlockerJson {
-                    backend: place(edge.blocker()),
+                    backend: position(edge.blocker()),
                     kind: kind_name(edge.kind()),
                     mode: edge.blocker_mode.map(crate::mode::LockMode::as_pg_locks),
                 });
@@ -177,7 +177,7 @@ impl<'a> SnapshotJson<'a> {
             let walk = tree.walk().map(|(depth, node)| NodeJson {
                 backend: node.position(),
                 depth,
-                below: node.edge().map(|edge| place(edge.blocker())),
+                below: node.edge().map(|edge| position(edge.blocker())),
                 wait: first_wait[node.position()],
                 blocks: node.blocked_count(),
                 in_cycle: node.is_in_cycle(),
@@ -188,7 +188,7 @@ impl<'a> SnapshotJson<'a> {
         let roots = snapshot.roots().into_iter();
         let cycles = cycles.iter().map(|cycle| CycleJson {
             deadlock: cycle.is_deadlock(),
-            backends: cycle.members().map(place).collect(),
+            backends: cycle.members().map(position).collect(),
         });
         Self {
             version: VERSION,
@@ -196,7 +196,7 @@ impl<'a> SnapshotJson<'a> {
             took_ms: millis(snapshot.duration()),
             backends: snapshot.backends(),
             waits,
-            roots: roots.map(|root| place(root.id())).collect(),
+            roots: roots.map(|root| position(root.id())).collect(),
             cycles: cycles.collect(),
             nodes,
         }

@@ -139,7 +139,7 @@ impl<'a> JournalReader<'a> {
         };
         // The server keeps only the beginning of a statement, and so does a journal.
         let is_long = |text: &str| text.len() > 1023;
-        let is_seen = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
+        let matches_sample = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
             (Some(seen), Some(text)) if is_call(text) => {
                 statement::kind(seen) == StatementKind::AdvisoryLock
             }
@@ -151,18 +151,20 @@ impl<'a> JournalReader<'a> {
         let waited = entries
             .iter()
             .enumerate()
-            .filter(|(_, entry)| end(entry).saturating_add(SAME_TIME) >= at && is_seen(entry))
+            .filter(|(_, entry)| {
+                end(entry).saturating_add(SAME_TIME) >= at && matches_sample(entry)
+            })
             .max_by_key(|(_, entry)| end(entry).saturating_sub(entry.after))
             .map(|(at, _)| at);
-        let said = waited.map_or(entries.len(), |waited| {
-            let over = entries[waited]
+        let end_of_wait = waited.map_or(entries.len(), |waited| {
+            let end = entries[waited]
                 .duration
                 .map(|duration| entries[waited].after.saturating_add(duration));
-            let is_before = |entry: &JournalEntry| over.is_none_or(|over| entry.after < over);
+            let is_before = |entry: &JournalEntry| end.is_none_or(|end| entry.after < end);
             waited + 1 + entries[waited + 1..].partition_point(is_before)
         });
         Self {
-            entries: &entries[..said],
+            entries: &entries[..end_of_wait],
             waited,
         }
     }
@@ -196,7 +198,7 @@ impl<'a> JournalReader<'a> {
             lines[waited].mark = Some(JournalMark::Waited);
         }
         for edge in contested {
-            if let Some((at, mark)) = self.taker(edge) {
+            if let Some((at, mark)) = self.locking_entry(edge) {
                 let line = &mut lines[at];
                 line.mark = match (line.mark, mark) {
                     (Some(JournalMark::Took), _) => line.mark,
@@ -208,7 +210,7 @@ impl<'a> JournalReader<'a> {
     }
 
     /// The entry that took the lock of an edge.
-    fn taker(&self, edge: &IncidentEdge) -> Option<(usize, JournalMark)> {
+    fn locking_entry(&self, edge: &IncidentEdge) -> Option<(usize, JournalMark)> {
         let before = &self.entries[..self.waited.unwrap_or(self.entries.len())];
         if let LockObject::Advisory { key, .. } = &edge.object {
             let exact = before.iter().position(|entry| {
@@ -414,13 +416,13 @@ mod tests {
     #[test]
     fn statements_after_the_wait_are_left_out() {
         let mut evidence = transfers();
-        let looked = evidence.samples.last().expect("a sample").after;
+        let sampled = evidence.samples.last().expect("a sample").after;
         let since = evidence.victim.statements.last().expect("one").after;
-        let looked = u64::try_from((since + looked).as_millis()).expect("a short time");
+        let sampled = u64::try_from((since + sampled).as_millis()).expect("a short time");
         evidence.others[0].statements = vec![
-            entry(100, REFUND_SQL, Some(looked - 110)),
+            entry(100, REFUND_SQL, Some(sampled - 110)),
             // Before the reply to the sample's query arrived.
-            entry(looked - 5, "COMMIT", None),
+            entry(sampled - 5, "COMMIT", None),
         ];
         let found = report(evidence.clone());
         assert_eq!(marks(other(&found)), [Some(JournalMark::Waited)]);

@@ -135,7 +135,7 @@ impl<'a> IncidentJson<'a> {
             Outcome::StillWaiting => ("still_waiting", None),
         };
         let diagnosis = incident.diagnosis();
-        let place = |id: &BackendId| {
+        let position = |id: &BackendId| {
             let mut participants = incident.participants().iter();
             participants.position(|participant| participant.id() == Some(id))
         };
@@ -181,38 +181,42 @@ impl<'a> IncidentJson<'a> {
             edges: incident
                 .edges()
                 .iter()
-                .map(|edge| IncidentEdgeJson::new(edge, place))
+                .map(|edge| IncidentEdgeJson::new(edge, position))
                 .collect(),
         }
     }
 }
 
 impl<'a> ParticipantJson<'a> {
-    fn new(who: &'a Participant) -> Self {
+    fn new(participant: &'a Participant) -> Self {
         Self {
-            pid: who.pid(),
-            prepared: who.id().and_then(BackendId::prepared_transaction),
-            backend_start: who.backend_start().map(wording::timestamp),
-            call_site: who.call_site(),
-            application_name: who.application_name(),
-            user: who.user(),
-            database: who.database(),
-            client: who.client_address(),
-            backend_type: who.backend_type(),
-            state: who.state(),
-            in_state_ms: who.state_age().map(millis),
-            transaction_age_ms: who.transaction_age().map(millis),
-            wait_age_ms: who.wait_age().map(millis),
-            statement: who.statement(),
-            query_id: who.query_id().map(|id| id.to_string()),
-            victim: who.is_victim(),
-            waiting: who.is_waiting(),
-            hidden: who.is_hidden(),
-            in_this_process: who.is_in_this_process(),
-            seen_after_ms: who.seen_after().map(millis),
-            conflict_group: who.conflict_group().map(LockKeyJson::new),
-            journal_dropped: who.journal_dropped(),
-            journal: who.journal().iter().map(JournalLineJson::new).collect(),
+            pid: participant.pid(),
+            prepared: participant.id().and_then(BackendId::prepared_transaction),
+            backend_start: participant.backend_start().map(wording::timestamp),
+            call_site: participant.call_site(),
+            application_name: participant.application_name(),
+            user: participant.user(),
+            database: participant.database(),
+            client: participant.client_address(),
+            backend_type: participant.backend_type(),
+            state: participant.state(),
+            in_state_ms: participant.state_age().map(millis),
+            transaction_age_ms: participant.transaction_age().map(millis),
+            wait_age_ms: participant.wait_age().map(millis),
+            statement: participant.statement(),
+            query_id: participant.query_id().map(|id| id.to_string()),
+            victim: participant.is_victim(),
+            waiting: participant.is_waiting(),
+            hidden: participant.is_hidden(),
+            in_this_process: participant.is_in_this_process(),
+            seen_after_ms: participant.seen_after().map(millis),
+            conflict_group: participant.conflict_group().map(LockKeyJson::new),
+            journal_dropped: participant.journal_dropped(),
+            journal: participant
+                .journal()
+                .iter()
+                .map(JournalLineJson::new)
+                .collect(),
         }
     }
 }
@@ -241,10 +245,10 @@ impl<'a> JournalLineJson<'a> {
 }
 
 impl<'a> IncidentEdgeJson<'a> {
-    fn new(edge: &'a IncidentEdge, place: impl Fn(&BackendId) -> Option<usize>) -> Self {
+    fn new(edge: &'a IncidentEdge, position: impl Fn(&BackendId) -> Option<usize>) -> Self {
         Self {
-            waiter: place(edge.waiter()),
-            blocker: place(edge.blocker()),
+            waiter: position(edge.waiter()),
+            blocker: position(edge.blocker()),
             in_cycle: edge.is_in_cycle(),
             kind: edge.kind().map(|kind| match kind {
                 EdgeKind::Hard => "hard",

@@ -13,7 +13,7 @@ use super::server::ServerMessage;
 use super::{Completeness, Evidence, IncidentEdge, IncidentTrigger, WaitSample};
 
 /// A queue of hundreds is not shown in full.
-const MOST_SESSIONS: usize = 40;
+const MAX_SESSIONS: usize = 40;
 
 /// The edges of an incident.
 #[derive(Debug, Default)]
@@ -91,8 +91,8 @@ impl ObservedGraph {
         self.edges = cycle;
         let Some(victim) = &self.victim else { return };
         let mut reached: Vec<BackendId> = vec![victim.clone()];
-        let of_circle = self.edges.iter().map(|edge| &edge.blocker);
-        reached.extend(of_circle.filter(|id| *id != victim).cloned());
+        let of_cycle = self.edges.iter().map(|edge| &edge.blocker);
+        reached.extend(of_cycle.filter(|id| *id != victim).cloned());
         let mut known: HashSet<BackendId> = reached.iter().cloned().collect();
         let mut left_out = HashSet::new();
         let mut next = 0;
@@ -100,7 +100,7 @@ impl ObservedGraph {
             next += 1;
             for edge in sample.snapshot.edges_of(&waiter) {
                 if !known.contains(edge.blocker()) {
-                    if known.len() >= MOST_SESSIONS {
+                    if known.len() >= MAX_SESSIONS {
                         left_out.insert(edge.blocker().clone());
                         continue;
                     }
@@ -159,8 +159,9 @@ impl ObservedGraph {
         }
         // A session waits for one lock at a time, so CONTEXT applies to all edges of the victim.
         for edge in &mut self.edges {
-            let is_unseen = edge.row.is_none() && matches!(edge.object, LockObject::Transaction(_));
-            if Some(&edge.waiter) == self.victim.as_ref() && is_unseen {
+            let is_unknown_row =
+                edge.row.is_none() && matches!(edge.object, LockObject::Transaction(_));
+            if Some(&edge.waiter) == self.victim.as_ref() && is_unknown_row {
                 edge.context.clone_from(&message.row);
             }
         }
@@ -493,8 +494,8 @@ mod tests {
             server.holds(*pid, &object, "RowExclusiveLock")
         });
         let report = report(timeout(server.waits(11, &object, "ShareLock", 900, &many)));
-        assert_eq!(report.participants().len(), MOST_SESSIONS);
-        let left = 200 - (MOST_SESSIONS - 1);
+        assert_eq!(report.participants().len(), MAX_SESSIONS);
+        let left = 200 - (MAX_SESSIONS - 1);
         let text = format!("{left} more sessions in the way are left out");
         assert!(report.caveats().any(|line| line == text));
         assert!(report.to_string().contains("THE OTHERS"));

@@ -7,13 +7,13 @@ use std::time::SystemTime;
 
 use super::Fingerprint;
 
-const MOST: usize = 1024;
+const MAX_ENTRIES: usize = 1024;
 
 /// The occurrences of earlier incidents, by fingerprint. Bounded: the incidents that occurred longest ago are
 /// forgotten.
 #[derive(Debug, Default)]
 pub(crate) struct IncidentHistory {
-    seen: Mutex<HashMap<Fingerprint, Occurrences>>,
+    by_fingerprint: Mutex<HashMap<Fingerprint, Occurrences>>,
 }
 
 /// How often incidents with one fingerprint occurred.
@@ -29,14 +29,19 @@ pub(super) struct Occurrences {
 impl IncidentHistory {
     /// Counts an incident, and returns the occurrences including this one. Times may come in any order.
     pub(super) fn count(&self, fingerprint: Fingerprint, at: SystemTime) -> Occurrences {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.len() >= MOST && !seen.contains_key(&fingerprint) {
-            let oldest = seen.iter().min_by_key(|(_, occurrences)| occurrences.last);
+        let mut by_fingerprint = self
+            .by_fingerprint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if by_fingerprint.len() >= MAX_ENTRIES && !by_fingerprint.contains_key(&fingerprint) {
+            let oldest = by_fingerprint
+                .iter()
+                .min_by_key(|(_, occurrences)| occurrences.last);
             if let Some(oldest) = oldest.map(|(fingerprint, _)| *fingerprint) {
-                seen.remove(&oldest);
+                by_fingerprint.remove(&oldest);
             }
         }
-        match seen.entry(fingerprint) {
+        match by_fingerprint.entry(fingerprint) {
             Entry::Occupied(mut known) => {
                 let known = known.get_mut();
                 known.previous = Some(known.last);
@@ -82,12 +87,19 @@ mod tests {
     #[test]
     fn the_oldest_occurrence_is_forgotten() {
         let history = IncidentHistory::default();
-        for n in 0..MOST as u64 {
+        for n in 0..MAX_ENTRIES as u64 {
             history.count(Fingerprint(n), at(n));
         }
         history.count(Fingerprint(0), at(5000));
         history.count(Fingerprint(9999), at(5001));
-        assert_eq!(history.seen.lock().expect("nobody panicked").len(), MOST);
+        assert_eq!(
+            history
+                .by_fingerprint
+                .lock()
+                .expect("nobody panicked")
+                .len(),
+            MAX_ENTRIES
+        );
         assert_eq!(history.count(Fingerprint(0), at(5002)).count, 3);
         assert_eq!(
             history.count(Fingerprint(1), at(5003)).count,

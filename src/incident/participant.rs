@@ -216,8 +216,8 @@ fn participant(
     id: Option<BackendId>,
     is_victim: bool,
 ) -> Participant {
-    let seen = id.as_ref().and_then(|id| seen(evidence, observed, id));
-    let backend = seen.map(|(_, backend)| backend);
+    let sampled = id.as_ref().and_then(|id| sampled(evidence, observed, id));
+    let backend = sampled.map(|(_, backend)| backend);
     let waits_for = |edge: &&IncidentEdge| Some(&edge.waiter) == id.as_ref();
     let own_edges = || observed.edges.iter().filter(waits_for);
     let held = observed.edges.iter();
@@ -289,7 +289,7 @@ fn participant(
         is_hidden: backend.is_some_and(Backend::is_hidden),
         in_this_process: journal.is_some(),
         waits,
-        seen_after: seen.map(|(sample, _)| sample.after),
+        seen_after: sampled.map(|(sample, _)| sample.after),
         journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, redaction)),
         journal_dropped: journal.map_or(0, |journal| journal.dropped),
         journal_gap: journal.map_or(0, |journal| journal.gap),
@@ -300,7 +300,7 @@ fn participant(
 }
 
 /// From the sample that the edges are from, else from the last sample that contains the session.
-fn seen<'a>(
+fn sampled<'a>(
     evidence: &'a Evidence,
     observed: &ObservedGraph,
     id: &BackendId,

@@ -112,7 +112,7 @@ fn any_server() -> impl Strategy<Value = TestServer> {
         })
 }
 
-fn any_look() -> impl Strategy<Value = WaitSample> {
+fn any_sample() -> impl Strategy<Value = WaitSample> {
     (any_server(), 0..5000_u64).prop_map(|(server, after)| {
         let keys = vec![(row(table(16385, "audit"), 1), key("id", "1"))];
         server.sample(after, keys)
@@ -209,7 +209,7 @@ fn any_evidence(
             prop::option::of(any_error(text, detail)),
         ),
         (
-            prop::collection::vec(any_look(), 0..4),
+            prop::collection::vec(any_sample(), 0..4),
             journals,
             0..1u64 << 40,
         ),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::postgres::statement::{self, StatementKind};
 
 /// Longer statements are cut.
-const MOST_CHARS: usize = 4000;
+const MAX_CHARS: usize = 4000;
 
 /// Whether literals are shown.
 #[derive(Clone, Copy, Debug)]
@@ -38,13 +38,13 @@ pub(super) fn fingerprint(sql: &str) -> statement::StatementFingerprint {
     if is_call(sql) || statement::kind(sql) == StatementKind::AdvisoryLock {
         return statement::fingerprint("advisory_lock");
     }
-    statement::fingerprint(as_kept(sql))
+    statement::fingerprint(as_server_keeps(sql))
 }
 
 /// The beginning of a statement that the server keeps by default (`track_activity_query_size`).
-fn as_kept(sql: &str) -> &str {
-    const KEPT: usize = 1023;
-    let mut end = sql.len().min(KEPT);
+fn as_server_keeps(sql: &str) -> &str {
+    const KEPT_BYTES: usize = 1023;
+    let mut end = sql.len().min(KEPT_BYTES);
     while !sql.is_char_boundary(end) {
         end -= 1;
     }
@@ -52,7 +52,7 @@ fn as_kept(sql: &str) -> &str {
 }
 
 fn shortened(text: &str) -> Arc<str> {
-    match text.char_indices().nth(MOST_CHARS) {
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]).into(),
         None => text.into(),
     }
@@ -65,8 +65,8 @@ mod tests {
     #[test]
     fn a_statement_is_compared_as_the_server_keeps_it() {
         let long = "é".repeat(600);
-        assert_eq!(as_kept(&long).len(), 1022);
-        assert_eq!(as_kept("SELECT 1"), "SELECT 1");
+        assert_eq!(as_server_keeps(&long).len(), 1022);
+        assert_eq!(as_server_keeps("SELECT 1"), "SELECT 1");
     }
 
     #[test]

@@ -19,7 +19,7 @@ const RECENT_FOR: Duration = Duration::from_secs(5);
 const REPLY_DELAY: Duration = Duration::from_millis(50);
 
 /// How long before a report one of its participants may have ended.
-const GONE_WITHIN: Duration = Duration::from_millis(50);
+const ENDED_WITHIN: Duration = Duration::from_millis(50);
 /// A transaction younger than this can hardly have locked something, waited, and been waited for.
 const MIN_AGE: Duration = Duration::from_millis(3);
 
@@ -91,15 +91,15 @@ impl ActiveTransactions {
         let alive = then.max_by_key(|log| log.began);
         // The survivor of a deadlock continues before the victim learns of it: it can have committed, and another
         // transaction can have begun.
-        let gone = || {
+        let just_ended = || {
             let ended = on_it.iter().filter_map(|log| {
                 let ended = log.ended().filter(|ended| *ended < at)?;
-                (at - ended < GONE_WITHIN).then_some((ended, log))
+                (at - ended < ENDED_WITHIN).then_some((ended, log))
             });
             Some(ended.max_by_key(|(ended, _)| *ended)?.1)
         };
         let settled = alive.filter(|log| at - log.began >= MIN_AGE);
-        let found = settled.or_else(gone).or(alive).or_else(|| {
+        let found = settled.or_else(just_ended).or(alive).or_else(|| {
             // Locks taken by the message with BEGIN are held before its reply arrives.
             let soon = on_it
                 .iter()
@@ -232,10 +232,10 @@ mod tests {
         let ended = guards.ended().expect("it has ended");
         assert!(
             transactions
-                .of_backend(7, ended + GONE_WITHIN / 2)
+                .of_backend(7, ended + ENDED_WITHIN / 2)
                 .is_some()
         );
-        assert!(transactions.of_backend(7, ended + GONE_WITHIN).is_none());
+        assert!(transactions.of_backend(7, ended + ENDED_WITHIN).is_none());
     }
 
     #[tokio::test]

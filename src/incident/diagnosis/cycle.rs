@@ -42,7 +42,7 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
         .map(|edge| facts.name(&edge.waiter))
         .collect();
     let all = if names.len() == 2 { "both" } else { "all" };
-    let thing = wording::object(first);
+    let object = wording::object(first);
     let (held, fix) = if let Some(row) = &first.row {
         (
             "in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check)"
@@ -70,13 +70,13 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
         (
             held,
             format!(
-                "Lock {thing} at once as strongly as it is needed: LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE, or a \
+                "Lock {object} at once as strongly as it is needed: LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE, or a \
                  stronger one, before the first statement that uses it."
             ),
         )
     };
     let text = format!(
-        "{} {all} held {thing} {held}, and each wanted more of it, which the others' hold did not allow.",
+        "{} {all} held {object} {held}, and each wanted more of it, which the others' hold did not allow.",
         list(&names)
     );
     let is_certain = facts.cycle().iter().all(IncidentEdge::was_seen);

@@ -127,15 +127,15 @@ impl WaitFacts<'_> {
 
     /// `pid 12 (src/pay.rs:42) held row id = 7 of public.users`, or through a chain.
     fn holds(&self) -> String {
-        let thing = wording::object(self.first);
+        let object = wording::object(self.first);
         let root = self.facts.name(self.root);
         if self.is_chain {
             let before = self.facts.name(&self.first.blocker);
             format!(
-                "{thing} was not to be had from {before}, which itself waited, in the end for {root}"
+                "{object} was not to be had from {before}, which itself waited, in the end for {root}"
             )
         } else {
-            format!("{root} held {thing}")
+            format!("{root} held {object}")
         }
     }
 

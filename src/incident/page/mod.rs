@@ -105,8 +105,8 @@ impl Incident {
             Some(edge) => {
                 let blocker = self.participant(edge.blocker());
                 let blocker = blocker.map(wording::name).unwrap_or_default();
-                let thing = wording::object(edge);
-                text.push_str(&format!(" on {thing}: {victim} waited for {blocker}"));
+                let object = wording::object(edge);
+                text.push_str(&format!(" on {object}: {victim} waited for {blocker}"));
                 if blockers.len() > 1 {
                     text.push_str(&format!(" and {} more", blockers.len() - 1));
                 }

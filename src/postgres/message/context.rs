@@ -71,7 +71,7 @@ pub(crate) fn context(text: &str) -> Vec<ContextLine> {
 }
 
 /// The maximum number of bytes of a line that names a row.
-const LONGEST_ROW: usize = 1000;
+const MAX_ROW_BYTES: usize = 1000;
 
 /// A row at the beginning of the text, and where it ends: at the end of a line, but maybe not of the first. A name has
 /// at most 63 bytes, and so at most 63 line feeds; no sentence has more than a few hundred.
@@ -80,7 +80,7 @@ fn leading_row(text: &str) -> Option<(usize, RowContext)> {
         .map(|(end, _)| end)
         .chain([text.len()])
         .take(64)
-        .take_while(|end| *end <= LONGEST_ROW)
+        .take_while(|end| *end <= MAX_ROW_BYTES)
         .find_map(|end| Some((end, row(&text[..end])?)))
 }
 

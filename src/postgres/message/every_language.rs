@@ -123,13 +123,13 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
         ))
         .await
         .unwrap();
-    let place = async |id: i32| -> (u32, u16) {
+    let position = async |id: i32| -> (u32, u16) {
         let sql = format!("SELECT ctid::text FROM {table} WHERE id = {id}");
         let ctid: String = number(&observer, &sql).await;
         let (page, offset) = ctid[1..ctid.len() - 1].split_once(',').unwrap();
         (page.parse().unwrap(), offset.parse().unwrap())
     };
-    let (row_2, row_14) = (place(2).await, place(14).await);
+    let (row_2, row_14) = (position(2).await, position(14).await);
 
     let [a, b, c, d, e] = [
         Session::new(database).await,

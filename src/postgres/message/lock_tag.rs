@@ -55,7 +55,7 @@ pub(crate) enum LockTag {
         subscription: u32,
         xid: u32,
     },
-    /// An unknown object: the text in its place, with words of the sentence around it.
+    /// An unknown object: the text in its position, with words of the sentence around it.
     Unknown { text: String },
 }
 
@@ -228,9 +228,9 @@ fn known(text: &str) -> Option<LockTag> {
     let numbers = numbers(text);
     let values: Option<Vec<u32>> = numbers.iter().map(|number| number.value).collect();
     let lower = text.to_lowercase();
-    let place = |words: &[&str]| words.iter().filter_map(|word| lower.find(word)).min();
-    let comes_first = |first: &[&str], second: &[&str]| Some(place(first)? < place(second)?);
-    let has = |words: &[&str]| place(words).is_some();
+    let position = |words: &[&str]| words.iter().filter_map(|word| lower.find(word)).min();
+    let comes_first = |first: &[&str], second: &[&str]| Some(position(first)? < position(second)?);
+    let has = |words: &[&str]| position(words).is_some();
 
     let between = |first: &Number, second: &Number| &text[first.at.end..second.at.start];
     match (values?.as_slice(), numbers.as_slice()) {

@@ -238,7 +238,7 @@ pub(crate) fn lock_queue(detail: &str) -> Option<LockQueue> {
 
 /// Whether it is the message of a lock timeout: `canceling statement due to lock timeout`, in any language.
 pub(crate) fn is_lock_timeout(message: &str) -> bool {
-    const NEWS_WORDS: [&str; 13] = [
+    const TIMEOUT_WORDS: [&str; 13] = [
         "due to lock timeout",
         "zeitüberschreitung einer sperre",
         "espera de candados",
@@ -257,7 +257,7 @@ pub(crate) fn is_lock_timeout(message: &str) -> bool {
         return false;
     }
     let lower = message.to_lowercase();
-    NEWS_WORDS.iter().any(|word| lower.contains(word))
+    TIMEOUT_WORDS.iter().any(|word| lower.contains(word))
 }
 
 #[cfg(test)]
