@@ -1,16 +1,16 @@
-//! Who stands in the way of a lock: one row about a backend that holds it, or that queues for it ahead of us.
+//! A session that blocks a lock: it holds the lock, or is ahead in the lock's queue.
 
 use std::fmt;
 use std::time::Duration;
 
 use crate::mode::{AdvisoryMode, LockMode};
 
-/// A backend that keeps a lock from being granted, an advisory lock or, for [schema changes](crate::Schema), any other, as `pg_locks` and `pg_stat_activity` showed it while the
-/// waiter was still being refused.
+/// A backend that blocks a lock: an advisory lock or, for [schema changes](crate::Schema), a lock of any kind. It is
+/// described as in `pg_locks` and `pg_stat_activity` while the waiter was still blocked.
 ///
-/// What the role in use may not see is `None`: it means *unknown*, never *idle* or *nobody*. A role without
-/// `pg_read_all_stats` sees other roles' pid and `application_name`, and nothing else of them (PostgreSQL's
-/// documentation, "The Cumulative Statistics System", `pg_stat_activity`).
+/// A value that the role in use may not see is `None`: it means *unknown*, never *idle* or *no session*. A role without
+/// `pg_read_all_stats` sees only the pid and `application_name` of other roles' sessions (PostgreSQL's documentation,
+/// "The Cumulative Statistics System", `pg_stat_activity`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocker {
     pub(crate) pid: Option<i32>,
@@ -18,10 +18,10 @@ pub struct Blocker {
     pub(crate) application_name: Option<String>,
     pub(crate) user: Option<String>,
     pub(crate) state: Option<String>,
-    pub(crate) in_state: Option<Duration>,
-    pub(crate) in_transaction: Option<Duration>,
+    pub(crate) state_age: Option<Duration>,
+    pub(crate) transaction_age: Option<Duration>,
     pub(crate) mode: AdvisoryMode,
-    /// What else is locked, and how, where it is not the advisory lock in question.
+    /// The locked object and the mode, if it is not the requested advisory lock.
     pub(crate) object: Option<(String, LockMode)>,
     pub(crate) granted: bool,
 }
@@ -33,50 +33,50 @@ impl Blocker {
         self.pid
     }
 
-    /// The global identifier of the prepared transaction that may hold the lock: `COMMIT PREPARED` or
-    /// `ROLLBACK PREPARED` ends it. Only where [`pid`](Self::pid) is `None`.
+    /// The global identifier of the prepared transaction that may hold the lock, which `COMMIT PREPARED` or `ROLLBACK
+    /// PREPARED` ends. Only if [`pid`](Self::pid) is `None`.
     #[must_use]
     pub fn prepared_transaction(&self) -> Option<&str> {
         self.prepared.as_deref()
     }
 
-    /// The backend's `application_name`, with the call site in it where it uses this crate.
+    /// The backend's `application_name`, which contains the call site if the session uses this crate.
     #[must_use]
     pub fn application_name(&self) -> Option<&str> {
         self.application_name.as_deref()
     }
 
-    /// The role the backend is logged in as.
+    /// The role that the backend is logged in as.
     #[must_use]
     pub fn user(&self) -> Option<&str> {
         self.user.as_deref()
     }
 
-    /// The backend's state in PostgreSQL's words: `active`, `idle`, `idle in transaction`, …
+    /// The backend's state as PostgreSQL names it: `active`, `idle`, `idle in transaction`, …
     #[must_use]
     pub fn state(&self) -> Option<&str> {
         self.state.as_deref()
     }
 
-    /// For how long it has been in that state.
+    /// How long the backend has been in that state.
     #[must_use]
-    pub fn in_state(&self) -> Option<Duration> {
-        self.in_state
+    pub fn state_age(&self) -> Option<Duration> {
+        self.state_age
     }
 
-    /// Age of its open transaction; `None` outside a transaction too.
+    /// The age of its open transaction; also `None` outside a transaction.
     #[must_use]
-    pub fn in_transaction(&self) -> Option<Duration> {
-        self.in_transaction
+    pub fn transaction_age(&self) -> Option<Duration> {
+        self.transaction_age
     }
 
-    /// The mode it holds, or waits for, of an advisory lock; of other locks see [`lock_mode`](Self::lock_mode).
+    /// The mode of an advisory lock that it holds or waits for; for other locks see [`lock_mode`](Self::lock_mode).
     #[must_use]
     pub fn mode(&self) -> AdvisoryMode {
         self.mode
     }
 
-    /// The mode it holds, or waits for, of whatever lock it is.
+    /// The mode that it holds or waits for, of any kind of lock.
     #[must_use]
     pub fn lock_mode(&self) -> LockMode {
         match (&self.object, self.mode) {
@@ -86,13 +86,13 @@ impl Blocker {
         }
     }
 
-    /// What the lock is on where it is no advisory lock, in words: `relation public.orders`.
+    /// The locked object in words, if it is not an advisory lock: `relation public.orders`.
     #[must_use]
     pub fn object(&self) -> Option<&str> {
         self.object.as_ref().map(|(object, _)| object.as_str())
     }
 
-    /// Whether it holds the lock; `false` for one that waits in the lock's queue ahead of us.
+    /// Whether it holds the lock; `false` if it waits ahead in the lock's queue.
     #[must_use]
     pub fn is_holder(&self) -> bool {
         self.granted
@@ -118,12 +118,12 @@ impl fmt::Display for Blocker {
                 Some(user) => write!(f, ", user {}", user.escape_debug())?,
                 None => f.write_str(", user hidden")?,
             }
-            match (&self.state, self.in_state) {
+            match (&self.state, self.state_age) {
                 (Some(state), Some(age)) => write!(f, ", {state} for {age:.1?}")?,
                 (Some(state), None) => write!(f, ", {state}")?,
                 (None, _) => f.write_str(", state hidden")?,
             }
-            if let Some(age) = self.in_transaction {
+            if let Some(age) = self.transaction_age {
                 write!(f, ", in its transaction for {age:.1?}")?;
             }
             f.write_str(")")?;
@@ -147,8 +147,8 @@ mod tests {
             application_name: Some("billing src/pay.rs:42".into()),
             user: Some("app".into()),
             state: Some("idle in transaction".into()),
-            in_state: Some(Duration::from_millis(3200)),
-            in_transaction: None,
+            state_age: Some(Duration::from_millis(3200)),
+            transaction_age: None,
             mode: AdvisoryMode::Exclusive,
             object: None,
             granted: true,
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_for_people() {
+    fn display_is_one_line() {
         assert_eq!(
             blocker().to_string(),
             "pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s) holds ExclusiveLock"
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_of_another_kind_is_said() {
+    fn another_kind_of_lock_is_displayed() {
         let table = Blocker {
             object: Some(("relation orders".into(), LockMode::AccessShare)),
             ..blocker()
@@ -179,11 +179,11 @@ mod tests {
     }
 
     #[test]
-    fn hidden_is_said_not_guessed() {
+    fn hidden_values_are_displayed_as_hidden() {
         let hidden = Blocker {
             user: None,
             state: None,
-            in_state: None,
+            state_age: None,
             granted: false,
             ..blocker()
         };

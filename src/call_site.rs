@@ -1,18 +1,18 @@
-//! Where in the program a lock or transaction was asked for, and how the server gets to know it.
+//! Where in the program a lock or transaction was requested, and how the server learns it.
 
 use std::fmt;
 use std::panic::Location;
 
-/// PostgreSQL cuts `application_name` after this many bytes (`NAMEDATALEN - 1`), with a NOTICE.
+/// PostgreSQL truncates `application_name` to this many bytes (`NAMEDATALEN - 1`), with a NOTICE.
 const MAX_BYTES: usize = 63;
-/// A prefix keeps at least this many bytes where it has to share the room with a path.
+/// A prefix keeps at least this many bytes if it has to share the space with a path.
 const PREFIX_BYTES: usize = 24;
 /// Marks a path that lost its beginning.
 const CUT: &str = "...";
 
-/// The place in the source that asked for a lock or a transaction, such as `src/billing.rs:42`.
+/// The place in the source that requested a lock or a transaction, such as `src/billing.rs:42`.
 ///
-/// It is in every error and report, and in the server's `application_name` meanwhile.
+/// It is in every error and report, and in the server's `application_name` while the lock or transaction is held.
 ///
 /// # Examples
 ///
@@ -30,7 +30,7 @@ pub struct CallSite {
 }
 
 impl CallSite {
-    /// The path of the source file as the compiler was given it, usually relative to the workspace.
+    /// The path of the source file as given to the compiler, usually relative to the workspace.
     #[must_use]
     pub const fn file(&self) -> &'static str {
         self.file
@@ -42,13 +42,13 @@ impl CallSite {
         self.line
     }
 
-    /// The place that called the function this is used in, if that is `#[track_caller]`.
+    /// The caller of the function that calls this, if that is `#[track_caller]`.
     #[track_caller]
     pub(crate) fn caller() -> Self {
         Self::from(Location::caller())
     }
 
-    /// Any place, for tests of what is made from it.
+    /// Any place, for tests.
     #[cfg(test)]
     pub(crate) const fn at(file: &'static str, line: u32) -> Self {
         Self { file, line }
@@ -70,11 +70,11 @@ impl fmt::Display for CallSite {
     }
 }
 
-/// What goes into the server's `application_name`: `<prefix> <path>:<line>`, or the prefix alone.
+/// The server's `application_name`: `<prefix> <path>:<line>`, or the prefix alone.
 ///
-/// At most 63 bytes of printable ASCII without `'` and `\`: so no server version changes or cuts it, no NOTICE is sent,
-/// and it can be put into a SQL literal as it is. What does not fit is taken from the beginning of the path, at a `/`
-/// where possible, and from the end of a prefix beyond 24 bytes; the line always stays.
+/// At most 63 bytes of printable ASCII without `'` and `\`: no server version changes or truncates it, no NOTICE is
+/// sent, and it needs no escaping in an SQL literal. What does not fit is cut from the beginning of the path, at a `/`
+/// if possible, and from the end of a prefix longer than 24 bytes; the line number is always kept.
 pub(crate) fn application_name(prefix: &str, site: Option<&CallSite>) -> String {
     let mut name: String = prefix.chars().map(printable).collect();
     let Some(site) = site else {
@@ -88,7 +88,7 @@ pub(crate) fn application_name(prefix: &str, site: Option<&CallSite>) -> String 
         .collect();
     let line = format!(":{}", site.line);
 
-    // From here on all is ASCII: bytes are characters.
+    // From here on all characters are ASCII, so bytes are characters.
     if !name.is_empty() {
         let room = MAX_BYTES.saturating_sub(1 + path.len() + line.len());
         name.truncate(room.max(PREFIX_BYTES));
@@ -101,7 +101,7 @@ pub(crate) fn application_name(prefix: &str, site: Option<&CallSite>) -> String 
     name
 }
 
-/// Appends the path, or as much of its end as fits behind [`CUT`].
+/// Appends the path, or as much of its end as fits after [`CUT`].
 fn push_path(name: &mut String, path: &str, room: usize) {
     if path.len() <= room {
         name.push_str(path);
@@ -112,7 +112,7 @@ fn push_path(name: &mut String, path: &str, room: usize) {
     name.push_str(&tail[tail.find('/').unwrap_or(0)..]);
 }
 
-/// The character if no server changes it and no SQL literal minds it, else `?`.
+/// The character, if no server changes it and an SQL literal needs no escape for it; else `?`.
 fn printable(c: char) -> char {
     match c {
         '\'' | '\\' => '?',
@@ -121,7 +121,7 @@ fn printable(c: char) -> char {
     }
 }
 
-/// The call site in an `application_name` as this crate sets it.
+/// The call site in an `application_name` that this crate has set.
 #[cfg(any(feature = "incidents", feature = "server-log"))]
 pub(crate) fn site_in(name: &str) -> Option<&str> {
     let site = name.rsplit(' ').next()?;
@@ -136,7 +136,7 @@ mod tests {
 
     use super::*;
 
-    /// A place in a file of any name. Leaks the name: tests are short-lived.
+    /// A place in a file of any name. It leaks the name, because tests are short-lived.
     fn site(file: &str, line: u32) -> CallSite {
         let file = Box::leak(file.to_owned().into_boxed_str());
         CallSite { file, line }
@@ -147,14 +147,14 @@ mod tests {
     }
 
     #[test]
-    fn a_caller_is_the_line_that_called() {
+    fn a_caller_is_the_calling_line() {
         let (here, line) = (CallSite::caller(), line!());
         assert_eq!((here.file(), here.line()), (file!(), line));
         assert_eq!(here.to_string(), format!("{}:{line}", file!()));
     }
 
     #[test]
-    fn what_fits_is_left_alone() {
+    fn a_short_path_is_kept() {
         assert_eq!(named("billing", "src/pay.rs", 42), "billing src/pay.rs:42");
         assert_eq!(named("", "src/pay.rs", 42), "src/pay.rs:42");
         assert_eq!(application_name("billing", None), "billing");
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_path_loses_its_beginning_at_a_slash() {
+    fn a_long_path_is_cut_at_a_slash() {
         let path = format!(
             "/home/{}/crates/ledger/src/posting/batch.rs",
             "x".repeat(200)
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_prefix_gives_way_to_the_path() {
+    fn a_long_prefix_is_cut_for_the_path() {
         let prefix = "p".repeat(100);
         let path = "crates/ledger/src/posting.rs";
         assert_eq!(
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn only_printable_ascii_is_left() {
+    fn only_printable_ascii_is_kept() {
         assert_eq!(
             named("zoë's\n", r"src\büro\a.rs", 1),
             "zo??s? src/b?ro/a.rs:1"
@@ -229,7 +229,7 @@ mod tests {
         }
 
         #[test]
-        fn nothing_is_cut_without_need(prefix in "[a-z]{1,40}", path in "[a-z/]{1,40}", line: u32) {
+        fn nothing_is_cut_unnecessarily(prefix in "[a-z]{1,40}", path in "[a-z/]{1,40}", line: u32) {
             let whole = format!("{prefix} {path}:{line}");
             let name = named(&prefix, &path, line);
             prop_assert_eq!(name == whole, whole.len() <= 63);
@@ -240,7 +240,7 @@ mod tests {
 
     #[cfg(any(feature = "incidents", feature = "server-log"))]
     #[test]
-    fn call_sites_are_read_from_application_names() {
+    fn call_sites_are_parsed_from_application_names() {
         for (name, site) in [
             ("billing src/pay.rs:42", Some("src/pay.rs:42")),
             ("src/pay.rs:42", Some("src/pay.rs:42")),

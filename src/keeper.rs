@@ -59,7 +59,7 @@ impl Keeper {
             call_sites: true,
             lock_wait: LOCK_WAIT,
             #[cfg(feature = "incidents")]
-            sampling: crate::sampler::Settings::default(),
+            sampling: crate::sampler::SamplerOptions::default(),
         }
     }
 
@@ -390,7 +390,7 @@ pub struct KeeperBuilder {
     call_sites: bool,
     lock_wait: Duration,
     #[cfg(feature = "incidents")]
-    sampling: crate::sampler::Settings,
+    sampling: crate::sampler::SamplerOptions,
 }
 
 impl KeeperBuilder {

@@ -1,7 +1,6 @@
-//! From rows of `pg_locks` and what `pg_blocking_pids` said to a snapshot.
+//! Builds a snapshot from rows of `pg_locks` and results of `pg_blocking_pids`.
 //!
-//! A pile-up of n sessions on one lock has about n²/2 edges, so that each of them costs one look-up of a number and
-//! nothing more.
+//! A pile-up of n sessions on one lock has about n²/2 edges, so an edge costs only one map lookup by process id.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -17,46 +16,47 @@ use super::{Backend, BackendId, Edge, EdgeKind, LockObject, RowId, Snapshot};
 /// One row of `pg_locks`.
 #[derive(Clone, Debug)]
 pub(crate) struct LockRow {
-    pub(crate) who: BackendId,
+    /// The session that holds or requests the lock.
+    pub(crate) owner: BackendId,
     pub(crate) object: LockObject,
     pub(crate) mode: LockMode,
     pub(crate) granted: bool,
     pub(crate) since: Option<SystemTime>,
-    /// What `pg_blocking_pids` said, for those who wait and were asked about.
+    /// The result of `pg_blocking_pids`, for waiters that it was called for.
     pub(crate) blockers: Option<Vec<i32>>,
 }
 
-/// Who waits for whom.
+/// Builds the wait graph.
 ///
-/// Rows must be there for all locks, held or awaited, on what somebody waits for, and for the `tuple` locks that waiters
-/// hold. The backends say which of them are workers of others; of these only those are kept that take part.
+/// The rows must contain all locks, held or awaited, on objects that a session waits for, and the `tuple` locks that
+/// waiters hold. The backends tell which processes are parallel workers. Backends that neither wait nor block are left out.
 pub(crate) fn assemble(
     rows: &[LockRow],
     backends: Vec<Backend>,
     taken_at: SystemTime,
-    took: Duration,
+    duration: Duration,
 ) -> Snapshot {
-    let mut found = Found::new(&backends, rows, taken_at);
+    let mut graph = GraphBuilder::new(&backends, rows, taken_at);
     let mut by_object: HashMap<&LockObject, Vec<&LockRow>> = HashMap::new();
     let mut tuples: PidMap<&RowId> = PidMap::default();
     for row in rows {
         by_object.entry(&row.object).or_default().push(row);
-        if let (true, Some(pid), Some(tuple)) = (row.granted, row.who.pid(), row.object.row()) {
+        if let (true, Some(pid), Some(tuple)) = (row.granted, row.owner.pid(), row.object.row()) {
             tuples.insert(pid, tuple);
         }
     }
     for row in rows {
-        // All waits for one object at the first of them.
+        // The first wait for an object handles all waits for it.
         if row.blockers.is_some()
             && let Some(rows) = by_object.remove(&row.object)
         {
-            found.contest(&rows, &tuples);
+            graph.add_waits(&rows, &tuples);
         }
     }
-    found.snapshot(backends, taken_at, took)
+    graph.snapshot(backends, taken_at, duration)
 }
 
-/// Process ids are spread by one multiplication: nobody chooses them to harm a map.
+/// A process id is hashed with one multiplication, because nobody can choose process ids to attack the map.
 type PidMap<T> = HashMap<i32, T, BuildHasherDefault<PidHasher>>;
 
 #[derive(Default)]
@@ -78,119 +78,118 @@ impl Hasher for PidHasher {
     }
 
     fn write_u64(&mut self, number: u64) {
-        // 2⁶⁴ over the golden ratio; the map takes the high bits for its tags and the low ones for the place.
+        // 2⁶⁴ over the golden ratio; the map takes the high bits for its tags and the low ones for the bucket.
         let spread = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = spread ^ (spread >> 32);
     }
 }
 
-/// A session or a prepared transaction that has come up, and its part in the contest at hand.
-struct Partaker {
+/// A session or a prepared transaction, and its modes on the object whose waits are being added.
+struct LockParticipant {
     id: BackendId,
     held: Modes,
-    wanted: Modes,
-    /// The last wait for which it was found to be in the way, so that it counts once.
-    counted: usize,
-    takes_part: bool,
+    requested: Modes,
+    /// The number of the last wait that it was found to block, so that each wait has one edge to it.
+    last_blocked_wait: usize,
+    has_edge: bool,
 }
 
-/// What has been found so far.
-struct Found {
+struct GraphBuilder {
     now: SystemTime,
-    partakers: Vec<Partaker>,
-    /// Of each process id its session's place in `partakers`: a parallel worker is its leader.
+    participants: Vec<LockParticipant>,
+    /// For each process id the position of its session in `participants`: a parallel worker belongs to its leader.
     by_pid: PidMap<usize>,
     by_gid: HashMap<Option<Arc<str>>, usize>,
-    waits: usize,
+    wait_count: usize,
     edges: Vec<Edge>,
-    /// Waiter and blocker of each edge, by their place in `partakers`.
+    /// Waiter and blocker of each edge, by position in `participants`.
     links: Vec<(usize, usize)>,
 }
 
-impl Found {
+impl GraphBuilder {
     fn new(backends: &[Backend], rows: &[LockRow], now: SystemTime) -> Self {
-        let most = rows
+        let max_edges = rows
             .iter()
             .filter_map(|row| row.blockers.as_ref().map(Vec::len))
             .sum();
-        let mut found = Self {
+        let mut graph = Self {
             now,
-            partakers: Vec::with_capacity(backends.len()),
+            participants: Vec::with_capacity(backends.len()),
             by_pid: PidMap::default(),
             by_gid: HashMap::new(),
-            waits: 0,
-            edges: Vec::with_capacity(most),
-            links: Vec::with_capacity(most),
+            wait_count: 0,
+            edges: Vec::with_capacity(max_edges),
+            links: Vec::with_capacity(max_edges),
         };
         for backend in backends {
             let Some(pid) = backend.pid() else { continue };
-            let session = found.session(backend.leader_pid.unwrap_or(pid));
-            found.by_pid.insert(pid, session);
+            let session = graph.session(backend.leader_pid.unwrap_or(pid));
+            graph.by_pid.insert(pid, session);
         }
-        found
+        graph
     }
 
     fn add(&mut self, id: BackendId) -> usize {
-        self.partakers.push(Partaker {
+        self.participants.push(LockParticipant {
             id,
             held: Modes::default(),
-            wanted: Modes::default(),
-            counted: 0,
-            takes_part: false,
+            requested: Modes::default(),
+            last_blocked_wait: 0,
+            has_edge: false,
         });
-        self.partakers.len() - 1
+        self.participants.len() - 1
     }
 
     fn session(&mut self, pid: i32) -> usize {
-        if let Some(place) = self.by_pid.get(&pid) {
-            return *place;
+        if let Some(position) = self.by_pid.get(&pid) {
+            return *position;
         }
-        let place = self.add(BackendId::Pid(pid));
-        self.by_pid.insert(pid, place);
-        place
+        let position = self.add(BackendId::Pid(pid));
+        self.by_pid.insert(pid, position);
+        position
     }
 
-    fn partaker(&mut self, id: &BackendId) -> usize {
+    fn participant(&mut self, id: &BackendId) -> usize {
         let gid = match id {
             BackendId::Pid(pid) => return self.session(*pid),
             BackendId::Prepared(gid) => gid,
         };
-        if let Some(place) = self.by_gid.get(gid) {
-            return *place;
+        if let Some(position) = self.by_gid.get(gid) {
+            return *position;
         }
-        let place = self.add(id.clone());
-        self.by_gid.insert(gid.clone(), place);
-        place
+        let position = self.add(id.clone());
+        self.by_gid.insert(gid.clone(), position);
+        position
     }
 
-    /// The edges of all waits for one object, of which these are all rows.
-    fn contest(&mut self, rows: &[&LockRow], tuples: &PidMap<&RowId>) {
+    /// Adds the edges of all waits for one object. The rows are all rows of that object.
+    fn add_waits(&mut self, rows: &[&LockRow], tuples: &PidMap<&RowId>) {
         let mut prepared = Vec::new();
         for row in rows {
-            let place = self.partaker(&row.who);
-            if row.who.pid().is_none() && !prepared.contains(&place) {
-                prepared.push(place);
+            let position = self.participant(&row.owner);
+            if row.owner.pid().is_none() && !prepared.contains(&position) {
+                prepared.push(position);
             }
-            let partaker = &mut self.partakers[place];
+            let participant = &mut self.participants[position];
             if row.granted {
-                partaker.held.add(row.mode);
+                participant.held.add(row.mode);
             } else {
-                partaker.wanted.add(row.mode);
+                participant.requested.add(row.mode);
             }
         }
         for row in rows {
-            if let (Some(blockers), Some(pid)) = (&row.blockers, row.who.pid()) {
-                self.wait(row, pid, blockers, &prepared, tuples.get(&pid).copied());
+            if let (Some(blockers), Some(pid)) = (&row.blockers, row.owner.pid()) {
+                self.add_wait(row, pid, blockers, &prepared, tuples.get(&pid).copied());
             }
         }
         for row in rows {
-            let place = self.partaker(&row.who);
-            self.partakers[place].held = Modes::default();
-            self.partakers[place].wanted = Modes::default();
+            let position = self.participant(&row.owner);
+            self.participants[position].held = Modes::default();
+            self.participants[position].requested = Modes::default();
         }
     }
 
-    fn wait(
+    fn add_wait(
         &mut self,
         row: &LockRow,
         pid: i32,
@@ -199,7 +198,7 @@ impl Found {
         tuple: Option<&RowId>,
     ) {
         let waiter = self.session(pid);
-        let session = self.partakers[waiter].id.clone();
+        let session = self.participants[waiter].id.clone();
         let wait = Arc::new(Wait {
             worker: (session != BackendId::Pid(pid)).then_some(pid),
             waiter: session,
@@ -213,106 +212,111 @@ impl Found {
                 .since
                 .map(|since| self.now.duration_since(since).unwrap_or_default()),
         });
-        self.waits += 1;
+        self.wait_count += 1;
         let conflicting = Modes::conflicting(row.mode);
         for &pid in blockers {
             if pid == 0 {
-                // Which of them, and how many, the server does not say.
+                // A prepared transaction. The server tells neither which nor how many.
                 let mut unknown = true;
-                for &place in prepared {
-                    if let Some(mode) = self.partakers[place].held.strongest_of(conflicting) {
+                for &position in prepared {
+                    if let Some(mode) = self.participants[position].held.strongest_of(conflicting) {
                         unknown = false;
-                        self.edge(&wait, waiter, place, (EdgeKind::Hard, Some(mode)));
+                        self.add_edge(&wait, waiter, position, (EdgeKind::Hard, Some(mode)));
                     }
                 }
                 if unknown {
-                    let place = self.partaker(&BackendId::Prepared(None));
-                    self.edge(&wait, waiter, place, (EdgeKind::Hard, None));
+                    let position = self.participant(&BackendId::Prepared(None));
+                    self.add_edge(&wait, waiter, position, (EdgeKind::Hard, None));
                 }
                 continue;
             }
-            // Parallel workers are given by their leader's pid, each of them (PostgreSQL's documentation,
-            // `pg_blocking_pids`).
-            let place = self.session(pid);
-            let way = self.partakers[place].way(conflicting);
-            self.edge(&wait, waiter, place, way);
+            // For each parallel worker the result has its leader's pid (PostgreSQL's documentation, `pg_blocking_pids`).
+            let position = self.session(pid);
+            let conflict = self.participants[position].conflict(conflicting);
+            self.add_edge(&wait, waiter, position, conflict);
         }
     }
 
-    fn edge(
+    fn add_edge(
         &mut self,
         wait: &Arc<Wait>,
         waiter: usize,
         blocker: usize,
         (kind, blocker_mode): (EdgeKind, Option<LockMode>),
     ) {
-        let partaker = &mut self.partakers[blocker];
-        if std::mem::replace(&mut partaker.counted, self.waits) == self.waits {
+        let participant = &mut self.participants[blocker];
+        if std::mem::replace(&mut participant.last_blocked_wait, self.wait_count) == self.wait_count
+        {
             return;
         }
-        partaker.takes_part = true;
+        participant.has_edge = true;
         self.edges.push(Edge {
             wait: Arc::clone(wait),
-            blocker: partaker.id.clone(),
+            blocker: participant.id.clone(),
             kind,
             blocker_mode,
         });
         self.links.push((waiter, blocker));
-        self.partakers[waiter].takes_part = true;
+        self.participants[waiter].has_edge = true;
     }
 
-    fn snapshot(self, backends: Vec<Backend>, taken_at: SystemTime, took: Duration) -> Snapshot {
-        let partaker = |id: &BackendId| match id {
+    fn snapshot(
+        self,
+        backends: Vec<Backend>,
+        taken_at: SystemTime,
+        duration: Duration,
+    ) -> Snapshot {
+        let position_of = |id: &BackendId| match id {
             BackendId::Pid(pid) => self.by_pid.get(pid),
             BackendId::Prepared(gid) => self.by_gid.get(gid),
         };
-        let mut described = vec![false; self.partakers.len()];
+        let mut described = vec![false; self.participants.len()];
         let mut kept: Vec<(Option<usize>, Backend)> = Vec::with_capacity(backends.len());
         for backend in backends {
-            let Some(&place) = partaker(backend.id()) else {
+            let Some(&position) = position_of(backend.id()) else {
                 continue;
             };
-            if !self.partakers[place].takes_part {
+            if !self.participants[position].has_edge {
                 continue;
             }
-            // Workers come with their leader, but take part under its name.
-            let own = self.partakers[place].id == *backend.id();
-            if !own || !std::mem::replace(&mut described[place], true) {
-                kept.push((own.then_some(place), backend));
+            // Workers are kept with their leader, which has their edges.
+            let own = self.participants[position].id == *backend.id();
+            if !own || !std::mem::replace(&mut described[position], true) {
+                kept.push((own.then_some(position), backend));
             }
         }
-        for (place, partaker) in self.partakers.iter().enumerate() {
-            if partaker.takes_part && !described[place] {
-                kept.push((Some(place), Backend::unknown(partaker.id.clone())));
+        for (position, participant) in self.participants.iter().enumerate() {
+            if participant.has_edge && !described[position] {
+                kept.push((Some(position), Backend::unknown(participant.id.clone())));
             }
         }
         kept.sort_by(|(_, a), (_, b)| a.id().cmp(b.id()));
-        let mut places = vec![0; self.partakers.len()];
-        for (at, (place, _)) in kept.iter().enumerate() {
-            if let Some(place) = place {
-                places[*place] = at;
+        let mut backend_positions = vec![0; self.participants.len()];
+        for (at, (position, _)) in kept.iter().enumerate() {
+            if let Some(position) = position {
+                backend_positions[*position] = at;
             }
         }
         let links = self
             .links
             .iter()
-            .map(|(waiter, blocker)| (places[*waiter], places[*blocker]));
+            .map(|(waiter, blocker)| (backend_positions[*waiter], backend_positions[*blocker]));
         let backends = kept.into_iter().map(|(_, backend)| backend).collect();
-        Snapshot::linked(backends, self.edges, links, taken_at, took)
+        Snapshot::linked(backends, self.edges, links, taken_at, duration)
     }
 }
 
-impl Partaker {
-    /// In which way it keeps a lock from being granted that conflicts with these modes.
-    fn way(&self, conflicting: Modes) -> (EdgeKind, Option<LockMode>) {
+impl LockParticipant {
+    /// How it blocks a request that these modes conflict with.
+    fn conflict(&self, conflicting: Modes) -> (EdgeKind, Option<LockMode>) {
         if let Some(mode) = self.held.strongest_of(conflicting) {
             return (EdgeKind::Hard, Some(mode));
         }
-        if let Some(mode) = self.wanted.strongest_of(conflicting) {
+        if let Some(mode) = self.requested.strongest_of(conflicting) {
             return (EdgeKind::Soft, Some(mode));
         }
-        // It came by the lock, or into its queue, after the locks were read; or a parallel worker did whose leader the
-        // role may not see.
+        // It got the lock, or joined its queue, after the locks were read. Or one of its parallel workers has it, and the
+        // role may not see the worker's leader.
         (EdgeKind::Hard, None)
     }
 }
@@ -322,20 +326,20 @@ mod tests {
     use std::time::Instant;
 
     use super::super::Relation;
-    use super::super::backend::Sight;
+    use super::super::backend::Visibility;
     use super::*;
 
-    fn backend(pid: i32, sight: Sight, leader: Option<i32>) -> Backend {
+    fn backend(pid: i32, visibility: Visibility, leader: Option<i32>) -> Backend {
         Backend {
-            sight,
+            visibility,
             leader_pid: leader,
             ..Backend::unknown(pid.into())
         }
     }
 
-    fn row(who: i32, object: &LockObject, mode: &str, blockers: Option<&[i32]>) -> LockRow {
+    fn row(pid: i32, object: &LockObject, mode: &str, blockers: Option<&[i32]>) -> LockRow {
         LockRow {
-            who: who.into(),
+            owner: pid.into(),
             object: object.clone(),
             mode: LockMode::from_pg_locks(mode).expect("a mode"),
             granted: blockers.is_none(),
@@ -344,13 +348,13 @@ mod tests {
         }
     }
 
-    fn seen(rows: &[LockRow], backends: &[Backend]) -> Snapshot {
+    fn assembled(rows: &[LockRow], backends: &[Backend]) -> Snapshot {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(2);
         assemble(rows, backends.to_vec(), now, Duration::ZERO)
     }
 
     fn shown(rows: &[LockRow], backends: &[Backend]) -> Vec<String> {
-        seen(rows, backends)
+        assembled(rows, backends)
             .edges()
             .iter()
             .map(ToString::to_string)
@@ -371,7 +375,7 @@ mod tests {
         let object = LockObject::Relation(users());
         let rows = [
             row(1, &object, "AccessShareLock", None),
-            // Holds nothing in conflict, but waits ahead.
+            // Holds no conflicting mode, but waits ahead.
             row(2, &object, "AccessShareLock", None),
             row(2, &object, "AccessExclusiveLock", Some(&[1])),
             row(3, &object, "AccessShareLock", Some(&[2])),
@@ -387,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn the_strongest_mode_in_conflict_is_named() {
+    fn the_strongest_conflicting_mode_is_named() {
         let object = LockObject::Relation(users());
         let rows = [
             row(1, &object, "AccessShareLock", None),
@@ -395,13 +399,13 @@ mod tests {
             row(1, &object, "RowExclusiveLock", None),
             row(2, &object, "RowExclusiveLock", Some(&[1])),
         ];
-        let found = seen(&rows, &[]);
+        let found = assembled(&rows, &[]);
         let found = found.edges();
         assert_eq!(found[0].mode_held(), Some(LockMode::ShareRowExclusive));
     }
 
     #[test]
-    fn a_wait_for_a_transaction_knows_its_row() {
+    fn a_wait_for_a_transaction_has_its_row() {
         let tuple = LockObject::Tuple(RowId {
             relation: users(),
             page: 0,
@@ -414,7 +418,7 @@ mod tests {
             row(2, &xid, "ShareLock", Some(&[1])),
             row(3, &tuple, "ExclusiveLock", Some(&[2])),
         ];
-        let found = seen(&rows, &[]);
+        let found = assembled(&rows, &[]);
         let found = found.edges();
         let rows: Vec<_> = found
             .iter()
@@ -424,10 +428,10 @@ mod tests {
     }
 
     #[test]
-    fn prepared_transactions_are_found_by_what_they_hold() {
+    fn prepared_transactions_are_found_by_their_locks() {
         let object = LockObject::Relation(users());
         let prepared = |gid: &str, mode| LockRow {
-            who: BackendId::Prepared(Some(gid.into())),
+            owner: BackendId::Prepared(Some(gid.into())),
             ..row(0, &object, mode, None)
         };
         let rows = [
@@ -442,7 +446,7 @@ mod tests {
                  RowExclusiveLock"
             ]
         );
-        // Committed in between.
+        // It committed in between.
         assert_eq!(
             shown(&rows[2..], &[]),
             [
@@ -452,21 +456,21 @@ mod tests {
     }
 
     #[test]
-    fn workers_are_their_leaders() {
+    fn workers_belong_to_their_leaders() {
         let object = LockObject::Relation(users());
         let backends = [
-            backend(1, Sight::Whole, None),
-            backend(11, Sight::Whole, Some(1)),
-            backend(12, Sight::Whole, Some(1)),
-            backend(2, Sight::Whole, None),
-            backend(21, Sight::Whole, Some(2)),
+            backend(1, Visibility::Full, None),
+            backend(11, Visibility::Full, Some(1)),
+            backend(12, Visibility::Full, Some(1)),
+            backend(2, Visibility::Full, None),
+            backend(21, Visibility::Full, Some(2)),
         ];
         let rows = [
             row(11, &object, "AccessShareLock", None),
             row(12, &object, "AccessShareLock", None),
             row(21, &object, "AccessExclusiveLock", Some(&[1, 1])),
         ];
-        let found = seen(&rows, &backends);
+        let found = assembled(&rows, &backends);
         let found = found.edges();
         assert_eq!(found.len(), 1);
         assert_eq!(
@@ -478,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blocker_whose_lock_was_not_seen_is_one_all_the_same() {
+    fn a_blocker_without_a_known_lock_is_kept() {
         let object = LockObject::Transaction(733);
         let rows = [row(2, &object, "ShareLock", Some(&[1, 1]))];
         assert_eq!(
@@ -487,7 +491,7 @@ mod tests {
         );
     }
 
-    /// Everybody waits for the holder, and behind all who came before: what a pile-up on one exclusive lock is.
+    /// A pile-up on one exclusive lock: each session waits for the holder and for all sessions before it.
     fn pile_up(sessions: i32) -> (Vec<LockRow>, Vec<Backend>) {
         let object = LockObject::Advisory {
             key: "invoice:42".into(),
@@ -498,33 +502,33 @@ mod tests {
             let blockers: Vec<_> = (1..waiter).collect();
             rows.push(row(waiter, &object, "ExclusiveLock", Some(&blockers)));
         }
-        let backends = (1..=sessions).map(|pid| backend(pid, Sight::Whole, None));
+        let backends = (1..=sessions).map(|pid| backend(pid, Visibility::Full, None));
         (rows, backends.collect())
     }
 
     #[test]
-    fn five_hundred_sessions_are_arranged_at_once() {
+    fn five_hundred_sessions_do_not_take_cubic_time() {
         let (few, many) = (pile_up(250), pile_up(500));
-        let tree = seen(&many.0, &many.1).tree();
+        let tree = assembled(&many.0, &many.1).tree();
         assert_eq!(tree.snapshot().edges().len(), 500 * 499 / 2);
         assert_eq!(tree.walk().count(), 500);
         let root = tree.roots().next().expect("the holder");
-        assert_eq!((root.blocks(), root.children().count()), (499, 499));
-        // Some milliseconds when optimized; this only tells it from an algorithm of the wrong order, which has eight
-        // times as much to do with twice as many. Half of them are arranged four times, so that a machine with other
-        // work interrupts the one as often as the other.
-        let took = |(rows, backends): &(Vec<LockRow>, Vec<Backend>), times: u32| {
+        assert_eq!((root.blocked_count(), root.children().count()), (499, 499));
+        // It takes some milliseconds when optimized. This only detects an algorithm of the wrong order, for which twice as
+        // many sessions are eight times the work. The smaller graph is built four times, so that a busy machine interrupts
+        // both measurements equally often.
+        let measure = |(rows, backends): &(Vec<LockRow>, Vec<Backend>), times: u32| {
             let started = Instant::now();
             for _ in 0..times {
-                drop(seen(rows, backends).tree());
+                drop(assembled(rows, backends).tree());
             }
             started.elapsed()
         };
         let (mut least_few, mut least_many) = (Duration::MAX, Duration::MAX);
         for round in 1..=30 {
-            least_few = least_few.min(took(&few, 4));
-            least_many = least_many.min(took(&many, 1));
-            // Not by the first ones alone, of which those of the few can have been held up.
+            least_few = least_few.min(measure(&few, 4));
+            least_many = least_many.min(measure(&many, 1));
+            // Not after the first rounds, in which the smaller graph may have been interrupted each time.
             if round >= 5 && 2 * least_many < 3 * least_few {
                 return;
             }

@@ -1,4 +1,4 @@
-//! One backend, or one prepared transaction, as `pg_stat_activity` or `pg_prepared_xacts` showed it.
+//! One backend, or one prepared transaction, as seen in `pg_stat_activity` or `pg_prepared_xacts`.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,17 +6,17 @@ use std::time::{Duration, SystemTime};
 
 use crate::postgres::statement;
 
-/// What tells the participants of one [`Snapshot`](super::Snapshot) apart: a backend's process id, or a prepared
-/// transaction's global identifier.
+/// Identifies a participant within one [`Snapshot`](super::Snapshot): the process id of a backend, or the global
+/// identifier of a prepared transaction.
 ///
-/// A process id is used again by later backends; between snapshots compare [`Backend::backend_start`] too.
+/// Later backends reuse process ids. Between snapshots, compare [`Backend::backend_start`] too.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum BackendId {
-    /// A backend, by its process id. Of a parallel query it is the leader's.
+    /// A backend, by its process id. For a parallel query it is the leader.
     Pid(i32),
-    /// A prepared transaction, by its global identifier (`pg_prepared_xacts.gid`), which may hold locks without any
-    /// backend. `None` where the server only said that there is one.
+    /// A prepared transaction, by its global identifier (`pg_prepared_xacts.gid`). It holds locks without a backend.
+    /// `None` if the server only reported that a prepared transaction blocks.
     Prepared(Option<Arc<str>>),
 }
 
@@ -30,7 +30,7 @@ impl BackendId {
         }
     }
 
-    /// The global identifier of a prepared transaction, where it is known.
+    /// The global identifier of a prepared transaction, if known.
     #[must_use]
     pub fn prepared_transaction(&self) -> Option<&str> {
         match self {
@@ -57,27 +57,26 @@ impl fmt::Display for BackendId {
     }
 }
 
-/// How much of a backend was there to be seen.
+/// How much of a backend was visible to the role that took the snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Sight {
-    /// No row of `pg_stat_activity`: it had ended when that was read.
+pub(crate) enum Visibility {
+    /// No row in `pg_stat_activity`: the backend had ended when that was read.
     #[default]
     Gone,
-    /// All but what is for its own role and `pg_read_all_stats` only.
+    /// Without the columns that only its own role and `pg_read_all_stats` may read.
     Hidden,
-    Whole,
+    Full,
 }
 
-/// A backend, or a prepared transaction, that waits for a lock or is in the way of one.
+/// A backend, or a prepared transaction, that waits for a lock or blocks one that waits.
 ///
-/// What the role that looked may not see is `None`: it means *unknown*, never *idle*. A role without
-/// `pg_read_all_stats` sees of the backends of other roles the process id, `application_name`, role and database, and
-/// nothing else (PostgreSQL's documentation, "The Cumulative Statistics System", `pg_stat_activity`); then
-/// [`is_hidden`](Self::is_hidden) is true.
+/// A value that the querying role may not see is `None`: it means *unknown*, never *idle*. For backends of other roles, a
+/// role without `pg_read_all_stats` sees only the process id, `application_name`, role and database (PostgreSQL's
+/// documentation, "The Cumulative Statistics System", `pg_stat_activity`). Then [`is_hidden`](Self::is_hidden) is true.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Backend {
     pub(crate) id: BackendId,
-    pub(crate) sight: Sight,
+    pub(crate) visibility: Visibility,
     pub(crate) backend_start: Option<SystemTime>,
     pub(crate) transaction_start: Option<SystemTime>,
     pub(crate) application_name: Option<Box<str>>,
@@ -86,23 +85,23 @@ pub struct Backend {
     pub(crate) client_address: Option<Box<str>>,
     pub(crate) backend_type: Option<Box<str>>,
     pub(crate) state: Option<Box<str>>,
-    pub(crate) connected_for: Option<Duration>,
-    pub(crate) in_transaction: Option<Duration>,
-    pub(crate) since_statement: Option<Duration>,
-    pub(crate) in_state: Option<Duration>,
+    pub(crate) connection_age: Option<Duration>,
+    pub(crate) transaction_age: Option<Duration>,
+    pub(crate) statement_age: Option<Duration>,
+    pub(crate) state_age: Option<Duration>,
     pub(crate) wait_event_type: Option<Box<str>>,
     pub(crate) wait_event: Option<Box<str>>,
-    pub(crate) statement: Option<Verbatim>,
+    pub(crate) statement: Option<RawStatement>,
     pub(crate) query_id: Option<i64>,
     pub(crate) leader_pid: Option<i32>,
 }
 
 impl Backend {
-    /// One of which nothing else is known.
+    /// A backend of which only the id is known.
     pub(crate) fn unknown(id: BackendId) -> Self {
         Self {
             id,
-            sight: Sight::Gone,
+            visibility: Visibility::Gone,
             backend_start: None,
             transaction_start: None,
             application_name: None,
@@ -111,10 +110,10 @@ impl Backend {
             client_address: None,
             backend_type: None,
             state: None,
-            connected_for: None,
-            in_transaction: None,
-            since_statement: None,
-            in_state: None,
+            connection_age: None,
+            transaction_age: None,
+            statement_age: None,
+            state_age: None,
             wait_event_type: None,
             wait_event: None,
             statement: None,
@@ -123,7 +122,7 @@ impl Backend {
         }
     }
 
-    /// What [`Edge`](super::Edge)s call it.
+    /// The id used in [`Edge`](super::Edge).
     #[must_use]
     pub fn id(&self) -> &BackendId {
         &self.id
@@ -135,113 +134,113 @@ impl Backend {
         self.id.pid()
     }
 
-    /// The global identifier of the prepared transaction: `COMMIT PREPARED` or `ROLLBACK PREPARED` ends it. Only where
+    /// The global identifier of the prepared transaction, which `COMMIT PREPARED` or `ROLLBACK PREPARED` ends. Only if
     /// [`pid`](Self::pid) is `None`.
     #[must_use]
     pub fn prepared_transaction(&self) -> Option<&str> {
         self.id.prepared_transaction()
     }
 
-    /// Whether parts were hidden from the role that looked, so that a `None` says nothing.
+    /// Whether parts were hidden from the querying role, so that a `None` means unknown.
     #[must_use]
     pub fn is_hidden(&self) -> bool {
-        self.sight == Sight::Hidden
+        self.visibility == Visibility::Hidden
     }
 
-    /// Whether it had ended before it could be described: the locks are read a moment before the activity.
+    /// Whether the backend had ended before it was read: the locks are read a moment before the activity.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        self.sight == Sight::Gone
+        self.visibility == Visibility::Gone
     }
 
-    /// When the backend was started, to the microsecond: with the process id it tells a backend from all others.
+    /// When the backend was started, to the microsecond. Together with the process id it identifies the backend.
     #[must_use]
     pub fn backend_start(&self) -> Option<SystemTime> {
         self.backend_start
     }
 
-    /// When its open transaction began, to the microsecond, or when the transaction was prepared.
+    /// When the open transaction began, to the microsecond, or when the transaction was prepared.
     #[must_use]
     pub fn transaction_start(&self) -> Option<SystemTime> {
         self.transaction_start
     }
 
-    /// The backend's `application_name`, with the call site in it where it uses this crate.
+    /// The backend's `application_name`, which contains the call site if the session uses this crate.
     #[must_use]
     pub fn application_name(&self) -> Option<&str> {
         self.application_name.as_deref()
     }
 
-    /// The role the backend is logged in as, or that prepared the transaction.
+    /// The role that the backend is logged in as, or that prepared the transaction.
     #[must_use]
     pub fn user(&self) -> Option<&str> {
         self.user.as_deref()
     }
 
-    /// The database it is connected to; `None` for background processes without one too.
+    /// The database that it is connected to; also `None` for background processes without one.
     #[must_use]
     pub fn database(&self) -> Option<&str> {
         self.database.as_deref()
     }
 
-    /// The client's IP address; `None` for a client on a Unix socket and a background process too.
+    /// The client's IP address; also `None` for a client on a Unix socket and for a background process.
     #[must_use]
     pub fn client_address(&self) -> Option<&str> {
         self.client_address.as_deref()
     }
 
-    /// What kind of process it is: `client backend`, `autovacuum worker`, `parallel worker`, …
+    /// The kind of process: `client backend`, `autovacuum worker`, `parallel worker`, …
     #[must_use]
     pub fn backend_type(&self) -> Option<&str> {
         self.backend_type.as_deref()
     }
 
-    /// The backend's state in PostgreSQL's words: `active`, `idle`, `idle in transaction`, …
+    /// The backend's state as PostgreSQL names it: `active`, `idle`, `idle in transaction`, …
     #[must_use]
     pub fn state(&self) -> Option<&str> {
         self.state.as_deref()
     }
 
-    /// For how long it has been in that state.
+    /// How long the backend has been in that state.
     #[must_use]
-    pub fn in_state(&self) -> Option<Duration> {
-        self.in_state
+    pub fn state_age(&self) -> Option<Duration> {
+        self.state_age
     }
 
-    /// Age of its open transaction, or since the transaction was prepared; `None` outside a transaction too.
+    /// The age of the open transaction, or the time since the transaction was prepared; also `None` outside a transaction.
     #[must_use]
-    pub fn in_transaction(&self) -> Option<Duration> {
-        self.in_transaction
+    pub fn transaction_age(&self) -> Option<Duration> {
+        self.transaction_age
     }
 
-    /// Since its statement began: the running one, or the last one where the backend is idle.
+    /// The time since the statement began: the running one, or the last one if the backend is idle.
     #[must_use]
-    pub fn since_statement(&self) -> Option<Duration> {
-        self.since_statement
+    pub fn statement_age(&self) -> Option<Duration> {
+        self.statement_age
     }
 
-    /// Age of the connection.
+    /// The age of the connection.
     #[must_use]
-    pub fn connected_for(&self) -> Option<Duration> {
-        self.connected_for
+    pub fn connection_age(&self) -> Option<Duration> {
+        self.connection_age
     }
 
-    /// What kind of thing it waits for, in PostgreSQL's words (`Lock`, `Client`, `IO`, …); `None` where it runs too.
+    /// The type of event that it waits for, as PostgreSQL names it (`Lock`, `Client`, `IO`, …); also `None` if it runs.
     #[must_use]
     pub fn wait_event_type(&self) -> Option<&str> {
         self.wait_event_type.as_deref()
     }
 
-    /// What it waits for, in PostgreSQL's words (`transactionid`, `ClientRead`, …).
+    /// The event that it waits for, as PostgreSQL names it (`transactionid`, `ClientRead`, …).
     #[must_use]
     pub fn wait_event(&self) -> Option<&str> {
         self.wait_event.as_deref()
     }
 
-    /// The text of its statement, as the client sent it, with all literals: the running one, or the last one where the
-    /// backend is idle. The server keeps its first 1024 bytes (`track_activity_query_size`).
+    /// The text of the statement as the client sent it, with all literals: the running one, or the last one if the backend
+    /// is idle. The server keeps its first 1024 bytes (`track_activity_query_size`).
     ///
-    /// Never shown by `Display` and `Debug`.
+    /// `Display` and `Debug` never show the literals.
     #[must_use]
     pub fn statement(&self) -> Option<&str> {
         self.statement.as_ref().map(|statement| &*statement.0)
@@ -253,18 +252,18 @@ impl Backend {
         self.query_id
     }
 
-    /// The leader of the parallel query that this backend is a worker of.
+    /// The leader of the parallel query, if this backend is a parallel worker.
     #[must_use]
     pub fn leader_pid(&self) -> Option<i32> {
         self.leader_pid
     }
 }
 
-/// A statement's text, which `Debug` does not show: it may carry what is nobody's business.
+/// A statement's text with its literals, which `Debug` redacts because they may be confidential.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct Verbatim(pub(crate) Box<str>);
+pub(crate) struct RawStatement(pub(crate) Box<str>);
 
-impl fmt::Debug for Verbatim {
+impl fmt::Debug for RawStatement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&statement::redact(&self.0))
     }
@@ -275,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn identifiers_are_shown_with_what_they_are() {
+    fn an_id_is_displayed_with_its_kind() {
         assert_eq!(BackendId::from(7).to_string(), "pid 7");
         let prepared = BackendId::Prepared(Some("order-7".into()));
         assert_eq!(prepared.to_string(), "prepared transaction \"order-7\"");
@@ -290,9 +289,9 @@ mod tests {
     }
 
     #[test]
-    fn debug_tells_no_literal() {
+    fn debug_shows_no_literal() {
         let mut backend = Backend::unknown(7.into());
-        backend.statement = Some(Verbatim("UPDATE users SET password = 'secret'".into()));
+        backend.statement = Some(RawStatement("UPDATE users SET password = 'secret'".into()));
         assert!(!format!("{backend:?}").contains("secret"));
         assert_eq!(
             backend.statement(),
@@ -301,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_known_is_not_hidden() {
+    fn an_unknown_backend_is_not_hidden() {
         let backend = Backend::unknown(7.into());
         assert!(backend.is_gone() && !backend.is_hidden());
         assert_eq!(backend.state(), None);

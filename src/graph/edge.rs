@@ -1,4 +1,4 @@
-//! One session that waits, and one that is in its way.
+//! One waiter and one of its blockers.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,21 +9,21 @@ use crate::mode::LockMode;
 use super::{BackendId, LockObject, RowId};
 use crate::postgres::timestamp::Age;
 
-/// How one session is in the way of another.
+/// How one session blocks another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum EdgeKind {
-    /// It holds the lock, in a mode that conflicts with the one wanted.
+    /// The blocker holds the lock in a mode that conflicts with the requested one.
     Hard,
-    /// It waits for the lock too, ahead in the queue, in a mode that conflicts with the one wanted.
+    /// The blocker waits for the same lock ahead in the queue, in a mode that conflicts with the requested one.
     Soft,
 }
 
-/// One request for a lock that was not granted: what all edges of one wait have in common.
+/// One lock request that was not granted. All edges of one wait share it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Wait {
     pub(crate) waiter: BackendId,
-    /// The parallel worker that waits in the name of the waiter.
+    /// The parallel worker of the waiter that waits.
     pub(crate) worker: Option<i32>,
     pub(crate) object: LockObject,
     pub(crate) row: Option<RowId>,
@@ -32,9 +32,9 @@ pub(crate) struct Wait {
     pub(crate) age: Option<Duration>,
 }
 
-/// A session that waits for a lock, and one session (or prepared transaction) that is in its way.
+/// A session that waits for a lock, and one session (or prepared transaction) that blocks it.
 ///
-/// A waiter has an edge for each of those in its way, and goes on only when none of them is left.
+/// A waiter has one edge for each of its blockers, and gets the lock only when none of them is left.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Edge {
     pub(crate) wait: Arc<Wait>,
@@ -44,73 +44,73 @@ pub struct Edge {
 }
 
 impl Edge {
-    /// Who waits. For a parallel worker it is the leader of its query: see [`worker`](Self::worker).
+    /// The session that waits. For a parallel worker it is the leader of its query: see [`worker`](Self::worker).
     #[must_use]
     pub fn waiter(&self) -> &BackendId {
         &self.wait.waiter
     }
 
-    /// The parallel worker that waits in the name of [`waiter`](Self::waiter), by its process id.
+    /// The process id of the parallel worker of [`waiter`](Self::waiter) that waits.
     #[must_use]
     pub fn worker(&self) -> Option<i32> {
         self.wait.worker
     }
 
-    /// Who is in its way.
+    /// The session, or the prepared transaction, that blocks the waiter.
     #[must_use]
     pub fn blocker(&self) -> &BackendId {
         &self.blocker
     }
 
-    /// What the lock is on.
+    /// The object that is locked.
     #[must_use]
     pub fn object(&self) -> &LockObject {
         &self.wait.object
     }
 
-    /// The row version in dispute. For a wait for a transaction it is the row whose lock the waiter has lined up for;
-    /// `None` where it has lined up for none, as for a unique key.
+    /// The row version that is locked. In a wait for a transaction it is the row for whose lock the waiter has queued;
+    /// `None` if it has queued for no row, as with a unique key.
     #[must_use]
     pub fn row(&self) -> Option<&RowId> {
         self.wait.row.as_ref().or_else(|| self.wait.object.row())
     }
 
-    /// The mode that is waited for. All kinds of objects are locked in the modes of tables, whatever they mean there: for
-    /// row locks see [`RowLock::from_pg_locks`](crate::RowLock::from_pg_locks).
+    /// The requested mode. PostgreSQL locks all kinds of objects in the table-level lock modes, with a meaning of its own
+    /// for each kind: for row locks see [`RowLock::from_pg_locks`](crate::RowLock::from_pg_locks).
     #[must_use]
     pub fn mode_wanted(&self) -> LockMode {
         self.wait.mode
     }
 
-    /// The mode the blocker holds: the strongest of those in conflict. `None` for a soft edge, and where the lock was not to be
-    /// seen in the moment it was looked for.
+    /// The mode that the blocker holds: the strongest one that conflicts. `None` for a soft edge, and if the blocker's lock
+    /// was not in the lock table when it was read.
     #[must_use]
     pub fn mode_held(&self) -> Option<LockMode> {
         let hard = self.kind == EdgeKind::Hard;
         self.blocker_mode.filter(|_| hard)
     }
 
-    /// The mode the blocker itself waits for, ahead in the queue; only for a soft edge.
+    /// The mode that the blocker itself waits for, ahead in the queue; only for a soft edge.
     #[must_use]
     pub fn mode_queued(&self) -> Option<LockMode> {
         let soft = self.kind == EdgeKind::Soft;
         self.blocker_mode.filter(|_| soft)
     }
 
-    /// Whether the blocker holds the lock or only stands ahead in its queue.
+    /// Whether the blocker holds the lock or is only ahead in its queue.
     #[must_use]
     pub fn kind(&self) -> EdgeKind {
         self.kind
     }
 
-    /// Whether the blocker only stands ahead in the lock's queue.
+    /// Whether the blocker is only ahead in the lock's queue.
     #[must_use]
     pub fn is_soft(&self) -> bool {
         self.kind == EdgeKind::Soft
     }
 
-    /// For how long the waiter has waited for this lock (`pg_locks.waitstart`). `None` in the instant in which a wait
-    /// begins.
+    /// How long the waiter has waited for this lock (`pg_locks.waitstart`). `None` for a moment when a wait begins, while
+    /// the server has not set that column.
     #[must_use]
     pub fn wait_age(&self) -> Option<Duration> {
         self.wait.age
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_for_people() {
+    fn display_is_one_line() {
         assert_eq!(
             edge(EdgeKind::Hard, Some(LockMode::Exclusive)).to_string(),
             "pid 12 waits 1.5s for ShareLock on transaction 733, held by pid 11 in ExclusiveLock"

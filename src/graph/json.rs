@@ -1,4 +1,4 @@
-//! The graph as documents for programs. Their fields are documented at [`graph`](super).
+//! The graph as JSON documents. Their fields are documented at [`graph`](super).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,18 +13,18 @@ use crate::postgres::timestamp::rfc3339;
 use super::edge::Wait;
 use super::{Backend, BackendId, Cycle, Edge, EdgeKind, LockObject, LockTree, Relation, Snapshot};
 
-/// Goes up when a field changes its meaning, or goes away. New fields do not count.
+/// Incremented when a field changes its meaning or is removed. New fields do not count.
 pub(crate) const VERSION: u32 = 1;
 
 impl Serialize for Snapshot {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Document::new(self, &self.cycles(), None).serialize(serializer)
+        SnapshotJson::new(self, &self.cycles(), None).serialize(serializer)
     }
 }
 
 impl Serialize for LockTree {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Document::new(self.snapshot(), self.cycles(), Some(self)).serialize(serializer)
+        SnapshotJson::new(self.snapshot(), self.cycles(), Some(self)).serialize(serializer)
     }
 }
 
@@ -43,10 +43,10 @@ impl Serialize for Backend {
         document.serialize_field("client", &self.client_address())?;
         document.serialize_field("backend_type", &self.backend_type())?;
         document.serialize_field("state", &self.state())?;
-        document.serialize_field("in_state_ms", &self.in_state().map(millis))?;
-        document.serialize_field("transaction_age_ms", &self.in_transaction().map(millis))?;
-        document.serialize_field("statement_age_ms", &self.since_statement().map(millis))?;
-        document.serialize_field("connection_age_ms", &self.connected_for().map(millis))?;
+        document.serialize_field("in_state_ms", &self.state_age().map(millis))?;
+        document.serialize_field("transaction_age_ms", &self.transaction_age().map(millis))?;
+        document.serialize_field("statement_age_ms", &self.statement_age().map(millis))?;
+        document.serialize_field("connection_age_ms", &self.connection_age().map(millis))?;
         document.serialize_field("wait_event_type", &self.wait_event_type())?;
         document.serialize_field("wait_event", &self.wait_event())?;
         document.serialize_field("statement", &self.statement().map(redact))?;
@@ -58,86 +58,86 @@ impl Serialize for Backend {
 
 impl Serialize for Edge {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        EdgeDocument {
+        EdgeJson {
             waiter: self.waiter().into(),
             blocker: self.blocker().into(),
-            kind: kind(self.kind()),
+            kind: kind_name(self.kind()),
             mode_held: self.mode_held().map(crate::mode::LockMode::as_pg_locks),
             mode_queued: self.mode_queued().map(crate::mode::LockMode::as_pg_locks),
-            wanted: Wanted::new(&self.wait),
+            request: LockRequestJson::new(&self.wait),
         }
         .serialize(serializer)
     }
 }
 
 #[derive(Serialize)]
-struct EdgeDocument<'a> {
-    waiter: Id<'a>,
-    blocker: Id<'a>,
+struct EdgeJson<'a> {
+    waiter: BackendIdJson<'a>,
+    blocker: BackendIdJson<'a>,
     kind: &'static str,
     mode_held: Option<&'static str>,
     mode_queued: Option<&'static str>,
     #[serde(flatten)]
-    wanted: Wanted<'a>,
+    request: LockRequestJson<'a>,
 }
 
-/// Of one wait, what all its edges have in common.
+/// The part of a wait that all its edges have in common.
 #[derive(Serialize)]
-struct Wanted<'a> {
+struct LockRequestJson<'a> {
     worker: Option<i32>,
     mode_wanted: &'static str,
     since: Option<String>,
     wait_age_ms: Option<f64>,
     locktype: &'a str,
     object: String,
-    relation: Option<Name<'a>>,
+    relation: Option<RelationJson<'a>>,
     ctid: Option<String>,
-    advisory_key: Option<Key<'a>>,
+    advisory_key: Option<LockKeyJson<'a>>,
 }
 
 #[derive(Serialize)]
-pub(crate) struct Id<'a> {
+pub(crate) struct BackendIdJson<'a> {
     pid: Option<i32>,
     prepared: Option<&'a str>,
 }
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct SnapshotJson<'a> {
     version: u32,
     taken_at: String,
     took_ms: f64,
     backends: &'a [Backend],
-    waits: Vec<WaitDocument<'a>>,
+    waits: Vec<WaitJson<'a>>,
     roots: Vec<usize>,
-    cycles: Vec<CycleDocument>,
+    cycles: Vec<CycleJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    nodes: Option<Vec<Node>>,
+    nodes: Option<Vec<NodeJson>>,
 }
 
 #[derive(Serialize)]
-struct WaitDocument<'a> {
+struct WaitJson<'a> {
     waiter: usize,
     #[serde(flatten)]
-    wanted: Wanted<'a>,
-    blockers: Vec<BlockerDocument>,
+    request: LockRequestJson<'a>,
+    blockers: Vec<BlockerJson>,
 }
 
 #[derive(Serialize)]
-struct BlockerDocument {
+struct BlockerJson {
     backend: usize,
     kind: &'static str,
     mode: Option<&'static str>,
 }
 
 #[derive(Serialize)]
-struct CycleDocument {
+struct CycleJson {
     deadlock: bool,
     backends: Vec<usize>,
 }
 
-/// One behind the other, not one in the other: chains are longer than what readers of JSON nest.
+/// Nodes are listed, not nested: chains are longer than the nesting that JSON parsers allow.
 #[derive(Serialize)]
-struct Node {
+struct NodeJson {
     backend: usize,
     depth: usize,
     below: Option<usize>,
@@ -147,63 +147,63 @@ struct Node {
     workers: Vec<i32>,
 }
 
-impl<'a> Document<'a> {
+impl<'a> SnapshotJson<'a> {
     fn new(snapshot: &'a Snapshot, cycles: &[Cycle], tree: Option<&LockTree>) -> Self {
-        let place = |id: &BackendId| snapshot.place(id).unwrap_or_default();
-        let mut waits: Vec<WaitDocument<'_>> = Vec::new();
+        let position = |id: &BackendId| snapshot.position(id).unwrap_or_default();
+        let mut waits: Vec<WaitJson<'_>> = Vec::new();
         let mut open: Option<&Arc<Wait>> = None;
-        // Of each waiter the wait that begins first.
+        // The first wait of each waiter.
         let mut first_wait = vec![None; snapshot.backends().len()];
         for edge in snapshot.edges() {
             if !open.is_some_and(|open| Arc::ptr_eq(open, &edge.wait)) {
                 open = Some(&edge.wait);
-                let waiter = place(edge.waiter());
+                let waiter = position(edge.waiter());
                 first_wait[waiter].get_or_insert(waits.len());
-                waits.push(WaitDocument {
+                waits.push(WaitJson {
                     waiter,
-                    wanted: Wanted::new(&edge.wait),
+                    request: LockRequestJson::new(&edge.wait),
                     blockers: Vec::new(),
                 });
             }
             if let Some(wait) = waits.last_mut() {
-                wait.blockers.push(BlockerDocument {
-                    backend: place(edge.blocker()),
-                    kind: kind(edge.kind()),
+                wait.blockers.push(BlockerJson {
+                    backend: position(edge.blocker()),
+                    kind: kind_name(edge.kind()),
                     mode: edge.blocker_mode.map(crate::mode::LockMode::as_pg_locks),
                 });
             }
         }
         let nodes = tree.map(|tree| {
-            let walk = tree.walk().map(|(depth, node)| Node {
-                backend: node.place(),
+            let walk = tree.walk().map(|(depth, node)| NodeJson {
+                backend: node.position(),
                 depth,
-                below: node.edge().map(|edge| place(edge.blocker())),
-                wait: first_wait[node.place()],
-                blocks: node.blocks(),
+                below: node.edge().map(|edge| position(edge.blocker())),
+                wait: first_wait[node.position()],
+                blocks: node.blocked_count(),
                 in_cycle: node.is_in_cycle(),
                 workers: node.workers(),
             });
             walk.collect()
         });
         let roots = snapshot.roots().into_iter();
-        let cycles = cycles.iter().map(|cycle| CycleDocument {
+        let cycles = cycles.iter().map(|cycle| CycleJson {
             deadlock: cycle.is_deadlock(),
-            backends: cycle.members().map(place).collect(),
+            backends: cycle.members().map(position).collect(),
         });
         Self {
             version: VERSION,
             taken_at: rfc3339(snapshot.taken_at()),
-            took_ms: millis(snapshot.took()),
+            took_ms: millis(snapshot.duration()),
             backends: snapshot.backends(),
             waits,
-            roots: roots.map(|root| place(root.id())).collect(),
+            roots: roots.map(|root| position(root.id())).collect(),
             cycles: cycles.collect(),
             nodes,
         }
     }
 }
 
-impl<'a> Wanted<'a> {
+impl<'a> LockRequestJson<'a> {
     fn new(wait: &'a Wait) -> Self {
         let row = wait.row.as_ref().or_else(|| wait.object.row());
         Self {
@@ -216,14 +216,14 @@ impl<'a> Wanted<'a> {
             relation: row
                 .map(super::RowId::relation)
                 .or_else(|| wait.object.relation())
-                .map(Name::new),
+                .map(RelationJson::new),
             ctid: row.map(super::RowId::ctid),
-            advisory_key: LockObject::advisory_key(&wait.object).map(Key::new),
+            advisory_key: LockObject::advisory_key(&wait.object).map(LockKeyJson::new),
         }
     }
 }
 
-impl<'a> From<&'a BackendId> for Id<'a> {
+impl<'a> From<&'a BackendId> for BackendIdJson<'a> {
     fn from(id: &'a BackendId) -> Self {
         Self {
             pid: id.pid(),
@@ -232,7 +232,7 @@ impl<'a> From<&'a BackendId> for Id<'a> {
     }
 }
 
-fn kind(kind: EdgeKind) -> &'static str {
+fn kind_name(kind: EdgeKind) -> &'static str {
     match kind {
         EdgeKind::Hard => "hard",
         EdgeKind::Soft => "soft",
@@ -241,13 +241,13 @@ fn kind(kind: EdgeKind) -> &'static str {
 
 /// A relation.
 #[derive(Serialize)]
-pub(crate) struct Name<'a> {
+pub(crate) struct RelationJson<'a> {
     oid: u32,
     schema: Option<&'a str>,
     name: Option<&'a str>,
 }
 
-impl<'a> Name<'a> {
+impl<'a> RelationJson<'a> {
     pub(crate) fn new(relation: &'a Relation) -> Self {
         Self {
             oid: relation.oid(),
@@ -259,7 +259,7 @@ impl<'a> Name<'a> {
 
 /// The key of an advisory lock.
 #[derive(Serialize)]
-pub(crate) struct Key<'a> {
+pub(crate) struct LockKeyJson<'a> {
     namespace: Option<&'a str>,
     name: Option<&'a str>,
     classid: u32,
@@ -267,7 +267,7 @@ pub(crate) struct Key<'a> {
     objsubid: u16,
 }
 
-impl<'a> Key<'a> {
+impl<'a> LockKeyJson<'a> {
     pub(crate) fn new(key: &'a LockKey) -> Self {
         Self {
             namespace: key.namespace(),
@@ -279,9 +279,9 @@ impl<'a> Key<'a> {
     }
 }
 
-/// With three digits behind the point at most.
+/// Milliseconds with at most three decimal digits.
 pub(crate) fn millis(duration: Duration) -> f64 {
-    // Precise for centuries: a sum of floats would show digits that are not there.
+    // Exact for centuries; a sum of floats would show spurious digits.
     duration.as_micros() as f64 / 1000.0
 }
 
@@ -289,7 +289,7 @@ pub(crate) fn millis(duration: Duration) -> f64 {
 mod tests {
     use std::time::SystemTime;
 
-    use super::super::backend::{Sight, Verbatim};
+    use super::super::backend::{RawStatement, Visibility};
     use super::super::testing::{described, hard, snapshot, soft};
     use super::*;
 
@@ -305,11 +305,11 @@ mod tests {
             database: None,
         };
         let holder = Backend {
-            sight: Sight::Whole,
+            visibility: Visibility::Full,
             application_name: Some("billing src/pay.rs:42".into()),
             state: Some("idle in transaction".into()),
-            in_state: Some(Duration::from_micros(1500)),
-            statement: Some(Verbatim("UPDATE t SET a = 'secret'".into())),
+            state_age: Some(Duration::from_micros(1500)),
+            statement: Some(RawStatement("UPDATE t SET a = 'secret'".into())),
             query_id: Some(i64::MAX),
             ..Backend::unknown(1.into())
         };
@@ -357,7 +357,7 @@ mod tests {
         );
         assert_eq!(document["waits"][1]["worker"], 31);
         assert_eq!(document["waits"][2]["blockers"][0]["kind"], "soft");
-        // A snapshot is the same without the arrangement.
+        // A snapshot has the same document without the nodes.
         let mut plain = serde_json::to_value(tree.snapshot()).expect("a document");
         plain["nodes"] = document["nodes"].clone();
         assert_eq!(plain, document);
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn circles_and_long_chains() {
+    fn cycles_and_long_chains() {
         let tree = snapshot(vec![hard(2, 1), hard(1, 2)]).tree();
         let document = serde_json::to_value(&tree).expect("a document");
         assert_eq!(
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!(back["nodes"][1999]["depth"], 1999);
     }
 
-    /// Each field of the documents is in the tables that describe them.
+    /// Each field of the documents is in the tables of the documentation.
     #[test]
     fn every_field_is_documented() {
         let table = include_str!("mod.rs");

@@ -2,12 +2,12 @@
 
 use crate::mode::LockMode;
 
-/// A set of modes: a bit for each, in the order of [`LockMode::ALL`].
+/// A set of modes, with one bit for each, in the order of [`LockMode::ALL`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modes(u8);
 
 impl Modes {
-    /// Those that conflict with a mode.
+    /// The modes that conflict with a mode.
     pub(super) fn conflicting(mode: LockMode) -> Self {
         let mut modes = Self::default();
         for other in mode.conflicting() {
@@ -20,11 +20,11 @@ impl Modes {
         self.0 |= 1 << mode as u8;
     }
 
-    /// The strongest of those in both sets.
+    /// The strongest mode that is in both sets.
     pub(super) fn strongest_of(self, others: Self) -> Option<LockMode> {
         let both = self.0 & others.0;
-        let place = both.checked_ilog2()?;
-        LockMode::ALL.into_iter().nth(place as usize)
+        let strongest = both.checked_ilog2()?;
+        LockMode::ALL.into_iter().nth(strongest as usize)
     }
 }
 
@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_strongest_in_conflict_is_found() {
+    fn the_strongest_conflicting_mode_is_found() {
         let mut held = Modes::default();
         held.add(LockMode::AccessShare);
         let exclusive = Modes::conflicting(LockMode::Exclusive);

@@ -1,4 +1,4 @@
-//! The tree as text.
+//! The tree as text for a terminal.
 
 use std::fmt::{self, Write as _};
 
@@ -7,12 +7,12 @@ use crate::postgres::timestamp::Age;
 
 use super::{Backend, Edge, EdgeKind, LockTree, TreeNode};
 
-/// Deeper nodes are not moved further to the right.
-const DEEPEST: usize = 16;
-/// How many of those who are in the way besides are named.
-const NAMED: usize = 3;
-/// Characters of a statement.
-const STATEMENT: usize = 160;
+/// Deeper nodes are not indented further.
+const MAX_INDENT: usize = 16;
+/// How many of a waiter's other blockers are named.
+const MAX_NAMED: usize = 3;
+/// How many characters of a statement are shown.
+const MAX_STATEMENT: usize = 160;
 
 /// `pid 4711 (billing src/pay.rs:42, user app, idle in transaction for 3.2s, in its transaction for 4.0s)`
 impl fmt::Display for Backend {
@@ -25,7 +25,7 @@ impl fmt::Display for Backend {
             };
         }
         f.write_str(" (")?;
-        let mut parts = Parts { f, first: true };
+        let mut parts = CommaList { f, first: true };
         if self.pid().is_some() {
             match self.application_name() {
                 None => parts.add(format_args!("application hidden"))?,
@@ -43,7 +43,7 @@ impl fmt::Display for Backend {
             None if self.is_hidden() => parts.add(format_args!("user hidden"))?,
             None => {}
         }
-        match (self.state(), self.in_state()) {
+        match (self.state(), self.state_age()) {
             (Some(state), Some(age)) => parts.add(format_args!("{state} for {}", Age(age)))?,
             (Some(state), None) => parts.add(format_args!("{state}"))?,
             (None, _) if self.is_hidden() => parts.add(format_args!("state hidden"))?,
@@ -54,7 +54,7 @@ impl fmt::Display for Backend {
         {
             parts.add(format_args!("wait event {kind}/{event}"))?;
         }
-        if let Some(age) = self.in_transaction() {
+        if let Some(age) = self.transaction_age() {
             let what = if self.pid().is_some() {
                 "in its transaction"
             } else {
@@ -66,12 +66,12 @@ impl fmt::Display for Backend {
     }
 }
 
-struct Parts<'a, 'f> {
+struct CommaList<'a, 'f> {
     f: &'a mut fmt::Formatter<'f>,
     first: bool,
 }
 
-impl Parts<'_, '_> {
+impl CommaList<'_, '_> {
     fn add(&mut self, part: fmt::Arguments<'_>) -> fmt::Result {
         if !std::mem::take(&mut self.first) {
             self.f.write_str(", ")?;
@@ -81,10 +81,10 @@ impl Parts<'_, '_> {
 }
 
 impl LockTree {
-    /// The same with the statements as their clients sent them, literals and all.
+    /// The same text with the statements as the clients sent them, including literals.
     #[must_use]
     pub fn verbatim(&self) -> impl fmt::Display + '_ {
-        Verbatim(self)
+        VerbatimTree(self)
     }
 
     fn draw(&self, f: &mut fmt::Formatter<'_>, verbatim: bool) -> fmt::Result {
@@ -97,7 +97,7 @@ impl LockTree {
             let ages = self.snapshot().edges_of(id).filter_map(Edge::wait_age);
             ages.max()
         });
-        write!(f, "{} waiting for a lock", count(waiters.len(), "session"))?;
+        write!(f, "{} waiting for a lock", plural(waiters.len(), "session"))?;
         if let Some(age) = longest {
             write!(f, ", the longest for {}", Age(age))?;
         }
@@ -106,7 +106,7 @@ impl LockTree {
             let what = if cycle.is_deadlock() {
                 "deadlock"
             } else {
-                "waiting in a circle, over the queue of a lock"
+                "waiting in a cycle, over the queue of a lock"
             };
             writeln!(f, "{what}: {cycle}")?;
         }
@@ -114,7 +114,7 @@ impl LockTree {
     }
 
     fn draw_nodes(&self, f: &mut fmt::Formatter<'_>, verbatim: bool) -> fmt::Result {
-        // Of each level above, whether more of its nodes follow.
+        // For each level above, whether more nodes follow in it.
         let mut open: Vec<bool> = Vec::new();
         let mut left: Vec<(usize, TreeNode<'_>, bool)> =
             self.roots().map(|root| (0, root, true)).collect();
@@ -122,12 +122,12 @@ impl LockTree {
         while let Some((depth, node, last)) = left.pop() {
             open.truncate(depth);
             let mut prefix = String::new();
-            for more in open.iter().skip(1).take(DEEPEST) {
+            for more in open.iter().skip(1).take(MAX_INDENT) {
                 prefix.push_str(if *more { "│  " } else { "   " });
             }
             f.write_str(&prefix)?;
             if depth > 0 {
-                if depth <= DEEPEST {
+                if depth <= MAX_INDENT {
                     f.write_str(if last { "└─ " } else { "├─ " })?;
                     prefix.push_str(if last { "   " } else { "│  " });
                 } else {
@@ -136,7 +136,7 @@ impl LockTree {
             }
             open.push(!last);
             let children: Vec<_> = node.children().collect();
-            prefix.push_str(if children.is_empty() || depth >= DEEPEST {
+            prefix.push_str(if children.is_empty() || depth >= MAX_INDENT {
                 "   "
             } else {
                 "│  "
@@ -155,10 +155,10 @@ impl LockTree {
     }
 }
 
-/// With literals.
-struct Verbatim<'a>(&'a LockTree);
+/// The tree with literals.
+struct VerbatimTree<'a>(&'a LockTree);
 
-impl fmt::Display for Verbatim<'_> {
+impl fmt::Display for VerbatimTree<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.draw(f, true)
     }
@@ -189,8 +189,8 @@ impl TreeNode<'_> {
                 _ => {}
             }
         }
-        if self.blocks() > 0 {
-            write!(f, ", blocks {}", self.blocks())?;
+        if self.blocked_count() > 0 {
+            write!(f, ", blocks {}", self.blocked_count())?;
         }
         writeln!(f)?;
         self.draw_statement(f, prefix, verbatim)?;
@@ -199,14 +199,14 @@ impl TreeNode<'_> {
             writeln!(f, "{prefix}in its parallel {}", Pids(&workers))?;
         }
         let mut others = self.other_edges();
-        for edge in others.by_ref().take(NAMED) {
+        for edge in others.by_ref().take(MAX_NAMED) {
             let how = if edge.is_soft() {
                 "also queued behind"
             } else {
                 "also blocked by"
             };
             match self.edge() {
-                // At the head of a circle there is no edge above that says what it waits for.
+                // The head of a cycle has no parent edge that shows its wait.
                 None => writeln!(f, "{prefix}{edge}")?,
                 Some(above) if above.object() == edge.object() => {
                     writeln!(f, "{prefix}{how} {}", edge.blocker())?;
@@ -242,7 +242,7 @@ impl TreeNode<'_> {
     }
 }
 
-/// A statement in one line of bounded length, without anything that a terminal would act on.
+/// A statement in one line of bounded length, without control characters.
 fn one_line(statement: &str) -> String {
     let mut line = String::new();
     let mut length = 0;
@@ -252,7 +252,7 @@ fn one_line(statement: &str) -> String {
             length += 1;
         }
         for c in word.chars() {
-            if length >= STATEMENT {
+            if length >= MAX_STATEMENT {
                 line.push('…');
                 return line;
             }
@@ -269,7 +269,8 @@ fn one_line(statement: &str) -> String {
     line
 }
 
-pub(super) fn count(number: usize, what: &str) -> String {
+/// `1 session`, `2 sessions`
+pub(super) fn plural(number: usize, what: &str) -> String {
     let s = if number == 1 { "" } else { "s" };
     format!("{number} {what}{s}")
 }

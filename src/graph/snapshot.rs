@@ -1,62 +1,62 @@
-//! One look at who waits for whom.
+//! The wait graph at one moment.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::net::{Components, Net};
+use super::digraph::{Components, Digraph};
 use super::{Backend, BackendId, Edge, LockTree};
 
-/// Who waited for whom in one moment: the sessions that waited for a lock, those in their way, and an [`Edge`] for
-/// each pair of them.
+/// The wait graph at one moment: the sessions that waited for a lock, their blockers, and an [`Edge`] for each pair of
+/// waiter and blocker.
 ///
 /// Cheap to clone.
 ///
-/// # What can be torn in it
+/// # Consistency
 ///
-/// The server has no one moment for all of it. The lock table is read; waiter by waiter `pg_blocking_pids` says who is in
-/// its way; the lock table is read once more, and only those waits are kept that lasted from before to after. So waits
-/// that began or ended meanwhile are missing, and those that are there were there together: a [`Cycle`] is never put
-/// together from waits that were not.
+/// The server cannot read all of it atomically. The query reads the lock table, calls `pg_blocking_pids` for each waiter,
+/// and reads the lock table again. It keeps only waits that were there both times. So waits that began or ended meanwhile
+/// are missing, and the waits that are kept existed at the same time: a [`Cycle`] is never composed of waits that did
+/// not.
 ///
-/// The activity is read beside that. A backend can be [gone](Backend::is_gone), and its state some milliseconds older
-/// or younger than its edges. The mode of a blocker can be unknown that took, or queued for, the lock in between.
+/// The activity is read separately. A backend can be [gone](Backend::is_gone), and its state can be some milliseconds
+/// older or newer than its edges. The mode of a blocker is unknown if it took the lock, or queued for it, in between.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
-    inner: Arc<Inner>,
+    inner: Arc<SnapshotData>,
 }
 
 #[derive(Debug, PartialEq)]
-struct Inner {
-    /// Sorted by their id.
+struct SnapshotData {
+    /// Sorted by id.
     backends: Vec<Backend>,
     edges: Vec<Edge>,
-    /// Waiters to blockers, by their place in `backends`; arcs have the place of their edge in `edges`.
-    net: Net,
+    /// Waiters to blockers, by position in `backends`; the index of an edge is its position in `edges`.
+    digraph: Digraph,
     components: Components,
-    /// Of each backend.
+    /// For each backend.
     longest_wait: Vec<Option<Duration>>,
     taken_at: SystemTime,
-    took: Duration,
+    duration: Duration,
 }
 
-/// Sessions that wait for one another in a circle, so that none of them can go on.
+/// A wait cycle: sessions that wait for one another, so that none of them can continue.
 ///
-/// With hard edges only it is a deadlock, which the server ends by failing one of them when the longest wait reaches
-/// `deadlock_timeout`. One with a soft edge it may also end by letting a waiter overtake another in the queue.
+/// A cycle of hard edges only is a deadlock. The server ends it by failing one of the sessions when the longest wait
+/// reaches `deadlock_timeout`. It may also end a cycle with a soft edge by letting a waiter overtake another in the queue.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cycle {
     edges: Vec<Edge>,
 }
 
 impl Snapshot {
-    /// From any edges, for tests. Sessions that edges name and nobody described are added as unknown.
+    /// Made of any edges, for tests. Sessions that are only in edges are added as unknown.
     #[cfg(test)]
     pub(crate) fn new(
         mut backends: Vec<Backend>,
         edges: Vec<Edge>,
         taken_at: SystemTime,
-        took: Duration,
+        duration: Duration,
     ) -> Self {
         let mut known = std::collections::HashMap::new();
         backends.retain(|backend| known.insert(backend.id.clone(), 0).is_none());
@@ -76,67 +76,69 @@ impl Snapshot {
             .iter()
             .map(|edge| (known[edge.waiter()], known[edge.blocker()]))
             .collect();
-        Self::linked(backends, edges, links.iter().copied(), taken_at, took)
+        Self::linked(backends, edges, links.iter().copied(), taken_at, duration)
     }
 
-    /// Of backends sorted by their id, and the places of waiter and blocker of each edge among them.
+    /// Made of backends sorted by id, with the positions of the waiter and the blocker of each edge.
     pub(super) fn linked(
         backends: Vec<Backend>,
         edges: Vec<Edge>,
         links: impl Iterator<Item = (usize, usize)> + Clone,
         taken_at: SystemTime,
-        took: Duration,
+        duration: Duration,
     ) -> Self {
-        let net = Net::new(backends.len(), links);
-        let longest_wait = (0..net.len())
+        let digraph = Digraph::new(backends.len(), links);
+        let longest_wait = (0..digraph.len())
             .map(|node| {
-                let arcs = net.arcs(node).iter();
-                arcs.filter_map(|arc| edges[arc.edge()].wait_age()).max()
+                let outgoing = digraph.edges_from(node).iter();
+                outgoing
+                    .filter_map(|out| edges[out.index()].wait_age())
+                    .max()
             })
             .collect();
         Self {
-            inner: Arc::new(Inner {
-                components: net.components(),
+            inner: Arc::new(SnapshotData {
+                components: digraph.components(),
                 longest_wait,
                 backends,
                 edges,
-                net,
+                digraph,
                 taken_at,
-                took,
+                duration,
             }),
         }
     }
 
-    /// Everybody who takes part, waiting or in the way, by ascending process id, prepared transactions last.
+    /// All waiters and blockers, by ascending process id, prepared transactions last.
     #[must_use]
     pub fn backends(&self) -> &[Backend] {
         &self.inner.backends
     }
 
-    /// One of them.
+    /// The backend with this id.
     #[must_use]
     pub fn backend(&self, id: &BackendId) -> Option<&Backend> {
-        self.place(id).map(|at| &self.inner.backends[at])
+        self.position(id).map(|at| &self.inner.backends[at])
     }
 
-    /// Every pair of a waiter and one who is in its way.
+    /// Every pair of a waiter and one of its blockers.
     #[must_use]
     pub fn edges(&self) -> &[Edge] {
         &self.inner.edges
     }
 
-    /// Who is in the way of one waiter; nothing for those who do not wait.
+    /// The edges to the blockers of a waiter; none for a session that does not wait.
     pub fn edges_of(&self, waiter: &BackendId) -> impl Iterator<Item = &Edge> {
-        let arcs = self
-            .place(waiter)
-            .map_or(&[][..], |at| self.inner.net.arcs(at));
-        arcs.iter().map(|arc| &self.inner.edges[arc.edge()])
+        let outgoing = self
+            .position(waiter)
+            .map_or(&[][..], |at| self.inner.digraph.edges_from(at));
+        outgoing.iter().map(|out| &self.inner.edges[out.index()])
     }
 
-    /// Those who wait for a lock, longest wait first.
+    /// The sessions that wait for a lock, longest wait first.
     #[must_use]
     pub fn waiters(&self) -> Vec<&Backend> {
-        let waiting = |at: &usize| !self.inner.net.arcs(*at).is_empty();
+        let waiting = |at: &usize| !self.inner.digraph.edges_from(*at).is_empty();
         let mut waiters: Vec<_> = (0..self.inner.backends.len()).filter(waiting).collect();
         waiters.sort_by_cached_key(|at| (std::cmp::Reverse(self.longest_wait(*at)), *at));
         waiters
@@ -145,90 +147,95 @@ impl Snapshot {
             .collect()
     }
 
-    /// The root blockers: in the way of others, while they wait for no lock themselves. Where sessions wait in a circle
-    /// there may be none: see [`cycles`](Self::cycles).
+    /// The root blockers: they block other sessions and wait for no lock themselves. A wait cycle may have none: see
+    /// [`cycles`](Self::cycles).
     #[must_use]
     pub fn roots(&self) -> Vec<&Backend> {
-        let net = &self.inner.net;
-        let mut blocks = vec![false; net.len()];
-        for node in 0..net.len() {
-            for arc in net.arcs(node) {
-                blocks[arc.to()] = true;
+        let digraph = &self.inner.digraph;
+        let mut blocks = vec![false; digraph.len()];
+        for node in 0..digraph.len() {
+            for out in digraph.edges_from(node) {
+                blocks[out.target()] = true;
             }
         }
-        (0..net.len())
-            .filter(|at| blocks[*at] && net.arcs(*at).is_empty())
+        (0..digraph.len())
+            .filter(|at| blocks[*at] && digraph.edges_from(*at).is_empty())
             .map(|at| &self.inner.backends[at])
             .collect()
     }
 
-    /// Sessions that wait for one another in circles. Of those that are all in each other's way a shortest circle is
-    /// given: one of hard edges for each group that hard edges make, else one with soft edges.
+    /// The wait cycles: one shortest cycle per strongly connected component. It is made of hard edges where the component
+    /// has such a cycle, and otherwise includes soft edges. A component with several separate groups of hard edges gives
+    /// one cycle for each group.
     #[must_use]
     pub fn cycles(&self) -> Vec<Cycle> {
-        let Inner {
-            net, components, ..
+        let SnapshotData {
+            digraph,
+            components,
+            ..
         } = &*self.inner;
         let sets = components.members.iter().enumerate();
-        let cyclic: Vec<_> = sets.filter(|(_, members)| net.is_cyclic(members)).collect();
+        let cyclic: Vec<_> = sets
+            .filter(|(_, members)| digraph.is_cyclic(members))
+            .collect();
         if cyclic.is_empty() {
             return Vec::new();
         }
-        let (hard, places) = self.hard_net();
+        let (hard, places) = self.hard_digraph();
         let hard_components = hard.components();
         let mut cycles = Vec::new();
-        let mut in_deadlock = vec![false; net.len()];
-        for (set, members) in hard_components.members.iter().enumerate() {
+        let mut in_deadlock = vec![false; digraph.len()];
+        for (component, members) in hard_components.members.iter().enumerate() {
             if hard.is_cyclic(members) {
-                let arcs = hard.shortest_cycle(&hard_components, set);
-                cycles.push(self.cycle(arcs.into_iter().map(|arc| places[arc])));
+                let outgoing = hard.shortest_cycle(&hard_components, component);
+                cycles.push(self.cycle(outgoing.into_iter().map(|out| places[out])));
                 for member in members {
                     in_deadlock[*member] = true;
                 }
             }
         }
-        for (set, members) in cyclic {
+        for (component, members) in cyclic {
             if !members.iter().any(|member| in_deadlock[*member]) {
-                let arcs = net.shortest_cycle(components, set);
-                cycles.push(self.cycle(arcs.into_iter()));
+                let outgoing = digraph.shortest_cycle(components, component);
+                cycles.push(self.cycle(outgoing.into_iter()));
             }
         }
         cycles
     }
 
-    /// How many sessions could not go on before this one does: those who wait for it, and those who wait for these.
+    /// How many sessions wait for this one, directly or through others.
     #[must_use]
-    pub fn blocked_by(&self, id: &BackendId) -> usize {
-        let counts = self.inner.net.reached_from(&self.inner.components);
-        self.place(id).map_or(0, |at| counts[at])
+    pub fn blocked_count(&self, id: &BackendId) -> usize {
+        let counts = self.inner.digraph.reaching_counts(&self.inner.components);
+        self.position(id).map_or(0, |at| counts[at])
     }
 
-    /// The same arranged for people.
+    /// The snapshot as a forest to display.
     #[must_use]
     pub fn tree(&self) -> LockTree {
         LockTree::new(self)
     }
 
-    /// When it was taken, by the server's clock.
+    /// When the snapshot was taken, by the server's clock.
     #[must_use]
     pub fn taken_at(&self) -> SystemTime {
         self.inner.taken_at
     }
 
-    /// How long it took, from the question to the answer.
+    /// How long the snapshot took, from sending the query to its reply.
     #[must_use]
-    pub fn took(&self) -> Duration {
-        self.inner.took
+    pub fn duration(&self) -> Duration {
+        self.inner.duration
     }
 
-    /// Whether nobody waited.
+    /// Whether no session waited for a lock.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.inner.edges.is_empty()
     }
 
-    pub(super) fn net(&self) -> &Net {
-        &self.inner.net
+    pub(super) fn digraph(&self) -> &Digraph {
+        &self.inner.digraph
     }
 
     pub(super) fn components(&self) -> &Components {
@@ -239,30 +246,30 @@ impl Snapshot {
         self.inner.longest_wait[node]
     }
 
-    /// The graph of the hard edges, with the place of each in `edges`.
-    fn hard_net(&self) -> (Net, Vec<usize>) {
-        let net = &self.inner.net;
+    /// The graph of the hard edges, with the position of each in `edges`.
+    fn hard_digraph(&self) -> (Digraph, Vec<usize>) {
+        let digraph = &self.inner.digraph;
         let mut links = Vec::new();
         let mut places = Vec::new();
-        for node in 0..net.len() {
-            for arc in net.arcs(node) {
-                if !self.inner.edges[arc.edge()].is_soft() {
-                    links.push((node, arc.to()));
-                    places.push(arc.edge());
+        for node in 0..digraph.len() {
+            for out in digraph.edges_from(node) {
+                if !self.inner.edges[out.index()].is_soft() {
+                    links.push((node, out.target()));
+                    places.push(out.index());
                 }
             }
         }
-        (Net::new(net.len(), links.iter().copied()), places)
+        (Digraph::new(digraph.len(), links.iter().copied()), places)
     }
 
-    pub(super) fn place(&self, id: &BackendId) -> Option<usize> {
+    pub(super) fn position(&self, id: &BackendId) -> Option<usize> {
         self.inner
             .backends
             .binary_search_by(|backend| backend.id.cmp(id))
             .ok()
     }
 
-    /// Beginning with the one who has waited longest, whom the server's deadlock check finds first.
+    /// The cycle begins with the longest waiter, which the server's deadlock check finds first.
     fn cycle(&self, edges: impl Iterator<Item = usize>) -> Cycle {
         let mut edges: Vec<_> = edges.map(|at| self.inner.edges[at].clone()).collect();
         let rank = |edge: &Edge| (std::cmp::Reverse(edge.wait_age()), edge.waiter().clone());
@@ -273,19 +280,19 @@ impl Snapshot {
 }
 
 impl Cycle {
-    /// The edges in order: the blocker of each is the waiter of the next, and that of the last the waiter of the first.
-    /// The one who has waited longest comes first.
+    /// The edges in order: the blocker of each is the waiter of the next, and the blocker of the last is the waiter of the
+    /// first. The longest waiter comes first.
     #[must_use]
     pub fn edges(&self) -> &[Edge] {
         &self.edges
     }
 
-    /// Those who wait for one another, in the same order.
+    /// The sessions of the cycle, in the same order.
     pub fn members(&self) -> impl Iterator<Item = &BackendId> {
         self.edges.iter().map(Edge::waiter)
     }
 
-    /// Whether every one of them waits for a lock that the next one holds: a deadlock.
+    /// Whether it is a deadlock: every session waits for a lock that the next one holds.
     #[must_use]
     pub fn is_deadlock(&self) -> bool {
         self.edges.iter().all(|edge| !edge.is_soft())
@@ -315,13 +322,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn roots_wait_for_nobody() {
+    fn roots_block_and_do_not_wait() {
         let snapshot = snapshot(vec![hard(2, 1), soft(3, 2), hard(3, 1), hard(5, 4)]);
         assert_eq!(pids(snapshot.roots()), [1, 4]);
         assert_eq!(pids(snapshot.waiters()), [2, 3, 5]);
-        assert_eq!(snapshot.blocked_by(&1.into()), 2);
-        assert_eq!(snapshot.blocked_by(&2.into()), 1);
-        assert_eq!(snapshot.blocked_by(&9.into()), 0);
+        assert_eq!(snapshot.blocked_count(&1.into()), 2);
+        assert_eq!(snapshot.blocked_count(&2.into()), 1);
+        assert_eq!(snapshot.blocked_count(&9.into()), 0);
         assert_eq!(snapshot.edges_of(&3.into()).count(), 2);
         assert_eq!(snapshot.edges_of(&1.into()).count(), 0);
         assert!(snapshot.backend(&5.into()).is_some_and(Backend::is_gone));
@@ -330,7 +337,7 @@ mod tests {
 
     #[test]
     fn cycles_of_hard_edges_come_before_those_over_a_queue() {
-        // 1 and 2 are in a deadlock; 3 and 4, who wait for them, in a circle over a queue.
+        // 1 and 2 are in a deadlock. 3 and 4 wait for them, and are in a cycle over a queue.
         let both = vec![
             hard(1, 2),
             hard(2, 1),
@@ -348,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn backends_are_found_whatever_their_order() {
+    fn backends_are_found_in_any_order() {
         let backends = [7, 3, 5, 3]
             .map(|pid| Backend::unknown(pid.into()))
             .to_vec();
@@ -357,7 +364,7 @@ mod tests {
         assert_eq!(pids(snapshot.roots()), [3]);
     }
 
-    /// Whether one session reaches another over edges that are allowed, by at least one of them.
+    /// Whether one session reaches another over at least one edge; `soft` allows soft edges.
     fn reaches(edges: &[Edge], from: &BackendId, to: &BackendId, soft: bool) -> bool {
         let mut seen = BTreeSet::new();
         let mut left = vec![from];
@@ -373,7 +380,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_cycle_is_told_of(edges in any_edges()) {
+        fn every_cycle_is_reported(edges in any_edges()) {
             let snapshot = snapshot(edges.clone());
             let cycles = snapshot.cycles();
             for cycle in &cycles {
@@ -390,19 +397,19 @@ mod tests {
             };
             for backend in snapshot.backends() {
                 let id = backend.id();
-                // Who is in a deadlock sees one of its own group, who is in any circle one of that group.
+                // Each session in a deadlock has a deadlock of its own group, each session in a cycle has one of its group.
                 for soft in [false, true] {
                     if reaches(&edges, id, id, soft) {
-                        let told = cycles.iter().any(|cycle| {
+                        let reported = cycles.iter().any(|cycle| {
                             (soft || cycle.is_deadlock()) && cycle.members().all(|member| together(id, member, soft))
                         });
-                        prop_assert!(told, "{} is in a circle that is not told of", id);
+                        prop_assert!(reported, "{} is in a cycle that is not reported", id);
                     }
                 }
                 let expected = snapshot.backends().iter().filter(|other| {
                     other.id() != id && reaches(&edges, other.id(), id, true)
                 });
-                prop_assert_eq!(snapshot.blocked_by(id), expected.count());
+                prop_assert_eq!(snapshot.blocked_count(id), expected.count());
             }
         }
     }

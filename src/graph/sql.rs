@@ -1,8 +1,8 @@
-//! Who waits for whom, and who is there: the server's side of [`crate::graph`].
+//! The SQL of [`crate::graph`]: locks, waits and backends.
 //!
-//! One statement reads the lock table once, asks `pg_blocking_pids` about those who wait, and brings each lock and each
-//! backend that takes part in one row of its own. The rest is done by the client: a join of `pg_locks` with itself
-//! knows neither modes nor the queue, and recursive queries for the tree do not end on cycles.
+//! One statement reads the lock table, calls `pg_blocking_pids` for each waiter, and returns each lock and each participating
+//! backend in a row of its own. The client does the rest: a join of `pg_locks` with itself knows neither modes nor the
+//! queue, and recursive queries for the tree do not end on cycles.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -12,13 +12,13 @@ use std::time::{Duration, SystemTime};
 
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use super::parts::{Sight, Verbatim};
+use super::backend::{RawStatement, Visibility};
 use super::{Backend, BackendId, LockObject, LockRow, Relation, RowId, Snapshot, assemble};
 use crate::key::LockKey;
 use crate::mode::LockMode;
 use crate::postgres::sql::{int4_array, rows};
 
-/// A point in time as whole microseconds since 1970: exact, and the same in every `DateStyle` and time zone.
+/// A timestamp as whole microseconds since 1970: exact, and independent of `DateStyle` and time zone.
 macro_rules! micros {
     ($time:literal) => {
         concat!(
@@ -29,23 +29,22 @@ macro_rules! micros {
     };
 }
 
-/// The server's clock, before anything is looked at: in a statement of its own, since it is wanted where there are no
-/// rows too.
-const TAKEN: &str = concat!(
+/// The server's clock, before anything is read. It is a statement of its own, because it is needed without rows too.
+const TAKEN_AT: &str = concat!(
     "SELECT ",
     micros!("pg_catalog.clock_timestamp()"),
     " AS taken; "
 );
 
 /// The columns of `pg_locks`.
-const LOCK: &str = "l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid, \
+const LOCK_COLUMNS: &str = "l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid, \
      l.objid, l.objsubid, l.virtualtransaction, l.pid, l.mode, l.granted, l.waitstart";
 
-/// `a`: the activity, read once. Within a transaction it does not change any more, but every message of ours is one.
-const ACTIVITY: &str = "a AS MATERIALIZED (SELECT a.* FROM pg_catalog.pg_stat_activity AS a)";
+/// `a`: the activity, read once. It does not change within a transaction, but each of our messages is a transaction.
+const ACTIVITY_CTE: &str = "a AS MATERIALIZED (SELECT a.* FROM pg_catalog.pg_stat_activity AS a)";
 
-/// What is told of a backend, from `a`.
-pub(crate) const WHO: &str = concat!(
+/// The columns that describe a backend, from `a`.
+pub(crate) const BACKEND_COLUMNS: &str = concat!(
     "a.pid AS who, a.application_name, a.usename, a.datname, pg_catalog.host(a.client_addr) AS client, a.backend_type, \
      a.state, a.wait_event_type, a.wait_event, a.query, a.query_id, a.leader_pid, ",
     micros!("a.backend_start"),
@@ -58,15 +57,15 @@ pub(crate) const WHO: &str = concat!(
     " AS state_change"
 );
 
-/// `p`: prepared transactions. Their locks have no pid, but share a virtual transaction, and one of them is on its
-/// transaction id.
-const PREPARED: &str = "p AS (SELECT i.virtualtransaction, p.gid, p.owner, p.database, p.prepared FROM l AS i \
+/// `p`: prepared transactions. Their locks have no pid. All locks of one prepared transaction share a virtual transaction,
+/// and one of them is on its transaction id.
+const PREPARED_CTE: &str = "p AS (SELECT i.virtualtransaction, p.gid, p.owner, p.database, p.prepared FROM l AS i \
      JOIN pg_catalog.pg_prepared_xacts AS p ON p.transaction OPERATOR(pg_catalog.=) i.transactionid \
      WHERE i.pid IS NULL)";
 
-/// The locks `x` with names, and those of `t` with their activity, each in rows of their own: nothing joins them, so
-/// either side of a row is NULL. Names come by a join: a cast to `regclass` would lock what it names.
-const TOLD: &str = concat!(
+/// The locks `x` with names, and the backends of `t` with their activity, in separate rows: nothing joins the two, so one
+/// side of each row is NULL. Names come from a join, because a cast to `regclass` would lock the relation.
+const LOCKS_JOIN: &str = concat!(
     "SELECT x.*, who.* FROM (SELECT x.locktype, x.relation, x.page, x.tuple, x.virtualxid, x.transactionid, x.classid, \
      x.objid, x.objsubid, x.pid, x.mode, x.granted, x.blockers, ",
     micros!("x.waitstart"),
@@ -85,29 +84,29 @@ const TOLD: &str = concat!(
      FULL JOIN (SELECT "
 );
 
-/// The rest of it: parallel workers come with their leaders.
-const PARTAKERS: &str = " FROM a WHERE a.pid OPERATOR(pg_catalog.=) ANY (SELECT t.pid FROM t) \
+/// The end of that join: the backends of `t`, and their parallel workers.
+const PARTICIPANTS: &str = " FROM a WHERE a.pid OPERATOR(pg_catalog.=) ANY (SELECT t.pid FROM t) \
      OR a.leader_pid OPERATOR(pg_catalog.=) ANY (SELECT t.pid FROM t)) AS who ON false";
 
-/// Everybody who waits for a lock, whoever is in their way, and what they hold and want of it; with `only`, just those
-/// waits that can be reached from these sessions by going from waiters to blockers.
+/// All waiters and their blockers, with the modes that they hold and request. With `only`, just the waits that are reachable
+/// from these sessions by following waiters to their blockers.
 ///
-/// Parts of it in order: `l` the lock table without predicate locks, which block nobody; `q` those who wait, with the
-/// session they belong to; `w` with those in their way; `v` those who still wait; `x` their waits, other locks on the
-/// same objects, and the row locks that those who wait for a transaction have lined up for.
-pub(crate) fn blocking(only: Option<&[i32]>) -> String {
+/// The parts in order: `l` is the lock table without predicate locks, which block nothing. `q` is the waiters with the
+/// session that they belong to, `w` adds their blockers, `v` is those that still wait. `x` is their waits, the other locks
+/// on the same objects, and the row locks that waiters for a transaction have queued for.
+pub(crate) fn wait_graph(only: Option<&[i32]>) -> String {
     let mut sql = String::with_capacity(5000);
     // Infallible: writing to a String.
     let _ = write!(
         sql,
-        "{TAKEN}WITH RECURSIVE l AS MATERIALIZED (SELECT {LOCK} FROM pg_catalog.pg_locks AS l \
-         WHERE pg_catalog.textne(l.mode, 'SIReadLock')), {ACTIVITY}, \
+        "{TAKEN_AT}WITH RECURSIVE l AS MATERIALIZED (SELECT {LOCK_COLUMNS} FROM pg_catalog.pg_locks AS l \
+         WHERE pg_catalog.textne(l.mode, 'SIReadLock')), {ACTIVITY_CTE}, \
          q AS MATERIALIZED (SELECT l.*, COALESCE(a.leader_pid, l.pid) AS session FROM l \
          LEFT JOIN a ON a.pid OPERATOR(pg_catalog.=) l.pid WHERE NOT l.granted), "
     );
     if let Some(only) = only {
         let pids = int4_array(only);
-        // UNION, not UNION ALL: each session once, so that it ends on cycles.
+        // UNION, not UNION ALL: each session once, so that the recursion ends on cycles.
         let _ = write!(
             sql,
             "r AS (SELECT s.pid FROM pg_catalog.unnest({pids}) AS s (pid) \
@@ -121,10 +120,10 @@ pub(crate) fn blocking(only: Option<&[i32]>) -> String {
     if only.is_some() {
         sql.push_str(" WHERE q.session OPERATOR(pg_catalog.=) ANY (SELECT r.pid FROM r)");
     }
-    // The lock table once more, in `z`: it refers to the count of `w`, so that it cannot be read before that is complete,
-    // and is not read where nobody waits. Only waits that were there both times are kept: what is put together from
-    // waits that were not there at one time can be a circle that never was (test
-    // `no_deadlock_is_seen_where_there_is_none`). Operators, not functions, where it is to be a hash join.
+    // `z` reads the lock table a second time. It refers to the count of `w`, so that it cannot be read before `w` is complete,
+    // and is not read if there are no waiters. Only waits that were there both times are kept: waits that did not exist at the
+    // same time can form a cycle that never existed (test `no_deadlock_is_seen_where_there_is_none`). Operators instead of
+    // functions allow a hash join.
     let _ = write!(
         sql,
         "), n AS MATERIALIZED (SELECT pg_catalog.count(*) AS waits FROM w), \
@@ -132,8 +131,8 @@ pub(crate) fn blocking(only: Option<&[i32]>) -> String {
          FROM pg_catalog.pg_locks AS l WHERE NOT l.granted AND pg_catalog.int8gt(n.waits, 0) OFFSET 0) AS z), \
          v AS MATERIALIZED (SELECT w.* FROM w WHERE EXISTS (SELECT FROM z WHERE z.pid OPERATOR(pg_catalog.=) w.pid \
          AND pg_catalog.timestamptz_eq(z.waitstart, w.waitstart))), \
-         x AS (SELECT {LOCK}, l.blockers FROM v AS l \
-         UNION ALL SELECT {LOCK}, NULL FROM l WHERE EXISTS (SELECT FROM v AS w WHERE \
+         x AS (SELECT {LOCK_COLUMNS}, l.blockers FROM v AS l \
+         UNION ALL SELECT {LOCK_COLUMNS}, NULL FROM l WHERE EXISTS (SELECT FROM v AS w WHERE \
          COALESCE(w.relation, '0'::pg_catalog.oid) OPERATOR(pg_catalog.=) COALESCE(l.relation, '0'::pg_catalog.oid) \
          AND COALESCE(w.transactionid, '0'::pg_catalog.xid) OPERATOR(pg_catalog.=) \
          COALESCE(l.transactionid, '0'::pg_catalog.xid) \
@@ -142,56 +141,56 @@ pub(crate) fn blocking(only: Option<&[i32]>) -> String {
          AND COALESCE(w.objid, '0'::pg_catalog.oid) OPERATOR(pg_catalog.=) COALESCE(l.objid, '0'::pg_catalog.oid) \
          AND pg_catalog.texteq(w.locktype, l.locktype)) \
          AND (l.granted OR NOT l.pid OPERATOR(pg_catalog.=) ANY (SELECT v.pid FROM v)) \
-         UNION ALL SELECT {LOCK}, NULL FROM l WHERE l.granted AND pg_catalog.texteq(l.locktype, 'tuple') \
-         AND l.pid OPERATOR(pg_catalog.=) ANY (SELECT v.pid FROM v)), {PREPARED}, \
+         UNION ALL SELECT {LOCK_COLUMNS}, NULL FROM l WHERE l.granted AND pg_catalog.texteq(l.locktype, 'tuple') \
+         AND l.pid OPERATOR(pg_catalog.=) ANY (SELECT v.pid FROM v)), {PREPARED_CTE}, \
          t AS (SELECT v.session AS pid FROM v UNION SELECT v.pid FROM v UNION SELECT pg_catalog.unnest(v.blockers) FROM v) \
-         {TOLD}{WHO}{PARTAKERS}"
+         {LOCKS_JOIN}{BACKEND_COLUMNS}{PARTICIPANTS}"
     );
     sql
 }
 
-/// Every advisory lock of this database, held or awaited, and the sessions they belong to.
+/// Every advisory lock of this database, held or awaited, and the sessions that the locks belong to.
 #[cfg(feature = "monitor")]
 pub(crate) fn advisory_locks() -> String {
     format!(
-        "{TAKEN}WITH l AS MATERIALIZED (SELECT {LOCK} FROM pg_catalog.pg_locks AS l), {ACTIVITY}, \
-         x AS (SELECT {LOCK}, NULL::pg_catalog.int4[] AS blockers FROM l \
+        "{TAKEN_AT}WITH l AS MATERIALIZED (SELECT {LOCK_COLUMNS} FROM pg_catalog.pg_locks AS l), {ACTIVITY_CTE}, \
+         x AS (SELECT {LOCK_COLUMNS}, NULL::pg_catalog.int4[] AS blockers FROM l \
          WHERE pg_catalog.texteq(l.locktype, 'advisory') AND pg_catalog.oideq(l.database, \
          (SELECT d.oid FROM pg_catalog.pg_database AS d \
-         WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database())))), {PREPARED}, \
-         t AS (SELECT x.pid FROM x) {TOLD}{WHO}{PARTAKERS}"
+         WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database())))), {PREPARED_CTE}, \
+         t AS (SELECT x.pid FROM x) {LOCKS_JOIN}{BACKEND_COLUMNS}{PARTICIPANTS}"
     )
 }
 
 /// Every backend of the server.
 #[cfg(feature = "monitor")]
 pub(crate) fn activity() -> String {
-    format!("{TAKEN}SELECT {WHO} FROM pg_catalog.pg_stat_activity AS a")
+    format!("{TAKEN_AT}SELECT {BACKEND_COLUMNS} FROM pg_catalog.pg_stat_activity AS a")
 }
 
-/// What one of the messages above brought.
+/// The reply to one of the messages above.
 #[derive(Debug)]
-pub(crate) struct Seen {
+pub(crate) struct LockSample {
     pub(crate) taken_at: SystemTime,
     pub(crate) locks: Vec<LockRow>,
     pub(crate) backends: Vec<Backend>,
 }
 
-impl Seen {
-    /// Who waits for whom. Of a reply to [`blocking`] that took this long.
-    pub(crate) fn snapshot(self, took: Duration) -> Snapshot {
-        assemble(&self.locks, self.backends, self.taken_at, took)
+impl LockSample {
+    /// The wait graph, from a reply to [`wait_graph`] that took this long.
+    pub(crate) fn snapshot(self, duration: Duration) -> Snapshot {
+        assemble(&self.locks, self.backends, self.taken_at, duration)
     }
 }
 
-/// Reads a reply; `named` gives a key its name. `None` where the server answered something else.
-pub(crate) fn seen(
+/// Reads a reply; `name_key` adds the name to a key. `None` if the reply has another form.
+pub(crate) fn read_sample(
     reply: &[SimpleQueryMessage],
-    named: &dyn Fn(LockKey) -> LockKey,
-) -> Option<Seen> {
+    name_key: &dyn Fn(LockKey) -> LockKey,
+) -> Option<LockSample> {
     let mut rows = rows(reply);
     let taken_at = micros(rows.next()?.try_get("taken").ok()??)?;
-    let mut seen = Seen {
+    let mut sample = LockSample {
         taken_at,
         locks: Vec::new(),
         backends: Vec::new(),
@@ -202,28 +201,33 @@ pub(crate) fn seen(
         let columns = columns.get_or_insert_with(|| columns_of(row));
         let row = Columns { row, columns };
         if let Some(pid) = row.parsed("who") {
-            seen.backends.push(backend(&row, pid, taken_at));
+            sample.backends.push(backend(&row, pid, taken_at));
         }
-        if let Some(lock) = lock(&row, named) {
-            if let BackendId::Prepared(_) = lock.who
-                && prepared.insert(lock.who.clone())
+        if let Some(lock) = lock(&row, name_key) {
+            if let BackendId::Prepared(_) = lock.owner
+                && prepared.insert(lock.owner.clone())
             {
-                seen.backends
-                    .push(prepared_transaction(&row, lock.who.clone(), taken_at));
+                sample
+                    .backends
+                    .push(prepared_transaction(&row, lock.owner.clone(), taken_at));
             }
-            seen.locks.push(lock);
+            sample.locks.push(lock);
         }
     }
-    Some(seen)
+    Some(sample)
 }
 
 pub(crate) fn backend(row: &Columns<'_>, pid: i32, now: SystemTime) -> Backend {
     let started = row.time("backend_start");
     let statement = row.get("query");
-    // Somebody may have sent that text, but then the start is there.
+    // A client may have sent that text, but then `backend_start` is not NULL.
     let hidden = started.is_none() && statement == Some("<insufficient privilege>");
     Backend {
-        sight: if hidden { Sight::Hidden } else { Sight::Whole },
+        visibility: if hidden {
+            Visibility::Hidden
+        } else {
+            Visibility::Full
+        },
         backend_start: started,
         transaction_start: row.time("xact_start"),
         application_name: row.text("application_name"),
@@ -232,15 +236,15 @@ pub(crate) fn backend(row: &Columns<'_>, pid: i32, now: SystemTime) -> Backend {
         client_address: row.text("client"),
         backend_type: row.text("backend_type"),
         state: row.text("state"),
-        connected_for: age(now, started),
-        in_transaction: age(now, row.time("xact_start")),
-        since_statement: age(now, row.time("query_start")),
-        in_state: age(now, row.time("state_change")),
+        connection_age: age(now, started),
+        transaction_age: age(now, row.time("xact_start")),
+        statement_age: age(now, row.time("query_start")),
+        state_age: age(now, row.time("state_change")),
         wait_event_type: row.text("wait_event_type"),
         wait_event: row.text("wait_event"),
         statement: statement
             .filter(|text| !hidden && !text.is_empty())
-            .map(|text| Verbatim(text.into())),
+            .map(|text| RawStatement(text.into())),
         query_id: row.parsed("query_id"),
         leader_pid: row.parsed("leader_pid"),
         ..Backend::unknown(pid.into())
@@ -250,19 +254,19 @@ pub(crate) fn backend(row: &Columns<'_>, pid: i32, now: SystemTime) -> Backend {
 fn prepared_transaction(row: &Columns<'_>, id: BackendId, now: SystemTime) -> Backend {
     let at = row.time("prepared");
     Backend {
-        sight: Sight::Whole,
+        visibility: Visibility::Full,
         transaction_start: at,
-        in_transaction: age(now, at),
+        transaction_age: age(now, at),
         user: row.text("owner"),
         database: row.text("prepared_in"),
         ..Backend::unknown(id)
     }
 }
 
-fn lock(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockRow> {
-    let object = object(row, named)?;
+fn lock(row: &Columns<'_>, name_key: &dyn Fn(LockKey) -> LockKey) -> Option<LockRow> {
+    let object = locked_object(row, name_key)?;
     Some(LockRow {
-        who: match row.parsed("pid") {
+        owner: match row.parsed("pid") {
             Some(pid) => BackendId::Pid(pid),
             None => BackendId::Prepared(row.get("gid").map(Arc::from)),
         },
@@ -270,17 +274,17 @@ fn lock(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockRow
         mode: LockMode::from_pg_locks(row.get("mode")?)?,
         granted: row.get("granted") == Some("t"),
         since: row.time("waitstart"),
-        blockers: row.get("blockers").map(numbers),
+        blockers: row.get("blockers").map(int4_array_elements),
     })
 }
 
-/// What a lock is on, by the columns that `locktype` says are in use (PostgreSQL's source, `lockfuncs.c`).
-fn object(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockObject> {
+/// The locked object, from the columns that its `locktype` uses (PostgreSQL's source, `lockfuncs.c`).
+fn locked_object(row: &Columns<'_>, name_key: &dyn Fn(LockKey) -> LockKey) -> Option<LockObject> {
     let locktype = row.get("locktype")?;
     let relation = || {
         Some(Relation {
             oid: row.parsed("relation")?,
-            name: name(row),
+            name: relation_name(row),
             kind: row.parsed("relkind"),
             database: row.text("elsewhere"),
         })
@@ -306,7 +310,7 @@ fn object(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockO
         "object" => Some(LockObject::Object {
             catalog: Relation {
                 oid: row.parsed("classid")?,
-                name: name(row),
+                name: relation_name(row),
                 kind: row.parsed("relkind"),
                 database: None,
             },
@@ -318,7 +322,7 @@ fn object(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockO
             let (classid, objid) = (row.parsed("classid")?, row.parsed("objid")?);
             let key = LockKey::from_pg_locks(classid, objid, row.parsed("objsubid")?)?;
             Some(LockObject::Advisory {
-                key: named(key),
+                key: name_key(key),
                 database: row.text("elsewhere"),
             })
         }
@@ -334,11 +338,11 @@ fn object(row: &Columns<'_>, named: &dyn Fn(LockKey) -> LockKey) -> Option<LockO
         }),
         _ => None,
     };
-    known().or_else(|| Some(LockObject::Other(unknown(row, locktype).into())))
+    known().or_else(|| Some(LockObject::Other(describe_unknown(row, locktype).into())))
 }
 
-/// The kind with all that is said of the lock, so that two locks of a kind are not taken for one.
-fn unknown(row: &Columns<'_>, locktype: &str) -> String {
+/// The lock type with all columns that are set, so that two objects of an unknown type stay distinct.
+fn describe_unknown(row: &Columns<'_>, locktype: &str) -> String {
     let mut text = locktype.to_owned();
     for column in [
         "elsewhere",
@@ -358,11 +362,11 @@ fn unknown(row: &Columns<'_>, locktype: &str) -> String {
     text
 }
 
-fn name(row: &Columns<'_>) -> Option<(Box<str>, Box<str>)> {
+fn relation_name(row: &Columns<'_>) -> Option<(Box<str>, Box<str>)> {
     Some((row.text("nspname")?, row.text("relname")?))
 }
 
-/// A row with the places of its columns, which the driver would look for by name each time.
+/// A row with an index of its columns, which the driver would otherwise search by name each time.
 pub(crate) struct Columns<'a> {
     pub(crate) row: &'a SimpleQueryRow,
     pub(crate) columns: &'a HashMap<String, usize>,
@@ -403,13 +407,13 @@ fn micros(text: &str) -> Option<SystemTime> {
     }
 }
 
-/// Negative ages (clocks step, and the clock is read first) are zero.
+/// Negative ages are zero: clocks step, and the clock is read first.
 pub(crate) fn age(now: SystemTime, start: Option<SystemTime>) -> Option<Duration> {
     start.map(|start| now.duration_since(start).unwrap_or_default())
 }
 
-/// An array of numbers as the server writes it: `{1,2}`.
-fn numbers(array: &str) -> Vec<i32> {
+/// The elements of an array in the server's text format: `{1,2}`.
+fn int4_array_elements(array: &str) -> Vec<i32> {
     let inside = array.trim_start_matches('{').trim_end_matches('}');
     let mut numbers = Vec::with_capacity(inside.bytes().filter(|byte| *byte == b',').count() + 1);
     numbers.extend(
@@ -442,8 +446,8 @@ mod tests {
 
     #[test]
     fn arrays_are_read() {
-        assert_eq!(numbers("{}"), [0; 0]);
-        assert_eq!(numbers("{7}"), [7]);
-        assert_eq!(numbers("{12,0,4711}"), [12, 0, 4711]);
+        assert_eq!(int4_array_elements("{}"), [0; 0]);
+        assert_eq!(int4_array_elements("{7}"), [7]);
+        assert_eq!(int4_array_elements("{12,0,4711}"), [12, 0, 4711]);
     }
 }

@@ -10,7 +10,7 @@ use crate::mode::LockMode;
 use super::edge::Wait;
 use super::{Backend, BackendId, Edge, EdgeKind, LockObject, Snapshot};
 
-/// `waiter` waits for `blocker`; those with greater numbers have waited for less long.
+/// `waiter` waits for `blocker`; a waiter with a greater number has waited less long.
 pub(super) fn edge(waiter: i32, blocker: i32, kind: EdgeKind) -> Edge {
     Edge {
         wait: Arc::new(Wait {
@@ -47,7 +47,7 @@ pub(super) fn described(backends: Vec<Backend>, edges: Vec<Edge>) -> Snapshot {
     Snapshot::new(backends, edges, SystemTime::UNIX_EPOCH, Duration::ZERO)
 }
 
-/// Any edges among a few sessions, from one to itself too.
+/// Any edges among a few sessions, also from a session to itself.
 pub(super) fn any_edges() -> impl Strategy<Value = Vec<Edge>> {
     let any_edge = (1..9, 1..9, any::<bool>()).prop_map(|(waiter, blocker, is_soft)| {
         let kind = if is_soft {

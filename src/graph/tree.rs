@@ -1,32 +1,31 @@
-//! The graph arranged for people: a forest, root blockers first.
+//! The graph as a forest to display, root blockers first.
 
 use std::cmp::Reverse;
 
-use super::net::{Arc, Components, Net};
+use super::digraph::{Components, Digraph, OutEdge};
 use super::{Backend, Cycle, Edge, Snapshot};
 
-/// Who waits for whom as a forest: at the roots those who are in the way and wait for nobody themselves, below each of
-/// them those it keeps waiting.
+/// The wait graph as a forest: the roots are the root blockers, and below each blocker are the sessions that wait for it.
 ///
-/// Every session of the [`Snapshot`] is in it once. A waiter stands below its principal blocker (one that holds the lock
-/// before one that only queues ahead, then the one that keeps most others waiting); who else is in its way, its node
-/// [refers to](TreeNode::other_edges). Of sessions that wait in a circle, the one who has waited longest stands above the others.
+/// Every session of the [`Snapshot`] is in it once. A waiter is below its principal blocker: a holder of the lock rather
+/// than a session that is only ahead in the queue, then the one that blocks the most sessions. Its node
+/// [lists](TreeNode::other_edges) its other blockers. In a cycle, the session that has waited longest is above the others.
 ///
-/// `Display` draws it for a terminal, statements without their literals; [`to_html`](Self::to_html),
-/// [`to_mermaid`](Self::to_mermaid) and [`to_dot`](Self::to_dot) for others.
+/// `Display` draws the forest for a terminal, with statements redacted. [`to_html`](Self::to_html),
+/// [`to_mermaid`](Self::to_mermaid) and [`to_dot`](Self::to_dot) give other formats.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LockTree {
     snapshot: Snapshot,
     cycles: Vec<Cycle>,
-    /// Of each backend of the snapshot, the edge to the one above it.
-    above: Vec<Option<usize>>,
-    below: Vec<Vec<usize>>,
-    blocks: Vec<usize>,
-    in_circle: Vec<bool>,
+    /// For each backend of the snapshot, the edge to its parent.
+    parent_edge: Vec<Option<usize>>,
+    children: Vec<Vec<usize>>,
+    blocked_counts: Vec<usize>,
+    in_cycle: Vec<bool>,
     roots: Vec<usize>,
 }
 
-/// A session, or a prepared transaction, at its place in a [`LockTree`].
+/// A session, or a prepared transaction, in a [`LockTree`].
 #[derive(Clone, Copy, Debug)]
 pub struct TreeNode<'a> {
     tree: &'a LockTree,
@@ -35,61 +34,61 @@ pub struct TreeNode<'a> {
 
 impl LockTree {
     pub(super) fn new(snapshot: &Snapshot) -> Self {
-        let net = snapshot.net();
+        let digraph = snapshot.digraph();
         let components = snapshot.components();
-        let blocks = net.reached_from(components);
-        let arranger = Arranger {
+        let blocked_counts = digraph.reaching_counts(components);
+        let chooser = ParentChooser {
             snapshot,
-            net,
+            digraph,
             components,
-            blocks: &blocks,
+            blocked_counts: &blocked_counts,
         };
         let mut tree = Self {
             cycles: snapshot.cycles(),
-            above: vec![None; net.len()],
-            below: vec![Vec::new(); net.len()],
-            in_circle: vec![false; net.len()],
+            parent_edge: vec![None; digraph.len()],
+            children: vec![Vec::new(); digraph.len()],
+            in_cycle: vec![false; digraph.len()],
             roots: Vec::new(),
             snapshot: snapshot.clone(),
-            blocks: Vec::new(),
+            blocked_counts: Vec::new(),
         };
-        let mut place = |node: usize, arc: Option<Arc>| match arc {
-            Some(arc) => {
-                tree.above[node] = Some(arc.edge());
-                tree.below[arc.to()].push(node);
+        let mut place = |node: usize, out: Option<OutEdge>| match out {
+            Some(out) => {
+                tree.parent_edge[node] = Some(out.index());
+                tree.children[out.target()].push(node);
             }
             None => tree.roots.push(node),
         };
-        for (set, members) in components.members.iter().enumerate() {
-            if net.is_cyclic(members) {
+        for (component, members) in components.members.iter().enumerate() {
+            if digraph.is_cyclic(members) {
                 for member in members {
-                    tree.in_circle[*member] = true;
+                    tree.in_cycle[*member] = true;
                 }
-                arranger.circle(set, &mut place);
+                chooser.place_component(component, &mut place);
             } else {
                 let node = members[0];
-                // Those whom nobody waits for, and who wait for nobody, take no part: leaders and workers of others.
-                if blocks[node] > 0 || !net.arcs(node).is_empty() {
-                    place(node, arranger.best(node, |_| true));
+                // Leaders and parallel workers that neither wait nor block are left out.
+                if blocked_counts[node] > 0 || !digraph.edges_from(node).is_empty() {
+                    place(node, chooser.principal_blocker(node, |_| true));
                 }
             }
         }
         let rank = |node: &usize| {
             (
-                Reverse(blocks[*node]),
+                Reverse(blocked_counts[*node]),
                 Reverse(snapshot.longest_wait(*node)),
                 *node,
             )
         };
         tree.roots.sort_by_cached_key(rank);
-        for below in &mut tree.below {
-            below.sort_by_cached_key(rank);
+        for children in &mut tree.children {
+            children.sort_by_cached_key(rank);
         }
-        tree.blocks = blocks;
+        tree.blocked_counts = blocked_counts;
         tree
     }
 
-    /// What stands above all others: first the one that keeps most sessions waiting.
+    /// The nodes without a parent, the one that blocks the most sessions first.
     pub fn roots(&self) -> impl Iterator<Item = TreeNode<'_>> {
         self.roots.iter().map(|at| TreeNode {
             tree: self,
@@ -97,32 +96,37 @@ impl LockTree {
         })
     }
 
-    /// Every node with its depth, each before those below it.
+    /// Every node with its depth, in preorder: a node comes before its children.
     pub fn walk(&self) -> impl Iterator<Item = (usize, TreeNode<'_>)> {
         let mut left: Vec<_> = self.roots.iter().rev().map(|at| (0, *at)).collect();
         std::iter::from_fn(move || {
             let (depth, at) = left.pop()?;
-            left.extend(self.below[at].iter().rev().map(|below| (depth + 1, *below)));
+            left.extend(
+                self.children[at]
+                    .iter()
+                    .rev()
+                    .map(|below| (depth + 1, *below)),
+            );
             Some((depth, TreeNode { tree: self, at }))
         })
     }
 
-    /// Sessions that wait for one another in circles; see [`Snapshot::cycles`].
+    /// The wait cycles; see [`Snapshot::cycles`].
     #[must_use]
     pub fn cycles(&self) -> &[Cycle] {
         &self.cycles
     }
 
-    /// What it was made from.
+    /// The snapshot that the tree was made from.
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
 
-    /// The roots, and of each backend of the snapshot those below it.
+    /// The roots, and for each backend of the snapshot its children.
     #[cfg(feature = "pictures")]
     pub(super) fn forest(&self) -> (&[usize], &[Vec<usize>]) {
-        (&self.roots, &self.below)
+        (&self.roots, &self.children)
     }
 
     #[cfg(feature = "pictures")]
@@ -130,7 +134,7 @@ impl LockTree {
         TreeNode { tree: self, at }
     }
 
-    /// Whether nobody waited.
+    /// Whether no session waited for a lock.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.snapshot.is_empty()
@@ -138,59 +142,60 @@ impl LockTree {
 }
 
 impl<'a> TreeNode<'a> {
-    /// Who stands here.
+    /// The session, or the prepared transaction.
     #[must_use]
     pub fn backend(&self) -> &'a Backend {
         &self.tree.snapshot.backends()[self.at]
     }
 
-    /// What it waits for from the one above it; `None` at a root.
+    /// The wait for its parent; `None` for a root.
     #[must_use]
     pub fn edge(&self) -> Option<&'a Edge> {
-        self.tree.above[self.at].map(|edge| &self.tree.snapshot.edges()[edge])
+        self.tree.parent_edge[self.at].map(|edge| &self.tree.snapshot.edges()[edge])
     }
 
-    /// Who else is in its way.
+    /// The waits for its other blockers.
     pub fn other_edges(&self) -> impl Iterator<Item = &'a Edge> + use<'a> {
         let tree = self.tree;
-        let above = tree.above[self.at];
-        let arcs = tree.snapshot.net().arcs(self.at).iter();
-        arcs.filter(move |arc| Some(arc.edge()) != above)
-            .map(|arc| &tree.snapshot.edges()[arc.edge()])
+        let parent_edge = tree.parent_edge[self.at];
+        let outgoing = tree.snapshot.digraph().edges_from(self.at).iter();
+        outgoing
+            .filter(move |out| Some(out.index()) != parent_edge)
+            .map(|out| &tree.snapshot.edges()[out.index()])
     }
 
-    /// Those whose principal blocker it is: first the one that keeps most others waiting.
+    /// The sessions whose principal blocker it is, the one that blocks the most sessions first.
     pub fn children(&self) -> impl Iterator<Item = TreeNode<'a>> + use<'a> {
         let tree = self.tree;
-        tree.below[self.at]
+        tree.children[self.at]
             .iter()
             .map(|at| TreeNode { tree, at: *at })
     }
 
-    /// Its place among the snapshot's backends.
+    /// Its position among the snapshot's backends.
     #[cfg(any(feature = "pictures", feature = "serde"))]
-    pub(super) fn place(&self) -> usize {
+    pub(super) fn position(&self) -> usize {
         self.at
     }
 
-    /// How many sessions could not go on before this one does, wherever they stand; see [`Snapshot::blocked_by`].
+    /// How many sessions wait for this one, directly or through others; see [`Snapshot::blocked_count`].
     #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.tree.blocks[self.at]
+    pub fn blocked_count(&self) -> usize {
+        self.tree.blocked_counts[self.at]
     }
 
-    /// Whether it waits for itself, over others.
+    /// Whether the session is part of a wait cycle.
     #[must_use]
     pub fn is_in_cycle(&self) -> bool {
-        self.tree.in_circle[self.at]
+        self.tree.in_cycle[self.at]
     }
 
-    /// The parallel workers that wait in its name, by their process ids.
+    /// The process ids of its parallel workers that wait.
     #[must_use]
     pub fn workers(&self) -> Vec<i32> {
-        let arcs = self.tree.snapshot.net().arcs(self.at).iter();
-        let mut workers: Vec<_> = arcs
-            .filter_map(|arc| self.tree.snapshot.edges()[arc.edge()].worker())
+        let outgoing = self.tree.snapshot.digraph().edges_from(self.at).iter();
+        let mut workers: Vec<_> = outgoing
+            .filter_map(|out| self.tree.snapshot.edges()[out.index()].worker())
             .collect();
         workers.sort_unstable();
         workers.dedup();
@@ -198,79 +203,90 @@ impl<'a> TreeNode<'a> {
     }
 }
 
-/// Chooses for each waiter the one it stands below.
-struct Arranger<'a> {
+/// Chooses the parent of each waiter.
+struct ParentChooser<'a> {
     snapshot: &'a Snapshot,
-    net: &'a Net,
+    digraph: &'a Digraph,
     components: &'a Components,
-    blocks: &'a [usize],
+    blocked_counts: &'a [usize],
 }
 
-impl Arranger<'_> {
-    fn is_soft(&self, arc: Arc) -> bool {
-        self.snapshot.edges()[arc.edge()].is_soft()
+impl ParentChooser<'_> {
+    fn is_soft(&self, out: OutEdge) -> bool {
+        self.snapshot.edges()[out.index()].is_soft()
     }
 
-    /// The principal blocker among those that `allowed` allows.
-    fn best(&self, node: usize, allowed: impl Fn(&Arc) -> bool) -> Option<Arc> {
-        let arcs = self.net.arcs(node).iter().copied().filter(allowed);
-        arcs.min_by_key(|arc| {
-            let blocker = &self.snapshot.backends()[arc.to()];
-            let age = blocker.in_transaction();
+    /// The principal blocker among the blockers for which `allowed` is true.
+    fn principal_blocker(
+        &self,
+        node: usize,
+        allowed: impl Fn(&OutEdge) -> bool,
+    ) -> Option<OutEdge> {
+        let outgoing = self
+            .digraph
+            .edges_from(node)
+            .iter()
+            .copied()
+            .filter(allowed);
+        outgoing.min_by_key(|out| {
+            let blocker = &self.snapshot.backends()[out.target()];
+            let age = blocker.transaction_age();
             (
-                self.is_soft(*arc),
-                Reverse(self.blocks[arc.to()]),
+                self.is_soft(*out),
+                Reverse(self.blocked_counts[out.target()]),
                 Reverse(age),
-                arc.to(),
+                out.target(),
             )
         })
     }
 
-    /// Places the members of a set in which everybody waits for everybody: the one who has waited longest first, and
-    /// each of the others below one placed before it, by a hard edge if there is one.
-    fn circle(&self, set: usize, place: &mut impl FnMut(usize, Option<Arc>)) {
-        let members = &self.components.members[set];
+    /// Places the members of a cyclic component: the longest waiter first, and each other member below one that is already
+    /// placed, by a hard edge if there is one.
+    fn place_component(&self, component: usize, place: &mut impl FnMut(usize, Option<OutEdge>)) {
+        let members = &self.components.members[component];
         let rank = |node: &&usize| (Reverse(self.snapshot.longest_wait(**node)), **node);
         let Some(&head) = members.iter().min_by_key(rank) else {
             return;
         };
         place(
             head,
-            self.best(head, |arc| self.components.of[arc.to()] != set),
+            self.principal_blocker(head, |out| {
+                self.components.component_of[out.target()] != component
+            }),
         );
-        // Who waits for each member, within the set.
-        let place_of: std::collections::HashMap<usize, usize> = members
+        // The waiters for each member, within the component.
+        let position_of: std::collections::HashMap<usize, usize> = members
             .iter()
             .enumerate()
             .map(|(at, node)| (*node, at))
             .collect();
-        let mut waiting: Vec<Vec<(usize, Arc)>> = vec![Vec::new(); members.len()];
+        let mut waiting: Vec<Vec<(usize, OutEdge)>> = vec![Vec::new(); members.len()];
         for &node in members {
-            for arc in self.net.arcs(node) {
-                if self.components.of[arc.to()] == set {
-                    waiting[place_of[&arc.to()]].push((node, *arc));
+            for out in self.digraph.edges_from(node) {
+                if self.components.component_of[out.target()] == component {
+                    waiting[position_of[&out.target()]].push((node, *out));
                 }
             }
         }
         let mut placed = vec![false; members.len()];
-        placed[place_of[&head]] = true;
+        placed[position_of[&head]] = true;
         let mut hard = std::collections::VecDeque::from([head]);
         let mut soft = std::collections::VecDeque::new();
-        // All are reached: the set is strongly connected.
+        // This reaches all members, because the component is strongly connected.
         while let Some(above) = hard.pop_front() {
-            for &(node, arc) in &waiting[place_of[&above]] {
-                if self.is_soft(arc) {
-                    soft.push_back((node, arc));
-                } else if !std::mem::replace(&mut placed[place_of[&node]], true) {
-                    place(node, Some(arc));
+            for &(node, out) in &waiting[position_of[&above]] {
+                if self.is_soft(out) {
+                    soft.push_back((node, out));
+                } else if !std::mem::replace(&mut placed[position_of[&node]], true) {
+                    place(node, Some(out));
                     hard.push_back(node);
                 }
             }
             while hard.is_empty()
-                && let Some((node, arc)) = soft.pop_front()
+                && let Some((node, out)) = soft.pop_front()
             {
-                if !std::mem::replace(&mut placed[place_of[&node]], true) {
-                    place(node, Some(arc));
+                if !std::mem::replace(&mut placed[position_of[&node]], true) {
+                    place(node, Some(out));
                     hard.push_back(node);
                 }
             }
@@ -285,7 +301,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::backend::{Sight, Verbatim};
+    use super::super::backend::{RawStatement, Visibility};
     use super::super::testing::{any_edges, described, hard, snapshot, soft};
     use super::super::{BackendId, LockObject};
     use super::*;
@@ -311,12 +327,12 @@ mod tests {
         let tree = snapshot(vec![hard(2, 1), hard(12, 11), hard(13, 12), hard(14, 12)]).tree();
         assert_eq!(shape(tree.roots()), "11[12[13 14]] 1[2]");
         let root = tree.roots().next().expect("two roots");
-        assert_eq!((root.blocks(), root.edge()), (3, None));
+        assert_eq!((root.blocked_count(), root.edge()), (3, None));
     }
 
     #[test]
     fn a_waiter_stands_below_its_principal_blocker_only() {
-        // 4 is behind 3 in the queue, and both wait for 1; 5 waits for two who hold, 2 with more behind it.
+        // 4 is behind 3 in the queue, and both wait for 1. 5 waits for two holders, of which 2 has more waiters.
         let edges = vec![
             soft(4, 3),
             hard(3, 1),
@@ -349,41 +365,41 @@ mod tests {
     }
 
     #[test]
-    fn circles_hang_below_who_waited_longest() {
+    fn a_cycle_hangs_below_its_longest_waiter() {
         let tree = snapshot(vec![hard(2, 1), hard(1, 3), hard(3, 2), soft(4, 3)]).tree();
         assert_eq!(shape(tree.roots()), "1[2[3[4]]]");
         assert_eq!(tree.cycles().len(), 1);
-        let circle: Vec<_> = tree.walk().map(|(_, node)| node.is_in_cycle()).collect();
-        assert_eq!(circle, [true, true, true, false]);
-        // One that waits for somebody outside too stands below that one.
+        let in_cycle: Vec<_> = tree.walk().map(|(_, node)| node.is_in_cycle()).collect();
+        assert_eq!(in_cycle, [true, true, true, false]);
+        // A member that also waits for a session outside the cycle is below that session.
         let tree = snapshot(vec![hard(2, 1), hard(1, 2), hard(1, 9)]).tree();
         assert_eq!(shape(tree.roots()), "9[1[2]]");
     }
 
     #[test]
-    fn nobody_waits_in_an_empty_tree() {
+    fn an_empty_tree_has_no_waiters() {
         let tree = snapshot(Vec::new()).tree();
         assert!(tree.is_empty());
         assert_eq!(tree.walk().count(), 0);
         assert_eq!(tree.to_string(), "nobody waits for a lock\n");
     }
 
-    fn told(pid: i32, application: &str, state: &str, statement: &str) -> Backend {
+    fn backend(pid: i32, application: &str, state: &str, statement: &str) -> Backend {
         Backend {
-            sight: Sight::Whole,
+            visibility: Visibility::Full,
             application_name: Some(application.into()),
             user: Some("app".into()),
             state: Some(state.into()),
-            in_state: Some(Duration::from_millis(12_300)),
-            statement: Some(Verbatim(statement.into())),
+            state_age: Some(Duration::from_millis(12_300)),
+            statement: Some(RawStatement(statement.into())),
             ..Backend::unknown(pid.into())
         }
     }
 
     #[test]
-    fn a_page_for_people() {
+    fn the_tree_is_drawn_as_text() {
         let hidden = Backend {
-            sight: Sight::Hidden,
+            visibility: Visibility::Hidden,
             application_name: Some("psql".into()),
             user: Some("dba".into()),
             ..Backend::unknown(3.into())
@@ -393,13 +409,13 @@ mod tests {
         let mut prepared = hard(5, 1);
         prepared.blocker = BackendId::Prepared(Some("order-7".into()));
         let backends = vec![
-            told(
+            backend(
                 1,
                 "billing src/pay.rs:42",
                 "idle in transaction",
                 "UPDATE t SET x = 'secret'",
             ),
-            told(2, "billing src/pay.rs:90", "active", "DELETE\n  FROM t"),
+            backend(2, "billing src/pay.rs:90", "active", "DELETE\n  FROM t"),
             hidden,
         ];
         let edges = vec![
@@ -454,7 +470,7 @@ prepared transaction \"order-7\", blocks 1
 
     proptest! {
         #[test]
-        fn everybody_has_one_place(edges in any_edges()) {
+        fn every_session_has_one_node(edges in any_edges()) {
             let snapshot = snapshot(edges.clone());
             let tree = snapshot.tree();
             let mut seen = BTreeMap::new();
@@ -466,7 +482,7 @@ prepared transaction \"order-7\", blocks 1
                 prop_assert_eq!(node.edge().is_none(), depth == 0);
                 if let Some(edge) = node.edge() {
                     prop_assert_eq!((edge.waiter(), edge.blocker()), (id, &above[depth - 1]));
-                    // Hard before soft, where there is a choice that is no circle.
+                    // Hard before soft, where there is a choice and no cycle.
                     if edge.is_soft() && !node.is_in_cycle() {
                         prop_assert!(snapshot.edges_of(id).all(Edge::is_soft));
                     }

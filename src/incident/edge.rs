@@ -1,4 +1,4 @@
-//! One session that waits, and one in its way, with what the server's error and the row's key add to it.
+//! One waiter and one blocker, completed by the server's error and the row's key.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use crate::postgres::message::RowContext;
 
 use super::RowKey;
 
-/// A mode as the server spells it, in `pg_locks` or in an error's DETAIL: there it can be one that is not known here.
+/// A lock mode as the server spells it, in `pg_locks` or in an error's DETAIL. The latter may be unknown here.
 type Mode = Cow<'static, str>;
 
-/// A session that waited for a lock, and one that was in its way.
+/// A session that waited for a lock, and a session that blocked it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct IncidentEdge {
     pub(super) waiter: BackendId,
@@ -25,12 +25,12 @@ pub struct IncidentEdge {
     pub(super) kind: Option<EdgeKind>,
     pub(super) wait_age: Option<Duration>,
     pub(super) in_cycle: bool,
-    /// What the error's CONTEXT says of the row, where no look did.
+    /// The row according to the error's CONTEXT, if no sample shows it.
     pub(super) context: Option<Arc<RowContext>>,
 }
 
 impl IncidentEdge {
-    pub(super) fn of_look(edge: &graph::Edge) -> Self {
+    pub(super) fn from_sample(edge: &graph::Edge) -> Self {
         let mode = edge.mode_held().or_else(|| edge.mode_queued());
         Self {
             waiter: edge.waiter().clone(),
@@ -47,7 +47,7 @@ impl IncidentEdge {
         }
     }
 
-    pub(super) fn of_detail(
+    pub(super) fn from_detail(
         waiter: BackendId,
         blocker: BackendId,
         object: LockObject,
@@ -68,31 +68,31 @@ impl IncidentEdge {
         }
     }
 
-    /// Who waited. See [`Incident::participant`](super::Incident::participant).
+    /// The session that waited. See [`Incident::participant`](super::Incident::participant).
     #[must_use]
     pub fn waiter(&self) -> &BackendId {
         &self.waiter
     }
 
-    /// Who was in its way.
+    /// The session, or the prepared transaction, that blocked it.
     #[must_use]
     pub fn blocker(&self) -> &BackendId {
         &self.blocker
     }
 
-    /// What the lock was on.
+    /// The object that was locked.
     #[must_use]
     pub fn object(&self) -> &LockObject {
         &self.object
     }
 
-    /// The row version in dispute, also where the wait was for its transaction.
+    /// The row version that was locked, also if the wait was for its transaction.
     #[must_use]
     pub fn row(&self) -> Option<&RowId> {
         self.row.as_ref()
     }
 
-    /// The key of that row, where it could be read.
+    /// The key of that row, if it could be read.
     #[must_use]
     pub fn row_key(&self) -> Option<&RowKey> {
         self.row_key.as_ref()
@@ -105,60 +105,60 @@ impl IncidentEdge {
         of_row.or_else(|| self.object.relation())
     }
 
-    /// The mode that was waited for, as `pg_locks.mode` spells it. For a row it is `ShareLock` on the transaction that
-    /// has the row, however the row was to be locked.
+    /// The requested mode, as `pg_locks.mode` spells it. For a row it is `ShareLock` on the transaction that locked the
+    /// row, whatever the requested row lock.
     #[must_use]
     pub fn mode_wanted(&self) -> &str {
         &self.mode_wanted
     }
 
-    /// The mode the blocker held. `None` for a soft edge, and where it was not seen.
+    /// The mode that the blocker held. `None` for a soft edge, and if it was not observed.
     #[must_use]
     pub fn mode_held(&self) -> Option<&str> {
         let mode = self.blocker_mode.as_deref();
         mode.filter(|_| self.kind != Some(EdgeKind::Soft))
     }
 
-    /// The mode the blocker itself waited for, ahead in the queue; only for a soft edge.
+    /// The mode that the blocker itself waited for, ahead in the queue; only for a soft edge.
     #[must_use]
     pub fn mode_queued(&self) -> Option<&str> {
         let mode = self.blocker_mode.as_deref();
         mode.filter(|_| self.kind == Some(EdgeKind::Soft))
     }
 
-    /// Whether the blocker held the lock or only stood ahead in its queue. `None` where this is known from the server's
-    /// DETAIL only, which does not say.
+    /// Whether the blocker held the lock or was only ahead in its queue. `None` if the edge is known from the server's
+    /// DETAIL only, which does not tell.
     #[must_use]
     pub fn kind(&self) -> Option<EdgeKind> {
         self.kind
     }
 
-    /// Whether the blocker only stood ahead in the lock's queue.
+    /// Whether the blocker was only ahead in the lock's queue.
     #[must_use]
     pub fn is_soft(&self) -> bool {
         self.kind == Some(EdgeKind::Soft)
     }
 
-    /// For how long the waiter had waited when this was seen. `None` where it is known from the DETAIL only.
+    /// How long the waiter had waited when it was sampled. `None` if the edge is known from the DETAIL only.
     #[must_use]
     pub fn wait_age(&self) -> Option<Duration> {
         self.wait_age
     }
 
-    /// Whether it is one of those that closed the circle.
+    /// Whether it is an edge of the cycle.
     #[must_use]
     pub fn is_in_cycle(&self) -> bool {
         self.in_cycle
     }
 
-    /// Whether it was seen on the server; otherwise it is known from the server's DETAIL.
+    /// Whether a sample contains the edge; otherwise it is known from the server's DETAIL.
     #[must_use]
     pub fn was_seen(&self) -> bool {
         self.kind.is_some()
     }
 
-    /// Whether the other one is about the same thing: one row, one relation, one advisory lock.
-    pub(super) fn same_thing(&self, other: &Self) -> bool {
+    /// Whether the other edge is about the same object: one row, one relation, one advisory lock.
+    pub(super) fn same_object(&self, other: &Self) -> bool {
         match (&self.row, &other.row) {
             (Some(a), Some(b)) => same_row(a, b),
             (None, None) => match (self.object.advisory_key(), other.object.advisory_key()) {
@@ -170,7 +170,7 @@ impl IncidentEdge {
     }
 }
 
-/// Names may be missing from one of them.
+/// Compares by oid, because either may lack the name.
 pub(super) fn same_row(a: &RowId, b: &RowId) -> bool {
     (a.relation.oid, a.page, a.offset) == (b.relation.oid, b.page, b.offset)
 }

@@ -1,4 +1,4 @@
-//! What is known of an incident before it is made sense of: the raw material, with literals and all.
+//! What is known of an incident before it is analysed: raw data, including literals.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,41 +12,42 @@ use crate::postgres::statement;
 
 use super::{Outcome, RowKey};
 
-/// What failed. A deadlock that a lock timeout hides from the server is not among them: the looks show it.
+/// The reason for a report. A deadlock that a lock timeout hides from the server is not one of them: the samples show
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// The server broke a deadlock.
+pub(crate) enum IncidentTrigger {
+    /// The server ended a deadlock.
     Deadlock,
-    /// The wait for a lock ended with `lock_timeout`, or did not begin (NOWAIT).
+    /// The wait for a lock ended by `lock_timeout`, or did not begin (NOWAIT).
     LockTimeout,
-    /// A wait that goes on.
+    /// A wait that continues.
     LongWait,
 }
 
-/// What is known of one incident, before it is made sense of.
+/// What is known of one incident before it is analysed.
 #[derive(Clone, Debug)]
 pub(crate) struct Evidence {
-    pub(crate) kind: Kind,
-    /// By this process' clock, as all times but those within a look.
+    pub(crate) trigger: IncidentTrigger,
+    /// By this process's clock, as all times except those within a sample.
     pub(crate) occurred: SystemTime,
-    /// The transaction that reports.
+    /// The reporting transaction.
     pub(crate) victim: Journal,
     /// Attempt `attempt` of at most `attempts`, counted from 1.
     pub(crate) attempt: u32,
     pub(crate) attempts: u32,
     pub(crate) outcome: Outcome,
     pub(crate) error: Option<ServerError>,
-    /// In order of time.
-    pub(crate) looks: Vec<Look>,
-    /// Other transactions of this process whose pid is in a look or in the DETAIL.
+    /// In chronological order.
+    pub(crate) samples: Vec<WaitSample>,
+    /// Other transactions of this process whose pid is in a sample or in the DETAIL.
     pub(crate) others: Vec<Journal>,
-    /// What could not be found out, and why: a sentence each, without a full stop.
-    pub(crate) missing: Vec<Arc<str>>,
-    /// Show literals.
+    /// What could not be found out, and why: one sentence each, without a full stop.
+    pub(crate) caveats: Vec<Arc<str>>,
+    /// Whether to show literals.
     pub(crate) literals: bool,
 }
 
-/// The fields of the server's error, as they are.
+/// The fields of the server's error, unchanged.
 #[derive(Clone)]
 pub(crate) struct ServerError {
     pub(crate) sqlstate: String,
@@ -57,25 +58,25 @@ pub(crate) struct ServerError {
     pub(crate) routine: Option<String>,
 }
 
-/// One look at who waits for whom.
+/// A sample of the wait graph.
 #[derive(Clone, Debug)]
-pub(crate) struct Look {
+pub(crate) struct WaitSample {
     pub(crate) snapshot: Arc<Snapshot>,
     /// Since the victim's statement began.
     pub(crate) after: Duration,
     pub(crate) row_keys: Vec<(RowId, RowKey)>,
 }
 
-/// What a transaction of this process has said so far.
+/// The statements of a transaction of this process so far.
 #[derive(Clone, Debug)]
 pub(crate) struct Journal {
     pub(crate) pid: Option<i32>,
     pub(crate) call_site: Option<CallSite>,
     pub(crate) application_name: Option<Arc<str>>,
     pub(crate) began: SystemTime,
-    /// In order of time.
+    /// In chronological order.
     pub(crate) statements: Vec<JournalEntry>,
-    /// Entries that are no longer kept, and how many of these come before them.
+    /// How many entries were dropped, and how many of `statements` come before those.
     pub(crate) dropped: usize,
     pub(crate) gap: usize,
     pub(crate) conflict_group: Option<LockKey>,
@@ -85,16 +86,16 @@ pub(crate) struct Journal {
 pub(crate) struct JournalEntry {
     /// Since BEGIN.
     pub(crate) after: Duration,
-    /// `None`: unknown, such as a statement that was prepared elsewhere.
+    /// `None` if unknown, as for a statement that was prepared elsewhere.
     pub(crate) text: Option<Arc<str>>,
-    /// `None`: still running, or not finished.
-    pub(crate) took: Option<Duration>,
+    /// `None` if it is still running, or did not finish.
+    pub(crate) duration: Option<Duration>,
     pub(crate) failed: bool,
-    /// Advisory locks it took, or wanted to.
+    /// The advisory locks that it took or requested.
     pub(crate) advisory: Vec<(LockKey, AdvisoryMode)>,
 }
 
-/// Without the texts, which have literals.
+/// Without the redaction, which have literals.
 impl fmt::Debug for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerError")
@@ -110,7 +111,7 @@ impl fmt::Debug for JournalEntry {
         f.debug_struct("JournalEntry")
             .field("after", &self.after)
             .field("text", &self.text.as_deref().map(statement::redact))
-            .field("took", &self.took)
+            .field("duration", &self.duration)
             .field("failed", &self.failed)
             .field("advisory", &self.advisory)
             .finish()

@@ -1,4 +1,4 @@
-//! What incidents have in common that are the same problem.
+//! A hash that incidents of the same problem have in common.
 
 use std::fmt;
 
@@ -6,17 +6,17 @@ use sha2::{Digest as _, Sha256};
 
 use crate::graph::LockObject;
 
-use super::scene::Scene;
+use super::observed_graph::ObservedGraph;
 use super::{IncidentEdge, IncidentKind, Participant};
 
-/// The same for incidents that are one problem: the same statements of the same places in the code, that met in the same
-/// way.
+/// Equal for incidents of the same problem: the same statements, at the same places in the code, that blocked each
+/// other in the same way.
 ///
-/// It is made from the kind of incident, call sites (the file without its folders, and the line), statements without
-/// their literals, lock modes and relation names; not from process ids, times, transactions, rows, keys or literals. It
-/// does not depend on which of the sessions in a deadlock was the victim, and is the same in every process and build.
+/// It is made from the kind of the incident, call sites (the file name without folders, and the line), statements
+/// without literals, lock modes and relation names. It does not depend on process ids, times, transactions, rows, keys
+/// or literals, nor on which session of a deadlock was the victim. It is the same in every process and build.
 ///
-/// What was not seen cannot be in it: with less evidence the same problem may have another one.
+/// It depends on what was observed: with less evidence the same problem may have another fingerprint.
 ///
 /// `Display` shows 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,37 +30,49 @@ impl fmt::Display for Fingerprint {
 
 pub(super) fn fingerprint(
     kind: IncidentKind,
-    scene: &Scene,
+    observed: &ObservedGraph,
     participants: &[Participant],
 ) -> Fingerprint {
-    let who = |id| {
+    let find_participant = |id| {
         participants
             .iter()
             .find(|participant| participant.id.as_ref() == Some(id))
     };
-    let mut parts = vec![vec![class(kind).to_owned()]];
-    if scene.cycle > 0 {
-        // The circle as seen from each of its members; the least of these is the same for all.
-        let links: Vec<_> = scene.edges[..scene.cycle]
+    let mut parts = vec![vec![kind_part(kind).to_owned()]];
+    if observed.cycle > 0 {
+        // The cycle as it appears from each of its members; the smallest of these is the same for all.
+        let links: Vec<_> = observed.edges[..observed.cycle]
             .iter()
-            .map(|edge| [waiter(who(&edge.waiter)), contest(edge)].concat())
+            .map(|edge| {
+                [
+                    waiter_parts(find_participant(&edge.waiter)),
+                    lock_parts(edge),
+                ]
+                .concat()
+            })
             .collect();
-        let turned = (0..links.len()).map(|by| {
+        let rotations = (0..links.len()).map(|by| {
             let mut links = links.clone();
             links.rotate_left(by);
             links
         });
-        parts.extend(turned.min().unwrap_or_default());
+        parts.extend(rotations.min().unwrap_or_default());
     } else {
-        parts.push(waiter(participants.first()));
-        let of_victim = |edge: &&IncidentEdge| Some(&edge.waiter) == scene.victim.as_ref();
-        let mut links: Vec<_> = scene
+        parts.push(waiter_parts(participants.first()));
+        let of_victim = |edge: &&IncidentEdge| Some(&edge.waiter) == observed.victim.as_ref();
+        let mut links: Vec<_> = observed
             .edges
             .iter()
             .filter(of_victim)
-            .map(|edge| [contest(edge), blocker(who(&edge.blocker))].concat())
+            .map(|edge| {
+                [
+                    lock_parts(edge),
+                    blocker_parts(find_participant(&edge.blocker)),
+                ]
+                .concat()
+            })
             .collect();
-        // How many of them there are is chance.
+        // Their number is accidental.
         links.sort();
         links.dedup();
         parts.extend(links);
@@ -68,8 +80,8 @@ pub(super) fn fingerprint(
     hash(&parts)
 }
 
-/// A deadlock is the same problem whether the server found it or a timeout hid it.
-fn class(kind: IncidentKind) -> &'static str {
+/// A deadlock is the same problem whether the server detected it or a timeout hid it.
+fn kind_part(kind: IncidentKind) -> &'static str {
     match kind {
         IncidentKind::Deadlock | IncidentKind::HiddenDeadlock => "deadlock",
         IncidentKind::LockTimeout => "lock timeout",
@@ -77,7 +89,7 @@ fn class(kind: IncidentKind) -> &'static str {
     }
 }
 
-fn waiter(participant: Option<&Participant>) -> Vec<String> {
+fn waiter_parts(participant: Option<&Participant>) -> Vec<String> {
     let site = participant.and_then(|participant| participant.site_key.as_deref());
     let statement = participant.and_then(|participant| participant.fingerprint);
     vec![
@@ -88,17 +100,17 @@ fn waiter(participant: Option<&Participant>) -> Vec<String> {
     ]
 }
 
-/// What one that does not wait runs at the moment is chance, as long as its call site says who it is.
-fn blocker(participant: Option<&Participant>) -> Vec<String> {
+/// The current statement of a session that does not wait is accidental, as long as its call site identifies it.
+fn blocker_parts(participant: Option<&Participant>) -> Vec<String> {
     let site = participant.and_then(|participant| participant.site_key.as_deref());
     match site {
         Some(site) => vec![site.to_owned(), String::new()],
-        None => waiter(participant),
+        None => waiter_parts(participant),
     }
 }
 
-fn contest(edge: &IncidentEdge) -> Vec<String> {
-    // Who waits for a row waits for its transaction if he is the first, and for his turn otherwise.
+fn lock_parts(edge: &IncidentEdge) -> Vec<String> {
+    // The first waiter for a row waits for its transaction, and the others for its tuple lock.
     let is_row = edge.row.is_some();
     let is_transaction = matches!(edge.object, LockObject::Transaction(_));
     let (what, mode) = if is_row || is_transaction {
@@ -138,12 +150,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::testing::*;
-    use super::super::{Evidence, Journal, Kind, Look, RowKey};
+    use super::super::{Evidence, IncidentTrigger, Journal, RowKey, WaitSample};
     use super::*;
     use crate::call_site::{self, CallSite};
     use crate::graph::{Relation, RowId};
 
-    /// What stays the same of one transaction in a deadlock: it waits for the next one.
+    /// The constant facts of one transaction in a deadlock, which waits for the next one.
     #[derive(Clone, Debug)]
     struct Part {
         site: CallSite,
@@ -160,7 +172,7 @@ mod tests {
         Advisory,
     }
 
-    /// What does not.
+    /// The accidental facts.
     #[derive(Clone, Debug)]
     struct Accident {
         pids: Vec<i32>,
@@ -233,8 +245,8 @@ mod tests {
         table(accident.oid + number, part.relation)
     }
 
-    fn look(parts: &[Part], accident: &Accident) -> Look {
-        let mut server = Server::default();
+    fn sample(parts: &[Part], accident: &Accident) -> WaitSample {
+        let mut server = TestServer::default();
         let mut keys: Vec<(RowId, RowKey)> = Vec::new();
         for (at, part) in parts.iter().enumerate() {
             let waiter = accident.pids[at];
@@ -260,7 +272,7 @@ mod tests {
                 }
             };
         }
-        server.look(accident.millis, keys)
+        server.sample(accident.millis, keys)
     }
 
     fn journal_of(at: usize, parts: &[Part], accident: &Accident) -> Journal {
@@ -279,11 +291,11 @@ mod tests {
         Evidence {
             victim: journal_of(accident.victim, parts, accident),
             others: others.map(|at| journal_of(at, parts, accident)).collect(),
-            looks: vec![look(parts, accident)],
+            samples: vec![sample(parts, accident)],
             ..evidence(if accident.hidden {
-                Kind::LockTimeout
+                IncidentTrigger::LockTimeout
             } else {
-                Kind::Deadlock
+                IncidentTrigger::Deadlock
             })
         }
     }
@@ -297,15 +309,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn accidents_do_not_change_it((parts, one, other) in scenes()) {
+        fn accidental_facts_do_not_change_it((parts, one, other) in scenes()) {
             let (one, other) = (report(found(&parts, &one)), report(found(&parts, &other)));
             prop_assert_eq!(one.cycle().len(), parts.len());
             prop_assert_eq!(one.fingerprint(), other.fingerprint(), "{}\n{}", one, other);
         }
 
-        /// As long as the parts are not the same, seen from another one.
+        /// Unless the parts are equal when the cycle is rotated.
         #[test]
-        fn another_problem_has_another_one((parts, one, other) in scenes(), changed in part()) {
+        fn another_problem_has_another_fingerprint((parts, one, other) in scenes(), changed in part()) {
             let mut changed_parts = parts.clone();
             changed_parts[0] = changed;
             let shown = |parts: &[Part]| {
@@ -324,10 +336,10 @@ mod tests {
     }
 
     #[test]
-    fn of_a_wait_it_does_not_matter_how_many_are_in_the_way() {
+    fn the_number_of_blockers_of_a_wait_does_not_matter() {
         let object = LockObject::Relation(account());
         let server = |pids: &[i32], statement: &str| {
-            let server = pids.iter().fold(Server::default(), |server, pid| {
+            let server = pids.iter().fold(TestServer::default(), |server, pid| {
                 let server = server.session(*pid, "billing src/refund.rs:17", "active", statement);
                 server.holds(*pid, &object, "RowExclusiveLock")
             });
@@ -337,7 +349,7 @@ mod tests {
         let many = report(timeout(server(&[21, 22, 23], "SELECT now()")));
         assert_eq!(one.fingerprint(), many.fingerprint());
         let mut long = timeout(server(&[12], "SELECT 1"));
-        long.kind = Kind::LongWait;
+        long.trigger = IncidentTrigger::LongWait;
         assert_ne!(report(long).fingerprint(), one.fingerprint());
         let mut elsewhere = timeout(server(&[12], "SELECT 1"));
         elsewhere.victim.call_site = Some(REFUND);
@@ -345,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_the_same_in_every_build() {
+    fn it_is_stable() {
         let report = report(transfers());
         assert_eq!(report.fingerprint().to_string(), "5b62a63f352df502");
     }

@@ -1,4 +1,5 @@
-//! What a transaction of this process said until then, and with which of it it took the lock that others waited for.
+//! The statements of a transaction of this process up to the incident, and which of them took the lock that others
+//! waited for.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -8,11 +9,11 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::statement::{self, StatementKind};
 
-use super::texts::{Texts, is_call};
+use super::redaction::{Redaction, is_call};
 use super::{IncidentEdge, Journal, JournalEntry};
 
-/// Other sessions' clients hear of the end of a deadlock at about the same time: a statement that ended this short
-/// before the error was seen was still waiting in it.
+/// The clients of all sessions in a deadlock learn of its end at about the same time: a statement that ended this short
+/// before the error arrived was still waiting in it.
 pub(super) const SAME_TIME: Duration = Duration::from_millis(100);
 
 /// A statement of a transaction of this process.
@@ -20,20 +21,20 @@ pub(super) const SAME_TIME: Duration = Duration::from_millis(100);
 pub struct JournalLine {
     pub(super) after: Duration,
     pub(super) text: Option<Arc<str>>,
-    pub(super) took: Option<Duration>,
+    pub(super) duration: Option<Duration>,
     pub(super) failed: bool,
     pub(super) advisory: Vec<(LockKey, AdvisoryMode)>,
     pub(super) mark: Option<JournalMark>,
 }
 
-/// What a statement had to do with the incident.
+/// How a statement was involved in the incident.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum JournalMark {
     /// It took the advisory lock that others waited for.
     Took,
-    /// It is the first one that may have taken the lock that others waited for: it names the relation, and takes such
-    /// locks. That is a guess.
+    /// It is the first statement that may have taken the lock that others waited for: it names the relation, and takes
+    /// such locks. This is a guess.
     MayHaveTaken,
     /// It waited for a lock.
     Waited,
@@ -46,17 +47,17 @@ impl JournalLine {
         self.after
     }
 
-    /// Its text, without literals unless they were asked for. `None` where it is not known, as for a statement that was
-    /// prepared elsewhere.
+    /// Its text, without literals unless those are enabled. `None` if unknown, as for a statement that was prepared
+    /// elsewhere.
     #[must_use]
     pub fn text(&self) -> Option<&str> {
         self.text.as_deref()
     }
 
-    /// How long it took; `None` where it had not ended, or that is not known.
+    /// How long it took; `None` if it had not ended, or that is unknown.
     #[must_use]
-    pub fn took(&self) -> Option<Duration> {
-        self.took
+    pub fn duration(&self) -> Option<Duration> {
+        self.duration
     }
 
     /// Whether it failed.
@@ -65,12 +66,12 @@ impl JournalLine {
         self.failed
     }
 
-    /// The advisory locks it asked for.
+    /// The advisory locks that it requested.
     pub fn advisory(&self) -> impl Iterator<Item = (&LockKey, AdvisoryMode)> {
         self.advisory.iter().map(|(key, mode)| (key, *mode))
     }
 
-    /// What it had to do with the incident.
+    /// How it was involved in the incident.
     #[must_use]
     pub fn mark(&self) -> Option<JournalMark> {
         self.mark
@@ -78,25 +79,26 @@ impl JournalLine {
 }
 
 /// A journal up to the incident, and which of its entries waited.
-pub(super) struct Reading<'a> {
+pub(super) struct JournalReader<'a> {
     entries: &'a [JournalEntry],
     waited: Option<usize>,
 }
 
-impl<'a> Reading<'a> {
-    /// The victim's: the statement that failed, or that has not ended. Of several that were sent without waiting for the
-    /// answers it is the first: those behind it had not begun.
+impl<'a> JournalReader<'a> {
+    /// The victim's journal. The statement that waited is the one that failed or has not ended. Of several that were
+    /// sent without waiting for the replies it is the first: the later ones had not begun.
     pub(super) fn of_victim(journal: &'a Journal) -> Self {
         let entries = &journal.statements[..];
-        let open = |entry: &JournalEntry| entry.failed || entry.took.is_none();
+        let open = |entry: &JournalEntry| entry.failed || entry.duration.is_none();
         let end = |entry: &JournalEntry| {
             entry
                 .after
-                .saturating_add(entry.took.unwrap_or(Duration::MAX))
+                .saturating_add(entry.duration.unwrap_or(Duration::MAX))
         };
         let mut waited = entries.iter().rposition(open);
         while let Some(at) = waited.and_then(|at| at.checked_sub(1)) {
-            // One that failed earlier was undone by a savepoint, and one that nobody waited for has not failed.
+            // A statement that failed earlier was undone by a savepoint, and one whose future was dropped has not
+            // failed.
             let (before, this) = (&entries[at], &entries[at + 1]);
             if !open(before) || before.failed != this.failed || end(before) <= this.after {
                 break;
@@ -106,7 +108,7 @@ impl<'a> Reading<'a> {
         Self { entries, waited }
     }
 
-    /// Another one's, which has gone on since.
+    /// The journal of a session that has continued since.
     pub(super) fn of_holder(journal: &'a Journal, occurred: SystemTime) -> Self {
         let at = occurred.duration_since(journal.began).unwrap_or_default();
         let begun = journal
@@ -118,11 +120,11 @@ impl<'a> Reading<'a> {
         }
     }
 
-    /// Another one's that waited too, in a statement that had begun by `begun`: the statement that the server was seen to
-    /// run, else the one that had then lasted longest of those that were not over.
+    /// The journal of a session that waited too, in a statement that had begun by `begun`. The statement that waited is
+    /// the one that a sample shows, else the longest one that had not ended.
     ///
-    /// It hears of the end at about the same time as the victim, so that it may have gone on before that: what it said
-    /// after its wait is not of the incident.
+    /// The session learns of the end at about the same time as the victim, so it may have continued before that.
+    /// Statements after its wait are not part of the incident.
     pub(super) fn of_waiter(
         journal: &'a Journal,
         occurred: SystemTime,
@@ -132,12 +134,12 @@ impl<'a> Reading<'a> {
         let entries = Self::of_holder(journal, occurred.min(begun)).entries;
         let at = occurred.duration_since(journal.began).unwrap_or_default();
         let end = |entry: &JournalEntry| {
-            let took = entry.took.unwrap_or(Duration::MAX);
-            entry.after.saturating_add(took).min(at)
+            let duration = entry.duration.unwrap_or(Duration::MAX);
+            entry.after.saturating_add(duration).min(at)
         };
-        // The server keeps the beginning of a statement only, and so does a journal.
+        // The server keeps only the beginning of a statement, and so does a journal.
         let is_long = |text: &str| text.len() > 1023;
-        let is_seen = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
+        let matches_sample = |entry: &JournalEntry| match (seen, entry.text.as_deref()) {
             (Some(seen), Some(text)) if is_call(text) => {
                 statement::kind(seen) == StatementKind::AdvisoryLock
             }
@@ -149,18 +151,20 @@ impl<'a> Reading<'a> {
         let waited = entries
             .iter()
             .enumerate()
-            .filter(|(_, entry)| end(entry).saturating_add(SAME_TIME) >= at && is_seen(entry))
+            .filter(|(_, entry)| {
+                end(entry).saturating_add(SAME_TIME) >= at && matches_sample(entry)
+            })
             .max_by_key(|(_, entry)| end(entry).saturating_sub(entry.after))
             .map(|(at, _)| at);
-        let said = waited.map_or(entries.len(), |waited| {
-            let over = entries[waited]
-                .took
-                .map(|took| entries[waited].after.saturating_add(took));
-            let is_before = |entry: &JournalEntry| over.is_none_or(|over| entry.after < over);
+        let end_of_wait = waited.map_or(entries.len(), |waited| {
+            let end = entries[waited]
+                .duration
+                .map(|duration| entries[waited].after.saturating_add(duration));
+            let is_before = |entry: &JournalEntry| end.is_none_or(|end| entry.after < end);
             waited + 1 + entries[waited + 1..].partition_point(is_before)
         });
         Self {
-            entries: &entries[..said],
+            entries: &entries[..end_of_wait],
             waited,
         }
     }
@@ -179,22 +183,22 @@ impl<'a> Reading<'a> {
         self.entries.last()?.text.as_deref()
     }
 
-    /// The lines, those marked that took what others waited for in these edges.
+    /// The lines. A line is marked if its statement took a lock that is waited for in these edges.
     pub(super) fn lines<'e>(
         &self,
         contested: impl Iterator<Item = &'e IncidentEdge>,
-        texts: Texts,
+        redaction: Redaction,
     ) -> Vec<JournalLine> {
         let mut lines: Vec<_> = self
             .entries
             .iter()
-            .map(|entry| line(entry, texts))
+            .map(|entry| line(entry, redaction))
             .collect();
         if let Some(waited) = self.waited {
             lines[waited].mark = Some(JournalMark::Waited);
         }
         for edge in contested {
-            if let Some((at, mark)) = self.taker(edge) {
+            if let Some((at, mark)) = self.locking_entry(edge) {
                 let line = &mut lines[at];
                 line.mark = match (line.mark, mark) {
                     (Some(JournalMark::Took), _) => line.mark,
@@ -205,16 +209,16 @@ impl<'a> Reading<'a> {
         lines
     }
 
-    /// The entry that took what the edge is about.
-    fn taker(&self, edge: &IncidentEdge) -> Option<(usize, JournalMark)> {
+    /// The entry that took the lock of an edge.
+    fn locking_entry(&self, edge: &IncidentEdge) -> Option<(usize, JournalMark)> {
         let before = &self.entries[..self.waited.unwrap_or(self.entries.len())];
         if let LockObject::Advisory { key, .. } = &edge.object {
             let exact = before.iter().position(|entry| {
-                let took = entry.took.is_some() && !entry.failed;
+                let took = entry.duration.is_some() && !entry.failed;
                 took && entry.advisory.iter().any(|(taken, _)| taken.same_lock(key))
             });
             return exact.map(|at| (at, JournalMark::Took)).or_else(|| {
-                // SQL of the application's own, which may compute its key.
+                // SQL of the application, which may compute its key.
                 let guess = |entry: &JournalEntry| {
                     entry.advisory.is_empty() && kind(entry) == Some(StatementKind::AdvisoryLock)
                 };
@@ -237,11 +241,11 @@ impl<'a> Reading<'a> {
     }
 }
 
-fn line(entry: &JournalEntry, texts: Texts) -> JournalLine {
+fn line(entry: &JournalEntry, redaction: Redaction) -> JournalLine {
     JournalLine {
         after: entry.after,
-        text: entry.text.as_deref().map(|text| texts.statement(text)),
-        took: entry.took,
+        text: entry.text.as_deref().map(|text| redaction.statement(text)),
+        duration: entry.duration,
         failed: entry.failed,
         advisory: entry.advisory.clone(),
         mark: None,
@@ -274,8 +278,8 @@ pub(super) fn locks_rows(kind: StatementKind) -> bool {
     )
 }
 
-/// Whether statements of this kind take this lock on a relation they name (PostgreSQL's documentation, "Table-Level
-/// Locks").
+/// Whether statements of this kind take a relation lock of this mode on a relation that they name (PostgreSQL's
+/// documentation, "Table-Level Locks").
 fn takes(kind: StatementKind, mode: &str) -> bool {
     use StatementKind as Is;
     let modes: &[&str] = match kind {
@@ -284,7 +288,7 @@ fn takes(kind: StatementKind, mode: &str) -> bool {
         | Is::SelectForNoKeyUpdate
         | Is::SelectForShare
         | Is::SelectForKeyShare => &["RowShareLock"],
-        // The relations that they only read, too.
+        // Also on relations that they only read.
         Is::Insert | Is::Update | Is::Delete | Is::Merge | Is::Copy => {
             &["RowExclusiveLock", "AccessShareLock"]
         }
@@ -313,7 +317,7 @@ fn takes(kind: StatementKind, mode: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::testing::*;
-    use super::super::{Evidence, Incident, Kind, Participant};
+    use super::super::{Evidence, Incident, IncidentTrigger, Participant};
     use super::*;
     use crate::graph::BackendId;
 
@@ -331,10 +335,10 @@ mod tests {
             .expect("the other one")
     }
 
-    /// What the other session of a deadlock that nobody saw ran, by its journal.
+    /// The statement of the other session of a deadlock that no sample shows, by its journal.
     fn ran(statements: Vec<JournalEntry>) -> Option<String> {
         let evidence = Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             others: vec![journal(12, REFUND, 1000, statements)],
             ..transfers()
         };
@@ -344,7 +348,7 @@ mod tests {
     #[test]
     fn the_statement_that_waited_is_the_one_that_lasted() {
         let ran = |statements| ran(statements).expect("a statement");
-        // It went on before this process heard of the error.
+        // It continued before this process learned of the error.
         assert_eq!(
             ran(vec![
                 entry(100, "SELECT a", Some(1)),
@@ -354,7 +358,7 @@ mod tests {
             ]),
             "UPDATE b"
         );
-        // What it did later is none of it.
+        // Later statements are not part of the incident.
         assert_eq!(
             ran(vec![
                 entry(990, "UPDATE b", Some(15)),
@@ -372,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_was_seen_to_run_comes_first() {
+    fn the_sampled_statement_takes_precedence() {
         let mut evidence = transfers();
         evidence.others[0].statements = vec![
             entry(100, "SELECT 1", Some(700)),
@@ -385,20 +389,20 @@ mod tests {
                 .is_some_and(|text| text.ends_with("RETURNING id"))
         );
         assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
-        // Both keep the beginning.
+        // Both keep only the beginning.
         for (noted, seen) in [(5000, 1023), (4096, 5000)] {
             let long = format!("SELECT {}", "x".repeat(5000));
             let mut evidence = evidence.clone();
-            let server = Server::default()
+            let server = TestServer::default()
                 .session(12, "", "active", &long[..seen])
                 .waits_for_row(11, &row(account(), 2), 12, 900)
                 .waits_for_row(12, &row(account(), 1), 11, 400);
-            evidence.looks = vec![server.look(950, Vec::new())];
+            evidence.samples = vec![server.sample(950, Vec::new())];
             evidence.others[0].statements[1].text = Some(long[..noted].into());
             let found = report(evidence);
             assert_eq!(marks(other(&found)), [None, Some(JournalMark::Waited)]);
         }
-        // Sent by other ways: the journal does not have it.
+        // Not sent through this crate, so the journal does not have it.
         evidence.others[0].statements = vec![entry(100, "SELECT 1", Some(710))];
         let found = report(evidence);
         assert_eq!(marks(other(&found)), [None]);
@@ -410,29 +414,29 @@ mod tests {
     }
 
     #[test]
-    fn what_a_waiter_said_after_its_wait_is_left_out() {
+    fn statements_after_the_wait_are_left_out() {
         let mut evidence = transfers();
-        let looked = evidence.looks.last().expect("a look").after;
+        let sampled = evidence.samples.last().expect("a sample").after;
         let since = evidence.victim.statements.last().expect("one").after;
-        let looked = u64::try_from((since + looked).as_millis()).expect("a short time");
+        let sampled = u64::try_from((since + sampled).as_millis()).expect("a short time");
         evidence.others[0].statements = vec![
-            entry(100, REFUND_SQL, Some(looked - 110)),
-            // Before the look's answer was here.
-            entry(looked - 5, "COMMIT", None),
+            entry(100, REFUND_SQL, Some(sampled - 110)),
+            // Before the reply to the sample's query arrived.
+            entry(sampled - 5, "COMMIT", None),
         ];
         let found = report(evidence.clone());
         assert_eq!(marks(other(&found)), [Some(JournalMark::Waited)]);
-        // Not even where its wait is not in the journal.
+        // Even if its wait is not in the journal.
         evidence.others[0].statements[0] = entry(100, "SELECT 1", Some(1));
         let found = report(evidence);
         assert_eq!(marks(other(&found)), [None]);
     }
 
     #[test]
-    fn a_call_of_this_crates_is_its_sql() {
+    fn a_call_of_this_crate_matches_its_sql() {
         let mut evidence = transfers();
         let (first, second) = (advisory("a"), advisory("b"));
-        let server = Server::default()
+        let server = TestServer::default()
             .session(
                 11,
                 "",
@@ -449,7 +453,7 @@ mod tests {
             .holds(12, &second, "ExclusiveLock")
             .waits(11, &second, "ExclusiveLock", 900, &[12])
             .waits(12, &first, "ExclusiveLock", 400, &[11]);
-        evidence.looks = vec![server.look(950, Vec::new())];
+        evidence.samples = vec![server.sample(950, Vec::new())];
         evidence.others[0].statements = vec![
             entry(0, "SELECT pg_sleep(1)", Some(790)),
             entry(355, "advisory_lock(\"a\")", None),
@@ -460,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn an_advisory_lock_was_taken_by_whom_took_it() {
+    fn an_advisory_lock_marks_the_statement_that_took_it() {
         let (first, second) = (LockKey::from("a"), LockKey::from("b"));
         let lock = |after, key: &LockKey, took| {
             let mut entry = entry(after, "SELECT pg_advisory_xact_lock($1)", took);
@@ -471,7 +475,7 @@ mod tests {
             entry
         };
         let server = || {
-            Server::default()
+            TestServer::default()
                 .holds(
                     11,
                     &advisory(first.as_i64().expect("one number")),
@@ -513,7 +517,7 @@ mod tests {
             [None, None, Some(JournalMark::Took), waited]
         );
         assert_eq!(found.edges()[0].object().to_string(), "advisory lock \"b\"");
-        // With SQL of the application's own it is a guess.
+        // With SQL of the application it is a guess.
         evidence.victim.statements = vec![
             entry(0, "SELECT pg_advisory_lock(hashtext('x'))", Some(1)),
             failed,
@@ -526,10 +530,10 @@ mod tests {
     }
 
     #[test]
-    fn a_relation_was_locked_by_whom_took_that_lock() {
+    fn a_relation_lock_marks_the_first_statement_that_takes_it() {
         let object = LockObject::Relation(account());
         let server = |held| {
-            Server::default()
+            TestServer::default()
                 .session(12, "psql", "idle in transaction", "")
                 .holds(12, &object, held)
                 .waits(11, &object, "AccessExclusiveLock", 900, &[12])
@@ -566,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_was_locked_by_whom_locks_rows() {
+    fn a_row_lock_marks_the_first_statement_that_locks_rows() {
         let mut evidence = transfers();
         let statements = &mut evidence.victim.statements;
         statements.insert(0, entry(0, "SELECT * FROM account", Some(1)));
@@ -608,7 +612,7 @@ mod tests {
             ..entry(after, "UPDATE b", Some(took))
         };
         let waits = |statements: Vec<JournalEntry>| {
-            let mut evidence = evidence(Kind::LockTimeout);
+            let mut evidence = evidence(IncidentTrigger::LockTimeout);
             evidence.victim.statements = statements;
             let found = report(evidence);
             let waited = |mark: &Option<JournalMark>| *mark == Some(JournalMark::Waited);
@@ -630,7 +634,7 @@ mod tests {
             waits(vec![done(), failed(10, 100), failed(200, 790)]),
             Some(2)
         );
-        // Nobody waited for the first one.
+        // The first one's future was dropped.
         assert_eq!(waits(vec![open(), failed(10, 990)]), Some(1));
         assert_eq!(waits(vec![failed(2, 1), done(), open(), open()]), Some(2));
         assert_eq!(waits(vec![done()]), None);
@@ -638,7 +642,7 @@ mod tests {
 
     #[test]
     fn texts_may_be_unknown() {
-        let mut evidence = evidence(Kind::LockTimeout);
+        let mut evidence = evidence(IncidentTrigger::LockTimeout);
         let mut unknown = entry(1, "", None);
         unknown.text = None;
         evidence.victim.statements = vec![unknown];

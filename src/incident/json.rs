@@ -1,25 +1,26 @@
-//! The report as a document for programs. Its fields are documented at [`Incident`].
+//! The report as a JSON document. Its fields are documented at [`Incident`].
 
 use serde::{Serialize, Serializer};
 
-use crate::graph::json::{Key, Name, millis};
+use crate::graph::json::{LockKeyJson, RelationJson, millis};
 use crate::graph::{BackendId, EdgeKind};
 
 use super::{
-    Incident, IncidentEdge, JournalLine, JournalMark, Outcome, Participant, Quality, RowKey, words,
+    Completeness, Incident, IncidentEdge, JournalLine, JournalMark, Outcome, Participant, RowKey,
+    wording,
 };
 
-/// Goes up when a field changes its meaning, or goes away. New fields do not count.
+/// Incremented when a field changes its meaning or is removed. New fields do not count.
 const VERSION: u32 = 1;
 
 impl Serialize for Incident {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Document::new(self).serialize(serializer)
+        IncidentJson::new(self).serialize(serializer)
     }
 }
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct IncidentJson<'a> {
     version: u32,
     kind: &'a str,
     headline: String,
@@ -33,17 +34,17 @@ struct Document<'a> {
     attempts: u32,
     outcome: &'a str,
     pause_ms: Option<f64>,
-    diagnosis: Diagnosis<'a>,
+    diagnosis: DiagnosisJson<'a>,
     quality: &'a str,
     captured_after_ms: Option<f64>,
     missing: Vec<&'a str>,
-    error: Option<Error<'a>>,
-    participants: Vec<Who<'a>>,
-    edges: Vec<Edge<'a>>,
+    error: Option<ErrorJson<'a>>,
+    participants: Vec<ParticipantJson<'a>>,
+    edges: Vec<IncidentEdgeJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct Diagnosis<'a> {
+struct DiagnosisJson<'a> {
     cause: &'a str,
     certain: bool,
     text: &'a str,
@@ -51,7 +52,7 @@ struct Diagnosis<'a> {
 }
 
 #[derive(Serialize)]
-struct Error<'a> {
+struct ErrorJson<'a> {
     sqlstate: &'a str,
     message: Option<&'a str>,
     detail: Option<&'a str>,
@@ -59,7 +60,7 @@ struct Error<'a> {
 }
 
 #[derive(Serialize)]
-struct Who<'a> {
+struct ParticipantJson<'a> {
     pid: Option<i32>,
     prepared: Option<&'a str>,
     backend_start: Option<String>,
@@ -80,29 +81,29 @@ struct Who<'a> {
     hidden: bool,
     in_this_process: bool,
     seen_after_ms: Option<f64>,
-    conflict_group: Option<Key<'a>>,
+    conflict_group: Option<LockKeyJson<'a>>,
     journal_dropped: usize,
-    journal: Vec<Line<'a>>,
+    journal: Vec<JournalLineJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct JournalLineJson<'a> {
     after_ms: f64,
     text: Option<&'a str>,
     took_ms: Option<f64>,
     failed: bool,
-    advisory: Vec<Taken<'a>>,
+    advisory: Vec<AdvisoryLockJson<'a>>,
     mark: Option<&'static str>,
 }
 
 #[derive(Serialize)]
-struct Taken<'a> {
-    key: Key<'a>,
+struct AdvisoryLockJson<'a> {
+    key: LockKeyJson<'a>,
     mode: &'static str,
 }
 
 #[derive(Serialize)]
-struct Edge<'a> {
+struct IncidentEdgeJson<'a> {
     waiter: Option<usize>,
     blocker: Option<usize>,
     in_cycle: bool,
@@ -113,19 +114,19 @@ struct Edge<'a> {
     wait_age_ms: Option<f64>,
     locktype: &'a str,
     object: String,
-    relation: Option<Name<'a>>,
+    relation: Option<RelationJson<'a>>,
     ctid: Option<String>,
-    row_key: Option<Vec<Column<'a>>>,
-    advisory_key: Option<Key<'a>>,
+    row_key: Option<Vec<ColumnJson<'a>>>,
+    advisory_key: Option<LockKeyJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct Column<'a> {
+struct ColumnJson<'a> {
     column: &'a str,
     value: Option<&'a str>,
 }
 
-impl<'a> Document<'a> {
+impl<'a> IncidentJson<'a> {
     fn new(incident: &'a Incident) -> Self {
         let (outcome, pause) = match incident.outcome() {
             Outcome::Retried { pause } => ("retried", Some(pause)),
@@ -134,7 +135,7 @@ impl<'a> Document<'a> {
             Outcome::StillWaiting => ("still_waiting", None),
         };
         let diagnosis = incident.diagnosis();
-        let place = |id: &BackendId| {
+        let position = |id: &BackendId| {
             let mut participants = incident.participants().iter();
             participants.position(|participant| participant.id() == Some(id))
         };
@@ -143,86 +144,94 @@ impl<'a> Document<'a> {
             kind: incident.kind().as_str(),
             headline: incident.headline(),
             fingerprint: incident.fingerprint().to_string(),
-            occurred: words::timestamp(incident.occurred()),
-            first_seen: words::timestamp(incident.first_seen()),
-            last_seen: words::timestamp(incident.last_seen()),
-            previously_seen: incident.previously_seen().map(words::timestamp),
+            occurred: wording::timestamp(incident.occurred()),
+            first_seen: wording::timestamp(incident.first_seen()),
+            last_seen: wording::timestamp(incident.last_seen()),
+            previously_seen: incident.previously_seen().map(wording::timestamp),
             count: incident.count(),
             attempt: incident.attempt(),
             attempts: incident.attempts(),
             outcome,
             pause_ms: pause.map(millis),
-            diagnosis: Diagnosis {
+            diagnosis: DiagnosisJson {
                 cause: diagnosis.cause().as_str(),
                 certain: diagnosis.is_certain(),
                 text: diagnosis.text(),
                 fix: diagnosis.fix(),
             },
-            quality: match incident.quality() {
-                Quality::Complete => "complete",
-                Quality::Partial => "partial",
-                Quality::DetailOnly => "detail_only",
-                Quality::Nothing => "nothing",
+            quality: match incident.completeness() {
+                Completeness::Complete => "complete",
+                Completeness::Partial => "partial",
+                Completeness::DetailOnly => "detail_only",
+                Completeness::Nothing => "nothing",
             },
             captured_after_ms: incident.captured_after().map(millis),
-            missing: incident.missing().collect(),
-            error: incident.sqlstate().map(|sqlstate| Error {
+            missing: incident.caveats().collect(),
+            error: incident.sqlstate().map(|sqlstate| ErrorJson {
                 sqlstate,
                 message: incident.message(),
                 detail: incident.detail(),
                 context: incident.context(),
             }),
-            participants: incident.participants().iter().map(Who::new).collect(),
+            participants: incident
+                .participants()
+                .iter()
+                .map(ParticipantJson::new)
+                .collect(),
             edges: incident
                 .edges()
                 .iter()
-                .map(|edge| Edge::new(edge, place))
+                .map(|edge| IncidentEdgeJson::new(edge, position))
                 .collect(),
         }
     }
 }
 
-impl<'a> Who<'a> {
-    fn new(who: &'a Participant) -> Self {
+impl<'a> ParticipantJson<'a> {
+    fn new(participant: &'a Participant) -> Self {
         Self {
-            pid: who.pid(),
-            prepared: who.id().and_then(BackendId::prepared_transaction),
-            backend_start: who.backend_start().map(words::timestamp),
-            call_site: who.call_site(),
-            application_name: who.application_name(),
-            user: who.user(),
-            database: who.database(),
-            client: who.client_address(),
-            backend_type: who.backend_type(),
-            state: who.state(),
-            in_state_ms: who.in_state().map(millis),
-            transaction_age_ms: who.transaction_age().map(millis),
-            wait_age_ms: who.wait_age().map(millis),
-            statement: who.statement(),
-            query_id: who.query_id().map(|id| id.to_string()),
-            victim: who.is_victim(),
-            waiting: who.is_waiting(),
-            hidden: who.is_hidden(),
-            in_this_process: who.is_in_this_process(),
-            seen_after_ms: who.seen_after().map(millis),
-            conflict_group: who.conflict_group().map(Key::new),
-            journal_dropped: who.journal_dropped(),
-            journal: who.journal().iter().map(Line::new).collect(),
+            pid: participant.pid(),
+            prepared: participant.id().and_then(BackendId::prepared_transaction),
+            backend_start: participant.backend_start().map(wording::timestamp),
+            call_site: participant.call_site(),
+            application_name: participant.application_name(),
+            user: participant.user(),
+            database: participant.database(),
+            client: participant.client_address(),
+            backend_type: participant.backend_type(),
+            state: participant.state(),
+            in_state_ms: participant.state_age().map(millis),
+            transaction_age_ms: participant.transaction_age().map(millis),
+            wait_age_ms: participant.wait_age().map(millis),
+            statement: participant.statement(),
+            query_id: participant.query_id().map(|id| id.to_string()),
+            victim: participant.is_victim(),
+            waiting: participant.is_waiting(),
+            hidden: participant.is_hidden(),
+            in_this_process: participant.is_in_this_process(),
+            seen_after_ms: participant.seen_after().map(millis),
+            conflict_group: participant.conflict_group().map(LockKeyJson::new),
+            journal_dropped: participant.journal_dropped(),
+            journal: participant
+                .journal()
+                .iter()
+                .map(JournalLineJson::new)
+                .collect(),
         }
     }
 }
 
-impl<'a> Line<'a> {
+impl<'a> JournalLineJson<'a> {
     fn new(line: &'a JournalLine) -> Self {
         Self {
             after_ms: millis(line.after()),
             text: line.text(),
-            took_ms: line.took().map(millis),
+            took_ms: line.duration().map(millis),
             failed: line.failed(),
             advisory: line
                 .advisory()
-                .map(|(key, mode)| Taken {
-                    key: Key::new(key),
+                .map(|(key, mode)| AdvisoryLockJson {
+                    key: LockKeyJson::new(key),
                     mode: mode.as_pg_locks(),
                 })
                 .collect(),
@@ -235,11 +244,11 @@ impl<'a> Line<'a> {
     }
 }
 
-impl<'a> Edge<'a> {
-    fn new(edge: &'a IncidentEdge, place: impl Fn(&BackendId) -> Option<usize>) -> Self {
+impl<'a> IncidentEdgeJson<'a> {
+    fn new(edge: &'a IncidentEdge, position: impl Fn(&BackendId) -> Option<usize>) -> Self {
         Self {
-            waiter: place(edge.waiter()),
-            blocker: place(edge.blocker()),
+            waiter: position(edge.waiter()),
+            blocker: position(edge.blocker()),
             in_cycle: edge.is_in_cycle(),
             kind: edge.kind().map(|kind| match kind {
                 EdgeKind::Hard => "hard",
@@ -251,18 +260,18 @@ impl<'a> Edge<'a> {
             wait_age_ms: edge.wait_age().map(millis),
             locktype: edge.object().locktype(),
             object: edge.object().to_string(),
-            relation: edge.relation().map(Name::new),
+            relation: edge.relation().map(RelationJson::new),
             ctid: edge.row().map(crate::graph::RowId::ctid),
             row_key: edge.row_key().map(columns),
-            advisory_key: edge.object().advisory_key().map(Key::new),
+            advisory_key: edge.object().advisory_key().map(LockKeyJson::new),
         }
     }
 }
 
-fn columns(key: &RowKey) -> Vec<Column<'_>> {
+fn columns(key: &RowKey) -> Vec<ColumnJson<'_>> {
     let columns = key.columns();
     columns
-        .map(|(column, value)| Column { column, value })
+        .map(|(column, value)| ColumnJson { column, value })
         .collect()
 }
 
@@ -270,7 +279,7 @@ fn columns(key: &RowKey) -> Vec<Column<'_>> {
 mod tests {
     use std::time::Duration;
 
-    use super::super::Kind;
+    use super::super::IncidentTrigger;
     use super::super::testing::*;
     use super::*;
     use crate::mode::AdvisoryMode;
@@ -278,14 +287,14 @@ mod tests {
     #[test]
     fn a_whole_document() {
         let mut evidence = transfers();
-        evidence.looks.remove(0);
+        evidence.samples.remove(0);
         evidence.victim.statements.remove(1);
         evidence.others[0].statements.truncate(1);
         let document = serde_json::to_string_pretty(&report(evidence)).expect("a document");
         assert_eq!(document, DOCUMENT);
     }
 
-    /// Programs read this: a change of what is in it is a new [`VERSION`].
+    /// Programs read this: a change of its contents requires a new [`VERSION`].
     const DOCUMENT: &str = r#"{
   "version": 1,
   "kind": "deadlock",
@@ -452,7 +461,7 @@ mod tests {
         let mut entry = entry(0, "", Some(1));
         entry.text = None;
         entry.advisory = vec![(("billing", "invoice:42").into(), AdvisoryMode::Shared)];
-        let mut evidence = evidence(Kind::LongWait);
+        let mut evidence = evidence(IncidentTrigger::LongWait);
         evidence.victim.statements = vec![entry];
         evidence.outcome = Outcome::StillWaiting;
         let document = serde_json::to_value(report(evidence)).expect("a document");
@@ -467,7 +476,7 @@ mod tests {
         assert_eq!(document["pause_ms"], serde_json::Value::Null);
     }
 
-    /// Each field of the document is in the table that describes it.
+    /// Each field of the document is in the tables of the documentation.
     #[test]
     fn every_field_is_documented() {
         let table = include_str!("mod.rs");

@@ -1,4 +1,4 @@
-//! One of those who took part, by all that is known of it.
+//! One participant, with all that is known of it.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -8,14 +8,14 @@ use crate::graph::{Backend, BackendId};
 use crate::key::LockKey;
 use crate::postgres::statement;
 
-use super::journal::{Reading, SAME_TIME};
-use super::scene::Scene;
-use super::texts::{self, Texts};
-use super::{Evidence, IncidentEdge, Journal, JournalLine, Look};
+use super::journal::{JournalReader, SAME_TIME};
+use super::observed_graph::ObservedGraph;
+use super::redaction::{self, Redaction};
+use super::{Evidence, IncidentEdge, Journal, JournalLine, WaitSample};
 
 /// A session, or a prepared transaction, that took part in an incident.
 ///
-/// What is not known, or hidden from the role that looked, is `None`.
+/// A value is `None` if it is unknown, or hidden from the querying role.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Participant {
     pub(super) id: Option<BackendId>,
@@ -27,7 +27,7 @@ pub struct Participant {
     pub(super) client_address: Option<Arc<str>>,
     pub(super) backend_type: Option<Arc<str>>,
     pub(super) state: Option<Arc<str>>,
-    pub(super) in_state: Option<Duration>,
+    pub(super) state_age: Option<Duration>,
     pub(super) transaction_age: Option<Duration>,
     pub(super) wait_age: Option<Duration>,
     pub(super) statement: Option<Arc<str>>,
@@ -39,36 +39,36 @@ pub struct Participant {
     pub(super) seen_after: Option<Duration>,
     pub(super) journal: Vec<JournalLine>,
     pub(super) journal_dropped: usize,
-    /// How many lines of the journal come before those.
+    /// How many lines of the journal come before the dropped ones.
     pub(super) journal_gap: usize,
     pub(super) conflict_group: Option<LockKey>,
-    /// What its call site has in common whether it is known here or read from `application_name`.
+    /// A form of the call site that is equal whether the site is known here or was read from `application_name`.
     pub(super) site_key: Option<Arc<str>>,
-    /// Of the statement, as the server keeps it.
-    pub(super) fingerprint: Option<statement::Fingerprint>,
+    /// The fingerprint of the statement, as the server keeps it.
+    pub(super) fingerprint: Option<statement::StatementFingerprint>,
 }
 
 impl Participant {
-    /// What [`IncidentEdge`](super::IncidentEdge)s call it; `None` for a victim of which not even that is known.
+    /// The id used in [`IncidentEdge`](super::IncidentEdge); `None` if the victim could not be identified.
     #[must_use]
     pub fn id(&self) -> Option<&BackendId> {
         self.id.as_ref()
     }
 
-    /// The process id; `None` for a prepared transaction too.
+    /// The process id; also `None` for a prepared transaction.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
         self.id.as_ref()?.pid()
     }
 
-    /// When the backend was started: with the process id it tells a backend from all others.
+    /// When the backend was started. Together with the process id it identifies the backend.
     #[must_use]
     pub fn backend_start(&self) -> Option<SystemTime> {
         self.backend_start
     }
 
-    /// Where in the program the transaction was asked for: `src/pay.rs:42`. Of other processes it is read from
-    /// `application_name`, where a long path has lost its beginning.
+    /// Where in the program the transaction was started: `src/pay.rs:42`. For other processes it is read from
+    /// `application_name`, which cuts a long path at its beginning.
     #[must_use]
     pub fn call_site(&self) -> Option<&str> {
         self.call_site.as_deref()
@@ -80,55 +80,55 @@ impl Participant {
         self.application_name.as_deref()
     }
 
-    /// The role it was logged in as.
+    /// The role that it was logged in as.
     #[must_use]
     pub fn user(&self) -> Option<&str> {
         self.user.as_deref()
     }
 
-    /// The database it was connected to.
+    /// The database that it was connected to.
     #[must_use]
     pub fn database(&self) -> Option<&str> {
         self.database.as_deref()
     }
 
-    /// The client's IP address; `None` for a client on a Unix socket too.
+    /// The client's IP address; also `None` for a client on a Unix socket.
     #[must_use]
     pub fn client_address(&self) -> Option<&str> {
         self.client_address.as_deref()
     }
 
-    /// What kind of process it was: `client backend`, `autovacuum worker`, …
+    /// The kind of process: `client backend`, `autovacuum worker`, …
     #[must_use]
     pub fn backend_type(&self) -> Option<&str> {
         self.backend_type.as_deref()
     }
 
-    /// Its state in PostgreSQL's words: `active`, `idle in transaction`, …
+    /// Its state as PostgreSQL names it: `active`, `idle in transaction`, …
     #[must_use]
     pub fn state(&self) -> Option<&str> {
         self.state.as_deref()
     }
 
-    /// For how long it had been in that state.
+    /// How long it had been in that state.
     #[must_use]
-    pub fn in_state(&self) -> Option<Duration> {
-        self.in_state
+    pub fn state_age(&self) -> Option<Duration> {
+        self.state_age
     }
 
-    /// Age of its transaction.
+    /// The age of its transaction.
     #[must_use]
     pub fn transaction_age(&self) -> Option<Duration> {
         self.transaction_age
     }
 
-    /// For how long it had waited for a lock when that was seen.
+    /// How long it had waited for a lock when it was sampled.
     #[must_use]
     pub fn wait_age(&self) -> Option<Duration> {
         self.wait_age
     }
 
-    /// The statement it ran, or the last one where it was idle; without literals unless they were asked for.
+    /// The statement that it ran, or the last one if it was idle; without literals unless those are enabled.
     #[must_use]
     pub fn statement(&self) -> Option<&str> {
         self.statement.as_deref()
@@ -140,59 +140,63 @@ impl Participant {
         self.query_id
     }
 
-    /// Whether it is the one that reports: the one that failed, or that waits on.
+    /// Whether it is the reporting session: the one that failed, or that still waits.
     #[must_use]
     pub fn is_victim(&self) -> bool {
         self.is_victim
     }
 
-    /// Whether parts were hidden from the role that looked, so that a `None` says nothing.
+    /// Whether parts were hidden from the querying role, so that a `None` means unknown.
     #[must_use]
     pub fn is_hidden(&self) -> bool {
         self.is_hidden
     }
 
-    /// Whether it is a transaction of this process, made through this crate.
+    /// Whether it is a transaction of this process that uses this crate.
     #[must_use]
     pub fn is_in_this_process(&self) -> bool {
         self.in_this_process
     }
 
-    /// Whether it waited for a lock itself.
+    /// Whether it was waiting for a lock itself.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.waits
     }
 
-    /// When it was seen on the server, since the victim's statement began; `None` where it was not seen at all.
+    /// When it was sampled, since the victim's statement began; `None` if no sample contains it.
     #[must_use]
     pub fn seen_after(&self) -> Option<Duration> {
         self.seen_after
     }
 
-    /// The statements of its transaction until then; empty for those of other processes.
+    /// The statements of its transaction up to the incident; empty for sessions of other processes.
     #[must_use]
     pub fn journal(&self) -> &[JournalLine] {
         &self.journal
     }
 
-    /// How many statements, out of the middle of the [`journal`](Self::journal), are no longer known.
+    /// How many statements were dropped from the middle of the [`journal`](Self::journal).
     #[must_use]
     pub fn journal_dropped(&self) -> usize {
         self.journal_dropped
     }
 
-    /// The conflict group its transaction ran in.
+    /// The conflict group of its transaction.
     #[must_use]
     pub fn conflict_group(&self) -> Option<&LockKey> {
         self.conflict_group.as_ref()
     }
 }
 
-/// Everybody who takes part, the victim first, then in the order of the edges.
-pub(super) fn participants(evidence: &Evidence, scene: &Scene, texts: Texts) -> Vec<Participant> {
-    let mut ids = vec![scene.victim.clone()];
-    for edge in &scene.edges {
+/// All participants, the victim first, then in the order of the edges.
+pub(super) fn participants(
+    evidence: &Evidence,
+    observed: &ObservedGraph,
+    redaction: Redaction,
+) -> Vec<Participant> {
+    let mut ids = vec![observed.victim.clone()];
+    for edge in &observed.edges {
         for id in [&edge.waiter, &edge.blocker] {
             if !ids.iter().flatten().any(|known| known == id) {
                 ids.push(Some(id.clone()));
@@ -201,52 +205,53 @@ pub(super) fn participants(evidence: &Evidence, scene: &Scene, texts: Texts) -> 
     }
     let numbered = ids.into_iter().enumerate();
     numbered
-        .map(|(at, id)| participant(evidence, scene, texts, id, at == 0))
+        .map(|(at, id)| participant(evidence, observed, redaction, id, at == 0))
         .collect()
 }
 
 fn participant(
     evidence: &Evidence,
-    scene: &Scene,
-    texts: Texts,
+    observed: &ObservedGraph,
+    redaction: Redaction,
     id: Option<BackendId>,
     is_victim: bool,
 ) -> Participant {
-    let seen = id.as_ref().and_then(|id| seen(evidence, scene, id));
-    let backend = seen.map(|(_, backend)| backend);
+    let sampled = id.as_ref().and_then(|id| sampled(evidence, observed, id));
+    let backend = sampled.map(|(_, backend)| backend);
     let waits_for = |edge: &&IncidentEdge| Some(&edge.waiter) == id.as_ref();
-    let own_edges = || scene.edges.iter().filter(waits_for);
-    let held = scene.edges.iter();
+    let own_edges = || observed.edges.iter().filter(waits_for);
+    let held = observed.edges.iter();
     let held = held.filter(|edge| Some(&edge.blocker) == id.as_ref() && !edge.is_soft());
     let journal = journal(evidence, id.as_ref(), is_victim);
     let waits = is_victim || own_edges().next().is_some();
     let on_server = backend.and_then(Backend::statement);
     let reading = journal.map(|journal| {
         if is_victim {
-            Reading::of_victim(journal)
+            JournalReader::of_victim(journal)
         } else if waits {
             let was_seen = own_edges().any(IncidentEdge::was_seen);
             let running = on_server.filter(|_| was_seen);
-            let looked_at = looked_at(evidence, scene).filter(|_| was_seen);
+            let sampled_at = sampled_at(evidence, observed).filter(|_| was_seen);
             let waited = own_edges().filter_map(|edge| edge.wait_age).max();
-            // The answer comes after the look, and its end may have come in between: what waited had begun by the time
-            // that the wait began, however long the answer took.
-            let begun = looked_at.and_then(|at| {
+            // The reply comes after the sample, and the wait may have ended in between. The statement that waited had
+            // begun when the wait began, however long the reply took.
+            let begun = sampled_at.and_then(|at| {
                 let since = waited.unwrap_or_default().saturating_sub(SAME_TIME);
                 at.checked_sub(since)
             });
             let occurred = evidence.occurred;
-            Reading::of_waiter(journal, occurred, begun.unwrap_or(occurred), running)
+            JournalReader::of_waiter(journal, occurred, begun.unwrap_or(occurred), running)
         } else {
-            Reading::of_holder(journal, evidence.occurred)
+            JournalReader::of_holder(journal, evidence.occurred)
         }
     });
-    // The server keeps the beginning only; but of one that does not wait it shows what it did when it was seen.
+    // The server keeps only the beginning of a statement. But for a session that did not wait it shows what it was
+    // doing.
     let statement = if waits {
-        let waited = reading.as_ref().and_then(Reading::waited);
+        let waited = reading.as_ref().and_then(JournalReader::waited);
         waited.or(on_server)
     } else {
-        let last = reading.as_ref().and_then(Reading::last);
+        let last = reading.as_ref().and_then(JournalReader::last);
         on_server.or(last)
     };
     let name = backend.and_then(Backend::application_name).map(Arc::from);
@@ -275,44 +280,44 @@ fn participant(
         client_address: text(backend.and_then(Backend::client_address)),
         backend_type: text(backend.and_then(Backend::backend_type)),
         state: text(backend.and_then(Backend::state)),
-        in_state: backend.and_then(Backend::in_state),
-        transaction_age: backend.and_then(Backend::in_transaction).or(journal_age),
+        state_age: backend.and_then(Backend::state_age),
+        transaction_age: backend.and_then(Backend::transaction_age).or(journal_age),
         wait_age: own_edges().filter_map(|edge| edge.wait_age).max(),
-        statement: statement.map(|sql| texts.statement(sql)),
+        statement: statement.map(|sql| redaction.statement(sql)),
         query_id: backend.and_then(Backend::query_id),
         is_victim,
         is_hidden: backend.is_some_and(Backend::is_hidden),
         in_this_process: journal.is_some(),
         waits,
-        seen_after: seen.map(|(look, _)| look.after),
-        journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, texts)),
+        seen_after: sampled.map(|(sample, _)| sample.after),
+        journal: reading.map_or_else(Vec::new, |reading| reading.lines(held, redaction)),
         journal_dropped: journal.map_or(0, |journal| journal.dropped),
         journal_gap: journal.map_or(0, |journal| journal.gap),
         conflict_group: journal.and_then(|journal| journal.conflict_group.clone()),
-        fingerprint: statement.map(texts::fingerprint),
+        fingerprint: statement.map(redaction::fingerprint),
         id,
     }
 }
 
-/// In the look the edges are from, else in the last one that showed anything of it.
-fn seen<'a>(
+/// From the sample that the edges are from, else from the last sample that contains the session.
+fn sampled<'a>(
     evidence: &'a Evidence,
-    scene: &Scene,
+    observed: &ObservedGraph,
     id: &BackendId,
-) -> Option<(&'a Look, &'a Backend)> {
-    let best = scene.look.and_then(|at| evidence.looks.get(at));
-    let mut looks = best.into_iter().chain(evidence.looks.iter().rev());
-    looks.find_map(|look| {
-        let backend = look.snapshot.backend(id)?;
-        (!backend.is_gone()).then_some((look, backend))
+) -> Option<(&'a WaitSample, &'a Backend)> {
+    let best = observed.sample.and_then(|at| evidence.samples.get(at));
+    let mut samples = best.into_iter().chain(evidence.samples.iter().rev());
+    samples.find_map(|sample| {
+        let backend = sample.snapshot.backend(id)?;
+        (!backend.is_gone()).then_some((sample, backend))
     })
 }
 
-/// When the look was taken that the edges are from.
-fn looked_at(evidence: &Evidence, scene: &Scene) -> Option<SystemTime> {
-    let since = Reading::of_victim(&evidence.victim).waited_since()?;
+/// When the sample was taken that the edges are from.
+fn sampled_at(evidence: &Evidence, observed: &ObservedGraph) -> Option<SystemTime> {
+    let since = JournalReader::of_victim(&evidence.victim).waited_since()?;
     let began = evidence.victim.began.checked_add(since)?;
-    began.checked_add(scene.after(&evidence.looks)?)
+    began.checked_add(observed.after(&evidence.samples)?)
 }
 
 fn journal<'a>(
@@ -330,7 +335,7 @@ fn journal<'a>(
         .find(|journal| journal.pid == Some(pid))
 }
 
-/// The path may have lost its beginning.
+/// The file name and line: the path may have been cut at its beginning.
 fn without_folders(site: &str) -> &str {
     site.rsplit('/').next().unwrap_or(site)
 }

@@ -1,4 +1,4 @@
-//! What holds for every report, whatever it is made from.
+//! Properties of all reports, whatever the evidence.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,12 +10,15 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 
 use super::testing::*;
-use super::{Evidence, History, Incident, Journal, JournalEntry, Kind, Look, Outcome, ServerError};
+use super::{
+    Evidence, Incident, IncidentHistory, IncidentTrigger, Journal, JournalEntry, Outcome,
+    ServerError, WaitSample,
+};
 
-/// In each literal, and nowhere else.
+/// Part of each literal, and of nothing else.
 const SECRET: &str = "Zq7";
 
-/// Statements whose literals have the secret, whole or cut off.
+/// Statements whose literals contain the secret, complete or truncated.
 fn statement() -> impl Strategy<Value = String> {
     let piece = prop::sample::select(vec![
         "UPDATE account SET a = 'Zq7'",
@@ -60,7 +63,7 @@ fn object() -> impl Strategy<Value = LockObject> {
     })
 }
 
-fn any_server() -> impl Strategy<Value = Server> {
+fn any_server() -> impl Strategy<Value = TestServer> {
     let modes = || {
         prop::sample::select(vec![
             "ShareLock",
@@ -84,7 +87,7 @@ fn any_server() -> impl Strategy<Value = Server> {
         .prop_map(|(sessions, locks)| {
             let server = sessions
                 .into_iter()
-                .fold(Server::default(), |server, session| {
+                .fold(TestServer::default(), |server, session| {
                     let (pid, state, statement, hidden) = session;
                     if hidden {
                         server.hidden(pid, "other src/other.rs:5")
@@ -109,10 +112,10 @@ fn any_server() -> impl Strategy<Value = Server> {
         })
 }
 
-fn any_look() -> impl Strategy<Value = Look> {
+fn any_sample() -> impl Strategy<Value = WaitSample> {
     (any_server(), 0..5000_u64).prop_map(|(server, after)| {
         let keys = vec![(row(table(16385, "audit"), 1), key("id", "1"))];
-        server.look(after, keys)
+        server.sample(after, keys)
     })
 }
 
@@ -127,7 +130,7 @@ fn any_entry(text: BoxedStrategy<String>) -> impl Strategy<Value = JournalEntry>
         .prop_map(|((after, took), text, failed, key)| JournalEntry {
             after: Duration::from_micros(after.into()),
             text: text.map(Arc::from),
-            took: took.map(Duration::from_secs),
+            duration: took.map(Duration::from_secs),
             failed,
             advisory: key
                 .map(|key| (LockKey::from(key), AdvisoryMode::Exclusive))
@@ -151,7 +154,7 @@ fn any_journal(text: BoxedStrategy<String>) -> impl Strategy<Value = Journal> {
         })
 }
 
-/// The server's error, or one that a function raised.
+/// The server's error, or an error raised by a function.
 fn any_error(
     text: BoxedStrategy<String>,
     detail: BoxedStrategy<String>,
@@ -193,7 +196,11 @@ fn any_evidence(
     text: BoxedStrategy<String>,
     detail: BoxedStrategy<String>,
 ) -> impl Strategy<Value = Evidence> {
-    let kinds = prop::sample::select(vec![Kind::Deadlock, Kind::LockTimeout, Kind::LongWait]);
+    let kinds = prop::sample::select(vec![
+        IncidentTrigger::Deadlock,
+        IncidentTrigger::LockTimeout,
+        IncidentTrigger::LongWait,
+    ]);
     let journals = prop::collection::vec(any_journal(text.clone()), 0..4);
     (
         (
@@ -202,25 +209,25 @@ fn any_evidence(
             prop::option::of(any_error(text, detail)),
         ),
         (
-            prop::collection::vec(any_look(), 0..4),
+            prop::collection::vec(any_sample(), 0..4),
             journals,
             0..1u64 << 40,
         ),
     )
         .prop_map(
-            |((kind, victim, error), (looks, others, occurred))| Evidence {
+            |((trigger, victim, error), (samples, others, occurred))| Evidence {
                 occurred: SystemTime::UNIX_EPOCH + Duration::from_millis(occurred),
                 victim,
                 error,
-                looks,
+                samples,
                 others,
                 outcome: Outcome::NotRetried,
-                ..evidence(kind)
+                ..evidence(trigger)
             },
         )
 }
 
-/// Everything that comes out of a report.
+/// All texts of a report.
 fn all_texts(report: &Incident) -> String {
     let json = {
         #[cfg(feature = "serde")]
@@ -241,8 +248,8 @@ proptest! {
     ) {
         let debug = format!("{evidence:?}");
         prop_assert!(!debug.contains(SECRET), "{}", debug);
-        let texts = all_texts(&report(evidence));
-        prop_assert!(!texts.contains(SECRET), "{}", texts);
+        let redaction = all_texts(&report(evidence));
+        prop_assert!(!redaction.contains(SECRET), "{}", redaction);
     }
 
     #[test]
@@ -253,13 +260,13 @@ proptest! {
         prop_assert!(!any || all_texts(&report).contains(SECRET));
     }
 
-    /// Any texts, any times, any edges.
+    /// Any text, any times, any edges.
     #[test]
     fn every_report_is_a_page(
         evidence in any_evidence(any::<String>().boxed(), any::<String>().boxed()),
         again in any::<bool>(),
     ) {
-        let history = History::default();
+        let history = IncidentHistory::default();
         if again {
             Incident::new(evidence.clone(), &history);
         }
@@ -267,7 +274,7 @@ proptest! {
         let page = all_texts(&report);
         prop_assert!(!page.is_empty());
         for line in report.to_string().lines() {
-            // Those that are two columns wide are told apart in the tests of the paper.
+            // The tests of `text_wrap` check characters that are two columns wide.
             prop_assert!(line.chars().count() <= 100, "{}", line);
             prop_assert!(!line.contains(char::is_control), "{:?}", line);
         }
@@ -281,11 +288,11 @@ proptest! {
                 prop_assert!(report.participant(id).is_some());
             }
         }
-        let circle = report.cycle();
-        for (edge, next) in circle.iter().zip(circle.iter().cycle().skip(1)) {
+        let cycle = report.cycle();
+        for (edge, next) in cycle.iter().zip(cycle.iter().cycle().skip(1)) {
             prop_assert_eq!(edge.blocker(), next.waiter());
         }
-        prop_assert!(circle.is_empty() || Some(circle[0].waiter()) == victim.id());
+        prop_assert!(cycle.is_empty() || Some(cycle[0].waiter()) == victim.id());
         prop_assert_eq!(report.count(), if again { 2 } else { 1 });
         prop_assert_eq!(Incident::new(evidence, &history).fingerprint(), report.fingerprint());
     }

@@ -1,11 +1,11 @@
-//! The key of a row, as people look for it.
+//! The key of a row.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// The primary key of a row, or another one by which it can be found: `id = 7`, or `(a, b) = (1, x)`.
+/// The primary key of a row, or another key that identifies it: `id = 7`, or `(a, b) = (1, x)`.
 ///
-/// Values are in the server's text form. They are shown in reports also where literals are not.
+/// Values are in the server's text format. Reports show them even if literals are not enabled.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RowKey(Arc<[Column]>);
 
@@ -28,7 +28,7 @@ impl RowKey {
     }
 }
 
-/// On one line; a long value is cut.
+/// One line; a long value is cut.
 impl fmt::Display for RowKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let [(name, value)] = &*self.0 {
@@ -52,7 +52,7 @@ impl fmt::Display for RowKey {
     }
 }
 
-/// At most so many characters of a name or value.
+/// The maximum number of characters of a name or value.
 const SHOWN: usize = 63;
 
 struct Short<'a>(&'a str);
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn as_people_look_for_it() {
+    fn display_is_a_condition() {
         assert_eq!(key(&[("id", Some("7"))]).to_string(), "id = 7");
         assert_eq!(
             key(&[("a", Some("1")), ("b", Some("x")), ("c", None)]).to_string(),

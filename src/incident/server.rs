@@ -1,4 +1,4 @@
-//! What the server's error says: as evidence, and as much of its text as may be shown.
+//! The server's error, parsed, and the parts of its text that may be shown.
 
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use crate::postgres::statement::{self, StatementKind};
 
 use super::ServerError;
 
-/// Where the server writes the DETAIL of a deadlock. Anybody can raise this SQLSTATE from a function, with any DETAIL.
+/// The routine that writes the DETAIL of a deadlock. Any function can raise this SQLSTATE with any DETAIL.
 const OWN_DETAIL: &str = "DeadLockReport";
 
-/// Where the server writes messages that name nothing but relations.
+/// The routines whose messages name nothing but relations.
 const OWN_MESSAGES: [&str; 7] = [
     OWN_DETAIL,
     "ProcessInterrupts",
@@ -23,28 +23,28 @@ const OWN_MESSAGES: [&str; 7] = [
     "RangeVarGetRelidExtended",
 ];
 
-/// An error of the server, read.
+/// The parsed error.
 #[derive(Debug, Default)]
-pub(super) struct Message {
+pub(super) struct ServerMessage {
     pub(super) detail: DeadlockDetail,
     /// The row that was waited for, or the entry of a unique index.
     pub(super) row: Option<Arc<RowContext>>,
     /// The parent whose row a foreign key's check waited for.
     pub(super) parent: Option<Parent>,
-    /// Whether the server said where it was: then, without a [`parent`](Self::parent), it was in no such check.
+    /// Whether the server sent a CONTEXT: then, without a [`parent`](Self::parent), it was in no such check.
     pub(super) has_context: bool,
-    pub(super) shown: Shown,
+    pub(super) shown: ShownMessage,
 }
 
-/// The texts that may be shown.
+/// The redaction that may be shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Shown {
+pub(super) struct ShownMessage {
     pub(super) sqlstate: Option<Box<str>>,
     pub(super) message: Option<Box<str>>,
     pub(super) detail: Option<Box<str>>,
     pub(super) context: Option<Box<str>>,
     pub(super) routine: Option<Box<str>>,
-    /// Lines of DETAIL and CONTEXT that could carry data.
+    /// The number of lines of DETAIL and CONTEXT that may contain data.
     pub(super) withheld: usize,
 }
 
@@ -55,7 +55,7 @@ pub(super) struct Parent {
     pub(super) name: String,
 }
 
-impl Message {
+impl ServerMessage {
     pub(super) fn read(error: Option<&ServerError>, literals: bool) -> Self {
         let Some(error) = error else {
             return Self::default();
@@ -69,10 +69,10 @@ impl Message {
             ContextKind::Row(row) => Some(Arc::new(row.clone())),
             _ => None,
         });
-        let mut shown = Shown {
+        let mut shown = ShownMessage {
             sqlstate: Some(error.sqlstate.as_str().into()),
             routine: error.routine.as_deref().map(Into::into),
-            ..Shown::default()
+            ..ShownMessage::default()
         };
         let own_message = routine.is_some_and(|routine| OWN_MESSAGES.contains(&routine));
         if literals {
@@ -98,15 +98,15 @@ impl Message {
     }
 }
 
-impl Shown {
-    /// What cannot be read in the server's own DETAIL is in a language that is not known, and no data.
+impl ShownMessage {
+    /// A line that cannot be parsed in the server's own DETAIL is in an unknown language, and contains no data.
     fn detail(&mut self, raw: Option<&str>, read: &DeadlockDetail, is_own: bool) {
         if !is_own {
             self.withheld += raw.map_or(0, |raw| raw.lines().count());
             return;
         }
         let lines = read.lines.iter().map(|line| match &line.kind {
-            LineKind::Wait(_) | LineKind::Unread => line.raw.clone(),
+            LineKind::Wait(_) | LineKind::Unparsed => line.raw.clone(),
             LineKind::Statement { statement, .. } => {
                 let head = line.raw.strip_suffix(statement.as_str());
                 format!(
@@ -143,12 +143,12 @@ fn joined(lines: &[String]) -> Option<Box<str>> {
 
 /// `SQL statement "…"`, in any language, without the literals.
 ///
-/// All that follows the first quote is read as SQL, so that a quote within the statement does not make data of its
-/// text: where several of these lines are one behind the other, what is between them looks like a quoted name.
+/// All text after the first quote is read as SQL, so that a quote within the statement does not turn data into plain
+/// text. If several of these lines follow one another, the text between them samples like a quoted name.
 fn quoted_statement(text: &str) -> Option<String> {
     let is_quote = |c: char| matches!(c, '"' | '«' | '»' | '„' | '“' | '”' | '「' | '」');
     let open = text.find(is_quote)?;
-    // `COPY t, line 3: "…"` and parameters have their data in quotes too.
+    // The data of `COPY t, line 3: "…"` and of parameters is in quotes too.
     let label = text[..open].trim();
     if label.is_empty() || label.contains(|c: char| c.is_ascii_digit() || c == ':' || c == ',') {
         return None;
@@ -158,13 +158,13 @@ fn quoted_statement(text: &str) -> Option<String> {
     if matches!(statement::kind(inside), StatementKind::Other) {
         return None;
     }
-    // The label's own words may be anybody's.
+    // The label is replaced, because it can contain any text.
     Some(format!("SQL statement \"{}\"", statement::redact(inside)))
 }
 
 /// The query of a foreign key's check for its parent (`RI_FKey_check` in PostgreSQL's
-/// `src/backend/utils/adt/ri_triggers.c`): `… 1 FROM ONLY "public"."parent" x WHERE "id" OPERATOR(pg_catalog.=) $1 FOR KEY
-/// SHARE OF x`. Those that look for children have the parameter on the left.
+/// `src/backend/utils/adt/ri_triggers.c`): `… 1 FROM ONLY "public"."parent" x WHERE "id" OPERATOR(pg_catalog.=) $1 FOR
+/// KEY SHARE OF x`. The checks for children have the parameter on the left.
 fn parent(context: &[ContextLine]) -> Option<Parent> {
     let line = context
         .iter()
@@ -215,8 +215,8 @@ mod tests {
         }
     }
 
-    fn read(detail: Option<&str>, context: Option<&str>, routine: Option<&str>) -> Message {
-        Message::read(Some(&error(detail, context, routine)), false)
+    fn read(detail: Option<&str>, context: Option<&str>, routine: Option<&str>) -> ServerMessage {
+        ServerMessage::read(Some(&error(detail, context, routine)), false)
     }
 
     #[test]
@@ -228,13 +228,13 @@ mod tests {
         };
         assert_eq!(message.parent, Some(parent));
         assert!(message.row.is_some_and(|row| row.relation == "parent"));
-        // The check that no child is left, when a parent goes.
+        // The check for children, when a parent is deleted.
         let children = CHECK.replace(
             "\"id\" OPERATOR(pg_catalog.=) $1",
             "$1 OPERATOR(pg_catalog.=) \"parent_id\"",
         );
         assert_eq!(read(None, Some(&children), None).parent, None);
-        // Of a partitioned parent.
+        // With a partitioned parent.
         let partitioned = CHECK.replace("ONLY ", "");
         assert!(read(None, Some(&partitioned), None).parent.is_some());
         let german = CHECK.replace("SQL statement \"SELECT", "SQL-Anweisung »SELECT");
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_carry_data_is_not_shown() {
+    fn texts_that_may_contain_data_are_withheld() {
         let shown = read(None, Some(CHECK), None).shown;
         let expected = "while locking tuple (0,1) in relation \"parent\"\n\
             SQL statement \"SELECT ? FROM ONLY \"public\".\"pa\"\"rent\" x WHERE \"id\" OPERATOR(pg_catalog.=) $1 \
@@ -272,7 +272,7 @@ mod tests {
             ("COPY t, column a \"SELECT secret\"", None, 1),
         ] {
             let shown = read(None, Some(context), None).shown;
-            // Two statements, one behind the other, are still two.
+            // Two statements in a row are still two.
             let one_line = |text: &str| text.replace("\"\nSQL statement \"", "\" SQL statement \"");
             assert_eq!(
                 shown.context.as_deref().map(one_line),
@@ -280,7 +280,7 @@ mod tests {
             );
             assert_eq!(shown.withheld, withheld, "{context}");
         }
-        let whole = Message::read(Some(&error(None, Some("secret"), None)), true).shown;
+        let whole = ServerMessage::read(Some(&error(None, Some("secret"), None)), true).shown;
         assert_eq!(whole.context.as_deref(), Some("secret"));
     }
 
@@ -296,10 +296,10 @@ mod tests {
         assert_eq!(raised.detail.waits().count(), 0);
         assert_eq!((raised.shown.detail, raised.shown.message), (None, None));
         assert_eq!(raised.shown.withheld, 2);
-        // A language that is not known.
+        // An unknown language.
         let unread = read(Some("??"), None, Some("DeadLockReport"));
         assert_eq!(unread.shown.detail.as_deref(), Some("??"));
-        // Nobody says where it comes from.
+        // The routine is unknown.
         let unknown = read(Some(detail), None, None);
         assert!(unknown.detail.is_cycle());
         assert_eq!((unknown.shown.detail, unknown.shown.withheld), (None, 2));

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::call_site::CallSite;
-use crate::graph::parts::{Sight, Verbatim};
 use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, assemble};
+use crate::graph::{RawStatement, Visibility};
 use crate::mode::LockMode;
 
 use super::{
-    Evidence, History, Incident, Journal, JournalEntry, Kind, Look, Outcome, RowKey, ServerError,
+    Evidence, Incident, IncidentHistory, IncidentTrigger, Journal, JournalEntry, Outcome, RowKey,
+    ServerError, WaitSample,
 };
 
 /// 2026-01-31T12:34:56Z
@@ -48,19 +49,19 @@ pub(super) fn key(column: &str, value: &str) -> RowKey {
     RowKey::new([(column.to_owned(), Some(value.to_owned()))])
 }
 
-/// What a server shows.
+/// The sessions and locks of a server.
 #[derive(Debug, Default)]
-pub(super) struct Server {
+pub(super) struct TestServer {
     rows: Vec<LockRow>,
     backends: Vec<Backend>,
 }
 
-impl Server {
+impl TestServer {
     pub(super) fn session(self, pid: i32, application: &str, state: &str, statement: &str) -> Self {
         self.session_for(pid, application, state, statement, 960)
     }
 
-    /// With the time it has been in its state.
+    /// With the time that it has been in its state.
     pub(super) fn session_for(
         mut self,
         pid: i32,
@@ -70,7 +71,7 @@ impl Server {
         millis: u64,
     ) -> Self {
         let mut backend = Backend::unknown(pid.into());
-        backend.sight = Sight::Whole;
+        backend.visibility = Visibility::Full;
         backend.backend_start = Some(now() - ms(60_000));
         backend.application_name = Some(application.into());
         backend.user = Some("app".into());
@@ -78,18 +79,18 @@ impl Server {
         backend.client_address = Some("10.0.0.7".into());
         backend.backend_type = Some("client backend".into());
         backend.state = Some(state.into());
-        backend.in_transaction = Some(ms(millis + 240));
-        backend.in_state = Some(ms(millis));
-        backend.statement = Some(Verbatim(statement.into()));
+        backend.transaction_age = Some(ms(millis + 240));
+        backend.state_age = Some(ms(millis));
+        backend.statement = Some(RawStatement(statement.into()));
         backend.query_id = Some(i64::from(pid) * 1000);
         self.backends.push(backend);
         self
     }
 
-    /// Of another role.
+    /// A session of another role.
     pub(super) fn hidden(mut self, pid: i32, application: &str) -> Self {
         let mut backend = Backend::unknown(pid.into());
-        backend.sight = Sight::Hidden;
+        backend.visibility = Visibility::Hidden;
         backend.application_name = Some(application.into());
         backend.user = Some("other".into());
         self.backends.push(backend);
@@ -103,7 +104,7 @@ impl Server {
         mode: &'static str,
     ) -> Self {
         self.rows.push(LockRow {
-            who: who.into(),
+            owner: who.into(),
             object: object.clone(),
             mode: LockMode::from_pg_locks(mode).expect("a mode that there is"),
             granted: true,
@@ -122,7 +123,7 @@ impl Server {
         blockers: &[i32],
     ) -> Self {
         self.rows.push(LockRow {
-            who: pid.into(),
+            owner: pid.into(),
             object: object.clone(),
             mode: LockMode::from_pg_locks(mode).expect("a mode that there is"),
             granted: false,
@@ -132,7 +133,7 @@ impl Server {
         self
     }
 
-    /// Waits for the transaction that has the row; a blocker's transaction has its pid as its number.
+    /// Waits for the transaction that locked the row. The transaction id is the blocker's pid.
     pub(super) fn waits_for_row(self, pid: i32, row: &RowId, blocker: i32, millis: u64) -> Self {
         let transaction = LockObject::Transaction(blocker.unsigned_abs());
         self.holds(blocker, &transaction, "ExclusiveLock")
@@ -140,9 +141,9 @@ impl Server {
             .waits(pid, &transaction, "ShareLock", millis, &[blocker])
     }
 
-    pub(super) fn look(self, after: u64, row_keys: Vec<(RowId, RowKey)>) -> Look {
+    pub(super) fn sample(self, after: u64, row_keys: Vec<(RowId, RowKey)>) -> WaitSample {
         let snapshot = assemble(&self.rows, self.backends, now(), ms(1));
-        Look {
+        WaitSample {
             snapshot: Arc::new(snapshot),
             after: ms(after),
             row_keys,
@@ -150,17 +151,17 @@ impl Server {
     }
 }
 
-pub(super) fn entry(after: u64, text: &str, took: Option<u64>) -> JournalEntry {
+pub(super) fn entry(after: u64, text: &str, duration: Option<u64>) -> JournalEntry {
     JournalEntry {
         after: ms(after),
         text: Some(text.into()),
-        took: took.map(ms),
+        duration: duration.map(ms),
         failed: false,
         advisory: Vec::new(),
     }
 }
 
-/// A transaction of this process that began so long before the incident.
+/// A transaction of this process that began this long before the incident.
 pub(super) fn journal(
     pid: i32,
     site: CallSite,
@@ -182,25 +183,25 @@ pub(super) fn journal(
 pub(super) const TRANSFER: CallSite = CallSite::at("src/transfer.rs", 41);
 pub(super) const REFUND: CallSite = CallSite::at("src/refund.rs", 17);
 
-/// Nothing but that it happened, to pid 11.
-pub(super) fn evidence(kind: Kind) -> Evidence {
+/// The minimal evidence, for pid 11.
+pub(super) fn evidence(trigger: IncidentTrigger) -> Evidence {
     Evidence {
-        kind,
+        trigger,
         occurred: now(),
         victim: journal(11, TRANSFER, 1240, Vec::new()),
         attempt: 1,
         attempts: 5,
         outcome: Outcome::retried(ms(12)),
         error: None,
-        looks: Vec::new(),
+        samples: Vec::new(),
         others: Vec::new(),
-        missing: Vec::new(),
+        caveats: Vec::new(),
         literals: false,
     }
 }
 
 pub(super) fn report(evidence: Evidence) -> Incident {
-    Incident::new(evidence, &History::default())
+    Incident::new(evidence, &IncidentHistory::default())
 }
 
 pub(super) fn deadlock_error(detail: &str, context: &str) -> ServerError {
@@ -234,7 +235,7 @@ pub(super) fn transfers() -> Evidence {
         (first.clone(), key("id", "1")),
         (second.clone(), key("id", "2")),
     ];
-    let early = Server::default()
+    let early = TestServer::default()
         .session(11, "billing src/transfer.rs:41", "active", TRANSFER_SQL)
         .session(
             12,
@@ -243,13 +244,13 @@ pub(super) fn transfers() -> Evidence {
             "UPDATE account SET x = 1",
         )
         .waits_for_row(11, &second, 12, 5)
-        .look(8, Vec::new());
-    let late = Server::default()
+        .sample(8, Vec::new());
+    let late = TestServer::default()
         .session(11, "billing src/transfer.rs:41", "active", TRANSFER_SQL)
         .session_for(12, "billing src/refund.rs:17", "active", REFUND_SQL, 412)
         .waits_for_row(11, &second, 12, 958)
         .waits_for_row(12, &first, 11, 412)
-        .look(960, keys);
+        .sample(960, keys);
     let mut failed = entry(240, TRANSFER_SQL, None);
     failed.failed = true;
     let victim = vec![
@@ -278,26 +279,26 @@ pub(super) fn transfers() -> Evidence {
              Process 12 waits for ShareLock on transaction 11; blocked by process 11.",
             "while updating tuple (0,2) in relation \"account\"",
         )),
-        looks: vec![early, late],
+        samples: vec![early, late],
         others: vec![journal(12, REFUND, 812, other)],
-        ..evidence(Kind::Deadlock)
+        ..evidence(IncidentTrigger::Deadlock)
     }
 }
 
-/// One that waits for a lock timeout behind what the server shows.
-pub(super) fn timeout(server: Server) -> Evidence {
+/// A lock timeout of a session that waits behind these sessions.
+pub(super) fn timeout(server: TestServer) -> Evidence {
     Evidence {
         error: Some(timeout_error(None)),
-        looks: vec![server.look(960, Vec::new())],
-        ..evidence(Kind::LockTimeout)
+        samples: vec![server.sample(960, Vec::new())],
+        ..evidence(IncidentTrigger::LockTimeout)
     }
 }
 
-/// Two that are in a deadlock, as the server shows it.
-pub(super) fn deadlock(server: Server) -> Evidence {
+/// A deadlock of these sessions.
+pub(super) fn deadlock(server: TestServer) -> Evidence {
     Evidence {
-        looks: vec![server.look(960, Vec::new())],
-        ..evidence(Kind::Deadlock)
+        samples: vec![server.sample(960, Vec::new())],
+        ..evidence(IncidentTrigger::Deadlock)
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::connection;
-use crate::graph::sql::Seen;
+use crate::graph::sql::LockSample;
 use crate::graph::{Backend, BackendId, LockObject};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
@@ -61,7 +61,7 @@ impl AdvisoryLockEntry {
     #[must_use]
     pub fn idle_for(&self) -> Option<Duration> {
         self.backend
-            .in_state()
+            .state_age()
             .filter(|_| self.backend.state() == Some("idle"))
     }
 
@@ -81,11 +81,11 @@ impl serde::Serialize for AdvisoryLockEntry {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         use serde::ser::SerializeStruct as _;
 
-        use crate::graph::json::{Key, VERSION, millis};
+        use crate::graph::json::{LockKeyJson, VERSION, millis};
 
         let mut document = serializer.serialize_struct("AdvisoryLockEntry", 8)?;
         document.serialize_field("version", &VERSION)?;
-        document.serialize_field("advisory_key", &Key::new(&self.key))?;
+        document.serialize_field("advisory_key", &LockKeyJson::new(&self.key))?;
         document.serialize_field("mode", self.mode.as_pg_locks())?;
         document.serialize_field("held", &self.held)?;
         document.serialize_field("wait_age_ms", &self.wait_age.map(millis))?;
@@ -108,7 +108,7 @@ impl fmt::Display for AdvisoryLockEntry {
     }
 }
 
-pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
+pub(super) fn entries(seen: LockSample) -> Vec<AdvisoryLockEntry> {
     let backends: HashMap<BackendId, Backend> = seen
         .backends
         .into_iter()
@@ -121,7 +121,7 @@ pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
             let LockObject::Advisory { key, .. } = lock.object else {
                 return None;
             };
-            let backend = backends.get(&lock.who).cloned();
+            let backend = backends.get(&lock.owner).cloned();
             Some(AdvisoryLockEntry {
                 key,
                 mode: AdvisoryMode::from_pg_locks(lock.mode.as_pg_locks())?,
@@ -129,8 +129,8 @@ pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
                 wait_age: lock
                     .since
                     .map(|since| seen.taken_at.duration_since(since).unwrap_or_default()),
-                guarded: lock.who.pid().is_some_and(connection::is_own_backend),
-                backend: backend.unwrap_or_else(|| Backend::unknown(lock.who)),
+                guarded: lock.owner.pid().is_some_and(connection::is_own_backend),
+                backend: backend.unwrap_or_else(|| Backend::unknown(lock.owner)),
             })
         })
         .collect();

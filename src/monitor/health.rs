@@ -147,7 +147,7 @@ impl Health {
             roots: tree
                 .roots()
                 .filter(is_root)
-                .map(|node| (node.backend().id().clone(), node.blocks()))
+                .map(|node| (node.backend().id().clone(), node.blocked_count()))
                 .collect(),
             cycles: tree.cycles().len(),
             hidden_sessions: numbers.hidden_sessions,
@@ -221,14 +221,14 @@ impl Health {
         self.hidden_sessions
     }
 
-    /// The session whose transaction has been open for longest, [`Backend::in_transaction`]: what VACUUM and
+    /// The session whose transaction has been open for longest, [`Backend::transaction_age`]: what VACUUM and
     /// `CREATE INDEX CONCURRENTLY` wait for. Autovacuum's own are left out. `Known(None)` where no transaction is open.
     #[must_use]
     pub fn oldest_transaction(&self) -> &Reading<Option<Backend>> {
         &self.oldest_transaction
     }
 
-    /// The session that has been idle in its transaction for longest, [`Backend::in_state`]: it keeps its locks and
+    /// The session that has been idle in its transaction for longest, [`Backend::state_age`]: it keeps its locks and
     /// does nothing. `Known(None)` where there is none.
     #[must_use]
     pub fn oldest_idle_in_transaction(&self) -> &Reading<Option<Backend>> {

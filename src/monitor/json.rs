@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 
 use super::health::{Health, Reading};
 use super::settings::{Effect, Settings, SettingsFinding, Severity};
-use crate::graph::json::{Id, Name, millis};
+use crate::graph::json::{BackendIdJson, RelationJson, millis};
 use crate::graph::{Backend, BackendId};
 use crate::postgres::timestamp::rfc3339;
 
@@ -20,7 +20,7 @@ impl Serialize for Health {
         HealthDocument {
             version: VERSION,
             taken_at: rfc3339(self.snapshot().taken_at()),
-            took_ms: millis(self.snapshot().took()),
+            took_ms: millis(self.snapshot().duration()),
             database: self.database(),
             lock_waiters: self.lock_waiters(),
             longest_wait_ms: self.longest_wait().map(millis),
@@ -51,7 +51,7 @@ impl Serialize for Health {
             invalid_indexes: Read::new(self.invalid_indexes(), |indexes| {
                 Some(IndexesDocument {
                     count: indexes.count(),
-                    first: indexes.first().iter().map(Name::new).collect(),
+                    first: indexes.first().iter().map(RelationJson::new).collect(),
                 })
             }),
             advisory_locks_held: self.advisory_locks_held(),
@@ -83,7 +83,7 @@ struct HealthDocument<'a> {
 #[derive(Serialize)]
 struct Root<'a> {
     #[serde(flatten)]
-    id: Id<'a>,
+    id: BackendIdJson<'a>,
     blocks: usize,
 }
 
@@ -137,7 +137,7 @@ struct PreparedDocument {
 #[derive(Serialize)]
 struct IndexesDocument<'a> {
     count: usize,
-    first: Vec<Name<'a>>,
+    first: Vec<RelationJson<'a>>,
 }
 
 impl Serialize for Settings {

@@ -68,13 +68,13 @@ impl Health {
         set(
             "lockkeeper_transaction_oldest_seconds",
             oldest(self.oldest_transaction(), |session| {
-                session.in_transaction()
+                session.transaction_age()
             }),
         );
         set(
             "lockkeeper_idle_in_transaction_oldest_seconds",
             oldest(self.oldest_idle_in_transaction(), |session| {
-                session.in_state()
+                session.state_age()
             }),
         );
         let table = self.lock_table();

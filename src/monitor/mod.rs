@@ -27,7 +27,7 @@ pub use watch::{Changes, Watch, WatchUpdate};
 
 use crate::connection::Connections;
 use crate::error::{Error, ErrorKind};
-use crate::graph::sql::{self as graph, Seen};
+use crate::graph::sql::{self as graph, LockSample};
 use crate::graph::{Backend, Edge, LockTree, Snapshot};
 use crate::key::{KeyId, LockKey, names};
 use sql::health as numbers;
@@ -121,7 +121,7 @@ impl Monitor {
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn snapshot(&self) -> Result<Snapshot, Error> {
-        let (seen, took) = self.look(&graph::blocking(None)).await?;
+        let (seen, took) = self.look(&graph::wait_graph(None)).await?;
         Ok(seen.snapshot(took))
     }
 
@@ -137,7 +137,7 @@ impl Monitor {
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn snapshot_of(&self, pids: &[i32]) -> Result<Snapshot, Error> {
-        let (seen, took) = self.look(&graph::blocking(Some(pids))).await?;
+        let (seen, took) = self.look(&graph::wait_graph(Some(pids))).await?;
         Ok(seen.snapshot(took))
     }
 
@@ -269,12 +269,12 @@ impl Monitor {
         &self.connections
     }
 
-    async fn look(&self, sql: &str) -> Result<(Seen, Duration), Error> {
+    async fn look(&self, sql: &str) -> Result<(LockSample, Duration), Error> {
         let started = Instant::now();
         let reply = self.connections.ask(sql).await?;
         let took = started.elapsed();
-        let seen =
-            graph::seen(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("locks"))?;
+        let seen = graph::read_sample(&reply, &|key| self.named(key))
+            .ok_or_else(|| unreadable("locks"))?;
         Ok((seen, took))
     }
 

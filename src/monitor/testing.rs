@@ -3,21 +3,21 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::graph::parts::{Sight, Wait};
 use crate::graph::{Backend, Edge, EdgeKind, LockObject, Snapshot};
+use crate::graph::{Visibility, Wait};
 use crate::mode::LockMode;
 
 /// A client's session, all of which can be seen.
 pub(crate) fn backend(pid: i32) -> Backend {
     Backend {
-        sight: Sight::Whole,
+        visibility: Visibility::Full,
         backend_start: Some(SystemTime::UNIX_EPOCH),
         transaction_start: Some(SystemTime::UNIX_EPOCH),
         backend_type: Some("client backend".into()),
         application_name: Some("app".into()),
         user: Some("app".into()),
         state: Some("active".into()),
-        in_state: Some(Duration::from_secs(1)),
+        state_age: Some(Duration::from_secs(1)),
         ..Backend::unknown(pid.into())
     }
 }

@@ -1,38 +1,38 @@
-//! The picture for Graphviz, which lays it out by itself.
+//! The diagram as DOT; Graphviz lays it out.
 
 use std::fmt::Write as _;
 
 use super::text::{dot, fit};
-use super::{Look, Picture};
+use super::{Diagram, NodeStyle};
 
-const COLUMNS: usize = 60;
+const MAX_COLUMNS: usize = 60;
 
-pub(super) fn write(picture: &Picture) -> String {
+pub(super) fn write(diagram: &Diagram) -> String {
     let mut out = String::from(
         "digraph locks {\n    rankdir=RL;\n    node [shape=box, fontname=\"monospace\", fontsize=10];\n    \
          edge [fontname=\"monospace\", fontsize=9];\n",
     );
-    for (at, card) in picture.cards.iter().enumerate() {
-        let mut head = card.name.clone();
-        if let Some(badge) = &card.badge {
+    for (at, node) in diagram.nodes.iter().enumerate() {
+        let mut head = node.name.clone();
+        if let Some(badge) = &node.badge {
             head.push_str(", ");
             head.push_str(badge);
         }
-        // `\l`: ends a line, and puts it to the left.
-        let mut label = format!("{}\\l", dot(&fit(&head, COLUMNS, false)));
-        for line in &card.lines {
-            label.push_str(&dot(&fit(&line.text, COLUMNS, line.keep_end)));
+        // `\l` ends a line and aligns it to the left.
+        let mut label = format!("{}\\l", dot(&fit(&head, MAX_COLUMNS, false)));
+        for line in &node.lines {
+            label.push_str(&dot(&fit(&line.text, MAX_COLUMNS, line.keep_end)));
             label.push_str("\\l");
         }
         let mut more = String::new();
         let mut style = Vec::new();
-        if card.hidden || card.look == Look::Fold {
+        if node.hidden || node.style == NodeStyle::Collapsed {
             style.push("dashed");
         }
-        if card.in_circle {
+        if node.in_cycle {
             more.push_str(", color=\"#8250df\"");
             style.push("bold");
-        } else if card.look == Look::Root {
+        } else if node.style == NodeStyle::Root {
             more.push_str(", color=\"#d1242f\"");
             style.push("bold");
         }
@@ -42,22 +42,22 @@ pub(super) fn write(picture: &Picture) -> String {
         }
         let _ = writeln!(out, "    s{at} [label=\"{label}\"{more}];");
     }
-    for link in &picture.links {
+    for arrow in &diagram.arrows {
         let mut attributes = format!(
             "label=\"{}\", tooltip=\"{}\"",
-            dot(&fit(&link.label, COLUMNS, false)),
-            dot(&link.hint)
+            dot(&fit(&arrow.label, MAX_COLUMNS, false)),
+            dot(&arrow.hint)
         );
-        if link.soft {
+        if arrow.soft {
             attributes.push_str(", style=dashed");
         }
-        if link.in_circle {
+        if arrow.in_cycle {
             attributes.push_str(", color=\"#8250df\"");
         }
         let _ = writeln!(
             out,
             "    s{} -> s{} [{attributes}];",
-            link.waiter, link.blocker
+            arrow.waiter, arrow.blocker
         );
     }
     out.push_str("}\n");

@@ -1,66 +1,66 @@
-//! A page of HTML that needs nothing but itself: no script, no network, no fonts of its own.
+//! A self-contained page of HTML: no script, no network, no fonts of its own.
 
 use std::fmt::Write as _;
 
 use super::text::html;
-use super::{Picture, svg};
+use super::{Diagram, svg};
 
 const STYLE: &str = include_str!("page.css");
 
-/// What stands on a page, from the top.
+/// The contents of a page, from top to bottom.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Page {
+pub(crate) struct HtmlPage {
     pub(crate) title: String,
-    /// Below the title, a line each.
+    /// Shown below the title, one per line.
     pub(crate) facts: Vec<String>,
-    /// What nobody should overlook.
+    /// Warnings above the diagram.
     pub(crate) alarms: Vec<String>,
-    pub(crate) picture: Picture,
-    pub(crate) sections: Vec<Section>,
+    pub(crate) diagram: Diagram,
+    pub(crate) sections: Vec<HtmlSection>,
 }
 
 #[derive(Clone, Debug)]
-pub(crate) enum Section {
+pub(crate) enum HtmlSection {
     /// Paragraphs.
     Text {
         heading: String,
         lines: Vec<String>,
     },
-    /// Text whose lines are kept.
+    /// Preformatted text.
     Verbatim {
         heading: String,
         text: String,
     },
-    Table(Table),
-    /// Shown when asked for.
-    Folded(Table),
+    Table(HtmlTable),
+    /// A table that is collapsed at first.
+    Collapsible(HtmlTable),
 }
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Table {
+pub(crate) struct HtmlTable {
     pub(crate) heading: String,
     pub(crate) columns: Vec<&'static str>,
-    pub(crate) rows: Vec<Row>,
+    pub(crate) rows: Vec<HtmlRow>,
 }
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Row {
-    /// Where cards lead to.
+pub(crate) struct HtmlRow {
+    /// The target of links from the diagram.
     pub(crate) id: Option<String>,
-    /// How far its first cell is moved to the right.
+    /// How far the first cell is indented.
     pub(crate) depth: usize,
     pub(crate) marked: bool,
-    pub(crate) cells: Vec<Cell>,
+    pub(crate) cells: Vec<HtmlCell>,
 }
 
 /// Lines of text.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Cell {
+pub(crate) struct HtmlCell {
     pub(crate) lines: Vec<String>,
     pub(crate) code: bool,
 }
 
-impl Cell {
+impl HtmlCell {
     pub(crate) fn new(text: impl Into<String>) -> Self {
         Self::lines(vec![text.into()])
     }
@@ -77,10 +77,10 @@ impl Cell {
     }
 }
 
-/// Deeper rows are not moved further.
-const DEEPEST: usize = 12;
+/// Deeper rows are not indented further.
+const MAX_INDENT: usize = 12;
 
-pub(crate) fn page(page: &Page) -> String {
+pub(crate) fn html_page(page: &HtmlPage) -> String {
     let title = html(&page.title);
     let mut out = format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -101,7 +101,7 @@ pub(crate) fn page(page: &Page) -> String {
         }
         out.push_str("</ul>\n");
     }
-    graph(&mut out, &page.picture);
+    write_diagram(&mut out, &page.diagram);
     for (at, section) in page.sections.iter().enumerate() {
         write_section(&mut out, at, section);
     }
@@ -109,8 +109,8 @@ pub(crate) fn page(page: &Page) -> String {
     out
 }
 
-fn graph(out: &mut String, picture: &Picture) {
-    let svg = svg::write(picture);
+fn write_diagram(out: &mut String, diagram: &Diagram) {
+    let svg = svg::write(diagram);
     if svg.is_empty() {
         return;
     }
@@ -122,18 +122,18 @@ fn graph(out: &mut String, picture: &Picture) {
         "</div>\n<p class=\"legend\">An arrow leads from a session that waits to one in its way, with the mode that one \
          holds. A card leads to its row below.",
     );
-    if picture.links.iter().any(|link| link.soft) {
+    if diagram.arrows.iter().any(|arrow| arrow.soft) {
         out.push_str(
             " <span class=\"key\">Dashed</span>: it holds nothing in conflict, but waits for the same lock further ahead, \
              in that mode.",
         );
     }
-    if picture.links.iter().any(|link| link.in_circle) {
-        out.push_str(" <span class=\"key circle\">Violet</span>: part of a circle.");
+    if diagram.arrows.iter().any(|arrow| arrow.in_cycle) {
+        out.push_str(" <span class=\"key cycle\">Violet</span>: part of a cycle.");
     }
     for (number, one, more) in [
-        (picture.sessions_left_out, "session is", "sessions are"),
-        (picture.links_left_out, "arrow is", "arrows are"),
+        (diagram.sessions_left_out, "session is", "sessions are"),
+        (diagram.arrows_left_out, "arrow is", "arrows are"),
     ] {
         match number {
             0 => {}
@@ -148,15 +148,15 @@ fn graph(out: &mut String, picture: &Picture) {
     out.push_str("</p>\n</section>\n");
 }
 
-fn write_section(out: &mut String, at: usize, section: &Section) {
+fn write_section(out: &mut String, at: usize, section: &HtmlSection) {
     match section {
-        Section::Text { heading, lines } => {
+        HtmlSection::Text { heading, lines } => {
             let _ = writeln!(out, "<section>\n<h2>{}</h2>", html(heading));
             for line in lines {
                 let _ = writeln!(out, "<p>{}</p>", html(line));
             }
         }
-        Section::Verbatim { heading, text } => {
+        HtmlSection::Verbatim { heading, text } => {
             let _ = writeln!(
                 out,
                 "<section>\n<h2>{}</h2>\n<pre>{}</pre>",
@@ -164,7 +164,7 @@ fn write_section(out: &mut String, at: usize, section: &Section) {
                 html(text)
             );
         }
-        Section::Table(table) => {
+        HtmlSection::Table(table) => {
             let _ = writeln!(
                 out,
                 "<section>\n<h2 id=\"t{at}\">{}</h2>",
@@ -172,7 +172,7 @@ fn write_section(out: &mut String, at: usize, section: &Section) {
             );
             write_table(out, &format!("aria-labelledby=\"t{at}\""), table);
         }
-        Section::Folded(table) => {
+        HtmlSection::Collapsible(table) => {
             let heading = html(&table.heading);
             let _ = writeln!(out, "<section>\n<details>\n<summary>{heading}</summary>");
             write_table(out, &format!("aria-label=\"{heading}\""), table);
@@ -182,7 +182,7 @@ fn write_section(out: &mut String, at: usize, section: &Section) {
     out.push_str("</section>\n");
 }
 
-fn write_table(out: &mut String, label: &str, table: &Table) {
+fn write_table(out: &mut String, label: &str, table: &HtmlTable) {
     let _ = write!(
         out,
         "<div class=\"scroll\" tabindex=\"0\">\n<table {label}>\n<thead><tr>"
@@ -201,7 +201,7 @@ fn write_table(out: &mut String, label: &str, table: &Table) {
         }
         out.push('>');
         for (at, cell) in row.cells.iter().enumerate() {
-            let depth = row.depth.min(DEEPEST);
+            let depth = row.depth.min(MAX_INDENT);
             let (open, close) = match at {
                 0 if depth > 0 => (format!("<th scope=\"row\" class=\"d{depth}\">"), "</th>"),
                 0 => ("<th scope=\"row\">".to_owned(), "</th>"),
@@ -229,39 +229,39 @@ mod tests {
 
     #[test]
     fn no_text_is_markup() {
-        let mut picture = small();
-        picture.cards[0].name = ODD.into();
-        picture.cards[0].badge = Some(ODD.into());
-        picture.cards[0].lines[0].text = ODD.into();
-        picture.cards[0].row = Some(ODD.into());
-        picture.links[0].label = ODD.into();
-        picture.links[0].hint = ODD.into();
-        let table = Table {
+        let mut diagram = small();
+        diagram.nodes[0].name = ODD.into();
+        diagram.nodes[0].badge = Some(ODD.into());
+        diagram.nodes[0].lines[0].text = ODD.into();
+        diagram.nodes[0].row = Some(ODD.into());
+        diagram.arrows[0].label = ODD.into();
+        diagram.arrows[0].hint = ODD.into();
+        let table = HtmlTable {
             heading: ODD.into(),
             columns: vec![ODD],
-            rows: vec![Row {
+            rows: vec![HtmlRow {
                 id: Some(ODD.into()),
                 depth: 2,
                 marked: true,
-                cells: vec![Cell::new(ODD), Cell::code(ODD)],
+                cells: vec![HtmlCell::new(ODD), HtmlCell::code(ODD)],
             }],
         };
-        let text = page(&Page {
+        let text = html_page(&HtmlPage {
             title: ODD.into(),
             facts: vec![ODD.into()],
             alarms: vec![ODD.into()],
-            picture,
+            diagram,
             sections: vec![
-                Section::Text {
+                HtmlSection::Text {
                     heading: ODD.into(),
                     lines: vec![ODD.into()],
                 },
-                Section::Verbatim {
+                HtmlSection::Verbatim {
                     heading: ODD.into(),
                     text: ODD.into(),
                 },
-                Section::Table(table.clone()),
-                Section::Folded(table),
+                HtmlSection::Table(table.clone()),
+                HtmlSection::Collapsible(table),
             ],
         });
         assert_eq!(text.matches("<script").count(), 0);
@@ -272,14 +272,14 @@ mod tests {
             assert_eq!(text.matches(tag).count(), opened, "{tag}");
         }
         assert!(text.matches("&lt;script&gt;").count() > 12);
-        // Nothing is fetched.
+        // The page fetches nothing.
         for fetched in ["://", "src=", "@import", "url(h", "<link", "<img"] {
             assert!(!text.contains(fetched), "{fetched}");
         }
     }
 
     #[test]
-    fn an_empty_picture_is_not_drawn() {
-        assert!(!page(&Page::default()).contains("<svg"));
+    fn an_empty_diagram_is_not_drawn() {
+        assert!(!html_page(&HtmlPage::default()).contains("<svg"));
     }
 }

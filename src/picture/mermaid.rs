@@ -1,55 +1,59 @@
-//! The picture for Mermaid, which lays it out by itself.
+//! The diagram as a Mermaid flowchart; Mermaid lays it out.
 
 use std::fmt::Write as _;
 
 use super::text::{fit, mermaid};
-use super::{Look, Picture};
+use super::{Diagram, NodeStyle};
 
-/// Columns of a line. Mermaid refuses a text of more than 50 000 characters, and wraps long lines badly.
-const COLUMNS: usize = 48;
+/// The width of a line. Mermaid rejects a text of more than 50 000 characters, and wraps long lines badly.
+const MAX_COLUMNS: usize = 48;
 
-pub(super) fn write(picture: &Picture) -> String {
+pub(super) fn write(diagram: &Diagram) -> String {
     let mut out = String::from("flowchart RL\n");
-    for (at, card) in picture.cards.iter().enumerate() {
-        let mut lines = vec![card.name.clone()];
-        if let Some(badge) = &card.badge {
+    for (at, node) in diagram.nodes.iter().enumerate() {
+        let mut lines = vec![node.name.clone()];
+        if let Some(badge) = &node.badge {
             lines[0].push_str(", ");
             lines[0].push_str(badge);
         }
-        for line in &card.lines {
-            lines.push(fit(&line.text, COLUMNS, line.keep_end));
+        for line in &node.lines {
+            lines.push(fit(&line.text, MAX_COLUMNS, line.keep_end));
         }
         let label: Vec<_> = lines
             .iter()
-            .map(|line| mermaid(&fit(line, COLUMNS, false)))
+            .map(|line| mermaid(&fit(line, MAX_COLUMNS, false)))
             .collect();
         // Infallible, as all others below: writing to a String.
         let _ = writeln!(out, "    s{at}[\"{}\"]", label.join("<br/>"));
     }
-    for link in &picture.links {
-        let arrow = if link.soft { "-.->" } else { "-->" };
-        let label = mermaid(&fit(&link.label, COLUMNS, false));
+    for arrow in &diagram.arrows {
+        let shape = if arrow.soft { "-.->" } else { "-->" };
+        let label = mermaid(&fit(&arrow.label, MAX_COLUMNS, false));
         let label = if label.is_empty() {
             String::new()
         } else {
             format!("|\"{label}\"|")
         };
-        let _ = writeln!(out, "    s{} {arrow}{label} s{}", link.waiter, link.blocker);
+        let _ = writeln!(
+            out,
+            "    s{} {shape}{label} s{}",
+            arrow.waiter, arrow.blocker
+        );
     }
-    // Borders and nothing else: the rest follows the theme, light or dark.
+    // Only borders are styled, so that everything else follows the light or dark theme.
     for (class, style, applies) in [
         ("root", "stroke:#d1242f,stroke-width:3px", 0),
-        ("circle", "stroke:#8250df,stroke-width:3px", 1),
+        ("cycle", "stroke:#8250df,stroke-width:3px", 1),
         ("unknown", "stroke-dasharray:4 3", 2),
     ] {
-        let members: Vec<_> = picture
-            .cards
+        let members: Vec<_> = diagram
+            .nodes
             .iter()
             .enumerate()
-            .filter(|(_, card)| match applies {
-                0 => card.look == Look::Root && !card.in_circle,
-                1 => card.in_circle,
-                _ => card.hidden || card.look == Look::Fold,
+            .filter(|(_, node)| match applies {
+                0 => node.style == NodeStyle::Root && !node.in_cycle,
+                1 => node.in_cycle,
+                _ => node.hidden || node.style == NodeStyle::Collapsed,
             })
             .map(|(at, _)| format!("s{at}"))
             .collect();
@@ -82,6 +86,6 @@ mod tests {
     class s2 unknown
 "
         );
-        assert_eq!(write(&Picture::default()), "flowchart RL\n");
+        assert_eq!(write(&Diagram::default()), "flowchart RL\n");
     }
 }

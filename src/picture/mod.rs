@@ -1,59 +1,59 @@
-//! Who waits for whom as a picture: Mermaid, DOT, and a page of HTML with the picture drawn in it.
+//! Diagrams of wait graphs: Mermaid, DOT, and a page of HTML that contains the diagram as SVG.
 //!
-//! Pure, and of nobody's types: the rooms that know sessions and locks say what stands in a card and who waits for whom.
-//! Texts may have anything in them: each writer escapes them for its own format.
+//! Pure, and independent of sessions and locks: the modules that know those make the nodes and arrows. Texts may
+//! contain anything: each writer escapes them for its format.
 
-mod choose;
 mod dot;
 mod html;
 mod layout;
-mod links;
 mod mermaid;
+mod select;
 mod svg;
 mod text;
+mod transitive_reduction;
 
-pub(crate) use choose::{Fold, choose};
-pub(crate) use html::{Cell, Page, Row, Section, Table, page};
-pub(crate) use links::without_implied;
+pub(crate) use html::{HtmlCell, HtmlPage, HtmlRow, HtmlSection, HtmlTable, html_page};
+pub(crate) use select::{Collapsed, select};
+pub(crate) use transitive_reduction::transitive_reduction;
 
-/// What is drawn.
+/// Nodes and arrows to draw.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Picture {
-    /// Each behind the one it stands below.
-    pub(crate) cards: Vec<Card>,
-    pub(crate) links: Vec<Link>,
-    /// Pairs of sessions that are both drawn, and the link between them is not.
-    pub(crate) links_left_out: usize,
-    /// Sessions that have no card of their own.
+pub(crate) struct Diagram {
+    /// Each after its parent.
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) arrows: Vec<Arrow>,
+    /// The number of arrows that are not drawn between nodes that are.
+    pub(crate) arrows_left_out: usize,
+    /// The number of sessions without a node of their own.
     pub(crate) sessions_left_out: usize,
 }
 
-/// One session, or several that are not shown one by one.
+/// One session, or several that are collapsed into one node.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Card {
+pub(crate) struct Node {
     /// `pid 4711`
     pub(crate) name: String,
     /// `blocks 12`
     pub(crate) badge: Option<String>,
-    pub(crate) lines: Vec<Line>,
-    pub(crate) look: Look,
-    pub(crate) in_circle: bool,
-    /// Parts of it are not known.
+    pub(crate) lines: Vec<TextLine>,
+    pub(crate) style: NodeStyle,
+    pub(crate) in_cycle: bool,
+    /// Parts of the session are unknown.
     pub(crate) hidden: bool,
-    /// The card it stands beside, nearer to the root: its principal blocker.
-    pub(crate) above: Option<usize>,
-    /// Its row in the page's table.
+    /// The node of its principal blocker, which is next to it on the side of the root.
+    pub(crate) parent: Option<usize>,
+    /// The id of its row in the page's table.
     pub(crate) row: Option<String>,
 }
 
-/// One line of a card. A text that is too long loses its end, or its beginning.
+/// One line of a node. A text that is too long is cut at its end, or at its beginning.
 #[derive(Clone, Debug)]
-pub(crate) struct Line {
+pub(crate) struct TextLine {
     pub(crate) text: String,
     pub(crate) keep_end: bool,
 }
 
-impl Line {
+impl TextLine {
     pub(crate) fn new(text: impl Into<String>) -> Self {
         Self {
             text: text.into(),
@@ -61,7 +61,7 @@ impl Line {
         }
     }
 
-    /// Of a name that ends with what matters: a call site.
+    /// For a text whose end is most important, such as a call site.
     pub(crate) fn keeping_end(text: impl Into<String>) -> Self {
         Self {
             text: text.into(),
@@ -70,34 +70,35 @@ impl Line {
     }
 }
 
-/// What a card stands for.
+/// What a node represents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Look {
-    /// In the way of others, and waits for nobody.
+pub(crate) enum NodeStyle {
+    /// A root blocker.
     Root,
     #[default]
     Waiter,
     /// Several sessions.
-    Fold,
+    Collapsed,
 }
 
-/// One waits for another.
+/// An arrow from a waiter to a blocker.
 #[derive(Clone, Debug)]
-pub(crate) struct Link {
-    /// Places in [`Picture::cards`].
+pub(crate) struct Arrow {
+    /// A position in [`Diagram::nodes`].
     pub(crate) waiter: usize,
+    /// A position in [`Diagram::nodes`].
     pub(crate) blocker: usize,
-    /// A word or two: the mode that is held.
+    /// One or two words: the mode that is held.
     pub(crate) label: String,
-    /// All that is to be said.
+    /// The whole description.
     pub(crate) hint: String,
-    /// The blocker only queues ahead.
+    /// The blocker is only ahead in the queue.
     pub(crate) soft: bool,
-    pub(crate) in_circle: bool,
+    pub(crate) in_cycle: bool,
 }
 
-impl Picture {
-    /// Mermaid's text for a flowchart.
+impl Diagram {
+    /// The text of a Mermaid flowchart.
     pub(crate) fn mermaid(&self) -> String {
         mermaid::write(self)
     }
@@ -107,9 +108,9 @@ impl Picture {
         dot::write(self)
     }
 
-    /// Whether it is the link along which a card stands below another.
-    fn is_principal(&self, link: &Link) -> bool {
-        self.cards[link.waiter].above == Some(link.blocker)
+    /// Whether the arrow leads from a node to its parent.
+    fn is_principal(&self, arrow: &Arrow) -> bool {
+        self.nodes[arrow.waiter].parent == Some(arrow.blocker)
     }
 }
 

@@ -1,21 +1,21 @@
-//! The picture drawn, for a page that has the styles.
+//! The diagram as SVG, for a page that has the styles.
 
 use std::fmt::Write as _;
 
-use super::layout::{CARD_COLUMNS, CARD_WIDTH, GAP, Place, baseline, layout};
+use super::layout::{GAP, NODE_COLUMNS, NODE_WIDTH, NodeBox, baseline, layout};
 use super::text::{fit, html, width};
-use super::{Card, Link, Look, Picture};
+use super::{Arrow, Diagram, Node, NodeStyle};
 
-/// Columns of a link's label.
-const LABEL: usize = 24;
+/// Columns of an arrow's label.
+const LABEL_COLUMNS: usize = 24;
 
-/// An `svg` element; nothing where there is nothing to draw.
-pub(super) fn write(picture: &Picture) -> String {
+/// An `svg` element; empty if there is nothing to draw.
+pub(super) fn write(diagram: &Diagram) -> String {
     let mut out = String::new();
-    if picture.cards.is_empty() {
+    if diagram.nodes.is_empty() {
         return out;
     }
-    let layout = layout(&picture.cards);
+    let layout = layout(&diagram.nodes);
     let (width, height) = (layout.width, layout.height);
     // Infallible, as all others below: writing to a String.
     let _ = write!(
@@ -23,7 +23,7 @@ pub(super) fn write(picture: &Picture) -> String {
         "<svg width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" role=\"img\" \
          aria-label=\"Who waits for whom\">\n<defs>"
     );
-    for (id, class) in [("arrow", "tip"), ("arrow-circle", "tip circle")] {
+    for (id, class) in [("arrow", "tip"), ("arrow-cycle", "tip cycle")] {
         let _ = write!(
             out,
             "<marker id=\"{id}\" viewBox=\"0 0 8 8\" refX=\"7\" refY=\"4\" markerWidth=\"11\" markerHeight=\"11\" markerUnits=\"userSpaceOnUse\" \
@@ -31,53 +31,53 @@ pub(super) fn write(picture: &Picture) -> String {
         );
     }
     out.push_str("</defs>\n");
-    for link in &picture.links {
-        draw_link(&mut out, picture, link, &layout.places);
+    for arrow in &diagram.arrows {
+        draw_arrow(&mut out, diagram, arrow, &layout.boxes);
     }
-    for (card, place) in picture.cards.iter().zip(&layout.places) {
-        draw_card(&mut out, card, place);
+    for (node, bounds) in diagram.nodes.iter().zip(&layout.boxes) {
+        draw_node(&mut out, node, bounds);
     }
     out.push_str("</svg>\n");
     out
 }
 
-fn draw_link(out: &mut String, picture: &Picture, link: &Link, places: &[Place]) {
-    let (waiter, blocker) = (&places[link.waiter], &places[link.blocker]);
-    let principal = picture.is_principal(link);
+fn draw_arrow(out: &mut String, diagram: &Diagram, arrow: &Arrow, boxes: &[NodeBox]) {
+    let (waiter, blocker) = (&boxes[arrow.waiter], &boxes[arrow.blocker]);
+    let principal = diagram.is_principal(arrow);
     let mut class = String::from("link");
-    for (name, applies) in [("soft", link.soft), ("circle", link.in_circle)] {
+    for (name, applies) in [("soft", arrow.soft), ("cycle", arrow.in_cycle)] {
         if applies {
             class.push(' ');
             class.push_str(name);
         }
     }
-    let arrow = if link.in_circle {
-        "arrow-circle"
+    let marker = if arrow.in_cycle {
+        "arrow-cycle"
     } else {
         "arrow"
     };
     let _ = write!(
         out,
-        "<g class=\"{class}\"><title>{}</title><path d=\"{}\" marker-end=\"url(#{arrow})\"/>",
-        html(&link.hint),
+        "<g class=\"{class}\"><title>{}</title><path d=\"{}\" marker-end=\"url(#{marker})\"/>",
+        html(&arrow.hint),
         curve(waiter, blocker, principal)
     );
-    if principal && !link.label.is_empty() {
+    if principal && !arrow.label.is_empty() {
         let _ = write!(
             out,
             "<text class=\"label\" x=\"{}\" y=\"{}\">{}</text>",
             waiter.x - 10,
             waiter.middle() - 6,
-            html(&fit(&link.label, LABEL, false))
+            html(&fit(&arrow.label, LABEL_COLUMNS, false))
         );
     }
     out.push_str("</g>\n");
 }
 
-/// From the waiter's card to that of the blocker.
-fn curve(waiter: &Place, blocker: &Place, principal: bool) -> String {
-    let right = |place: &Place| place.x + CARD_WIDTH;
-    // Beside the links along which cards stand, not over them.
+/// The path from the waiter's node to the blocker's.
+fn curve(waiter: &NodeBox, blocker: &NodeBox, principal: bool) -> String {
+    let right = |bounds: &NodeBox| bounds.x + NODE_WIDTH;
+    // Next to the arrows between nodes and their parents, not over them.
     let aside = if principal { 0 } else { 14 };
     let (y1, y2) = (waiter.middle() + aside, blocker.middle() + aside);
     if waiter.column == blocker.column {
@@ -90,7 +90,7 @@ fn curve(waiter: &Place, blocker: &Place, principal: bool) -> String {
     } else {
         (right(waiter), blocker.x)
     };
-    // A straight piece below the label, then over to the other height.
+    // A straight piece below the label, then a curve to the other height.
     if principal {
         let bend = x1 - (GAP - 46);
         let half = x2.midpoint(bend);
@@ -100,38 +100,38 @@ fn curve(waiter: &Place, blocker: &Place, principal: bool) -> String {
     format!("M{x1} {y1}C{half} {y1} {half} {y2} {x2} {y2}")
 }
 
-fn draw_card(out: &mut String, card: &Card, place: &Place) {
-    let mut class = String::from(match card.look {
-        Look::Root => "card root",
-        Look::Waiter => "card",
-        Look::Fold => "card fold",
+fn draw_node(out: &mut String, node: &Node, bounds: &NodeBox) {
+    let mut class = String::from(match node.style {
+        NodeStyle::Root => "card root",
+        NodeStyle::Waiter => "card",
+        NodeStyle::Collapsed => "card fold",
     });
-    for (name, applies) in [("circle", card.in_circle), ("hidden", card.hidden)] {
+    for (name, applies) in [("cycle", node.in_cycle), ("hidden", node.hidden)] {
         if applies {
             class.push(' ');
             class.push_str(name);
         }
     }
-    if let Some(row) = &card.row {
+    if let Some(row) = &node.row {
         let _ = write!(out, "<a href=\"#{}\">", html(row));
     }
-    let _ = write!(out, "<g class=\"{class}\"><title>{}", html(&card.name));
-    for line in &card.lines {
+    let _ = write!(out, "<g class=\"{class}\"><title>{}", html(&node.name));
+    for line in &node.lines {
         let _ = write!(out, "\n{}", html(&line.text));
     }
-    let Place { x, y, height, .. } = *place;
+    let NodeBox { x, y, height, .. } = *bounds;
     let _ = write!(
         out,
-        "</title><rect x=\"{x}\" y=\"{y}\" width=\"{CARD_WIDTH}\" height=\"{height}\" rx=\"6\"/>"
+        "</title><rect x=\"{x}\" y=\"{y}\" width=\"{NODE_WIDTH}\" height=\"{height}\" rx=\"6\"/>"
     );
-    let mut room = CARD_COLUMNS;
-    if let Some(badge) = &card.badge {
-        let badge = fit(badge, CARD_COLUMNS / 2, false);
+    let mut room = NODE_COLUMNS;
+    if let Some(badge) = &node.badge {
+        let badge = fit(badge, NODE_COLUMNS / 2, false);
         room -= width(&badge) + 2;
         let _ = write!(
             out,
             "<text class=\"badge\" x=\"{}\" y=\"{}\">{}</text>",
-            x + CARD_WIDTH - 12,
+            x + NODE_WIDTH - 12,
             y + baseline(0),
             html(&badge)
         );
@@ -141,18 +141,18 @@ fn draw_card(out: &mut String, card: &Card, place: &Place) {
         out,
         "<text class=\"name\" x=\"{x}\" y=\"{}\">{}</text>",
         y + baseline(0),
-        html(&fit(&card.name, room, false))
+        html(&fit(&node.name, room, false))
     );
-    for (at, line) in card.lines.iter().enumerate() {
+    for (at, line) in node.lines.iter().enumerate() {
         let _ = write!(
             out,
             "<text x=\"{x}\" y=\"{}\">{}</text>",
             y + baseline(at + 1),
-            html(&fit(&line.text, CARD_COLUMNS, line.keep_end))
+            html(&fit(&line.text, NODE_COLUMNS, line.keep_end))
         );
     }
     out.push_str("</g>");
-    if card.row.is_some() {
+    if node.row.is_some() {
         out.push_str("</a>");
     }
     out.push('\n');

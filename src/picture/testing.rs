@@ -1,49 +1,49 @@
-//! Pictures for tests.
+//! Diagrams for tests.
 
-use super::{Card, Line, Link, Look, Picture};
+use super::{Arrow, Diagram, Node, NodeStyle, TextLine};
 
-pub(super) fn small() -> Picture {
-    Picture {
-        cards: vec![
-            Card {
+pub(super) fn small() -> Diagram {
+    Diagram {
+        nodes: vec![
+            Node {
                 name: "pid 1".into(),
                 badge: Some("blocks 2".into()),
-                lines: vec![Line::keeping_end("billing \"x\" src/pay.rs:42")],
-                look: Look::Root,
+                lines: vec![TextLine::keeping_end("billing \"x\" src/pay.rs:42")],
+                style: NodeStyle::Root,
                 row: Some("s0".into()),
-                ..Card::default()
+                ..Node::default()
             },
-            Card {
+            Node {
                 name: "pid 2".into(),
-                lines: vec![Line::new("waits 3.2s for ShareLock")],
-                above: Some(0),
-                ..Card::default()
+                lines: vec![TextLine::new("waits 3.2s for ShareLock")],
+                parent: Some(0),
+                ..Node::default()
             },
-            Card {
+            Node {
                 name: "1 more session".into(),
-                look: Look::Fold,
-                above: Some(0),
-                ..Card::default()
+                style: NodeStyle::Collapsed,
+                parent: Some(0),
+                ..Node::default()
             },
         ],
-        links: vec![
-            Link {
+        arrows: vec![
+            Arrow {
                 waiter: 1,
                 blocker: 0,
                 label: "ExclusiveLock".into(),
                 hint: "pid 2 waits for pid 1".into(),
                 soft: false,
-                in_circle: false,
+                in_cycle: false,
             },
-            Link {
+            Arrow {
                 waiter: 2,
                 blocker: 0,
                 label: String::new(),
                 hint: String::new(),
                 soft: true,
-                in_circle: false,
+                in_cycle: false,
             },
         ],
-        ..Picture::default()
+        ..Diagram::default()
     }
 }

@@ -1,6 +1,6 @@
-//! Texts of others, made harmless and short.
+//! Escapes texts of unknown content for each format, and shortens them.
 
-/// As it may stand between tags, and in an attribute with double quotes.
+/// Escapes a text for HTML, between tags or in an attribute with double quotes.
 pub(super) fn html(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars().map(printable) {
@@ -16,7 +16,7 @@ pub(super) fn html(text: &str) -> String {
     safe
 }
 
-/// As it may stand in a string of DOT, where `&` begins an entity, and `\` what it calls an escape.
+/// Escapes a text for a quoted string of DOT, where `&` starts an entity and `\` an escape sequence.
 pub(super) fn dot(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars().map(printable) {
@@ -33,14 +33,14 @@ pub(super) fn dot(text: &str) -> String {
     safe
 }
 
-/// As it may stand in a quoted label of Mermaid. All that it, or Markdown within it, could take for something else is
-/// given by its number.
+/// Escapes a text for a quoted label of Mermaid. All characters that Mermaid, or Markdown within it, could interpret
+/// become numeric entities.
 pub(super) fn mermaid(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     let mut chars = text.chars().map(printable).peekable();
     let mut is_first = true;
     while let Some(c) = chars.next() {
-        // `1. ` and `- ` at the beginning of a line begin a list.
+        // `1. ` and `- ` at the beginning of a line start a list.
         let ends_word = chars.peek().is_none_or(|next| next.is_whitespace());
         let is_plain = c.is_alphanumeric()
             || matches!(
@@ -62,7 +62,7 @@ pub(super) fn mermaid(text: &str) -> String {
     safe
 }
 
-/// Nothing that ends a document, moves a cursor, or changes the order of what is around it.
+/// Replaces characters that end a document, move a cursor, or change the direction of text.
 fn printable(c: char) -> char {
     let acts = (c.is_control() && !matches!(c, '\n' | '\t'))
         || matches!(
@@ -74,7 +74,7 @@ fn printable(c: char) -> char {
     if acts { '\u{fffd}' } else { c }
 }
 
-/// On one line, in so many columns of a fixed-width font. What is cut off is shown as `…`.
+/// The text on one line, in at most this many columns of a fixed-width font. `…` stands for what is cut off.
 pub(super) fn fit(text: &str, columns: usize, keep_end: bool) -> String {
     let words: Vec<_> = text.split_whitespace().collect();
     let line = words.join(" ");
@@ -100,7 +100,7 @@ pub(super) fn width(text: &str) -> usize {
     text.chars().map(columns_of).sum()
 }
 
-/// Rather too many than too few: Chinese, Japanese and Korean characters, and all that may be as wide.
+/// An upper bound: Chinese, Japanese and Korean characters, and all others that may be as wide, count as two columns.
 fn columns_of(c: char) -> usize {
     match c {
         '\u{0}'..='\u{36f}' | '…' => 1,
@@ -144,7 +144,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_gets_out(text in any::<String>(), markup in "[<>&\"'\\\\#;`\\[\\]{}|\n a-]{0,40}") {
+        fn no_text_escapes_its_format(text in any::<String>(), markup in "[<>&\"'\\\\#;`\\[\\]{}|\n a-]{0,40}") {
             for text in [text, markup] {
                 let safe = html(&text);
                 prop_assert!(!safe.contains(['<', '>', '"', '\'', '\0']));
@@ -162,7 +162,7 @@ mod tests {
         }
 
         #[test]
-        fn what_fits_fits(text in any::<String>(), columns in 1..60_usize, keep_end in any::<bool>()) {
+        fn a_fitted_text_fits(text in any::<String>(), columns in 1..60_usize, keep_end in any::<bool>()) {
             prop_assert!(width(&fit(&text, columns, keep_end)) <= columns);
         }
     }

@@ -1,66 +1,67 @@
-//! What a lock is on: `pg_locks.locktype` and its columns, with names for people.
+//! Locked objects: `pg_locks.locktype` and its columns, with readable names.
 
 use std::fmt;
 
 use super::message;
 use crate::key::LockKey;
 
-/// What a lock is on, one variant for each `pg_locks.locktype`.
+/// A locked object, with one variant for each `pg_locks.locktype`.
 ///
-/// `Display` is one line for people: `relation public.users`, `row (0,9) of public.users`, `transaction 733`,
-/// `advisory lock "invoice:42"`.
+/// `Display` is one line: `relation public.users`, `row (0,9) of public.users`, `transaction 733`, `advisory lock
+/// "invoice:42"`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LockObject {
     /// A table, an index or another relation.
     Relation(Relation),
-    /// The right to make a relation longer.
+    /// The right to extend a relation.
     Extend(Relation),
     /// A page of a relation (index methods such as hash, and GIN's pending list).
     #[non_exhaustive]
     Page {
-        /// Of what.
+        /// The relation.
         relation: Relation,
-        /// The page's number.
+        /// The page number.
         page: u32,
     },
-    /// A row version, whose lock is held by the first in line while it waits for the transaction that has the row.
+    /// A row version. The first waiter for a row holds this lock while it waits for the transaction that locked the
+    /// row.
     Tuple(RowId),
-    /// The end of a transaction: what row locks, unique keys and `SELECT … FOR UPDATE` wait for.
+    /// The end of a transaction. Row locks, unique keys and `SELECT … FOR UPDATE` wait for it.
     Transaction(u32),
-    /// The end of a virtual transaction, such as `3/15`: what `CREATE INDEX CONCURRENTLY` waits for.
+    /// The end of a virtual transaction, such as `3/15`. `CREATE INDEX CONCURRENTLY` waits for it.
     VirtualTransaction(Box<str>),
-    /// The outcome of an `INSERT … ON CONFLICT` under way.
+    /// The outcome of a running `INSERT … ON CONFLICT`.
     #[non_exhaustive]
     SpeculativeToken {
-        /// The transaction that inserts; `None` where the server does not say.
+        /// The inserting transaction; `None` if the server does not tell.
         transaction: Option<u32>,
         /// Its number among that transaction's insertions.
         token: u32,
     },
-    /// A database object that is no relation: a schema, a type, a role, …
+    /// A database object that is not a relation: a schema, a type, a role, …
     #[non_exhaustive]
     Object {
-        /// The system catalog it is in.
+        /// The system catalog that contains it.
         catalog: Relation,
-        /// Its oid there.
+        /// Its oid in that catalog.
         oid: u32,
         /// The column, or 0 for the whole object.
         column: u16,
-        /// The database it is in, where it is another one than the role that looked was connected to.
+        /// Its database, if that is another one than the querying role was connected to.
         database: Option<Box<str>>,
     },
     /// An advisory lock.
     #[non_exhaustive]
     Advisory {
-        /// Its key, with its name where this process knows it.
+        /// The key, with its name if this process knows it.
         key: LockKey,
-        /// The database it is in, where it is another one than the role that looked was connected to.
+        /// Its database, if that is another one than the querying role was connected to.
         database: Option<Box<str>>,
     },
     /// `pg_database.datfrozenxid` of a database, by name.
     FrozenId(Option<Box<str>>),
-    /// A user lock: what advisory locks were called before PostgreSQL 8.2.
+    /// A user lock, as advisory locks were called before PostgreSQL 8.2.
     Userlock(u32, u32, u16),
     /// A remote transaction that a subscription's parallel worker applies (16+).
     #[non_exhaustive]
@@ -70,7 +71,7 @@ pub enum LockObject {
         /// The remote transaction.
         transaction: u32,
     },
-    /// A kind of lock this crate does not know, by its `locktype` or by what else was said of it.
+    /// An unknown kind of lock, by its `locktype` or its other columns.
     Other(Box<str>),
 }
 
@@ -83,7 +84,7 @@ pub struct Relation {
     pub(crate) database: Option<Box<str>>,
 }
 
-/// A version of a row, by where it is: what `ctid` shows.
+/// A row version, identified by its `ctid`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RowId {
     pub(crate) relation: Relation,
@@ -92,7 +93,7 @@ pub struct RowId {
 }
 
 impl LockObject {
-    /// The kind of lock as `pg_locks.locktype` spells it.
+    /// The kind of the lock as `pg_locks.locktype` spells it.
     #[must_use]
     pub fn locktype(&self) -> &str {
         match self {
@@ -112,7 +113,7 @@ impl LockObject {
         }
     }
 
-    /// The relation it is, or is in.
+    /// The relation that it is, or is part of.
     #[must_use]
     pub fn relation(&self) -> Option<&Relation> {
         match self {
@@ -124,7 +125,7 @@ impl LockObject {
         }
     }
 
-    /// The row version it is.
+    /// The row version that it is.
     #[must_use]
     pub fn row(&self) -> Option<&RowId> {
         match self {
@@ -144,23 +145,20 @@ impl LockObject {
 }
 
 impl LockObject {
-    /// As a message of the server has it: without names.
+    /// From a message of the server, without names.
     #[cfg(feature = "server-log")]
-    pub(crate) fn from_message(object: &message::LockObject) -> Self {
-        Self::of_message(object, Relation::nameless)
+    pub(crate) fn from_nameless_tag(object: &message::LockTag) -> Self {
+        Self::from_tag(object, Relation::nameless)
     }
 
-    /// As a message of the server has it, with what is known of the relations.
-    pub(crate) fn of_message(
-        object: &message::LockObject,
-        relation: impl Fn(u32) -> Relation,
-    ) -> Self {
-        use message::LockObject as Told;
+    /// From a message of the server; `relation` looks up the name of a relation.
+    pub(crate) fn from_tag(object: &message::LockTag, relation: impl Fn(u32) -> Relation) -> Self {
+        use message::LockTag as Tag;
         match *object {
-            Told::Relation { relation: oid, .. } => Self::Relation(relation(oid)),
-            Told::Extension { relation: oid, .. } => Self::Extend(relation(oid)),
-            Told::FrozenIds { .. } => Self::FrozenId(None),
-            Told::Page {
+            Tag::Relation { relation: oid, .. } => Self::Relation(relation(oid)),
+            Tag::Extension { relation: oid, .. } => Self::Extend(relation(oid)),
+            Tag::FrozenIds { .. } => Self::FrozenId(None),
+            Tag::Page {
                 relation: oid,
                 page,
                 ..
@@ -168,7 +166,7 @@ impl LockObject {
                 relation: relation(oid),
                 page,
             },
-            Told::Tuple {
+            Tag::Tuple {
                 relation: oid,
                 page,
                 offset,
@@ -178,24 +176,24 @@ impl LockObject {
                 page,
                 offset,
             }),
-            Told::Transaction { xid } => Self::Transaction(xid),
-            Told::VirtualTransaction { backend, local } => {
+            Tag::Transaction { xid } => Self::Transaction(xid),
+            Tag::VirtualTransaction { backend, local } => {
                 Self::VirtualTransaction(format!("{backend}/{local}").into())
             }
-            Told::SpeculativeToken { xid, token } => Self::SpeculativeToken {
+            Tag::SpeculativeToken { xid, token } => Self::SpeculativeToken {
                 transaction: Some(xid),
                 token,
             },
-            Told::Object { class, object, .. } => Self::Object {
+            Tag::Object { class, object, .. } => Self::Object {
                 catalog: relation(class),
                 oid: object,
                 column: 0,
                 database: None,
             },
-            Told::UserLock { fields: [a, b, c] } => {
+            Tag::UserLock { fields: [a, b, c] } => {
                 Self::Userlock(a, b, u16::try_from(c).unwrap_or(u16::MAX))
             }
-            Told::Advisory {
+            Tag::Advisory {
                 classid,
                 objid,
                 objsubid,
@@ -207,14 +205,14 @@ impl LockObject {
                 },
                 None => Self::Other("advisory".into()),
             },
-            Told::RemoteTransaction {
+            Tag::RemoteTransaction {
                 subscription, xid, ..
             } => Self::ApplyTransaction {
                 subscription,
                 transaction: xid,
             },
-            // Its text is in the message, where that may be shown.
-            Told::Unknown { .. } => Self::Other("not understood".into()),
+            // Its text is in the message, which is shown if it may be.
+            Tag::Unknown { .. } => Self::Other("not understood".into()),
         }
     }
 }
@@ -236,7 +234,7 @@ impl Relation {
         self.oid
     }
 
-    /// The name of its schema; `None` where it is in another database, or was made by a transaction that has not
+    /// The name of its schema; `None` if it is in another database, or was created by a transaction that has not
     /// committed.
     #[must_use]
     pub fn schema(&self) -> Option<&str> {
@@ -249,13 +247,14 @@ impl Relation {
         self.name.as_ref().map(|(_, name)| &**name)
     }
 
-    /// What kind of relation it is, as `pg_class.relkind` says: `r` a table, `i` an index, `p` a partitioned table, …
+    /// The kind of the relation, as in `pg_class.relkind`: `r` for a table, `i` for an index, `p` for a partitioned
+    /// table, …
     #[must_use]
     pub fn kind(&self) -> Option<char> {
         self.kind
     }
 
-    /// The database it is in, where it is another one than the role that looked was connected to.
+    /// Its database, if that is another one than the querying role was connected to.
     #[must_use]
     pub fn database(&self) -> Option<&str> {
         self.database.as_deref()
@@ -263,26 +262,25 @@ impl Relation {
 }
 
 impl RowId {
-    /// The table it is in.
+    /// The table that contains it.
     #[must_use]
     pub fn relation(&self) -> &Relation {
         &self.relation
     }
 
-    /// The number of its page.
+    /// The page number.
     #[must_use]
     pub fn page(&self) -> u32 {
         self.page
     }
 
-    /// Its place in the page, counted from 1.
+    /// Its number within the page, counted from 1.
     #[must_use]
     pub fn offset(&self) -> u16 {
         self.offset
     }
 
-    /// As `ctid` is written: `(0,9)`. `SELECT … WHERE ctid = '(0,9)'` shows the row as long as no later version of it
-    /// is committed.
+    /// Its `ctid`: `(0,9)`. `SELECT … WHERE ctid = '(0,9)'` returns the row until a later version of it is committed.
     #[must_use]
     pub fn ctid(&self) -> String {
         format!("({},{})", self.page, self.offset)
@@ -339,7 +337,7 @@ impl fmt::Display for LockObject {
     }
 }
 
-/// `public.users`, or `relation 16384` where there is no name.
+/// `public.users`, or `relation 16384` if the name is unknown.
 impl fmt::Display for Relation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
@@ -367,7 +365,7 @@ fn in_database(f: &mut fmt::Formatter<'_>, database: Option<&str>) -> fmt::Resul
     })
 }
 
-/// Quoted where SQL would need it, and on one line.
+/// Quoted if SQL requires it, and on one line.
 struct Identifier<'a>(&'a str);
 
 impl fmt::Display for Identifier<'_> {
@@ -414,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_for_people() {
+    fn display_is_one_line() {
         let row = RowId {
             relation: users(),
             page: 0,
@@ -482,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_names_are_quoted_and_stay_on_one_line() {
+    fn unusual_names_are_quoted_on_one_line() {
         let mut odd = users();
         odd.name = Some(("My \"Schema\"".into(), "a\nb".into()));
         assert_eq!(odd.to_string(), "\"My \"\"Schema\"\"\".\"a\u{fffd}b\"");

@@ -1,5 +1,5 @@
-//! What PostgreSQL says and how it is read: SQL text and its replies, the names of relations, statements, the messages
-//! of the server in its languages, timestamps, and what a lock is on.
+//! PostgreSQL's texts and how to parse them: SQL and its replies, relation names, statements, the server's messages in
+//! its languages, timestamps, and locked objects.
 
 #[cfg(any(feature = "incidents", feature = "server-log"))]
 pub(crate) mod lock_object;

@@ -1,4 +1,4 @@
-//! Moments and durations as texts, and back.
+//! Timestamps and durations as text, and back.
 
 use std::fmt;
 #[cfg(feature = "incidents")]
@@ -42,8 +42,8 @@ pub(crate) fn rfc3339(at: SystemTime) -> String {
     text
 }
 
-/// A local time such as `2026-01-31 12:34:56.789`, of a zone that is so many seconds ahead of UTC; `None` for anything else,
-/// and for times before 1970.
+/// Parses a local time such as `2026-01-31 12:34:56.789` of a zone that is this many seconds ahead of UTC. `None` for
+/// anything else, and for times before 1970.
 #[cfg(feature = "server-log")]
 pub(crate) fn in_zone(text: &str, ahead: i32) -> Option<SystemTime> {
     let (day, time) = text.split_once([' ', 'T'])?;
@@ -74,13 +74,13 @@ pub(crate) fn in_zone(text: &str, ahead: i32) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::new(u64::try_from(utc).ok()?, nanos))
 }
 
-/// The reverse of [`date`]; `None` where there is no such day.
+/// The reverse of [`date`]; `None` if there is no such day.
 #[cfg(feature = "server-log")]
 fn days(year: u64, month: u64, day: u64) -> Option<u64> {
     if !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
     }
-    // As there: years begin in March.
+    // As in `date`, years begin in March.
     let (shifted, month_of_march) = if month > 2 {
         (year, month - 3)
     } else {
@@ -93,9 +93,9 @@ fn days(year: u64, month: u64, day: u64) -> Option<u64> {
     (date(days) == (year, month, day)).then_some(days)
 }
 
-/// Year, month and day of the Gregorian calendar, so many days after 1970-01-01.
+/// The year, month and day of the Gregorian calendar, this many days after 1970-01-01.
 fn date(days: u64) -> (u64, u64, u64) {
-    // Years are counted from March on, so that the day that is not always there is the last of its year; an era has 400.
+    // Years are counted from March, so that the leap day is the last day of its year. An era has 400 years.
     const ERA: u64 = 146_097;
     let shifted = days + 719_468;
     let (era, day) = (shifted / ERA, shifted % ERA);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_read_back() {
+    fn times_are_parsed_back() {
         for days in (0..200_000).step_by(7) {
             let (year, month, day) = date(days);
             assert_eq!(super::days(year, month, day), Some(days));

@@ -39,7 +39,7 @@ pub(super) fn place(tree: &LockTree, who: &Identity) -> Place {
     }
     let snapshot = tree.snapshot();
     match snapshot.backend(&who.0) {
-        Some(backend) if is_it(backend) && snapshot.blocked_by(&who.0) > 0 => Place::Waits,
+        Some(backend) if is_it(backend) && snapshot.blocked_count(&who.0) > 0 => Place::Waits,
         _ => Place::Out,
     }
 }

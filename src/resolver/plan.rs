@@ -173,9 +173,9 @@ impl Plan {
                 verdict(policy, known, root.backend())
             };
             PlannedRoot {
-                why: why(root.backend(), root.blocks()),
+                why: why(root.backend(), root.blocked_count()),
                 backend: root.backend().clone(),
-                blocks: root.blocks(),
+                blocks: root.blocked_count(),
                 verdict,
             }
         });
@@ -281,7 +281,7 @@ pub(super) fn verdict(policy: &ResolverPolicy, known: &Known, backend: &Backend)
             grant: signal::grant(&[lacking], me, around.version).into(),
         };
     };
-    let left = |grace: Duration| grace.saturating_sub(backend.in_state().unwrap_or_default());
+    let left = |grace: Duration| grace.saturating_sub(backend.state_age().unwrap_or_default());
     let terminate = |grace: Duration| {
         if policy.may_terminate {
             Verdict::Act(vec![Step::Wait(left(grace)), Step::Terminate])
@@ -336,7 +336,7 @@ mod tests {
 
     use super::*;
     use crate::graph::BackendId;
-    use crate::graph::parts::Sight;
+    use crate::graph::Visibility;
     use crate::monitor::testing::{backend, edge, snapshot};
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -344,7 +344,7 @@ mod tests {
     fn in_state(state: &str, seconds: u64) -> Backend {
         let mut backend = backend(1);
         backend.state = Some(state.into());
-        backend.in_state = Some(SECOND * u32::try_from(seconds).expect("small"));
+        backend.state_age = Some(SECOND * u32::try_from(seconds).expect("small"));
         backend
     }
 
@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn unknown_is_not_idle() {
         let mut hidden = Backend::unknown(1.into());
-        hidden.sight = Sight::Hidden;
+        hidden.visibility = Visibility::Hidden;
         hidden.application_name = Some("app".into());
         let known = Known {
             surroundings: crate::resolver::sql::sessions::Surroundings {
@@ -436,7 +436,7 @@ mod tests {
     #[test]
     fn a_plan_says_who_and_why() {
         let mut prepared = Backend::unknown(BackendId::Prepared(Some(Arc::from("it's"))));
-        prepared.sight = Sight::Whole;
+        prepared.visibility = Visibility::Full;
         let mut queued = edge(4, 9, SECOND);
         queued.blocker = prepared.id().clone();
         let tree = snapshot(

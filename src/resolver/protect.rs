@@ -194,12 +194,12 @@ fn migration_keys(policy: &ResolverPolicy, database: Option<&str>) -> Vec<LockKe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::parts::Verbatim;
+    use crate::graph::RawStatement;
     use crate::monitor::testing::backend;
 
     fn said(sql: &str) -> Backend {
         let mut backend = backend(7);
-        backend.statement = Some(Verbatim(sql.into()));
+        backend.statement = Some(RawStatement(sql.into()));
         backend
     }
 

@@ -1,4 +1,4 @@
-//! The transactions and session guards of one keeper that are alive, and those that ended a moment ago.
+//! The running transactions and session guards of one keeper, and those that ended recently.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -11,29 +11,29 @@ use tokio::sync::Notify;
 use super::statement_log::StatementLog;
 use crate::connection::{Beginning, Observed, Observer};
 
-/// How many that have ended are remembered, and for how long: a report about a deadlock is written when its survivor may
-/// have ended already.
-const MOST_RECENT: usize = 256;
-const RECENT: Duration = Duration::from_secs(5);
-/// How long the answer to BEGIN may be on its way.
-const ANSWER: Duration = Duration::from_millis(50);
+/// How many ended transactions are kept, and for how long. A report about a deadlock may be written after its survivor
+/// has ended.
+const MAX_RECENT: usize = 256;
+const RECENT_FOR: Duration = Duration::from_secs(5);
+/// How long the reply to BEGIN may take to arrive.
+const REPLY_DELAY: Duration = Duration::from_millis(50);
 
 /// How long before a report one of its participants may have ended.
-const GONE: Duration = Duration::from_millis(50);
-/// A transaction younger than this has hardly locked something, waited, and been waited for.
-const SETTLED: Duration = Duration::from_millis(3);
+const ENDED_WITHIN: Duration = Duration::from_millis(50);
+/// A transaction younger than this can hardly have locked something, waited, and been waited for.
+const MIN_AGE: Duration = Duration::from_millis(3);
 
-/// Every transaction and session guard of one keeper reports here while it is alive.
+/// Registers every transaction and session guard of one keeper while it runs.
 #[derive(Default)]
 pub(crate) struct ActiveTransactions {
-    state: Mutex<State>,
-    /// Whether somebody waits for a transaction to begin.
+    state: Mutex<RegistryState>,
+    /// Whether the sampler's task waits for a transaction to begin.
     awaited: AtomicBool,
     begun: Notify,
 }
 
 #[derive(Default)]
-struct State {
+struct RegistryState {
     next: u64,
     live: HashMap<u64, Arc<StatementLog>>,
     recent: VecDeque<Arc<StatementLog>>,
@@ -54,19 +54,19 @@ impl ActiveTransactions {
         log
     }
 
-    /// One that has ended is no longer alive, but remembered for a while.
+    /// Moves a transaction from the running ones to the recently ended ones.
     fn leave(&self, log: &StatementLog) {
         log.end();
         let mut state = self.lock();
         if let Some(log) = state.live.remove(&log.number) {
-            if state.recent.len() >= MOST_RECENT {
+            if state.recent.len() >= MAX_RECENT {
                 drop(state.recent.pop_front());
             }
             state.recent.push_back(log);
         }
     }
 
-    /// Everything that is alive, by numbers that are never used twice.
+    /// All running transactions, by unique numbers.
     pub(super) fn live(&self) -> Vec<(u64, Arc<StatementLog>)> {
         let state = self.lock();
         let live = state.live.iter();
@@ -74,11 +74,11 @@ impl ActiveTransactions {
             .collect()
     }
 
-    /// The one on the backend with this pid at that time: of a session guard's and that of the transaction on it, the
-    /// transaction's.
+    /// The transaction that used the backend with this pid at that time. If a session guard and a transaction on it
+    /// match, it is the transaction.
     pub(super) fn of_backend(&self, pid: i32, at: Instant) -> Option<Arc<StatementLog>> {
         let state = self.lock();
-        let is_recent = |ended: Instant| ended.elapsed() < RECENT;
+        let is_recent = |ended: Instant| ended.elapsed() < RECENT_FOR;
         let recent = state.recent.iter();
         let recent = recent.filter(|log| log.ended().is_some_and(is_recent));
         let on_it: Vec<_> = state
@@ -89,21 +89,21 @@ impl ActiveTransactions {
             .collect();
         let then = on_it.iter().filter(|log| log.was_alive(at));
         let alive = then.max_by_key(|log| log.began);
-        // The winner of a deadlock goes on before the victim has heard of it: it can have committed, and another have
-        // begun.
-        let gone = || {
+        // The survivor of a deadlock continues before the victim learns of it: it can have committed, and another
+        // transaction can have begun.
+        let just_ended = || {
             let ended = on_it.iter().filter_map(|log| {
                 let ended = log.ended().filter(|ended| *ended < at)?;
-                (at - ended < GONE).then_some((ended, log))
+                (at - ended < ENDED_WITHIN).then_some((ended, log))
             });
             Some(ended.max_by_key(|(ended, _)| *ended)?.1)
         };
-        let settled = alive.filter(|log| at - log.began >= SETTLED);
-        let found = settled.or_else(gone).or(alive).or_else(|| {
-            // Locks that BEGIN's message took are held before its answer is here.
+        let settled = alive.filter(|log| at - log.began >= MIN_AGE);
+        let found = settled.or_else(just_ended).or(alive).or_else(|| {
+            // Locks taken by the message with BEGIN are held before its reply arrives.
             let soon = on_it
                 .iter()
-                .filter(|log| log.began > at && log.began - at < ANSWER);
+                .filter(|log| log.began > at && log.began - at < REPLY_DELAY);
             soon.min_by_key(|log| log.began)
         });
         found.map(|log| Arc::clone(log))
@@ -114,11 +114,11 @@ impl ActiveTransactions {
         self.lock().live.values().all(|log| log.is_guard)
     }
 
-    /// Waits until a transaction begins, or one is there already, or for [`wake`](Self::wake).
+    /// Waits until a transaction begins, or for [`wake`](Self::wake). Returns at once if a transaction is running.
     ///
-    /// Cancel safety: nothing is lost; flights that are there count the next time.
+    /// Cancel safety: nothing is lost; running transactions count the next time.
     pub(super) async fn begun(&self) {
-        // In this order, so that one that begins in between is seen by one side or the other.
+        // In this order, so that either side sees a transaction that begins in between.
         self.awaited.store(true, Ordering::Release);
         let not_awaited = scopeguard::guard(&self.awaited, |awaited| {
             awaited.store(false, Ordering::Release);
@@ -129,12 +129,12 @@ impl ActiveTransactions {
         drop(not_awaited);
     }
 
-    /// Lets whoever waits for a transaction look at what else has changed.
+    /// Wakes the task that waits in [`begun`](Self::begun), so that it checks for other changes.
     pub(super) fn wake(&self) {
         self.begun.notify_one();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, RegistryState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_ended_are_remembered_for_a_while() {
+    fn ended_transactions_are_kept_for_a_while() {
         let transactions = Arc::new(ActiveTransactions::default());
         let first = enter(&transactions);
         first.identify(7);
@@ -183,21 +183,21 @@ mod tests {
         assert_eq!(numbers(&transactions), 2);
         transactions.leave(&first);
         assert_eq!(numbers(&transactions), 1);
-        let now = Instant::now() + SETTLED;
+        let now = Instant::now() + MIN_AGE;
         let found = |at: Instant| {
             let found = transactions.of_backend(7, at);
             found.map(|log| log.ended().is_some())
         };
         assert_eq!(found(now), Some(false));
         assert!(transactions.of_backend(8, now).is_none());
-        for _ in 0..MOST_RECENT * 2 {
+        for _ in 0..MAX_RECENT * 2 {
             transactions.leave(&enter(&transactions));
         }
         assert_eq!(found(now), Some(false));
     }
 
     #[test]
-    fn a_backend_is_told_apart_by_the_time() {
+    fn a_backends_transaction_depends_on_the_time() {
         let transactions = Arc::new(ActiveTransactions::default());
         let enter = || {
             std::thread::sleep(Duration::from_millis(1));
@@ -214,13 +214,13 @@ mod tests {
         let first = enter();
         let inside = first;
         transactions.leave(&inside);
-        // By what the logs say: the machine may have stood still between any two of these lines.
+        // By the times in the logs: the machine may have paused between any two of these lines.
         let (began, first_began) = (guard.began, inside.began);
         let first_ended = inside.ended().expect("it has ended");
         let guards = began + (first_began - began) / 2;
         let second = first_began + (first_ended - first_began) / 2;
-        let after = first_ended.max(began + SETTLED) + Duration::from_millis(1);
-        let before = began - ANSWER / 2;
+        let after = first_ended.max(began + MIN_AGE) + Duration::from_millis(1);
+        let before = began - REPLY_DELAY / 2;
         assert!(is(before, &guard), "its BEGIN was being answered");
         assert!(is(guards, &guard));
         assert!(is(second, &inside));
@@ -228,10 +228,14 @@ mod tests {
         let guards = guard;
         transactions.leave(&guards);
         assert!(is(second, &inside));
-        // The one that ended a moment ago may have had a part in what is reported now.
+        // A transaction that ended recently may be involved in the current report.
         let ended = guards.ended().expect("it has ended");
-        assert!(transactions.of_backend(7, ended + GONE / 2).is_some());
-        assert!(transactions.of_backend(7, ended + GONE).is_none());
+        assert!(
+            transactions
+                .of_backend(7, ended + ENDED_WITHIN / 2)
+                .is_some()
+        );
+        assert!(transactions.of_backend(7, ended + ENDED_WITHIN).is_none());
     }
 
     #[tokio::test]

@@ -1,11 +1,11 @@
-//! A running transaction's journal as reports have it.
+//! The statement log of a running transaction as a journal for reports.
 
 use std::time::Instant;
 
 use super::statement_log::StatementLog;
 use crate::incident;
 
-/// What it has said up to then.
+/// The journal up to this time.
 pub(super) fn of(log: &StatementLog, until: Instant) -> incident::Journal {
     let (statements, dropped) = log.statements();
     incident::Journal {
@@ -19,7 +19,7 @@ pub(super) fn of(log: &StatementLog, until: Instant) -> incident::Journal {
             .map(|statement| incident::JournalEntry {
                 after: statement.at.duration_since(log.began),
                 text: statement.text,
-                took: statement
+                duration: statement
                     .end
                     .and_then(|end| end.succeeded.map(|_| end.after)),
                 failed: statement

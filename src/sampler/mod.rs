@@ -1,15 +1,16 @@
-//! Looking while transactions wait, because afterwards it is too late.
+//! Samples the server's locks while transactions wait, because afterwards it is too late.
 //!
-//! When a deadlock's error arrives, the victim's locks are gone and the survivor goes on. So one task for each keeper
-//! looks at the server while any transaction's statement has been running for a while: who of them waits, and for whom;
-//! once when a wait is noticed, and again shortly before the server would end it. What it has seen, what both sides have
-//! said ([`StatementLog`]) and what the server's error says become an [`Incident`].
+//! When the error of a deadlock arrives, the victim's locks are gone and the survivor has continued. So each keeper has
+//! one task that samples the server while a statement of any transaction has been running for some time: which
+//! transactions wait, and for which sessions. It samples when it notices a wait, and again shortly before the server
+//! would end that wait. The samples, the statements of both sides ([`StatementLog`]) and the server's error become an
+//! [`Incident`].
 
 mod active_transactions;
-mod deliver;
+mod delivery;
 mod journal;
-mod look;
 mod plan;
+mod sampling;
 mod sql;
 mod statement_log;
 
@@ -21,43 +22,43 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::connection::{Connections, task};
 use crate::error::{Failure, Report, classify_db};
-use crate::incident::{Evidence, History, Incident, Kind, Outcome, ServerError};
+use crate::incident::{Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, ServerError};
 use crate::postgres::message;
 use crate::transaction::{FailedAttempt, Reporter};
 pub(crate) use active_transactions::ActiveTransactions;
-use deliver::Delivery;
-pub(crate) use deliver::Sink;
-use plan::Plan;
+use delivery::Delivery;
+pub(crate) use delivery::IncidentSink;
+use plan::SamplePlan;
 use statement_log::StatementLog;
 
-/// How often to see whether there is something to look at.
-const TICK: Duration = Duration::from_millis(100);
-/// After so many ticks without any transaction the task goes to sleep.
-const QUIET_TICKS: u32 = 10;
-/// What was seen so long before an error was there is of the same time.
-const SHORTLY: Duration = Duration::from_millis(100);
-/// How long what was seen of a statement that has ended is kept, unless its transaction failed by it and goes on.
-const KEEP: Duration = Duration::from_secs(10);
+/// How often to check whether a sample is due.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// After this many ticks without any transaction the task goes to sleep.
+const MAX_IDLE_CHECKS: u32 = 10;
+/// A sample counts as simultaneous with an error that arrived at most this much later.
+const SIMULTANEOUS: Duration = Duration::from_millis(100);
+/// How long the samples of a finished statement are kept, unless its transaction failed by it and continues.
+const KEEP_SAMPLES: Duration = Duration::from_secs(10);
 
-/// After how long a wait that continues is reported, by default.
-const LONG_WAIT: Duration = Duration::from_secs(10);
+/// The default duration after which a wait that continues is reported.
+const DEFAULT_LONG_WAIT: Duration = Duration::from_secs(10);
 
-/// How to sample, and what to report.
-pub(crate) struct Settings {
+/// How to sample, and which incidents to report.
+pub(crate) struct SamplerOptions {
     pub(crate) enabled: bool,
     /// Whether reports show the literals of statements.
     pub(crate) literals: bool,
-    /// After how long a wait is reported although it goes on; `None` for never.
+    /// The duration after which a wait that continues is reported; `None` for never.
     pub(crate) long_wait: Option<Duration>,
-    pub(crate) sink: Option<Sink>,
+    pub(crate) sink: Option<IncidentSink>,
 }
 
-impl Default for Settings {
+impl Default for SamplerOptions {
     fn default() -> Self {
         Self {
             enabled: true,
             literals: false,
-            long_wait: Some(LONG_WAIT),
+            long_wait: Some(DEFAULT_LONG_WAIT),
             sink: None,
         }
     }
@@ -67,21 +68,21 @@ impl Default for Settings {
 pub(crate) struct Sampler {
     connections: Arc<Connections>,
     transactions: Arc<ActiveTransactions>,
-    settings: Settings,
+    options: SamplerOptions,
     running: AtomicBool,
-    /// Of each statement, by the numbers of its flight and its own. The one that fails may be followed by others before
-    /// anybody hears of it.
-    plans: Mutex<HashMap<(u64, u64), Plan>>,
-    /// Columns of primary keys, by the relation's oid.
-    keys: Mutex<HashMap<u32, Arc<[String]>>>,
-    /// When the next look at who waits for whom may be.
-    rested: Mutex<Instant>,
-    /// Why the last look failed, if it did.
-    trouble: Mutex<Option<Arc<str>>>,
-    /// How many looks have failed one after another, and until when there is none.
-    failures: AtomicU32,
+    /// For each statement, by the number of its transaction and its own. A statement that fails may be followed by
+    /// others before its failure is reported.
+    plans: Mutex<HashMap<(u64, u64), SamplePlan>>,
+    /// The columns of primary primary_keys, by the relation's oid.
+    primary_keys: Mutex<HashMap<u32, Arc<[String]>>>,
+    /// The earliest time of the next sample.
+    next_sample: Mutex<Instant>,
+    /// Why the last sample failed, if it did.
+    sampling_error: Mutex<Option<Arc<str>>>,
+    /// How many samples have failed in a row, and until when sampling pauses.
+    failed_samples: AtomicU32,
     paused_until: Mutex<Option<Instant>>,
-    history: History,
+    history: IncidentHistory,
     delivery: Delivery,
 }
 
@@ -89,63 +90,65 @@ impl Sampler {
     pub(crate) fn new(
         connections: Arc<Connections>,
         transactions: Arc<ActiveTransactions>,
-        settings: Settings,
+        options: SamplerOptions,
     ) -> Arc<Self> {
         Arc::new(Self {
             connections,
             transactions,
-            delivery: Delivery::new(settings.sink.clone()),
-            settings,
+            delivery: Delivery::new(options.sink.clone()),
+            options,
             running: AtomicBool::new(false),
             plans: Mutex::default(),
-            keys: Mutex::default(),
-            rested: Mutex::new(Instant::now()),
-            trouble: Mutex::default(),
-            failures: AtomicU32::new(0),
+            primary_keys: Mutex::default(),
+            next_sample: Mutex::new(Instant::now()),
+            sampling_error: Mutex::default(),
+            failed_samples: AtomicU32::new(0),
             paused_until: Mutex::default(),
-            history: History::default(),
+            history: IncidentHistory::default(),
         })
     }
 
-    /// Sees to it that the task runs, from when the first transaction is about to begin.
+    /// Makes sure that the task runs. Called when a transaction is about to begin.
     pub(crate) fn start(self: &Arc<Self>) {
-        if !self.settings.enabled || self.running.load(Ordering::Relaxed) {
+        if !self.options.enabled || self.running.load(Ordering::Relaxed) {
             return;
         }
         if self.running.swap(true, Ordering::AcqRel) {
             return;
         }
-        let running = Running(Arc::downgrade(self));
+        let guard = TaskGuard(Arc::downgrade(self));
         let transactions = Arc::clone(&self.transactions);
-        // Without a runtime it is dropped, and is not running.
-        let _ = task::run_in_background(watch(running, transactions));
+        // Without a runtime the future is dropped, and the task does not run.
+        let _ = task::run_in_background(run(guard, transactions));
     }
 
-    /// The incident that a failed attempt was.
+    /// The incident of a failed attempt.
     fn incident(&self, failed: &FailedAttempt<'_>, log: &StatementLog) -> Incident {
-        let kind = match classify_db(failed.error) {
-            Failure::Deadlock => Kind::Deadlock,
-            _ => Kind::LockTimeout,
+        let trigger = match classify_db(failed.error) {
+            Failure::Deadlock => IncidentTrigger::Deadlock,
+            _ => IncidentTrigger::LockTimeout,
         };
         let failure = log.failure();
         let now = Instant::now();
-        // The closure may have done other things since.
+        // The closure may have run other statements since.
         let ended = failure.map_or(now, |failure| failure.ended);
-        let mut missing = Vec::new();
-        let (looks, seen) = {
+        let mut caveats = Vec::new();
+        let (samples, seen) = {
             let plans = lock(&self.plans);
             let plan = failure.and_then(|failure| plans.get(&(log.number, failure.number)));
-            plan.map_or((Vec::new(), None), |plan| (plan.looks(), plan.seen()))
+            plan.map_or((Vec::new(), None), |plan| {
+                (plan.samples(), plan.last_sampled())
+            })
         };
-        // What was seen shortly before is nearer to the truth: an error may be a while on its way to its task.
+        // A recent sample gives the better time, because the error may have reached its task late.
         let at = seen
             .map(|seen| seen.min(ended))
-            .filter(|seen| ended.duration_since(*seen) < SHORTLY);
-        if !self.settings.enabled {
-            missing.push("watching is switched off".into());
-        } else if looks.is_empty() {
-            missing.push(
-                lock(&self.trouble).clone().unwrap_or_else(|| {
+            .filter(|seen| ended.duration_since(*seen) < SIMULTANEOUS);
+        if !self.options.enabled {
+            caveats.push("watching is switched off".into());
+        } else if samples.is_empty() {
+            caveats.push(
+                lock(&self.sampling_error).clone().unwrap_or_else(|| {
                     "the wait was over before the first look at the server".into()
                 }),
             );
@@ -158,9 +161,9 @@ impl Sampler {
             routine: failed.error.routine().map(str::to_owned),
         };
         let detail = error.detail.as_deref();
-        let others = self.others(log, &looks, detail, at.unwrap_or(ended));
+        let others = self.others(log, &samples, detail, at.unwrap_or(ended));
         let evidence = Evidence {
-            kind,
+            trigger,
             occurred: SystemTime::now()
                 .checked_sub(now.saturating_duration_since(ended))
                 .unwrap_or_else(SystemTime::now),
@@ -173,25 +176,25 @@ impl Sampler {
                 None => Outcome::GaveUp,
             },
             error: Some(error),
-            looks,
+            samples,
             others,
-            missing,
-            literals: self.settings.literals,
+            caveats,
+            literals: self.options.literals,
         };
         Incident::new(evidence, &self.history)
     }
 
-    /// What the other participants have said, where they are transactions of this keeper: of those that were on their
-    /// backends at that time.
+    /// The journals of the other participants that are transactions of this keeper and used their backends at that
+    /// time.
     fn others(
         &self,
         victim: &StatementLog,
-        looks: &[crate::incident::Look],
+        samples: &[crate::incident::WaitSample],
         detail: Option<&str>,
         at: Instant,
     ) -> Vec<crate::incident::Journal> {
         let mut pids: Vec<i32> = Vec::new();
-        for edge in looks.iter().flat_map(|look| look.snapshot.edges()) {
+        for edge in samples.iter().flat_map(|sample| sample.snapshot.edges()) {
             pids.extend(edge.waiter().pid());
             pids.extend(edge.blocker().pid());
         }
@@ -206,17 +209,17 @@ impl Sampler {
             .filter(|pid| victim.pid() != Some(*pid))
             .filter_map(|pid| {
                 let log = self.transactions.of_backend(pid, at)?;
-                // What it said later is no part of it, its COMMIT least of all.
+                // Later statements are not part of the incident, least of all its COMMIT.
                 Some(journal::of(&log, at))
             })
             .collect()
     }
 
-    /// Notes why nothing is seen.
-    fn trouble(&self, why: &str) {
+    /// Notes why sampling fails.
+    fn sampling_error(&self, why: &str) {
         tracing::debug!(why, "the sampler cannot look");
-        let trouble = format!("the server could not be looked at: {why}");
-        *lock(&self.trouble) = Some(trouble.into());
+        let sampling_error = format!("the server could not be looked at: {why}");
+        *lock(&self.sampling_error) = Some(sampling_error.into());
     }
 
     fn publish(&self, incident: &Incident) {
@@ -233,7 +236,7 @@ impl Reporter for Sampler {
     }
 }
 
-/// So that the task, which waits for transactions, sees that there will be none.
+/// The task waits for transactions, so it has to be woken to notice that there will be none.
 impl Drop for Sampler {
     fn drop(&mut self) {
         self.transactions.wake();
@@ -248,10 +251,10 @@ impl fmt::Debug for Sampler {
     }
 }
 
-/// The task while it runs; with its runtime it ends, and the next transaction starts another.
-struct Running(Weak<Sampler>);
+/// Held by the task. The task ends with its runtime, and the next transaction starts another.
+struct TaskGuard(Weak<Sampler>);
 
-impl Drop for Running {
+impl Drop for TaskGuard {
     fn drop(&mut self) {
         if let Some(sampler) = self.0.upgrade() {
             sampler.running.store(false, Ordering::Release);
@@ -259,32 +262,32 @@ impl Drop for Running {
     }
 }
 
-async fn watch(running: Running, transactions: Arc<ActiveTransactions>) {
-    if let Some(sampler) = running.0.upgrade() {
-        // Opened before there is trouble, which may leave no connection to be had.
+async fn run(guard: TaskGuard, transactions: Arc<ActiveTransactions>) {
+    if let Some(sampler) = guard.0.upgrade() {
+        // Opened early, because later there may be no connection available.
         if sampler.connections.has_side() {
-            sampler.trouble("the side connection is still being opened");
+            sampler.sampling_error("the side connection is still being opened");
         }
         match sampler.connections.open_side().await {
-            Ok(()) => *lock(&sampler.trouble) = None,
-            Err(error) => sampler.trouble(&look::chain(&error)),
+            Ok(()) => *lock(&sampler.sampling_error) = None,
+            Err(error) => sampler.sampling_error(&sampling::error_chain(&error)),
         }
     }
     loop {
         transactions.begun().await;
-        let mut quiet = 0;
-        while quiet < QUIET_TICKS {
-            let Some(sampler) = running.0.upgrade() else {
+        let mut idle_checks = 0;
+        while idle_checks < MAX_IDLE_CHECKS {
+            let Some(sampler) = guard.0.upgrade() else {
                 return;
             };
-            let next = sampler.tick().await;
+            let next = sampler.sample_due().await;
             drop(sampler);
-            quiet = if transactions.is_empty() {
-                quiet + 1
+            idle_checks = if transactions.is_empty() {
+                idle_checks + 1
             } else {
                 0
             };
-            tokio::time::sleep_until(next.min(Instant::now() + TICK).into()).await;
+            tokio::time::sleep_until(next.min(Instant::now() + CHECK_INTERVAL).into()).await;
         }
     }
 }

@@ -1,55 +1,57 @@
-//! When to look at one statement's wait, and what was seen of it.
+//! When to sample one statement's wait, and the samples so far.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::statement_log::Running;
+use super::statement_log::RunningStatement;
 use crate::graph::{RowId, Snapshot};
-use crate::incident::{Look, RowKey};
+use crate::incident::{RowKey, WaitSample};
 
-/// How long a statement may run before somebody looks whether it waits.
-const FIRST: Duration = Duration::from_millis(100);
-/// The least of it, where a short `lock_timeout` asks for an earlier look.
-const EARLIEST: Duration = Duration::from_millis(15);
-/// How often to look again at a statement that does not wait.
-pub(super) const AGAIN: Duration = Duration::from_millis(100);
-/// How often at one that has waited for longer than any limit known.
-const LONG: Duration = Duration::from_millis(500);
-/// How long before the server ends a wait to look: as late as possible, because a deadlock's second half may come at any
-/// time, and more than once, because a look takes its time too.
-const BEFORE: [Duration; 3] = [
+/// How long a statement runs before it is checked for a wait.
+const FIRST_CHECK: Duration = Duration::from_millis(100);
+/// The minimum of that, if a short `lock_timeout` requires an earlier check.
+const MIN_FIRST_CHECK: Duration = Duration::from_millis(15);
+/// How often a statement that does not wait is checked.
+pub(super) const RECHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a statement is sampled that has waited longer than any known limit.
+const LONG_WAIT_INTERVAL: Duration = Duration::from_millis(500);
+/// How long before the server ends a wait to sample it: as late as possible, because the second half of a deadlock may
+/// come at any time, and several times, because a sample takes some time too.
+const BEFORE_END: [Duration; 3] = [
     Duration::from_millis(40),
     Duration::from_millis(20),
     Duration::from_millis(8),
 ];
-/// Looks kept: the first, and the last of the others.
-const LOOKS: usize = 4;
+/// How many samples are kept: the first, and the last of the others.
+const MAX_SAMPLES: usize = 4;
 
-/// One statement.
+/// The plan of one statement.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct SamplePlan {
     since: Instant,
     waits_in_slices: bool,
     waiting_since: Option<Instant>,
     next: Instant,
-    looks: VecDeque<Look>,
+    samples: VecDeque<WaitSample>,
     pub(super) reported_long: bool,
-    /// When it was last known to run.
+    /// When the statement was last known to run.
     pub(super) ran: Instant,
 }
 
-impl Plan {
-    /// Under this `lock_timeout` if one is known.
-    pub(super) fn new(running: &Running, lock_timeout: Option<Duration>) -> Self {
+impl SamplePlan {
+    /// With this `lock_timeout`, if one is known.
+    pub(super) fn new(running: &RunningStatement, lock_timeout: Option<Duration>) -> Self {
         let since = running.since;
-        let first = lock_timeout.map_or(FIRST, |timeout| (timeout / 2).clamp(EARLIEST, FIRST));
+        let first = lock_timeout.map_or(FIRST_CHECK, |timeout| {
+            (timeout / 2).clamp(MIN_FIRST_CHECK, FIRST_CHECK)
+        });
         Self {
             since,
             waits_in_slices: running.waits_in_slices,
             waiting_since: None,
             next: since + first,
-            looks: VecDeque::new(),
+            samples: VecDeque::new(),
             reported_long: false,
             ran: since,
         }
@@ -63,35 +65,35 @@ impl Plan {
         self.waiting_since
     }
 
-    /// When to look next.
+    /// When the next sample is due.
     pub(super) fn next(&self) -> Instant {
         self.next
     }
 
-    /// When it was last seen to wait.
-    pub(super) fn seen(&self) -> Option<Instant> {
-        self.since.checked_add(self.looks.back()?.after)
+    /// When the statement was last sampled waiting.
+    pub(super) fn last_sampled(&self) -> Option<Instant> {
+        self.since.checked_add(self.samples.back()?.after)
     }
 
-    /// Notes that nothing could be seen.
-    pub(super) fn not_seen(&mut self, now: Instant) {
+    /// Notes that no sample could be taken.
+    pub(super) fn sampling_failed(&mut self, now: Instant) {
         self.next = now;
     }
 
-    /// Notes that it does not wait.
-    pub(super) fn is_running(&mut self, now: Instant) {
+    /// Notes that the statement does not wait.
+    pub(super) fn not_waiting(&mut self, now: Instant) {
         self.waiting_since = None;
-        self.next = now + AGAIN;
+        self.next = now + RECHECK_INTERVAL;
     }
 
-    /// Notes that it waits since then, and may for as long as `limits`.
-    pub(super) fn is_waiting(
+    /// Notes that it has waited since then, and may wait for as long as `limits`.
+    pub(super) fn waiting(
         &mut self,
         now: Instant,
         since: Instant,
         limits: impl IntoIterator<Item = Duration>,
     ) {
-        // All of a call that waits in slices is one wait, though the server sees many.
+        // A call that waits in slices is one wait, though the server sees several.
         self.waiting_since = Some(if self.waits_in_slices {
             self.since
         } else {
@@ -100,40 +102,40 @@ impl Plan {
         let ends = limits
             .into_iter()
             .filter_map(|limit| since.checked_add(limit));
-        let looks = ends.flat_map(|end| {
-            BEFORE
+        let times = ends.flat_map(|end| {
+            BEFORE_END
                 .into_iter()
                 .filter_map(move |before| end.checked_sub(before))
         });
-        // What is nearer than a moment is now.
+        // A time this close counts as now.
         let soon = now + Duration::from_millis(2);
-        self.next = looks
-            .filter(|look| *look > soon)
-            .fold(now + LONG, Instant::min);
+        self.next = times
+            .filter(|time| *time > soon)
+            .fold(now + LONG_WAIT_INTERVAL, Instant::min);
     }
 
-    /// Puts the next look off.
+    /// Postpones the next sample.
     pub(super) fn not_before(&mut self, time: Instant) {
         self.next = self.next.max(time);
     }
 
-    pub(super) fn saw(&mut self, look: Look) {
-        if self.looks.len() >= LOOKS {
-            drop(self.looks.remove(1));
+    pub(super) fn add_sample(&mut self, sample: WaitSample) {
+        if self.samples.len() >= MAX_SAMPLES {
+            drop(self.samples.remove(1));
         }
-        self.looks.push_back(look);
+        self.samples.push_back(sample);
     }
 
-    /// Adds the keys of the rows in a look that was kept.
-    pub(super) fn learned(&mut self, snapshot: &Arc<Snapshot>, row_keys: &[(RowId, RowKey)]) {
-        let mut looks = self.looks.iter_mut();
-        if let Some(look) = looks.find(|look| Arc::ptr_eq(&look.snapshot, snapshot)) {
-            look.row_keys = row_keys.to_vec();
+    /// Adds the keys of the rows to a sample that was kept.
+    pub(super) fn add_row_keys(&mut self, snapshot: &Arc<Snapshot>, row_keys: &[(RowId, RowKey)]) {
+        let mut samples = self.samples.iter_mut();
+        if let Some(sample) = samples.find(|sample| Arc::ptr_eq(&sample.snapshot, snapshot)) {
+            sample.row_keys = row_keys.to_vec();
         }
     }
 
-    pub(super) fn looks(&self) -> Vec<Look> {
-        self.looks.iter().cloned().collect()
+    pub(super) fn samples(&self) -> Vec<WaitSample> {
+        self.samples.iter().cloned().collect()
     }
 }
 
@@ -145,8 +147,8 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    fn begun(since: Instant) -> Running {
-        Running {
+    fn running(since: Instant) -> RunningStatement {
+        RunningStatement {
             number: 1,
             since,
             waits_in_slices: false,
@@ -157,36 +159,45 @@ mod tests {
     fn slices_are_one_wait() {
         let now = Instant::now();
         for waits_in_slices in [false, true] {
-            let running = Running {
+            let running = RunningStatement {
                 waits_in_slices,
-                ..begun(now)
+                ..running(now)
             };
-            let mut plan = Plan::new(&running, None);
-            plan.is_waiting(now + ms(2100), now + ms(2000), [ms(2000)]);
+            let mut plan = SamplePlan::new(&running, None);
+            plan.waiting(now + ms(2100), now + ms(2000), [ms(2000)]);
             let expected = if waits_in_slices { now } else { now + ms(2000) };
             assert_eq!(plan.waiting_since(), Some(expected));
-            // When to look is told by the slice.
+            // The slice determines when to sample.
             assert_eq!(plan.next(), now + ms(2600));
-            plan.is_waiting(now + ms(3800), now + ms(2000), [ms(2000)]);
+            plan.waiting(now + ms(3800), now + ms(2000), [ms(2000)]);
             assert_eq!(plan.next(), now + ms(3960));
         }
     }
 
     #[test]
-    fn the_first_look_is_in_time_for_a_short_timeout() {
+    fn the_first_check_is_in_time_for_a_short_timeout() {
         let now = Instant::now();
-        assert_eq!(Plan::new(&begun(now), None).next(), now + ms(100));
-        assert_eq!(Plan::new(&begun(now), Some(ms(5000))).next(), now + ms(100));
-        assert_eq!(Plan::new(&begun(now), Some(ms(50))).next(), now + ms(25));
-        assert_eq!(Plan::new(&begun(now), Some(ms(1))).next(), now + ms(15));
+        assert_eq!(SamplePlan::new(&running(now), None).next(), now + ms(100));
+        assert_eq!(
+            SamplePlan::new(&running(now), Some(ms(5000))).next(),
+            now + ms(100)
+        );
+        assert_eq!(
+            SamplePlan::new(&running(now), Some(ms(50))).next(),
+            now + ms(25)
+        );
+        assert_eq!(
+            SamplePlan::new(&running(now), Some(ms(1))).next(),
+            now + ms(15)
+        );
     }
 
     #[test]
-    fn the_last_looks_are_shortly_before_the_end() {
+    fn the_last_samples_are_shortly_before_the_end() {
         let since = Instant::now();
-        let mut plan = Plan::new(&begun(since), None);
+        let mut plan = SamplePlan::new(&running(since), None);
         let mut next = |at: u64, limits: &[Duration]| {
-            plan.is_waiting(since + ms(at), since, limits.iter().copied());
+            plan.waiting(since + ms(at), since, limits.iter().copied());
             plan.next() - since
         };
         assert_eq!(next(120, &[ms(1000)]), ms(620));
@@ -194,7 +205,7 @@ mod tests {
         assert_eq!(next(961, &[ms(1000)]), ms(980));
         assert_eq!(next(982, &[ms(1000)]), ms(992));
         assert_eq!(next(993, &[ms(1000)]), ms(1493));
-        // The nearer of two ends.
+        // The earlier of the two ends.
         assert_eq!(next(120, &[ms(1000), ms(200)]), ms(160));
         assert_eq!(next(200, &[ms(1000), ms(200)]), ms(700));
     }

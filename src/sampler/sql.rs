@@ -1,4 +1,4 @@
-//! What the sampler asks besides [`super::graph`].
+//! The sampler's own SQL; [`crate::graph`] has the rest.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::postgres::sql::{
     identifier, int4_array, literal, parsed, rows, seconds, setting_duration, text,
 };
 
-/// Which of these backends wait for a lock, and how long by now. Cheap, because most of the time nobody does.
+/// Which of these backends wait for a lock, and for how long. Cheap, because most of the time none does.
 pub(crate) fn waits(pids: &[i32]) -> String {
     let pids = int4_array(pids);
     format!(
@@ -24,17 +24,17 @@ pub(crate) fn waits(pids: &[i32]) -> String {
 
 /// A backend that waits.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct WaitingBackend {
     pub(crate) pid: i32,
-    /// Zero in the instant in which a wait begins.
+    /// Zero for a moment when a wait begins.
     pub(crate) waited: Duration,
     pub(crate) deadlock_timeout: Option<Duration>,
 }
 
-pub(crate) fn waiting(reply: &[SimpleQueryMessage]) -> Vec<Waiting> {
+pub(crate) fn waiting_backends(reply: &[SimpleQueryMessage]) -> Vec<WaitingBackend> {
     rows(reply)
         .filter_map(|row| {
-            Some(Waiting {
+            Some(WaitingBackend {
                 pid: parsed(row, "pid")?,
                 waited: seconds(row, "waited").unwrap_or_default(),
                 deadlock_timeout: text(row, "deadlock_timeout")
@@ -61,10 +61,10 @@ pub(crate) fn key_columns(reply: &[SimpleQueryMessage]) -> Vec<String> {
     rows(reply).filter_map(|row| text(row, "attname")).collect()
 }
 
-/// The key of the row that has its version there, as text. It waits for nobody for long: somebody may have locked, or may
-/// want to lock, the whole table. `None` where the relation's name is not known.
+/// Reads the key of the row that has its version at this ctid, as text. Its timeouts are short, because a session may
+/// have locked the whole table, or be waiting to. `None` if the relation's name is unknown.
 ///
-/// The version in dispute is to be seen until the transaction that replaces it commits.
+/// The row version stays visible until the transaction that replaces it commits.
 pub(crate) fn row_key(row: &RowId, columns: &[String]) -> Option<String> {
     let relation = row.relation();
     let mut sql =
@@ -83,7 +83,7 @@ pub(crate) fn row_key(row: &RowId, columns: &[String]) -> Option<String> {
     Some(sql)
 }
 
-/// The values of the one row of [`row_key`], in the columns' order.
+/// The values in the reply to [`row_key`], in the order of the columns.
 pub(crate) fn key_values(reply: &[SimpleQueryMessage]) -> Option<Vec<Option<String>>> {
     let row = rows(reply).next()?;
     (0..row.len())

@@ -1,4 +1,4 @@
-//! What a transaction has sent so far, kept for reports about it.
+//! The statements that a transaction has sent so far, kept for reports.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -13,34 +13,34 @@ use crate::error::Failure;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 
-/// Statements kept of one transaction; of more, the first and the last half.
-const MOST: usize = 64;
-/// Bytes kept of one statement's text.
-const LONGEST: usize = 4096;
-/// Prepared statements whose text is remembered.
-const MOST_PREPARED: usize = 64;
+/// How many statements of one transaction are kept: the first and the last half.
+const MAX_STATEMENTS: usize = 64;
+/// How many bytes of one statement's text are kept.
+const MAX_STATEMENT_BYTES: usize = 4096;
+/// How many prepared statements' texts are kept.
+const MAX_PREPARED: usize = 64;
 
-/// One transaction's, or one session guard's.
+/// The log of one transaction, or of one session guard.
 #[derive(Debug)]
 pub(super) struct StatementLog {
-    /// Tells it from all others of its keeper.
+    /// Unique within the keeper.
     pub(super) number: u64,
     pub(super) call_site: Option<CallSite>,
     pub(super) application_name: Option<Arc<str>>,
     pub(super) began: Instant,
     pub(super) began_at: SystemTime,
-    /// What bounds each of its waits for a lock, where that is known.
+    /// The limit of each of its lock waits, if known.
     pub(super) lock_timeout: Option<Duration>,
     pub(super) conflict_group: OnceLock<LockKey>,
-    /// Which attempt of its transaction it is, and of how many, where there may be several.
+    /// The number of the attempt, and the maximum number, if there may be several.
     pub(super) attempt: OnceLock<(u32, u32)>,
-    /// Whether it is a session guard's: those hold locks between their statements.
+    /// Whether it belongs to a session guard, which holds locks between its statements.
     pub(super) is_guard: bool,
-    log: Mutex<Log>,
+    log: Mutex<LogState>,
 }
 
 #[derive(Debug, Default)]
-struct Log {
+struct LogState {
     pid: Option<i32>,
     next: u64,
     statements: VecDeque<LoggedStatement>,
@@ -50,65 +50,65 @@ struct Log {
     ended: Option<Instant>,
 }
 
-impl Log {
-    /// Drops statements behind the first half until there are no more than `most`; but not one that runs, or is about to,
-    /// however many were sent together, nor the one that failed.
-    fn trim(&mut self, most: usize) {
+impl LogState {
+    /// Drops statements after the first half until at max `max` are left. Statements that run or are about to run
+    /// stay, however many were sent together, and so does the statement that failed.
+    fn trim(&mut self, max: usize) {
         let failed = self.failure.map(|failing| failing.number);
-        while self.statements.len() > most {
-            let mut later = self.statements.iter().skip(MOST / 2);
+        while self.statements.len() > max {
+            let mut later = self.statements.iter().skip(MAX_STATEMENTS / 2);
             let Some(at) = later
                 .position(|statement| statement.end.is_some() && Some(statement.number) != failed)
             else {
                 return;
             };
-            drop(self.statements.remove(MOST / 2 + at));
+            drop(self.statements.remove(MAX_STATEMENTS / 2 + at));
             self.dropped += 1;
         }
     }
 }
 
-/// A statement that the server refused for its own sake, not because one before it had failed.
+/// A statement that failed by itself, not because an earlier one had failed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FailedStatement {
     pub(super) number: u64,
-    /// When its error was there.
+    /// When its error arrived.
     pub(super) ended: Instant,
 }
 
-/// A statement.
+/// A statement of the log.
 #[derive(Clone, Debug)]
 pub(super) struct LoggedStatement {
     number: u64,
     pub(super) at: Instant,
-    /// `None` where it was prepared elsewhere.
+    /// `None` if it was prepared elsewhere.
     pub(super) text: Option<Arc<str>>,
     waits_in_slices: bool,
-    pub(super) end: Option<Ended>,
+    pub(super) end: Option<StatementOutcome>,
     /// The advisory locks that it has taken.
     pub(super) locks_taken: Vec<(LockKey, AdvisoryMode)>,
 }
 
 /// A statement that has not ended.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Running {
+pub(super) struct RunningStatement {
     pub(super) number: u64,
     pub(super) since: Instant,
-    /// Whether it is a call that waits for its lock in several statements, one after another.
+    /// Whether it is a call that waits for its lock in several consecutive statements.
     pub(super) waits_in_slices: bool,
 }
 
 /// How a statement ended.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ended {
+pub(super) struct StatementOutcome {
     pub(super) after: Duration,
-    /// `None` where nobody waited for it.
+    /// `None` if its future was dropped.
     pub(super) succeeded: Option<bool>,
 }
 
 impl StatementLog {
-    /// How many statements come before those that are not kept, where there are such.
-    pub(super) const FIRST_KEPT: usize = MOST / 2;
+    /// How many statements come before the dropped ones, if there are any.
+    pub(super) const FIRST_KEPT: usize = MAX_STATEMENTS / 2;
 
     pub(super) fn new(number: u64, beginning: &Beginning<'_>) -> Self {
         Self {
@@ -125,18 +125,18 @@ impl StatementLog {
         }
     }
 
-    /// The log behind what the core was given, which is always one.
+    /// The log behind the handle that the core holds, which is always a log.
     pub(super) fn of(observed: &Arc<dyn Observed>) -> Option<Arc<Self>> {
         let observed: Arc<dyn Any + Send + Sync> = Arc::clone(observed) as _;
         observed.downcast().ok()
     }
 
-    /// The backend's pid, by the server's own word.
+    /// The backend's pid as the server reports it.
     pub(super) fn pid(&self) -> Option<i32> {
         self.lock().pid
     }
 
-    /// Whether the transaction was under way at that time.
+    /// Whether the transaction was running at that time.
     pub(super) fn was_alive(&self, at: Instant) -> bool {
         self.began <= at && self.lock().ended.is_none_or(|ended| ended >= at)
     }
@@ -149,14 +149,14 @@ impl StatementLog {
     pub(super) fn end(&self) {
         let mut log = self.lock();
         log.ended = Some(Instant::now());
-        // They belong to a connection that others use from now on.
+        // Prepared statements belong to the connection, which others use from now on.
         log.prepared.clear();
-        log.trim(MOST);
+        log.trim(MAX_STATEMENTS);
     }
 
-    /// The statement that is being run. A transaction runs one at a time; of several that were sent together the first is
-    /// taken for it, which the server runs later only where the driver had to have it prepared first.
-    pub(super) fn running(&self) -> Option<Running> {
+    /// The running statement. A transaction runs one statement at a time. Of several that were sent together this is
+    /// the first, although the server may run it later if the driver had to prepare it.
+    pub(super) fn running(&self) -> Option<RunningStatement> {
         let log = self.lock();
         if log.ended.is_some() {
             return None;
@@ -165,29 +165,29 @@ impl StatementLog {
             .statements
             .iter()
             .find(|statement| statement.end.is_none())?;
-        Some(Running {
+        Some(RunningStatement {
             number: statement.number,
             since: statement.at,
             waits_in_slices: statement.waits_in_slices,
         })
     }
 
-    /// The last statement that the server refused for its own sake: what the session passes on as the transaction's
-    /// failure. Others may have been begun since: sent together with it, or by who looked into its error.
+    /// The last statement that failed by itself: the session reports its error as the transaction's failure. Other
+    /// statements may have begun since, because they were sent together with it, or by code that handled its error.
     pub(super) fn failure(&self) -> Option<FailedStatement> {
         self.lock().failure
     }
 
-    /// What was said, and how many statements behind the [first](Self::FIRST_KEPT) are not kept.
+    /// The statements, and how many were dropped after the [first](Self::FIRST_KEPT).
     pub(super) fn statements(&self) -> (Vec<LoggedStatement>, usize) {
         let log = self.lock();
         (log.statements.iter().cloned().collect(), log.dropped)
     }
 
-    /// Adds a statement that is sent now.
+    /// Adds a statement that is being sent.
     fn begin(&self, text: Option<Arc<str>>, waits_in_slices: bool) -> u64 {
         let mut log = self.lock();
-        log.trim(MOST - 1);
+        log.trim(MAX_STATEMENTS - 1);
         log.next += 1;
         let number = log.next;
         log.statements.push_back(LoggedStatement {
@@ -201,12 +201,12 @@ impl StatementLog {
         number
     }
 
-    /// Notes how it ended; `None` where its future was dropped.
+    /// Notes the end of a statement; `None` if its future was dropped.
     fn finish(&self, number: u64, succeeded: Option<bool>) {
         let mut log = self.lock();
         let mut latest_first = log.statements.iter_mut().rev();
         if let Some(statement) = latest_first.find(|statement| statement.number == number) {
-            statement.end = Some(Ended {
+            statement.end = Some(StatementOutcome {
                 after: statement.at.elapsed(),
                 succeeded,
             });
@@ -228,7 +228,7 @@ impl StatementLog {
 
     fn remember(&self, statement: &Statement, text: &str) {
         let mut log = self.lock();
-        if log.prepared.len() >= MOST_PREPARED {
+        if log.prepared.len() >= MAX_PREPARED {
             drop(log.prepared.remove(0));
         }
         log.prepared.push((statement.clone(), cut(text)));
@@ -244,7 +244,7 @@ impl StatementLog {
         Some(Arc::clone(&found.1))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Log> {
+    fn lock(&self) -> MutexGuard<'_, LogState> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -255,12 +255,12 @@ impl Observed for StatementLog {
     }
 
     fn is_attempt(&self, attempt: u32, of: u32) {
-        // The first answer stands.
+        // The first value stays.
         let _ = self.attempt.set((attempt, of));
     }
 
     fn is_in_group(&self, key: &LockKey) {
-        // The first answer stands.
+        // The first value stays.
         drop(self.conflict_group.set(key.clone()));
     }
 
@@ -282,12 +282,12 @@ impl Observed for StatementLog {
             StatementEnd::Failed(failure) => {
                 self.finish(number, Some(false));
                 match failure {
-                    // An earlier failure that the session knows of stays the transaction's.
+                    // An earlier failure that the session knows remains the transaction's.
                     Failure::Aborted | Failure::Driver | Failure::ConnectionLost => {}
                     _ => self.fail(number),
                 }
             }
-            // Preparing is not worth a line.
+            // Preparing a statement is not logged.
             StatementEnd::Prepared(text, statement) => {
                 self.remember(statement, text);
                 self.discard(number);
@@ -304,7 +304,7 @@ impl Observed for StatementLog {
 }
 
 /// Whether both are handles of one prepared statement: they share their descriptions. Statements without parameters and
-/// columns have none, and are told apart by the name that the driver gives them.
+/// columns have none, and are distinguished by the name that the driver gives them.
 fn is_same(one: &Statement, other: &Statement) -> bool {
     if one.params().is_empty() && one.columns().is_empty() {
         return other.params().is_empty()
@@ -314,9 +314,9 @@ fn is_same(one: &Statement, other: &Statement) -> bool {
     std::ptr::eq(one.params(), other.params()) && std::ptr::eq(one.columns(), other.columns())
 }
 
-/// At most [`LONGEST`] bytes of a text.
+/// At max [`MAX_STATEMENT_BYTES`] bytes of a text.
 fn cut(text: &str) -> Arc<str> {
-    let mut end = text.len().min(LONGEST);
+    let mut end = text.len().min(MAX_STATEMENT_BYTES);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
@@ -342,34 +342,48 @@ mod tests {
     #[test]
     fn the_first_and_the_last_half_are_kept() {
         let log = log();
-        for n in 0..MOST * 2 {
+        for n in 0..MAX_STATEMENTS * 2 {
             let number = log.begin(Some(format!("SELECT {n}").into()), false);
             log.finish(number, Some(true));
         }
         let (statements, dropped) = log.statements();
-        assert_eq!((statements.len(), dropped), (MOST, MOST));
+        assert_eq!(
+            (statements.len(), dropped),
+            (MAX_STATEMENTS, MAX_STATEMENTS)
+        );
         let text = |n: usize| statements[n].text.as_deref().unwrap_or_default();
         assert_eq!(text(0), "SELECT 0");
-        assert_eq!(text(MOST / 2 - 1), format!("SELECT {}", MOST / 2 - 1));
-        assert_eq!(text(MOST - 1), format!("SELECT {}", MOST * 2 - 1));
+        assert_eq!(
+            text(MAX_STATEMENTS / 2 - 1),
+            format!("SELECT {}", MAX_STATEMENTS / 2 - 1)
+        );
+        assert_eq!(
+            text(MAX_STATEMENTS - 1),
+            format!("SELECT {}", MAX_STATEMENTS * 2 - 1)
+        );
     }
 
     #[test]
-    fn of_many_that_were_sent_together_none_is_forgotten() {
+    fn statements_sent_together_are_all_kept() {
         let log = log();
-        let numbers: Vec<_> = (0..MOST * 2).map(|_| log.begin(None, false)).collect();
+        let numbers: Vec<_> = (0..MAX_STATEMENTS * 2)
+            .map(|_| log.begin(None, false))
+            .collect();
         for number in &numbers {
             let running = log.running().map(|running| running.number);
             assert_eq!(running, Some(*number));
             log.finish(*number, Some(true));
         }
         assert!(log.running().is_none());
-        // The one that failed stays, with the first and the last.
-        let failed = numbers[MOST];
+        // The statement that failed stays, with the first and the last half.
+        let failed = numbers[MAX_STATEMENTS];
         log.fail(failed);
         log.end();
         let (statements, dropped) = log.statements();
-        assert_eq!((statements.len(), dropped), (MOST, MOST));
+        assert_eq!(
+            (statements.len(), dropped),
+            (MAX_STATEMENTS, MAX_STATEMENTS)
+        );
         let kept: Vec<_> = statements
             .iter()
             .map(|statement| statement.number)
@@ -383,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_what_the_server_refused() {
+    fn a_failure_is_the_statement_that_failed_by_itself() {
         let log = log();
         let failed = |failure: Option<Failure>| {
             let number = log.begin_statement(Sent::Text("SELECT 1"));
@@ -407,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn the_one_that_runs_is_the_first_without_an_end() {
+    fn the_running_statement_is_the_first_without_an_end() {
         let log = log();
         assert!(log.running().is_none());
         let first = log.begin(None, false);
@@ -421,9 +435,9 @@ mod tests {
 
     #[test]
     fn long_texts_are_cut_between_characters() {
-        let text = "ü".repeat(LONGEST);
-        assert_eq!(cut(&text).len(), LONGEST);
+        let text = "ü".repeat(MAX_STATEMENT_BYTES);
+        assert_eq!(cut(&text).len(), MAX_STATEMENT_BYTES);
         let odd = format!("x{text}");
-        assert_eq!(cut(&odd).len(), LONGEST - 1);
+        assert_eq!(cut(&odd).len(), MAX_STATEMENT_BYTES - 1);
     }
 }

@@ -98,7 +98,7 @@ impl StatementPoll {
             {
                 on_progress(&IndexProgress::from(progress));
             }
-            let sql = graph::sql::blocking(Some(&[self.pid]));
+            let sql = graph::sql::wait_graph(Some(&[self.pid]));
             let reply = match connections.ask_within(CONNECTION_WAIT, &sql).await {
                 Ok(reply) => reply,
                 Err(error) => {
@@ -106,7 +106,7 @@ impl StatementPoll {
                     continue;
                 }
             };
-            let Some(seen) = graph::sql::seen(&reply, &|key| key) else {
+            let Some(seen) = graph::sql::read_sample(&reply, &|key| key) else {
                 continue;
             };
             let snapshot = seen.snapshot(Duration::ZERO);
@@ -147,8 +147,8 @@ fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
             application_name: of(Backend::application_name),
             user: of(Backend::user),
             state: of(Backend::state),
-            in_state: backend.and_then(Backend::in_state),
-            in_transaction: backend.and_then(Backend::in_transaction),
+            state_age: backend.and_then(Backend::state_age),
+            transaction_age: backend.and_then(Backend::transaction_age),
             mode: AdvisoryMode::Exclusive,
             object: Some((
                 edge.object().to_string(),

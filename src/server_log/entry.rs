@@ -8,7 +8,7 @@ use crate::key::names;
 use crate::mode::LockMode;
 use crate::postgres::lock_object::LockObject;
 use crate::postgres::message::{
-    self, ContextKind, Wait, WaitNews, context, deadlock_detail, is_lock_timeout, lock_queue,
+    self, ContextKind, DetailWait, WaitNews, context, deadlock_detail, is_lock_timeout, lock_queue,
     lock_wait,
 };
 
@@ -114,7 +114,7 @@ impl Entry {
         let detail = deadlock_detail(&self.detail[..end]);
         let waits: Vec<LogWait> = if detail.is_cycle() {
             let statements: HashMap<i32, &str> = detail.statements().collect();
-            let read = |wait: &Wait| {
+            let read = |wait: &DetailWait| {
                 let statement = statements.get(&wait.waiter);
                 LogWait::new(wait, statement.map(|text| StatementText((*text).into())))
             };
@@ -134,8 +134,8 @@ impl Entry {
 }
 
 /// Adds the name of an advisory lock's key, if this process has used it.
-pub(super) fn with_known_name(object: &message::LockObject) -> LockObject {
-    let mut object = LockObject::from_message(object);
+pub(super) fn with_known_name(object: &message::LockTag) -> LockObject {
+    let mut object = LockObject::from_nameless_tag(object);
     if let LockObject::Advisory { key, .. } = &mut object
         && let Some(known) = names::lookup(key.id())
     {

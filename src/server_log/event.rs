@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use crate::call_site::site_in;
 use crate::mode::LockMode;
 use crate::postgres::lock_object::LockObject;
-use crate::postgres::message::{RowContext, Wait};
+use crate::postgres::message::{DetailWait, RowContext};
 use crate::postgres::statement::redact;
 use crate::postgres::timestamp::Age;
 
@@ -267,7 +267,7 @@ pub struct LogWait {
 }
 
 impl LogWait {
-    pub(super) fn new(wait: &Wait, statement: Option<StatementText>) -> Self {
+    pub(super) fn new(wait: &DetailWait, statement: Option<StatementText>) -> Self {
         Self {
             waiter: wait.waiter,
             blocker: wait.blocker,

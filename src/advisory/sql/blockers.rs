@@ -18,8 +18,8 @@ pub(crate) fn of(locks: Locks<'_>) -> String {
          JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
          WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
          a.application_name, a.usename, a.state, l.mode, l.granted, \
-         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS in_state, \
-         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS in_transaction, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS state_age, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS transaction_age, \
          pg_catalog.pg_backend_pid() AS self \
          FROM ",
     );
@@ -74,8 +74,8 @@ pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<
                 application_name: text(row, "application_name"),
                 user: text(row, "usename"),
                 state: text(row, "state"),
-                in_state: seconds(row, "in_state"),
-                in_transaction: seconds(row, "in_transaction"),
+                state_age: seconds(row, "state_age"),
+                transaction_age: seconds(row, "transaction_age"),
                 mode: held,
                 object: None,
                 granted: is_true(row, "granted"),

@@ -1,10 +1,10 @@
-//! Sessions that waited for one another in a circle.
+//! Diagnoses a wait cycle.
 
 use crate::graph::LockObject;
 use crate::postgres::statement::{self, StatementKind};
 
 use super::super::journal::locks_rows;
-use super::super::{IncidentEdge, JournalLine, JournalMark, words};
+use super::super::{IncidentEdge, JournalLine, JournalMark, wording};
 use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
@@ -12,7 +12,7 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .or_else(|| index_build(facts))
         .or_else(|| {
             facts
-                .circle()
+                .cycle()
                 .iter()
                 .find_map(|edge| foreign_key(facts, edge))
         })
@@ -24,25 +24,25 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .unwrap_or_else(|| unknown(facts))
 }
 
-/// All of them are about one thing, which each of them has already.
+/// All waits are for one object that each of the waiters has locked already.
 fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let (first, rest) = facts.circle().split_first()?;
-    let is_one = rest.iter().all(|edge| edge.same_thing(first));
+    let (first, rest) = facts.cycle().split_first()?;
+    let is_one = rest.iter().all(|edge| edge.same_object(first));
     let is_known = first.row.is_some()
         || matches!(
             first.object,
             LockObject::Relation(_) | LockObject::Advisory { .. }
         );
-    if !is_one || !is_known || facts.circle().iter().any(IncidentEdge::is_soft) {
+    if !is_one || !is_known || facts.cycle().iter().any(IncidentEdge::is_soft) {
         return None;
     }
     let names: Vec<_> = facts
-        .circle()
+        .cycle()
         .iter()
         .map(|edge| facts.name(&edge.waiter))
         .collect();
     let all = if names.len() == 2 { "both" } else { "all" };
-    let thing = words::thing(first);
+    let object = wording::object(first);
     let (held, fix) = if let Some(row) = &first.row {
         (
             "in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check)"
@@ -59,8 +59,8 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
             "Ask for it exclusively from the start where it may be needed so.".to_owned(),
         )
     } else {
-        let modes = facts.circle().iter().filter_map(IncidentEdge::mode_held);
-        let mut modes: Vec<_> = modes.map(words::plain).collect();
+        let modes = facts.cycle().iter().filter_map(IncidentEdge::mode_held);
+        let mut modes: Vec<_> = modes.map(wording::printable).collect();
         modes.sort();
         modes.dedup();
         let held = match modes.as_slice() {
@@ -70,21 +70,21 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
         (
             held,
             format!(
-                "Lock {thing} at once as strongly as it is needed: LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE, or a \
+                "Lock {object} at once as strongly as it is needed: LOCK TABLE … IN SHARE ROW EXCLUSIVE MODE, or a \
                  stronger one, before the first statement that uses it."
             ),
         )
     };
     let text = format!(
-        "{} {all} held {thing} {held}, and each wanted more of it, which the others' hold did not allow.",
+        "{} {all} held {object} {held}, and each wanted more of it, which the others' hold did not allow.",
         list(&names)
     );
-    let is_certain = facts.circle().iter().all(IncidentEdge::was_seen);
+    let is_certain = facts.cycle().iter().all(IncidentEdge::was_seen);
     Some(Diagnosis::new(Cause::LockUpgrade, is_certain, text).with_fix(fix))
 }
 
 fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let (edge, kind) = facts.circle().iter().find_map(|edge| {
+    let (edge, kind) = facts.cycle().iter().find_map(|edge| {
         let waits = matches!(
             edge.object,
             LockObject::Relation(_) | LockObject::VirtualTransaction(_)
@@ -93,14 +93,14 @@ fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
         Some((edge, kind))
     })?;
     let before = facts
-        .circle()
+        .cycle()
         .iter()
         .find(|before| before.blocker == edge.waiter)?;
     let what = match &edge.object {
         LockObject::VirtualTransaction(_) => {
             "the end of a transaction that was there before it".to_owned()
         }
-        _ => words::thing(edge),
+        _ => wording::object(edge),
     };
     let text = format!(
         "{} was building an index and waited for {what}, which {} had; meanwhile {} waited for {}, which the session of \
@@ -108,23 +108,25 @@ fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
         facts.name(&edge.waiter),
         facts.name(&edge.blocker),
         facts.name(&before.waiter),
-        words::thing(before),
+        wording::object(before),
     );
     Some(Diagnosis::new(Cause::IndexBuild, true, text).with_fix(index_fix(kind)))
 }
 
 fn unique(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let waits = facts.circle().iter();
+    let waits = facts.cycle().iter();
     let waits: Vec<_> = waits
         .filter_map(|edge| Some((edge, facts.is_unique_wait(edge)?)))
         .collect();
-    let (edge, _) = waits.iter().max_by_key(|(_, is_told)| *is_told)?;
-    let is_told = waits.iter().any(|(_, is_told)| *is_told);
+    let (edge, _) = waits
+        .iter()
+        .max_by_key(|(_, is_from_context)| *is_from_context)?;
+    let is_from_context = waits.iter().any(|(_, is_from_context)| *is_from_context);
     let key = match &edge.context {
-        Some(context) => format!("the same key of {}", words::plain(&context.relation)),
+        Some(context) => format!("the same key of {}", wording::printable(&context.relation)),
         None => "the same unique key".to_owned(),
     };
-    let all = waits.len() == facts.circle().len();
+    let all = waits.len() == facts.cycle().len();
     let (others, fix) = if all {
         (
             "; the others waited for keys that were inserted in another order",
@@ -143,18 +145,18 @@ fn unique(facts: &Facts<'_>) -> Option<Diagnosis> {
         facts.name(&edge.waiter),
         facts.name(&edge.blocker),
     );
-    Some(Diagnosis::new(Cause::UniqueInsert, is_told, text).with_fix(fix))
+    Some(Diagnosis::new(Cause::UniqueInsert, is_from_context, text).with_fix(fix))
 }
 
 fn queue(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let soft = facts.circle().iter().find(|edge| edge.is_soft())?;
+    let soft = facts.cycle().iter().find(|edge| edge.is_soft())?;
     let text = format!(
         "{} waited for {} only because {} waited for it too, ahead in the queue, in a mode that conflicts{}.",
         facts.name(&soft.waiter),
-        words::thing(soft),
+        wording::object(soft),
         facts.name(&soft.blocker),
         soft.mode_queued()
-            .map(|mode| format!(" ({})", words::plain(mode)))
+            .map(|mode| format!(" ({})", wording::printable(mode)))
             .unwrap_or_default(),
     );
     let fix = "Take the strong lock under a short lock_timeout and try again after a pause, so that nobody queues behind it \
@@ -162,48 +164,49 @@ fn queue(facts: &Facts<'_>) -> Option<Diagnosis> {
     Some(Diagnosis::new(Cause::LockQueue, true, text).with_fix(fix))
 }
 
-/// What a wait is known to be for.
+/// What is known of the object of a wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Class {
+enum ObjectClass {
     Row,
-    /// Of a transaction, whichever row it is.
+    /// A row of a transaction; which row is unknown.
     AnyRow,
     Relation,
     Advisory,
     Other,
 }
 
-fn class(edge: &IncidentEdge) -> Class {
+fn object_class(edge: &IncidentEdge) -> ObjectClass {
     match &edge.object {
-        _ if edge.row.is_some() => Class::Row,
-        LockObject::Transaction(_) => Class::AnyRow,
-        LockObject::Relation(_) => Class::Relation,
-        LockObject::Advisory { .. } => Class::Advisory,
-        _ => Class::Other,
+        _ if edge.row.is_some() => ObjectClass::Row,
+        LockObject::Transaction(_) => ObjectClass::AnyRow,
+        LockObject::Relation(_) => ObjectClass::Relation,
+        LockObject::Advisory { .. } => ObjectClass::Advisory,
+        _ => ObjectClass::Other,
     }
 }
 
 fn differ(a: &IncidentEdge, b: &IncidentEdge) -> bool {
-    match (class(a), class(b)) {
-        (Class::Row | Class::AnyRow, Class::AnyRow) | (Class::AnyRow, Class::Row) => false,
-        (x, y) => x != y || !a.same_thing(b),
+    match (object_class(a), object_class(b)) {
+        (ObjectClass::Row | ObjectClass::AnyRow, ObjectClass::AnyRow)
+        | (ObjectClass::AnyRow, ObjectClass::Row) => false,
+        (x, y) => x != y || !a.same_object(b),
     }
 }
 
 fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let circle = facts.circle();
-    let differs = circle.iter().any(|a| circle.iter().any(|b| differ(a, b)));
+    let cycle = facts.cycle();
+    let differs = cycle.iter().any(|a| cycle.iter().any(|b| differ(a, b)));
     if !differs {
         return None;
     }
-    let orders = circle.iter().enumerate().map(|(at, wanted)| {
-        // The edge before it in the circle is the one that waits for this session.
-        let held = &circle[(at + circle.len() - 1) % circle.len()];
+    let orders = cycle.iter().enumerate().map(|(at, wanted)| {
+        // The edge before it in the cycle is the one that waits for this session.
+        let held = &cycle[(at + cycle.len() - 1) % cycle.len()];
         format!(
             "{} held {} and wanted {}",
             facts.name(&wanted.waiter),
-            words::thing(held),
-            words::thing(wanted),
+            wording::object(held),
+            wording::object(wanted),
         )
     });
     let orders: Vec<_> = orders.collect();
@@ -211,17 +214,17 @@ fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
         "The same locks were taken in different orders: {}.",
         orders.join("; ")
     );
-    let is_certain = circle.iter().all(IncidentEdge::was_seen)
-        && !circle
+    let is_certain = cycle.iter().all(IncidentEdge::was_seen)
+        && !cycle
             .iter()
-            .any(|edge| matches!(class(edge), Class::AnyRow | Class::Other));
-    Some(Diagnosis::new(Cause::OrderInversion, is_certain, text).with_fix(one_order(circle)))
+            .any(|edge| matches!(object_class(edge), ObjectClass::AnyRow | ObjectClass::Other));
+    Some(Diagnosis::new(Cause::OrderInversion, is_certain, text).with_fix(lock_order(cycle)))
 }
 
-/// Where rows were not seen, but every transaction is one of this process: each had written some, and wanted to write
-/// another one.
+/// For rows that no sample shows, if every transaction belongs to this process: each had written some rows, and then
+/// waited in a statement that writes others.
 fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let stories = facts.circle().iter().map(|edge| {
+    let sequences = facts.cycle().iter().map(|edge| {
         let participant = facts.participant(&edge.waiter)?;
         let lines = participant.journal();
         let waited = lines
@@ -233,12 +236,13 @@ fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
             kind(line).is_some_and(|kind| !locks_for_itself(kind) && locks_rows(kind))
         };
         let before = lines[..waited].iter().filter(|line| !line.failed());
-        // What was shared may have been asked for once more.
+        // A shared lock may have been requested a second time.
         let first = before.clone().find(|line| writes(line))?;
         let is_plain = writes(&lines[waited])
             && participant.journal_dropped() == 0
             && !before.clone().any(shares);
-        let quoted = |line: &JournalLine| words::short(line.text().unwrap_or_default(), QUOTED);
+        let quoted =
+            |line: &JournalLine| wording::one_line(line.text().unwrap_or_default(), QUOTED);
         let (first, then) = (quoted(first), quoted(&lines[waited]));
         is_plain.then(|| {
             format!(
@@ -247,18 +251,18 @@ fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
             )
         })
     });
-    let stories = stories.collect::<Option<Vec<_>>>()?;
+    let sequences = sequences.collect::<Option<Vec<_>>>()?;
     let text = format!(
         "Rows were locked in different orders, if the rows of the first of these statements are those that others waited for, \
          which was not seen: {}.",
-        stories.join("; ")
+        sequences.join("; ")
     );
     let fix = "Lock the rows in one order in every transaction, that of their keys, before the first of them is written: \
                SELECT … ORDER BY … FOR NO KEY UPDATE.";
     Some(Diagnosis::new(Cause::OrderInversion, false, text).with_fix(fix))
 }
 
-/// Whether statements of this kind lock rows so that no two transactions have one.
+/// Whether statements of this kind lock rows exclusively.
 fn locks_for_itself(kind: StatementKind) -> bool {
     matches!(
         kind,
@@ -270,31 +274,31 @@ fn locks_for_itself(kind: StatementKind) -> bool {
     )
 }
 
-/// The order to use.
-fn one_order(circle: &[IncidentEdge]) -> String {
-    let all = |class_of: Class| circle.iter().all(|edge| class(edge) == class_of);
-    if all(Class::Advisory) {
-        let mut keys: Vec<_> = circle
+/// The lock order to use.
+fn lock_order(cycle: &[IncidentEdge]) -> String {
+    let all = |class_of: ObjectClass| cycle.iter().all(|edge| object_class(edge) == class_of);
+    if all(ObjectClass::Advisory) {
+        let mut keys: Vec<_> = cycle
             .iter()
             .filter_map(|edge| edge.object.advisory_key())
             .collect();
         keys.sort();
         keys.dedup();
-        let keys: Vec<_> = keys.into_iter().map(words::in_rust).collect();
+        let keys: Vec<_> = keys.into_iter().map(wording::rust_literal).collect();
         return format!(
             "Take them with one call, which puts them into one order: advisory_locks([{}]).",
             keys.join(", ")
         );
     }
-    let relations = circle.iter().filter_map(words::relation_of);
+    let relations = cycle.iter().filter_map(wording::relation_of);
     let mut relations: Vec<_> = relations.map(ToString::to_string).collect();
     relations.sort();
     relations.dedup();
-    if all(Class::Row)
+    if all(ObjectClass::Row)
         && let [relation] = relations.as_slice()
     {
-        let edges: Vec<_> = circle.iter().collect();
-        let key = words::order(&edges).unwrap_or_else(|| "its primary key".to_owned());
+        let edges: Vec<_> = cycle.iter().collect();
+        let key = wording::key_columns(&edges).unwrap_or_else(|| "its primary key".to_owned());
         return format!(
             "Lock the rows of {relation} in one order in every transaction, that of {key}, before the first of them is \
              written: SELECT … ORDER BY {} FOR NO KEY UPDATE.",
@@ -305,23 +309,29 @@ fn one_order(circle: &[IncidentEdge]) -> String {
             },
         );
     }
-    if circle.iter().all(|edge| words::relation_of(edge).is_some()) {
+    if cycle
+        .iter()
+        .all(|edge| wording::relation_of(edge).is_some())
+    {
         return format!(
             "Use one order in every transaction, such as that of the names: {}.",
             relations.join(" before ")
         );
     }
-    if circle.iter().any(|edge| class(edge) == Class::Advisory) {
+    if cycle
+        .iter()
+        .any(|edge| object_class(edge) == ObjectClass::Advisory)
+    {
         return "Take the advisory lock first, in every transaction, before anything else is locked.".to_owned();
     }
     "Take these locks in one order in every transaction.".to_owned()
 }
 
-/// Who wants a row lines up for it before waiting for its holders, unless it is one of those who share a lock on it
-/// (`current_is_member` in PostgreSQL's `src/backend/access/heap/heapam.c`; test `diagnoses::lock_upgrade_of_a_row`). So
-/// nobody in this circle has lined up because all had the row already.
+/// A waiter for a row takes its tuple lock before it waits for the holders, unless it shares a lock on the row
+/// (`current_is_member` in PostgreSQL's `src/backend/access/heap/heapam.c`; test `diagnoses::lock_upgrade_of_a_row`).
+/// So the waiters of this cycle have no tuple lock because all of them had locked the row already.
 fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
-    let circle = facts.circle();
+    let cycle = facts.cycle();
     let is_member = |edge: &IncidentEdge| {
         let changes = matches!(
             facts.statement(&edge.waiter),
@@ -332,14 +342,14 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
                     | StatementKind::SelectForNoKeyUpdate
             )
         );
-        changes && edge.was_seen() && !edge.is_soft() && class(edge) == Class::AnyRow
+        changes && edge.was_seen() && !edge.is_soft() && object_class(edge) == ObjectClass::AnyRow
     };
-    if circle.is_empty() || !circle.iter().all(is_member) {
+    if cycle.is_empty() || !cycle.iter().all(is_member) {
         return None;
     }
-    let names: Vec<_> = circle.iter().map(|edge| facts.name(&edge.waiter)).collect();
-    let context = circle.iter().find_map(|edge| edge.context.as_ref());
-    let row = context.map_or_else(|| "a row".to_owned(), |row| words::row_of_context(row));
+    let names: Vec<_> = cycle.iter().map(|edge| facts.name(&edge.waiter)).collect();
+    let context = cycle.iter().find_map(|edge| edge.context.as_ref());
+    let row = context.map_or_else(|| "a row".to_owned(), |row| wording::row_of_context(row));
     let text = format!(
         "{} held {row} in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check), and each wanted \
          to change it, which the others' hold did not allow.",
@@ -352,7 +362,7 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
 
 fn unknown(facts: &Facts<'_>) -> Diagnosis {
     let names: Vec<_> = facts
-        .circle()
+        .cycle()
         .iter()
         .map(|edge| facts.name(&edge.waiter))
         .collect();
@@ -377,10 +387,10 @@ mod tests {
     use crate::graph::{LockObject, RowId};
 
     use super::super::super::testing::*;
-    use super::super::super::{Evidence, Incident, Kind, ServerError};
+    use super::super::super::{Evidence, Incident, IncidentTrigger, ServerError};
     use super::*;
 
-    fn found(evidence: Evidence) -> (Cause, bool, Incident) {
+    fn diagnosed(evidence: Evidence) -> (Cause, bool, Incident) {
         let report = report(evidence);
         let diagnosis = report.diagnosis();
         (diagnosis.cause(), diagnosis.is_certain(), report)
@@ -390,9 +400,9 @@ mod tests {
         report.diagnosis().fix().unwrap_or_default()
     }
 
-    /// Pid 11 waits for the second thing, which 12 holds; 12 waits for the first, which 11 holds.
-    fn two(first: (&LockObject, &'static str), second: (&LockObject, &'static str)) -> Server {
-        Server::default()
+    /// Pid 11 waits for the second object, which 12 holds; 12 waits for the first, which 11 holds.
+    fn two(first: (&LockObject, &'static str), second: (&LockObject, &'static str)) -> TestServer {
+        TestServer::default()
             .session(11, "billing src/transfer.rs:41", "active", "SELECT 1")
             .session(12, "billing src/refund.rs:17", "active", "SELECT 2")
             .holds(11, first.0, first.1)
@@ -401,8 +411,8 @@ mod tests {
             .waits(12, first.0, first.1, 400, &[11])
     }
 
-    fn rows(first: &RowId, second: &RowId, sql: [&str; 2]) -> Server {
-        Server::default()
+    fn rows(first: &RowId, second: &RowId, sql: [&str; 2]) -> TestServer {
+        TestServer::default()
             .session(11, "src/transfer.rs:41", "active", sql[0])
             .session(12, "src/refund.rs:17", "active", sql[1])
             .waits_for_row(11, second, 12, 958)
@@ -411,7 +421,7 @@ mod tests {
 
     #[test]
     fn rows_in_different_orders() {
-        let (cause, certain, report) = found(transfers());
+        let (cause, certain, report) = diagnosed(transfers());
         assert_eq!((cause, certain), (Cause::OrderInversion, true));
         let text = report.diagnosis().text();
         for order in [
@@ -425,9 +435,9 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_a_key_are_ordered_by_it_all_the_same() {
+    fn rows_without_a_known_key_are_ordered_by_the_primary_key() {
         let server = rows(&row(account(), 1), &row(account(), 2), ["", ""]);
-        let (cause, _, report) = found(deadlock(server));
+        let (cause, _, report) = diagnosed(deadlock(server));
         assert_eq!(cause, Cause::OrderInversion);
         assert!(
             report
@@ -441,7 +451,7 @@ mod tests {
     #[test]
     fn tables_in_different_orders() {
         let server = rows(&row(table(2, "zoo"), 1), &row(table(1, "ant"), 1), ["", ""]);
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::OrderInversion, true));
         assert!(fix(&report).contains("public.ant before public.zoo"));
         let (zoo, ant) = (
@@ -449,7 +459,7 @@ mod tests {
             LockObject::Relation(table(1, "ant")),
         );
         let server = two((&zoo, "AccessExclusiveLock"), (&ant, "ExclusiveLock"));
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::OrderInversion, true));
         assert!(report.diagnosis().text().contains("held table public.zoo"));
         assert!(fix(&report).contains("public.ant before public.zoo"));
@@ -459,7 +469,7 @@ mod tests {
     fn advisory_locks_in_different_orders() {
         let (a, b) = (advisory("b:2"), advisory(("billing", "a:1")));
         let (cause, certain, report) =
-            found(deadlock(two((&a, "ExclusiveLock"), (&b, "ExclusiveLock"))));
+            diagnosed(deadlock(two((&a, "ExclusiveLock"), (&b, "ExclusiveLock"))));
         assert_eq!((cause, certain), (Cause::OrderInversion, true));
         let fix = fix(&report);
         assert!(fix.contains("advisory_locks(["), "{fix}");
@@ -472,44 +482,44 @@ mod tests {
     #[test]
     fn an_advisory_lock_and_a_row() {
         let key = advisory("invoice:1");
-        let server = Server::default()
+        let server = TestServer::default()
             .waits_for_row(11, &row(account(), 1), 12, 958)
             .holds(11, &key, "ExclusiveLock")
             .waits(12, &key, "ExclusiveLock", 5, &[11]);
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::OrderInversion, true));
         assert!(fix(&report).contains("advisory lock first"));
     }
 
     #[test]
-    fn an_advisory_lock_and_a_row_that_was_not_seen() {
-        let (cause, certain, _) = found(Evidence {
+    fn an_advisory_lock_and_an_unknown_row() {
+        let (cause, certain, _) = diagnosed(Evidence {
             error: Some(deadlock_error(
                 "Process 11 waits for ShareLock on transaction 5; blocked by process 12.\n\
                  Process 12 waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process 11.",
                 "",
             )),
-            ..evidence(Kind::Deadlock)
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
-        // Whether they held them, or stood ahead in the queue, the server does not say.
-        let (cause, certain, _) = found(Evidence {
+        // The server does not tell whether they held the locks, or were ahead in the queue.
+        let (cause, certain, _) = diagnosed(Evidence {
             error: Some(deadlock_error(
                 "Process 11 waits for ExclusiveLock on advisory lock [1,0,8,1]; blocked by process 12.\n\
                  Process 12 waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process 11.",
                 "",
             )),
-            ..evidence(Kind::Deadlock)
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
     }
 
     #[test]
-    fn more_of_one_row() {
+    fn upgrade_of_a_row() {
         let row = row(account(), 1);
-        let server = Server::default()
+        let server = TestServer::default()
             .waits_for_row(11, &row, 12, 958)
-            // The second one in line.
+            // The second one in the queue.
             .waits(
                 12,
                 &LockObject::Tuple(row.clone()),
@@ -517,7 +527,7 @@ mod tests {
                 400,
                 &[11],
             );
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::LockUpgrade, true));
         assert!(
             report
@@ -529,30 +539,30 @@ mod tests {
     }
 
     #[test]
-    fn more_of_one_table() {
+    fn upgrade_of_a_table() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .holds(11, &object, "ShareLock")
             .holds(12, &object, "ShareLock")
             .waits(11, &object, "RowExclusiveLock", 958, &[12])
             .waits(12, &object, "RowExclusiveLock", 400, &[11]);
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::LockUpgrade, true));
         assert!(report.diagnosis().text().contains("in ShareLock"));
         assert!(fix(&report).contains("SHARE ROW EXCLUSIVE"));
     }
 
     #[test]
-    fn more_of_one_advisory_lock_as_the_server_alone_tells() {
+    fn upgrade_of_an_advisory_lock_by_the_detail_alone() {
         let line = |waiter, blocker| {
             format!(
                 "Process {waiter} waits for ExclusiveLock on advisory lock [1,0,7,1]; blocked by process {blocker}."
             )
         };
         let detail = [line(11, 12), line(12, 13), line(13, 11)].join("\n");
-        let (cause, certain, report) = found(Evidence {
+        let (cause, certain, report) = diagnosed(Evidence {
             error: Some(deadlock_error(&detail, "")),
-            ..evidence(Kind::Deadlock)
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!((cause, certain), (Cause::LockUpgrade, false));
         assert!(
@@ -567,18 +577,18 @@ mod tests {
     #[test]
     fn an_index_build_and_a_writer() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(11, "migrate", "active", "CREATE INDEX ON account (note)")
             .session(12, "src/refund.rs:17", "active", "UPDATE audit SET x = 1")
             .holds(12, &object, "RowExclusiveLock")
             .waits(11, &object, "ShareLock", 958, &[12])
             .waits_for_row(12, &row(table(7, "audit"), 3), 11, 400);
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::IndexBuild, true));
         assert!(fix(&report).contains("CONCURRENTLY"));
         let key = advisory("migrations");
         let old = LockObject::VirtualTransaction("3/15".into());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(
                 11,
                 "src/refund.rs:17",
@@ -595,7 +605,7 @@ mod tests {
             .holds(12, &key, "ExclusiveLock")
             .waits(11, &key, "ExclusiveLock", 958, &[12])
             .waits(12, &old, "ShareLock", 400, &[11]);
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::IndexBuild, true));
         assert!(
             report
@@ -634,8 +644,8 @@ mod tests {
     #[test]
     fn a_foreign_keys_parent() {
         let sql = ["INSERT INTO orders VALUES (1)", "UPDATE orders SET a = 1"];
-        let mut told = with_context(parent(sql), CHECK);
-        told.others = vec![journal(
+        let mut known = with_context(parent(sql), CHECK);
+        known.others = vec![journal(
             12,
             REFUND,
             900,
@@ -644,7 +654,7 @@ mod tests {
                 entry(500, sql[1], None),
             ],
         )];
-        let (cause, certain, report) = found(told.clone());
+        let (cause, certain, report) = diagnosed(known.clone());
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, true));
         assert!(
             report
@@ -654,29 +664,29 @@ mod tests {
         );
         assert!(fix(&report).contains("Use FOR NO KEY UPDATE"));
 
-        // Without the server's word for it, by what the insert waits for.
-        told.error = None;
-        let (cause, certain, _) = found(told.clone());
+        // Without a CONTEXT, by what the insert waits for.
+        known.error = None;
+        let (cause, certain, _) = diagnosed(known.clone());
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
 
-        // With its word for something else, it is not.
-        let (cause, ..) = found(with_context(
-            told.clone(),
+        // With a CONTEXT about something else, it is not a check.
+        let (cause, ..) = diagnosed(with_context(
+            known.clone(),
             "PL/pgSQL function f() line 3 at RAISE",
         ));
         assert_eq!(cause, Cause::OrderInversion);
 
-        // Any trigger may be what waits, as long as nobody is known to have locked the row.
-        let (cause, ..) = found(parent(sql));
+        // The wait may be in a trigger, unless a session is known to have locked the row.
+        let (cause, ..) = diagnosed(parent(sql));
         assert_eq!(cause, Cause::OrderInversion);
 
-        // Nobody knows how the parent was locked.
-        let (cause, certain, report) = found(with_context(parent(sql), CHECK));
+        // How the parent was locked is unknown.
+        let (cause, certain, report) = diagnosed(with_context(parent(sql), CHECK));
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
         assert!(report.diagnosis().text().contains("was not seen"));
 
-        told.others[0].statements[0] = entry(0, "DELETE FROM customer", Some(1));
-        let (cause, certain, report) = found(with_context(told, CHECK));
+        known.others[0].statements[0] = entry(0, "DELETE FROM customer", Some(1));
+        let (cause, certain, report) = diagnosed(with_context(known, CHECK));
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
         assert!(report.diagnosis().text().contains("deleted the row"));
     }
@@ -685,7 +695,7 @@ mod tests {
     fn keys_inserted_in_different_orders() {
         let transaction = |pid| LockObject::Transaction(pid);
         let server = || {
-            Server::default()
+            TestServer::default()
                 .session(
                     11,
                     "src/transfer.rs:41",
@@ -703,69 +713,69 @@ mod tests {
                 .waits(11, &transaction(12), "ShareLock", 958, &[12])
                 .waits(12, &transaction(11), "ShareLock", 400, &[11])
         };
-        let (cause, certain, report) = found(deadlock(server()));
+        let (cause, certain, report) = diagnosed(deadlock(server()));
         assert_eq!((cause, certain), (Cause::UniqueInsert, false));
         assert!(fix(&report).contains("in the order of their unique key"));
         let context = "while inserting index tuple (0,2) in relation \"account_pkey\"";
-        let (cause, certain, report) = found(with_context(deadlock(server()), context));
+        let (cause, certain, report) = diagnosed(with_context(deadlock(server()), context));
         assert_eq!((cause, certain), (Cause::UniqueInsert, true));
         assert!(report.diagnosis().text().contains("account_pkey"));
         // The other one waits for a row.
         let server = server().holds(12, &LockObject::Tuple(row(account(), 7)), "ExclusiveLock");
-        let (cause, certain, report) = found(with_context(deadlock(server), context));
+        let (cause, certain, report) = diagnosed(with_context(deadlock(server), context));
         assert_eq!((cause, certain), (Cause::UniqueInsert, true));
         assert!(fix(&report).contains("already before anything else"));
     }
 
     #[test]
-    fn over_the_queue_of_a_lock() {
+    fn a_cycle_over_a_queue() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .holds(13, &object, "AccessShareLock")
             .waits(12, &object, "AccessExclusiveLock", 958, &[13])
             .waits(11, &object, "AccessShareLock", 400, &[12])
             .waits_for_row(13, &row(table(7, "audit"), 3), 11, 100);
-        let (cause, certain, report) = found(deadlock(server));
+        let (cause, certain, report) = diagnosed(deadlock(server));
         assert_eq!((cause, certain), (Cause::LockQueue, true));
         assert!(report.diagnosis().text().contains("AccessExclusiveLock"));
         assert_eq!(report.cycle().len(), 3);
     }
 
     #[test]
-    fn rows_that_were_not_seen_by_what_was_run() {
+    fn unknown_rows_are_diagnosed_by_the_journals() {
         let mut evidence = Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             ..transfers()
         };
         evidence.victim.statements.remove(1);
-        let (cause, certain, report) = found(evidence.clone());
+        let (cause, certain, report) = diagnosed(evidence.clone());
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
         let text = report.diagnosis().text();
         let ran = "pid 11 (src/transfer.rs:41) ran UPDATE account SET balance = balance - ? WHERE id = ? before it waited";
         assert!(text.contains(ran), "{text}");
-        // An upgrade, or a foreign key's parent, would look the same.
+        // A lock upgrade, or a foreign key's parent, would look the same.
         for shared in [
             "INSERT INTO log VALUES (1)",
             "SELECT * FROM account FOR SHARE",
         ] {
             let mut evidence = evidence.clone();
             evidence.others[0].statements[0] = entry(0, shared, Some(1));
-            assert_eq!(found(evidence).0, Cause::Unknown);
+            assert_eq!(diagnosed(evidence).0, Cause::Unknown);
         }
         evidence.others[0].dropped = 1;
-        assert_eq!(found(evidence.clone()).0, Cause::Unknown);
+        assert_eq!(diagnosed(evidence.clone()).0, Cause::Unknown);
         evidence.others.clear();
-        assert_eq!(found(evidence).0, Cause::Unknown);
+        assert_eq!(diagnosed(evidence).0, Cause::Unknown);
     }
 
     #[test]
-    fn what_is_not_known_is_not_guessed() {
+    fn an_unknown_cause_is_not_guessed() {
         let evidence = Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             others: Vec::new(),
             ..transfers()
         };
-        let (cause, certain, report) = found(evidence);
+        let (cause, certain, report) = diagnosed(evidence);
         assert_eq!((cause, certain), (Cause::Unknown, false));
         assert_eq!(report.diagnosis().fix(), None);
         assert!(

@@ -1,4 +1,4 @@
-//! Why it happened, in plain words, and what to do about it.
+//! Why an incident happened, in plain words, and how to fix it.
 
 mod cycle;
 mod wait;
@@ -8,14 +8,14 @@ use std::fmt;
 use crate::graph::{BackendId, LockObject};
 use crate::postgres::statement::{self, StatementKind};
 
-use super::scene::Scene;
-use super::server::Message;
-use super::{IncidentEdge, IncidentKind, JournalMark, Participant, words};
+use super::observed_graph::ObservedGraph;
+use super::server::ServerMessage;
+use super::{IncidentEdge, IncidentKind, JournalMark, Participant, wording};
 
-/// How much of a statement is quoted.
+/// How many characters of a statement are quoted.
 const QUOTED: usize = 120;
 
-/// Why an incident happened, as far as the evidence bears it, and what would keep it from happening again.
+/// The cause of an incident, as far as the evidence shows it, and how to prevent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
     cause: Cause,
@@ -24,56 +24,57 @@ pub struct Diagnosis {
     fix: Option<String>,
 }
 
-/// What kind of mistake, or mishap, it was.
+/// The cause of an incident.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Cause {
     /// Transactions took the same locks in different orders.
     OrderInversion,
-    /// Several transactions held one thing in a mode that can be shared, and each wanted more of it.
+    /// Several transactions held one lock in a shareable mode, and each requested a stronger mode.
     LockUpgrade,
-    /// The check of a foreign key waited for the parent's row, which was locked more strongly than it had to be.
+    /// The check of a foreign key waited for the parent's row, which was locked more strongly than necessary.
     ForeignKeyParent,
     /// An insert waited for a transaction that had inserted the same key of a unique index.
     UniqueInsert,
-    /// An index build and a writer were in each other's way.
+    /// An index build and a writer blocked each other.
     IndexBuild,
     /// The holder was idle in its transaction.
     IdleInTransaction,
-    /// The lock was free, or held in a mode that would not conflict; but another session waited for it ahead in the queue.
+    /// The lock was free, or held in a mode that does not conflict, but another session waited for it ahead in the
+    /// queue.
     LockQueue,
-    /// Somebody held the advisory lock.
+    /// Another session held the advisory lock.
     AdvisoryLockHeld,
     /// A prepared transaction held the lock.
     PreparedTransaction,
-    /// The holder was busy with a statement.
+    /// The holder was running a statement.
     RunningHolder,
-    /// Those in the way were in a deadlock of their own.
+    /// The blockers were in a deadlock of their own.
     BehindDeadlock,
     /// The evidence does not tell.
     Unknown,
 }
 
 impl Diagnosis {
-    /// What kind of mistake, or mishap, it was.
+    /// The cause of the incident.
     #[must_use]
     pub fn cause(&self) -> Cause {
         self.cause
     }
 
-    /// Whether the evidence proves it; otherwise it is what fits best. Always false for [`Cause::Unknown`].
+    /// Whether the evidence proves the cause; otherwise it is the most likely one. Always false for [`Cause::Unknown`].
     #[must_use]
     pub fn is_certain(&self) -> bool {
         self.is_certain
     }
 
-    /// What happened, in whole sentences.
+    /// What happened, in complete sentences.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// What to do about it, in whole sentences.
+    /// How to fix it, in complete sentences.
     #[must_use]
     pub fn fix(&self) -> Option<&str> {
         self.fix.as_deref()
@@ -95,7 +96,7 @@ impl Diagnosis {
 }
 
 impl Cause {
-    /// Its name in JSON, and for labels.
+    /// Its name in JSON and in metric labels.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -115,7 +116,7 @@ impl Cause {
     }
 }
 
-/// In plain words.
+/// The cause in plain words.
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -135,7 +136,7 @@ impl fmt::Display for Cause {
     }
 }
 
-/// The text and the fix, after the cause: `lock order inversion: …`.
+/// The cause, the text and the fix: `lock order inversion: …`.
 impl fmt::Display for Diagnosis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let probably = if self.is_certain || self.cause == Cause::Unknown {
@@ -151,16 +152,16 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// All that a diagnosis goes by.
+/// The facts that a diagnosis is made from.
 pub(super) struct Facts<'a> {
     pub(super) kind: IncidentKind,
-    pub(super) scene: &'a Scene,
+    pub(super) observed: &'a ObservedGraph,
     pub(super) participants: &'a [Participant],
-    pub(super) message: &'a Message,
+    pub(super) message: &'a ServerMessage,
 }
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
-    if facts.scene.cycle > 0 {
+    if facts.observed.cycle > 0 {
         cycle::diagnose(facts)
     } else {
         wait::diagnose(facts)
@@ -168,14 +169,14 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
 }
 
 impl<'a> Facts<'a> {
-    fn circle(&self) -> &'a [IncidentEdge] {
-        &self.scene.edges[..self.scene.cycle]
+    fn cycle(&self) -> &'a [IncidentEdge] {
+        &self.observed.edges[..self.observed.cycle]
     }
 
-    /// Edges of the victim.
+    /// The edges of the victim.
     fn direct(&self) -> impl Iterator<Item = &'a IncidentEdge> {
-        let victim = self.scene.victim.as_ref();
-        let edges = self.scene.edges.iter();
+        let victim = self.observed.victim.as_ref();
+        let edges = self.observed.edges.iter();
         edges.filter(move |edge| Some(&edge.waiter) == victim)
     }
 
@@ -187,7 +188,7 @@ impl<'a> Facts<'a> {
     /// `pid 4711 (src/pay.rs:42)`
     fn name(&self, id: &BackendId) -> String {
         match self.participant(id) {
-            Some(participant) => words::who(participant),
+            Some(participant) => wording::name(participant),
             None => id.to_string(),
         }
     }
@@ -208,8 +209,8 @@ impl<'a> Facts<'a> {
         builds.then_some(kind)
     }
 
-    /// Whether the waiter waits for a transaction to tell whether a key is taken. The second value says whether the
-    /// server's CONTEXT says so.
+    /// Whether the waiter waits for a transaction in order to learn whether a key is taken. The value is true if the
+    /// server's CONTEXT proves it.
     fn is_unique_wait(&self, edge: &IncidentEdge) -> Option<bool> {
         if let Some(context) = &edge.context {
             return context.index_entry.then_some(true);
@@ -217,7 +218,7 @@ impl<'a> Facts<'a> {
         if matches!(edge.object, LockObject::SpeculativeToken { .. }) {
             return Some(true);
         }
-        // Who waits for a row has lined up for it, and a plain insert waits for no other transaction.
+        // A waiter for a row holds its tuple lock, and a plain insert waits for no other transaction.
         let inserts = matches!(
             self.statement(&edge.waiter),
             Some(StatementKind::Insert | StatementKind::Copy)
@@ -226,8 +227,8 @@ impl<'a> Facts<'a> {
         (inserts && is_bare && edge.was_seen()).then_some(false)
     }
 
-    /// Statements of somebody that name a relation, by what they do, and whether they were waiting: those of its journal
-    /// until then, and the one it was seen with.
+    /// The statements of a session that name a relation, by kind, each with whether it waited: those of its journal,
+    /// and the one in its sample.
     fn statements_on(
         &self,
         id: &BackendId,
@@ -251,16 +252,16 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// Of a waiter whose foreign key's check waits for the parent's row, which another transaction has locked.
+/// For a waiter whose foreign key's check waits for the parent's row, which another transaction has locked.
 fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
     let waiter = facts.name(&edge.waiter);
     let blocker = facts.name(&edge.blocker);
-    let is_victim = Some(&edge.waiter) == facts.scene.victim.as_ref();
-    let (schema, name, is_told) = match &facts.message.parent {
+    let is_victim = Some(&edge.waiter) == facts.observed.victim.as_ref();
+    let (schema, name, is_from_context) = match &facts.message.parent {
         Some(parent) if is_victim => (parent.schema.as_str(), parent.name.as_str(), true),
         _ if is_victim && facts.message.has_context => return None,
         _ => {
-            // Not told: an insert that waits for the row of a table it does not name.
+            // Without a CONTEXT: an insert that waits for a row of a table that it does not name.
             let relation = edge.row.as_ref()?.relation();
             let (schema, name) = (relation.schema()?, relation.name()?);
             let statement = facts.participant(&edge.waiter)?.statement.as_deref()?;
@@ -271,17 +272,21 @@ fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
             (schema, name, false)
         }
     };
-    let table = format!("{}.{}", words::plain(schema), words::plain(name));
+    let table = format!(
+        "{}.{}",
+        wording::printable(schema),
+        wording::printable(name)
+    );
     let on_parent = facts.statements_on(&edge.blocker, schema, name);
     let locks = on_parent
         .iter()
         .any(|(kind, _)| *kind == StatementKind::SelectForUpdate);
     let writes = [StatementKind::Delete, StatementKind::Update];
-    // One that itself waits has done nothing yet.
+    // A statement that waits itself has not written yet.
     let writes = on_parent
         .iter()
         .any(|(kind, waits)| !waits && writes.contains(kind));
-    if !is_told && !locks {
+    if !is_from_context && !locks {
         return None;
     }
     let check = format!(
@@ -314,8 +319,8 @@ fn foreign_key(facts: &Facts<'_>, edge: &IncidentEdge) -> Option<Diagnosis> {
             ),
         )
     };
-    // Another row of that table may be meant, and another statement of a function's.
-    let is_certain = is_told && locks;
+    // It may be about another row of that table, or about another statement of a function.
+    let is_certain = is_from_context && locks;
     Some(Diagnosis::new(Cause::ForeignKeyParent, is_certain, text).with_fix(fix))
 }
 

@@ -1,31 +1,31 @@
-//! A wait for a lock that lasted too long, without a circle.
+//! Diagnoses a lock wait without a cycle.
 
 use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
 
 use crate::graph::{BackendId, LockObject};
 
-use super::super::{IncidentEdge, IncidentKind, Participant, words};
+use super::super::{IncidentEdge, IncidentKind, Participant, wording};
 use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
 pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
     let Some(first) = facts.direct().next() else {
-        return told_only(facts);
+        return by_server_message(facts);
     };
     if facts.kind == IncidentKind::Deadlock {
-        // It was broken before it was seen: who was in the way then is not why.
-        return told_only(facts);
+        // The deadlock was ended before a sample: its blockers are not the cause.
+        return by_server_message(facts);
     }
     let Some(chain) = chain(facts) else {
         let text = format!(
-            "{}, which {} held, was not released, since those in the way waited for one another in a circle.",
-            sentence(&words::thing(first)),
+            "{}, which {} held, was not released, since those in the way waited for one another in a cycle.",
+            sentence(&wording::object(first)),
             facts.name(&first.blocker),
         );
         let fix = "The server fails one of them when a wait has lasted for deadlock_timeout; that deadlock has to be mended.";
         return Diagnosis::new(Cause::BehindDeadlock, true, text).with_fix(fix);
     };
-    let wait = Wait {
+    let wait = WaitFacts {
         facts,
         first: chain[0],
         root: &chain[chain.len() - 1].blocker,
@@ -42,14 +42,14 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .unwrap_or_else(|| wait.unknown())
 }
 
-/// What the server's message says, where nothing was seen.
-fn told_only(facts: &Facts<'_>) -> Diagnosis {
+/// The diagnosis by the server's message alone, without a sample.
+fn by_server_message(facts: &Facts<'_>) -> Diagnosis {
     let parent = facts.message.parent.as_ref();
     if let (Some(parent), true) = (parent, facts.direct().next().is_none()) {
         let table = format!(
             "{}.{}",
-            words::plain(&parent.schema),
-            words::plain(&parent.name)
+            wording::printable(&parent.schema),
+            wording::printable(&parent.name)
         );
         let text = format!(
             "A row was written that refers to {table}; the foreign key's check locks the row there FOR KEY SHARE, and had to \
@@ -67,7 +67,7 @@ fn told_only(facts: &Facts<'_>) -> Diagnosis {
     if let Some(row) = row.filter(|row| row.index_entry) {
         let text = format!(
             "A key of {} was inserted that another transaction, which had not ended, had inserted too.",
-            words::plain(&row.relation)
+            wording::printable(&row.relation)
         );
         let fix = "Insert rows in the order of their unique key, in every transaction.";
         return Diagnosis::new(
@@ -82,22 +82,22 @@ fn told_only(facts: &Facts<'_>) -> Diagnosis {
         _ => "Nobody was seen in the way",
     };
     let text = match row {
-        Some(row) => format!("{what}; the wait was for {}.", words::row_of_context(row)),
+        Some(row) => format!("{what}; the wait was for {}.", wording::row_of_context(row)),
         None => format!("{what}."),
     };
     Diagnosis::new(Cause::Unknown, false, text)
 }
 
-/// From the victim to the nearest of those in the way who wait for nobody.
+/// The chain from the victim to the nearest root blocker.
 fn chain<'a>(facts: &Facts<'a>) -> Option<Vec<&'a IncidentEdge>> {
-    let edges = &facts.scene.edges;
+    let edges = &facts.observed.edges;
     let waiters: HashSet<_> = edges.iter().map(|edge| &edge.waiter).collect();
     let mut chains: VecDeque<_> = facts.direct().map(|edge| vec![edge]).collect();
-    // Holders before those who only stand ahead.
+    // Holders before sessions that are only ahead in the queue.
     chains
         .make_contiguous()
         .sort_by_key(|chain| chain[0].is_soft());
-    let mut known: HashSet<&BackendId> = facts.scene.victim.iter().collect();
+    let mut known: HashSet<&BackendId> = facts.observed.victim.iter().collect();
     while let Some(chain) = chains.pop_front() {
         let end = &chain[chain.len() - 1].blocker;
         if !waiters.contains(end) {
@@ -111,31 +111,31 @@ fn chain<'a>(facts: &Facts<'a>) -> Option<Vec<&'a IncidentEdge>> {
     None
 }
 
-struct Wait<'a> {
+struct WaitFacts<'a> {
     facts: &'a Facts<'a>,
-    /// Of the victim.
+    /// The first edge of the chain, whose waiter is the victim.
     first: &'a IncidentEdge,
-    /// At the end of the chain.
+    /// The blocker at the end of the chain.
     root: &'a BackendId,
     is_chain: bool,
 }
 
-impl Wait<'_> {
+impl WaitFacts<'_> {
     fn root(&self) -> Option<&Participant> {
         self.facts.participant(self.root)
     }
 
-    /// `pid 12 (src/pay.rs:42) holds row id = 7 of public.users`, over others if it is so.
+    /// `pid 12 (src/pay.rs:42) held row id = 7 of public.users`, or through a chain.
     fn holds(&self) -> String {
-        let thing = words::thing(self.first);
+        let object = wording::object(self.first);
         let root = self.facts.name(self.root);
         if self.is_chain {
             let before = self.facts.name(&self.first.blocker);
             format!(
-                "{thing} was not to be had from {before}, which itself waited, in the end for {root}"
+                "{object} was not to be had from {before}, which itself waited, in the end for {root}"
             )
         } else {
-            format!("{root} held {thing}")
+            format!("{root} held {object}")
         }
     }
 
@@ -168,7 +168,7 @@ impl Wait<'_> {
         if let Some(kind) = victim.filter(|_| waits) {
             let text = format!(
                 "The index build waited for {}, which {} had.",
-                words::thing(self.first),
+                wording::object(self.first),
                 self.facts.name(&self.first.blocker)
             );
             let mut fix = index_fix(kind).to_owned();
@@ -189,9 +189,9 @@ impl Wait<'_> {
         let text = format!(
             "{} was building an index, and held {}{} meanwhile.",
             sentence(&self.facts.name(&edge.blocker)),
-            words::thing(edge),
+            wording::object(edge),
             edge.mode_held()
-                .map(|mode| format!(" in {}", words::plain(mode)))
+                .map(|mode| format!(" in {}", wording::printable(mode)))
                 .unwrap_or_default(),
         );
         Some(Diagnosis::new(Cause::IndexBuild, true, text).with_fix(index_fix(kind)))
@@ -204,11 +204,11 @@ impl Wait<'_> {
         let ahead = self.facts.name(&self.first.blocker);
         let mode = self.first.mode_queued();
         let mode = mode
-            .map(|mode| format!(" ({})", words::plain(mode)))
+            .map(|mode| format!(" ({})", wording::printable(mode)))
             .unwrap_or_default();
         let mut text = format!(
             "{} was not held in a mode that conflicts, but {ahead} waited for it ahead in the queue, in a mode that does{mode}",
-            sentence(&words::thing(self.first)),
+            sentence(&wording::object(self.first)),
         );
         if self.is_chain {
             text.push_str(&format!("; it waited for {}", self.facts.name(self.root)));
@@ -225,9 +225,9 @@ impl Wait<'_> {
     fn idle(&self) -> Option<Diagnosis> {
         let root = self.root()?;
         let idle = idle_for(root)?;
-        // It may have been on its way to its next statement.
+        // It may have been idle only between two statements.
         let waited = self.first.wait_age.unwrap_or(Duration::MAX);
-        let is_certain = root.in_state.is_some_and(|age| age >= waited / 2);
+        let is_certain = root.state_age.is_some_and(|age| age >= waited / 2);
         let text = format!(
             "{}, and was idle in its transaction{idle}: its client did something else meanwhile, or forgot it.",
             sentence(&self.holds())
@@ -238,9 +238,9 @@ impl Wait<'_> {
     }
 
     fn unique(&self) -> Option<Diagnosis> {
-        let is_told = self.facts.is_unique_wait(self.first)?;
+        let is_from_context = self.facts.is_unique_wait(self.first)?;
         let key = match &self.first.context {
-            Some(context) => format!("a key of {}", words::plain(&context.relation)),
+            Some(context) => format!("a key of {}", wording::printable(&context.relation)),
             None => "a unique key".to_owned(),
         };
         let text = format!(
@@ -250,14 +250,14 @@ impl Wait<'_> {
         );
         let fix = "Keep transactions short that insert keys others may insert too, and insert such rows last. ON CONFLICT \
                    does not help: it waits in the same way.";
-        Some(Diagnosis::new(Cause::UniqueInsert, is_told, text).with_fix(fix))
+        Some(Diagnosis::new(Cause::UniqueInsert, is_from_context, text).with_fix(fix))
     }
 
     fn advisory(&self) -> Option<Diagnosis> {
         self.first.object.advisory_key()?;
         let mut text = sentence(&self.holds());
         if let Some(state) = self.root().and_then(|root| root.state.as_deref()) {
-            text.push_str(&format!(" ({})", words::plain(state)));
+            text.push_str(&format!(" ({})", wording::printable(state)));
         }
         text.push('.');
         let fix = "Hold it for less long, wait for it longer, or use more than one key for what need not exclude each other.";
@@ -270,16 +270,16 @@ impl Wait<'_> {
             return None;
         }
         let mut text = format!("{}, and was busy", sentence(&self.holds()));
-        if let Some(age) = root.in_state {
-            text.push_str(&format!(" for {}", words::age(age)));
+        if let Some(age) = root.state_age {
+            text.push_str(&format!(" for {}", wording::age(age)));
         }
         if let Some(statement) = &root.statement {
-            text.push_str(&format!(" with {}", words::short(statement, QUOTED)));
+            text.push_str(&format!(" with {}", wording::one_line(statement, QUOTED)));
         }
         text.push('.');
         let fix = "Make that statement, or what its transaction does after it took the lock, shorter; or let it take the lock \
                    later.";
-        // The next moment it may have been idle.
+        // It may have been idle a moment later.
         Some(Diagnosis::new(Cause::RunningHolder, false, text).with_fix(fix))
     }
 
@@ -295,20 +295,20 @@ impl Wait<'_> {
     }
 }
 
-/// ` for 3.2s`, of those who are idle in their transaction.
+/// ` for 3.2s`, for a session that is idle in its transaction.
 fn idle_for(participant: &Participant) -> Option<String> {
     let state = participant.state.as_deref()?;
     let idle = state
         .starts_with("idle in transaction")
         .then_some(participant)?;
     Some(
-        idle.in_state
-            .map(|age| format!(" for {}", words::age(age)))
+        idle.state_age
+            .map(|age| format!(" for {}", wording::age(age)))
             .unwrap_or_default(),
     )
 }
 
-/// Begins with a capital letter, where it begins with a word of ours.
+/// Capitalizes the first word, unless it is a session's name.
 fn sentence(text: &str) -> String {
     let mut chars = text.chars();
     match chars.next() {
@@ -324,10 +324,10 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::super::testing::*;
-    use super::super::super::{Evidence, Incident, Kind};
+    use super::super::super::{Evidence, Incident, IncidentTrigger};
     use super::*;
 
-    fn found(evidence: Evidence) -> (Cause, bool, Incident) {
+    fn diagnosed(evidence: Evidence) -> (Cause, bool, Incident) {
         let report = report(evidence);
         let diagnosis = report.diagnosis();
         (diagnosis.cause(), diagnosis.is_certain(), report)
@@ -341,23 +341,23 @@ mod tests {
         report.diagnosis().fix().unwrap_or_default()
     }
 
-    fn row_held(state: &str, in_state: u64) -> Server {
-        Server::default()
-            .session_for(12, "psql", state, "SELECT 'secret'", in_state)
+    fn row_held(state: &str, state_age: u64) -> TestServer {
+        TestServer::default()
+            .session_for(12, "psql", state, "SELECT 'secret'", state_age)
             .waits_for_row(11, &row(account(), 1), 12, 958)
     }
 
     #[test]
     fn the_holder_is_idle() {
-        let (cause, certain, report) = found(timeout(row_held("idle in transaction", 30_000)));
+        let (cause, certain, report) = diagnosed(timeout(row_held("idle in transaction", 30_000)));
         assert_eq!((cause, certain), (Cause::IdleInTransaction, true));
         assert_eq!(
             text(&report),
             "pid 12 (psql) held row (0,1) of public.account, and was idle in its transaction for 30.0s: its client did \
              something else meanwhile, or forgot it."
         );
-        // On its way to the next statement, maybe.
-        let (cause, certain, _) = found(timeout(row_held("idle in transaction (aborted)", 3)));
+        // It may have been between two statements.
+        let (cause, certain, _) = diagnosed(timeout(row_held("idle in transaction (aborted)", 3)));
         assert_eq!((cause, certain), (Cause::IdleInTransaction, false));
     }
 
@@ -366,7 +366,7 @@ mod tests {
         let server = row_held("active", 900)
             .session_for(13, "worker", "idle in transaction", "", 5000)
             .waits_for_row(12, &row(account(), 2), 13, 900);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::IdleInTransaction, true));
         assert!(
             text(&report).contains("not to be had from pid 12 (psql)"),
@@ -381,8 +381,8 @@ mod tests {
     }
 
     #[test]
-    fn the_holder_is_busy() {
-        let (cause, certain, report) = found(timeout(row_held("active", 5000)));
+    fn the_holder_runs_a_statement() {
+        let (cause, certain, report) = diagnosed(timeout(row_held("active", 5000)));
         assert_eq!((cause, certain), (Cause::RunningHolder, false));
         assert!(text(&report).ends_with("and was busy for 5.0s with SELECT ?."));
     }
@@ -390,19 +390,19 @@ mod tests {
     #[test]
     fn the_holder_is_hidden() {
         let server =
-            Server::default()
+            TestServer::default()
                 .hidden(12, "psql")
                 .waits_for_row(11, &row(account(), 1), 12, 958);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::Unknown, false));
         assert!(text(&report).contains("hidden from this role (pg_read_all_stats"));
         assert!(
             report
-                .missing()
+                .caveats()
                 .any(|line| line.contains("pid 12 (psql) are hidden"))
         );
-        let server = Server::default().waits_for_row(11, &row(account(), 1), 12, 958);
-        let (cause, _, report) = found(timeout(server));
+        let server = TestServer::default().waits_for_row(11, &row(account(), 1), 12, 958);
+        let (cause, _, report) = diagnosed(timeout(server));
         assert_eq!(cause, Cause::Unknown);
         assert!(text(&report).contains("was not seen"));
     }
@@ -411,14 +411,14 @@ mod tests {
     fn a_prepared_transaction() {
         let prepared = BackendId::Prepared(Some("order-7".into()));
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .holds(prepared, &object, "RowExclusiveLock")
             .waits(11, &object, "ShareLock", 958, &[0]);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::PreparedTransaction, true));
         assert!(fix(&report).contains("ROLLBACK PREPARED or COMMIT PREPARED, of \"order-7\""));
-        let server = Server::default().waits(11, &object, "ShareLock", 958, &[0]);
-        let (cause, _, report) = found(timeout(server));
+        let server = TestServer::default().waits(11, &object, "ShareLock", 958, &[0]);
+        let (cause, _, report) = diagnosed(timeout(server));
         assert_eq!(cause, Cause::PreparedTransaction);
         assert!(fix(&report).contains("pg_prepared_xacts"));
     }
@@ -426,13 +426,13 @@ mod tests {
     #[test]
     fn behind_a_migration() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(12, "migrate", "active", "ALTER TABLE account ADD x int")
             .session_for(13, "psql", "idle in transaction", "SELECT 1", 60_000)
             .holds(13, &object, "AccessShareLock")
             .waits(12, &object, "AccessExclusiveLock", 2000, &[13])
             .waits(11, &object, "AccessShareLock", 958, &[12]);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::LockQueue, true));
         let text = text(&report);
         assert!(
@@ -448,13 +448,13 @@ mod tests {
     #[test]
     fn holders_come_before_those_in_the_queue() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session_for(13, "psql", "idle in transaction", "", 60_000)
             .holds(13, &object, "ShareLock")
-            // What it waits for was over in that moment.
+            // The lock that it waits for was released at that moment.
             .waits(12, &object, "AccessExclusiveLock", 2000, &[])
             .waits(11, &object, "RowExclusiveLock", 958, &[12, 13]);
-        let (cause, _, report) = found(timeout(server));
+        let (cause, _, report) = diagnosed(timeout(server));
         assert_eq!(cause, Cause::IdleInTransaction);
         assert!(text(&report).starts_with("pid 13 (psql) held"));
     }
@@ -462,22 +462,22 @@ mod tests {
     #[test]
     fn an_index_is_built() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .session(12, "migrate", "active", "CREATE INDEX ON account (note)")
             .holds(12, &object, "ShareLock")
             .waits(11, &object, "RowExclusiveLock", 958, &[12]);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::IndexBuild, true));
         assert!(text(&report).contains("held table public.account in ShareLock"));
-        // The build waits, behind one who forgot to commit.
+        // The build waits for a session that forgot to commit.
         let mut victim = timeout(
-            Server::default()
+            TestServer::default()
                 .session_for(12, "psql", "idle in transaction", "", 60_000)
                 .holds(12, &object, "RowExclusiveLock")
                 .waits(11, &object, "ShareLock", 958, &[12]),
         );
         victim.victim.statements = vec![entry(0, "CREATE INDEX ON account (note)", None)];
-        let (cause, certain, report) = found(victim);
+        let (cause, certain, report) = diagnosed(victim);
         assert_eq!((cause, certain), (Cause::IndexBuild, true));
         assert!(
             fix(&report).starts_with("End the transaction of pid 12 (psql), which was idle for")
@@ -487,11 +487,11 @@ mod tests {
     #[test]
     fn an_advisory_lock() {
         let key = advisory("invoice:1");
-        let server = Server::default()
+        let server = TestServer::default()
             .session_for(12, "billing src/pay.rs:7", "idle", "", 60_000)
             .holds(12, &key, "ExclusiveLock")
             .waits(11, &key, "ExclusiveLock", 958, &[12]);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::AdvisoryLockHeld, true));
         assert_eq!(
             text(&report),
@@ -500,10 +500,10 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_another_one_inserted() {
+    fn a_key_that_another_session_inserted() {
         let transaction = LockObject::Transaction(12);
         let server = || {
-            Server::default()
+            TestServer::default()
                 .session(
                     11,
                     "src/transfer.rs:41",
@@ -514,19 +514,19 @@ mod tests {
                 .holds(12, &transaction, "ExclusiveLock")
                 .waits(11, &transaction, "ShareLock", 958, &[12])
         };
-        let (cause, certain, _) = found(timeout(server()));
+        let (cause, certain, _) = diagnosed(timeout(server()));
         assert_eq!((cause, certain), (Cause::UniqueInsert, false));
         let context = "while inserting index tuple (0,2) in relation \"account_pkey\"";
-        let told = Evidence {
+        let known = Evidence {
             error: Some(timeout_error(Some(context))),
             ..timeout(server())
         };
-        let (cause, certain, report) = found(told.clone());
+        let (cause, certain, report) = diagnosed(known.clone());
         assert_eq!((cause, certain), (Cause::UniqueInsert, true));
         assert!(text(&report).contains("a key of account_pkey"));
-        let (cause, certain, report) = found(Evidence {
-            looks: Vec::new(),
-            ..told
+        let (cause, certain, report) = diagnosed(Evidence {
+            samples: Vec::new(),
+            ..known
         });
         assert_eq!((cause, certain), (Cause::UniqueInsert, true));
         assert!(
@@ -542,7 +542,7 @@ mod tests {
 
     #[test]
     fn a_foreign_keys_parent() {
-        let server = Server::default()
+        let server = TestServer::default()
             .session(
                 11,
                 "src/transfer.rs:41",
@@ -556,16 +556,16 @@ mod tests {
                 "SELECT * FROM public.customer FOR UPDATE",
             )
             .waits_for_row(11, &row(table(9, "customer"), 1), 12, 958);
-        let told = Evidence {
+        let known = Evidence {
             error: Some(timeout_error(Some(CHECK))),
             ..timeout(server)
         };
-        let (cause, certain, report) = found(told.clone());
+        let (cause, certain, report) = diagnosed(known.clone());
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, true));
         assert!(fix(&report).contains("Use FOR NO KEY UPDATE"));
-        let (cause, certain, report) = found(Evidence {
-            looks: Vec::new(),
-            ..told
+        let (cause, certain, report) = diagnosed(Evidence {
+            samples: Vec::new(),
+            ..known
         });
         assert_eq!((cause, certain), (Cause::ForeignKeyParent, false));
         assert!(text(&report).contains("refers to public.customer"));
@@ -573,36 +573,36 @@ mod tests {
 
     #[test]
     fn behind_a_deadlock_of_others() {
-        let server = Server::default()
+        let server = TestServer::default()
             .waits_for_row(11, &row(account(), 1), 12, 958)
             .waits_for_row(12, &row(account(), 2), 13, 900)
             .waits_for_row(13, &row(account(), 1), 12, 900);
-        let (cause, certain, report) = found(timeout(server));
+        let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::BehindDeadlock, true));
         assert!(report.cycle().is_empty());
     }
 
     #[test]
-    fn what_is_not_known_is_not_guessed() {
-        let (cause, certain, report) = found(evidence(Kind::LockTimeout));
+    fn an_unknown_cause_is_not_guessed() {
+        let (cause, certain, report) = diagnosed(evidence(IncidentTrigger::LockTimeout));
         assert_eq!((cause, certain), (Cause::Unknown, false));
         assert_eq!(text(&report), "Nobody was seen in the way.");
         let context = "while updating tuple (0,2) in relation \"account\"";
-        let (cause, _, report) = found(Evidence {
+        let (cause, _, report) = diagnosed(Evidence {
             error: Some(deadlock_error("??", context)),
-            missing: vec![Arc::from("the side connection could not be opened")],
-            ..evidence(Kind::Deadlock)
+            caveats: vec![Arc::from("the side connection could not be opened")],
+            ..evidence(IncidentTrigger::Deadlock)
         });
         assert_eq!(cause, Cause::Unknown);
         assert_eq!(
             text(&report),
             "The deadlock was broken before it was seen; the wait was for row (0,2) of account."
         );
-        // Who was in the way before is not why.
+        // The earlier blocker is not the cause.
         let early = Evidence {
             error: None,
             ..deadlock(row_held("idle in transaction", 30_000))
         };
-        assert_eq!(found(early).0, Cause::Unknown);
+        assert_eq!(diagnosed(early).0, Cause::Unknown);
     }
 }

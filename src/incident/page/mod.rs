@@ -1,7 +1,7 @@
-//! The report as a page for people.
+//! The report as text.
 
-mod paper;
-mod picture;
+mod text_wrap;
+mod wait_tree;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,47 +10,47 @@ use crate::graph::Relation;
 use crate::key::LockKey;
 
 use super::{
-    Incident, IncidentEdge, IncidentKind, JournalLine, JournalMark, Outcome, Participant, Quality,
-    words,
+    Completeness, Incident, IncidentEdge, IncidentKind, JournalLine, JournalMark, Outcome,
+    Participant, wording,
 };
-use paper::Paper;
+use text_wrap::WrappedText;
 
-/// Participants that are described.
-const MOST_DESCRIBED: usize = 10;
-/// Characters of a statement, and of one in a journal.
-const STATEMENT: usize = 800;
-const JOURNAL_STATEMENT: usize = 240;
-/// Of a long journal the first and the last lines are shown, and those that are marked.
+/// How many participants are described.
+const MAX_DESCRIBED: usize = 10;
+/// How many characters of a statement are shown, and of one in a journal.
+const MAX_STATEMENT: usize = 800;
+const MAX_JOURNAL_STATEMENT: usize = 240;
+/// Of a long journal only the first, the last and the marked lines are shown.
 const FIRST_LINES: usize = 3;
 const LAST_LINES: usize = 20;
 
 impl fmt::Display for Incident {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut paper = Paper::default();
-        self.head(&mut paper);
-        self.picture(&mut paper);
-        self.why(&mut paper);
-        for participant in self.participants().iter().take(MOST_DESCRIBED) {
-            self.describe(&mut paper, participant);
+        let mut out = WrappedText::default();
+        self.head(&mut out);
+        self.draw_waits(&mut out);
+        self.why(&mut out);
+        for participant in self.participants().iter().take(MAX_DESCRIBED) {
+            self.describe(&mut out, participant);
         }
         if let Some(more) = self
             .participants()
-            .get(MOST_DESCRIBED..)
+            .get(MAX_DESCRIBED..)
             .filter(|more| !more.is_empty())
         {
-            let names: Vec<_> = more.iter().map(words::who).collect();
-            paper.heading("THE OTHERS");
-            paper.write("  ", "  ", &names.join(", "));
+            let names: Vec<_> = more.iter().map(wording::name).collect();
+            out.heading("THE OTHERS");
+            out.write("  ", "  ", &names.join(", "));
         }
-        self.server(&mut paper);
-        self.how_sure(&mut paper);
-        f.write_str(paper.text().trim_end())
+        self.server(&mut out);
+        self.certainty_section(&mut out);
+        f.write_str(out.text().trim_end())
     }
 }
 
 impl Incident {
-    /// What happened, where and to whom, on one line:
-    /// `Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another`.
+    /// The incident in one line, with the objects and participants: `Deadlock on public.account: src/transfer.rs:41 and
+    /// src/refund.rs:17 waited for one another`.
     #[must_use]
     pub fn headline(&self) -> String {
         let mut text = match self.kind() {
@@ -76,7 +76,7 @@ impl Incident {
             .cycle()
             .iter()
             .filter(named)
-            .map(words::subject)
+            .map(wording::subject)
             .collect();
         subjects.sort();
         subjects.dedup();
@@ -85,28 +85,28 @@ impl Incident {
         }
         let names: Vec<_> = members
             .into_iter()
-            .map(|member| words::place(member).unwrap_or_else(|| words::who(member)))
+            .map(|member| wording::call_site(member).unwrap_or_else(|| wording::name(member)))
             .collect();
         text.push_str(&format!(": {} waited for one another", names.join(" and ")));
         text
     }
 
     fn headline_of_wait(&self) -> String {
-        let victim = words::who(self.victim());
+        let victim = wording::name(self.victim());
         let age = self.victim().wait_age();
-        let age = age.map(|age| format!(" of {}", words::age(age)));
+        let age = age.map(|age| format!(" of {}", wording::age(age)));
         let mut text = age.unwrap_or_default();
         let direct = self.edges().iter();
         let direct = direct.filter(|edge| Some(edge.waiter()) == self.victim().id());
         let direct: Vec<_> = direct.collect();
         let blockers: HashSet<_> = direct.iter().map(|edge| edge.blocker()).collect();
-        // A holder rather than one who only stands ahead.
+        // A holder rather than a session that is only ahead in the queue.
         match direct.iter().min_by_key(|edge| edge.is_soft()) {
             Some(edge) => {
                 let blocker = self.participant(edge.blocker());
-                let blocker = blocker.map(words::who).unwrap_or_default();
-                let thing = words::thing(edge);
-                text.push_str(&format!(" on {thing}: {victim} waited for {blocker}"));
+                let blocker = blocker.map(wording::name).unwrap_or_default();
+                let object = wording::object(edge);
+                text.push_str(&format!(" on {object}: {victim} waited for {blocker}"));
                 if blockers.len() > 1 {
                     text.push_str(&format!(" and {} more", blockers.len() - 1));
                 }
@@ -116,44 +116,44 @@ impl Incident {
         text
     }
 
-    fn head(&self, paper: &mut Paper) {
-        paper.write("", "  ", &self.headline());
-        paper.write("", "  ", &self.attempt_line());
+    fn head(&self, out: &mut WrappedText) {
+        out.write("", "  ", &self.headline());
+        out.write("", "  ", &self.attempt_line());
     }
 
     pub(super) fn attempt_line(&self) -> String {
         let outcome = match self.outcome() {
-            Outcome::Retried { pause } => format!("retried after {}", words::age(pause)),
+            Outcome::Retried { pause } => format!("retried after {}", wording::age(pause)),
             Outcome::GaveUp => "given up".to_owned(),
             Outcome::NotRetried => "not retried".to_owned(),
             Outcome::StillWaiting => "still waiting".to_owned(),
         };
         format!(
             "{}, attempt {} of {}, {outcome}",
-            words::timestamp(self.occurred()),
+            wording::timestamp(self.occurred()),
             self.attempt(),
             self.attempts()
         )
     }
 
-    fn picture(&self, paper: &mut Paper) {
+    fn draw_waits(&self, out: &mut WrappedText) {
         if self.edges().is_empty() {
             return;
         }
-        paper.heading("WHO WAITED FOR WHOM");
-        paper.write(
+        out.heading("WHO WAITED FOR WHOM");
+        out.write(
             "  ",
             "  ",
-            &format!("{}, the victim", words::who(self.victim())),
+            &format!("{}, the victim", wording::name(self.victim())),
         );
-        let left = self.edges().len() - picture::draw(self, paper);
+        let left = self.edges().len() - wait_tree::draw(self, out);
         if left > 0 {
-            paper.write("  ", "  ", &format!("and {left} more"));
+            out.write("  ", "  ", &format!("and {left} more"));
         }
     }
 
-    fn describe(&self, paper: &mut Paper, participant: &Participant) {
-        let name = words::who(participant);
+    fn describe(&self, out: &mut WrappedText, participant: &Participant) {
+        let name = wording::name(participant);
         let mut heading = match name.strip_prefix("pid ") {
             Some(rest) => format!("PID {rest}"),
             None => name,
@@ -171,7 +171,7 @@ impl Incident {
         if participant.is_hidden() {
             heading.push_str(", partly hidden from this role");
         }
-        paper.heading(&heading);
+        out.heading(&heading);
         let mut who = Vec::new();
         let mut add = |what: &str, value: Option<&str>, quote: &str| {
             if let Some(value) = value.filter(|value| !value.is_empty()) {
@@ -185,25 +185,25 @@ impl Incident {
         let kind = participant.backend_type();
         add("a", kind.filter(|kind| *kind != "client backend"), "");
         if !who.is_empty() {
-            paper.write("  ", "  ", &who.join(", "));
+            out.write("  ", "  ", &who.join(", "));
         }
         let mut state = Vec::new();
-        match (participant.state(), participant.in_state()) {
-            (Some(what), Some(age)) => state.push(format!("{what} for {}", words::age(age))),
+        match (participant.state(), participant.state_age()) {
+            (Some(what), Some(age)) => state.push(format!("{what} for {}", wording::age(age))),
             (Some(what), None) => state.push(what.to_owned()),
             _ => {}
         }
         if let Some(age) = participant.transaction_age() {
-            state.push(format!("in its transaction for {}", words::age(age)));
+            state.push(format!("in its transaction for {}", wording::age(age)));
         }
         if let Some(age) = participant.wait_age() {
-            state.push(format!("waited {} for a lock", words::age(age)));
+            state.push(format!("waited {} for a lock", wording::age(age)));
         }
         if let Some(key) = participant.conflict_group() {
             state.push(format!("in the conflict group {key}"));
         }
         if !state.is_empty() {
-            paper.write("  ", "  ", &state.join(", "));
+            out.write("  ", "  ", &state.join(", "));
         }
         if let Some(statement) = participant.statement() {
             let verb = if participant.is_waiting() || participant.state() == Some("active") {
@@ -211,14 +211,14 @@ impl Incident {
             } else {
                 "  last ran: "
             };
-            paper.write(verb, "    ", &words::short(statement, STATEMENT));
+            out.write(verb, "    ", &wording::one_line(statement, MAX_STATEMENT));
         }
-        self.held(paper, participant);
-        journal(paper, participant);
+        self.held(out, participant);
+        journal(out, participant);
     }
 
-    /// What it held that others waited for.
-    fn held(&self, paper: &mut Paper, participant: &Participant) {
+    /// The locks that it held and others waited for.
+    fn held(&self, out: &mut WrappedText, participant: &Participant) {
         let edges = self.edges().iter();
         let edges: Vec<_> = edges
             .filter(|edge| Some(edge.blocker()) == participant.id() && !edge.is_soft())
@@ -226,8 +226,10 @@ impl Incident {
         let mut held: Vec<_> = edges
             .iter()
             .map(|edge| match edge.mode_held() {
-                Some(mode) if edge.row().is_none() => format!("{} in {mode}", words::thing(edge)),
-                _ => words::thing(edge),
+                Some(mode) if edge.row().is_none() => {
+                    format!("{} in {mode}", wording::object(edge))
+                }
+                _ => wording::object(edge),
             })
             .collect();
         held.sort();
@@ -235,7 +237,7 @@ impl Incident {
         if held.is_empty() {
             return;
         }
-        paper.write("  ", "    ", &format!("held {}", held.join(", ")));
+        out.write("  ", "    ", &format!("held {}", held.join(", ")));
         let is_marked = |line: &JournalLine| {
             matches!(
                 line.mark(),
@@ -257,24 +259,24 @@ impl Incident {
                 "with none of the statements below that names it:"
             };
             let text = format!("{how} a trigger, a foreign key, a view or a function may have");
-            paper.write("    ", "    ", &text);
+            out.write("    ", "    ", &text);
         }
     }
 
-    fn server(&self, paper: &mut Paper) {
+    fn server(&self, out: &mut WrappedText) {
         let Some(sqlstate) = self.sqlstate() else {
             return;
         };
-        paper.heading("WHAT THE SERVER SAID");
+        out.heading("WHAT THE SERVER SAID");
         let message = self.message().unwrap_or("(a message that may carry data)");
-        paper.lines(
+        out.lines(
             "  ",
             "    ",
-            &format!("{} {message}", words::plain(sqlstate)),
+            &format!("{} {message}", wording::printable(sqlstate)),
         );
         for (name, text) in [("DETAIL", self.detail()), ("CONTEXT", self.context())] {
             if let Some(text) = text {
-                paper.lines(&format!("  {name:7}  "), "           ", text);
+                out.lines(&format!("  {name:7}  "), "           ", text);
             }
         }
     }
@@ -290,87 +292,90 @@ impl Incident {
         format!("Why: {probably}{}", diagnosis.cause())
     }
 
-    fn why(&self, paper: &mut Paper) {
+    fn why(&self, out: &mut WrappedText) {
         let diagnosis = self.diagnosis();
-        paper.heading(&self.why_heading().replacen("Why", "WHY", 1));
-        paper.write("  ", "  ", diagnosis.text());
+        out.heading(&self.why_heading().replacen("Why", "WHY", 1));
+        out.write("  ", "  ", diagnosis.text());
         if let Some(fix) = diagnosis.fix() {
-            paper.write("  To do: ", "    ", fix);
+            out.write("  To do: ", "    ", fix);
         }
     }
 
-    /// How much of it was seen, as a sentence.
+    /// How much of the incident was observed, as a sentence.
     pub(super) fn certainty(&self) -> String {
         let when = match self.captured_after() {
-            Some(after) => format!(" {} after the victim's statement began", words::age(after)),
+            Some(after) => format!(
+                " {} after the victim's statement began",
+                wording::age(after)
+            ),
             None => String::new(),
         };
-        let is_circle = !self.cycle().is_empty();
-        match self.quality() {
-            Quality::Complete if is_circle => format!("The whole circle was seen{when}."),
-            Quality::Complete => format!("All that was in the way was seen{when}."),
-            Quality::Partial if is_circle => {
+        let is_cycle = !self.cycle().is_empty();
+        match self.completeness() {
+            Completeness::Complete if is_cycle => format!("The whole cycle was seen{when}."),
+            Completeness::Complete => format!("All that was in the way was seen{when}."),
+            Completeness::Partial if is_cycle => {
                 format!(
-                    "Part of the circle was seen{when}; the rest of it is from the server's DETAIL."
+                    "Part of the cycle was seen{when}; the rest of it is from the server's DETAIL."
                 )
             }
-            Quality::Partial => {
-                format!("The victim's wait was seen{when}, but not what closed the circle.")
+            Completeness::Partial => {
+                format!("The victim's wait was seen{when}, but not what closed the cycle.")
             }
-            Quality::DetailOnly => {
+            Completeness::DetailOnly => {
                 "Nothing was seen while it lasted: who waited for whom is from the server's DETAIL."
                     .to_owned()
             }
-            Quality::Nothing => "Nothing was seen while it lasted.".to_owned(),
+            Completeness::Nothing => "Nothing was seen while it lasted.".to_owned(),
         }
     }
 
-    /// How often it was there, as a sentence without its end.
-    pub(super) fn sightings_line(&self) -> String {
+    /// How often the incident occurred, as a sentence without a full stop.
+    pub(super) fn occurrences_line(&self) -> String {
         let mut text = format!("Fingerprint {}, ", self.fingerprint());
         match self.previously_seen() {
             Some(previous) => text.push_str(&format!(
                 "seen {} times since {}, last at {} before this one",
                 self.count(),
-                words::timestamp(self.first_seen()),
-                words::timestamp(previous),
+                wording::timestamp(self.first_seen()),
+                wording::timestamp(previous),
             )),
             None => text.push_str("seen for the first time"),
         }
         text
     }
 
-    fn how_sure(&self, paper: &mut Paper) {
-        paper.heading("HOW SURE THIS IS");
-        paper.write("  ", "  ", &self.certainty());
+    fn certainty_section(&self, out: &mut WrappedText) {
+        out.heading("HOW SURE THIS IS");
+        out.write("  ", "  ", &self.certainty());
         let journals = self.participants().iter().flat_map(Participant::journal);
         let mut marks = journals.map(JournalLine::mark);
         if marks.any(|mark| mark == Some(JournalMark::MayHaveTaken)) {
             let text = "\"took?\" is a guess: the first statement that names the relation and takes such locks";
-            paper.write("  - ", "    ", text);
+            out.write("  - ", "    ", text);
         }
-        for missing in self.missing() {
-            paper.write("  - ", "    ", missing);
+        for caveat in self.caveats() {
+            out.write("  - ", "    ", caveat);
         }
-        paper.heading(&self.sightings_line());
+        out.heading(&self.occurrences_line());
     }
 }
 
-fn journal(paper: &mut Paper, participant: &Participant) {
+fn journal(out: &mut WrappedText, participant: &Participant) {
     let lines = participant.journal();
     if lines.is_empty() {
         return;
     }
-    paper.write("  ", "  ", "its transaction until then:");
+    out.write("  ", "  ", "its transaction until then:");
     let mut skipped = 0;
-    let skip = |paper: &mut Paper, skipped: &mut usize| {
+    let skip = |out: &mut WrappedText, skipped: &mut usize| {
         if *skipped > 0 {
             let what = if *skipped == 1 {
                 "statement"
             } else {
                 "statements"
             };
-            paper.write("      ", "      ", &format!("… {skipped} {what}"));
+            out.write("      ", "      ", &format!("… {skipped} {what}"));
         }
         *skipped = 0;
     };
@@ -383,39 +388,39 @@ fn journal(paper: &mut Paper, participant: &Participant) {
             skipped += 1;
             continue;
         }
-        skip(paper, &mut skipped);
+        skip(out, &mut skipped);
         let mark = match line.mark() {
             Some(JournalMark::Took) => "took",
             Some(JournalMark::MayHaveTaken) => "took?",
             Some(JournalMark::Waited) => "waited",
             None => "",
         };
-        let took = match (line.failed(), line.took()) {
+        let duration = match (line.failed(), line.duration()) {
             (true, _) => "failed".to_owned(),
-            (false, Some(took)) => words::age(took),
+            (false, Some(duration)) => wording::age(duration),
             (false, None) => "open".to_owned(),
         };
-        let after = format!("+{}", words::age(line.after()));
-        let head = format!("    {mark:<6} {after:>9} {took:>8}  ");
-        let hang = " ".repeat(paper::width(&head));
+        let after = format!("+{}", wording::age(line.after()));
+        let head = format!("    {mark:<6} {after:>9} {duration:>8}  ");
+        let hang = " ".repeat(text_wrap::width(&head));
         let locks: Vec<_> = line
             .advisory()
             .map(|(key, mode)| format!("{key} in {mode}"))
             .collect();
         let text = match line.text() {
-            Some(text) => words::short(text, JOURNAL_STATEMENT),
+            Some(text) => wording::one_line(text, MAX_JOURNAL_STATEMENT),
             None if !locks.is_empty() => format!("(advisory lock {})", locks.join(", ")),
             None => "(a statement whose text is not known)".to_owned(),
         };
-        paper.write(&head, &hang, &text);
+        out.write(&head, &hang, &text);
     }
-    skip(paper, &mut skipped);
+    skip(out, &mut skipped);
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::*;
-    use super::super::{Evidence, History, Kind};
+    use super::super::{Evidence, IncidentHistory, IncidentTrigger};
     use super::*;
     use crate::graph::LockObject;
 
@@ -434,7 +439,7 @@ WHO WAITED FOR WHOM
   └─ waited 958ms for row id = 2 of public.account (ShareLock on transaction 12), held in
      ExclusiveLock by pid 12 (src/refund.rs:17)
      └─ waited 412ms for row id = 1 of public.account (ShareLock on transaction 11), held in
-        ExclusiveLock by pid 11 (src/transfer.rs:41): the circle is closed
+        ExclusiveLock by pid 11 (src/transfer.rs:41): the cycle is closed
 
 WHY: lock order inversion
   The same locks were taken in different orders: pid 11 (src/transfer.rs:41) held row id = 1 of
@@ -470,17 +475,17 @@ WHAT THE SERVER SAID
   CONTEXT  while updating tuple (0,2) in relation \"account\"
 
 HOW SURE THIS IS
-  The whole circle was seen 960ms after the victim's statement began.
+  The whole cycle was seen 960ms after the victim's statement began.
   - \"took?\" is a guess: the first statement that names the relation and takes such locks
 
 Fingerprint 5b62a63f352df502, seen for the first time";
 
     #[test]
-    fn a_deadlock_of_which_the_server_alone_tells() {
+    fn a_deadlock_without_a_sample() {
         let page = report(Evidence {
-            looks: Vec::new(),
+            samples: Vec::new(),
             others: Vec::new(),
-            missing: vec!["the side connection could not be opened: no room".into()],
+            caveats: vec!["the side connection could not be opened: no room".into()],
             ..transfers()
         })
         .to_string();
@@ -489,7 +494,7 @@ Fingerprint 5b62a63f352df502, seen for the first time";
         );
         for part in [
             "  └─ waited for row (0,2) of account (ShareLock on transaction 12), held by pid 12\n",
-            "     └─ waited for a row or key of transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41):\n        the circle",
+            "     └─ waited for a row or key of transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41):\n        the cycle",
             "\nWHY: unknown\n",
             "\nPID 12, not seen\n",
             "  Nothing was seen while it lasted: who waited for whom is from the server's DETAIL.\n",
@@ -503,7 +508,7 @@ Fingerprint 5b62a63f352df502, seen for the first time";
     #[test]
     fn a_queue_is_a_tree() {
         let object = LockObject::Relation(account());
-        let server = Server::default()
+        let server = TestServer::default()
             .hidden(12, "migrate")
             .session(13, "psql", "idle in transaction", "SELECT 'secret'")
             .holds(13, &object, "AccessShareLock")
@@ -512,7 +517,7 @@ Fingerprint 5b62a63f352df502, seen for the first time";
             .holds(13, &object, "ShareLock");
         let mut evidence = timeout(server);
         evidence.outcome = Outcome::GaveUp;
-        let history = History::default();
+        let history = IncidentHistory::default();
         Incident::new(evidence.clone(), &history);
         let page = Incident::new(evidence, &history).to_string();
         for part in [
@@ -552,8 +557,8 @@ Fingerprint 5b62a63f352df502, seen for the first time";
     }
 
     #[test]
-    fn nothing_at_all() {
-        let mut evidence = evidence(Kind::LongWait);
+    fn a_report_without_evidence() {
+        let mut evidence = evidence(IncidentTrigger::LongWait);
         evidence.victim.pid = None;
         evidence.victim.call_site = None;
         evidence.victim.application_name = None;

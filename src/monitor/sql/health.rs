@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use crate::graph::sql::{self as graph, Columns, Seen, age, columns_of};
+use crate::graph::sql::{self as graph, Columns, LockSample, age, columns_of};
 use crate::graph::{Backend, Relation};
 use crate::key::LockKey;
 use crate::postgres::sql::rows;
@@ -85,7 +85,7 @@ const OTHERS: &str = "NOT pg_catalog.int4eq(a.pid, pg_catalog.pg_backend_pid()) 
 
 /// All of it, as one message.
 pub(crate) fn health() -> String {
-    let blocking = graph::blocking(None);
+    let blocking = graph::wait_graph(None);
     let numbers = NUMBERS
         .replace("{TABLE}", TABLE)
         .replace("{FILL}", FILL)
@@ -93,7 +93,7 @@ pub(crate) fn health() -> String {
     let invalid = INVALID
         .replace("{HERE}", HERE)
         .replace("{MOST}", &MOST_INDEXES.to_string());
-    let who = graph::WHO;
+    let who = graph::BACKEND_COLUMNS;
     format!(
         "{blocking}; {numbers}; {invalid}; \
          SELECT true AS oldest, {who} FROM pg_catalog.pg_stat_activity AS a \
@@ -107,7 +107,7 @@ pub(crate) fn health() -> String {
 /// What it brought.
 #[derive(Debug)]
 pub(crate) struct Numbers {
-    pub(crate) seen: Seen,
+    pub(crate) seen: LockSample,
     pub(crate) database: Box<str>,
     pub(crate) hidden_sessions: usize,
     pub(crate) oldest_transaction: Option<Backend>,
@@ -142,7 +142,7 @@ pub(crate) fn numbers(
     };
     let (graph, rest) = reply.split_at(reply.iter().position(begins)?);
     let mut rest = rows(rest);
-    let mut numbers = first(rest.next()?, graph::seen(graph, named)?)?;
+    let mut numbers = first(rest.next()?, graph::read_sample(graph, named)?)?;
     for row in rest {
         let columns = columns_of(row);
         let row = Columns {
@@ -163,7 +163,7 @@ pub(crate) fn numbers(
     Some(numbers)
 }
 
-fn first(row: &SimpleQueryRow, seen: Seen) -> Option<Numbers> {
+fn first(row: &SimpleQueryRow, seen: LockSample) -> Option<Numbers> {
     let columns = columns_of(row);
     let row = Columns {
         row,

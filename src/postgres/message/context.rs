@@ -1,8 +1,8 @@
-//! The CONTEXT of an error: which row was waited for, and which functions were running.
+//! Parses the CONTEXT of an error: which row was waited for, and which functions were running.
 
 use super::number::{Number, is_pair, numbers};
 
-/// A line of a CONTEXT, and what it says.
+/// A line of a CONTEXT.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ContextLine {
     /// As the server wrote it.
@@ -14,31 +14,31 @@ pub(crate) struct ContextLine {
 pub(crate) enum ContextKind {
     /// `while updating tuple (0,9) in relation "users"`
     Row(RowContext),
-    /// `PL/pgSQL function transfer(integer,integer) line 3 at SQL statement`: nothing in it is data.
+    /// `PL/pgSQL function transfer(integer,integer) line 3 at SQL statement`, which contains no data.
     Function,
-    /// Anything else. It may carry data: the text of a statement, a line of a `COPY`, parameters.
+    /// Anything else. It may contain data: the text of a statement, a line of a `COPY`, parameters.
     Other,
 }
 
-/// The row that a transaction was waited for (`XactLockTableWaitErrorCb` in PostgreSQL's
+/// The row whose transaction was waited for (`XactLockTableWaitErrorCb` in PostgreSQL's
 /// `src/backend/storage/lmgr/lmgr.c`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RowContext {
     pub(crate) page: u32,
     pub(crate) offset: u16,
-    /// Without its schema, which the server does not look up.
+    /// Without the schema, which the server does not look up.
     pub(crate) relation: String,
-    /// While an entry was made in a unique index. The relation is then mostly the index, and the row the one that is
-    /// being inserted (`_bt_doinsert` in PostgreSQL's `src/backend/access/nbtree/nbtinsert.c`); for `ON CONFLICT` and
-    /// deferred constraints it is the table, and the row in the way (`check_exclusion_or_unique_constraint` in
-    /// `src/backend/executor/execIndexing.c`). The name tells which.
+    /// Whether it is about an entry of a unique index. Then the relation is usually the index, and the row is the one
+    /// that is being inserted (`_bt_doinsert` in PostgreSQL's `src/backend/access/nbtree/nbtinsert.c`). For `ON
+    /// CONFLICT` and deferred constraints it is the table, and the conflicting row
+    /// (`check_exclusion_or_unique_constraint` in `src/backend/executor/execIndexing.c`). The name tells which.
     pub(crate) index_entry: bool,
 }
 
-/// Reads a CONTEXT, as a client gets it.
+/// Parses a CONTEXT as a client receives it.
 ///
-/// Only its beginning can name a row: the wait is the innermost of all frames. Further down there is text of the
-/// application's, which might look the same.
+/// Only its beginning can name a row, because the wait is the innermost frame. Text of the application follows, which
+/// may have the same form.
 pub(crate) fn context(text: &str) -> Vec<ContextLine> {
     let mut lines = Vec::new();
     if text.is_empty() {
@@ -52,7 +52,7 @@ pub(crate) fn context(text: &str) -> Vec<ContextLine> {
         });
         rest = text[end..].strip_prefix('\n');
     }
-    // A quoted text may go over several lines; what ends it cannot be told from a quote within it.
+    // A quoted text may span several lines, and its end cannot be distinguished from a quote within it.
     let mut quoted = false;
     for line in rest.into_iter().flat_map(|rest| rest.split('\n')) {
         let kind = if !quoted && is_function(line) {
@@ -70,17 +70,17 @@ pub(crate) fn context(text: &str) -> Vec<ContextLine> {
     lines
 }
 
-/// Bytes of a line that names a row, at most.
-const LONGEST_ROW: usize = 1000;
+/// The maximum number of bytes of a line that names a row.
+const MAX_ROW_BYTES: usize = 1000;
 
-/// A row at the beginning, and where it ends: at the end of a line, though maybe not of the first one. A name has at
-/// most 63 bytes, so at most that many line feeds, and no sentence has more than a few hundred.
+/// A row at the beginning of the text, and where it ends: at the end of a line, but maybe not of the first. A name has
+/// at most 63 bytes, and so at most 63 line feeds; no sentence has more than a few hundred.
 fn leading_row(text: &str) -> Option<(usize, RowContext)> {
     text.match_indices('\n')
         .map(|(end, _)| end)
         .chain([text.len()])
         .take(64)
-        .take_while(|end| *end <= LONGEST_ROW)
+        .take_while(|end| *end <= MAX_ROW_BYTES)
         .find_map(|end| Some((end, row(&text[..end])?)))
 }
 
@@ -96,7 +96,7 @@ fn row(text: &str) -> Option<RowContext> {
         (
             last_but_one,
             last,
-            row_behind_name(text, last_but_one, last)?,
+            row_after_name(text, last_but_one, last)?,
         )
     } else {
         (first, second, row_before_name(text, first, second)?)
@@ -110,7 +110,7 @@ fn row(text: &str) -> Option<RowContext> {
     })
 }
 
-/// In the languages of [`object`](super::object), or what their forms have in common.
+/// The words of the languages of [`lock_tag`](super::lock_tag), or what their inflected forms have in common.
 const INDEX: &[&str] = &[
     "index",
     "indeks",
@@ -123,8 +123,8 @@ const INDEX: &[&str] = &[
     "索引",
 ];
 
-/// `while updating tuple (0,9) in relation "users"`, and in Korean `0,9 튜플(해당 릴레이션 "users")을 갱신하는 중에 발생`:
-/// the name, and all words around it.
+/// `while updating tuple (0,9) in relation "users"`, and in Korean `0,9 튜플(해당 릴레이션 "users")을 갱신하는 중에 발생`: returns the
+/// name, and all words around it.
 fn row_before_name<'a>(
     text: &'a str,
     first: &Number,
@@ -154,7 +154,7 @@ fn row_before_name<'a>(
     let plain = !words.contains(|c: char| c.is_ascii_digit() || matches!(c, '(' | ')' | '\n'));
     // Nothing follows the name.
     let inside = behind[name..].strip_suffix(closing(quote))?;
-    // French has a space inside of its quotes, and so could a name have one.
+    // French puts a space inside its quotes, and a name may have one too.
     let spaced = quote == '«' && between.contains("relation ");
     let inside = if spaced {
         let inside = inside.strip_prefix([' ', '\u{a0}', '\u{202f}'])?;
@@ -165,13 +165,9 @@ fn row_before_name<'a>(
     (plain && !before.trim().is_empty()).then_some((inside, words))
 }
 
-/// `リレーション"users"のタプル(0,9)の更新中`, Chinese `当更新关系"users"的元组(0, 9)时`, Turkish `"users" nesnesindeki (0,9)
-/// satırı güncellenirken`. By their words: the text of a statement can have this shape.
-fn row_behind_name<'a>(
-    text: &'a str,
-    first: &Number,
-    second: &Number,
-) -> Option<(&'a str, String)> {
+/// `リレーション"users"のタプル(0,9)の更新中`, Chinese `当更新关系"users"的元组(0, 9)时`, Turkish `"users" nesnesindeki (0,9) satırı
+/// güncellenirken`. Checks the words too, because the text of a statement can have this form.
+fn row_after_name<'a>(text: &'a str, first: &Number, second: &Number) -> Option<(&'a str, String)> {
     let head = text[..first.at.start].strip_suffix('(')?;
     let tail = text[second.at.end..].strip_prefix(')')?;
     let (before, _) = head.split_once('"')?;
@@ -204,10 +200,9 @@ fn closing(open: char) -> &'static [char] {
     }
 }
 
-/// Whether a line is a frame of a PL/pgSQL function and nothing else: the language's name, and no other number than
-/// that of a line in the function.
+/// Whether a line is only a frame of a PL/pgSQL function: the language's name, and no other number than a line number.
 fn is_function(line: &str) -> bool {
-    // Korean has quotes around the function.
+    // Korean quotes the function.
     let line = line
         .replacen("함수 \"", "함수 ", 1)
         .replacen("\" 의 ", " 의 ", 1);
@@ -243,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn the_row_is_read_in_every_language() {
+    fn the_row_is_parsed_in_every_language() {
         for language in &LANGUAGES {
             for (at, template) in language.contexts.into_iter().enumerate() {
                 let line = format(template, &[&4_294_967_295_u32, &9, &"users"]);
@@ -258,9 +253,9 @@ mod tests {
         }
     }
 
-    /// Words of languages that the catalogs above lack, in the order that those have.
+    /// Words of languages that the catalogs above lack, in the order that those use.
     #[test]
-    fn the_row_is_read_in_other_languages_too() {
+    fn the_row_is_parsed_in_other_languages() {
         for line in [
             "\"a b\" nesnesindeki (1,2) indeks kaydı (insert)",
             "podczas (1,2) relacji \"a b\"",
@@ -293,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn functions_are_told_from_data_in_every_language() {
+    fn functions_are_distinguished_from_data_in_every_language() {
         for language in &LANGUAGES {
             let function = format(language.function, &[&"f(int4,numeric)", &12, &"PERFORM"]);
             let sql = format(language.sql, &[&"SELECT\nPL/pgSQL 5\n, PL/pgSQL"]);
@@ -348,7 +343,7 @@ mod tests {
             name in "[^\0\n]{1,63}|[a-z\"'«»„“()0-9,\n ]{1,20}",
             behind in prop::option::of(Just("SQL statement \"UPDATE t SET a = 'b'\"")),
         ) {
-            // Where a line of the name ends in a quote the name cannot be told from what follows.
+            // If a line of the name ends in a quote, the end of the name is ambiguous.
             let name = name.replace('\n', " \n");
             let mut text = format(language.contexts[at], &[&page, &offset, &name]);
             let length = text.len();
@@ -368,9 +363,9 @@ mod tests {
             prop_assert_eq!(lines.join("\n"), text);
         }
 
-        /// A damaged line gives the same name or a part of what is there, and never panics.
+        /// A damaged line gives the same name or a part of the text, and never panics.
         #[test]
-        fn damaged_text_is_read_or_kept(
+        fn damaged_text_is_parsed_or_kept(
             language in language(),
             at in 0..8_usize,
             edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..4),

@@ -1,9 +1,9 @@
-//! The DETAIL of a deadlock: who waits for whom, and in the server's log also the statements.
+//! Parses the DETAIL of a deadlock: the waits, and in the server's log also the statements.
 
 use std::collections::HashSet;
 
+use super::lock_tag::LockTag;
 use super::number::numbers;
-use super::object::LockObject;
 
 /// The DETAIL of SQLSTATE 40P01, line by line; see `DeadLockReport` in PostgreSQL's
 /// `src/backend/storage/lmgr/deadlock.c`.
@@ -12,7 +12,7 @@ pub(crate) struct DeadlockDetail {
     pub(crate) lines: Vec<DetailLine>,
 }
 
-/// A line, or a statement of several lines, and what it says.
+/// A line, or a statement of several lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DetailLine {
     /// As the server wrote it.
@@ -22,35 +22,35 @@ pub(crate) struct DetailLine {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LineKind {
-    Wait(Wait),
-    /// What a backend was executing: only in the server's log. It has the literals of the statement, and is cut off at
+    Wait(DetailWait),
+    /// The statement of a backend, only in the server's log. It contains the literals, and is cut at
     /// `track_activity_query_size` bytes.
     Statement {
         pid: i32,
         statement: String,
     },
-    Unread,
+    Unparsed,
 }
 
-/// One backend that waits for another.
+/// A backend that waits for another.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Wait {
+pub(crate) struct DetailWait {
     pub(crate) waiter: i32,
     pub(crate) blocker: i32,
-    /// The mode that the waiter wants, as in `pg_locks.mode`: `ShareLock`.
+    /// The requested mode, as in `pg_locks.mode`: `ShareLock`.
     pub(crate) mode: String,
-    pub(crate) object: LockObject,
+    pub(crate) object: LockTag,
 }
 
 impl DeadlockDetail {
-    pub(crate) fn waits(&self) -> impl Iterator<Item = &Wait> {
+    pub(crate) fn waits(&self) -> impl Iterator<Item = &DetailWait> {
         self.lines.iter().filter_map(|line| match &line.kind {
             LineKind::Wait(wait) => Some(wait),
             _ => None,
         })
     }
 
-    /// What each backend was executing, by its process id.
+    /// The statement of each backend, by process id.
     #[cfg(feature = "server-log")]
     pub(crate) fn statements(&self) -> impl Iterator<Item = (i32, &str)> {
         self.lines.iter().filter_map(|line| match &line.kind {
@@ -65,13 +65,13 @@ impl DeadlockDetail {
             .find_map(|(of, statement)| (of == pid).then_some(statement))
     }
 
-    /// Whether each backend waits for that of the next line, and the last one for the first, as the server always
-    /// writes it: the sign that all lines were read, and read right.
+    /// Whether each backend waits for the backend of the next line, and the last one for the first, as the server
+    /// always writes it. This proves that all lines were parsed correctly.
     pub(crate) fn is_cycle(&self) -> bool {
         let waits: Vec<_> = self.waits().collect();
         let next = waits.iter().cycle().skip(1);
         let mut waiters = HashSet::new();
-        // In this order: a text made to be long is mostly no circle.
+        // In this order, because a text that was made long on purpose is usually not a cycle.
         waits.len() > 1
             && waits
                 .iter()
@@ -81,11 +81,11 @@ impl DeadlockDetail {
     }
 }
 
-/// Reads the DETAIL of a deadlock, as a client gets it or as the server's log has it.
+/// Parses the DETAIL of a deadlock, as a client receives it or as the server logs it.
 ///
-/// Of each line the first number is the waiter and the last one the blocker, in every language, and the mode is not
-/// translated (test `languages::a_deadlock_is_read_in_every_language_of_the_server`). A line that cannot be read is
-/// kept as it is, between the others.
+/// In every language the first number of a line is the waiter and the last one the blocker, and the mode is not
+/// translated (test `every_language::a_deadlock_is_parsed_in_every_language_of_the_server`). A line that cannot be parsed is
+/// kept unchanged.
 pub(crate) fn deadlock_detail(detail: &str) -> DeadlockDetail {
     let without_tabs = without_log_tabs(detail);
     let mut lines = without_tabs.split('\n').peekable();
@@ -95,7 +95,7 @@ pub(crate) fn deadlock_detail(detail: &str) -> DeadlockDetail {
     }
     let mut heads = Heads::default();
     while let Some(line) = lines.next_if(|line| heads.head(line).is_none()) {
-        let kind = wait(line).map_or(LineKind::Unread, LineKind::Wait);
+        let kind = wait(line).map_or(LineKind::Unparsed, LineKind::Wait);
         if let LineKind::Wait(wait) = &kind {
             heads.wait(wait);
         }
@@ -125,7 +125,7 @@ pub(crate) fn deadlock_detail(detail: &str) -> DeadlockDetail {
     read
 }
 
-/// `log_destination = stderr` puts a tab before every line but the first (`append_with_tabs` in PostgreSQL's
+/// `log_destination = stderr` puts a tab before every line except the first (`append_with_tabs` in PostgreSQL's
 /// `src/backend/utils/error/elog.c`).
 fn without_log_tabs(detail: &str) -> String {
     let mut behind_first = detail.split('\n').skip(1).peekable();
@@ -136,8 +136,8 @@ fn without_log_tabs(detail: &str) -> String {
     }
 }
 
-/// Reads `Process 1 waits for ShareLock on transaction 2; blocked by process 3.` in any language.
-fn wait(line: &str) -> Option<Wait> {
+/// Parses `Process 1 waits for ShareLock on transaction 2; blocked by process 3.` in any language.
+fn wait(line: &str) -> Option<DetailWait> {
     let numbers = numbers(line);
     let [first, .., last] = numbers.as_slice() else {
         return None;
@@ -146,38 +146,38 @@ fn wait(line: &str) -> Option<Wait> {
     let mut modes = line
         .split(|c: char| !c.is_ascii_alphabetic())
         .filter(|word| word.len() > 4 && word.ends_with("Lock"));
-    // Two of them are two lines that have become one.
+    // Two modes mean that two lines were joined.
     let (mode, None) = (modes.next()?, modes.next()) else {
         return None;
     };
     let (before, behind) = line[first.at.end..last.at.start].split_once(mode)?;
-    Some(Wait {
+    Some(DetailWait {
         waiter: pid(first.value)?,
         blocker: pid(last.value)?,
         mode: mode.to_owned(),
-        object: LockObject::read(&format!("{before} {behind}")),
+        object: LockTag::parse(&format!("{before} {behind}")),
     })
 }
 
-/// Finds where statements begin. Their text may have any lines of its own, so only the next backend's counts, and only
-/// with the same words before its number.
+/// Finds the beginnings of statements. A statement's text may contain any lines, so only a line about the next backend
+/// counts, and only with the same words before its number.
 ///
-/// Of the waits it keeps what each line is asked for: anybody may raise an error with a DETAIL of very many lines.
+/// It keeps the results needed for each line, because any function can raise an error with a DETAIL of very many lines.
 #[derive(Default)]
 struct Heads {
     waiters: Vec<i32>,
     distinct: HashSet<i32>,
-    /// Waiters and blockers.
+    /// The waiters and blockers.
     known: HashSet<i32>,
     last_blocker: Option<i32>,
-    /// Some wait is not for the next one, or somebody waits twice.
+    /// Whether a wait is not for the next backend, or a backend waits twice.
     broken: bool,
     label: Option<String>,
     seen: HashSet<i32>,
 }
 
 impl Heads {
-    fn wait(&mut self, wait: &Wait) {
+    fn wait(&mut self, wait: &DetailWait) {
         let is_next = self.last_blocker.is_none_or(|last| last == wait.waiter);
         let is_new = self.distinct.insert(wait.waiter);
         self.broken |= !is_next || !is_new;
@@ -236,7 +236,7 @@ mod tests {
         prop::sample::select(LANGUAGES.iter().collect::<Vec<_>>())
     }
 
-    /// What the server writes for a cycle of these backends, which wait for transactions.
+    /// The server's text for a cycle of these backends, which wait for transactions.
     fn detail(language: &Language, pids: &[i32], mode: &str) -> String {
         let lines: Vec<_> = pids
             .iter()
@@ -249,16 +249,16 @@ mod tests {
         lines.join("\n")
     }
 
-    /// What is expected of [`detail`].
-    fn waits(pids: &[i32], mode: &str) -> Vec<Wait> {
+    /// The expected waits for [`detail`].
+    fn waits(pids: &[i32], mode: &str) -> Vec<DetailWait> {
         let next = pids.iter().cycle().skip(1);
         pids.iter()
             .zip(next)
-            .map(|(&waiter, &blocker)| Wait {
+            .map(|(&waiter, &blocker)| DetailWait {
                 waiter,
                 blocker,
                 mode: mode.to_owned(),
-                object: LockObject::Transaction {
+                object: LockTag::Transaction {
                     xid: waiter.unsigned_abs() * 2,
                 },
             })
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn each_wait_is_read_in_every_language() {
+    fn each_wait_is_parsed_in_every_language() {
         for language in &LANGUAGES {
             for mode in MODES {
                 let text = detail(language, &[4711, 1, i32::MAX], mode);
@@ -318,8 +318,8 @@ mod tests {
                 let object = format(template, &numbers);
                 let line = format(language.waits, &[&10, &"ExclusiveLock", &object, &20]);
                 let wait = wait(&line).expect("a sentence that can be read");
-                assert_eq!(wait.object, LockObject::read(&object), "{line}");
-                assert!(!matches!(wait.object, LockObject::Unknown { .. }), "{line}");
+                assert_eq!(wait.object, LockTag::parse(&object), "{line}");
+                assert!(!matches!(wait.object, LockTag::Unknown { .. }), "{line}");
                 assert_eq!(
                     (wait.waiter, wait.blocker, wait.mode.as_str()),
                     (10, 20, "ExclusiveLock")
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_has_the_statements_too() {
+    fn the_log_has_statements() {
         for language in &LANGUAGES {
             let text = with_statements(
                 language,
@@ -354,16 +354,16 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_cannot_be_read_leaves_the_others() {
+    fn a_line_that_cannot_be_parsed_leaves_the_others() {
         let good = detail(&LANGUAGES[0], &[10, 20, 30], "ShareLock");
         let text = good.replacen("\n", "\nProcess ? waits.\n", 1);
         let read = deadlock_detail(&text);
         assert_eq!(read.waits().count(), 3);
         assert_eq!(read.lines[1].raw, "Process ? waits.");
-        assert_eq!(read.lines[1].kind, LineKind::Unread);
+        assert_eq!(read.lines[1].kind, LineKind::Unparsed);
         assert!(read.is_cycle());
 
-        // Without one of them it is a cycle no more, and statements are found all the same.
+        // Without one of the lines there is no cycle, but statements are still found.
         let bad = good.replacen("ShareLock", "a lock", 1);
         let read = deadlock_detail(&with_statements(
             &LANGUAGES[0],
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn two_lines_in_one_are_none() {
+    fn two_lines_in_one_are_not_parsed() {
         let text = detail(&LANGUAGES[0], &[10, 20, 30], "ShareLock").replacen('\n', " ", 1);
         let read = deadlock_detail(&text);
         assert!(!read.is_cycle());
@@ -392,7 +392,7 @@ mod tests {
         assert!(!deadlock_detail(&detail(&LANGUAGES[0], &[10], "ShareLock")).is_cycle());
     }
 
-    /// The object is not understood, the backends are.
+    /// The object is unknown, but the backends are parsed.
     #[test]
     fn an_unknown_object_keeps_its_text() {
         let read =
@@ -400,7 +400,7 @@ mod tests {
         let wait = read.waits().next().expect("a sentence that can be read");
         let text = "waits for   on thing 5 of 6; blocked by process".to_owned();
         assert_eq!((wait.waiter, wait.blocker), (1, 2));
-        assert_eq!(wait.object, LockObject::Unknown { text });
+        assert_eq!(wait.object, LockTag::Unknown { text });
     }
 
     proptest! {
@@ -431,17 +431,17 @@ mod tests {
             prop_assert_eq!(read.statement_of(20), Some(b.as_str()));
         }
 
-        /// What is kept line by line is what all lines say.
+        /// The state kept line by line agrees with all lines.
         #[test]
-        fn a_circle_is_known_as_soon_as_it_is_there(pairs in prop::collection::vec((1..5_i32, 1..5_i32), 0..6)) {
+        fn a_cycle_is_known_as_soon_as_it_is_complete(pairs in prop::collection::vec((1..5_i32, 1..5_i32), 0..6)) {
             let mut heads = Heads::default();
             let mut read = DeadlockDetail::default();
             for (waiter, blocker) in pairs {
-                let wait = Wait {
+                let wait = DetailWait {
                     waiter,
                     blocker,
                     mode: "ShareLock".into(),
-                    object: LockObject::Transaction { xid: 1 },
+                    object: LockTag::Transaction { xid: 1 },
                 };
                 heads.wait(&wait);
                 read.lines.push(DetailLine { raw: String::new(), kind: LineKind::Wait(wait) });
@@ -455,10 +455,10 @@ mod tests {
             prop_assert_eq!(raw.join("\n"), without_log_tabs(&text));
         }
 
-        /// After damage in one place, while the lines are still lines, there is either no cycle, which everybody can see,
-        /// or the same backends as before.
+        /// After damage in one place, with the lines intact, there is either no cycle, which callers detect, or the
+        /// same backends as before.
         #[test]
-        fn damage_never_gives_a_wrong_backend_unseen(
+        fn damage_never_gives_a_wrong_backend_unnoticed(
             language in language(),
             edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..4),
         ) {

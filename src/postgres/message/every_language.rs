@@ -1,4 +1,4 @@
-//! The server's messages about deadlocks in every language it has: the same facts in all of them.
+//! The server's messages about deadlocks in each of its languages: all give the same facts.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,9 +10,9 @@ use std::fmt::Write as _;
 use lockkeeper_testkit::{Database, Server, Skip, eventually};
 use tokio_postgres::{Client, Error};
 
-use super::{ContextKind, LineKind, LockObject, Wait, context, deadlock_detail};
+use super::{ContextKind, DetailWait, LineKind, LockTag, context, deadlock_detail};
 
-/// The locale for each language that PostgreSQL 15 has. Georgian is in part English.
+/// The locale for each language of PostgreSQL 15. Georgian is partly English.
 const LOCALES: [&str; 11] = [
     "de_DE.UTF-8",
     "es_ES.UTF-8",
@@ -27,14 +27,14 @@ const LOCALES: [&str; 11] = [
     "zh_CN.UTF-8",
 ];
 
-/// A session in the cycle.
+/// A session of the cycle.
 struct Session {
     client: Client,
     pid: i32,
 }
 
 impl Session {
-    /// It never looks for deadlocks by itself.
+    /// A session that never runs the deadlock check.
     async fn new(database: &Database) -> Self {
         let client = database.connect().await;
         client
@@ -49,7 +49,7 @@ impl Session {
         self.client.batch_execute(sql).await.unwrap();
     }
 
-    /// The id of its transaction, which it has by now.
+    /// The id of its transaction, which must have one.
     async fn xid(&self) -> u32 {
         let sql = "SELECT (pg_current_xact_id_if_assigned()::text::bigint % 4294967296)::oid";
         number(&self.client, sql).await
@@ -63,7 +63,7 @@ where
     client.query_one(sql, &[]).await.unwrap().get(0)
 }
 
-/// A statement that waits, sent and not awaited.
+/// A statement that waits, sent but not awaited.
 async fn begin_wait<'a>(
     session: &'a Session,
     observer: &Client,
@@ -83,20 +83,20 @@ async fn begin_wait<'a>(
     waiting
 }
 
-/// What a server that speaks `locale` said of a deadlock, and what is true of it.
+/// The messages of a server with this `locale` about a deadlock, and the true facts.
 struct Deadlock {
     detail: String,
     context: String,
-    /// The server's own log of it, if it can be read; with the statements.
+    /// The server's own log of it with the statements, if it can be read.
     log: Option<String>,
-    waits: Vec<Wait>,
+    waits: Vec<DetailWait>,
     statements: Vec<String>,
-    /// Page and offset of the row that the victim waited for.
+    /// The page and offset of the row that the victim waited for.
     row: (u32, u16),
     relation: String,
 }
 
-/// Five sessions in a circle, each waiting for a lock of another kind: a transaction (the victim), an advisory lock, a
+/// Five sessions in a cycle, each waiting for a lock of another kind: a transaction (the victim), an advisory lock, a
 /// relation, a tuple, and a transaction again.
 async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> Deadlock {
     let observer = database.connect().await;
@@ -111,13 +111,13 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
         ))
         .await
         .unwrap();
-    let place = async |id: i32| -> (u32, u16) {
+    let position = async |id: i32| -> (u32, u16) {
         let sql = format!("SELECT ctid::text FROM {table} WHERE id = {id}");
         let ctid: String = number(&observer, &sql).await;
         let (page, offset) = ctid[1..ctid.len() - 1].split_once(',').unwrap();
         (page.parse().unwrap(), offset.parse().unwrap())
     };
-    let (row_2, row_14) = (place(2).await, place(14).await);
+    let (row_2, row_14) = (position(2).await, position(14).await);
 
     let [a, b, c, d, e] = [
         Session::new(database).await,
@@ -140,7 +140,7 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
     .await;
     let (xid_a, xid_b) = (a.xid().await, b.xid().await);
 
-    // The first to wait for a row takes the tuple lock, the next one waits for that.
+    // The first waiter for a row takes the tuple lock, and the next one waits for that.
     let waiting_e = begin_wait(&e, &observer, &update_14).await;
     let waiting_d = begin_wait(&d, &observer, &update_14).await;
     let waiting_c = begin_wait(&c, &observer, &lock).await;
@@ -172,10 +172,10 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
         number(&observer, &sql).await
     };
     let objects = [
-        ("ShareLock", LockObject::Transaction { xid: xid_b }),
+        ("ShareLock", LockTag::Transaction { xid: xid_b }),
         (
             "ExclusiveLock",
-            LockObject::Advisory {
+            LockTag::Advisory {
                 database: database_oid,
                 // -7000000001 as two unsigned halves.
                 classid: 4_294_967_294,
@@ -185,26 +185,26 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
         ),
         (
             "ShareLock",
-            LockObject::Relation {
+            LockTag::Relation {
                 database: database_oid,
                 relation: oid_of(&format!("other_{number_of_table}")).await,
             },
         ),
         (
             "ExclusiveLock",
-            LockObject::Tuple {
+            LockTag::Tuple {
                 database: database_oid,
                 relation: oid_of(&table).await,
                 page: row_14.0,
                 offset: row_14.1,
             },
         ),
-        ("ShareLock", LockObject::Transaction { xid: xid_a }),
+        ("ShareLock", LockTag::Transaction { xid: xid_a }),
     ];
     assert_ne!(row_14.0, u32::from(row_14.1), "the two could be mixed up");
     let pids = [a.pid, b.pid, c.pid, d.pid, e.pid];
     let waits = objects.into_iter().enumerate();
-    let waits = waits.map(|(at, (mode, object))| Wait {
+    let waits = waits.map(|(at, (mode, object))| DetailWait {
         waiter: pids[at],
         blocker: pids[(at + 1) % 5],
         mode: mode.to_owned(),
@@ -223,7 +223,7 @@ async fn provoke(database: &Database, locale: &str, number_of_table: usize) -> D
 }
 
 impl Deadlock {
-    /// All of it is read, and read right.
+    /// All messages are parsed correctly.
     fn check(&self) {
         let detail = deadlock_detail(&self.detail);
         assert_eq!(
@@ -269,7 +269,7 @@ impl Deadlock {
 }
 
 #[tokio::test]
-async fn a_deadlock_is_read_in_english() {
+async fn a_deadlock_is_parsed_in_english() {
     let database = Server::shared().database().await;
     let deadlock = provoke(&database, "C", 0).await;
     assert!(
@@ -281,8 +281,8 @@ async fn a_deadlock_is_read_in_english() {
 }
 
 #[tokio::test]
-async fn a_deadlock_is_read_in_every_language_of_the_server() {
-    let test = "languages::a_deadlock_is_read_in_every_language_of_the_server";
+async fn a_deadlock_is_parsed_in_every_language_of_the_server() {
+    let test = "languages::a_deadlock_is_parsed_in_every_language_of_the_server";
     let database = Server::shared().database().await;
     let observer = database.connect().await;
     let configured: String = number(
@@ -291,7 +291,7 @@ async fn a_deadlock_is_read_in_every_language_of_the_server() {
     )
     .await;
     if !configured.contains("--enable-nls") {
-        // A server that was built without translations has none in any locale: English is all of its languages.
+        // A server built without translations has none in any locale, so English is its only language.
         return;
     }
     let mut missing = String::new();
@@ -302,7 +302,7 @@ async fn a_deadlock_is_read_in_every_language_of_the_server() {
         }
     }
     if !missing.is_empty() {
-        // `localedef -i de_DE -f UTF-8 de_DE.UTF-8` makes one, where the package `locales` is installed.
+        // `localedef -i de_DE -f UTF-8 de_DE.UTF-8` creates one, if the package `locales` is installed.
         Skip::new("locales", format!("the system has no{missing}")).report(test);
         return;
     }

@@ -1,7 +1,7 @@
-//! For tests: the messages of an English PostgreSQL 15 and its translations into all languages that it has, as its
-//! message catalogs have them (`src/backend/po`, `src/pl/plpgsql/src/po`). What a catalog lacks is English.
+//! For tests: the messages of PostgreSQL 15 in English and in all its translations, from its message catalogs
+//! (`src/backend/po`, `src/pl/plpgsql/src/po`). A message that a catalog lacks is in English.
 
-/// Formats of C's `printf`; `%2$u` is the second argument, wherever it stands.
+/// Formats of C's `printf`; `%2$u` is the second argument, wherever it occurs.
 #[derive(Debug)]
 pub(super) struct Language {
     pub(super) code: &'static str,
@@ -20,13 +20,13 @@ pub(super) struct Language {
     pub(super) advisory_lock: &'static str,
     pub(super) remote_transaction: &'static str,
     pub(super) unrecognized: &'static str,
-    /// The one about an index is the fifth.
+    /// The fifth one is about an index.
     pub(super) contexts: [&'static str; 8],
     pub(super) function: &'static str,
     pub(super) sql: &'static str,
 }
 
-/// Puts the arguments into the format, which must have a place for each of them.
+/// Inserts the arguments into the format, which must use each of them.
 pub(super) fn format(format: &str, arguments: &[&dyn std::fmt::Display]) -> String {
     let mut text = String::new();
     let mut parts = format.split('%');

@@ -1,46 +1,46 @@
-//! What `log_lock_waits` has the server log: who waits, for what, for how long, and behind whom (`ProcSleep` in
-//! PostgreSQL's `src/backend/storage/lmgr/proc.c`).
+//! Parses the messages of `log_lock_waits`: which session waits, for which lock, how long, and behind which sessions
+//! (`ProcSleep` in PostgreSQL's `src/backend/storage/lmgr/proc.c`).
 
+use super::lock_tag::LockTag;
 use super::number::numbers;
-use super::object::LockObject;
 
-/// A message about a wait for a lock.
+/// A message about a lock wait.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LockWait {
     pub(crate) what: WaitNews,
     pub(crate) pid: i32,
     /// As in `pg_locks.mode`: `ShareLock`.
     pub(crate) mode: String,
-    pub(crate) object: LockObject,
+    pub(crate) object: LockTag,
     pub(crate) micros: Option<u64>,
 }
 
-/// What became of the wait.
+/// What happened to the wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WaitNews {
-    /// After `deadlock_timeout`; it waits on.
+    /// After `deadlock_timeout`; the wait continues.
     StillWaiting,
     Acquired,
     /// The wait ended without the lock.
     Failed,
-    /// Others were put behind it in the queue.
+    /// Other waiters were moved behind it in the queue.
     DeadlockAvoided,
-    /// It will fail.
+    /// The session will fail.
     DeadlockDetected,
-    /// It was not to wait (`log_lock_failures`, 18 and later).
+    /// The session did not wait (`log_lock_failures`, PostgreSQL 18 and later).
     NotAvailable,
 }
 
-/// Who holds the lock, and who waits for it, in the DETAIL of such a message.
+/// The holders and waiters of the lock, in the DETAIL of such a message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LockQueue {
     pub(crate) holders: Vec<i32>,
     pub(crate) waiters: Vec<i32>,
 }
 
-/// Words of each kind of message in the languages of [`languages`](super::languages), in lower case. The first kind one
-/// of whose words is there is meant.
-const WORDS: [(WaitNews, &[&str]); 6] = [
+/// Words of each kind of message in the languages of [`languages`](super::languages), in lower case. The first kind
+/// with a matching word is used.
+const NEWS_WORDS: [(WaitNews, &[&str]); 6] = [
     (WaitNews::NotAvailable, &["could not obtain"]),
     (
         WaitNews::DeadlockAvoided,
@@ -124,25 +124,26 @@ const WORDS: [(WaitNews, &[&str]); 6] = [
     ),
 ];
 
-/// What stands behind the time: milliseconds, in any language.
+/// The unit after the time: milliseconds, in any language.
 const UNITS: [&str; 4] = ["ms", "мс", "ミリ秒", "毫秒"];
 
-/// Characters before the process id, at most: no sentence of the server has more.
-const MOST_BEFORE: usize = 24;
+/// The maximum number of characters before the process id: the server's sentences have no more.
+const MAX_CHARS_BEFORE_PID: usize = 24;
 
-/// Bytes of such a message, at most.
-const LONGEST: usize = 1000;
+/// The maximum number of bytes of such a message.
+const MAX_BYTES: usize = 1000;
 
-/// Reads `process 1 still waiting for ShareLock on transaction 2 after 1000.123 ms` in any language. `detail` is the
-/// message's, which tells of a queue where the words are not known.
+/// Parses `process 1 still waiting for ShareLock on transaction 2 after 1000.123 ms` in any language. `detail` is the
+/// message's DETAIL, whose queue decides if the words are unknown.
 pub(crate) fn lock_wait(message: &str, detail: Option<&str>) -> Option<LockWait> {
-    if message.len() > LONGEST {
+    if message.len() > MAX_BYTES {
         return None;
     }
     let pid = numbers(message).into_iter().next()?;
     let before = &message[..pid.at.start];
-    // What a client's statement says in a message of its own comes behind a colon or a quote.
-    if before.chars().count() > MOST_BEFORE || before.contains([':', '\'', '"', '«', '»']) {
+    // In other messages, the text of a client's statement follows a colon or a quote.
+    if before.chars().count() > MAX_CHARS_BEFORE_PID || before.contains([':', '\'', '"', '«', '»'])
+    {
         return None;
     }
     let mut modes = message
@@ -154,7 +155,7 @@ pub(crate) fn lock_wait(message: &str, detail: Option<&str>) -> Option<LockWait>
     let mode_at = message.find(mode)?;
     let time = time(message);
     let lower = message.to_lowercase();
-    let known = WORDS
+    let known = NEWS_WORDS
         .iter()
         .find(|(_, words)| words.iter().any(|word| lower.contains(word)));
     let what = match (known, &time, detail.and_then(lock_queue)) {
@@ -163,7 +164,7 @@ pub(crate) fn lock_wait(message: &str, detail: Option<&str>) -> Option<LockWait>
         (None, Some(_), Some(_)) => WaitNews::StillWaiting,
         _ => return None,
     };
-    // What is left of the sentence around the object must have no other numbers.
+    // The rest of the sentence around the object must not contain other numbers.
     let mut cuts = vec![pid.at.clone(), mode_at..mode_at + mode.len()];
     cuts.extend(time.as_ref().map(|(at, _)| at.clone()));
     cuts.sort_by_key(|cut| cut.start);
@@ -179,12 +180,12 @@ pub(crate) fn lock_wait(message: &str, detail: Option<&str>) -> Option<LockWait>
         what,
         pid: i32::try_from(pid.value?).ok()?,
         mode: mode.to_owned(),
-        object: LockObject::read(&rest),
+        object: LockTag::parse(&rest),
         micros: time.map(|(_, micros)| micros),
     })
 }
 
-/// `1000.123 ms`, with a comma in some languages: where it is, and the microseconds.
+/// `1000.123 ms`, with a comma in some languages: its position, and the microseconds.
 fn time(message: &str) -> Option<(std::ops::Range<usize>, u64)> {
     let numbers = numbers(message);
     let mut pairs = numbers.windows(2);
@@ -202,7 +203,7 @@ fn time(message: &str) -> Option<(std::ops::Range<usize>, u64)> {
                     .strip_prefix(unit);
                 rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphabetic()))
             });
-        // A wait may be longer than the milliseconds of a u32.
+        // A wait may be longer than a u32 of milliseconds.
         let millis: u64 = message[whole.at.clone()].parse().ok()?;
         let micros = millis
             .checked_mul(1000)?
@@ -211,7 +212,7 @@ fn time(message: &str) -> Option<(std::ops::Range<usize>, u64)> {
     })
 }
 
-/// Reads `Process holding the lock: 1. Wait queue: 2, 3.` The two lists are told apart by what stands between.
+/// Parses `Process holding the lock: 1. Wait queue: 2, 3.` The text between the two lists separates them.
 pub(crate) fn lock_queue(detail: &str) -> Option<LockQueue> {
     let is_list = |c: char| c.is_ascii_digit() || matches!(c, ',' | ' ');
     let mut lists = Vec::new();
@@ -237,7 +238,7 @@ pub(crate) fn lock_queue(detail: &str) -> Option<LockQueue> {
 
 /// Whether it is the message of a lock timeout: `canceling statement due to lock timeout`, in any language.
 pub(crate) fn is_lock_timeout(message: &str) -> bool {
-    const WORDS: [&str; 13] = [
+    const TIMEOUT_WORDS: [&str; 13] = [
         "due to lock timeout",
         "zeitüberschreitung einer sperre",
         "espera de candados",
@@ -252,11 +253,11 @@ pub(crate) fn is_lock_timeout(message: &str) -> bool {
         "锁超时",
         "锁定超时",
     ];
-    if message.len() > LONGEST {
+    if message.len() > MAX_BYTES {
         return false;
     }
     let lower = message.to_lowercase();
-    WORDS.iter().any(|word| lower.contains(word))
+    TIMEOUT_WORDS.iter().any(|word| lower.contains(word))
 }
 
 #[cfg(test)]
@@ -266,8 +267,8 @@ mod tests {
     use super::super::languages::{LANGUAGES, damage, format};
     use super::*;
 
-    /// Avoided, detected, still waiting, acquired, failed, and the timeout, in the order of [`LANGUAGES`] (`src/backend/po`
-    /// of 15). The last argument is the whole time.
+    /// Avoided, detected, still waiting, acquired, failed, and the timeout, in the order of [`LANGUAGES`]
+    /// (`src/backend/po` of 15). The last argument is the whole time.
     const TEMPLATES: [[&str; 6]; 12] = [
         [
             "process %d avoided deadlock for %s on %s by rearranging queue order after %s ms",
@@ -376,7 +377,7 @@ mod tests {
     ];
 
     #[test]
-    fn every_message_is_read_in_every_language() {
+    fn every_message_is_parsed_in_every_language() {
         for (language, templates) in LANGUAGES.iter().zip(TEMPLATES) {
             let objects: [(&str, &[u32]); 8] = [
                 (language.relation, &[1, 2]),
@@ -403,7 +404,7 @@ mod tests {
                         what,
                         pid: 4711,
                         mode: "ShareLock".into(),
-                        object: LockObject::read(&object),
+                        object: LockTag::parse(&object),
                         micros: Some(1_000_012),
                     };
                     assert_eq!(read, expected, "{text}");
@@ -414,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn the_queue_is_read() {
+    fn the_queue_is_parsed() {
         for (detail, holders, waiters) in [
             (
                 "Process holding the lock: 1. Wait queue: 2, 3.",
@@ -443,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_language_that_is_not_known_is_read_by_its_queue() {
+    fn an_unknown_language_is_parsed_by_its_queue() {
         let message = "wątek 12 zzz ShareLock zzz 5 zzz 1000.123 ms";
         assert_eq!(lock_wait(message, None), None);
         let read = lock_wait(message, Some("a: 1. b: 12.")).expect("a queue");
@@ -479,7 +480,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(1000))]
 
         #[test]
-        fn any_text_is_read(text in any::<String>(), detail in any::<Option<String>>()) {
+        fn any_text_is_parsed(text in any::<String>(), detail in any::<Option<String>>()) {
             lock_wait(&text, detail.as_deref());
             is_lock_timeout(&text);
         }

@@ -1,26 +1,26 @@
-//! What PostgreSQL says about locks in the DETAIL and CONTEXT of its errors, in any of its languages.
+//! Parses the server's messages about locks (DETAIL, CONTEXT and log messages) in all its languages.
 //!
-//! The wording follows `lc_messages`, the facts do not: this room goes by the shape of a message, and by a few words
-//! where the shape is not enough. What cannot be read keeps its text, so that nothing the server said is lost.
+//! `lc_messages` changes the wording, but not the facts: the parsers use the form of a message, and a few words if the
+//! form is ambiguous. A text that cannot be parsed is kept, so that nothing is lost.
 
 mod context;
 mod deadlock;
+mod lock_tag;
 #[cfg(feature = "server-log")]
 mod lock_wait;
 mod number;
-mod object;
 
 #[cfg(feature = "incidents")]
 pub(crate) use context::ContextLine;
 pub(crate) use context::{ContextKind, RowContext, context};
 #[cfg(feature = "server-log")]
-pub(crate) use deadlock::Wait;
+pub(crate) use deadlock::DetailWait;
 pub(crate) use deadlock::deadlock_detail;
 #[cfg(feature = "incidents")]
 pub(crate) use deadlock::{DeadlockDetail, LineKind};
+pub(crate) use lock_tag::LockTag;
 #[cfg(feature = "server-log")]
 pub(crate) use lock_wait::{WaitNews, is_lock_timeout, lock_queue, lock_wait};
-pub(crate) use object::LockObject;
 
 #[cfg(all(test, feature = "incidents", feature = "server-log"))]
 mod every_language;

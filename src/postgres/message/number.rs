@@ -6,11 +6,11 @@ use std::ops::Range;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Number {
     pub(super) at: Range<usize>,
-    /// `None` when it is too large for any number that the server writes.
+    /// `None` if it is too large for any number that the server writes.
     pub(super) value: Option<u32>,
 }
 
-/// All numbers of a text, in its order.
+/// All numbers of a text, in order.
 pub(super) fn numbers(text: &str) -> Vec<Number> {
     let mut numbers = Vec::new();
     let mut from = 0;
@@ -28,7 +28,7 @@ pub(super) fn numbers(text: &str) -> Vec<Number> {
     numbers
 }
 
-/// Whether nothing but a comma stands between the two, as in `(0,9)`; some languages put a space behind it.
+/// Whether only a comma is between the two numbers, as in `(0,9)`; some languages put a space after it.
 pub(super) fn is_pair(text: &str, first: &Number, second: &Number) -> bool {
     text[first.at.end..second.at.start].trim_end() == ","
 }

@@ -1,29 +1,29 @@
-//! What statements have in common that differ in their data only.
+//! A hash that statements have in common if they differ only in their data.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
 
-use super::lexer::{self, Kind};
+use super::lexer::{self, TokenKind};
 
-/// The same for statements that differ only in literals, in the length of lists of literals, in white space, comments
-/// and the case of keywords and unquoted names. The same in every process and build.
+/// Equal for statements that differ only in literals, in the length of lists of literals, in white space, comments, and
+/// the case of keywords and unquoted names. It is the same in every process and build.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Fingerprint(u64);
+pub(crate) struct StatementFingerprint(u64);
 
 /// 16 hexadecimal digits.
-impl fmt::Display for Fingerprint {
+impl fmt::Display for StatementFingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
     }
 }
 
-/// A statement's fingerprint.
+/// The fingerprint of a statement.
 ///
-/// A parameter counts as a literal, so that `id = $1` and `id = 7` are one. Of a text that is cut off it is the
-/// fingerprint of what is there, which differs from the whole statement's.
-pub(crate) fn fingerprint(sql: &str) -> Fingerprint {
+/// A parameter counts as a literal, so `id = $1` and `id = 7` are equal. A truncated text has the fingerprint of its
+/// beginning, which differs from that of the whole statement.
+pub(crate) fn fingerprint(sql: &str) -> StatementFingerprint {
     let mut hash = Sha256::new();
     for atom in atoms(sql) {
         let mut buffer = [0; 4];
@@ -41,7 +41,7 @@ pub(crate) fn fingerprint(sql: &str) -> Fingerprint {
     }
     let digest = hash.finalize();
     let first = digest.iter().take(8);
-    Fingerprint(first.fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    StatementFingerprint(first.fold(0, |value, byte| value << 8 | u64::from(*byte)))
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,12 +49,12 @@ enum Atom<'a> {
     Word(Cow<'a, str>),
     Quoted(&'a str),
     Literal,
-    /// The element before it is repeated, or could be.
+    /// The previous element is repeated, or could be.
     AndSoOn,
     Symbol(char),
 }
 
-/// Words behind which a sign belongs to the number that follows.
+/// Words after which a sign belongs to the following number.
 const BEFORE_A_SIGN: [&str; 26] = [
     "all",
     "and",
@@ -84,26 +84,26 @@ const BEFORE_A_SIGN: [&str; 26] = [
     "where",
 ];
 
-/// Lists that go deeper are left as they are, so that the work does not grow with the square of the depth.
-const DEEPEST: usize = 64;
+/// Lists that are nested deeper stay unchanged, so that the work does not grow with the square of the depth.
+const MAX_DEPTH: usize = 64;
 
 fn atoms(sql: &str) -> Vec<Atom<'_>> {
     let mut atoms = Vec::new();
     let mut open = Vec::new();
     for token in lexer::tokens(sql) {
         match token.kind {
-            Kind::Word(word) => match word_atom(word, &atoms) {
+            TokenKind::Word(word) => match word_atom(word, &atoms) {
                 Atom::Literal => push_literal(&mut atoms),
                 atom => atoms.push(atom),
             },
-            Kind::Quoted(name) => atoms.push(Atom::Quoted(name)),
-            Kind::Literal | Kind::Parameter(_) => push_literal(&mut atoms),
-            Kind::Symbol(c @ ('(' | '[')) => {
+            TokenKind::Quoted(name) => atoms.push(Atom::Quoted(name)),
+            TokenKind::Literal | TokenKind::Parameter(_) => push_literal(&mut atoms),
+            TokenKind::Symbol(c @ ('(' | '[')) => {
                 open.push(atoms.len());
                 atoms.push(Atom::Symbol(c));
             }
-            Kind::Symbol(c @ (')' | ']')) => {
-                let start = open.pop().filter(|_| open.len() < DEEPEST);
+            TokenKind::Symbol(c @ (')' | ']')) => {
+                let start = open.pop().filter(|_| open.len() < MAX_DEPTH);
                 if let Some(start) = start {
                     shorten_list(&mut atoms, start + 1);
                 }
@@ -112,7 +112,7 @@ fn atoms(sql: &str) -> Vec<Atom<'_>> {
                     drop_repeated_row(&mut atoms, start);
                 }
             }
-            Kind::Symbol(c) => atoms.push(Atom::Symbol(c)),
+            TokenKind::Symbol(c) => atoms.push(Atom::Symbol(c)),
         }
     }
     while atoms.last() == Some(&Atom::Symbol(';')) {
@@ -121,7 +121,7 @@ fn atoms(sql: &str) -> Vec<Atom<'_>> {
     atoms
 }
 
-/// `TRUE`, `FALSE` and `NULL` are values, but for `IS NULL`, `NOT NULL` and the like.
+/// `TRUE`, `FALSE` and `NULL` are values, except in `IS NULL`, `NOT NULL` and similar.
 fn word_atom<'a>(word: &'a str, before: &[Atom<'a>]) -> Atom<'a> {
     let lower = if word.bytes().any(|byte| byte.is_ascii_uppercase()) {
         Cow::Owned(word.to_ascii_lowercase())
@@ -140,7 +140,7 @@ fn word_atom<'a>(word: &'a str, before: &[Atom<'a>]) -> Atom<'a> {
     }
 }
 
-/// A sign is part of a number where it cannot be an operator between two values.
+/// A sign is part of a number if it cannot be an operator between two values.
 fn push_literal(atoms: &mut Vec<Atom<'_>>) {
     if let [before @ .., Atom::Symbol('-' | '+')] = atoms.as_slice() {
         let between = match before.last() {
@@ -153,14 +153,14 @@ fn push_literal(atoms: &mut Vec<Atom<'_>>) {
             atoms.pop();
         }
     }
-    // Strings one after the other are one.
+    // Adjacent strings are one.
     if atoms.last() != Some(&Atom::Literal) {
         atoms.push(Atom::Literal);
     }
 }
 
-/// `?, ?, ?` becomes `?, …`, and so does `?`: elements that are all the same and contain a literal, from `start` to the
-/// end.
+/// Turns `?, ?, ?` into `?, …`, and `?` too: the elements from `start` to the end, which are all equal and contain a
+/// literal.
 fn shorten_list(atoms: &mut Vec<Atom<'_>>, start: usize) {
     let mut depth = 0_usize;
     let mut elements = atoms[start..].split(|atom| {
@@ -182,7 +182,7 @@ fn shorten_list(atoms: &mut Vec<Atom<'_>>, start: usize) {
     }
 }
 
-/// `(?, …), (?, …)` becomes `(?, …)`: the group that begins at `start` and ends at the end, and an equal one before it.
+/// Turns `(?, …), (?, …)` into `(?, …)`: the group from `start` to the end, if an equal one is before it.
 fn drop_repeated_row(atoms: &mut Vec<Atom<'_>>, start: usize) {
     let (before, group) = atoms.split_at(start);
     let [before @ .., Atom::Symbol(',')] = before else {
@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
 
-    /// All of them have one fingerprint.
+    /// Asserts that all have one fingerprint.
     fn assert_same(statements: &[&str]) {
         for statement in statements {
             assert_eq!(
@@ -282,11 +282,10 @@ mod tests {
         assert_eq!(fingerprints.len(), statements.len());
     }
 
-    /// A fingerprint outlives the process: it is written to logs, and counted by other programs. Computed by other
-    /// means:
-    /// `printf 'wupdate\0wt\0wset\0wa\0s=\0l\0' | sha256sum`.
+    /// A fingerprint outlives the process: it is written to logs, and counted by other programs. It is computed
+    /// independently by: `printf 'wupdate\0wt\0wset\0wa\0s=\0l\0' | sha256sum`.
     #[test]
-    fn it_is_the_same_in_every_build() {
+    fn it_is_stable() {
         assert_eq!(
             fingerprint("UPDATE t SET a = 1").to_string(),
             "5db1dd4b2dfb5502"
@@ -294,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn deep_and_long_lists_are_no_trouble() {
+    fn deep_and_long_lists_are_bounded() {
         let deep = format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000));
         fingerprint(&deep);
         let long = format!("a IN ({}1)", "1, ".repeat(100_000));
@@ -303,7 +302,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_has_one(text in any::<String>()) {
+        fn every_text_has_one(text in any::<String>()) {
             prop_assert_eq!(fingerprint(&text).to_string().len(), 16);
         }
 

@@ -1,12 +1,12 @@
-//! What a statement does, as far as it matters for the locks it takes.
+//! What a statement does, as far as its locks depend on it.
 
-use super::lexer::{self, Kind};
+use super::lexer::{self, TokenKind};
 
-/// What a statement does, as far as it matters for the locks it takes.
+/// What a statement does, as far as its locks depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub(crate) enum StatementKind {
-    /// Reads without row locks; `TABLE` and `VALUES` too.
+    /// Reads without row locks, including `TABLE` and `VALUES`.
     Select,
     SelectForUpdate,
     SelectForNoKeyUpdate,
@@ -19,7 +19,7 @@ pub(crate) enum StatementKind {
     Copy,
     Truncate,
     LockTable,
-    /// `ALTER` of a table, and of an index, sequence or view.
+    /// `ALTER` of a table, an index, a sequence or a view.
     AlterTable,
     CreateIndex,
     CreateIndexConcurrently,
@@ -28,7 +28,7 @@ pub(crate) enum StatementKind {
     Drop,
     Vacuum,
     RefreshMaterializedView,
-    /// A `SELECT` that calls `pg_advisory_lock` or one of its variants, `pg_try_…` included.
+    /// A `SELECT` that calls `pg_advisory_lock` or one of its variants, including `pg_try_…`.
     AdvisoryLock,
     Begin,
     Commit,
@@ -38,8 +38,8 @@ pub(crate) enum StatementKind {
 }
 
 impl StatementKind {
-    /// Whether it says nothing about locks, so that in a text of several statements another one counts.
-    fn is_only_around(self) -> bool {
+    /// Whether the kind determines no locks, so that in a text of several statements another one counts.
+    fn is_without_locks(self) -> bool {
         matches!(
             self,
             Self::Begin | Self::Commit | Self::Rollback | Self::Other
@@ -47,16 +47,16 @@ impl StatementKind {
     }
 }
 
-/// What the statement does.
+/// The kind of a statement.
 ///
-/// The verb behind a `WITH` counts, or the first one inside of it that writes where the main one only reads. Of several
-/// statements in one text it is the first that takes locks.
+/// In a `WITH`, the main verb counts, or the first writing verb inside if the main one only reads. Of several
+/// statements in one text, the first that takes locks counts.
 pub(crate) fn kind(sql: &str) -> StatementKind {
     let words = lexer::tokens(sql).filter_map(|token| match token.kind {
-        Kind::Word(text) => Some(Item::Word(text.to_ascii_lowercase())),
-        Kind::Symbol(c @ ('(' | ')' | ',' | ';')) => Some(Item::Symbol(c)),
-        // A name, wherever one of the words below is looked for.
-        Kind::Quoted(_) => Some(Item::Word("\"\"".to_owned())),
+        TokenKind::Word(text) => Some(Item::Word(text.to_ascii_lowercase())),
+        TokenKind::Symbol(c @ ('(' | ')' | ',' | ';')) => Some(Item::Symbol(c)),
+        // A quoted name, which is none of the words below.
+        TokenKind::Quoted(_) => Some(Item::Word("\"\"".to_owned())),
         _ => None,
     });
     let items: Vec<Item> = words.collect();
@@ -66,8 +66,8 @@ pub(crate) fn kind(sql: &str) -> StatementKind {
             continue;
         }
         let kind = kind_of_one(statement);
-        // The body of an SQL function has statements of its own, which do not run now.
-        if !kind.is_only_around() || begins(statement, &["create"]) {
+        // The body of an SQL function contains statements that do not run now.
+        if !kind.is_without_locks() || begins(statement, &["create"]) {
             return kind;
         }
         first.get_or_insert(kind);
@@ -122,7 +122,7 @@ fn kind_of_one(items: &[Item]) -> StatementKind {
         "refresh" => StatementKind::RefreshMaterializedView,
         "alter" if is_relation(second, items) => StatementKind::AlterTable,
         "create" if second == "index" || begins(items, &["create", "unique", "index"]) => {
-            // The word comes before the index's own name, which may be anything.
+            // The word comes before the index's own name, which may be any word.
             let concurrently = items
                 .iter()
                 .take(4)
@@ -172,7 +172,7 @@ fn behind_prefix(items: &[Item]) -> StatementKind {
     }
 }
 
-/// The main verb stands outside of all parentheses and is not the name of a part of the list.
+/// The main verb is outside all parentheses, and not the name of a part of the list.
 fn with(items: &[Item]) -> StatementKind {
     let mut depth = 0_usize;
     let mut writes = None;
@@ -209,7 +209,7 @@ fn with(items: &[Item]) -> StatementKind {
     writes.unwrap_or(StatementKind::Other)
 }
 
-/// Where the parenthesis closes inside of which `from` stands.
+/// The position of the parenthesis that closes the group around `from`.
 fn end_of_group(items: &[Item], from: usize) -> usize {
     let mut depth = 1_usize;
     for (at, item) in items.iter().enumerate().skip(from) {
@@ -225,7 +225,7 @@ fn end_of_group(items: &[Item], from: usize) -> usize {
     items.len()
 }
 
-/// The strongest row lock wins; only without one an advisory lock counts.
+/// The strongest row lock counts; an advisory lock counts only without one.
 fn select(items: &[Item]) -> StatementKind {
     let mut found = StatementKind::Select;
     let strength = |kind| match kind {
@@ -278,7 +278,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_verb_says_it() {
+    fn the_verb_determines_the_kind() {
         for (sql, expected) in [
             ("", Other),
             (" -- SELECT", Other),
@@ -423,11 +423,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_has_one(text in any::<String>()) {
+        fn every_text_has_one(text in any::<String>()) {
             kind(&text);
         }
 
-        /// Words of the grammar in any order, cut anywhere.
+        /// Words of the grammar in any order, truncated anywhere.
         #[test]
         fn any_words_have_one(words in prop::collection::vec(
             prop::sample::select(vec![

@@ -1,24 +1,24 @@
-//! A statement taken apart into tokens, as PostgreSQL's own lexer does it (`src/backend/parser/scan.l`), and where the
-//! text alone does not say how the server read it, so that too much counts as a literal, never too little.
+//! Splits a statement into tokens like PostgreSQL's own lexer (`src/backend/parser/scan.l`). If the text alone does not
+//! determine how the server read it, too much counts as a literal, never too little.
 
 use std::iter::Peekable;
 #[cfg(feature = "schema")]
 use std::ops::Range;
 use std::str::CharIndices;
 
-/// A token, and what stood between it and the one before.
+/// A token, and whether white space came before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Token<'a> {
-    pub(super) kind: Kind<'a>,
-    /// White space or a comment came before it.
+    pub(super) kind: TokenKind<'a>,
+    /// Whether white space or a comment came before it.
     pub(super) spaced: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind<'a> {
+pub(crate) enum TokenKind<'a> {
     /// A keyword or an unquoted identifier, as written.
     Word(&'a str),
-    /// What stands between the quotes of a quoted identifier, a `"` in it still doubled.
+    /// The text between the quotes of a quoted identifier, in which a `"` is still doubled.
     Quoted(&'a str),
     /// `$1`, with the `$`.
     Parameter(&'a str),
@@ -28,17 +28,17 @@ pub(crate) enum Kind<'a> {
     Symbol(char),
 }
 
-/// The tokens of a statement. Comments are no tokens.
+/// The tokens of a statement, without comments.
 ///
-/// The last of them may be a literal that is not closed: the server keeps no more than `track_activity_query_size`
-/// bytes of a statement. An identifier or comment cut off in its middle is left out.
+/// The last token may be an unterminated literal, because the server keeps only `track_activity_query_size` bytes of a
+/// statement. An identifier or comment that is cut off is left out.
 pub(super) fn tokens(sql: &str) -> impl Iterator<Item = Token<'_>> {
     Lexer { rest: sql }
 }
 
-/// The tokens with the bytes that each stands on.
+/// The tokens with their positions in bytes.
 #[cfg(feature = "schema")]
-pub(crate) fn spans(sql: &str) -> impl Iterator<Item = (Range<usize>, Kind<'_>)> {
+pub(crate) fn spans(sql: &str) -> impl Iterator<Item = (Range<usize>, TokenKind<'_>)> {
     let mut rest = sql;
     std::iter::from_fn(move || {
         rest = after_space(rest);
@@ -49,13 +49,14 @@ pub(crate) fn spans(sql: &str) -> impl Iterator<Item = (Range<usize>, Kind<'_>)>
     })
 }
 
-/// The plain string that makes the end of the text one literal because it has `\'` in it, or no end, if there is one.
+/// The plain string, if any, that turns the rest of the text into one literal because it contains `\'` or is
+/// unterminated.
 #[cfg(feature = "schema")]
-pub(crate) fn undecided(sql: &str) -> Option<&str> {
+pub(crate) fn ambiguous_string(sql: &str) -> Option<&str> {
     let (span, kind) = spans(sql).last()?;
     let text = &sql[span];
     let quote = text.find('\'')?;
-    let is_plain = kind == Kind::Literal && !matches!(&text[..1], "e" | "E" | "$");
+    let is_plain = kind == TokenKind::Literal && !matches!(&text[..1], "e" | "E" | "$");
     let is_open = string(&text.as_bytes()[quote + 1..], Backslash::MayEscape).is_none();
     (is_plain && is_open).then_some(text)
 }
@@ -77,13 +78,13 @@ impl<'a> Iterator for Lexer<'a> {
     }
 }
 
-/// The token that begins the text, and its bytes.
-fn next_token(text: &str) -> Option<(usize, Kind<'_>)> {
+/// The first token of the text, and its length in bytes.
+fn next_token(text: &str) -> Option<(usize, TokenKind<'_>)> {
     let bytes = text.as_bytes();
     let first = text.chars().next()?;
     let second = bytes.get(1).copied();
-    // A string with a letter before it: `E'…'` (the one form in which `\` always escapes), `B`, `X`, `N` and `U&`.
-    // White space must not stand between the two; a longer word before the quote is a word.
+    // A string with a letter before it: `E'…'` (the only form in which `\` always escapes), `B`, `X`, `N` and `U&`.
+    // There must be no white space between the two. A longer word before the quote is a word.
     match (first, second) {
         ('e' | 'E', Some(b'\'')) => {
             return literal(2, string(&bytes[2..], Backslash::Escapes), text);
@@ -100,35 +101,38 @@ fn next_token(text: &str) -> Option<(usize, Kind<'_>)> {
         '\'' => literal(1, string(&bytes[1..], Backslash::MayEscape), text),
         '"' => {
             let end = quoted(&bytes[1..])?;
-            Some((end + 2, Kind::Quoted(&text[1..=end])))
+            Some((end + 2, TokenKind::Quoted(&text[1..=end])))
         }
         '$' => dollar(text),
-        '0'..='9' => Some((number(text), Kind::Literal)),
+        '0'..='9' => Some((number(text), TokenKind::Literal)),
         '.' if second.is_some_and(|byte| byte.is_ascii_digit()) => {
-            Some((number(text), Kind::Literal))
+            Some((number(text), TokenKind::Literal))
         }
         c if begins_word(c) => {
             let length = length_while(text, |c| continues_word(c) || c == '$');
-            Some((length, Kind::Word(&text[..length])))
+            Some((length, TokenKind::Word(&text[..length])))
         }
-        c => Some((c.len_utf8(), Kind::Symbol(c))),
+        c => Some((c.len_utf8(), TokenKind::Symbol(c))),
     }
 }
 
-/// A literal of a prefix and the bytes behind it; one that is not closed goes on to the end of the text.
-fn literal(prefix: usize, end: Option<usize>, text: &str) -> Option<(usize, Kind<'_>)> {
-    Some((end.map_or(text.len(), |end| prefix + end), Kind::Literal))
+/// A literal of a prefix and the following bytes; an unterminated one extends to the end of the text.
+fn literal(prefix: usize, end: Option<usize>, text: &str) -> Option<(usize, TokenKind<'_>)> {
+    Some((
+        end.map_or(text.len(), |end| prefix + end),
+        TokenKind::Literal,
+    ))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Backslash {
     Escapes,
-    /// In a plain string `\` escapes when `standard_conforming_strings` is off, which the text does not say.
+    /// In a plain string `\` escapes if `standard_conforming_strings` is off, which the text does not tell.
     MayEscape,
 }
 
-/// The bytes from behind the opening quote of a string to behind its closing one; `None` when it is open, or when
-/// nobody can tell: whether `\'` ends a plain string depends on a setting, and so does everything behind it.
+/// The number of bytes from after the opening quote of a string to after its closing one. `None` if the string is
+/// unterminated, or ambiguous: whether `\'` ends a plain string depends on a setting, and so does all text after it.
 fn string(bytes: &[u8], backslash: Backslash) -> Option<usize> {
     let mut at = 0;
     loop {
@@ -136,14 +140,15 @@ fn string(bytes: &[u8], backslash: Backslash) -> Option<usize> {
             (b'\'', Some(b'\'')) => at += 2,
             (b'\'', _) => return Some(at + 1),
             (b'\\', Some(b'\'')) if backslash == Backslash::MayEscape => return None,
-            // Whatever it escapes, a second `\` included. A byte of a longer character is neither quote nor `\`.
+            // It escapes any character, including a second `\`. A byte of a longer character is neither a quote nor
+            // `\`.
             (b'\\', _) => at += 2,
             _ => at += 1,
         }
     }
 }
 
-/// The bytes of a quoted identifier from behind its opening quote up to its closing one.
+/// The number of bytes of a quoted identifier, from after its opening quote to its closing one.
 fn quoted(bytes: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
@@ -155,30 +160,30 @@ fn quoted(bytes: &[u8]) -> Option<usize> {
     }
 }
 
-/// `$1`, `$tag$…$tag$`, or a `$` of its own.
-fn dollar(text: &str) -> Option<(usize, Kind<'_>)> {
+/// `$1`, `$tag$…$tag$`, or a single `$`.
+fn dollar(text: &str) -> Option<(usize, TokenKind<'_>)> {
     let behind = &text[1..];
     let digits = length_while(behind, |c| c.is_ascii_digit());
     if digits > 0 {
-        return Some((1 + digits, Kind::Parameter(&text[..=digits])));
+        return Some((1 + digits, TokenKind::Parameter(&text[..=digits])));
     }
-    // A tag is an identifier without `$`. The closing one is the same, letter for letter.
+    // A tag is an identifier without `$`. The closing tag must be equal to it.
     let tag = length_while(behind, continues_word);
     let inside = &behind[tag..];
     if inside.is_empty() {
-        // Cut off in the opening tag, at the latest.
+        // The text ends in the opening tag, or before its end.
         return None;
     }
     if !inside.starts_with('$') {
-        return Some((1, Kind::Symbol('$')));
+        return Some((1, TokenKind::Symbol('$')));
     }
     let delimiter = &text[..tag + 2];
     let end = text[delimiter.len()..].find(delimiter);
     literal(delimiter.len() * 2, end, text)
 }
 
-/// The bytes of a number, and of everything that hangs together with it (`1_000`, `0x1F`, `12ab`): PostgreSQL up to 14
-/// reads `12ab` as a number and a name, later ones refuse it; a token that somebody forgot to quote is data.
+/// The number of bytes of a number, and of everything attached to it (`1_000`, `0x1F`, `12ab`). PostgreSQL up to 14
+/// reads `12ab` as a number and a name, and later versions reject it; an unquoted token may still be data.
 fn number(text: &str) -> usize {
     let part = |text: &str| length_while(text, |c| continues_word(c) || c == '.');
     let mut length = part(text);
@@ -193,11 +198,11 @@ fn number(text: &str) -> usize {
     length
 }
 
-/// Skips white space and comments; a comment that is not closed goes on to the end of the text.
+/// Skips white space and comments; an unterminated comment extends to the end of the text.
 fn after_space(text: &str) -> &str {
     let mut rest = text;
     loop {
-        // Control characters are no tokens of SQL, and nothing to show.
+        // Control characters are no tokens of SQL, and must not be shown.
         rest = rest.trim_start_matches(|c: char| c == ' ' || c.is_ascii_control());
         rest = if rest.starts_with("--") {
             &rest[rest.find(['\n', '\r']).unwrap_or(rest.len())..]
@@ -209,7 +214,7 @@ fn after_space(text: &str) -> &str {
     }
 }
 
-/// What follows a `/* … */` from behind its opening. They nest.
+/// The text after a `/* … */`, given the text after its opening. Comments nest.
 fn after_comment(inside: &str) -> &str {
     let mut characters = inside.char_indices().peekable();
     let next_is = |characters: &mut Peekable<CharIndices<'_>>, wanted| {
@@ -231,7 +236,7 @@ fn after_comment(inside: &str) -> &str {
     ""
 }
 
-/// Every character beyond ASCII is a letter to PostgreSQL, a no-break space too.
+/// PostgreSQL treats every non-ASCII character as a letter, including the no-break space.
 fn begins_word(c: char) -> bool {
     c.is_ascii_alphabetic() || c == '_' || !c.is_ascii()
 }
@@ -246,10 +251,10 @@ fn length_while(text: &str, is_part: impl Fn(char) -> bool) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::Kind::{Literal, Parameter, Quoted, Symbol, Word};
+    use super::TokenKind::{Literal, Parameter, Quoted, Symbol, Word};
     use super::*;
 
-    fn kinds(sql: &str) -> Vec<Kind<'_>> {
+    fn kinds(sql: &str) -> Vec<TokenKind<'_>> {
         tokens(sql).map(|token| token.kind).collect()
     }
 
@@ -306,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_looks_like_a_literal() {
+    fn what_resembles_a_literal() {
         assert_eq!(kinds("t1"), [Word("t1")]);
         assert_eq!(kinds("a$b$c$b$"), [Word("a$b$c$b$")]);
         assert_eq!(kinds("0x1e-5"), [Literal, Symbol('-'), Literal]);
@@ -340,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_is_lost_to_the_end() {
+    fn unterminated_tokens_extend_to_the_end() {
         for open in [
             "'a b",
             "E'a \\' b",
@@ -357,7 +362,7 @@ mod tests {
         }
     }
 
-    /// `standard_conforming_strings` decides what ends the string, and what is inside of the next one.
+    /// `standard_conforming_strings` decides where the string ends, and what is inside the next one.
     #[test]
     fn an_ambiguous_string_takes_the_rest_with_it() {
         assert_eq!(kinds(r"a 'b\' c 'd' e"), [Word("a"), Literal]);

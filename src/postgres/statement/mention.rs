@@ -1,24 +1,24 @@
 //! Whether a statement names a relation.
 
-use super::lexer::{self, Kind};
+use super::lexer::{self, TokenKind};
 
-/// Whether the statement names the relation: unqualified, or with this schema.
+/// Whether the statement names the relation, without a schema or with this one.
 ///
-/// Both names as the catalog has them. An unquoted name in the statement is the same in lower case, as the server folds
-/// it. A column, an alias or a function of that name counts too; what an unqualified name means depends on `search_path`,
-/// and a view or a function hides what it uses.
+/// Both names are as in the catalog. An unquoted name in the statement matches in lower case, as the server folds it. A
+/// column, an alias or a function of that name matches too. An unqualified name depends on `search_path`, and a view or
+/// a function hides the relations that it uses.
 pub(crate) fn mentions(sql: &str, schema: &str, relation: &str) -> bool {
-    // The name before a dot, while it may still turn out to be a qualifier.
+    // The name before a dot, which may be a qualifier.
     let mut before: Option<bool> = None;
     let mut dotted = false;
     for token in lexer::tokens(sql) {
         let is = |wanted: &str| match token.kind {
-            Kind::Word(text) => folded_is(text, wanted),
-            Kind::Quoted(text) => unquoted_is(text, wanted),
+            TokenKind::Word(text) => folded_is(text, wanted),
+            TokenKind::Quoted(text) => unquoted_is(text, wanted),
             _ => false,
         };
         match token.kind {
-            Kind::Word(_) | Kind::Quoted(_) => {
+            TokenKind::Word(_) | TokenKind::Quoted(_) => {
                 let qualifier = if dotted { before } else { None };
                 // Without a qualifier, or with the right one.
                 if is(relation) && qualifier != Some(false) {
@@ -27,7 +27,7 @@ pub(crate) fn mentions(sql: &str, schema: &str, relation: &str) -> bool {
                 before = Some(is(schema));
                 dotted = false;
             }
-            Kind::Symbol('.') if before.is_some() => dotted = true,
+            TokenKind::Symbol('.') if before.is_some() => dotted = true,
             _ => {
                 before = None;
                 dotted = false;
@@ -37,7 +37,7 @@ pub(crate) fn mentions(sql: &str, schema: &str, relation: &str) -> bool {
     false
 }
 
-/// Names are folded in ASCII only, where characters have several bytes (`downcase_identifier` in PostgreSQL's
+/// In encodings with multi-byte characters only ASCII is folded (`downcase_identifier` in PostgreSQL's
 /// `src/backend/parser/scansup.c`).
 fn folded_is(text: &str, wanted: &str) -> bool {
     text.eq_ignore_ascii_case(wanted) && !wanted.bytes().any(|byte| byte.is_ascii_uppercase())

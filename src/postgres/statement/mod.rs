@@ -1,8 +1,8 @@
-//! SQL text read as text: without its literals, as a fingerprint, what kind of statement it is and what it mentions.
+//! SQL text: redaction of literals, fingerprints, the kind of a statement, and the relations that it names.
 //!
-//! No parser: the text may be cut off anywhere, of any server version, or no SQL at all (`<insufficient privilege>`).
-//! What is right for every input is that nothing of a literal gets out, as the server itself reads it (test
-//! `literals::what_the_server_reads_as_data_is_redacted`); the rest is best effort.
+//! There is no parser: the text may be cut off anywhere, be of any server version, or not be SQL at all (`<insufficient
+//! privilege>`). What holds for every input is that no part of a literal remains, as the server itself reads it (test
+//! `server_literals::what_the_server_reads_as_data_is_redacted`); everything else is best effort.
 
 #[cfg(feature = "incidents")]
 mod fingerprint;
@@ -13,36 +13,36 @@ mod lexer;
 mod mention;
 
 #[cfg(feature = "incidents")]
-pub(crate) use fingerprint::{Fingerprint, fingerprint};
+pub(crate) use fingerprint::{StatementFingerprint, fingerprint};
 #[cfg(feature = "incidents")]
 pub(crate) use kind::{StatementKind, kind};
 #[cfg(feature = "schema")]
-pub(crate) use lexer::{Kind as TokenKind, spans, undecided};
+pub(crate) use lexer::{TokenKind, ambiguous_string, spans};
 #[cfg(feature = "incidents")]
 pub(crate) use mention::mentions;
-
-use lexer::Kind;
 
 /// The statement with `?` for each literal, without comments, on one line.
 ///
 /// Literals are strings of every form, dollar quotes and numbers; quoted identifiers and parameters (`$1`) are kept. A
-/// literal that is cut off at the end of the text is replaced whole. Where a setting that the text does not show decides
-/// where a string ends (`'a\'b'`), all that follows is taken as part of it.
+/// literal that is cut off at the end of the text is replaced as a whole. If the end of a string depends on a setting
+/// that the text does not show (`'a\'b'`), all following text counts as part of it.
 pub(crate) fn redact(sql: &str) -> String {
+    use lexer::TokenKind;
+
     let mut redacted = String::with_capacity(sql.len().min(1024));
     for token in lexer::tokens(sql) {
         if token.spaced && !redacted.is_empty() {
             redacted.push(' ');
         }
         match token.kind {
-            Kind::Word(text) | Kind::Parameter(text) => redacted.push_str(text),
-            Kind::Quoted(text) => {
+            TokenKind::Word(text) | TokenKind::Parameter(text) => redacted.push_str(text),
+            TokenKind::Quoted(text) => {
                 redacted.push('"');
                 redacted.push_str(text);
                 redacted.push('"');
             }
-            Kind::Literal => redacted.push('?'),
-            Kind::Symbol(c) => redacted.push(c),
+            TokenKind::Literal => redacted.push('?'),
+            TokenKind::Symbol(c) => redacted.push(c),
         }
     }
     redacted
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_is_cut_off_loses_its_open_end() {
+    fn a_truncated_text_loses_its_unterminated_end() {
         for (sql, expected) in [
             ("UPDATE t SET a = 'sec", "UPDATE t SET a = ?"),
             ("UPDATE t SET a = '", "UPDATE t SET a = ?"),
@@ -106,14 +106,15 @@ mod tests {
         }
     }
 
-    /// With `standard_conforming_strings` off, `'a\'b'` is one string, and `secret` would be inside of the next.
+    /// With `standard_conforming_strings` off, `'a\'b'` is one string, and `secret` would be inside the next.
     #[test]
-    fn in_doubt_more_is_taken_away() {
+    fn ambiguous_text_is_redacted() {
         assert_eq!(redact(r"SELECT 'a\'b', secret, 'c'"), "SELECT ?");
         assert_eq!(redact(r"SELECT 'a\\', b"), "SELECT ?, b");
     }
 
-    /// A piece of a statement, with what may stay of it: everything that must not has a `Z` or a `7` in it.
+    /// A piece of a statement, and the part of it that may remain. All parts that must not remain contain a `Z` or a
+    /// `7`.
     fn piece() -> impl Strategy<Value = String> {
         let text = "[Z7 a$\"/*é-]{0,6}";
         let tag = "(|[a-c_é][a-c_0-9]{0,2})";
@@ -151,7 +152,7 @@ mod tests {
             }
         }
 
-        /// With the setting off, strings end elsewhere: those are built here as that server reads them.
+        /// With the setting off, strings end elsewhere: here they are built as such a server reads them.
         #[test]
         fn nothing_is_left_of_strings_with_backslashes(
             texts in prop::collection::vec(r"([Z7 a-]|\\.|''){0,6}", 0..6),
@@ -164,7 +165,7 @@ mod tests {
         #[test]
         fn any_text_is_redacted_once_and_for_all(text in any::<String>()) {
             let once = redact(&text);
-            // What began behind a `$` may be gone, and the `$` then looks like a tag that is cut off.
+            // The text after a `$` may be gone; then the `$` looks like a tag that is cut off.
             prop_assert!(once.starts_with(&redact(&once)), "{}", once);
             prop_assert!(!once.contains("  ") || once.contains('"'));
         }

@@ -1,4 +1,4 @@
-//! Where literals end, asked of the server: what it read as data is not left in a redacted statement.
+//! Compares redaction with the server: what it read as data must not remain in a redacted statement.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,12 +13,12 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::redact;
 
-/// Literals of every form, and what makes them end somewhere else than it seems. Data is a `Z`.
+/// Literals of every form, and text that moves their end. Data is a `Z`.
 fn expressions() -> impl Strategy<Value = String> {
     let inside = || r#"([Z ab"$/*\\-]|''|\\'|\\\\|'|\n){0,5}"#;
     let expression = prop_oneof![
         4 => inside().prop_map(|text| format!("'{text}'")),
-        // Whole when \ does not escape, open when it does.
+        // Complete if \ does not escape, unterminated if it does.
         2 => "[Z a]{0,3}".prop_map(|text| format!(r"'{text}\'")),
         4 => inside().prop_map(|text| format!("E'{text}'")),
         1 => inside().prop_map(|text| format!("N'{text}'")),
@@ -53,7 +53,7 @@ async fn what_the_server_reads_as_data_is_redacted() {
         let (mut with_data, mut kept_something) = (0, 0);
         for _ in 0..1500 {
             let sql = expressions().new_tree(&mut runner).unwrap().current();
-            // Refused texts show nothing.
+            // The server gives no result for invalid texts.
             let Ok(messages) = client.simple_query(&sql).await else {
                 continue;
             };
@@ -73,7 +73,7 @@ async fn what_the_server_reads_as_data_is_redacted() {
                     _ => {}
                 }
             }
-            // What stands behind a literal, like a word, is its column's name.
+            // Text after a literal, such as a word, is the column's name.
             if alias {
                 continue;
             }

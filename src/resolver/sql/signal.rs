@@ -173,13 +173,13 @@ impl Moments {
         let seen_at = || {
             backend
                 .backend_start()?
-                .checked_add(backend.connected_for()?)
+                .checked_add(backend.connection_age()?)
         };
         let back = |age: Option<Duration>| seen_at()?.checked_sub(age?);
         Self {
             backend_start: backend.backend_start(),
             transaction_start: backend.transaction_start(),
-            state_change: back(backend.in_state()),
+            state_change: back(backend.state_age()),
         }
     }
 }
@@ -309,8 +309,8 @@ mod tests {
     fn seen() -> Backend {
         Backend {
             backend_start: Some(at(1_000_001)),
-            connected_for: Some(Duration::from_micros(500)),
-            in_state: Some(Duration::from_micros(100)),
+            connection_age: Some(Duration::from_micros(500)),
+            state_age: Some(Duration::from_micros(100)),
             state: Some("idle in transaction".into()),
             ..Backend::unknown(7.into())
         }
@@ -361,8 +361,8 @@ mod tests {
         let right = Backend {
             backend_start: Some(time(1)),
             transaction_start: Some(time(2)),
-            connected_for: Some(Duration::from_secs(60)),
-            in_state: (time(1) + Duration::from_secs(60))
+            connection_age: Some(Duration::from_secs(60)),
+            state_age: (time(1) + Duration::from_secs(60))
                 .duration_since(time(3))
                 .ok(),
             ..seen()
@@ -372,7 +372,7 @@ mod tests {
         wrong[0].backend_start = earlier(right.backend_start);
         wrong[1].transaction_start = earlier(right.transaction_start);
         wrong[2].transaction_start = None;
-        wrong[3].in_state = right.in_state.map(|age| age + tick);
+        wrong[3].state_age = right.state_age.map(|age| age + tick);
         wrong[4].backend_start = None;
         let ask = async |signal, backend: &Backend| {
             let sql = send(signal, backend, pid, Spared::default());
@@ -389,7 +389,7 @@ mod tests {
         let row = client.query_one(sql, &[&pid]).await.expect("it is there");
         let used = at(u64::try_from(row.get::<_, i64>(3)).expect("after 1970"));
         let again = Backend {
-            in_state: (time(1) + Duration::from_secs(60))
+            state_age: (time(1) + Duration::from_secs(60))
                 .duration_since(used)
                 .ok(),
             ..right

@@ -170,11 +170,11 @@ pub(super) fn in_snapshot(
             kind,
             backend: backend.clone(),
             keys: Vec::new(),
-            blocks: snapshot.blocked_by(backend.id()),
+            blocks: snapshot.blocked_count(backend.id()),
             age,
             cleared: None,
         };
-        if let (Some(bound), Some(idle), true) = (policy.idle.age, backend.in_state(), is_idle)
+        if let (Some(bound), Some(idle), true) = (policy.idle.age, backend.state_age(), is_idle)
             && idle >= bound
         {
             let finding = finding(FindingKind::IdleBlocker, idle);
@@ -210,7 +210,7 @@ mod tests {
     fn idle(pid: i32, seconds: u32) -> Backend {
         let mut backend = backend(pid);
         backend.state = Some("idle in transaction".into());
-        backend.in_state = Some(SECOND * seconds);
+        backend.state_age = Some(SECOND * seconds);
         backend
     }
 

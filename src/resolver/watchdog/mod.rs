@@ -322,7 +322,7 @@ mod tests {
         let backends = (1..=200).map(|pid| {
             let mut idle = backend(pid);
             idle.state = Some("idle in transaction".into());
-            idle.in_state = Some(Duration::from_secs(3600));
+            idle.state_age = Some(Duration::from_secs(3600));
             idle
         });
         let edges = (1..=200).map(|pid| edge(pid + 1000, pid, Duration::ZERO));

@@ -10,7 +10,7 @@ mod other;
 
 use crate::mode::LockMode;
 use crate::postgres::TableName;
-use crate::postgres::statement::undecided;
+use crate::postgres::statement::ambiguous_string;
 use crate::schema::statements::LockedRelation;
 
 /// One statement of a batch.
@@ -130,7 +130,7 @@ pub(super) fn read(sql: &str) -> Vec<Statement<'_>> {
 /// Why a batch cannot be split into statements, if so: the end of a string can depend on a setting, and the text after
 /// it can contain any statement, even COMMIT.
 pub(super) fn flaw(sql: &str) -> Option<String> {
-    let rest = undecided(sql)?;
+    let rest = ambiguous_string(sql)?;
     let (_, following) = rest.split_once(';')?;
     (!following.trim().is_empty()).then(|| {
         let end = rest.char_indices().nth(40).map_or(rest.len(), |(at, _)| at);

@@ -179,8 +179,8 @@ pub(crate) fn holders_and_waiters(oids: &[u32]) -> String {
          JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
          WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
          a.application_name, a.usename, a.state, l.mode, l.granted, \
-         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS in_state, \
-         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS in_transaction \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS state_age, \
+         pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS transaction_age \
          FROM pg_catalog.pg_locks AS l LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid OPERATOR(pg_catalog.=) l.pid \
          WHERE pg_catalog.texteq(l.locktype, 'relation') \
          AND l.relation OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[]) \
@@ -206,8 +206,8 @@ pub(crate) fn read_holders_and_waiters(
             application_name: text(row, "application_name"),
             user: text(row, "usename"),
             state: text(row, "state"),
-            in_state: seconds(row, "in_state"),
-            in_transaction: seconds(row, "in_transaction"),
+            state_age: seconds(row, "state_age"),
+            transaction_age: seconds(row, "transaction_age"),
             mode: AdvisoryMode::Exclusive,
             object: Some((format!("relation {}", named(oid)), mode)),
             granted: is_true(row, "granted"),

@@ -1,49 +1,49 @@
-//! The bare graph: numbers for participants, and what can be found out with them.
+//! A directed graph of numbered nodes, and the algorithms on it.
 
-/// Participants `0..len` and who of them waits for whom.
+/// Nodes `0..len`, and an edge from each waiter to each of its blockers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Net {
-    /// Where the arcs of each node begin in `arcs`; one more at the end.
+pub(super) struct Digraph {
+    /// For each node, the position of its first edge in `edges`; then the length of `edges`.
     start: Vec<usize>,
-    arcs: Vec<Arc>,
+    edges: Vec<OutEdge>,
 }
 
-/// From one node to another. There can be very many, so they are small.
+/// An edge, stored with the node that it leaves. Kept small, because there can be very many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Arc {
-    to: u32,
-    edge: u32,
+pub(super) struct OutEdge {
+    target: u32,
+    index: u32,
 }
 
-impl Arc {
-    pub(super) fn to(self) -> usize {
-        self.to as usize
+impl OutEdge {
+    pub(super) fn target(self) -> usize {
+        self.target as usize
     }
 
-    /// The caller's number for it.
-    pub(super) fn edge(self) -> usize {
-        self.edge as usize
+    /// The position of the edge in the list that the graph was made from.
+    pub(super) fn index(self) -> usize {
+        self.index as usize
     }
 }
 
-/// Sets of nodes that can all reach one another; a node on its own is one too.
+/// The strongly connected components: sets of nodes that can all reach one another. A single node can be one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Components {
-    /// Of each node, its set.
-    pub(super) of: Vec<usize>,
-    /// A set stands behind all those that it reaches.
+    /// The component of each node.
+    pub(super) component_of: Vec<usize>,
+    /// The nodes of each component. A component comes after all components that it reaches.
     pub(super) members: Vec<Vec<usize>>,
 }
 
-/// Steps after which the search for a shorter cycle is given up: enough for any graph that locks make in practice, and
-/// a bound for the others.
-const MOST_STEPS: usize = 4_000_000;
+/// Steps after which the search for a shorter cycle stops: enough for every lock graph seen in practice, and a bound for
+/// all others.
+const MAX_STEPS: usize = 4_000_000;
 
-/// Nodes counted at once by [`Net::reached_from`], in words.
-const WORDS: usize = 8;
+/// How many words of nodes [`Digraph::reaching_counts`] counts in one pass.
+const CHUNK_WORDS: usize = 8;
 
-impl Net {
-    /// Links are pairs of nodes; their place in the list is the number of the arc.
+impl Digraph {
+    /// A link is a pair of nodes, from and to. Its position in the list is the edge's [index](OutEdge::index).
     pub(super) fn new(len: usize, links: impl Iterator<Item = (usize, usize)> + Clone) -> Self {
         let mut start = vec![0; len + 1];
         for (from, _) in links.clone() {
@@ -53,34 +53,40 @@ impl Net {
             start[at + 1] += start[at];
         }
         let mut next = start.clone();
-        let mut arcs = vec![Arc { to: 0, edge: 0 }; start[len]];
+        let mut edges = vec![
+            OutEdge {
+                target: 0,
+                index: 0
+            };
+            start[len]
+        ];
         let small = |number| u32::try_from(number).expect("no server has 2³² locks");
-        for (edge, (from, to)) in links.enumerate() {
-            arcs[next[from]] = Arc {
-                to: small(to),
-                edge: small(edge),
+        for (index, (from, to)) in links.enumerate() {
+            edges[next[from]] = OutEdge {
+                target: small(to),
+                index: small(index),
             };
             next[from] += 1;
         }
-        Self { start, arcs }
+        Self { start, edges }
     }
 
     pub(super) fn len(&self) -> usize {
         self.start.len() - 1
     }
 
-    /// What goes out from a node.
-    pub(super) fn arcs(&self, node: usize) -> &[Arc] {
-        &self.arcs[self.start[node]..self.start[node + 1]]
+    /// The edges that leave a node.
+    pub(super) fn edges_from(&self, node: usize) -> &[OutEdge] {
+        &self.edges[self.start[node]..self.start[node + 1]]
     }
 
-    /// Tarjan's algorithm, without recursion: chains of waiters can be long.
+    /// Tarjan's algorithm, without recursion because chains of waiters can be long.
     pub(super) fn components(&self) -> Components {
         const NEW: usize = usize::MAX;
         let mut index = vec![NEW; self.len()];
         let mut low = vec![0; self.len()];
         let mut found = Components {
-            of: vec![NEW; self.len()],
+            component_of: vec![NEW; self.len()],
             members: Vec::new(),
         };
         let mut open = Vec::new();
@@ -98,12 +104,12 @@ impl Net {
                     count += 1;
                     open.push(node);
                 }
-                if let Some(arc) = self.arcs(node).get(next) {
+                if let Some(edge) = self.edges_from(node).get(next) {
                     path.push((node, next + 1));
-                    if index[arc.to()] == NEW {
-                        path.push((arc.to(), 0));
-                    } else if found.of[arc.to()] == NEW {
-                        low[node] = low[node].min(index[arc.to()]);
+                    if index[edge.target()] == NEW {
+                        path.push((edge.target(), 0));
+                    } else if found.component_of[edge.target()] == NEW {
+                        low[node] = low[node].min(index[edge.target()]);
                     }
                     continue;
                 }
@@ -114,10 +120,10 @@ impl Net {
                     let from = open
                         .iter()
                         .rposition(|member| *member == node)
-                        .expect("a node stays open until its set is found");
+                        .expect("a node stays open until its component is found");
                     let members = open.split_off(from);
                     for member in &members {
-                        found.of[*member] = found.members.len();
+                        found.component_of[*member] = found.members.len();
                     }
                     found.members.push(members);
                 }
@@ -126,33 +132,36 @@ impl Net {
         found
     }
 
-    /// Whether the nodes of a set are on a cycle.
+    /// Whether the nodes of a component are on a cycle.
     pub(super) fn is_cyclic(&self, members: &[usize]) -> bool {
         match members {
-            [node] => self.arcs(*node).iter().any(|arc| arc.to() == *node),
+            [node] => self
+                .edges_from(*node)
+                .iter()
+                .any(|edge| edge.target() == *node),
             _ => true,
         }
     }
 
-    /// A shortest cycle within a set, as the numbers of its arcs in order.
-    pub(super) fn shortest_cycle(&self, components: &Components, set: usize) -> Vec<usize> {
+    /// A shortest cycle within a component, as the indexes of its edges in order.
+    pub(super) fn shortest_cycle(&self, components: &Components, component: usize) -> Vec<usize> {
         let mut best: Vec<usize> = Vec::new();
         let mut steps = 0;
-        // The arc by which a node was reached, and from where, in the search that began at `stamp`.
+        // For each node: the start of the search that last reached it, the edge taken, and the node before it.
         let mut reached = vec![(usize::MAX, 0, 0); self.len()];
-        for &start in &components.members[set] {
+        for &start in &components.members[component] {
             let mut layer = vec![start];
             let mut depth = 1;
             'search: while !layer.is_empty() && (best.is_empty() || depth < best.len()) {
                 let mut next = Vec::new();
                 for node in layer {
-                    for arc in self.arcs(node) {
+                    for edge in self.edges_from(node) {
                         steps += 1;
-                        if components.of[arc.to()] != set {
+                        if components.component_of[edge.target()] != component {
                             continue;
                         }
-                        if arc.to() == start {
-                            best = vec![arc.edge()];
+                        if edge.target() == start {
+                            best = vec![edge.index()];
                             let mut at = node;
                             while at != start {
                                 let (_, edge, from) = reached[at];
@@ -162,41 +171,41 @@ impl Net {
                             best.reverse();
                             break 'search;
                         }
-                        if reached[arc.to()].0 != start {
-                            reached[arc.to()] = (start, arc.edge(), node);
-                            next.push(arc.to());
+                        if reached[edge.target()].0 != start {
+                            reached[edge.target()] = (start, edge.index(), node);
+                            next.push(edge.target());
                         }
                     }
                 }
                 layer = next;
                 depth += 1;
             }
-            if best.len() == 1 || (!best.is_empty() && steps > MOST_STEPS) {
+            if best.len() == 1 || (!best.is_empty() && steps > MAX_STEPS) {
                 break;
             }
         }
         best
     }
 
-    /// Of each node, how many others reach it.
-    pub(super) fn reached_from(&self, components: &Components) -> Vec<usize> {
+    /// For each node, how many other nodes reach it.
+    pub(super) fn reaching_counts(&self, components: &Components) -> Vec<usize> {
         let mut counts = vec![0; self.len()];
-        // A bit for each of some hundred nodes at a time, so that memory stays in proportion to the graph.
-        for first in (0..self.len()).step_by(WORDS * 64) {
-            let mut sets = vec![[0_u64; WORDS]; components.members.len()];
-            // From those who only wait to those who only block.
-            for (set, members) in components.members.iter().enumerate().rev() {
+        // One bit for each of some hundred nodes at a time, so that memory stays in proportion to the graph.
+        for first in (0..self.len()).step_by(CHUNK_WORDS * 64) {
+            let mut sets = vec![[0_u64; CHUNK_WORDS]; components.members.len()];
+            // From the nodes that only wait to the nodes that only block.
+            for (component, members) in components.members.iter().enumerate().rev() {
                 for &node in members {
                     if let Some(bit) = node.checked_sub(first)
-                        && bit < WORDS * 64
+                        && bit < CHUNK_WORDS * 64
                     {
-                        sets[set][bit / 64] |= 1 << (bit % 64);
+                        sets[component][bit / 64] |= 1 << (bit % 64);
                     }
                 }
-                let own = sets[set];
+                let own = sets[component];
                 for &node in members {
-                    for arc in self.arcs(node) {
-                        let target = &mut sets[components.of[arc.to()]];
+                    for edge in self.edges_from(node) {
+                        let target = &mut sets[components.component_of[edge.target()]];
                         for (word, more) in target.iter_mut().zip(own) {
                             *word |= more;
                         }
@@ -204,7 +213,7 @@ impl Net {
                 }
             }
             for (node, count) in counts.iter_mut().enumerate() {
-                for word in sets[components.of[node]] {
+                for word in sets[components.component_of[node]] {
                     *count += word.count_ones() as usize;
                 }
             }
@@ -224,11 +233,11 @@ mod tests {
 
     use super::*;
 
-    fn net(len: usize, links: &[(usize, usize)]) -> Net {
-        Net::new(len, links.iter().copied())
+    fn digraph(len: usize, links: &[(usize, usize)]) -> Digraph {
+        Digraph::new(len, links.iter().copied())
     }
 
-    /// All pairs of which the first reaches the second by at least one arc.
+    /// For each pair of nodes, whether the first reaches the second over at least one edge.
     fn reaches(len: usize, links: &[(usize, usize)]) -> Vec<Vec<bool>> {
         let mut reaches = vec![vec![false; len]; len];
         for &(from, to) in links {
@@ -263,8 +272,8 @@ mod tests {
     #[test]
     fn a_long_chain_needs_no_stack() {
         let links: Vec<_> = (0..200_000).map(|at| (at, at + 1)).collect();
-        let net = net(200_001, &links);
-        assert_eq!(net.components().members.len(), 200_001);
+        let digraph = digraph(200_001, &links);
+        assert_eq!(digraph.components().members.len(), 200_001);
     }
 
     fn graph() -> impl Strategy<Value = (usize, Vec<(usize, usize)>)> {
@@ -274,27 +283,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn components_are_what_reaches_both_ways((len, links) in graph()) {
-            let net = net(len, &links);
-            let found = net.components();
+        fn components_are_nodes_that_reach_one_another((len, links) in graph()) {
+            let digraph = digraph(len, &links);
+            let found = digraph.components();
             let reaches = reaches(len, &links);
             for (a, b) in (0..len * len).map(|pair| (pair / len, pair % len)) {
                 let together = a == b || (reaches[a][b] && reaches[b][a]);
-                prop_assert_eq!(found.of[a] == found.of[b], together);
-                prop_assert!(!reaches[a][b] || found.of[b] <= found.of[a]);
-                prop_assert!(found.members[found.of[a]].contains(&a));
+                prop_assert_eq!(found.component_of[a] == found.component_of[b], together);
+                prop_assert!(!reaches[a][b] || found.component_of[b] <= found.component_of[a]);
+                prop_assert!(found.members[found.component_of[a]].contains(&a));
             }
             prop_assert_eq!(found.members.iter().map(Vec::len).sum::<usize>(), len);
         }
 
         #[test]
-        fn cycles_are_there_and_shortest((len, links) in graph()) {
-            let net = net(len, &links);
-            let found = net.components();
-            for (set, members) in found.members.iter().enumerate() {
+        fn each_cycle_is_found_and_shortest((len, links) in graph()) {
+            let digraph = digraph(len, &links);
+            let found = digraph.components();
+            for (component, members) in found.members.iter().enumerate() {
                 let shortest = members.iter().filter_map(|node| shortest_through(len, &links, *node)).min();
-                prop_assert_eq!(net.is_cyclic(members), shortest.is_some());
-                let cycle = net.shortest_cycle(&found, set);
+                prop_assert_eq!(digraph.is_cyclic(members), shortest.is_some());
+                let cycle = digraph.shortest_cycle(&found, component);
                 prop_assert_eq!(cycle.len(), shortest.unwrap_or(0));
                 for (at, edge) in cycle.iter().enumerate() {
                     let next = cycle[(at + 1) % cycle.len()];
@@ -304,12 +313,12 @@ mod tests {
         }
 
         #[test]
-        fn counts_are_of_those_who_reach((len, links) in graph(), more in 0..3_usize) {
+        fn counts_are_of_the_nodes_that_reach((len, links) in graph(), more in 0..3_usize) {
             // Also beyond the number of nodes counted at once.
             let offset = more * 500;
             let shifted: Vec<_> = links.iter().map(|(from, to)| (from + offset, to + offset)).collect();
-            let net = net(len + offset, &shifted);
-            let counts = net.reached_from(&net.components());
+            let digraph = digraph(len + offset, &shifted);
+            let counts = digraph.reaching_counts(&digraph.components());
             let reaches = reaches(len, &links);
             for node in 0..len {
                 let expected = (0..len).filter(|other| *other != node && reaches[*other][node]).count();

@@ -1,34 +1,35 @@
-//! The tree as a picture: Mermaid, DOT and HTML.
+//! The tree as a diagram: Mermaid, DOT and HTML.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::picture::{
-    Card, Cell, Fold, Line, Link, Look, Page, Picture, Row, Section, Table, choose, page,
-    without_implied,
+    Arrow, Collapsed, Diagram, HtmlCell, HtmlPage, HtmlRow, HtmlSection, HtmlTable, Node,
+    NodeStyle, TextLine, html_page, select, transitive_reduction,
 };
 use crate::postgres::statement::redact;
 use crate::postgres::timestamp::rfc3339;
 
-use super::render::count;
+use super::render::plural;
 use super::{Backend, BackendId, Edge, LockObject, LockTree, TreeNode};
 use crate::postgres::timestamp::Age;
 
-/// Circles that are told of above the picture.
-const MOST_ALARMS: usize = 10;
-/// Of those in a waiter's way, the ones its row names.
-const MOST_NAMED: usize = 4;
-/// Characters of a statement.
-const STATEMENT: usize = 600;
+/// How many cycles are listed above the diagram.
+const MAX_ALARMS: usize = 10;
+/// How many blockers the row of a waiter names.
+const MAX_NAMED: usize = 4;
+/// How many characters of a statement are shown.
+const MAX_STATEMENT: usize = 600;
 
 impl LockTree {
-    /// A page of HTML for people: the wait graph drawn, and below it a table of all sessions.
+    /// The wait graph as a page of HTML: a diagram, and below it a table of all sessions.
     ///
-    /// It is one file that needs nothing else: no script, no network, no fonts; light or dark as the reader's browser
-    /// asks for. Statements are without their literals; `application_name`, users and the names of tables and advisory
-    /// locks are on it. Every text is escaped, whatever is in it.
+    /// The page is one self-contained file: no script, no network, no fonts. It is light or dark as the browser prefers.
+    /// Statements are without their literals. The page contains `application_name`, users and the names of tables and
+    /// advisory locks. All texts are escaped.
     ///
-    /// The picture has 80 sessions at most, the first eight beside each blocker, ten deep; others are folded into one
-    /// card there. Of those who queue for one lock it has no arrow that others imply. The table has everybody.
+    /// The diagram shows at most 80 sessions, the first eight next to each blocker, ten levels deep. Other sessions are
+    /// collapsed into one node per blocker. Edges implied by the queue order are omitted from the diagram. The table lists
+    /// every session.
     ///
     /// # Examples
     ///
@@ -44,31 +45,32 @@ impl LockTree {
         let mut facts = vec![format!(
             "Taken {} within {}.",
             rfc3339(self.snapshot().taken_at()),
-            Age(self.snapshot().took())
+            Age(self.snapshot().duration())
         )];
         let (title, summary) = self.headline();
         facts.extend(summary);
-        let mut alarms: Vec<_> = self.cycles().iter().take(MOST_ALARMS).map(alarm).collect();
-        if self.cycles().len() > MOST_ALARMS {
-            alarms.push(format!("and {} more", self.cycles().len() - MOST_ALARMS));
+        let mut alarms: Vec<_> = self.cycles().iter().take(MAX_ALARMS).map(alarm).collect();
+        if self.cycles().len() > MAX_ALARMS {
+            alarms.push(format!("and {} more", self.cycles().len() - MAX_ALARMS));
         }
         let mut sections = Vec::new();
         if !self.is_empty() {
-            sections.push(Section::Table(self.table()));
+            sections.push(HtmlSection::Table(self.table()));
         }
-        page(&Page {
+        html_page(&HtmlPage {
             title,
             facts,
             alarms,
-            picture: self.picture(),
+            diagram: self.diagram(),
             sections,
         })
     }
 
-    /// The wait graph as the text of a [Mermaid](https://mermaid.js.org) flowchart, for Markdown and chat programs that draw such.
+    /// The wait graph as the text of a [Mermaid](https://mermaid.js.org) flowchart, for Markdown and chat programs that
+    /// render it.
     ///
-    /// An arrow leads from a waiter to one in its way, dashed where that one only queues ahead. Bounded, redacted and
-    /// escaped as [`to_html`](Self::to_html).
+    /// An arrow leads from a waiter to a blocker, dashed if the blocker is only ahead in the queue. The text is bounded,
+    /// redacted and escaped like [`to_html`](Self::to_html).
     ///
     /// # Examples
     ///
@@ -81,16 +83,16 @@ impl LockTree {
     /// ```
     #[must_use]
     pub fn to_mermaid(&self) -> String {
-        self.picture().mermaid()
+        self.diagram().mermaid()
     }
 
     /// The wait graph as a directed graph in DOT, the language of Graphviz: `dot -Tsvg` draws it.
     ///
-    /// An arrow leads from a waiter to one in its way, dashed where that one only queues ahead. Bounded, redacted and
-    /// escaped as [`to_html`](Self::to_html).
+    /// An arrow leads from a waiter to a blocker, dashed if the blocker is only ahead in the queue. The text is bounded,
+    /// redacted and escaped like [`to_html`](Self::to_html).
     #[must_use]
     pub fn to_dot(&self) -> String {
-        self.picture().dot()
+        self.diagram().dot()
     }
 
     fn headline(&self) -> (String, Option<String>) {
@@ -99,67 +101,69 @@ impl LockTree {
         }
         let waiters = self.snapshot().waiters().len();
         let longest = self.snapshot().edges().iter().filter_map(Edge::wait_age);
-        let mut title = format!("{} waiting for a lock", count(waiters, "session"));
+        let mut title = format!("{} waiting for a lock", plural(waiters, "session"));
         if let Some(age) = longest.max() {
             title.push_str(&format!(", the longest for {}", Age(age)));
         }
         let roots = self.snapshot().roots().len();
-        (title, Some(count(roots, "root blocker")))
+        (title, Some(plural(roots, "root blocker")))
     }
 
-    fn picture(&self) -> Picture {
-        let (roots, below) = self.forest();
-        let chosen = choose(roots, below);
-        let mut circles = HashSet::new();
+    fn diagram(&self) -> Diagram {
+        let (roots, children) = self.forest();
+        let selection = select(roots, children);
+        let mut cycle_edges = HashSet::new();
         for edge in self.cycles().iter().flat_map(|cycle| cycle.edges()) {
-            circles.insert((edge.waiter(), edge.blocker()));
+            cycle_edges.insert((edge.waiter(), edge.blocker()));
         }
-        let places: HashMap<&BackendId, usize> = chosen
+        let positions: HashMap<&BackendId, usize> = selection
             .nodes
             .iter()
             .enumerate()
-            .map(|(place, at)| (self.node(*at).backend().id(), place))
+            .map(|(position, at)| (self.node(*at).backend().id(), position))
             .collect();
-        let mut picture = Picture {
-            sessions_left_out: chosen.folds.iter().map(|fold| fold.all).sum(),
-            ..Picture::default()
+        let mut diagram = Diagram {
+            sessions_left_out: selection.collapsed.iter().map(|group| group.total).sum(),
+            ..Diagram::default()
         };
-        for (place, at) in chosen.nodes.iter().enumerate() {
+        for (position, at) in selection.nodes.iter().enumerate() {
             let node = self.node(*at);
             let edge = node.edge();
-            let above = edge.and_then(|edge| places.get(edge.blocker()).copied());
-            picture.cards.push(card(&node, *at, above));
+            let parent = edge.and_then(|edge| positions.get(edge.blocker()).copied());
+            diagram.nodes.push(diagram_node(&node, *at, parent));
             let mut linked = HashSet::new();
             for edge in edge.into_iter().chain(node.other_edges()) {
-                if let Some(&blocker) = places.get(edge.blocker())
+                if let Some(&blocker) = positions.get(edge.blocker())
                     && linked.insert(blocker)
                 {
-                    let in_circle = circles.contains(&(edge.waiter(), edge.blocker()));
-                    picture.links.push(link(edge, place, blocker, in_circle));
+                    let in_cycle = cycle_edges.contains(&(edge.waiter(), edge.blocker()));
+                    diagram
+                        .arrows
+                        .push(arrow(edge, position, blocker, in_cycle));
                 }
             }
         }
-        let above: Vec<_> = picture.cards.iter().map(|card| card.above).collect();
-        picture.links_left_out = without_implied(&mut picture.links, |link| {
-            link.in_circle || above[link.waiter] == Some(link.blocker)
+        let parents: Vec<_> = diagram.nodes.iter().map(|node| node.parent).collect();
+        diagram.arrows_left_out = transitive_reduction(&mut diagram.arrows, |arrow| {
+            arrow.in_cycle || parents[arrow.waiter] == Some(arrow.blocker)
         });
-        for fold in &chosen.folds {
-            let above = fold
-                .above
-                .and_then(|at| places.get(self.node(at).backend().id()).copied());
-            add_fold(&mut picture, fold, above);
+        for group in &selection.collapsed {
+            let parent = group
+                .parent
+                .and_then(|at| positions.get(self.node(at).backend().id()).copied());
+            add_collapsed(&mut diagram, group, parent);
         }
-        picture
+        diagram
     }
 
-    fn table(&self) -> Table {
-        let rows = self.walk().map(|(depth, node)| Row {
-            id: Some(row_id(node.place())),
+    fn table(&self) -> HtmlTable {
+        let rows = self.walk().map(|(depth, node)| HtmlRow {
+            id: Some(row_id(node.position())),
             depth,
             marked: depth == 0,
             cells: cells(&node),
         });
-        Table {
+        HtmlTable {
             heading: "Sessions".to_owned(),
             columns: vec![
                 "Session",
@@ -178,101 +182,104 @@ fn alarm(cycle: &super::Cycle) -> String {
     let what = if cycle.is_deadlock() {
         "Deadlock"
     } else {
-        "Waiting in a circle, over the queue of a lock"
+        "Waiting in a cycle, over the queue of a lock"
     };
     format!("{what}: {cycle}")
 }
 
-fn row_id(place: usize) -> String {
-    format!("s{place}")
+fn row_id(position: usize) -> String {
+    format!("s{position}")
 }
 
-fn card(node: &TreeNode<'_>, at: usize, above: Option<usize>) -> Card {
+fn diagram_node(node: &TreeNode<'_>, at: usize, parent: Option<usize>) -> Node {
     let backend = node.backend();
     let mut lines = Vec::new();
-    // A line of its own: there is no end to it that could be left out.
+    // A line of its own: it has no end that could be cut off.
     let name = match backend.prepared_transaction() {
         Some(gid) => {
-            lines.push(Line::new(format!("{gid:?}")));
+            lines.push(TextLine::new(format!("{gid:?}")));
             "prepared transaction".to_owned()
         }
         None => backend.id().to_string(),
     };
     if let Some(name) = backend.application_name().filter(|name| !name.is_empty()) {
-        lines.push(Line::keeping_end(name));
+        lines.push(TextLine::keeping_end(name));
     }
-    lines.extend(state(backend).map(Line::new));
-    // At the head of a circle nothing stands above.
+    lines.extend(state(backend).map(TextLine::new));
+    // The head of a cycle has no parent.
     let edge = node.edge().or_else(|| node.other_edges().next());
     if let Some(edge) = edge {
-        lines.push(Line::new(wait(edge)));
-        lines.push(Line::keeping_end(object(edge)));
+        lines.push(TextLine::new(wait(edge)));
+        lines.push(TextLine::keeping_end(object(edge)));
     }
     if let Some(statement) = backend.statement() {
-        lines.push(Line::new(redact(statement)));
+        lines.push(TextLine::new(redact(statement)));
     }
-    Card {
+    Node {
         name,
-        badge: (node.blocks() > 0).then(|| format!("blocks {}", node.blocks())),
+        badge: (node.blocked_count() > 0).then(|| format!("blocks {}", node.blocked_count())),
         lines,
-        look: if edge.is_none() {
-            Look::Root
+        style: if edge.is_none() {
+            NodeStyle::Root
         } else {
-            Look::Waiter
+            NodeStyle::Waiter
         },
-        in_circle: node.is_in_cycle(),
+        in_cycle: node.is_in_cycle(),
         hidden: backend.is_hidden() || backend.is_gone() && backend.pid().is_some(),
-        above,
+        parent,
         row: Some(row_id(at)),
     }
 }
 
-fn link(edge: &Edge, waiter: usize, blocker: usize, in_circle: bool) -> Link {
+fn arrow(edge: &Edge, waiter: usize, blocker: usize, in_cycle: bool) -> Arrow {
     let mode = edge.mode_held().or_else(|| edge.mode_queued());
-    Link {
+    Arrow {
         waiter,
         blocker,
         label: mode.map(|mode| mode.to_string()).unwrap_or_default(),
         hint: edge.to_string(),
         soft: edge.is_soft(),
-        in_circle,
+        in_cycle,
     }
 }
 
-fn add_fold(picture: &mut Picture, fold: &Fold, above: Option<usize>) {
-    let what = if fold.above.is_some() {
+fn add_collapsed(diagram: &mut Diagram, group: &Collapsed, parent: Option<usize>) {
+    let what = if group.parent.is_some() {
         "more session"
     } else {
         "more root blocker"
     };
-    let name = count(fold.heads, what);
+    let name = plural(group.direct, what);
     let mut lines = Vec::new();
-    if fold.all > fold.heads {
-        let behind = fold.all - fold.heads;
-        lines.push(Line::new(format!("{} behind", count(behind, "session"))));
+    if group.total > group.direct {
+        let behind = group.total - group.direct;
+        lines.push(TextLine::new(format!(
+            "{} behind",
+            plural(behind, "session")
+        )));
     }
-    if let Some(above) = above {
-        let blocker = &picture.cards[above].name;
-        let verb = if fold.heads == 1 { "waits" } else { "wait" };
-        picture.links.push(Link {
-            waiter: picture.cards.len(),
-            blocker: above,
+    if let Some(parent) = parent {
+        let blocker = &diagram.nodes[parent].name;
+        let verb = if group.direct == 1 { "waits" } else { "wait" };
+        diagram.arrows.push(Arrow {
+            waiter: diagram.nodes.len(),
+            blocker: parent,
             label: String::new(),
             hint: format!("{name} {verb} for {blocker}"),
             soft: false,
-            in_circle: false,
+            in_cycle: false,
         });
     }
-    picture.cards.push(Card {
+    diagram.nodes.push(Node {
         name,
         lines,
-        look: Look::Fold,
-        above,
-        ..Card::default()
+        style: NodeStyle::Collapsed,
+        parent,
+        ..Node::default()
     });
 }
 
-fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
+fn cells(node: &TreeNode<'_>) -> Vec<HtmlCell> {
     let backend = node.backend();
     let text = |text: Option<&str>| text.filter(|text| !text.is_empty()).map(str::to_owned);
     let mut application = Vec::from_iter(text(backend.application_name()));
@@ -284,7 +291,7 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
     application.extend(text(backend.client_address()));
     application.extend(text(backend.backend_type()).filter(|kind| kind != "client backend"));
     let mut doing = Vec::from_iter(state(backend));
-    if let Some(age) = backend.in_transaction() {
+    if let Some(age) = backend.transaction_age() {
         let what = if backend.pid().is_some() {
             "in its transaction for"
         } else {
@@ -298,21 +305,21 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
         doing.push(format!("parallel workers: {}", pids.join(", ")));
     }
     let mut waits = Vec::new();
-    let mut in_the_way = Vec::new();
+    let mut blockers = Vec::new();
     let mut edges = node.edge().into_iter().chain(node.other_edges());
-    for edge in edges.by_ref().take(MOST_NAMED) {
+    for edge in edges.by_ref().take(MAX_NAMED) {
         if waits.is_empty() {
             waits = vec![wait(edge), object(edge)];
         }
-        in_the_way.push(blocker(edge));
+        blockers.push(blocker(edge));
     }
     match edges.count() {
         0 => {}
-        more => in_the_way.push(format!("and {more} more")),
+        more => blockers.push(format!("and {more} more")),
     }
     let mut session = vec![backend.id().to_string()];
-    if node.blocks() > 0 {
-        session.push(format!("blocks {}", node.blocks()));
+    if node.blocked_count() > 0 {
+        session.push(format!("blocks {}", node.blocked_count()));
     }
     let statement = match backend.statement() {
         Some(statement) => shortened(&redact(statement)),
@@ -320,18 +327,18 @@ fn cells(node: &TreeNode<'_>) -> Vec<Cell> {
         None => String::new(),
     };
     vec![
-        Cell::lines(session),
-        Cell::lines(application),
-        Cell::lines(doing),
-        Cell::lines(waits),
-        Cell::lines(in_the_way),
-        Cell::code(statement),
+        HtmlCell::lines(session),
+        HtmlCell::lines(application),
+        HtmlCell::lines(doing),
+        HtmlCell::lines(waits),
+        HtmlCell::lines(blockers),
+        HtmlCell::code(statement),
     ]
 }
 
 /// `idle in transaction for 12.3s`
 fn state(backend: &Backend) -> Option<String> {
-    match (backend.state(), backend.in_state()) {
+    match (backend.state(), backend.state_age()) {
         (Some(state), Some(age)) => Some(format!("{state} for {}", Age(age))),
         (Some(state), None) => Some(state.to_owned()),
         (None, _) if backend.is_hidden() => Some("state hidden from this role".to_owned()),
@@ -350,7 +357,7 @@ fn wait(edge: &Edge) -> String {
     }
 }
 
-/// The row rather than the transaction that has it.
+/// The locked object: the row, if known, rather than the transaction that locked it.
 fn object(edge: &Edge) -> String {
     match (edge.row(), edge.object()) {
         (Some(row), _) => format!("on {row}"),
@@ -371,7 +378,7 @@ fn blocker(edge: &Edge) -> String {
 }
 
 fn shortened(statement: &str) -> String {
-    match statement.char_indices().nth(STATEMENT) {
+    match statement.char_indices().nth(MAX_STATEMENT) {
         Some((end, _)) => format!("{}…", &statement[..end]),
         None => statement.to_owned(),
     }
@@ -381,36 +388,36 @@ fn shortened(statement: &str) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::backend::{Sight, Verbatim};
+    use super::super::backend::{RawStatement, Visibility};
     use super::super::testing::{any_edges, described, hard, snapshot, soft};
     use super::*;
 
-    fn told(pid: i32, statement: &str) -> Backend {
+    fn backend(pid: i32, statement: &str) -> Backend {
         Backend {
-            sight: Sight::Whole,
+            visibility: Visibility::Full,
             application_name: Some("a <b> src/\"pay\".rs:42".into()),
             user: Some("app".into()),
             state: Some("active".into()),
-            statement: Some(Verbatim(statement.into())),
+            statement: Some(RawStatement(statement.into())),
             ..Backend::unknown(pid.into())
         }
     }
 
     #[test]
-    fn a_crowd_behind_one_lock_is_folded() {
+    fn a_crowd_behind_one_lock_is_collapsed() {
         let mut edges = Vec::new();
         for waiter in 2..=500 {
             edges.push(hard(waiter, 1));
             edges.extend((2..waiter).map(|ahead| soft(waiter, ahead)));
         }
         let tree = snapshot(edges).tree();
-        let picture = tree.picture();
-        assert_eq!(picture.cards.len(), 10);
-        assert_eq!(picture.cards[9].name, "491 more sessions");
-        // Each behind the one before it, all behind the holder, and the fold.
-        assert_eq!(picture.links.len(), 8 + 7 + 1);
-        assert_eq!(picture.sessions_left_out, 491);
-        assert_eq!(picture.links_left_out, 8 + 28 - 15);
+        let diagram = tree.diagram();
+        assert_eq!(diagram.nodes.len(), 10);
+        assert_eq!(diagram.nodes[9].name, "491 more sessions");
+        // Each is behind the one before it, and all are behind the holder; one arrow is for the collapsed ones.
+        assert_eq!(diagram.arrows.len(), 8 + 7 + 1);
+        assert_eq!(diagram.sessions_left_out, 491);
+        assert_eq!(diagram.arrows_left_out, 8 + 28 - 15);
         let page = tree.to_html();
         assert_eq!(page.matches("<tr id=").count(), 500);
         assert!(page.contains("491 more sessions are not drawn."));
@@ -421,8 +428,8 @@ mod tests {
     #[test]
     fn literals_and_markup_stay_out() {
         let backends = vec![
-            told(1, "UPDATE t SET a = 'secret' /* secret */"),
-            told(2, "SELECT 'secret' FROM \"<x>\""),
+            backend(1, "UPDATE t SET a = 'secret' /* secret */"),
+            backend(2, "SELECT 'secret' FROM \"<x>\""),
         ];
         let tree = described(backends, vec![hard(2, 1)]).tree();
         for text in [tree.to_html(), tree.to_mermaid(), tree.to_dot()] {
@@ -435,24 +442,24 @@ mod tests {
     }
 
     #[test]
-    fn circles_are_told_of_and_marked() {
+    fn cycles_are_listed_and_marked() {
         let tree = snapshot(vec![hard(2, 1), hard(1, 2), soft(4, 3), soft(3, 4)]).tree();
-        let picture = tree.picture();
-        assert_eq!(picture.links.len(), 4);
-        assert!(picture.links.iter().all(|link| link.in_circle));
+        let diagram = tree.diagram();
+        assert_eq!(diagram.arrows.len(), 4);
+        assert!(diagram.arrows.iter().all(|arrow| arrow.in_cycle));
         assert!(
-            picture
-                .cards
+            diagram
+                .nodes
                 .iter()
-                .all(|card| card.in_circle && card.look == Look::Waiter)
+                .all(|node| node.in_cycle && node.style == NodeStyle::Waiter)
         );
         let page = tree.to_html();
         assert!(page.contains("<li>Deadlock: pid 1 → pid 2 → pid 1</li>"));
-        assert!(page.contains("<li>Waiting in a circle, over the queue of a lock: pid 3"));
+        assert!(page.contains("<li>Waiting in a cycle, over the queue of a lock: pid 3"));
     }
 
     #[test]
-    fn nobody_waits_on_an_empty_page() {
+    fn an_empty_page_has_no_diagram() {
         let tree = snapshot(Vec::new()).tree();
         let page = tree.to_html();
         assert!(page.contains("<h1>Nobody waits for a lock</h1>"));
@@ -462,16 +469,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn everybody_is_in_the_picture(edges in any_edges()) {
+        fn every_session_is_in_the_diagram(edges in any_edges()) {
             let tree = snapshot(edges).tree();
-            let picture = tree.picture();
-            let alone = picture.cards.iter().filter(|card| card.look != Look::Fold).count();
-            prop_assert_eq!(alone + picture.sessions_left_out, tree.walk().count());
-            for (at, card) in picture.cards.iter().enumerate() {
-                prop_assert!(card.above.is_none_or(|above| above < at));
-                // Who waits has an arrow.
-                let waits = picture.links.iter().any(|link| link.waiter == at);
-                prop_assert_eq!(waits, card.look != Look::Root && !(card.look == Look::Fold && card.above.is_none()));
+            let diagram = tree.diagram();
+            let single = diagram.nodes.iter().filter(|node| node.style != NodeStyle::Collapsed).count();
+            prop_assert_eq!(single + diagram.sessions_left_out, tree.walk().count());
+            for (at, node) in diagram.nodes.iter().enumerate() {
+                prop_assert!(node.parent.is_none_or(|parent| parent < at));
+                // Each waiter has an arrow.
+                let waits = diagram.arrows.iter().any(|arrow| arrow.waiter == at);
+                let is_root = node.style == NodeStyle::Root || node.style == NodeStyle::Collapsed && node.parent.is_none();
+                prop_assert_eq!(waits, !is_root);
             }
             for text in [tree.to_mermaid(), tree.to_dot(), tree.to_html()] {
                 prop_assert!(!text.is_empty());

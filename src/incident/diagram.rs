@@ -1,25 +1,26 @@
-//! The report as a picture: Mermaid, DOT and HTML.
+//! The report as a diagram: Mermaid, DOT and HTML.
 
 use std::collections::HashSet;
 
 use crate::picture::{
-    Card, Cell, Line, Link, Look, Page, Picture, Row, Section, Table, choose, page, without_implied,
+    Arrow, Diagram, HtmlCell, HtmlPage, HtmlRow, HtmlSection, HtmlTable, Node, NodeStyle, TextLine,
+    html_page, select, transitive_reduction,
 };
 
-use super::{Incident, IncidentEdge, JournalMark, Participant, words};
+use super::{Incident, IncidentEdge, JournalMark, Participant, wording};
 
-/// Of those in a waiter's way, the ones its row names.
-const MOST_NAMED: usize = 4;
-/// Characters of a statement.
-const STATEMENT: usize = 800;
+/// How many blockers the row of a waiter names.
+const MAX_NAMED: usize = 4;
+/// How many characters of a statement are shown.
+const MAX_STATEMENT: usize = 800;
 
 impl Incident {
-    /// A page of HTML for people: who waited for whom, drawn, and below it why, who took part, what each of them had
-    /// run, and what the server said.
+    /// The incident as a page of HTML: a diagram of the waits, and below it the diagnosis, the participants, the statements
+    /// that each of them had run, and the server's message.
     ///
-    /// It is one file that needs nothing else: no script, no network, no fonts; light or dark as the reader's browser
-    /// asks for. There is in it what [`Display`](std::fmt::Display) shows, literals only where those were asked for.
-    /// Every text is escaped, whatever is in it.
+    /// The page is one self-contained file: no script, no network, no fonts. It is light or dark as the browser prefers.
+    /// It contains what [`Display`](std::fmt::Display) shows, with literals only if those are enabled. All redaction are
+    /// escaped.
     ///
     /// # Examples
     ///
@@ -31,174 +32,177 @@ impl Incident {
     #[must_use]
     pub fn to_html(&self) -> String {
         let mut facts = vec![self.attempt_line()];
-        facts.push(self.sightings_line());
+        facts.push(self.occurrences_line());
         let mut sections = Vec::new();
         let diagnosis = self.diagnosis();
         let mut lines = vec![diagnosis.text().to_owned()];
         lines.extend(diagnosis.fix().map(|fix| format!("To do: {fix}")));
-        sections.push(Section::Text {
+        sections.push(HtmlSection::Text {
             heading: self.why_heading(),
             lines,
         });
-        sections.push(Section::Table(self.table()));
+        sections.push(HtmlSection::Table(self.table()));
         sections.extend(self.participants().iter().filter_map(journal));
-        if let Some(text) = self.said() {
-            sections.push(Section::Verbatim {
+        if let Some(text) = self.server_message() {
+            sections.push(HtmlSection::Verbatim {
                 heading: "What the server said".to_owned(),
                 text,
             });
         }
         let mut lines = vec![self.certainty()];
-        lines.extend(self.missing().map(|missing| format!("{missing}.")));
-        sections.push(Section::Text {
+        lines.extend(self.caveats().map(|caveat| format!("{caveat}.")));
+        sections.push(HtmlSection::Text {
             heading: "How sure this is".to_owned(),
             lines,
         });
-        page(&Page {
+        html_page(&HtmlPage {
             title: self.headline(),
             facts,
             alarms: Vec::new(),
-            picture: self.drawing(),
+            diagram: self.diagram(),
             sections,
         })
     }
 
-    /// Who waited for whom, as the text of a [Mermaid](https://mermaid.js.org) flowchart, for Markdown and chat programs
-    /// that draw such.
+    /// The waits as the text of a [Mermaid](https://mermaid.js.org) flowchart, for Markdown and chat programs that render
+    /// it.
     ///
-    /// An arrow leads from a waiter to one in its way, dashed where that one only queued ahead.
+    /// An arrow leads from a waiter to a blocker, dashed if the blocker was only ahead in the queue.
     #[must_use]
     pub fn to_mermaid(&self) -> String {
-        self.drawing().mermaid()
+        self.diagram().mermaid()
     }
 
-    /// Who waited for whom, as a directed graph in DOT, the language of Graphviz: `dot -Tsvg` draws it.
+    /// The waits as a directed graph in DOT, the language of Graphviz: `dot -Tsvg` draws it.
     ///
-    /// An arrow leads from a waiter to one in its way, dashed where that one only queued ahead.
+    /// An arrow leads from a waiter to a blocker, dashed if the blocker was only ahead in the queue.
     #[must_use]
     pub fn to_dot(&self) -> String {
-        self.drawing().dot()
+        self.diagram().dot()
     }
 
-    fn place(&self, edge_end: &crate::graph::BackendId) -> Option<usize> {
+    fn position(&self, id: &crate::graph::BackendId) -> Option<usize> {
         let mut participants = self.participants().iter();
-        participants.position(|participant| participant.id() == Some(edge_end))
+        participants.position(|participant| participant.id() == Some(id))
     }
 
-    /// Of each participant the one it stands beside: one that held what it waited for, and does not stand beside it
-    /// itself.
-    fn above(&self) -> Vec<Option<usize>> {
-        let mut above: Vec<Option<usize>> = vec![None; self.participants().len()];
-        for waiter in 0..above.len() {
+    /// The parent of each participant: one of its blockers, a holder of the lock if possible, that is not its descendant.
+    fn parents(&self) -> Vec<Option<usize>> {
+        let mut parents: Vec<Option<usize>> = vec![None; self.participants().len()];
+        for waiter in 0..parents.len() {
             let mut edges: Vec<_> = self.edges_of(waiter).collect();
             edges.sort_by_key(|edge| edge.is_soft());
-            let blockers = edges.iter().filter_map(|edge| self.place(edge.blocker()));
-            above[waiter] = blockers.into_iter().find(|blocker| {
+            let blockers = edges
+                .iter()
+                .filter_map(|edge| self.position(edge.blocker()));
+            parents[waiter] = blockers.into_iter().find(|blocker| {
                 let mut at = Some(*blocker);
                 while let Some(other) = at.filter(|other| *other != waiter) {
-                    at = above[other];
+                    at = parents[other];
                 }
                 at.is_none()
             });
         }
-        above
+        parents
     }
 
-    fn edges_of(&self, place: usize) -> impl Iterator<Item = &IncidentEdge> {
-        let id = self.participants()[place].id();
+    fn edges_of(&self, position: usize) -> impl Iterator<Item = &IncidentEdge> {
+        let id = self.participants()[position].id();
         let edges = self.edges().iter();
         edges.filter(move |edge| Some(edge.waiter()) == id)
     }
 
-    fn drawing(&self) -> Picture {
-        let above = self.above();
-        let mut below = vec![Vec::new(); above.len()];
+    fn diagram(&self) -> Diagram {
+        let parents = self.parents();
+        let mut children = vec![Vec::new(); parents.len()];
         let mut roots = Vec::new();
-        for (at, above) in above.iter().enumerate() {
-            match above {
-                Some(above) => below[*above].push(at),
+        for (at, parent) in parents.iter().enumerate() {
+            match parent {
+                Some(parent) => children[*parent].push(at),
                 None => roots.push(at),
             }
         }
-        let chosen = choose(&roots, &below);
-        let card_of = |at: usize| chosen.nodes.iter().position(|node| *node == at);
-        let mut picture = Picture {
-            sessions_left_out: chosen.folds.iter().map(|fold| fold.all).sum(),
-            ..Picture::default()
+        let selection = select(&roots, &children);
+        let node_of = |at: usize| selection.nodes.iter().position(|node| *node == at);
+        let mut diagram = Diagram {
+            sessions_left_out: selection.collapsed.iter().map(|group| group.total).sum(),
+            ..Diagram::default()
         };
-        for (place, at) in chosen.nodes.iter().enumerate() {
+        for (position, at) in selection.nodes.iter().enumerate() {
             let participant = &self.participants()[*at];
-            let above = above[*at].and_then(card_of);
-            picture.cards.push(self.card(participant, *at, above));
+            let parent = parents[*at].and_then(node_of);
+            diagram.nodes.push(self.node(participant, *at, parent));
             let mut linked = HashSet::new();
             for edge in self.edges_of(*at) {
-                if let Some(blocker) = self.place(edge.blocker()).and_then(card_of)
+                if let Some(blocker) = self.position(edge.blocker()).and_then(node_of)
                     && linked.insert(blocker)
                 {
-                    picture.links.push(self.link(edge, place, blocker));
+                    diagram.arrows.push(self.arrow(edge, position, blocker));
                 }
             }
         }
-        let above: Vec<_> = picture.cards.iter().map(|card| card.above).collect();
-        picture.links_left_out = without_implied(&mut picture.links, |link| {
-            link.in_circle || above[link.waiter] == Some(link.blocker)
+        let parents: Vec<_> = diagram.nodes.iter().map(|node| node.parent).collect();
+        diagram.arrows_left_out = transitive_reduction(&mut diagram.arrows, |arrow| {
+            arrow.in_cycle || parents[arrow.waiter] == Some(arrow.blocker)
         });
-        for fold in &chosen.folds {
-            let s = if fold.all == 1 { "" } else { "s" };
-            let name = format!("{} more session{s}", fold.all);
-            let above = fold.above.and_then(card_of);
-            if let Some(blocker) = above {
-                picture.links.push(Link {
-                    waiter: picture.cards.len(),
+        for group in &selection.collapsed {
+            let s = if group.total == 1 { "" } else { "s" };
+            let name = format!("{} more session{s}", group.total);
+            let parent = group.parent.and_then(node_of);
+            if let Some(blocker) = parent {
+                diagram.arrows.push(Arrow {
+                    waiter: diagram.nodes.len(),
                     blocker,
                     label: String::new(),
-                    hint: format!("{name} behind {}", picture.cards[blocker].name),
+                    hint: format!("{name} behind {}", diagram.nodes[blocker].name),
                     soft: false,
-                    in_circle: false,
+                    in_cycle: false,
                 });
             }
-            picture.cards.push(Card {
+            diagram.nodes.push(Node {
                 name,
-                look: Look::Fold,
-                above,
-                ..Card::default()
+                style: NodeStyle::Collapsed,
+                parent,
+                ..Node::default()
             });
         }
-        picture
+        diagram
     }
 
-    fn card(&self, participant: &Participant, at: usize, above: Option<usize>) -> Card {
+    fn node(&self, participant: &Participant, at: usize, parent: Option<usize>) -> Node {
         let mut lines = Vec::new();
-        lines.extend(words::place(participant).map(Line::keeping_end));
-        lines.extend(state(participant).map(Line::new));
+        lines.extend(wording::call_site(participant).map(TextLine::keeping_end));
+        lines.extend(state(participant).map(TextLine::new));
         let waits = self.edges_of(at).next();
         if let Some(edge) = waits {
-            lines.push(Line::new(waited(edge)));
-            lines.push(Line::keeping_end(format!("on {}", words::thing(edge))));
+            lines.push(TextLine::new(waited(edge)));
+            lines.push(TextLine::keeping_end(format!(
+                "on {}",
+                wording::object(edge)
+            )));
         }
-        lines.extend(participant.statement().map(Line::new));
-        let in_circle = self.cycle().iter();
-        let mut in_circle = in_circle.map(|edge| Some(edge.waiter()));
-        Card {
+        lines.extend(participant.statement().map(TextLine::new));
+        let mut members = self.cycle().iter().map(|edge| Some(edge.waiter()));
+        Node {
             name: name(participant),
             badge: participant.is_victim().then(|| "victim".to_owned()),
             lines,
-            look: if waits.is_none() && !participant.is_victim() {
-                Look::Root
+            style: if waits.is_none() && !participant.is_victim() {
+                NodeStyle::Root
             } else {
-                Look::Waiter
+                NodeStyle::Waiter
             },
-            in_circle: in_circle.any(|waiter| waiter == participant.id()),
+            in_cycle: members.any(|member| member == participant.id()),
             hidden: participant.is_hidden()
                 || participant.seen_after().is_none() && !participant.is_in_this_process(),
-            above,
+            parent,
             row: Some(format!("s{at}")),
         }
     }
 
-    fn link(&self, edge: &IncidentEdge, waiter: usize, blocker: usize) -> Link {
+    fn arrow(&self, edge: &IncidentEdge, waiter: usize, blocker: usize) -> Arrow {
         let mode = edge.mode_held().or_else(|| edge.mode_queued());
-        Link {
+        Arrow {
             waiter,
             blocker,
             label: mode.map(str::to_owned).unwrap_or_default(),
@@ -206,23 +210,23 @@ impl Incident {
                 "{} {} on {}: {}",
                 edge.waiter(),
                 waited(edge),
-                words::thing(edge),
-                in_the_way(edge)
+                wording::object(edge),
+                blocker_mode(edge)
             ),
             soft: edge.is_soft(),
-            in_circle: edge.is_in_cycle(),
+            in_cycle: edge.is_in_cycle(),
         }
     }
 
-    fn table(&self) -> Table {
+    fn table(&self) -> HtmlTable {
         let participants = self.participants().iter().enumerate();
-        let rows = participants.map(|(at, participant)| Row {
+        let rows = participants.map(|(at, participant)| HtmlRow {
             id: Some(format!("s{at}")),
             depth: 0,
             marked: participant.is_victim(),
             cells: self.cells(participant, at),
         });
-        Table {
+        HtmlTable {
             heading: "Who took part".to_owned(),
             columns: vec![
                 "Session",
@@ -236,7 +240,7 @@ impl Incident {
         }
     }
 
-    fn cells(&self, participant: &Participant, at: usize) -> Vec<Cell> {
+    fn cells(&self, participant: &Participant, at: usize) -> Vec<HtmlCell> {
         let mut session = vec![name(participant)];
         if participant.is_victim() {
             session.push("the victim".to_owned());
@@ -262,38 +266,38 @@ impl Incident {
         }
         let mut doing = Vec::from_iter(state(participant));
         if let Some(age) = participant.transaction_age() {
-            doing.push(format!("in its transaction for {}", words::age(age)));
+            doing.push(format!("in its transaction for {}", wording::age(age)));
         }
         let mut waits = Vec::new();
         let mut blockers = Vec::new();
         let mut edges = self.edges_of(at);
-        for edge in edges.by_ref().take(MOST_NAMED) {
+        for edge in edges.by_ref().take(MAX_NAMED) {
             if waits.is_empty() {
-                waits = vec![waited(edge), format!("on {}", words::thing(edge))];
+                waits = vec![waited(edge), format!("on {}", wording::object(edge))];
             }
-            blockers.push(in_the_way(edge));
+            blockers.push(blocker_mode(edge));
         }
         match edges.count() {
             0 => {}
             more => blockers.push(format!("and {more} more")),
         }
         let statement = match participant.statement() {
-            Some(statement) => words::short(statement, STATEMENT),
+            Some(statement) => wording::one_line(statement, MAX_STATEMENT),
             None if participant.is_hidden() => "hidden from this role".to_owned(),
             None => String::new(),
         };
         vec![
-            Cell::lines(session),
-            Cell::lines(application),
-            Cell::lines(doing),
-            Cell::lines(waits),
-            Cell::lines(blockers),
-            Cell::code(statement),
+            HtmlCell::lines(session),
+            HtmlCell::lines(application),
+            HtmlCell::lines(doing),
+            HtmlCell::lines(waits),
+            HtmlCell::lines(blockers),
+            HtmlCell::code(statement),
         ]
     }
 
-    /// What the server said, as far as it may be shown.
-    fn said(&self) -> Option<String> {
+    /// The parts of the server's message that may be shown.
+    fn server_message(&self) -> Option<String> {
         let sqlstate = self.sqlstate()?;
         let message = self.message().unwrap_or("(a message that may carry data)");
         let mut text = format!("{sqlstate} {message}");
@@ -314,8 +318,8 @@ fn name(participant: &Participant) -> String {
 }
 
 fn state(participant: &Participant) -> Option<String> {
-    match (participant.state(), participant.in_state()) {
-        (Some(state), Some(age)) => Some(format!("{state} for {}", words::age(age))),
+    match (participant.state(), participant.state_age()) {
+        (Some(state), Some(age)) => Some(format!("{state} for {}", wording::age(age))),
         (Some(state), None) => Some(state.to_owned()),
         (None, _) if participant.is_hidden() => Some("state hidden from this role".to_owned()),
         (None, _) => None,
@@ -324,12 +328,13 @@ fn state(participant: &Participant) -> Option<String> {
 
 fn waited(edge: &IncidentEdge) -> String {
     match edge.wait_age() {
-        Some(age) => format!("waited {} for {}", words::age(age), edge.mode_wanted()),
+        Some(age) => format!("waited {} for {}", wording::age(age), edge.mode_wanted()),
         None => format!("waited for {}", edge.mode_wanted()),
     }
 }
 
-fn in_the_way(edge: &IncidentEdge) -> String {
+/// `pid 12 held ExclusiveLock`
+fn blocker_mode(edge: &IncidentEdge) -> String {
     let name = edge.blocker();
     match (edge.mode_held(), edge.mode_queued()) {
         (Some(mode), _) => format!("{name} held {mode}"),
@@ -339,8 +344,8 @@ fn in_the_way(edge: &IncidentEdge) -> String {
     }
 }
 
-/// All that is known of it: unlike in the text there is room.
-fn journal(participant: &Participant) -> Option<Section> {
+/// The whole journal, not shortened as in the text.
+fn journal(participant: &Participant) -> Option<HtmlSection> {
     let lines = participant.journal();
     if lines.is_empty() {
         return None;
@@ -352,14 +357,14 @@ fn journal(participant: &Participant) -> Option<Section> {
                 "… {} that are no longer known",
                 participant.journal_dropped()
             );
-            rows.push(Row {
+            rows.push(HtmlRow {
                 cells: vec![
-                    Cell::default(),
-                    Cell::default(),
-                    Cell::default(),
-                    Cell::new(text),
+                    HtmlCell::default(),
+                    HtmlCell::default(),
+                    HtmlCell::default(),
+                    HtmlCell::new(text),
                 ],
-                ..Row::default()
+                ..HtmlRow::default()
             });
         }
         let mark = match line.mark() {
@@ -368,9 +373,9 @@ fn journal(participant: &Participant) -> Option<Section> {
             Some(JournalMark::Waited) => "waited",
             None => "",
         };
-        let took = match (line.failed(), line.took()) {
+        let duration = match (line.failed(), line.duration()) {
             (true, _) => "failed".to_owned(),
-            (false, Some(took)) => words::age(took),
+            (false, Some(duration)) => wording::age(duration),
             (false, None) => "open".to_owned(),
         };
         let locks: Vec<_> = line
@@ -378,23 +383,26 @@ fn journal(participant: &Participant) -> Option<Section> {
             .map(|(key, mode)| format!("{key} in {mode}"))
             .collect();
         let text = match line.text() {
-            Some(text) => words::short(text, STATEMENT),
+            Some(text) => wording::one_line(text, MAX_STATEMENT),
             None if !locks.is_empty() => format!("(advisory lock {})", locks.join(", ")),
             None => "(a statement whose text is not known)".to_owned(),
         };
-        rows.push(Row {
+        rows.push(HtmlRow {
             cells: vec![
-                Cell::new(format!("+{}", words::age(line.after()))),
-                Cell::new(took),
-                Cell::new(mark),
-                Cell::code(text),
+                HtmlCell::new(format!("+{}", wording::age(line.after()))),
+                HtmlCell::new(duration),
+                HtmlCell::new(mark),
+                HtmlCell::code(text),
             ],
             marked: line.mark().is_some(),
-            ..Row::default()
+            ..HtmlRow::default()
         });
     }
-    Some(Section::Folded(Table {
-        heading: format!("The transaction of {} until then", words::who(participant)),
+    Some(HtmlSection::Collapsible(HtmlTable {
+        heading: format!(
+            "The transaction of {} until then",
+            wording::name(participant)
+        ),
         columns: vec!["Begun", "Took", "", "Statement"],
         rows,
     }))
@@ -402,24 +410,24 @@ fn journal(participant: &Participant) -> Option<Section> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Kind;
+    use super::super::IncidentTrigger;
     use super::super::testing::*;
     use super::*;
     use crate::graph::LockObject;
 
     #[test]
-    fn a_deadlock_is_drawn_as_a_circle() {
+    fn a_deadlock_is_drawn_as_a_cycle() {
         let incident = report(transfers());
-        let picture = incident.drawing();
-        assert_eq!(picture.cards.len(), 2);
-        assert_eq!(picture.links.len(), 2);
+        let diagram = incident.diagram();
+        assert_eq!(diagram.nodes.len(), 2);
+        assert_eq!(diagram.arrows.len(), 2);
         assert!(
-            picture
-                .links
+            diagram
+                .arrows
                 .iter()
-                .all(|link| link.in_circle && !link.soft)
+                .all(|arrow| arrow.in_cycle && !arrow.soft)
         );
-        assert!(picture.cards.iter().all(|card| card.in_circle));
+        assert!(diagram.nodes.iter().all(|node| node.in_cycle));
         let page = incident.to_html();
         for text in [
             "<h1>Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for one another</h1>",
@@ -428,7 +436,7 @@ mod tests {
             "To do: Lock the rows of public.account in one order",
             "<summary>The transaction of pid 12 (src/refund.rs:17) until then</summary>",
             "while updating tuple (0,2) in relation &quot;account&quot;",
-            "The whole circle was seen 960ms after the victim&#39;s statement began.",
+            "The whole cycle was seen 960ms after the victim&#39;s statement began.",
         ] {
             assert!(page.contains(text), "{text}\n{page}");
         }
@@ -447,39 +455,39 @@ mod tests {
     #[test]
     fn a_wait_is_drawn_below_its_holder() {
         let users = LockObject::Relation(account());
-        let look = Server::default()
+        let sample = TestServer::default()
             .session(21, "reader <x>", "active", "SELECT 'secret'")
             .session(22, "alter", "active", "ALTER TABLE account ADD x int")
             .session(23, "report", "idle in transaction", "SELECT 1")
             .holds(23, &users, "AccessShareLock")
             .waits(22, &users, "AccessExclusiveLock", 2000, &[23])
             .waits(21, &users, "AccessShareLock", 1000, &[22])
-            .look(960, Vec::new());
-        let mut evidence = evidence(Kind::LongWait);
+            .sample(960, Vec::new());
+        let mut evidence = evidence(IncidentTrigger::LongWait);
         evidence.victim.pid = Some(21);
-        evidence.looks = vec![look];
+        evidence.samples = vec![sample];
         let incident = report(evidence);
-        let picture = incident.drawing();
-        let above: Vec<_> = picture
-            .cards
+        let diagram = incident.diagram();
+        let parents: Vec<_> = diagram
+            .nodes
             .iter()
-            .map(|card| (card.name.as_str(), card.above))
+            .map(|node| (node.name.as_str(), node.parent))
             .collect();
         assert_eq!(
-            above,
+            parents,
             [("pid 23", None), ("pid 22", Some(0)), ("pid 21", Some(1))]
         );
-        assert_eq!(picture.cards[0].look, Look::Root);
-        assert_eq!(picture.cards[2].badge.as_deref(), Some("victim"));
-        let soft: Vec<_> = picture.links.iter().map(|link| link.soft).collect();
+        assert_eq!(diagram.nodes[0].style, NodeStyle::Root);
+        assert_eq!(diagram.nodes[2].badge.as_deref(), Some("victim"));
+        let soft: Vec<_> = diagram.arrows.iter().map(|arrow| arrow.soft).collect();
         assert_eq!(soft, [false, true]);
         let page = incident.to_html();
         assert!(!page.contains("secret") && !page.contains("<x>"));
     }
 
     #[test]
-    fn nothing_known_is_a_page_too() {
-        let incident = report(evidence(Kind::LockTimeout));
+    fn a_page_needs_no_sample() {
+        let incident = report(evidence(IncidentTrigger::LockTimeout));
         assert!(
             incident
                 .to_html()

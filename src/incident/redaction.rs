@@ -1,19 +1,19 @@
-//! Statements as they may be shown.
+//! Which redaction of statements may be shown.
 
 use std::sync::Arc;
 
 use crate::postgres::statement::{self, StatementKind};
 
 /// Longer statements are cut.
-const MOST_CHARS: usize = 4000;
+const MAX_CHARS: usize = 4000;
 
-/// Whether literals may be shown.
+/// Whether literals are shown.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Texts {
+pub(super) struct Redaction {
     pub(super) literals: bool,
 }
 
-impl Texts {
+impl Redaction {
     pub(super) fn statement(self, sql: &str) -> Arc<str> {
         if self.literals || is_call(sql) {
             shortened(sql)
@@ -23,8 +23,8 @@ impl Texts {
     }
 }
 
-/// Whether it is a call of this crate's that takes advisory locks, as transactions note it: `advisory_lock("invoice:42")`.
-/// There is no data in it but keys.
+/// Whether the text is a call of this crate that takes advisory locks, as it is logged: `advisory_lock("invoice:42")`.
+/// Its only data is keys.
 pub(super) fn is_call(text: &str) -> bool {
     let name = text.split_once('(').map_or("", |(name, _)| name);
     name.contains("advisory_lock")
@@ -32,20 +32,19 @@ pub(super) fn is_call(text: &str) -> bool {
         && !name.starts_with("pg_")
 }
 
-/// What is the same for statements that differ in their data only, whether the client noted them or the server shows
-/// them.
-pub(super) fn fingerprint(sql: &str) -> statement::Fingerprint {
-    // The keys are data, and what the server is sent for it depends on the waits before.
+/// The fingerprint of a statement, equal whether its text comes from the client's log or from the server.
+pub(super) fn fingerprint(sql: &str) -> statement::StatementFingerprint {
+    // The keys are data, and the SQL that is sent depends on the waits before.
     if is_call(sql) || statement::kind(sql) == StatementKind::AdvisoryLock {
         return statement::fingerprint("advisory_lock");
     }
-    statement::fingerprint(as_kept(sql))
+    statement::fingerprint(as_server_keeps(sql))
 }
 
 /// The beginning of a statement that the server keeps by default (`track_activity_query_size`).
-fn as_kept(sql: &str) -> &str {
-    const KEPT: usize = 1023;
-    let mut end = sql.len().min(KEPT);
+fn as_server_keeps(sql: &str) -> &str {
+    const KEPT_BYTES: usize = 1023;
+    let mut end = sql.len().min(KEPT_BYTES);
     while !sql.is_char_boundary(end) {
         end -= 1;
     }
@@ -53,7 +52,7 @@ fn as_kept(sql: &str) -> &str {
 }
 
 fn shortened(text: &str) -> Arc<str> {
-    match text.char_indices().nth(MOST_CHARS) {
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]).into(),
         None => text.into(),
     }
@@ -66,13 +65,13 @@ mod tests {
     #[test]
     fn a_statement_is_compared_as_the_server_keeps_it() {
         let long = "é".repeat(600);
-        assert_eq!(as_kept(&long).len(), 1022);
-        assert_eq!(as_kept("SELECT 1"), "SELECT 1");
+        assert_eq!(as_server_keeps(&long).len(), 1022);
+        assert_eq!(as_server_keeps("SELECT 1"), "SELECT 1");
     }
 
     #[test]
-    fn calls_are_told_from_statements() {
-        let redacted = Texts { literals: false };
+    fn calls_are_distinguished_from_statements() {
+        let redacted = Redaction { literals: false };
         for call in [
             "advisory_lock(42)",
             "try_advisory_lock(\"a'b\")",

@@ -1,18 +1,18 @@
-//! What is locked, as `DescribeLockTag` writes it (PostgreSQL's `src/backend/storage/lmgr/lmgr.c`).
+//! Locked objects as `DescribeLockTag` writes them (PostgreSQL's `src/backend/storage/lmgr/lmgr.c`).
 
 use std::fmt;
 
 use super::number::{Number, is_pair, numbers};
 
-/// What a backend waits for.
+/// The object that a backend waits for.
 ///
-/// Names cannot be had from the message: the server does not look them up, since that would take locks.
+/// The message contains no names: the server does not look them up, because that would take locks.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub(crate) enum LockObject {
+pub(crate) enum LockTag {
     /// A table, index, sequence or view. `database` is 0 for a catalog that all databases share, here and below.
     Relation { database: u32, relation: u32 },
-    /// The right to add pages to a relation.
+    /// The right to extend a relation.
     Extension { database: u32, relation: u32 },
     /// `pg_database.datfrozenxid` of one database.
     FrozenIds { database: u32 },
@@ -21,26 +21,26 @@ pub(crate) enum LockObject {
         relation: u32,
         page: u32,
     },
-    /// A row version: the wait for one's turn to wait for the transaction that locked it.
+    /// A row version: the wait to be the next waiter for the transaction that locked it.
     Tuple {
         database: u32,
         relation: u32,
         page: u32,
         offset: u16,
     },
-    /// The end of a transaction, by its 32-bit id: mostly the wait for a row that it changed or locked.
+    /// The end of a transaction, by its 32-bit id: usually the wait for a row that it changed or locked.
     Transaction { xid: u32 },
-    /// The end of a transaction that may have no id yet; `CREATE INDEX CONCURRENTLY` waits so.
+    /// The end of a transaction that may have no id yet; `CREATE INDEX CONCURRENTLY` waits for it.
     VirtualTransaction { backend: i32, local: u32 },
     /// The end of one `INSERT … ON CONFLICT`.
     SpeculativeToken { xid: u32, token: u32 },
-    /// Anything in a catalog that is no relation: row `object` of the catalog `class`.
+    /// A catalog object that is not a relation: row `object` of the catalog `class`.
     Object {
         database: u32,
         class: u32,
         object: u32,
     },
-    /// Of old contributed modules.
+    /// A lock of old contributed modules.
     UserLock { fields: [u32; 3] },
     /// `classid`, `objid` and `objsubid` as in `pg_locks`.
     Advisory {
@@ -55,12 +55,12 @@ pub(crate) enum LockObject {
         subscription: u32,
         xid: u32,
     },
-    /// Not understood: what the message has in its place, with words of the sentence around it.
+    /// An unknown object: the text in its position, with words of the sentence around it.
     Unknown { text: String },
 }
 
-/// In the words of an English server.
-impl fmt::Display for LockObject {
+/// As an English server writes it.
+impl fmt::Display for LockTag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Relation { database, relation } => {
@@ -121,9 +121,9 @@ impl fmt::Display for LockObject {
     }
 }
 
-impl LockObject {
-    /// Reads the description of an object, possibly with words of the sentence around it, but no other numbers.
-    pub(super) fn read(text: &str) -> Self {
+impl LockTag {
+    /// Parses the description of an object, possibly with words of the sentence around it, but without other numbers.
+    pub(super) fn parse(text: &str) -> Self {
         known(text).unwrap_or_else(|| Self::Unknown {
             text: text
                 .trim_matches(|c: char| c.is_whitespace() || c == ';')
@@ -132,8 +132,8 @@ impl LockObject {
     }
 }
 
-/// The words by which objects of one shape are told apart, in lower case: those of all languages that PostgreSQL 14 to
-/// 18 speak (`src/backend/po`), or what their forms have in common.
+/// The words that distinguish objects of the same form, in lower case: of all languages of PostgreSQL 14 to 18
+/// (`src/backend/po`), or what their inflected forms have in common.
 mod word {
     pub(super) const DATABASE: &[&str] = &[
         "databas",
@@ -219,32 +219,30 @@ mod word {
         "事务",
     ];
     pub(super) const TOKEN: &[&str] = &["token", "jeton", "маркер", "トークン", "토큰", "记号"];
-    /// The one language that writes a tuple's offset before its page.
+    /// The only language that writes a tuple's offset before its page.
     pub(super) const JAPANESE_TUPLE: &str = "タプル";
 }
 
-/// Numbers come in the order of their words: each language has its words either all before or all behind the numbers.
-fn known(text: &str) -> Option<LockObject> {
+/// Numbers come in the order of their words: each language has all words before the numbers, or all after them.
+fn known(text: &str) -> Option<LockTag> {
     let numbers = numbers(text);
     let values: Option<Vec<u32>> = numbers.iter().map(|number| number.value).collect();
     let lower = text.to_lowercase();
-    let place = |words: &[&str]| words.iter().filter_map(|word| lower.find(word)).min();
-    let comes_first = |first: &[&str], second: &[&str]| Some(place(first)? < place(second)?);
-    let has = |words: &[&str]| place(words).is_some();
+    let position = |words: &[&str]| words.iter().filter_map(|word| lower.find(word)).min();
+    let comes_first = |first: &[&str], second: &[&str]| Some(position(first)? < position(second)?);
+    let has = |words: &[&str]| position(words).is_some();
 
     let between = |first: &Number, second: &Number| &text[first.at.end..second.at.start];
     match (values?.as_slice(), numbers.as_slice()) {
-        (&[database], _) if lower.contains("datfrozenxid") => {
-            Some(LockObject::FrozenIds { database })
-        }
-        (&[xid], _) if has(word::TRANSACTION) => Some(LockObject::Transaction { xid }),
+        (&[database], _) if lower.contains("datfrozenxid") => Some(LockTag::FrozenIds { database }),
+        (&[xid], _) if has(word::TRANSACTION) => Some(LockTag::Transaction { xid }),
         (&[backend, local], [first, second]) if between(first, second) == "/" => {
             let sign = if text[..first.at.start].ends_with('-') {
                 -1
             } else {
                 1
             };
-            Some(LockObject::VirtualTransaction {
+            Some(LockTag::VirtualTransaction {
                 backend: i32::try_from(sign * i64::from(backend)).ok()?,
                 local,
             })
@@ -255,7 +253,7 @@ fn known(text: &str) -> Option<LockObject> {
             } else {
                 (a, b)
             };
-            Some(LockObject::SpeculativeToken { xid, token })
+            Some(LockTag::SpeculativeToken { xid, token })
         }
         (&[a, b], _) => {
             let (relation, database) = if comes_first(word::DATABASE, word::RELATION)? {
@@ -264,13 +262,13 @@ fn known(text: &str) -> Option<LockObject> {
                 (a, b)
             };
             Some(if has(word::EXTENSION) {
-                LockObject::Extension { database, relation }
+                LockTag::Extension { database, relation }
             } else {
-                LockObject::Relation { database, relation }
+                LockTag::Relation { database, relation }
             })
         }
         (&[a, b, c], [first, .., last]) if in_brackets(text, first, last) => {
-            Some(LockObject::UserLock { fields: [a, b, c] })
+            Some(LockTag::UserLock { fields: [a, b, c] })
         }
         (&[a, b, c], _) => {
             let of = |words| {
@@ -281,20 +279,20 @@ fn known(text: &str) -> Option<LockObject> {
                 })
             };
             if let Some((database, subscription, xid)) = of(word::TRANSACTION) {
-                Some(LockObject::RemoteTransaction {
+                Some(LockTag::RemoteTransaction {
                     database,
                     subscription,
                     xid,
                 })
             } else if let Some((database, relation, page)) = of(word::PAGE) {
-                Some(LockObject::Page {
+                Some(LockTag::Page {
                     database,
                     relation,
                     page,
                 })
             } else {
                 let (database, class, object) = of(word::OBJECT)?;
-                Some(LockObject::Object {
+                Some(LockTag::Object {
                     database,
                     class,
                     object,
@@ -304,7 +302,7 @@ fn known(text: &str) -> Option<LockObject> {
         (&[database, classid, objid, objsubid], [first, .., last])
             if in_brackets(text, first, last) =>
         {
-            Some(LockObject::Advisory {
+            Some(LockTag::Advisory {
                 database,
                 classid,
                 objid,
@@ -312,7 +310,7 @@ fn known(text: &str) -> Option<LockObject> {
             })
         }
         (&[a, b, c, d], [n1, n2, n3, n4]) => {
-            // The pair is in parentheses, so the order can be seen without any word.
+            // The pair is in parentheses, so its position is clear without words.
             let (pair, relation, database) =
                 if is_pair(text, n1, n2) && in_parentheses(text, n1, n2) {
                     ((a, b), c, d)
@@ -322,7 +320,7 @@ fn known(text: &str) -> Option<LockObject> {
                     return None;
                 };
             let (page, offset) = page_and_offset(pair, lower.contains(word::JAPANESE_TUPLE))?;
-            Some(LockObject::Tuple {
+            Some(LockTag::Tuple {
                 database,
                 relation,
                 page,
@@ -333,8 +331,8 @@ fn known(text: &str) -> Option<LockObject> {
     }
 }
 
-/// The Japanese translation of 14 to 18 has the two the other way round. Should it be mended, the offset tells in part:
-/// it is never 0 and has 16 bits (`src/include/storage/off.h`).
+/// The Japanese translation of 14 to 18 swaps the two. If that is corrected in the future, the offset can tell in some
+/// cases: it is never 0 and has 16 bits (`src/include/storage/off.h`).
 fn page_and_offset((first, second): (u32, u32), swapped: bool) -> Option<(u32, u16)> {
     let as_offset = |number| u16::try_from(number).ok().filter(|offset| *offset > 0);
     if swapped && let Some(offset) = as_offset(first) {
@@ -358,32 +356,32 @@ mod tests {
     use super::super::languages::{LANGUAGES, Language, format};
     use super::*;
 
-    /// One object of each kind that the catalogs have, as the language writes it.
-    fn objects(language: &Language, n: [u32; 3], offset: u16) -> Vec<(LockObject, String)> {
+    /// One object of each kind in the catalogs, in this language.
+    fn objects(language: &Language, n: [u32; 3], offset: u16) -> Vec<(LockTag, String)> {
         let [a, b, c] = n;
         let local = a;
         let backend = i32::try_from(b / 2).expect("half of a u32");
         vec![
             (
-                LockObject::Relation {
+                LockTag::Relation {
                     database: b,
                     relation: a,
                 },
                 format(language.relation, &[&a, &b]),
             ),
             (
-                LockObject::Extension {
+                LockTag::Extension {
                     database: b,
                     relation: a,
                 },
                 format(language.extension, &[&a, &b]),
             ),
             (
-                LockObject::FrozenIds { database: a },
+                LockTag::FrozenIds { database: a },
                 format(language.frozen_ids, &[&a]),
             ),
             (
-                LockObject::Page {
+                LockTag::Page {
                     database: c,
                     relation: b,
                     page: a,
@@ -391,7 +389,7 @@ mod tests {
                 format(language.page, &[&a, &b, &c]),
             ),
             (
-                LockObject::Tuple {
+                LockTag::Tuple {
                     database: c,
                     relation: b,
                     page: a,
@@ -400,23 +398,23 @@ mod tests {
                 format(language.tuple, &[&a, &offset, &b, &c]),
             ),
             (
-                LockObject::Transaction { xid: a },
+                LockTag::Transaction { xid: a },
                 format(language.transaction, &[&a]),
             ),
             (
-                LockObject::VirtualTransaction { backend, local },
+                LockTag::VirtualTransaction { backend, local },
                 format(language.virtual_transaction, &[&backend, &local]),
             ),
             (
-                LockObject::VirtualTransaction { backend: -1, local },
+                LockTag::VirtualTransaction { backend: -1, local },
                 format(language.virtual_transaction, &[&-1, &local]),
             ),
             (
-                LockObject::SpeculativeToken { xid: b, token: a },
+                LockTag::SpeculativeToken { xid: b, token: a },
                 format(language.speculative_token, &[&a, &b]),
             ),
             (
-                LockObject::Object {
+                LockTag::Object {
                     database: c,
                     class: b,
                     object: a,
@@ -424,11 +422,11 @@ mod tests {
                 format(language.object, &[&a, &b, &c]),
             ),
             (
-                LockObject::UserLock { fields: n },
+                LockTag::UserLock { fields: n },
                 format(language.user_lock, &[&a, &b, &c]),
             ),
             (
-                LockObject::Advisory {
+                LockTag::Advisory {
                     database: a,
                     classid: b,
                     objid: c,
@@ -437,7 +435,7 @@ mod tests {
                 format(language.advisory_lock, &[&a, &b, &c, &offset]),
             ),
             (
-                LockObject::RemoteTransaction {
+                LockTag::RemoteTransaction {
                     database: c,
                     subscription: b,
                     xid: a,
@@ -447,26 +445,21 @@ mod tests {
         ]
     }
 
-    /// `%1$u,%2$u` of the Japanese tuple is an offset below 2^16 as often as not: the page of a small table.
+    /// The first of `%1$u,%2$u` in the Japanese tuple is the page of a small table, so it is often below 2^16.
     fn check(language: &Language, n: [u32; 3], offset: u16) {
         for (expected, text) in objects(language, n, offset) {
-            assert_eq!(
-                LockObject::read(&text),
-                expected,
-                "{}: {text}",
-                language.code
-            );
+            assert_eq!(LockTag::parse(&text), expected, "{}: {text}", language.code);
         }
     }
 
     #[test]
-    fn every_kind_is_read_in_every_language() {
+    fn every_kind_is_parsed_in_every_language() {
         for language in &LANGUAGES {
             check(language, [11, 22, 33], 44);
             check(language, [0, 0, 0], 1);
             check(language, [u32::MAX; 3], u16::MAX);
             let text = format(language.unrecognized, &[&7]);
-            assert_eq!(LockObject::read(&text), LockObject::Unknown { text });
+            assert_eq!(LockTag::parse(&text), LockTag::Unknown { text });
         }
     }
 
@@ -479,21 +472,21 @@ mod tests {
         }
     }
 
-    /// Each word that tells objects apart does so, those of languages that the catalogs above lack too: in the order of
-    /// a language with its words before the numbers.
+    /// Each of the words distinguishes objects, also those of languages that the catalogs above lack: in the order of a
+    /// language with its words before the numbers.
     #[test]
     fn each_word_is_known() {
         for database in word::DATABASE {
             for relation in word::RELATION {
                 let text = format!("zz {relation}zz 1 zz {database}zz 2");
                 assert_eq!(
-                    LockObject::read(&text).to_string(),
+                    LockTag::parse(&text).to_string(),
                     "relation 1 of database 2",
                     "{text}"
                 );
                 let text = format!("zz {database}zz 2 zz {relation}zz 1");
                 assert_eq!(
-                    LockObject::read(&text).to_string(),
+                    LockTag::parse(&text).to_string(),
                     "relation 1 of database 2",
                     "{text}"
                 );
@@ -509,31 +502,27 @@ mod tests {
             for (words, expected) in known {
                 for word in words {
                     let text = format!("{word} 1 zz 2 {database} 3");
-                    assert_eq!(LockObject::read(&text).to_string(), expected, "{text}");
+                    assert_eq!(LockTag::parse(&text).to_string(), expected, "{text}");
                 }
             }
         }
         for transaction in word::TRANSACTION {
             let text = format!("{transaction} 1");
-            assert_eq!(
-                LockObject::read(&text).to_string(),
-                "transaction 1",
-                "{text}"
-            );
+            assert_eq!(LockTag::parse(&text).to_string(), "transaction 1", "{text}");
             for token in word::TOKEN {
                 let text = format!("{token} 1 {transaction} 2");
                 let expected = "speculative token 1 of transaction 2";
-                assert_eq!(LockObject::read(&text).to_string(), expected, "{text}");
+                assert_eq!(LockTag::parse(&text).to_string(), expected, "{text}");
             }
         }
         for extension in word::EXTENSION {
             let text = format!("{extension} relation 1 database 2");
             let expected = "extension of relation 1 of database 2";
-            assert_eq!(LockObject::read(&text).to_string(), expected, "{text}");
+            assert_eq!(LockTag::parse(&text).to_string(), expected, "{text}");
         }
     }
 
-    /// Turkish has its words behind the numbers, and one of its lines the other way round.
+    /// Turkish has its words after the numbers, and one of its lines is in the other order.
     #[test]
     fn words_may_follow_their_numbers() {
         for (text, expected) in [
@@ -555,12 +544,12 @@ mod tests {
                 "tuple (1,2) of relation 3 of database 4",
             ),
         ] {
-            assert_eq!(LockObject::read(text).to_string(), expected, "{text}");
+            assert_eq!(LockTag::parse(text).to_string(), expected, "{text}");
         }
     }
 
     #[test]
-    fn what_the_shape_says_needs_no_words() {
+    fn an_unambiguous_form_needs_no_words() {
         for (text, expected) in [
             (
                 "?? (1, 2) ?? 3 ?? 4",
@@ -571,12 +560,12 @@ mod tests {
             ("? [1,2,3]", "user lock [1,2,3]"),
             ("? 1/2", "virtual transaction 1/2"),
         ] {
-            assert_eq!(LockObject::read(text).to_string(), expected, "{text}");
+            assert_eq!(LockTag::parse(text).to_string(), expected, "{text}");
         }
     }
 
     #[test]
-    fn what_cannot_be_known_is_not_guessed() {
+    fn an_ambiguous_object_is_unknown() {
         for text in [
             "",
             "?",
@@ -590,16 +579,16 @@ mod tests {
             "tuple (1,0) of relation 2 of database 3",
             "virtual transaction 4000000000/1",
         ] {
-            let unknown = LockObject::Unknown {
+            let unknown = LockTag::Unknown {
                 text: text.to_owned(),
             };
-            assert_eq!(LockObject::read(text), unknown);
+            assert_eq!(LockTag::parse(text), unknown);
         }
     }
 
-    /// Where the offset of a Japanese tuple cannot be one, the order is the usual one.
+    /// If the offset of a Japanese tuple is not a valid offset, the usual order is assumed.
     #[test]
-    fn a_mended_japanese_translation_is_read_where_it_can_be() {
+    fn a_corrected_japanese_translation_is_parsed_if_possible() {
         let language = LANGUAGES
             .iter()
             .find(|language| language.code == "ja")
@@ -609,7 +598,7 @@ mod tests {
         for page in [0, 65_536] {
             let text = format(&mended, &[&page, &9, &3, &4]);
             let expected = format!("tuple ({page},9) of relation 3 of database 4");
-            assert_eq!(LockObject::read(&text).to_string(), expected);
+            assert_eq!(LockTag::parse(&text).to_string(), expected);
         }
     }
 
@@ -622,8 +611,8 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_read(text in any::<String>()) {
-            LockObject::read(&text);
+        fn any_text_is_parsed(text in any::<String>()) {
+            LockTag::parse(&text);
         }
     }
 }

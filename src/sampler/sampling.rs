@@ -1,60 +1,61 @@
-//! One look for all statements that are due.
+//! Takes one sample for all statements that are due.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::plan::{AGAIN, Plan};
+use super::plan::{RECHECK_INTERVAL, SamplePlan};
 use super::sql;
 use super::statement_log::StatementLog;
-use super::{KEEP, Sampler, TICK, journal, lock};
+use super::{CHECK_INTERVAL, KEEP_SAMPLES, Sampler, journal, lock};
 use crate::connection::Reply;
 use crate::error::{Error, ErrorKind};
 use crate::graph::{self, RowId, Snapshot};
-use crate::incident::{Evidence, Incident, Kind, Look, Outcome, RowKey};
+use crate::incident::{Evidence, Incident, IncidentTrigger, Outcome, RowKey, WaitSample};
 use crate::key::names;
-use crate::sampler::sql::Waiting;
+use crate::sampler::sql::WaitingBackend;
 
-/// The longest pause after looks that failed.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Rows whose keys are looked up in one look.
-const MOST_ROWS: usize = 4;
-/// How many times as long as a look has taken there is none after it: a server in trouble has other things to do.
-const REST: u32 = 5;
-/// Relations whose primary keys are remembered.
-const MOST_RELATIONS: usize = 1024;
+/// The longest pause after failed samples.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// How many rows' keys are read for one sample.
+const MAX_ROWS: usize = 4;
+/// How long sampling rests after a sample, in multiples of the sample's duration: a server in sampling_error has other work to
+/// do.
+const REST_FACTOR: u32 = 5;
+/// How many relations' primary keys are cached.
+const MAX_RELATIONS: usize = 1024;
 
-/// A statement that is due for a look.
-struct Due {
-    /// The numbers of its transaction and its own.
+/// A statement that is due for a sample.
+struct DueStatement {
+    /// The number of its transaction, and its own.
     key: (u64, u64),
     journal: Arc<StatementLog>,
     pid: i32,
 }
 
 impl Sampler {
-    /// Looks at those statements that are due. Gives the time when the next one is.
-    pub(super) async fn tick(&self) -> Instant {
+    /// Samples the statements that are due. Returns the time when the next one is due.
+    pub(super) async fn sample_due(&self) -> Instant {
         let due = self.due();
         if !due.is_empty() {
-            match self.look_at(&due).await {
+            match self.sample(&due).await {
                 Ok(()) => {
-                    *lock(&self.trouble) = None;
-                    self.failures.store(0, Ordering::Relaxed);
+                    *lock(&self.sampling_error) = None;
+                    self.failed_samples.store(0, Ordering::Relaxed);
                 }
                 Err(error) => {
-                    self.trouble(&chain(&error));
-                    // Not at once again, and more and more seldom: it may be a server without a connection to spare.
+                    self.sampling_error(&error_chain(&error));
+                    // Do not retry at once, but with growing pauses: the server may have no connection to spare.
                     let failures = if error.kind() == ErrorKind::Pool {
-                        // All of the pool is in use, which may change soon and costs the server nothing.
+                        // All connections of the pool are in use. That may change soon, and costs the server nothing.
                         0
                     } else {
-                        self.failures.fetch_add(1, Ordering::Relaxed)
+                        self.failed_samples.fetch_add(1, Ordering::Relaxed)
                     };
-                    let pause = (AGAIN * 2_u32.pow(failures.min(5))).min(LONGEST_PAUSE);
+                    let pause = (RECHECK_INTERVAL * 2_u32.pow(failures.min(5))).min(MAX_PAUSE);
                     let now = Instant::now();
-                    self.for_each(&due, |plan, _| plan.not_seen(now));
+                    self.for_each(&due, |plan, _| plan.sampling_failed(now));
                     *lock(&self.paused_until) = Some(now + pause);
                 }
             }
@@ -66,19 +67,19 @@ impl Sampler {
             .filter_map(|(number, journal)| {
                 let running = journal.running()?;
                 let plan = plans.get(&(*number, running.number));
-                // None for one that has begun since.
+                // A statement that has begun since has no plan yet.
                 Some(plan.map_or_else(
-                    || Plan::new(&running, journal.lock_timeout).next(),
-                    Plan::next,
+                    || SamplePlan::new(&running, journal.lock_timeout).next(),
+                    SamplePlan::next,
                 ))
             })
-            .fold(now + TICK, Instant::min)
+            .fold(now + CHECK_INTERVAL, Instant::min)
             .max(lock(&self.paused_until).unwrap_or(now))
     }
 
-    /// Makes a plan for each statement that runs; those whose time has come are due, and with them those whose time is
-    /// soon: however many there are, they are looked at together.
-    fn due(&self) -> Vec<Due> {
+    /// Makes a plan for each running statement. Returns the statements that are due, and with them the ones that are
+    /// due soon: one sample serves any number of statements.
+    fn due(&self) -> Vec<DueStatement> {
         let now = Instant::now();
         if lock(&self.paused_until).is_some_and(|until| now < until) {
             return Vec::new();
@@ -95,41 +96,42 @@ impl Sampler {
             let key = (number, running.number);
             let plan = plans
                 .entry(key)
-                .or_insert_with(|| Plan::new(&running, journal.lock_timeout));
+                .or_insert_with(|| SamplePlan::new(&running, journal.lock_timeout));
             plan.ran = now;
-            let due_or_not = if plan.next() <= now {
+            let list = if plan.next() <= now {
                 &mut due
-            } else if plan.waiting_since().is_some() || plan.next() <= now + AGAIN {
+            } else if plan.waiting_since().is_some() || plan.next() <= now + RECHECK_INTERVAL {
                 &mut others
             } else {
                 continue;
             };
-            due_or_not.push(Due { key, journal, pid });
+            list.push(DueStatement { key, journal, pid });
         }
-        // One look serves all who wait, and one question all who run, so that many of them do not mean many.
+        // One sample serves all waiters, and one query all running statements, so that many statements do not mean many
+        // queries.
         if !due.is_empty() {
             due.append(&mut others);
         }
-        // Of those that have ended, what was seen is what is wanted; of those whose transaction has failed by them and
-        // goes on with something else, for as long as it does.
+        // Plans of finished statements are kept for their samples. If the transaction failed by its statement, its plan
+        // is kept as long as the transaction continues.
         plans.retain(|key, plan| {
-            let is_recent = now.duration_since(plan.ran) < KEEP;
-            plan.ran == now || plan.seen().is_some() && (is_recent || failed.contains(key))
+            let is_recent = now.duration_since(plan.ran) < KEEP_SAMPLES;
+            plan.ran == now || plan.last_sampled().is_some() && (is_recent || failed.contains(key))
         });
         due
     }
 
-    async fn look_at(&self, due: &[Due]) -> Result<(), Error> {
+    async fn sample(&self, due: &[DueStatement]) -> Result<(), Error> {
         let pids: Vec<i32> = due.iter().map(|due| due.pid).collect();
-        let reply = self.ask(&sql::waits(&pids)).await?;
+        let reply = self.query(&sql::waits(&pids)).await?;
         let now = Instant::now();
-        let waiting: HashMap<i32, Waiting> = sql::waiting(&reply)
+        let waiting: HashMap<i32, WaitingBackend> = sql::waiting_backends(&reply)
             .into_iter()
             .map(|waiting| (waiting.pid, waiting))
             .collect();
         self.for_each(due, |plan, due| match waiting.get(&due.pid) {
-            None => plan.is_running(now),
-            Some(waiting) => plan.is_waiting(
+            None => plan.not_waiting(now),
+            Some(waiting) => plan.waiting(
                 now,
                 now.checked_sub(waiting.waited).unwrap_or(now),
                 [waiting.deadlock_timeout, due.journal.lock_timeout]
@@ -140,37 +142,37 @@ impl Sampler {
         if waiting.is_empty() {
             return Ok(());
         }
-        let rested = *lock(&self.rested);
-        if now < rested {
-            // What was seen a moment ago has to do, or what will be seen in another.
-            self.for_each(due, |plan, _| plan.not_before(rested));
+        let next_sample = *lock(&self.next_sample);
+        if now < next_sample {
+            // The last sample or the next one has to be enough.
+            self.for_each(due, |plan, _| plan.not_before(next_sample));
             return Ok(());
         }
         let pids: Vec<i32> = waiting.keys().copied().collect();
         let asked = Instant::now();
-        let reply = self.ask(&graph::sql::blocking(Some(&pids))).await?;
+        let reply = self.query(&graph::sql::wait_graph(Some(&pids))).await?;
         let answered = Instant::now();
-        let took = answered - asked;
-        *lock(&self.rested) = answered + took * REST;
-        let Some(seen) = graph::sql::seen(&reply, &names::named) else {
+        let duration = answered - asked;
+        *lock(&self.next_sample) = answered + duration * REST_FACTOR;
+        let Some(reply) = graph::sql::read_sample(&reply, &names::named) else {
             return Ok(());
         };
-        let snapshot = Arc::new(seen.snapshot(took));
-        self.keep(due, &snapshot, answered);
-        // After what matters most has been kept: a row's key can take a moment.
+        let snapshot = Arc::new(reply.snapshot(duration));
+        self.add_samples(due, &snapshot, answered);
+        // The sample is kept before the keys of rows are read, which can take a moment.
         let row_keys = self.row_keys(&snapshot).await;
         if !row_keys.is_empty() {
-            self.for_each(due, |plan, _| plan.learned(&snapshot, &row_keys));
+            self.for_each(due, |plan, _| plan.add_row_keys(&snapshot, &row_keys));
         }
         self.report_long_waits(due);
         Ok(())
     }
 
-    /// Adds what was seen to the plans of those who wait in it.
-    fn keep(&self, due: &[Due], snapshot: &Arc<Snapshot>, answered: Instant) {
+    /// Adds the sample to the plans of the statements that wait in it.
+    fn add_samples(&self, due: &[DueStatement], snapshot: &Arc<Snapshot>, answered: Instant) {
         self.for_each(due, |plan, due| {
             if snapshot.edges_of(&due.pid.into()).next().is_some() {
-                plan.saw(Look {
+                plan.add_sample(WaitSample {
                     snapshot: Arc::clone(snapshot),
                     after: answered.saturating_duration_since(plan.since()),
                     row_keys: Vec::new(),
@@ -179,21 +181,21 @@ impl Sampler {
         });
     }
 
-    /// The plans of those who are due, and there still.
-    fn for_each(&self, due: &[Due], mut note: impl FnMut(&mut Plan, &Due)) {
+    /// The plans of the due statements that still exist.
+    fn for_each(&self, due: &[DueStatement], mut f: impl FnMut(&mut SamplePlan, &DueStatement)) {
         let mut plans = lock(&self.plans);
         for due in due {
             if let Some(plan) = plans.get_mut(&due.key) {
-                note(plan, due);
+                f(plan, due);
             }
         }
     }
 
-    /// The keys of the rows in dispute, where they can be read.
+    /// The keys of the rows that are waited for, if they can be read.
     async fn row_keys(&self, snapshot: &Snapshot) -> Vec<(RowId, RowKey)> {
         let mut rows: Vec<&RowId> = Vec::new();
         for row in snapshot.edges().iter().filter_map(|edge| edge.row()) {
-            if !rows.contains(&row) && rows.len() < MOST_ROWS {
+            if !rows.contains(&row) && rows.len() < MAX_ROWS {
                 rows.push(row);
             }
         }
@@ -204,8 +206,8 @@ impl Sampler {
                 Ok(None) => {}
                 Err(error) => {
                     tracing::debug!(%error, %row, "the row's key could not be read");
-                    // The key may be another one by now.
-                    drop(lock(&self.keys).remove(&row.relation().oid()));
+                    // The relation may have another key by now.
+                    drop(lock(&self.primary_keys).remove(&row.relation().oid()));
                 }
             }
         }
@@ -217,14 +219,14 @@ impl Sampler {
             return Ok(None);
         }
         let oid = row.relation().oid();
-        let known = lock(&self.keys).get(&oid).cloned();
+        let known = lock(&self.primary_keys).get(&oid).cloned();
         let columns = match known {
             Some(columns) => columns,
             None => {
-                let reply = self.ask(&sql::primary_key(oid)).await?;
+                let reply = self.query(&sql::primary_key(oid)).await?;
                 let columns: Arc<[String]> = sql::key_columns(&reply).into();
-                let mut keys = lock(&self.keys);
-                if keys.len() >= MOST_RELATIONS {
+                let mut keys = lock(&self.primary_keys);
+                if keys.len() >= MAX_RELATIONS {
                     keys.clear();
                 }
                 keys.insert(oid, Arc::clone(&columns));
@@ -237,17 +239,17 @@ impl Sampler {
         let Some(question) = sql::row_key(row, &columns) else {
             return Ok(None);
         };
-        let reply = self.ask(&question).await?;
+        let reply = self.query(&question).await?;
         Ok(sql::key_values(&reply).map(|values| RowKey::new(columns.iter().cloned().zip(values))))
     }
 
-    /// Reports waits that are longer than they should be, each once.
-    fn report_long_waits(&self, due: &[Due]) {
-        let Some(long) = self.settings.long_wait else {
+    /// Reports waits that last too long, each once.
+    fn report_long_waits(&self, due: &[DueStatement]) {
+        let Some(long) = self.options.long_wait else {
             return;
         };
         for due in due {
-            let (looks, seen) = {
+            let (samples, seen) = {
                 let mut plans = lock(&self.plans);
                 let Some(plan) = plans.get_mut(&due.key) else {
                     continue;
@@ -257,35 +259,35 @@ impl Sampler {
                     continue;
                 }
                 plan.reported_long = true;
-                (plan.looks(), plan.seen())
+                (plan.samples(), plan.last_sampled())
             };
             let now = Instant::now();
-            let others = self.others(&due.journal, &looks, None, seen.unwrap_or(now));
+            let others = self.others(&due.journal, &samples, None, seen.unwrap_or(now));
             let (attempt, attempts) = due.journal.attempt.get().copied().unwrap_or((1, 1));
             let evidence = Evidence {
-                kind: Kind::LongWait,
+                trigger: IncidentTrigger::LongWait,
                 occurred: SystemTime::now(),
                 victim: journal::of(&due.journal, now),
                 attempt,
                 attempts,
                 outcome: Outcome::StillWaiting,
                 error: None,
-                looks,
+                samples,
                 others,
-                missing: Vec::new(),
-                literals: self.settings.literals,
+                caveats: Vec::new(),
+                literals: self.options.literals,
             };
             self.publish(&Incident::new(evidence, &self.history));
         }
     }
 
-    async fn ask(&self, sql: &str) -> Result<Reply, Error> {
+    async fn query(&self, sql: &str) -> Result<Reply, Error> {
         self.connections.ask_soon(sql).await
     }
 }
 
-/// An error and what is behind it, in one line.
-pub(super) fn chain(error: &Error) -> String {
+/// An error and its sources, in one line.
+pub(super) fn error_chain(error: &Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {

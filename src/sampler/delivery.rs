@@ -1,4 +1,4 @@
-//! Handing reports out, without ever holding up or failing the transaction they are about.
+//! Delivers reports without delaying or failing the transaction that they are about.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
@@ -9,20 +9,20 @@ use super::lock;
 use crate::connection::task;
 use crate::incident::{Incident, IncidentKind};
 
-/// What an application does with a report.
-pub(crate) type Sink = Arc<dyn Fn(&Incident) + Send + Sync>;
+/// The application's callback for reports.
+pub(crate) type IncidentSink = Arc<dyn Fn(&Incident) + Send + Sync>;
 
-/// Reports that wait for a slow sink; more are dropped.
+/// How many reports wait for a slow sink; more are dropped.
 const QUEUE: usize = 64;
 
-/// The way of a report to `tracing` and to the application.
+/// Delivers reports to `tracing` and to the application.
 pub(super) struct Delivery {
-    sink: Option<Sink>,
+    sink: Option<IncidentSink>,
     queue: Mutex<Option<mpsc::Sender<Incident>>>,
 }
 
 impl Delivery {
-    pub(super) fn new(sink: Option<Sink>) -> Self {
+    pub(super) fn new(sink: Option<IncidentSink>) -> Self {
         Self {
             sink,
             queue: Mutex::new(None),
@@ -41,7 +41,7 @@ impl Delivery {
                     tracing::warn!("on_incident is too slow, a report is dropped");
                     return;
                 }
-                // The runtime that it ran on has ended.
+                // The runtime of the task has ended.
                 Err(mpsc::error::TrySendError::Closed(back)) => incident = back,
             }
         }
@@ -54,8 +54,8 @@ impl Delivery {
     }
 }
 
-/// One after another, on a thread where blocking does no harm.
-async fn hand_out(mut receiver: mpsc::Receiver<Incident>, sink: Sink) {
+/// Calls the sink for one report after another, on a thread that may block.
+async fn hand_out(mut receiver: mpsc::Receiver<Incident>, sink: IncidentSink) {
     while let Some(incident) = receiver.recv().await {
         let sink = Arc::clone(&sink);
         let handing =
@@ -66,7 +66,7 @@ async fn hand_out(mut receiver: mpsc::Receiver<Incident>, sink: Sink) {
     }
 }
 
-/// One event for each report.
+/// Emits one event for each report.
 fn trace(incident: &Incident) {
     let fingerprint = incident.fingerprint();
     let call_site = incident.victim().call_site();

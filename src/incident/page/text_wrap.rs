@@ -1,26 +1,26 @@
-//! Lines of bounded width.
+//! Wraps text to lines of bounded width.
 
-use super::super::words;
+use super::super::wording;
 
-/// Columns.
+/// In columns.
 const WIDTH: usize = 100;
 
-/// Text for a terminal: no line wider than [`WIDTH`], nothing in it that a terminal would act on.
+/// Text for a terminal: no line is wider than [`WIDTH`], and it has no characters that control a terminal.
 #[derive(Debug, Default)]
-pub(super) struct Paper(String);
+pub(super) struct WrappedText(String);
 
-impl Paper {
+impl WrappedText {
     pub(super) fn text(&self) -> &str {
         &self.0
     }
 
-    /// A paragraph. Where it has to be broken, the lines that follow begin with `hang`.
+    /// A paragraph. If it has to be wrapped, the following lines begin with `hang`.
     pub(super) fn write(&mut self, first: &str, hang: &str, text: &str) {
         let mut line = first.to_owned();
         let mut column = width(first);
         let indent = width(hang);
         let mut is_empty = true;
-        for word in words::plain(text)
+        for word in wording::printable(text)
             .split(' ')
             .filter(|word| !word.is_empty())
         {
@@ -49,7 +49,7 @@ impl Paper {
         self.line(&line);
     }
 
-    /// Several lines, each of them a paragraph.
+    /// Several lines, each a paragraph.
     pub(super) fn lines(&mut self, first: &str, hang: &str, text: &str) {
         for (at, line) in text.lines().enumerate() {
             self.write(if at == 0 { first } else { hang }, hang, line);
@@ -67,7 +67,7 @@ impl Paper {
     }
 }
 
-/// How much of it fits, at least a character.
+/// How many bytes of the text fit, at least one character.
 fn fitting(text: &str, columns: usize) -> usize {
     let mut used = 0;
     for (at, c) in text.char_indices() {
@@ -83,7 +83,7 @@ pub(super) fn width(text: &str) -> usize {
     text.chars().map(columns_of).sum()
 }
 
-/// Rather too many than too few: Chinese, Japanese and Korean characters, and all that may be as wide.
+/// An upper bound: Chinese, Japanese and Korean characters, and all others that may be as wide, count as two columns.
 fn columns_of(c: char) -> usize {
     match c {
         '\u{fffd}' => 1,
@@ -99,9 +99,9 @@ mod tests {
     use super::*;
 
     fn written(first: &str, hang: &str, text: &str) -> String {
-        let mut paper = Paper::default();
-        paper.write(first, hang, text);
-        paper.0
+        let mut wrapped = WrappedText::default();
+        wrapped.write(first, hang, text);
+        wrapped.0
     }
 
     #[test]
@@ -131,7 +131,7 @@ mod tests {
                 prop_assert!(written.lines().all(|line| width(line) <= WIDTH), "{}", written);
                 prop_assert!(!written.trim_end_matches('\n').contains(|c: char| c.is_control() && c != '\n'));
                 let letters = |text: &str| text.chars().filter(|c| !c.is_whitespace()).count();
-                prop_assert_eq!(letters(&written), letters(&words::plain(&text)));
+                prop_assert_eq!(letters(&written), letters(&wording::printable(&text)));
             }
         }
     }

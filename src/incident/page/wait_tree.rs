@@ -1,38 +1,38 @@
-//! Who waited for whom, drawn.
+//! The waits as a tree.
 
 use std::collections::HashSet;
 
 use crate::graph::BackendId;
 
-use super::super::{Incident, IncidentEdge, Participant, words};
-use super::paper::Paper;
+use super::super::{Incident, IncidentEdge, Participant, wording};
+use super::text_wrap::WrappedText;
 
-/// Edges that are drawn.
-const MOST_DRAWN: usize = 30;
-/// Deeper edges are not moved further to the right.
-const DEEPEST: usize = 8;
+/// The maximum number of edges to draw.
+const MAX_DRAWN: usize = 30;
+/// Deeper edges are not indented further.
+const MAX_INDENT: usize = 8;
 
-/// Draws edges from the victim on; says how many.
-pub(super) fn draw(incident: &Incident, paper: &mut Paper) -> usize {
-    let mut picture = Picture {
+/// Draws the edges, beginning with the victim, and returns how many were drawn.
+pub(super) fn draw(incident: &Incident, out: &mut WrappedText) -> usize {
+    let mut tree = WaitTree {
         incident,
         drawn: 0,
         known: incident.victim().id().into_iter().collect(),
     };
     if let Some(id) = incident.victim().id() {
-        picture.draw(paper, id, "  ", 0);
+        tree.draw(out, id, "  ", 0);
     }
-    picture.drawn
+    tree.drawn
 }
 
-struct Picture<'a> {
+struct WaitTree<'a> {
     incident: &'a Incident,
     drawn: usize,
     known: HashSet<&'a BackendId>,
 }
 
-impl<'a> Picture<'a> {
-    fn draw(&mut self, paper: &mut Paper, waiter: &BackendId, indent: &str, depth: usize) {
+impl<'a> WaitTree<'a> {
+    fn draw(&mut self, out: &mut WrappedText, waiter: &BackendId, indent: &str, depth: usize) {
         let edges = self
             .incident
             .edges()
@@ -40,7 +40,7 @@ impl<'a> Picture<'a> {
             .filter(|edge| edge.waiter() == waiter);
         let edges: Vec<&'a IncidentEdge> = edges.collect();
         for (at, edge) in edges.iter().enumerate() {
-            if self.drawn >= MOST_DRAWN {
+            if self.drawn >= MAX_DRAWN {
                 return;
             }
             self.drawn += 1;
@@ -52,19 +52,19 @@ impl<'a> Picture<'a> {
             let hang = format!("{indent}{below}");
             let waited = edge
                 .wait_age()
-                .map(|age| format!(" {}", words::age(age)))
+                .map(|age| format!(" {}", wording::age(age)))
                 .unwrap_or_default();
             let what = match at {
                 0 => format!(
                     "waited{waited} for {} ({}),",
-                    words::thing(edge),
-                    words::lock(edge)
+                    wording::object(edge),
+                    wording::lock(edge)
                 ),
                 _ if edge.object() == edges[0].object() => "and".to_owned(),
                 _ => format!(
                     "and{waited} for {} ({}),",
-                    words::thing(edge),
-                    words::lock(edge)
+                    wording::object(edge),
+                    wording::lock(edge)
                 ),
             };
             let how = match (edge.mode_held(), edge.mode_queued()) {
@@ -74,23 +74,23 @@ impl<'a> Picture<'a> {
                 _ => "held by".to_owned(),
             };
             let blocker = self.incident.participant(edge.blocker());
-            let name = blocker.map(words::who).unwrap_or_default();
+            let name = blocker.map(wording::name).unwrap_or_default();
             let is_new = self.known.insert(edge.blocker());
             let note = if blocker.is_some_and(Participant::is_victim) {
-                ": the circle is closed"
+                ": the cycle is closed"
             } else if !is_new {
                 ": see above"
             } else {
                 ""
             };
-            paper.write(
+            out.write(
                 &format!("{indent}{branch}"),
                 &hang,
                 &format!("{what} {how} {name}{note}"),
             );
             if is_new {
-                let deeper = if depth < DEEPEST { &hang } else { indent };
-                self.draw(paper, edge.blocker(), deeper, depth + 1);
+                let deeper = if depth < MAX_INDENT { &hang } else { indent };
+                self.draw(out, edge.blocker(), deeper, depth + 1);
             }
         }
     }

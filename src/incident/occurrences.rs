@@ -1,4 +1,4 @@
-//! Which incidents were there before.
+//! Earlier incidents with the same fingerprint.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -7,35 +7,41 @@ use std::time::SystemTime;
 
 use super::Fingerprint;
 
-const MOST: usize = 1024;
+const MAX_ENTRIES: usize = 1024;
 
-/// The incidents that were there before, by their fingerprint. Of bounded size: the ones seen longest ago are forgotten.
+/// The occurrences of earlier incidents, by fingerprint. Bounded: the incidents that occurred longest ago are
+/// forgotten.
 #[derive(Debug, Default)]
-pub(crate) struct History {
-    seen: Mutex<HashMap<Fingerprint, Sightings>>,
+pub(crate) struct IncidentHistory {
+    by_fingerprint: Mutex<HashMap<Fingerprint, Occurrences>>,
 }
 
-/// How often incidents with one fingerprint were there.
+/// How often incidents with one fingerprint occurred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sightings {
+pub(super) struct Occurrences {
     pub(super) first: SystemTime,
-    /// Before the one that asks.
+    /// Before the current one.
     pub(super) previous: Option<SystemTime>,
     pub(super) last: SystemTime,
     pub(super) count: u64,
 }
 
-impl History {
-    /// Counts one more, and says how often it was there with this one. Times may come in any order.
-    pub(super) fn count(&self, fingerprint: Fingerprint, at: SystemTime) -> Sightings {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.len() >= MOST && !seen.contains_key(&fingerprint) {
-            let oldest = seen.iter().min_by_key(|(_, sightings)| sightings.last);
+impl IncidentHistory {
+    /// Counts an incident, and returns the occurrences including this one. Times may come in any order.
+    pub(super) fn count(&self, fingerprint: Fingerprint, at: SystemTime) -> Occurrences {
+        let mut by_fingerprint = self
+            .by_fingerprint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if by_fingerprint.len() >= MAX_ENTRIES && !by_fingerprint.contains_key(&fingerprint) {
+            let oldest = by_fingerprint
+                .iter()
+                .min_by_key(|(_, occurrences)| occurrences.last);
             if let Some(oldest) = oldest.map(|(fingerprint, _)| *fingerprint) {
-                seen.remove(&oldest);
+                by_fingerprint.remove(&oldest);
             }
         }
-        match seen.entry(fingerprint) {
+        match by_fingerprint.entry(fingerprint) {
             Entry::Occupied(mut known) => {
                 let known = known.get_mut();
                 known.previous = Some(known.last);
@@ -44,7 +50,7 @@ impl History {
                 known.count = known.count.saturating_add(1);
                 *known
             }
-            Entry::Vacant(new) => *new.insert(Sightings {
+            Entry::Vacant(new) => *new.insert(Occurrences {
                 first: at,
                 previous: None,
                 last: at,
@@ -65,8 +71,8 @@ mod tests {
     }
 
     #[test]
-    fn the_same_is_counted() {
-        let history = History::default();
+    fn equal_fingerprints_are_counted() {
+        let history = IncidentHistory::default();
         assert_eq!(history.count(Fingerprint(1), at(10)).count, 1);
         assert_eq!(history.count(Fingerprint(2), at(11)).previous, None);
         let again = history.count(Fingerprint(1), at(20));
@@ -79,14 +85,21 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_longest_ago_is_forgotten() {
-        let history = History::default();
-        for n in 0..MOST as u64 {
+    fn the_oldest_occurrence_is_forgotten() {
+        let history = IncidentHistory::default();
+        for n in 0..MAX_ENTRIES as u64 {
             history.count(Fingerprint(n), at(n));
         }
         history.count(Fingerprint(0), at(5000));
         history.count(Fingerprint(9999), at(5001));
-        assert_eq!(history.seen.lock().expect("nobody panicked").len(), MOST);
+        assert_eq!(
+            history
+                .by_fingerprint
+                .lock()
+                .expect("nobody panicked")
+                .len(),
+            MAX_ENTRIES
+        );
         assert_eq!(history.count(Fingerprint(0), at(5002)).count, 3);
         assert_eq!(
             history.count(Fingerprint(1), at(5003)).count,

@@ -1,4 +1,4 @@
-//! What participants, locks and times are called, in all texts for people.
+//! How participants, locks and times are worded in all reports.
 
 use std::time::Duration;
 
@@ -9,27 +9,27 @@ pub(super) use crate::postgres::timestamp::rfc3339 as timestamp;
 
 use super::{IncidentEdge, Participant};
 
-/// `src/pay.rs:42`, or what else says most about who it is.
-pub(super) fn place(participant: &Participant) -> Option<String> {
+/// `src/pay.rs:42`, or else the `application_name`.
+pub(super) fn call_site(participant: &Participant) -> Option<String> {
     let name = participant.application_name.as_deref();
     let name = name.filter(|name| !name.is_empty());
-    participant.call_site().or(name).map(plain)
+    participant.call_site().or(name).map(printable)
 }
 
 /// `pid 4711 (src/pay.rs:42)`
-pub(super) fn who(participant: &Participant) -> String {
+pub(super) fn name(participant: &Participant) -> String {
     let id = match &participant.id {
-        Some(id) => plain(&id.to_string()),
+        Some(id) => printable(&id.to_string()),
         None => "the victim".to_owned(),
     };
-    match place(participant) {
-        Some(place) => format!("{id} ({place})"),
+    match call_site(participant) {
+        Some(call_site) => format!("{id} ({call_site})"),
         None => id,
     }
 }
 
 /// `row id = 7 of public.users`, `table public.users`, `advisory lock "invoice:42"`.
-pub(super) fn thing(edge: &IncidentEdge) -> String {
+pub(super) fn object(edge: &IncidentEdge) -> String {
     if let Some(row) = &edge.row {
         return match &edge.row_key {
             Some(key) => format!("row {key} of {}", row.relation),
@@ -40,16 +40,16 @@ pub(super) fn thing(edge: &IncidentEdge) -> String {
         return row_of_context(context);
     }
     match &edge.object {
-        LockObject::Relation(relation) => format!("{} {relation}", kind(relation)),
-        // What it was exactly was not seen.
+        LockObject::Relation(relation) => format!("{} {relation}", relation_kind(relation)),
+        // The row or key itself was not observed.
         LockObject::Transaction(xid) => format!("a row or key of transaction {xid}"),
         object => object.to_string(),
     }
 }
 
-/// Where CONTEXT has an index entry, its row is the one that was being inserted.
+/// If CONTEXT has an index entry, its row is the one that was being inserted.
 pub(super) fn row_of_context(context: &RowContext) -> String {
-    let relation = plain(&context.relation);
+    let relation = printable(&context.relation);
     if context.index_entry {
         format!("a key of {relation}")
     } else {
@@ -57,22 +57,22 @@ pub(super) fn row_of_context(context: &RowContext) -> String {
     }
 }
 
-/// The relation in question, or what else the lock is on.
+/// The relation, or else the locked object.
 pub(super) fn subject(edge: &IncidentEdge) -> String {
     match &edge.row {
         Some(row) => row.relation().to_string(),
-        None => thing(edge),
+        None => object(edge),
     }
 }
 
-/// The lock behind it, where [`thing`] does not say it: `ShareLock on transaction 733`.
+/// The lock, with its object unless [`object`] already shows it: `ShareLock on transaction 733`.
 pub(super) fn lock(edge: &IncidentEdge) -> String {
     let is_named = match &edge.object {
         LockObject::Relation(_) | LockObject::Advisory { .. } => true,
         LockObject::Transaction(_) => edge.row.is_none() && edge.context.is_none(),
-        object => thing(edge) == object.to_string(),
+        other => object(edge) == other.to_string(),
     };
-    let mode = plain(edge.mode_wanted());
+    let mode = printable(edge.mode_wanted());
     if is_named {
         mode
     } else {
@@ -80,7 +80,7 @@ pub(super) fn lock(edge: &IncidentEdge) -> String {
     }
 }
 
-fn kind(relation: &Relation) -> &'static str {
+fn relation_kind(relation: &Relation) -> &'static str {
     match relation.kind() {
         Some('r' | 'p' | 'f') => "table",
         Some('i' | 'I') => "index",
@@ -92,8 +92,8 @@ fn kind(relation: &Relation) -> &'static str {
     }
 }
 
-/// As it is written in Rust, where that is short: `"invoice:42"`, `("billing", "invoice:42")`, `(1, 2)`.
-pub(super) fn in_rust(key: &LockKey) -> String {
+/// The key as it is written in Rust, if that is short: `"invoice:42"`, `("billing", "invoice:42")`, `(1, 2)`.
+pub(super) fn rust_literal(key: &LockKey) -> String {
     match (key.namespace(), key.name()) {
         (Some(namespace), Some(name)) if namespace.len() + name.len() < 100 => {
             format!("({namespace:?}, {name:?})")
@@ -103,13 +103,13 @@ pub(super) fn in_rust(key: &LockKey) -> String {
 }
 
 /// The columns of a row's key, for ORDER BY.
-pub(super) fn order(edges: &[&IncidentEdge]) -> Option<String> {
+pub(super) fn key_columns(edges: &[&IncidentEdge]) -> Option<String> {
     let keys = edges.iter().find_map(|edge| edge.row_key.as_ref());
-    let columns: Vec<_> = keys?.columns().map(|(name, _)| plain(name)).collect();
+    let columns: Vec<_> = keys?.columns().map(|(name, _)| printable(name)).collect();
     (!columns.is_empty()).then(|| columns.join(", "))
 }
 
-/// Of a row or a whole relation.
+/// The relation of a row, or the relation that is locked as a whole.
 pub(super) fn relation_of(edge: &IncidentEdge) -> Option<&Relation> {
     match (&edge.row, &edge.object) {
         (Some(row), _) => Some(row.relation()),
@@ -118,8 +118,8 @@ pub(super) fn relation_of(edge: &IncidentEdge) -> Option<&Relation> {
     }
 }
 
-/// Nothing in it that a terminal would act on, or that changes the order of what is around it.
-pub(super) fn plain(text: &str) -> String {
+/// The text without characters that control a terminal or change the direction of text.
+pub(super) fn printable(text: &str) -> String {
     let shown = |c: char| {
         let acts = c.is_control()
             || matches!(c, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
@@ -128,17 +128,17 @@ pub(super) fn plain(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
-/// On one line, cut after so many characters.
-pub(super) fn short(statement: &str, most: usize) -> String {
-    let words: Vec<_> = statement.split_whitespace().map(plain).collect();
+/// The text on one line, cut after this many characters.
+pub(super) fn one_line(statement: &str, max_chars: usize) -> String {
+    let words: Vec<_> = statement.split_whitespace().map(printable).collect();
     let line = words.join(" ");
-    match line.char_indices().nth(most) {
+    match line.char_indices().nth(max_chars) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line,
     }
 }
 
-/// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`; short ones in milliseconds.
+/// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`; below a second in milliseconds.
 pub(super) fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     match seconds {
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ages_are_as_short_as_they_can_be() {
+    fn ages_are_short() {
         for (millis, expected) in [
             (0, "0.0ms"),
             (9, "9.0ms"),
@@ -175,9 +175,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_moves_the_cursor() {
-        assert_eq!(plain("a\x1b[2J\u{202e}é"), "a\u{fffd}[2J\u{fffd}é");
-        assert_eq!(short("a \n\t b", 10), "a b");
-        assert_eq!(short("äbcdef", 3), "äbc…");
+    fn control_characters_are_replaced() {
+        assert_eq!(printable("a\x1b[2J\u{202e}é"), "a\u{fffd}[2J\u{fffd}é");
+        assert_eq!(one_line("a \n\t b", 10), "a b");
+        assert_eq!(one_line("äbcdef", 3), "äbc…");
     }
 }
