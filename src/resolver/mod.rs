@@ -1,24 +1,24 @@
 //! Clearing a pile-up of lock waits, in the safest order: what a [`Resolver`] may do, would do, and has done.
 
 mod baseline;
-mod load;
+mod escalation;
+mod load_hook;
 mod log;
 mod pattern;
-mod place;
 mod plan;
 mod policy;
-mod protect;
 mod protection;
+mod protection_rules;
 mod run;
 mod signal;
 mod sql;
-mod treatment;
+mod target_status;
 pub mod watchdog;
 
 pub use baseline::{Baseline, Setting};
-pub use load::LoadChange;
-pub use log::{Action, LogRow, RunEnd, RunLog, StepOutcome};
-pub use plan::{Plan, PlannedRoot, Step, Verdict};
+pub use load_hook::LoadChange;
+pub use log::{Action, RunEnd, RunLog, RunLogEntry, StepOutcome};
+pub use plan::{Decision, Plan, PlannedRoot, Step};
 pub use policy::ResolverPolicy;
 pub use protection::Protection;
 pub use signal::SignalOutcome;
@@ -29,7 +29,7 @@ use crate::connection;
 use crate::error::Error;
 use crate::graph::{Backend, LockTree};
 use crate::monitor::Monitor;
-use protect::Known;
+use protection_rules::SessionFacts;
 
 /// Clears a pile-up of lock waits in the safest order: [`Monitor::resolver`], [`Keeper::resolver`](crate::Keeper::resolver).
 ///
@@ -104,11 +104,11 @@ impl Resolver {
     /// [plan](RunLog::plan) has it.
     #[must_use]
     pub fn plan(&self, tree: &LockTree) -> Plan {
-        let known = Known {
-            own: own(tree),
-            ..Known::default()
+        let facts = SessionFacts {
+            own_sessions: own_sessions_in(tree),
+            ..SessionFacts::default()
         };
-        Plan::new(&self.policy, &known, tree).without_surroundings()
+        Plan::new(&self.policy, &facts, tree).mark_from_tree_only()
     }
 
     /// What it may do.
@@ -143,19 +143,19 @@ impl Resolver {
 }
 
 /// Why one session must not be signalled, if so: what a policy says, and what the server and this process know now.
-pub(super) async fn left_alone(
+pub(super) async fn check_protection(
     monitor: &Monitor,
     policy: &ResolverPolicy,
     backend: &Backend,
 ) -> Result<Option<Protection>, Error> {
-    let mut known = run::known(monitor, policy).await?;
-    let own = backend.pid().filter(|pid| connection::is_in_custody(*pid));
-    known.own.extend(own);
-    Ok(protect::of(policy, &known, backend))
+    let mut facts = run::session_facts(monitor, policy).await?;
+    let own_sessions = backend.pid().filter(|pid| connection::is_in_custody(*pid));
+    facts.own_sessions.extend(own_sessions);
+    Ok(protection_rules::protection_of(policy, &facts, backend))
 }
 
 /// Those who take part in a tree and whom a guard or a transaction of this process has.
-fn own(tree: &LockTree) -> HashSet<i32> {
+fn own_sessions_in(tree: &LockTree) -> HashSet<i32> {
     let backends = tree.snapshot().backends().iter();
     backends
         .filter_map(Backend::pid)

@@ -4,12 +4,12 @@ use std::fmt;
 use std::time::Duration;
 
 use super::policy::ResolverPolicy;
-use super::protect::{self, Known};
+use super::protection_rules::{self, SessionFacts};
 use crate::graph::{Backend, LockTree, TreeNode};
-use crate::monitor::Waits;
+use crate::monitor::WaitSummary;
 use crate::postgres::timestamp::Age;
 use crate::resolver::protection::Protection;
-use crate::resolver::sql::signal::{self, Lacking};
+use crate::resolver::sql::signal::{self, MissingPrivilege};
 
 /// What is done about a root blocker, one after another, each only where what came before has not helped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,7 +26,7 @@ pub enum Step {
 /// What is to be done about one root blocker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Verdict {
+pub enum Decision {
     /// These steps, as far as they are needed.
     Act(
         /// In their order.
@@ -64,7 +64,7 @@ pub struct PlannedRoot {
     backend: Backend,
     blocks: usize,
     why: String,
-    verdict: Verdict,
+    decision: Decision,
 }
 
 /// What a [`Resolver`](super::Resolver) would do, and why: a root blocker after another, first the one that keeps most
@@ -72,7 +72,7 @@ pub struct PlannedRoot {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     roots: Vec<PlannedRoot>,
-    waits: Waits,
+    waits: WaitSummary,
     execute: bool,
     /// Whether it was made from the tree alone.
     from_tree_only: bool,
@@ -95,7 +95,7 @@ impl fmt::Display for Step {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Act(steps) => {
@@ -143,8 +143,8 @@ impl PlannedRoot {
 
     /// What is to be done about it.
     #[must_use]
-    pub fn verdict(&self) -> &Verdict {
-        &self.verdict
+    pub fn decision(&self) -> &Decision {
+        &self.decision
     }
 
     /// Why, in a sentence.
@@ -156,39 +156,39 @@ impl PlannedRoot {
     /// The steps, where there are any.
     #[must_use]
     pub fn steps(&self) -> &[Step] {
-        match &self.verdict {
-            Verdict::Act(steps) => steps,
+        match &self.decision {
+            Decision::Act(steps) => steps,
             _ => &[],
         }
     }
 }
 
 impl Plan {
-    pub(super) fn new(policy: &ResolverPolicy, known: &Known, tree: &LockTree) -> Self {
-        let concerned = tree.roots().filter(|root| concerns(policy, *root));
-        let roots = concerned.map(|root| {
-            let verdict = if root.is_in_cycle() {
-                Verdict::LeftToTheServer
+    pub(super) fn new(policy: &ResolverPolicy, facts: &SessionFacts, tree: &LockTree) -> Self {
+        let included = tree.roots().filter(|root| includes(policy, *root));
+        let roots = included.map(|root| {
+            let decision = if root.is_in_cycle() {
+                Decision::LeftToTheServer
             } else {
-                verdict(policy, known, root.backend())
+                decision(policy, facts, root.backend())
             };
             PlannedRoot {
                 why: why(root.backend(), root.blocks()),
                 backend: root.backend().clone(),
                 blocks: root.blocks(),
-                verdict,
+                decision,
             }
         });
         Self {
             roots: roots.collect(),
-            waits: Waits::among(tree.snapshot(), &policy.databases),
+            waits: WaitSummary::among(tree.snapshot(), &policy.databases),
             execute: policy.execute,
             from_tree_only: false,
         }
     }
 
     /// The same, of which it is said that it was made from the tree alone.
-    pub(super) fn without_surroundings(self) -> Self {
+    pub(super) fn mark_from_tree_only(self) -> Self {
         Self {
             from_tree_only: true,
             ..self
@@ -203,7 +203,7 @@ impl Plan {
 
     /// How much is waited.
     #[must_use]
-    pub fn waits(&self) -> &Waits {
+    pub fn waits(&self) -> &WaitSummary {
         &self.waits
     }
 
@@ -228,7 +228,7 @@ impl fmt::Display for Plan {
         writeln!(f, "plan{how}: {}", self.waits)?;
         for (n, root) in self.roots.iter().enumerate() {
             writeln!(f, "{}. {}", n + 1, root.backend)?;
-            writeln!(f, "   {}: {}", root.why, root.verdict)?;
+            writeln!(f, "   {}: {}", root.why, root.decision)?;
         }
         if self.from_tree_only && !self.is_empty() {
             writeln!(
@@ -241,73 +241,77 @@ impl fmt::Display for Plan {
 }
 
 /// Whether it, or one of those it keeps waiting, is in a database that the policy names.
-fn concerns(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
-    let mut left = vec![root];
-    while let Some(node) = left.pop() {
-        if policy.databases.has(node.backend().database()) {
+fn includes(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
+    let mut unvisited = vec![root];
+    while let Some(node) = unvisited.pop() {
+        if policy.databases.includes(node.backend().database()) {
             return true;
         }
-        left.extend(node.children());
+        unvisited.extend(node.children());
     }
     false
 }
 
 /// What can be done about a session that is in the way and waits for nobody.
-pub(super) fn verdict(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> Verdict {
-    if !policy.databases.has(backend.database()) {
-        return Verdict::OtherDatabase;
+pub(super) fn decision(
+    policy: &ResolverPolicy,
+    facts: &SessionFacts,
+    backend: &Backend,
+) -> Decision {
+    if !policy.databases.includes(backend.database()) {
+        return Decision::OtherDatabase;
     }
     if backend.pid().is_none() {
         let statement = backend
             .prepared_transaction()
             .map(|gid| signal::rollback_prepared(gid).into());
-        return Verdict::ByHand { statement };
+        return Decision::ByHand { statement };
     }
     if backend.is_gone() {
-        return Verdict::Gone;
+        return Decision::Gone;
     }
-    if let Some(protection) = protect::of(policy, known, backend) {
-        return Verdict::LeaveAlone(protection);
+    if let Some(protection) = protection_rules::protection_of(policy, facts, backend) {
+        return Decision::LeaveAlone(protection);
     }
     // Unknown is not idle.
     let (Some(state), false) = (backend.state(), backend.is_hidden()) else {
-        let around = &known.surroundings;
-        let lacking = Lacking {
+        let sessions = &facts.sessions;
+        let missing = MissingPrivilege {
             role: "pg_read_all_stats",
-            is_member: around.reads_all,
+            is_member: sessions.is_stats_member,
         };
-        let me = around.me.as_deref().unwrap_or("this role");
-        return Verdict::Hidden {
-            grant: signal::grant(&[lacking], me, around.version).into(),
+        let role = sessions.role.as_deref().unwrap_or("this role");
+        return Decision::Hidden {
+            grant: signal::grant(&[missing], role, sessions.version).into(),
         };
     };
-    let left = |grace: Duration| grace.saturating_sub(backend.in_state().unwrap_or_default());
+    let remaining = |grace: Duration| grace.saturating_sub(backend.in_state().unwrap_or_default());
     let terminate = |grace: Duration| {
-        if policy.may_terminate {
-            Verdict::Act(vec![Step::Wait(left(grace)), Step::Terminate])
+        if policy.allow_terminate {
+            Decision::Act(vec![Step::Wait(remaining(grace)), Step::Terminate])
         } else {
-            Verdict::NotAllowed {
-                option: "may_terminate(true)",
+            Decision::NotAllowed {
+                option: "allow_terminate(true)",
             }
         }
     };
     match state {
         "active" | "fastpath function call" => {
             let mut steps = vec![Step::Wait(policy.wait), Step::Cancel];
-            if policy.may_terminate && backend.backend_type() != Some("autovacuum worker") {
+            if policy.allow_terminate && backend.backend_type() != Some("autovacuum worker") {
                 steps.push(Step::Terminate);
             }
-            Verdict::Act(steps)
+            Decision::Act(steps)
         }
         "idle" => match policy.idle_session_grace {
             Some(grace) => terminate(grace),
-            None => Verdict::NotAllowed {
+            None => Decision::NotAllowed {
                 option: "idle_session_grace",
             },
         },
         state if state.starts_with("idle in transaction") => terminate(policy.idle_grace),
         // `disabled`: the server does not keep track of what it does.
-        _ => Verdict::NotAllowed {
+        _ => Decision::NotAllowed {
             option: "track_activities = on, to see what it does",
         },
     }
@@ -348,8 +352,8 @@ mod tests {
         backend
     }
 
-    fn of(policy: &ResolverPolicy, backend: &Backend) -> Verdict {
-        verdict(policy, &Known::default(), backend)
+    fn of(policy: &ResolverPolicy, backend: &Backend) -> Decision {
+        decision(policy, &SessionFacts::default(), backend)
     }
 
     #[test]
@@ -357,12 +361,12 @@ mod tests {
         let policy = ResolverPolicy::new().wait(30 * SECOND);
         assert_eq!(
             of(&policy, &in_state("active", 999)),
-            Verdict::Act(vec![Step::Wait(30 * SECOND), Step::Cancel, Step::Terminate])
+            Decision::Act(vec![Step::Wait(30 * SECOND), Step::Cancel, Step::Terminate])
         );
-        let policy = policy.may_terminate(false);
+        let policy = policy.allow_terminate(false);
         assert_eq!(
             of(&policy, &in_state("active", 999)),
-            Verdict::Act(vec![Step::Wait(30 * SECOND), Step::Cancel])
+            Decision::Act(vec![Step::Wait(30 * SECOND), Step::Cancel])
         );
     }
 
@@ -372,15 +376,15 @@ mod tests {
         for state in ["idle in transaction", "idle in transaction (aborted)"] {
             assert_eq!(
                 of(&policy, &in_state(state, 45)),
-                Verdict::Act(vec![Step::Wait(15 * SECOND), Step::Terminate])
+                Decision::Act(vec![Step::Wait(15 * SECOND), Step::Terminate])
             );
         }
         assert!(matches!(
             of(
-                &policy.may_terminate(false),
+                &policy.allow_terminate(false),
                 &in_state("idle in transaction", 99)
             ),
-            Verdict::NotAllowed { .. }
+            Decision::NotAllowed { .. }
         ));
     }
 
@@ -389,11 +393,11 @@ mod tests {
         let policy = ResolverPolicy::new();
         assert!(matches!(
             of(&policy, &in_state("idle", 9999)),
-            Verdict::NotAllowed { .. }
+            Decision::NotAllowed { .. }
         ));
         assert_eq!(
             of(&policy.idle_session_grace(SECOND), &in_state("idle", 9)),
-            Verdict::Act(vec![Step::Wait(Duration::ZERO), Step::Terminate])
+            Decision::Act(vec![Step::Wait(Duration::ZERO), Step::Terminate])
         );
     }
 
@@ -404,7 +408,7 @@ mod tests {
         let policy = ResolverPolicy::new();
         assert_eq!(
             of(&policy, &worker),
-            Verdict::Act(vec![Step::Wait(policy.wait), Step::Cancel])
+            Decision::Act(vec![Step::Wait(policy.wait), Step::Cancel])
         );
     }
 
@@ -413,23 +417,23 @@ mod tests {
         let mut hidden = Backend::unknown(1.into());
         hidden.sight = Sight::Hidden;
         hidden.application_name = Some("app".into());
-        let known = Known {
-            surroundings: crate::resolver::sql::sessions::Surroundings {
-                me: Some("o\"ps".into()),
+        let facts = SessionFacts {
+            sessions: crate::resolver::sql::sessions::ServerSessions {
+                role: Some("o\"ps".into()),
                 ..Default::default()
             },
-            ..Known::default()
+            ..SessionFacts::default()
         };
         assert_eq!(
-            verdict(&ResolverPolicy::new(), &known, &hidden),
-            Verdict::Hidden {
+            decision(&ResolverPolicy::new(), &facts, &hidden),
+            Decision::Hidden {
                 grant: "GRANT pg_read_all_stats TO \"o\"\"ps\"".into()
             }
         );
         let off = in_state("disabled", 0);
         assert!(matches!(
             of(&ResolverPolicy::new(), &off),
-            Verdict::NotAllowed { .. }
+            Decision::NotAllowed { .. }
         ));
     }
 
@@ -450,8 +454,8 @@ mod tests {
             ],
         )
         .tree();
-        let plan =
-            Plan::new(&ResolverPolicy::new(), &Known::default(), &tree).without_surroundings();
+        let plan = Plan::new(&ResolverPolicy::new(), &SessionFacts::default(), &tree)
+            .mark_from_tree_only();
         assert!(plan.is_from_tree_only() && !plan.is_empty());
         let text = plan.to_string();
         assert!(
@@ -472,7 +476,7 @@ mod tests {
         assert_eq!(blocked[0], 2);
         let empty = Plan::new(
             &ResolverPolicy::new(),
-            &Known::default(),
+            &SessionFacts::default(),
             &snapshot(vec![], vec![]).tree(),
         );
         assert!(empty.is_empty() && empty.to_string().contains("nobody waits"));
@@ -483,9 +487,9 @@ mod tests {
         let policy = ResolverPolicy::new().database("here");
         let mut there = in_state("active", 9);
         there.database = Some("there".into());
-        assert_eq!(of(&policy, &there), Verdict::OtherDatabase);
+        assert_eq!(of(&policy, &there), Decision::OtherDatabase);
         there.database = Some("here".into());
-        assert!(matches!(of(&policy, &there), Verdict::Act(_)));
+        assert!(matches!(of(&policy, &there), Decision::Act(_)));
 
         // One elsewhere is shown where it keeps somebody here waiting.
         let mut with = |database: &str| {
@@ -495,7 +499,7 @@ mod tests {
             snapshot(vec![there.clone(), waiter], vec![edge(2, 1, SECOND)]).tree()
         };
         for (database, roots) in [("here", 1), ("there", 0)] {
-            let plan = Plan::new(&policy, &Known::default(), &with(database));
+            let plan = Plan::new(&policy, &SessionFacts::default(), &with(database));
             assert_eq!(plan.roots().len(), roots);
             assert!(plan.is_empty());
         }

@@ -7,16 +7,16 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::monitor::RecoveryCriterion;
-use crate::monitor::waits::Databases;
+use crate::monitor::database_filter::DatabaseFilter;
 use crate::resolver::pattern::Pattern;
 
-use super::load::LoadChange;
+use super::load_hook::LoadChange;
 
 /// Looks are not worth more often than that.
-const SHORTEST_POLL: Duration = Duration::from_millis(10);
+const MIN_POLL: Duration = Duration::from_millis(10);
 
 /// Programs that take backups over a connection like any other.
-const BACKUPS: [&str; 9] = [
+const BACKUP_PROGRAMS: [&str; 9] = [
     "pg_dump*",
     "pg_basebackup*",
     "pg_receivewal*",
@@ -29,7 +29,7 @@ const BACKUPS: [&str; 9] = [
 ];
 
 /// Programs that change schemas.
-const MIGRATIONS: [&str; 9] = [
+const MIGRATION_PROGRAMS: [&str; 9] = [
     "*migrat*",
     "*flyway*",
     "*liquibase*",
@@ -65,18 +65,18 @@ pub struct ResolverPolicy {
     pub(super) settle: Duration,
     pub(super) poll: Duration,
     pub(super) deadline: Duration,
-    pub(super) most_signals: u32,
-    pub(super) may_terminate: bool,
-    pub(super) patterns: Vec<Pattern>,
-    pub(super) backups: Vec<Pattern>,
-    pub(super) migration_names: Vec<Pattern>,
+    pub(super) max_signals: u32,
+    pub(super) allow_terminate: bool,
+    pub(super) protected_applications: Vec<Pattern>,
+    pub(super) backup_programs: Vec<Pattern>,
+    pub(super) migration_programs: Vec<Pattern>,
     pub(super) migration_keys: Vec<LockKey>,
-    pub(super) migrations: bool,
-    pub(super) superusers: bool,
-    pub(super) own_sessions: bool,
-    pub(super) databases: Databases,
+    pub(super) allow_migrations: bool,
+    pub(super) allow_superusers: bool,
+    pub(super) allow_own_sessions: bool,
+    pub(super) databases: DatabaseFilter,
     pub(super) criterion: RecoveryCriterion,
-    pub(super) hook: Option<Arc<dyn Fn(LoadChange) + Send + Sync>>,
+    pub(super) load_callback: Option<Arc<dyn Fn(LoadChange) + Send + Sync>>,
     pub(super) hook_timeout: Duration,
 }
 
@@ -99,18 +99,18 @@ impl ResolverPolicy {
             settle: Duration::from_secs(5),
             poll: Duration::from_millis(500),
             deadline: Duration::from_secs(15 * 60),
-            most_signals: 10,
-            may_terminate: true,
-            patterns: Vec::new(),
-            backups: patterns(&BACKUPS),
-            migration_names: patterns(&MIGRATIONS),
+            max_signals: 10,
+            allow_terminate: true,
+            protected_applications: Vec::new(),
+            backup_programs: patterns(&BACKUP_PROGRAMS),
+            migration_programs: patterns(&MIGRATION_PROGRAMS),
             migration_keys: Vec::new(),
-            migrations: false,
-            superusers: false,
-            own_sessions: false,
-            databases: Databases::default(),
+            allow_migrations: false,
+            allow_superusers: false,
+            allow_own_sessions: false,
+            databases: DatabaseFilter::default(),
             criterion: RecoveryCriterion::no_waits(),
-            hook: None,
+            load_callback: None,
             hook_timeout: Duration::from_secs(5),
         }
     }
@@ -170,15 +170,15 @@ impl ResolverPolicy {
 
     /// How many signals a run may send in all; 10 by default.
     #[must_use]
-    pub fn most_signals(mut self, signals: u32) -> Self {
-        self.most_signals = signals;
+    pub fn max_signals(mut self, signals: u32) -> Self {
+        self.max_signals = signals;
         self
     }
 
     /// Whether sessions may be terminated where a cancel did not help, or could not; they may by default.
     #[must_use]
-    pub fn may_terminate(mut self, may: bool) -> Self {
-        self.may_terminate = may;
+    pub fn allow_terminate(mut self, allow: bool) -> Self {
+        self.allow_terminate = allow;
         self
     }
 
@@ -186,7 +186,8 @@ impl ResolverPolicy {
     /// not matter. In addition to those that are always left alone.
     #[must_use]
     pub fn protect(mut self, pattern: impl AsRef<str>) -> Self {
-        self.patterns.push(Pattern::new(pattern.as_ref()));
+        self.protected_applications
+            .push(Pattern::new(pattern.as_ref()));
         self
     }
 
@@ -202,22 +203,22 @@ impl ResolverPolicy {
 
     /// Whether migrations and index builds may be signalled; they may not by default.
     #[must_use]
-    pub fn touch_migrations(mut self, may: bool) -> Self {
-        self.migrations = may;
+    pub fn allow_migrations(mut self, allow: bool) -> Self {
+        self.allow_migrations = allow;
         self
     }
 
     /// Whether sessions of superusers other than the resolver's own role may be signalled; they may not by default.
     #[must_use]
-    pub fn touch_superusers(mut self, may: bool) -> Self {
-        self.superusers = may;
+    pub fn allow_superusers(mut self, allow: bool) -> Self {
+        self.allow_superusers = allow;
         self
     }
 
     /// Whether sessions that a guard or a transaction of this process has may be signalled; they may not by default.
     #[must_use]
-    pub fn touch_own_sessions(mut self, may: bool) -> Self {
-        self.own_sessions = may;
+    pub fn allow_own_sessions(mut self, allow: bool) -> Self {
+        self.allow_own_sessions = allow;
         self
     }
 
@@ -246,7 +247,7 @@ impl ResolverPolicy {
     /// is not called.
     #[must_use]
     pub fn shed_load(mut self, hook: impl Fn(LoadChange) + Send + Sync + 'static) -> Self {
-        self.hook = Some(Arc::new(hook));
+        self.load_callback = Some(Arc::new(hook));
         self
     }
 
@@ -258,18 +259,18 @@ impl ResolverPolicy {
     }
 
     /// Whether a session of this database is dealt with.
-    pub(super) fn concerns_database(&self, name: Option<&str>) -> bool {
-        self.databases.has(name)
+    pub(super) fn includes_database(&self, name: Option<&str>) -> bool {
+        self.databases.includes(name)
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        if self.poll < SHORTEST_POLL {
+        if self.poll < MIN_POLL {
             return Err(Error::config(format!(
-                "a resolver that looks every {:?}: at least {SHORTEST_POLL:?}",
+                "a resolver that looks every {:?}: at least {MIN_POLL:?}",
                 self.poll
             )));
         }
-        if self.most_signals == 0 && self.execute {
+        if self.max_signals == 0 && self.execute {
             return Err(Error::config(
                 "a resolver that may send 0 signals: at least 1, or leave out execute(true)",
             ));
@@ -291,10 +292,10 @@ impl fmt::Debug for ResolverPolicy {
             .field("idle_grace", &self.idle_grace)
             .field("settle", &self.settle)
             .field("deadline", &self.deadline)
-            .field("most_signals", &self.most_signals)
-            .field("may_terminate", &self.may_terminate)
+            .field("max_signals", &self.max_signals)
+            .field("allow_terminate", &self.allow_terminate)
             .field("criterion", &self.criterion)
-            .field("sheds_load", &self.hook.is_some())
+            .field("sheds_load", &self.load_callback.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -315,7 +316,7 @@ mod tests {
         let policy = ResolverPolicy::new;
         for policy in [
             policy().poll(Duration::from_millis(9)),
-            policy().execute(true).most_signals(0),
+            policy().execute(true).max_signals(0),
             policy().deadline(Duration::ZERO),
             policy().recovered_when(RecoveryCriterion::no_waits().checks(0)),
         ] {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 #[non_exhaustive]
 pub enum Protection {
     /// It is the session that looks and signals.
-    Oneself,
+    SignallingSession,
     /// It is the connection beside the pool of some [`Keeper`](crate::Keeper), which holds nothing anybody waits for.
     SideConnection,
     /// A guard or a transaction of this process, alive now, has it.
@@ -40,7 +40,7 @@ pub enum Protection {
 impl fmt::Display for Protection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = match self {
-            Self::Oneself => "it is the session that looks",
+            Self::SignallingSession => "it is the session that looks",
             Self::SideConnection => "it is a keeper's side connection",
             Self::OwnSession => "a guard or a transaction of this process has it",
             Self::Replication => "it is replication",
@@ -61,7 +61,7 @@ impl fmt::Display for Protection {
 }
 
 /// What kind of backend it is, where that alone protects it.
-pub(crate) fn of_kind(backend_type: &str) -> Option<Protection> {
+pub(crate) fn of_backend_type(backend_type: &str) -> Option<Protection> {
     match backend_type {
         "client backend" | "autovacuum worker" => None,
         "walsender" | "walreceiver" | "startup" | "slotsync worker" => {
@@ -79,8 +79,8 @@ mod tests {
 
     #[test]
     fn only_clients_and_autovacuum_are_ever_signalled() {
-        assert_eq!(of_kind("client backend"), None);
-        assert_eq!(of_kind("autovacuum worker"), None);
+        assert_eq!(of_backend_type("client backend"), None);
+        assert_eq!(of_backend_type("autovacuum worker"), None);
         for kind in [
             "walsender",
             "walreceiver",
@@ -89,7 +89,11 @@ mod tests {
             "logical replication parallel worker",
             "logical replication launcher",
         ] {
-            assert_eq!(of_kind(kind), Some(Protection::Replication), "{kind}");
+            assert_eq!(
+                of_backend_type(kind),
+                Some(Protection::Replication),
+                "{kind}"
+            );
         }
         for kind in [
             "checkpointer",
@@ -98,7 +102,11 @@ mod tests {
             "pg_cron launcher",
             "",
         ] {
-            assert_eq!(of_kind(kind), Some(Protection::ServerProcess), "{kind}");
+            assert_eq!(
+                of_backend_type(kind),
+                Some(Protection::ServerProcess),
+                "{kind}"
+            );
         }
     }
 }

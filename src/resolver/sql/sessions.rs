@@ -7,7 +7,7 @@ use tokio_postgres::SimpleQueryMessage;
 use crate::postgres::sql::{is_true, parsed, rows, text};
 
 /// Who asks, of which sessions it cannot be seen what they do, and which ones are whose and at what.
-pub(crate) const LOOK: &str = "SELECT CURRENT_USER AS me, pg_catalog.current_database() AS here, \
+pub(crate) const SESSIONS: &str = "SELECT CURRENT_USER AS role, pg_catalog.current_database() AS database, \
      pg_catalog.pg_backend_pid() AS own, pg_catalog.current_setting('server_version_num') AS version, \
      pg_catalog.pg_has_role('pg_read_all_stats'::pg_catalog.name, 'MEMBER'::pg_catalog.text) AS is_member; \
      SELECT a.pid, r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER) AS superuser, \
@@ -20,16 +20,16 @@ pub(crate) const LOOK: &str = "SELECT CURRENT_USER AS me, pg_catalog.current_dat
 
 /// What [`LOOK`] brought.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Surroundings {
+pub(crate) struct ServerSessions {
     /// The role that asks.
-    pub(crate) me: Option<Box<str>>,
+    pub(crate) role: Option<Box<str>>,
     /// It is a member of `pg_read_all_stats`.
-    pub(crate) reads_all: bool,
+    pub(crate) is_stats_member: bool,
     pub(crate) version: u32,
     /// The database it is connected to.
-    pub(crate) here: Option<Box<str>>,
+    pub(crate) database: Option<Box<str>>,
     /// The backend that answered.
-    pub(crate) own: Option<i32>,
+    pub(crate) own_pid: Option<i32>,
     /// Sessions of superusers other than that role.
     pub(crate) superusers: HashSet<i32>,
     pub(crate) backups: HashSet<i32>,
@@ -37,16 +37,16 @@ pub(crate) struct Surroundings {
     pub(crate) builds: HashSet<i32>,
 }
 
-pub(crate) fn surroundings(reply: &[SimpleQueryMessage]) -> Option<Surroundings> {
+pub(crate) fn read_sessions(reply: &[SimpleQueryMessage]) -> Option<ServerSessions> {
     let mut rows = rows(reply);
     let first = rows.next()?;
-    let mut found = Surroundings {
-        me: text(first, "me").map(Into::into),
-        reads_all: is_true(first, "is_member"),
+    let mut found = ServerSessions {
+        role: text(first, "role").map(Into::into),
+        is_stats_member: is_true(first, "is_member"),
         version: parsed(first, "version").unwrap_or(0),
-        here: text(first, "here").map(Into::into),
-        own: parsed(first, "own"),
-        ..Surroundings::default()
+        database: text(first, "database").map(Into::into),
+        own_pid: parsed(first, "own"),
+        ..ServerSessions::default()
     };
     for row in rows {
         let Some(pid) = parsed(row, "pid") else {
@@ -67,7 +67,7 @@ pub(crate) fn surroundings(reply: &[SimpleQueryMessage]) -> Option<Surroundings>
 
 /// The settings that decide how long somebody waits for a lock, and what is known of it afterwards. By name, so that
 /// nothing secret is among them.
-pub(crate) const SETTINGS: &str = "SELECT s.name, s.setting, s.unit, s.source FROM pg_catalog.pg_settings AS s \
+pub(crate) const LOCK_SETTINGS: &str = "SELECT s.name, s.setting, s.unit, s.source FROM pg_catalog.pg_settings AS s \
      WHERE s.name OPERATOR(pg_catalog.=) ANY ('{autovacuum,client_connection_check_interval,deadlock_timeout,\
      default_transaction_isolation,idle_in_transaction_session_timeout,idle_session_timeout,lock_timeout,\
      log_lock_waits,log_line_prefix,max_connections,max_locks_per_transaction,max_prepared_transactions,\
@@ -76,7 +76,7 @@ pub(crate) const SETTINGS: &str = "SELECT s.name, s.setting, s.unit, s.source FR
      ::pg_catalog.text[]) ORDER BY s.name USING OPERATOR(pg_catalog.<)";
 
 /// One row of [`SETTINGS`]: name, value, unit, source.
-pub(crate) fn settings(
+pub(crate) fn read_settings(
     reply: &[SimpleQueryMessage],
 ) -> impl Iterator<Item = (String, String, Option<String>, Option<String>)> {
     rows(reply).filter_map(|row| {

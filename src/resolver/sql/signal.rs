@@ -23,7 +23,7 @@ pub(crate) enum Signal {
 
 /// Sessions that are left alone besides those that always are.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Spared {
+pub(crate) struct Exclusions {
     /// Those of superusers other than the role that signals.
     pub(crate) superusers: bool,
     /// Those that build an index, or write a table anew.
@@ -38,8 +38,13 @@ pub(crate) struct Spared {
 /// Conditions and signal are one statement, which looks at the activity once: what can come in between is the server's
 /// own way from a row to its function. The answer has a row with each of the conditions; none for a session that has
 /// ended. The conditions are columns of a subquery with OFFSET, so that the signal is not weighed before they are.
-pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) -> String {
-    let seen = Moments::of(backend);
+pub(crate) fn statement(
+    signal: Signal,
+    backend: &Backend,
+    pid: i32,
+    exclusions: Exclusions,
+) -> String {
+    let seen = ObservedTimes::of(backend);
     let is_idle = backend
         .state()
         .is_some_and(|state| state.starts_with("idle"));
@@ -50,7 +55,7 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
         Signal::Cancel => works.to_owned(),
         // One that was idle and has gone on to work is not what was seen.
         Signal::Terminate if is_idle => same("a.state_change", seen.state_change),
-        Signal::Terminate if spared.finished => works.to_owned(),
+        Signal::Terminate if exclusions.finished => works.to_owned(),
         Signal::Terminate => "true".to_owned(),
     };
     let kinds = match signal {
@@ -63,25 +68,25 @@ pub(crate) fn send(signal: Signal, backend: &Backend, pid: i32, spared: Spared) 
     };
     let mut sql = String::from(
         "SELECT t.*, CASE WHEN t.same_backend AND t.same_transaction AND t.same_state AND t.permitted \
-         AND NOT t.hidden AND NOT t.oneself AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup \
+         AND NOT t.hidden AND NOT t.own_session AND NOT t.side AND NOT t.other_kind AND NOT t.wraparound AND NOT t.backup \
          AND NOT t.committing",
     );
-    if spared.superusers {
+    if exclusions.superusers {
         sql.push_str(" AND NOT t.superuser");
     }
-    if spared.builds {
+    if exclusions.builds {
         sql.push_str(" AND NOT t.builds");
     }
     let _ = write!(
         sql,
         " THEN {function} END AS signalled FROM (SELECT a.pid, a.state, a.backend_type, {} AS same_backend, \
          {} AS same_transaction, {same_state} AS same_state, a.backend_start IS NULL AS hidden, \
-         pg_catalog.int4eq(a.pid, pg_catalog.pg_backend_pid()) AS oneself, \
+         pg_catalog.int4eq(a.pid, pg_catalog.pg_backend_pid()) AS own_session, \
          COALESCE(pg_catalog.texteq(a.application_name, {}), false) AS side, \
          NOT COALESCE(a.backend_type OPERATOR(pg_catalog.=) ANY ({kinds}::pg_catalog.text[]), true) AS other_kind, \
-         {WRAPAROUND} AS wraparound, {IN_BACKUP} AS backup, {COMMITTING} AS committing, {BUILDS} AS builds, \
+         {WRAPAROUND} AS wraparound, {TAKES_BACKUP} AS backup, {COMMITTING} AS committing, {BUILDS} AS builds, \
          COALESCE(r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER), false) AS superuser, \
-         {PERMITTED} AS permitted, r.oid IS NULL AS nobodys, COALESCE(r.rolsuper, false) AS is_superusers, \
+         {PERMITTED} AS permitted, r.oid IS NULL AS has_no_role, COALESCE(r.rolsuper, false) AS is_superusers, \
          {MEMBERSHIPS}, CURRENT_USER AS me, pg_catalog.current_setting('server_version_num') AS version \
          FROM pg_catalog.pg_stat_activity AS a \
          LEFT JOIN pg_catalog.pg_roles AS r ON r.oid OPERATOR(pg_catalog.=) a.usesysid \
@@ -103,7 +108,7 @@ const WRAPAROUND: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum
 
 /// Whether it sends a base backup, which makes it a walsender too; or has just begun one that somebody copies (14 has the
 /// older name), which ends with its session.
-const IN_BACKUP: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
+const TAKES_BACKUP: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid) \
      OR COALESCE(pg_catalog.int4gt(pg_catalog.strpos(pg_catalog.lower(a.query), 'pg_backup_start('), 0) \
      OR pg_catalog.int4gt(pg_catalog.strpos(pg_catalog.lower(a.query), 'pg_start_backup('), 0), false))";
@@ -160,7 +165,7 @@ fn micros(time: SystemTime) -> Option<i64> {
 
 /// The times by which a session is known again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Moments {
+struct ObservedTimes {
     backend_start: Option<SystemTime>,
     transaction_start: Option<SystemTime>,
     /// Its ages are all of one moment, so that each start can be had from any other. An age that was cut off at zero
@@ -168,7 +173,7 @@ struct Moments {
     state_change: Option<SystemTime>,
 }
 
-impl Moments {
+impl ObservedTimes {
     fn of(backend: &Backend) -> Self {
         let seen_at = || {
             backend
@@ -186,7 +191,7 @@ impl Moments {
 
 /// What [`send`] found, and whether it signalled.
 #[derive(Clone, Debug)]
-pub(crate) struct Sent {
+pub(crate) struct SignalReply {
     pub(crate) signalled: bool,
     pub(crate) same_backend: bool,
     pub(crate) same_transaction: bool,
@@ -194,7 +199,7 @@ pub(crate) struct Sent {
     pub(crate) state: Option<String>,
     /// Not to be seen by this role.
     pub(crate) hidden: bool,
-    pub(crate) oneself: bool,
+    pub(crate) own_session: bool,
     pub(crate) side: bool,
     /// `backend_type`, where that is none that such a signal is sent to.
     pub(crate) other_kind: Option<String>,
@@ -206,51 +211,51 @@ pub(crate) struct Sent {
     /// It is of a superuser, who is not the role that asks.
     pub(crate) superuser: bool,
     /// What would permit it; `None` where it is permitted.
-    pub(crate) lacks: Option<String>,
+    pub(crate) needs: Option<String>,
 }
 
 /// Reads the reply of [`send`]; `None` where there is no such backend.
-pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
+pub(crate) fn read_reply(reply: &[SimpleQueryMessage]) -> Option<SignalReply> {
     let row = rows(reply).next()?;
     let permitted = is_true(row, "permitted");
     let hidden = is_true(row, "hidden");
     let me = text(row, "me").unwrap_or_default();
     let version = parsed(row, "version").unwrap_or(0);
-    let lacking = |role| Lacking {
+    let missing = |role| MissingPrivilege {
         role,
         is_member: is_true(row, role),
     };
     let mut roles = Vec::new();
     if hidden {
-        roles.push(lacking("pg_read_all_stats"));
+        roles.push(missing("pg_read_all_stats"));
     }
-    let mut lacks = None;
+    let mut needs = None;
     if !permitted {
         let kind = text(row, "backend_type");
         if is_true(row, "is_superusers") {
-            lacks =
+            needs =
                 Some("nothing to GRANT: only a superuser may signal a superuser's session".into());
-        } else if !is_true(row, "nobodys") {
-            roles.push(lacking("pg_signal_backend"));
+        } else if !is_true(row, "has_no_role") {
+            roles.push(missing("pg_signal_backend"));
         } else if version >= 180_000 && kind.as_deref() == Some("autovacuum worker") {
-            roles.push(lacking("pg_signal_autovacuum_worker"));
+            roles.push(missing("pg_signal_autovacuum_worker"));
         } else {
-            lacks = Some(
+            needs = Some(
                 "nothing to GRANT: only a superuser may signal the server's own processes".into(),
             );
         }
     }
-    if !roles.is_empty() && lacks.is_none() {
-        lacks = Some(grant(&roles, &me, version));
+    if !roles.is_empty() && needs.is_none() {
+        needs = Some(grant(&roles, &me, version));
     }
-    Some(Sent {
+    Some(SignalReply {
         signalled: is_true(row, "signalled"),
         same_backend: is_true(row, "same_backend"),
         same_transaction: is_true(row, "same_transaction"),
         same_state: is_true(row, "same_state"),
         state: text(row, "state"),
         hidden,
-        oneself: is_true(row, "oneself"),
+        own_session: is_true(row, "own_session"),
         side: is_true(row, "side"),
         other_kind: text(row, "backend_type").filter(|_| is_true(row, "other_kind")),
         wraparound: is_true(row, "wraparound"),
@@ -258,13 +263,13 @@ pub(crate) fn sent(reply: &[SimpleQueryMessage]) -> Option<Sent> {
         committing: is_true(row, "committing"),
         builds: is_true(row, "builds"),
         superuser: is_true(row, "superuser"),
-        lacks,
+        needs,
     })
 }
 
 /// A predefined role whose privileges somebody does not have.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Lacking {
+pub(crate) struct MissingPrivilege {
     pub(crate) role: &'static str,
     /// It is a member, and does not inherit its privileges.
     pub(crate) is_member: bool,
@@ -272,13 +277,13 @@ pub(crate) struct Lacking {
 
 /// What gives somebody the privileges of these roles. To a member a GRANT gives nothing more: whether privileges are
 /// inherited is a property of the member, and since 16 of the membership (PostgreSQL's documentation, "Role Membership").
-pub(crate) fn grant(roles: &[Lacking], to: &str, version: u32) -> String {
+pub(crate) fn grant(roles: &[MissingPrivilege], to: &str, version: u32) -> String {
     let to = identifier(to);
-    let names = |roles: &mut dyn Iterator<Item = &Lacking>| {
-        let names: Vec<_> = roles.map(|lacking| lacking.role).collect();
+    let names = |roles: &mut dyn Iterator<Item = &MissingPrivilege>| {
+        let names: Vec<_> = roles.map(|missing| missing.role).collect();
         names.join(", ")
     };
-    if roles.iter().all(|lacking| !lacking.is_member) {
+    if roles.iter().all(|missing| !missing.is_member) {
         return format!("GRANT {} TO {to}", names(&mut roles.iter()));
     }
     if version >= 160_000 {
@@ -286,7 +291,7 @@ pub(crate) fn grant(roles: &[Lacking], to: &str, version: u32) -> String {
         return format!("GRANT {all} TO {to} WITH INHERIT TRUE");
     }
     let mut needed = format!("ALTER ROLE {to} INHERIT");
-    let others = names(&mut roles.iter().filter(|lacking| !lacking.is_member));
+    let others = names(&mut roles.iter().filter(|missing| !missing.is_member));
     if !others.is_empty() {
         let _ = write!(needed, "; GRANT {others} TO {to}");
     }
@@ -318,22 +323,30 @@ mod tests {
 
     #[test]
     fn the_change_of_state_is_had_from_the_ages() {
-        let moments = Moments::of(&seen());
-        assert_eq!(moments.state_change, Some(at(1_000_401)));
-        assert_eq!(Moments::of(&Backend::unknown(7.into())).state_change, None);
+        let times = ObservedTimes::of(&seen());
+        assert_eq!(times.state_change, Some(at(1_000_401)));
+        assert_eq!(
+            ObservedTimes::of(&Backend::unknown(7.into())).state_change,
+            None
+        );
     }
 
     #[test]
     fn nothing_is_sent_to_one_of_which_nothing_is_known() {
         for signal in [Signal::Cancel, Signal::Terminate] {
-            let sql = send(signal, &Backend::unknown(7.into()), 7, Spared::default());
+            let sql = statement(
+                signal,
+                &Backend::unknown(7.into()),
+                7,
+                Exclusions::default(),
+            );
             assert!(sql.contains("false AS same_backend"), "{sql}");
         }
     }
 
     #[test]
     fn who_was_idle_is_known_by_since_when() {
-        let sql = send(Signal::Terminate, &seen(), 7, Spared::default());
+        let sql = statement(Signal::Terminate, &seen(), 7, Exclusions::default());
         assert!(
             sql.contains("a.state_change") && sql.contains("1000401"),
             "{sql}"
@@ -375,13 +388,13 @@ mod tests {
         wrong[3].in_state = right.in_state.map(|age| age + tick);
         wrong[4].backend_start = None;
         let ask = async |signal, backend: &Backend| {
-            let sql = send(signal, backend, pid, Spared::default());
-            sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
+            let sql = statement(signal, backend, pid, Exclusions::default());
+            read_reply(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
         };
         for (at, backend) in wrong.iter().enumerate() {
-            let sent = ask(Signal::Terminate, backend).await;
-            assert!(!sent.signalled, "{at}: {sent:?}");
-            assert_eq!(sent.same_backend, !matches!(at, 0 | 4), "{sent:?}");
+            let reply = ask(Signal::Terminate, backend).await;
+            assert!(!reply.signalled, "{at}: {reply:?}");
+            assert_eq!(reply.same_backend, !matches!(at, 0 | 4), "{reply:?}");
         }
         victim.batch_execute("SELECT").await.expect("it lives");
         // The right one, but it has been used since.
@@ -398,7 +411,7 @@ mod tests {
     }
 
     /// What is asked of `pg_stat_activity` of a session, as a look at it would have it.
-    async fn look(client: &tokio_postgres::Client, pid: i32) -> Backend {
+    async fn observed(client: &tokio_postgres::Client, pid: i32) -> Backend {
         let sql = "SELECT (extract(epoch FROM backend_start) * 1000000)::int8, \
              (extract(epoch FROM xact_start) * 1000000)::int8 FROM pg_stat_activity WHERE pid = $1";
         let row = client.query_one(sql, &[&pid]).await.expect("it is there");
@@ -445,20 +458,23 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let backend = look(&client, pid).await;
+        let backend = observed(&client, pid).await;
         let ask = async |signal, superusers, builds| {
-            let spared = Spared {
+            let exclusions = Exclusions {
                 superusers,
                 builds,
-                ..Spared::default()
+                ..Exclusions::default()
             };
-            let sql = send(signal, &backend, pid, spared);
-            sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
+            let sql = statement(signal, &backend, pid, exclusions);
+            read_reply(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
         };
         for (superusers, builds) in [(true, false), (false, true), (true, true)] {
             for signal in [Signal::Cancel, Signal::Terminate] {
-                let sent = ask(signal, superusers, builds).await;
-                assert!(!sent.signalled && sent.superuser && sent.builds, "{sent:?}");
+                let reply = ask(signal, superusers, builds).await;
+                assert!(
+                    !reply.signalled && reply.superuser && reply.builds,
+                    "{reply:?}"
+                );
             }
         }
         assert!(!building.is_finished());
@@ -478,14 +494,14 @@ mod tests {
         let pid: i32 = pid.expect("it lives").get(0);
         victim.batch_execute("SELECT").await.expect("it lives");
         // As it was seen while it ran.
-        let backend = look(&client, pid).await;
+        let backend = observed(&client, pid).await;
         let ask = async |finished| {
-            let spared = Spared {
+            let exclusions = Exclusions {
                 finished,
-                ..Spared::default()
+                ..Exclusions::default()
             };
-            let sql = send(Signal::Terminate, &backend, pid, spared);
-            sent(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
+            let sql = statement(Signal::Terminate, &backend, pid, exclusions);
+            read_reply(&client.simple_query(&sql).await.expect("it answers")).expect("it is there")
         };
         let kept = ask(true).await;
         assert!(
@@ -497,13 +513,13 @@ mod tests {
 
     #[test]
     fn names_are_quoted() {
-        let lacking = |role, is_member| Lacking { role, is_member };
-        let signal = lacking("pg_signal_backend", false);
+        let missing = |role, is_member| MissingPrivilege { role, is_member };
+        let signal = missing("pg_signal_backend", false);
         assert_eq!(
             grant(&[signal], "O'Hara \"x\"", 150_000),
             "GRANT pg_signal_backend TO \"O'Hara \"\"x\"\"\""
         );
-        let both = [lacking("pg_read_all_stats", true), signal];
+        let both = [missing("pg_read_all_stats", true), signal];
         assert_eq!(
             grant(&both, "ops", 150_018),
             "ALTER ROLE \"ops\" INHERIT; GRANT pg_signal_backend TO \"ops\""

@@ -131,11 +131,14 @@ impl fmt::Display for Finding {
 }
 
 /// The sessions with leaked locks, each once.
-pub(super) fn leaks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> Vec<Finding> {
+pub(super) fn leaked_locks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> Vec<Finding> {
     let mut found: BTreeMap<BackendId, Finding> = BTreeMap::new();
     for entry in leaks {
         let backend = entry.backend();
-        if !policy.spared.concerns_database(backend.database()) {
+        if !policy
+            .protection_policy
+            .includes_database(backend.database())
+        {
             continue;
         }
         let finding = found
@@ -155,14 +158,18 @@ pub(super) fn leaks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> V
 
 /// Those who are idle in the way of others, and those who wait for too long. `is_own` says of a process id whether a live
 /// guard or transaction of this process has it.
-pub(super) fn in_snapshot(
+pub(super) fn blockers_and_zombies(
     policy: &WatchdogPolicy,
     snapshot: &Snapshot,
     is_own: impl Fn(i32) -> bool,
 ) -> Vec<Finding> {
     let mut found = Vec::new();
     let backends = snapshot.backends().iter();
-    for backend in backends.filter(|backend| policy.spared.concerns_database(backend.database())) {
+    for backend in backends.filter(|backend| {
+        policy
+            .protection_policy
+            .includes_database(backend.database())
+    }) {
         let is_idle = backend
             .state()
             .is_some_and(|state| state.starts_with("idle in transaction"));
@@ -187,7 +194,7 @@ pub(super) fn in_snapshot(
         if let (Some(bound), Some(waited), Some(pid)) = (policy.zombies.age, waited, backend.pid())
             && waited >= bound
             && !is_own(pid)
-            && is_suspect(policy, backend)
+            && may_be_zombie(policy, backend)
         {
             found.push(finding(FindingKind::ZombieWaiter, waited));
         }
@@ -195,9 +202,13 @@ pub(super) fn in_snapshot(
     found
 }
 
-fn is_suspect(policy: &WatchdogPolicy, backend: &Backend) -> bool {
+fn may_be_zombie(policy: &WatchdogPolicy, backend: &Backend) -> bool {
     let name = backend.application_name().unwrap_or_default();
-    policy.waiters.is_empty() || policy.waiters.iter().any(|pattern| pattern.matches(name))
+    policy.zombie_applications.is_empty()
+        || policy
+            .zombie_applications
+            .iter()
+            .any(|pattern| pattern.matches(name))
 }
 
 #[cfg(test)]
@@ -215,7 +226,7 @@ mod tests {
     }
 
     fn found(policy: &WatchdogPolicy, snapshot: &Snapshot) -> Vec<(FindingKind, i32)> {
-        let found = in_snapshot(policy, snapshot, |pid| pid == 9);
+        let found = blockers_and_zombies(policy, snapshot, |pid| pid == 9);
         let found = found.iter();
         found
             .filter_map(|finding| Some((finding.kind(), finding.backend().pid()?)))
@@ -225,16 +236,16 @@ mod tests {
     #[test]
     fn only_who_is_idle_in_the_way_of_others_for_long() {
         let policy = WatchdogPolicy::new().idle_blockers(60 * SECOND);
-        let scene = |seconds, edges| snapshot(vec![idle(1, seconds), idle(5, 99)], edges);
+        let observed = |seconds, edges| snapshot(vec![idle(1, seconds), idle(5, 99)], edges);
         let waits = || vec![edge(2, 1, SECOND)];
         assert_eq!(
-            found(&policy, &scene(60, waits())),
+            found(&policy, &observed(60, waits())),
             [(FindingKind::IdleBlocker, 1)]
         );
-        assert_eq!(found(&policy, &scene(59, waits())), []);
-        assert_eq!(found(&policy, &scene(60, vec![])), []);
+        assert_eq!(found(&policy, &observed(59, waits())), []);
+        assert_eq!(found(&policy, &observed(60, vec![])), []);
         let off = policy.idle_blockers(None);
-        assert_eq!(found(&off, &scene(60, waits())), []);
+        assert_eq!(found(&off, &observed(60, waits())), []);
     }
 
     #[test]
@@ -253,9 +264,9 @@ mod tests {
         );
         let zombie = FindingKind::ZombieWaiter;
         assert_eq!(found(&policy, &snapshot), [(zombie, 2), (zombie, 3)]);
-        let named = policy.or_zombies_of("billing");
+        let named = policy.default_zombie_application("billing");
         assert_eq!(found(&named, &snapshot), [(zombie, 3)]);
-        let first = in_snapshot(&named, &snapshot, |_| false).remove(0);
+        let first = blockers_and_zombies(&named, &snapshot, |_| false).remove(0);
         let text = first.to_string();
         assert!(
             text.starts_with("zombie: pid 3 (billing src/pay.rs:42")

@@ -12,20 +12,20 @@ use crate::resolver::pattern::Pattern;
 
 /// A long call site behind it cuts an application's name, but not to less than that (test
 /// `a_long_prefix_gives_way_to_the_path`).
-const KEPT: usize = 24;
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+const MIN_APPLICATION_PREFIX: usize = 24;
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What an application does with a finding.
-pub(super) type Sink = Arc<dyn Fn(&Finding) + Send + Sync>;
+pub(super) type FindingCallback = Arc<dyn Fn(&Finding) + Send + Sync>;
 
 /// From which age on something is reported, and whether it is cleared then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rule {
+pub(super) struct FindingRule {
     pub(super) age: Option<Duration>,
     pub(super) clear: bool,
 }
 
-impl Rule {
+impl FindingRule {
     const fn reported_from(seconds: u64) -> Self {
         Self {
             age: Some(Duration::from_secs(seconds)),
@@ -52,13 +52,13 @@ impl Rule {
 #[derive(Clone)]
 pub struct WatchdogPolicy {
     pub(super) interval: Duration,
-    pub(super) leaks: Rule,
-    pub(super) idle: Rule,
-    pub(super) zombies: Rule,
-    pub(super) waiters: Vec<Pattern>,
+    pub(super) leaks: FindingRule,
+    pub(super) idle: FindingRule,
+    pub(super) zombies: FindingRule,
+    pub(super) zombie_applications: Vec<Pattern>,
     /// Who is left alone is the same as for a resolver.
-    pub(super) spared: ResolverPolicy,
-    pub(super) sink: Option<Sink>,
+    pub(super) protection_policy: ResolverPolicy,
+    pub(super) callback: Option<FindingCallback>,
 }
 
 impl Default for WatchdogPolicy {
@@ -73,12 +73,12 @@ impl WatchdogPolicy {
     pub fn new() -> Self {
         Self {
             interval: Duration::from_secs(10),
-            leaks: Rule::reported_from(5 * 60),
-            idle: Rule::reported_from(60),
-            zombies: Rule::reported_from(10 * 60),
-            waiters: Vec::new(),
-            spared: ResolverPolicy::new(),
-            sink: None,
+            leaks: FindingRule::reported_from(5 * 60),
+            idle: FindingRule::reported_from(60),
+            zombies: FindingRule::reported_from(10 * 60),
+            zombie_applications: Vec::new(),
+            protection_policy: ResolverPolicy::new(),
+            callback: None,
         }
     }
 
@@ -147,7 +147,8 @@ impl WatchdogPolicy {
     /// [`Monitor`](crate::Monitor) among all.
     #[must_use]
     pub fn zombie_application(mut self, pattern: impl AsRef<str>) -> Self {
-        self.waiters.push(Pattern::new(pattern.as_ref()));
+        self.zombie_applications
+            .push(Pattern::new(pattern.as_ref()));
         self
     }
 
@@ -155,7 +156,7 @@ impl WatchdogPolicy {
     /// [`Resolver`](crate::Resolver) leaves alone: replication, backups, migrations, superusers, this process' own.
     #[must_use]
     pub fn protect(mut self, pattern: impl AsRef<str>) -> Self {
-        self.spared = self.spared.protect(pattern);
+        self.protection_policy = self.protection_policy.protect(pattern);
         self
     }
 
@@ -163,7 +164,7 @@ impl WatchdogPolicy {
     /// [`ResolverPolicy::migration_key`](crate::ResolverPolicy::migration_key).
     #[must_use]
     pub fn migration_key(mut self, key: impl Into<LockKey>) -> Self {
-        self.spared = self.spared.migration_key(key);
+        self.protection_policy = self.protection_policy.migration_key(key);
         self
     }
 
@@ -171,7 +172,7 @@ impl WatchdogPolicy {
     /// advisory locks of other databases are never looked at.
     #[must_use]
     pub fn database(mut self, name: impl Into<String>) -> Self {
-        self.spared = self.spared.database(name);
+        self.protection_policy = self.protection_policy.database(name);
         self
     }
 
@@ -182,24 +183,27 @@ impl WatchdogPolicy {
     /// `lockkeeper::watchdog`.
     #[must_use]
     pub fn on_finding(mut self, f: impl Fn(&Finding) + Send + Sync + 'static) -> Self {
-        self.sink = Some(Arc::new(f));
+        self.callback = Some(Arc::new(f));
         self
     }
 
     /// Where nothing was said of it, looks for zombies among the sessions of a keeper with this `application_name`.
-    pub(crate) fn or_zombies_of(self, application_name: &str) -> Self {
-        if self.waiters.is_empty() {
-            let kept: String = application_name.chars().take(KEPT).collect();
-            self.zombie_application(format!("{kept}*"))
+    pub(crate) fn default_zombie_application(self, application_name: &str) -> Self {
+        if self.zombie_applications.is_empty() {
+            let prefix: String = application_name
+                .chars()
+                .take(MIN_APPLICATION_PREFIX)
+                .collect();
+            self.zombie_application(format!("{prefix}*"))
         } else {
             self
         }
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        if self.interval < SHORTEST_INTERVAL {
+        if self.interval < MIN_INTERVAL {
             return Err(Error::config(format!(
-                "a watchdog every {:?}: at least {SHORTEST_INTERVAL:?}",
+                "a watchdog every {:?}: at least {MIN_INTERVAL:?}",
                 self.interval
             )));
         }
