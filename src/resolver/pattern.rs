@@ -1,8 +1,8 @@
-//! Patterns of names, as shells have them.
+//! Name patterns with shell wildcards.
 
 use std::sync::Arc;
 
-/// A pattern in which `*` stands for any characters and `?` for any one; upper and lower case are the same.
+/// A pattern in which `*` matches any characters and `?` any one character. It is case-insensitive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pattern {
     text: Arc<str>,
@@ -17,7 +17,7 @@ impl Pattern {
         }
     }
 
-    /// As it was given.
+    /// The pattern as it was given.
     pub(super) fn text(&self) -> &Arc<str> {
         &self.text
     }
@@ -25,8 +25,8 @@ impl Pattern {
     pub(super) fn matches(&self, name: &str) -> bool {
         let (pattern, name) = (&self.folded, fold(name));
         let (mut at, mut place) = (0, 0);
-        // Where the last star stands, and how much of the name it stands for: if what follows does not match, it stands
-        // for one character more. Only the last one has to be tried again, so that it takes no more than the product.
+        // The position of the last star, and how much of the name it matches. On a mismatch behind it, it matches one
+        // character more. Only the last star has to be retried, so the cost is at most the product of the lengths.
         let mut star: Option<(usize, usize)> = None;
         while place < name.len() {
             match pattern.get(at) {

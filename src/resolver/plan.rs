@@ -1,4 +1,4 @@
-//! What is to be done about whom, and why: pure.
+//! What to do about each root blocker, and why. Pure logic.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,11 +11,11 @@ use crate::postgres::timestamp::Age;
 use crate::resolver::protection::Protection;
 use crate::resolver::sql::signal::{self, MissingPrivilege};
 
-/// What is done about a root blocker, one after another, each only where what came before has not helped.
+/// A step against a root blocker. Each step is taken only if the previous one did not help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Step {
-    /// Leave it so long to finish, or to go on.
+    /// Wait this long for it to finish or to continue.
     Wait(Duration),
     /// Cancel its statement: `pg_cancel_backend`.
     Cancel,
@@ -23,42 +23,42 @@ pub enum Step {
     Terminate,
 }
 
-/// What is to be done about one root blocker.
+/// What to do about one root blocker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Decision {
-    /// These steps, as far as they are needed.
+    /// Take these steps, as far as they are needed.
     Act(
-        /// In their order.
+        /// In order.
         Vec<Step>,
     ),
     /// It is left alone.
     LeaveAlone(Protection),
-    /// This role cannot see what it does, so it is left alone.
+    /// What it does is hidden from this role, so it is left alone.
     Hidden {
-        /// The GRANT, or what else is lacking, that would show it.
+        /// The GRANT, or whatever else is missing, that would show it.
         grant: Box<str>,
     },
-    /// It is a prepared transaction, which has no session to be signalled.
+    /// It is a prepared transaction, which has no session to signal.
     ByHand {
-        /// The statement that ends it, for somebody who knows that nobody else will.
+        /// The statement that ends it. Run it only if you know that nothing else will.
         statement: Option<Box<str>>,
     },
-    /// It is part of a circle: if that is a deadlock, the server ends it when the longest wait in it reaches
+    /// It is part of a cycle. If that is a deadlock, the server ends it when the longest wait in it reaches
     /// `deadlock_timeout`.
     LeftToTheServer,
-    /// The policy does not let anything be done that would help.
+    /// The policy does not allow what would help.
     NotAllowed {
-        /// What would have to be allowed.
+        /// The option that would have to be set.
         option: &'static str,
     },
     /// It is in a database that the policy does not name.
     OtherDatabase,
-    /// It had ended when it was looked at.
+    /// It had ended when it was observed.
     Gone,
 }
 
-/// One root blocker, and what is to be done about it.
+/// One root blocker, and what to do about it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedRoot {
     backend: Backend,
@@ -67,8 +67,8 @@ pub struct PlannedRoot {
     decision: Decision,
 }
 
-/// What a [`Resolver`](super::Resolver) would do, and why: a root blocker after another, first the one that keeps most
-/// sessions waiting.
+/// What a [`Resolver`](super::Resolver) would do, and why: one root blocker after another, the one that blocks most
+/// sessions first.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     roots: Vec<PlannedRoot>,
@@ -129,31 +129,31 @@ impl fmt::Display for Decision {
 }
 
 impl PlannedRoot {
-    /// Who is in the way.
+    /// The root blocker.
     #[must_use]
     pub fn backend(&self) -> &Backend {
         &self.backend
     }
 
-    /// How many sessions could not go on before this one does.
+    /// How many sessions cannot continue before this one does.
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// What is to be done about it.
+    /// What to do about it.
     #[must_use]
     pub fn decision(&self) -> &Decision {
         &self.decision
     }
 
-    /// Why, in a sentence.
+    /// The reason, in a sentence.
     #[must_use]
     pub fn why(&self) -> &str {
         &self.why
     }
 
-    /// The steps, where there are any.
+    /// The steps, if there are any.
     #[must_use]
     pub fn steps(&self) -> &[Step] {
         match &self.decision {
@@ -187,7 +187,7 @@ impl Plan {
         }
     }
 
-    /// The same, of which it is said that it was made from the tree alone.
+    /// The same plan, marked as made from the tree alone.
     pub(super) fn mark_from_tree_only(self) -> Self {
         Self {
             from_tree_only: true,
@@ -195,33 +195,34 @@ impl Plan {
         }
     }
 
-    /// The root blockers, first the one that keeps most sessions waiting.
+    /// The root blockers, the one that blocks most sessions first.
     #[must_use]
     pub fn roots(&self) -> &[PlannedRoot] {
         &self.roots
     }
 
-    /// How much is waited.
+    /// The lock waits.
     #[must_use]
     pub fn waits(&self) -> &WaitSummary {
         &self.waits
     }
 
-    /// Whether there is anything that would be done.
+    /// Whether the plan has no step to take.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.roots.iter().all(|root| root.steps().is_empty())
     }
 
-    /// Whether it was made from a tree alone: whose sessions are superusers', and who takes a backup or builds an index
-    /// without saying so, is only found out by [`run`](super::Resolver::run), before anything is done.
+    /// Whether it was made from a tree alone. Only [`run`](super::Resolver::run) reads from the server, before it does
+    /// anything, which sessions are superusers', and which take a backup or build an index although their statement
+    /// does not show it.
     #[must_use]
     pub fn is_from_tree_only(&self) -> bool {
         self.from_tree_only
     }
 }
 
-/// A line of what is waited, and two for each root blocker.
+/// A summary of the waits, and two lines for each root blocker.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = if self.execute { "" } else { " (dry run)" };
@@ -240,7 +241,7 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Whether it, or one of those it keeps waiting, is in a database that the policy names.
+/// Whether a root blocker, or a session that it blocks, is in a database that the policy names.
 fn includes(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
     let mut unvisited = vec![root];
     while let Some(node) = unvisited.pop() {
@@ -252,7 +253,7 @@ fn includes(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
     false
 }
 
-/// What can be done about a session that is in the way and waits for nobody.
+/// What to do about a session that blocks others and waits for no lock.
 pub(super) fn decision(
     policy: &ResolverPolicy,
     facts: &SessionFacts,
@@ -310,7 +311,7 @@ pub(super) fn decision(
             },
         },
         state if state.starts_with("idle in transaction") => terminate(policy.idle_grace),
-        // `disabled`: the server does not keep track of what it does.
+        // `disabled`: the server does not track what the session does.
         _ => Decision::NotAllowed {
             option: "track_activities = on, to see what it does",
         },
@@ -357,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn never_a_kill_first() {
+    fn a_termination_is_never_the_first_step() {
         let policy = ResolverPolicy::new().wait(30 * SECOND);
         assert_eq!(
             of(&policy, &in_state("active", 999)),
@@ -371,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_in_transaction_is_only_terminated_after_its_own_grace() {
+    fn idle_in_transaction_is_terminated_only_after_its_own_grace() {
         let policy = ResolverPolicy::new().idle_grace(60 * SECOND);
         for state in ["idle in transaction", "idle in transaction (aborted)"] {
             assert_eq!(
@@ -389,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_session_is_only_touched_if_told_to() {
+    fn an_idle_session_is_terminated_only_if_allowed() {
         let policy = ResolverPolicy::new();
         assert!(matches!(
             of(&policy, &in_state("idle", 9999)),
@@ -438,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_says_who_and_why() {
+    fn a_plan_names_each_root_and_the_reason() {
         let mut prepared = Backend::unknown(BackendId::Prepared(Some(Arc::from("it's"))));
         prepared.sight = Sight::Whole;
         let mut queued = edge(4, 9, SECOND);
@@ -483,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn another_database_is_not_dealt_with() {
+    fn another_database_is_left_alone() {
         let policy = ResolverPolicy::new().database("here");
         let mut there = in_state("active", 9);
         there.database = Some("there".into());
@@ -491,7 +492,7 @@ mod tests {
         there.database = Some("here".into());
         assert!(matches!(of(&policy, &there), Decision::Act(_)));
 
-        // One elsewhere is shown where it keeps somebody here waiting.
+        // A root blocker elsewhere is listed if it blocks a session here.
         let mut with = |database: &str| {
             let mut waiter = backend(2);
             waiter.database = Some(database.into());

@@ -1,4 +1,4 @@
-//! Who is left alone: pure, from what was seen and what the policy says.
+//! The rules for which sessions are left alone, given what was observed and the policy. Pure logic.
 
 use std::collections::HashSet;
 
@@ -13,11 +13,11 @@ use crate::postgres::statement::{self, StatementKind};
 use crate::resolver::protection::{self, Protection};
 use crate::resolver::sql::sessions::ServerSessions;
 
-/// The key under which goose changes schemas: one number for all databases.
+/// The advisory lock that goose holds during a migration: one number for all databases.
 const GOOSE_KEY: i64 = 4_097_083_626;
 
-/// What the tables are called in which programs note the migrations that they have made (`schema_migrations`,
-/// `_sqlx_migrations`, `flyway_schema_history`, …), or a part of it.
+/// Names, or parts of the names, of the tables in which programs record the migrations they have run
+/// (`schema_migrations`, `_sqlx_migrations`, `flyway_schema_history`, …).
 const MIGRATION_TABLES: [&str; 6] = [
     "migration",
     "schema_history",
@@ -27,18 +27,18 @@ const MIGRATION_TABLES: [&str; 6] = [
     "goose_db_version",
 ];
 
-/// What is known besides who waits for whom.
+/// What is known about sessions besides their waits.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SessionFacts {
     pub(super) sessions: ServerSessions,
     /// Sessions that hold an advisory lock of a program that changes schemas.
     pub(super) migrating: HashSet<i32>,
-    /// Sessions that a guard or a transaction of this process has.
+    /// Sessions that a guard or transaction of this process owns.
     pub(super) own_sessions: HashSet<i32>,
 }
 
 impl SessionFacts {
-    /// From the server's answers, and what this process has.
+    /// From the server's replies; `own_sessions` is added by the caller.
     pub(super) fn new(
         policy: &ResolverPolicy,
         sessions: ServerSessions,
@@ -121,11 +121,11 @@ pub(super) fn protection_of(
     None
 }
 
-/// Whether a statement changes the schema, or notes that it was changed: often the last one of a migration's
-/// transaction. Of a session that is idle in its transaction it is the last one, which has
-/// its locks still.
+/// Whether a statement changes the schema, or records that it was changed, which is often the last statement of a
+/// migration's transaction. For a session that is idle in its transaction `sql` is its last statement, whose locks it
+/// still holds.
 ///
-/// What an application does to its own temporary tables is none; what only empties or locks a table is none.
+/// Changes to temporary tables do not count, nor do statements that only empty or lock a table.
 fn changes_schema(sql: &str) -> bool {
     match statement::kind(sql) {
         StatementKind::AlterTable
@@ -153,7 +153,7 @@ fn changes_schema(sql: &str) -> bool {
                 });
                 !matches!(words.next().as_deref(), Some("temp" | "temporary"))
             }
-            // The table is named soon: `INSERT INTO x.y`, `UPDATE ONLY x.y`.
+            // The table's name is among the first words: `INSERT INTO x.y`, `UPDATE ONLY x.y`.
             "insert" | "update" | "delete" => words
                 .take(4)
                 .any(|word| MIGRATION_TABLES.iter().any(|table| word.contains(table))),
@@ -171,7 +171,8 @@ fn builds_index(sql: &str) -> bool {
     )
 }
 
-/// The functions with which programs begin a backup that they then copy themselves; 14 has the older name.
+/// Whether it calls a function that begins a backup which the program then copies itself; version 14 has the older
+/// name.
 fn starts_backup(sql: &str) -> bool {
     let sql = sql.to_ascii_lowercase();
     sql.contains("pg_backup_start(") || sql.contains("pg_start_backup(")
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn migrations_are_known_by_what_they_say_hold_and_are_called() {
+    fn migrations_are_known_by_statement_lock_and_name() {
         for sql in [
             "ALTER TABLE t ADD x int",
             "/* v17 */ alter table t add x int",
@@ -306,7 +307,7 @@ mod tests {
         }
     }
 
-    /// What the server's own autovacuum says of itself (PostgreSQL's source, `autovac_report_activity`).
+    /// The statement that the server's autovacuum reports (PostgreSQL's source, `autovac_report_activity`).
     #[test]
     fn wraparound_and_other_vacuums() {
         let mut worker = with_statement("autovacuum: VACUUM public.t (to prevent wraparound)");
@@ -326,13 +327,13 @@ mod tests {
         let mut worker = with_statement("autovacuum: VACUUM public.t");
         worker.backend_type = Some("autovacuum worker".into());
         assert_eq!(default_protection(&worker), None);
-        // A client that says so is one all the same.
+        // A client with that text in its statement is an ordinary client.
         let client = with_statement("SELECT '(to prevent wraparound)'");
         assert_eq!(default_protection(&client), None);
     }
 
     #[test]
-    fn backups_replication_superusers_and_oneself() {
+    fn backups_replication_superusers_and_the_signalling_session() {
         let facts = SessionFacts {
             sessions: ServerSessions {
                 own_pid: Some(7),

@@ -1,7 +1,7 @@
-//! Signals to backends, and what must be so for one to be sent.
+//! Signals to backends, and the conditions for sending one.
 //!
-//! A process id is used again, and a transaction that was in the way may have ended while somebody thought about it. So
-//! whom a signal is for is compared in the very statement that sends it.
+//! A process id is reused, and a blocking transaction may have ended since it was observed. So the statement that sends
+//! a signal also checks that it is sent to the intended session.
 
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
@@ -12,7 +12,7 @@ use crate::connection::sql::server::SIDE_NAME;
 use crate::graph::Backend;
 use crate::postgres::sql::{identifier, is_true, literal, parsed, rows, text};
 
-/// What is done to a backend.
+/// A signal to a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Signal {
     /// `pg_cancel_backend`: ends the running statement, if there is one.
@@ -21,23 +21,25 @@ pub(crate) enum Signal {
     Terminate,
 }
 
-/// Sessions that are left alone besides those that always are.
+/// Sessions that are left alone in addition to those that always are.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Exclusions {
     /// Those of superusers other than the role that signals.
     pub(crate) superusers: bool,
-    /// Those that build an index, or write a table anew.
+    /// Those that build an index, or rewrite a table.
     pub(crate) builds: bool,
-    /// From a termination, those that ran a statement when they were seen and run none any more.
+    /// From termination: those that ran a statement when they were observed and run none any more.
     pub(crate) finished: bool,
 }
 
-/// Sends the signal if the process id still belongs to the session that was seen, if that is still in the transaction
-/// that it was seen in, or in none still, and if it is still idle where it was; a cancel, only while a statement runs.
+/// The statement that sends the signal if the process id still belongs to the observed session, if that is still in the
+/// observed transaction (or still in none), and if it has been idle ever since it was observed idle. A cancel is sent
+/// only while a statement runs.
 ///
-/// Conditions and signal are one statement, which looks at the activity once: what can come in between is the server's
-/// own way from a row to its function. The answer has a row with each of the conditions; none for a session that has
-/// ended. The conditions are columns of a subquery with OFFSET, so that the signal is not weighed before they are.
+/// Conditions and signal are one statement, which reads the activity once. Only the time from reading the row to
+/// calling the function remains for a change. The reply has a row with each of the conditions, and no row if the
+/// session has ended. The conditions are columns of a subquery with OFFSET, so that they are evaluated before the
+/// signal function.
 pub(crate) fn statement(
     signal: Signal,
     backend: &Backend,
@@ -51,9 +53,9 @@ pub(crate) fn statement(
     let works = "COALESCE(pg_catalog.texteq(a.state, 'active') \
          OR pg_catalog.texteq(a.state, 'fastpath function call'), false)";
     let same_state = match signal {
-        // Whatever it was: a cancel ends a statement, and does nothing to a session that runs none.
+        // In any state: a cancel ends a statement, and has no effect on a session that runs none.
         Signal::Cancel => works.to_owned(),
-        // One that was idle and has gone on to work is not what was seen.
+        // A session that was idle and runs a statement now is not in the observed state.
         Signal::Terminate if is_idle => same("a.state_change", seen.state_change),
         Signal::Terminate if exclusions.finished => works.to_owned(),
         Signal::Terminate => "true".to_owned(),
@@ -101,20 +103,20 @@ pub(crate) fn statement(
     sql
 }
 
-/// What its own text says of an autovacuum that must not be stopped (PostgreSQL's source, `autovacuum.c`,
-/// `autovac_report_activity`). A client could say that too; then it is spared for nothing.
+/// An autovacuum that must not be stopped, as its statement says (PostgreSQL's source, `autovacuum.c`,
+/// `autovac_report_activity`). A client could imitate the text; it would then be spared without need.
 const WRAPAROUND: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum worker') \
      AND pg_catalog.int4gt(pg_catalog.strpos(a.query, '(to prevent wraparound)'), 0), false)";
 
-/// Whether it sends a base backup, which makes it a walsender too; or has just begun one that somebody copies (14 has the
-/// older name), which ends with its session.
+/// Whether it sends a base backup, which makes it a walsender too, or has just begun a backup that a program copies
+/// itself (version 14 has the older name) and that ends with its session.
 const TAKES_BACKUP: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_basebackup AS b \
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid) \
      OR COALESCE(pg_catalog.int4gt(pg_catalog.strpos(pg_catalog.lower(a.query), 'pg_backup_start('), 0) \
      OR pg_catalog.int4gt(pg_catalog.strpos(pg_catalog.lower(a.query), 'pg_start_backup('), 0), false))";
 
-/// Whether its transaction has committed, and only its client does not know yet. A cancel would end the wait with a warning,
-/// and the commit would not be on the standby (PostgreSQL's source, `SyncRepWaitForLSN`).
+/// Whether its transaction has committed, and only its client does not know yet. A cancel would end the wait with a
+/// warning, and the commit would not be on the standby (PostgreSQL's source, `SyncRepWaitForLSN`).
 const COMMITTING: &str = "COALESCE(pg_catalog.texteq(a.wait_event, 'SyncRep'), false)";
 
 /// Whether it builds an index, or runs CLUSTER or VACUUM FULL.
@@ -122,9 +124,10 @@ const BUILDS: &str = "(EXISTS (SELECT FROM pg_catalog.pg_stat_progress_create_in
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid) OR EXISTS (SELECT FROM pg_catalog.pg_stat_progress_cluster AS b \
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid))";
 
-/// Whether the server lets this role signal that backend: its own role's, and those of the roles it is a member of; with
-/// `pg_signal_backend` every role's but a superuser's; autovacuum's with `pg_signal_autovacuum_worker` (18+). The other
-/// processes belong to no role. PostgreSQL's documentation, "Server Signaling Functions"; source, `signalfuncs.c`.
+/// Whether the server permits this role to signal that backend: those of its own role and of the roles it is a member
+/// of; with `pg_signal_backend` those of every role except superusers; autovacuum workers with
+/// `pg_signal_autovacuum_worker` (18+). The other processes belong to no role. PostgreSQL's documentation, "Server
+/// Signaling Functions"; source, `signalfuncs.c`.
 const PERMITTED: &str = "((SELECT m.rolsuper FROM pg_catalog.pg_roles AS m \
      WHERE pg_catalog.nameeq(m.rolname, CURRENT_USER)) OR CASE \
      WHEN r.oid IS NULL THEN EXISTS (SELECT FROM pg_catalog.pg_roles AS w \
@@ -135,7 +138,7 @@ const PERMITTED: &str = "((SELECT m.rolsuper FROM pg_catalog.pg_roles AS m \
      ELSE pg_catalog.pg_has_role(r.oid, 'USAGE'::pg_catalog.text) \
      OR pg_catalog.pg_has_role('pg_signal_backend'::pg_catalog.name, 'USAGE'::pg_catalog.text) END)";
 
-/// Whether this role is a member of those that would permit it, inheriting or not.
+/// Whether this role is a member of the roles that would permit it, whether it inherits from them or not.
 const MEMBERSHIPS: &str = "pg_catalog.pg_has_role('pg_read_all_stats'::pg_catalog.name, 'MEMBER'::pg_catalog.text) \
      AS pg_read_all_stats, \
      pg_catalog.pg_has_role('pg_signal_backend'::pg_catalog.name, 'MEMBER'::pg_catalog.text) AS pg_signal_backend, \
@@ -143,7 +146,7 @@ const MEMBERSHIPS: &str = "pg_catalog.pg_has_role('pg_read_all_stats'::pg_catalo
      WHERE pg_catalog.nameeq(w.rolname, 'pg_signal_autovacuum_worker') \
      AND pg_catalog.pg_has_role(w.oid, 'MEMBER'::pg_catalog.text)) AS pg_signal_autovacuum_worker";
 
-/// A column of a time, the same to the microsecond.
+/// Compares a timestamp column with the observed time, to the microsecond.
 fn same(column: &str, seen: Option<SystemTime>) -> String {
     match seen.and_then(micros) {
         Some(micros) => format!(
@@ -163,13 +166,13 @@ fn micros(time: SystemTime) -> Option<i64> {
     }
 }
 
-/// The times by which a session is known again.
+/// The times that identify an observed session and its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct ObservedTimes {
     backend_start: Option<SystemTime>,
     transaction_start: Option<SystemTime>,
-    /// Its ages are all of one moment, so that each start can be had from any other. An age that was cut off at zero
-    /// gives a time that is not the session's, and no signal.
+    /// All ages of a backend are relative to one moment, so each start can be computed from any other. An age that was
+    /// cut off at zero gives a time that is not the session's, and so no signal.
     state_change: Option<SystemTime>,
 }
 
@@ -189,7 +192,7 @@ impl ObservedTimes {
     }
 }
 
-/// What [`send`] found, and whether it signalled.
+/// The conditions that [`statement`] evaluated, and whether it sent the signal.
 #[derive(Clone, Debug)]
 pub(crate) struct SignalReply {
     pub(crate) signalled: bool,
@@ -197,24 +200,24 @@ pub(crate) struct SignalReply {
     pub(crate) same_transaction: bool,
     pub(crate) same_state: bool,
     pub(crate) state: Option<String>,
-    /// Not to be seen by this role.
+    /// The session is hidden from this role.
     pub(crate) hidden: bool,
     pub(crate) own_session: bool,
     pub(crate) side: bool,
-    /// `backend_type`, where that is none that such a signal is sent to.
+    /// `backend_type`, if the signal is not sent to backends of this type.
     pub(crate) other_kind: Option<String>,
     pub(crate) wraparound: bool,
     pub(crate) backup: bool,
     /// It waits for a synchronous standby.
     pub(crate) committing: bool,
     pub(crate) builds: bool,
-    /// It is of a superuser, who is not the role that asks.
+    /// It belongs to a superuser other than the current role.
     pub(crate) superuser: bool,
-    /// What would permit it; `None` where it is permitted.
+    /// What would permit the signal; `None` if it is permitted.
     pub(crate) needs: Option<String>,
 }
 
-/// Reads the reply of [`send`]; `None` where there is no such backend.
+/// Reads the reply to [`statement`]; `None` if there is no such backend.
 pub(crate) fn read_reply(reply: &[SimpleQueryMessage]) -> Option<SignalReply> {
     let row = rows(reply).next()?;
     let permitted = is_true(row, "permitted");
@@ -267,16 +270,17 @@ pub(crate) fn read_reply(reply: &[SimpleQueryMessage]) -> Option<SignalReply> {
     })
 }
 
-/// A predefined role whose privileges somebody does not have.
+/// A predefined role whose privileges the current role does not have.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MissingPrivilege {
     pub(crate) role: &'static str,
-    /// It is a member, and does not inherit its privileges.
+    /// The current role is a member, but does not inherit the privileges.
     pub(crate) is_member: bool,
 }
 
-/// What gives somebody the privileges of these roles. To a member a GRANT gives nothing more: whether privileges are
-/// inherited is a property of the member, and since 16 of the membership (PostgreSQL's documentation, "Role Membership").
+/// What gives a role the privileges of these predefined roles. A GRANT gives a member nothing more: whether privileges
+/// are inherited is a property of the member, and since version 16 of the membership (PostgreSQL's documentation, "Role
+/// Membership").
 pub(crate) fn grant(roles: &[MissingPrivilege], to: &str, version: u32) -> String {
     let to = identifier(to);
     let names = |roles: &mut dyn Iterator<Item = &MissingPrivilege>| {
@@ -298,7 +302,7 @@ pub(crate) fn grant(roles: &[MissingPrivilege], to: &str, version: u32) -> Strin
     needed
 }
 
-/// The statement that ends a prepared transaction, for somebody to run who knows that it is nobody's any more.
+/// The statement that ends a prepared transaction. Run it only if you know that its transaction manager will not.
 pub(crate) fn rollback_prepared(gid: &str) -> String {
     format!("ROLLBACK PREPARED {}", literal(gid))
 }
@@ -322,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn the_change_of_state_is_had_from_the_ages() {
+    fn the_state_change_is_computed_from_the_ages() {
         let times = ObservedTimes::of(&seen());
         assert_eq!(times.state_change, Some(at(1_000_401)));
         assert_eq!(
@@ -332,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_to_one_of_which_nothing_is_known() {
+    fn nothing_is_sent_to_an_unknown_session() {
         for signal in [Signal::Cancel, Signal::Terminate] {
             let sql = statement(
                 signal,
@@ -345,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_idle_is_known_by_since_when() {
+    fn an_idle_session_is_identified_by_the_start_of_its_idleness() {
         let sql = statement(Signal::Terminate, &seen(), 7, Exclusions::default());
         assert!(
             sql.contains("a.state_change") && sql.contains("1000401"),
@@ -357,7 +361,7 @@ mod tests {
         );
     }
 
-    /// Process ids come again too seldom to wait for one: here it is the start that differs, in each part.
+    /// Process ids are reused too seldom to wait for one; here one of the times differs instead.
     #[tokio::test]
     async fn another_backend_with_the_same_process_id_is_safe() {
         let database = lockkeeper_testkit::Server::shared().database().await;
@@ -397,7 +401,7 @@ mod tests {
             assert_eq!(reply.same_backend, !matches!(at, 0 | 4), "{reply:?}");
         }
         victim.batch_execute("SELECT").await.expect("it lives");
-        // The right one, but it has been used since.
+        // The right session, but it has run a statement since.
         assert!(!ask(Signal::Terminate, &right).await.signalled);
         let row = client.query_one(sql, &[&pid]).await.expect("it is there");
         let used = at(u64::try_from(row.get::<_, i64>(3)).expect("after 1970"));
@@ -410,7 +414,7 @@ mod tests {
         assert!(ask(Signal::Terminate, &again).await.signalled);
     }
 
-    /// What is asked of `pg_stat_activity` of a session, as a look at it would have it.
+    /// The session as a monitor's query to `pg_stat_activity` would show it.
     async fn observed(client: &tokio_postgres::Client, pid: i32) -> Backend {
         let sql = "SELECT (extract(epoch FROM backend_start) * 1000000)::int8, \
              (extract(epoch FROM xact_start) * 1000000)::int8 FROM pg_stat_activity WHERE pid = $1";
@@ -425,7 +429,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whom_a_policy_spares_is_checked_by_the_statement_too() {
+    async fn exclusions_are_checked_by_the_statement_too() {
         let database = lockkeeper_testkit::Server::shared().database().await;
         let client = database.connect().await;
         let role = format!("boss {}", database.name());
@@ -486,14 +490,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_has_finished_what_it_ran_is_spared_if_told_to() {
+    async fn a_session_that_has_finished_its_statement_is_excluded_if_requested() {
         let database = lockkeeper_testkit::Server::shared().database().await;
         let (client, victim) = (database.connect().await, database.connect().await);
         victim.batch_execute("BEGIN").await.expect("it begins");
         let pid = victim.query_one("SELECT pg_backend_pid()", &[]).await;
         let pid: i32 = pid.expect("it lives").get(0);
         victim.batch_execute("SELECT").await.expect("it lives");
-        // As it was seen while it ran.
+        // As it was observed while it ran a statement.
         let backend = observed(&client, pid).await;
         let ask = async |finished| {
             let exclusions = Exclusions {

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_work_is_refused() {
+    fn an_invalid_policy_is_refused() {
         let policy = WatchdogPolicy::new;
         for policy in [
             policy().every(Duration::from_millis(99)),
