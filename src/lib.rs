@@ -141,9 +141,9 @@ pub use mode::{AdvisoryMode, LockMode, ParseModeError, RowLock};
 #[cfg(feature = "monitor")]
 pub use monitor::{
     AdvisoryLockEntry, Deadlocks, Effect, Health, InvalidIndexes, LockTableUsage, Monitor,
-    Observed, PreparedTransactions, Recovery, RecoveryCheck, RecoveryCriterion, SettingsFinding,
-    SettingsFindingKind, SettingsReport, Severity, SnapshotDiff, Trend, WaitSummary, Watch,
-    WatchUpdate,
+    ObservedValue, PreparedTransactions, Recovery, RecoveryCheck, RecoveryCriterion,
+    SettingsFinding, SettingsFindingKind, SettingsReport, Severity, SnapshotDiff, Trend,
+    WaitSummary, Watch, WatchUpdate,
 };
 pub use postgres::TableName;
 #[cfg(feature = "resolver")]

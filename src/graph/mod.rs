@@ -37,7 +37,7 @@
 //! # JSON
 //!
 //! With the feature `serde`, [`Snapshot`], [`LockTree`], [`Backend`] and [`Edge`] are `Serialize`, and so is
-//! [`AdvisoryLockEntry`](crate::AdvisoryLockEntry) ([`Health`](crate::Health#json) and [`Settings`](crate::Settings) have
+//! [`AdvisoryLockEntry`](crate::AdvisoryLockEntry) ([`Health`](crate::Health#json) and [`SettingsReport`](crate::SettingsReport) have
 //! documents of their own). In JSON, `null` is what is not known, or not there; times are
 //! RFC 3339 in UTC by the server's clock, durations are milliseconds. Statements are without their literals. Fields may be
 //! added; where one changes its meaning or goes away, `version` goes up.

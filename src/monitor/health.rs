@@ -16,7 +16,7 @@ const MAX_NAMED_ROOTS: usize = 3;
 /// `pg_read_all_stats` or `pg_monitor`: `GRANT pg_read_all_stats TO "role"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Observed<T> {
+pub enum ObservedValue<T> {
     /// Everything was visible.
     Known(T),
     /// Part of it was hidden: this was visible, and there may be more or older ones.
@@ -25,7 +25,7 @@ pub enum Observed<T> {
     Hidden,
 }
 
-impl<T> Observed<T> {
+impl<T> ObservedValue<T> {
     /// The value, if everything was visible.
     #[must_use]
     pub fn known(&self) -> Option<&T> {
@@ -51,7 +51,7 @@ impl<T> Observed<T> {
     }
 }
 
-impl<T> Observed<Option<T>> {
+impl<T> ObservedValue<Option<T>> {
     /// The result of a search in which some sessions may have been hidden.
     fn of(found: Option<T>, hidden: bool) -> Self {
         match (found, hidden) {
@@ -116,12 +116,12 @@ pub struct Health {
     roots: Vec<(BackendId, usize)>,
     cycles: usize,
     hidden_sessions: usize,
-    oldest_transaction: Observed<Option<Backend>>,
-    idle_in_transaction: Observed<Option<Backend>>,
+    oldest_transaction: ObservedValue<Option<Backend>>,
+    idle_in_transaction: ObservedValue<Option<Backend>>,
     deadlocks: Option<Deadlocks>,
     lock_table: LockTableUsage,
     prepared: PreparedTransactions,
-    invalid_indexes: Observed<InvalidIndexes>,
+    invalid_indexes: ObservedValue<InvalidIndexes>,
     advisory_locks: u64,
 }
 
@@ -151,8 +151,8 @@ impl Health {
                 .collect(),
             cycles: tree.cycles().len(),
             hidden_sessions: reply.hidden_sessions,
-            oldest_transaction: Observed::of(reply.oldest_transaction, hidden),
-            idle_in_transaction: Observed::of(reply.idle_in_transaction, hidden),
+            oldest_transaction: ObservedValue::of(reply.oldest_transaction, hidden),
+            idle_in_transaction: ObservedValue::of(reply.idle_in_transaction, hidden),
             deadlocks: reply.deadlocks.map(|count| Deadlocks {
                 count,
                 since: reply.deadlocks_since,
@@ -167,9 +167,9 @@ impl Health {
                 oldest: reply.oldest_prepared,
             },
             invalid_indexes: match (indexes.count, reply.invalid_unsure) {
-                (_, 0) => Observed::Known(indexes),
-                (0, _) => Observed::Hidden,
-                _ => Observed::AtLeast(indexes),
+                (_, 0) => ObservedValue::Known(indexes),
+                (0, _) => ObservedValue::Hidden,
+                _ => ObservedValue::AtLeast(indexes),
             },
             advisory_locks: reply.advisory,
             snapshot,
@@ -224,14 +224,14 @@ impl Health {
     /// The session with the oldest open transaction, [`Backend::in_transaction`]: VACUUM and `CREATE INDEX
     /// CONCURRENTLY` wait for it. Transactions of autovacuum are excluded. `Known(None)` if no transaction is open.
     #[must_use]
-    pub fn oldest_transaction(&self) -> &Observed<Option<Backend>> {
+    pub fn oldest_transaction(&self) -> &ObservedValue<Option<Backend>> {
         &self.oldest_transaction
     }
 
     /// The session that has been idle in its transaction for longest, [`Backend::in_state`]: it keeps its locks and
     /// does nothing. `Known(None)` if there is none.
     #[must_use]
-    pub fn oldest_idle_in_transaction(&self) -> &Observed<Option<Backend>> {
+    pub fn oldest_idle_in_transaction(&self) -> &ObservedValue<Option<Backend>> {
         &self.idle_in_transaction
     }
 
@@ -260,7 +260,7 @@ impl Health {
     /// The progress of an index build is hidden without `pg_read_all_stats`. INVALID indexes of a table on which a
     /// hidden session builds an index are not counted. On a standby none is counted.
     #[must_use]
-    pub fn invalid_indexes(&self) -> &Observed<InvalidIndexes> {
+    pub fn invalid_indexes(&self) -> &ObservedValue<InvalidIndexes> {
         &self.invalid_indexes
     }
 
@@ -447,9 +447,9 @@ impl fmt::Display for Health {
         writeln!(f, ", {} advisory locks held", self.advisory_locks)?;
         writeln!(f, "{}", self.prepared)?;
         match &self.invalid_indexes {
-            Observed::Known(indexes) => writeln!(f, "{indexes}"),
-            Observed::AtLeast(indexes) => writeln!(f, "at least {indexes}"),
-            Observed::Hidden => writeln!(
+            ObservedValue::Known(indexes) => writeln!(f, "{indexes}"),
+            ObservedValue::AtLeast(indexes) => writeln!(f, "at least {indexes}"),
+            ObservedValue::Hidden => writeln!(
                 f,
                 "INVALID indexes unknown: somebody may be at work on them"
             ),
@@ -485,7 +485,7 @@ impl Health {
 fn session(
     f: &mut fmt::Formatter<'_>,
     what: &str,
-    observed: &Observed<Option<Backend>>,
+    observed: &ObservedValue<Option<Backend>>,
     hidden: usize,
 ) -> fmt::Result {
     write!(f, "{what}: ")?;
@@ -495,8 +495,10 @@ fn session(
         None => f.write_str("unknown")?,
     }
     match observed {
-        Observed::Known(_) => writeln!(f),
-        Observed::AtLeast(_) => writeln!(f, ", or one of {hidden} sessions hidden from this role"),
-        Observed::Hidden => writeln!(f, ", {hidden} sessions hidden from this role"),
+        ObservedValue::Known(_) => writeln!(f),
+        ObservedValue::AtLeast(_) => {
+            writeln!(f, ", or one of {hidden} sessions hidden from this role")
+        }
+        ObservedValue::Hidden => writeln!(f, ", {hidden} sessions hidden from this role"),
     }
 }

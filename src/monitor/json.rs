@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Serialize, Serializer};
 
-use super::health::{Health, Observed};
+use super::health::{Health, ObservedValue};
 use super::settings::{Effect, SettingsFinding, SettingsReport, Severity};
 use crate::graph::json::{Id, Name, millis};
 use crate::graph::{Backend, BackendId};
@@ -96,7 +96,7 @@ impl<'a> RootDocument<'a> {
     }
 }
 
-/// A [`Observed`] value.
+/// A [`ObservedValue`] value.
 #[derive(Serialize)]
 struct ObservedDocument<T> {
     reading: &'static str,
@@ -104,12 +104,12 @@ struct ObservedDocument<T> {
 }
 
 impl<T> ObservedDocument<T> {
-    fn new<'a, V>(observed: &'a Observed<V>, value: impl FnOnce(&'a V) -> Option<T>) -> Self {
+    fn new<'a, V>(observed: &'a ObservedValue<V>, value: impl FnOnce(&'a V) -> Option<T>) -> Self {
         Self {
             reading: match observed {
-                Observed::Known(_) => "known",
-                Observed::AtLeast(_) => "at_least",
-                Observed::Hidden => "hidden",
+                ObservedValue::Known(_) => "known",
+                ObservedValue::AtLeast(_) => "at_least",
+                ObservedValue::Hidden => "hidden",
             },
             value: observed.seen().and_then(value),
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 
-use super::health::{Health, Observed};
+use super::health::{Health, ObservedValue};
 
 /// The value of a metric that is hidden from the role.
 const UNKNOWN: f64 = f64::NAN;
@@ -38,8 +38,8 @@ impl Health {
     /// reset, set to the server's own count. It does not decrease when the server's count does. If the server does not
     /// count deadlocks, the counter is not updated.
     ///
-    /// An observation that is [hidden](crate::Observed::Hidden) is NaN, never 0. One that is
-    /// [incomplete](crate::Observed::AtLeast) is what was visible: if `lockkeeper_hidden_sessions` is above 0, the real
+    /// An observation that is [hidden](crate::ObservedValue::Hidden) is NaN, never 0. One that is
+    /// [incomplete](crate::ObservedValue::AtLeast) is what was visible: if `lockkeeper_hidden_sessions` is above 0, the real
     /// ages may be higher.
     pub fn record(&self) {
         describe();
@@ -48,7 +48,7 @@ impl Health {
             gauge!(name, "database" => database.to_owned()).set(value);
         };
         let age = |age: Option<Duration>| age.unwrap_or_default().as_secs_f64();
-        let oldest = |observed: &Observed<_>,
+        let oldest = |observed: &ObservedValue<_>,
                       of: fn(&crate::graph::Backend) -> Option<Duration>| {
             observed.seen().map_or(UNKNOWN, |backend: &Option<_>| {
                 age(backend.as_ref().and_then(of))

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 pub use advisory::AdvisoryLockEntry;
 pub use health::{
-    Deadlocks, Health, InvalidIndexes, LockTableUsage, Observed, PreparedTransactions,
+    Deadlocks, Health, InvalidIndexes, LockTableUsage, ObservedValue, PreparedTransactions,
 };
 pub use recovery::{Recovery, RecoveryCheck, RecoveryCriterion, Trend};
 pub use settings::{Effect, SettingsFinding, SettingsFindingKind, SettingsReport, Severity};

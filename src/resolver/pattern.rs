@@ -24,31 +24,31 @@ impl Pattern {
 
     pub(super) fn matches(&self, name: &str) -> bool {
         let (pattern, name) = (&self.folded, fold(name));
-        let (mut at, mut place) = (0, 0);
+        let (mut pattern_at, mut name_at) = (0, 0);
         // The position of the last star, and how much of the name it matches. On a mismatch behind it, it matches one
         // character more. Only the last star has to be retried, so the cost is at most the product of the lengths.
         let mut star: Option<(usize, usize)> = None;
-        while place < name.len() {
-            match pattern.get(at) {
+        while name_at < name.len() {
+            match pattern.get(pattern_at) {
                 Some('*') => {
-                    star = Some((at, place));
-                    at += 1;
+                    star = Some((pattern_at, name_at));
+                    pattern_at += 1;
                 }
-                Some(c) if *c == '?' || *c == name[place] => {
-                    at += 1;
-                    place += 1;
+                Some(c) if *c == '?' || *c == name[name_at] => {
+                    pattern_at += 1;
+                    name_at += 1;
                 }
                 _ => match &mut star {
                     Some((before, taken)) => {
                         *taken += 1;
-                        at = *before + 1;
-                        place = *taken;
+                        pattern_at = *before + 1;
+                        name_at = *taken;
                     }
                     None => return false,
                 },
             }
         }
-        pattern[at..].iter().all(|c| *c == '*')
+        pattern[pattern_at..].iter().all(|c| *c == '*')
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a watchdog has found.
+//! The findings of a watchdog.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,20 +11,20 @@ use crate::monitor::AdvisoryLockEntry;
 use crate::postgres::timestamp::Age;
 use crate::resolver::signal::SignalOutcome;
 
-/// What is wrong.
+/// The kind of problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum FindingKind {
-    /// A session holds advisory locks, has been idle outside of any transaction for long, and no live guard of this
-    /// process has it.
+    /// A session holds advisory locks, has been idle outside of any transaction for long, and is not owned by a live
+    /// guard of this process.
     LeakedLock,
-    /// A session keeps others waiting and is idle in its transaction.
+    /// A session blocks others and is idle in its transaction.
     IdleBlocker,
-    /// A session waits for a lock for longer than its client would: that may be gone.
+    /// A session has waited for a lock for longer than its client would: the client may be gone.
     ZombieWaiter,
 }
 
-/// Something a watchdog has found, and what came of clearing it.
+/// A problem that a watchdog has found, and the outcome of clearing it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finding {
     kind: FindingKind,
@@ -35,7 +35,7 @@ pub struct Finding {
     pub(super) cleared: Option<SignalOutcome>,
 }
 
-/// What tells a finding from others, for as long as it lasts.
+/// Identifies a finding for as long as it persists.
 pub(super) type FindingId = (
     FindingKind,
     BackendId,
@@ -44,13 +44,13 @@ pub(super) type FindingId = (
 );
 
 impl Finding {
-    /// What is wrong.
+    /// The kind of problem.
     #[must_use]
     pub fn kind(&self) -> FindingKind {
         self.kind
     }
 
-    /// Whose session it is.
+    /// The session that it concerns.
     #[must_use]
     pub fn backend(&self) -> &Backend {
         &self.backend
@@ -62,20 +62,20 @@ impl Finding {
         &self.keys
     }
 
-    /// How many sessions it keeps waiting.
+    /// How many sessions it blocks.
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// For how long it has been idle, or has waited.
+    /// How long it has been idle, or has waited.
     #[must_use]
     pub fn age(&self) -> Duration {
         self.age
     }
 
-    /// What came of clearing it; `None` where the policy only asks for reports, and where the server could not be asked or
-    /// the watchdog was stopped before.
+    /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed, or if
+    /// the watchdog was stopped first.
     #[must_use]
     pub fn cleared(&self) -> Option<&SignalOutcome> {
         self.cleared.as_ref()
@@ -156,8 +156,8 @@ pub(super) fn leaked_locks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry
     found.into_values().collect()
 }
 
-/// Those who are idle in the way of others, and those who wait for too long. `is_own` says of a process id whether a live
-/// guard or transaction of this process has it.
+/// The idle sessions that block others, and the sessions that have waited for too long. `is_own` returns whether a live
+/// guard or transaction of this process owns the session with a process id.
 pub(super) fn blockers_and_zombies(
     policy: &WatchdogPolicy,
     snapshot: &Snapshot,
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_is_idle_in_the_way_of_others_for_long() {
+    fn only_sessions_that_block_others_and_are_idle_for_long_are_idle_blockers() {
         let policy = WatchdogPolicy::new().idle_blockers(60 * SECOND);
         let observed = |seconds, edges| snapshot(vec![idle(1, seconds), idle(5, 99)], edges);
         let waits = || vec![edge(2, 1, SECOND)];
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_too_long_and_is_not_alive_here() {
+    fn only_long_waiters_that_this_process_does_not_own_are_zombies() {
         let policy = WatchdogPolicy::new().zombie_waiters(600 * SECOND);
         let mut other = backend(3);
         other.application_name = Some("billing src/pay.rs:42".into());

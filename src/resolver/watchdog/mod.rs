@@ -1,4 +1,4 @@
-//! A background task that reports what is wrong with locks, and clears it only if told to.
+//! A background task that reports problems with locks, and clears them only if the policy allows it.
 
 mod finding;
 mod policy;
@@ -26,28 +26,29 @@ use crate::resolver::sql::signal::{Exclusions, Signal};
 use finding::FindingId;
 use policy::FindingCallback;
 
-/// Findings that wait for a slow callback; more are dropped.
+/// The maximum number of findings that are queued for a slow callback; more are dropped.
 const QUEUE: usize = 64;
-/// For how long one look hands out what it has found, where more than that wait.
+/// How long the findings of one sample may take to be queued.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long an end waits for the callback to have been given all.
+/// How long a stop waits for the callback to receive the queued findings.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A background task that looks for leaked advisory locks, sessions idle in the way of others, and waits that nobody waits
-/// out: [`Monitor::watchdog`], [`Keeper::watchdog`](crate::Keeper::watchdog).
+/// A background task that finds leaked advisory locks, idle sessions that block others, and lock waits that will never
+/// end: [`Monitor::watchdog`], [`Keeper::watchdog`](crate::Keeper::watchdog). It only reports them unless the policy
+/// allows it to act.
 ///
-/// It ends with this handle: at once where that is dropped, and in an orderly way by [`stop`](Self::stop). Looks that
-/// fail, for a restart of the server too, are followed by the next one as usual.
+/// It ends with this handle: at once when the handle is dropped, and in an orderly way by [`stop`](Self::stop). After a
+/// sample that fails, for example because the server restarts, the next one is taken as usual.
 ///
-/// # What is cleared, if told to
+/// # What is cleared, if allowed
 ///
-/// | finding | how | again checked in the same statement |
+/// | finding | how | checked again in the same statement |
 /// |---|---|---|
 /// | leaked advisory lock | the session is terminated | that it is the same session, outside of a transaction, idle since the same moment |
 /// | idle blocker | the session is terminated | that it is the same session and transaction, idle since the same moment |
-/// | zombie waiter | its statement is cancelled | that it is the same session and transaction, and runs something |
+/// | zombie waiter | its statement is cancelled | that it is the same session and transaction, and runs a statement |
 ///
-/// Left alone are those whom a [`Resolver`](crate::Resolver) leaves alone; the finding says so.
+/// Sessions that a [`Resolver`](crate::Resolver) leaves alone are left alone here too; the finding says so.
 #[must_use = "the watchdog ends when its handle is dropped"]
 #[derive(Debug)]
 pub struct Watchdog {
@@ -66,12 +67,12 @@ impl Monitor {
     /// Starts a watchdog.
     ///
     /// # SQL
-    /// As [`leaks`](Self::leaks) and [`snapshot`](Self::snapshot) at each look, as far as the policy asks for them; where
-    /// something is to be cleared, one message over `pg_stat_activity`, `pg_roles` and the views of progress, and that
-    /// of [`terminate`](Self::terminate) or [`cancel`](Self::cancel).
+    /// As [`leaks`](Self::leaks) and [`snapshot`](Self::snapshot) at each interval, as far as the policy requires them.
+    /// To clear a finding, one message over `pg_stat_activity`, `pg_roles` and the progress views, and that of
+    /// [`terminate`](Self::terminate) or [`cancel`](Self::cancel).
     ///
     /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) for a policy that cannot work, and outside of a Tokio runtime.
+    /// [`Config`](crate::ErrorKind::Config) for an invalid policy, and outside of a Tokio runtime.
     ///
     /// # Examples
     ///
@@ -91,8 +92,8 @@ impl Monitor {
         let (sender, reporting) = match policy.callback.clone() {
             Some(callback) => {
                 let (sender, queue) = mpsc::channel(QUEUE);
-                // It ends when the one that looks has.
-                let reporting = Task::start(|_| call_back(queue, callback))?;
+                // This task ends when the sampling task, which owns the sender, has ended.
+                let reporting = Task::start(|_| run_callback(queue, callback))?;
                 (Some(sender), Some(reporting))
             }
             None => (None, None),
@@ -114,11 +115,11 @@ impl Monitor {
 }
 
 impl Watchdog {
-    /// Ends it: a look under way is broken off, a signal under way is seen through, what was found is handed out, for
-    /// 10 seconds at most, and the task is gone when this returns.
+    /// Ends the watchdog. A sample in progress is aborted, a signal in progress is completed, and the findings so far
+    /// are passed to the callback, for at most 10 seconds. The task has ended when this returns.
     ///
     /// # Cancel safety
-    /// May be dropped at any point; the watchdog ends all the same.
+    /// May be dropped at any point; the watchdog ends nevertheless.
     pub async fn stop(mut self) {
         self.sampling.stop().await;
         if let Some(reporting) = &mut self.reporting {
@@ -129,31 +130,31 @@ impl Watchdog {
         }
     }
 
-    /// Whether it looks: until the runtime it was started in ends.
+    /// Whether it is running: until the runtime that it was started in ends.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.sampling.is_running()
     }
 
-    /// How many looks it has had.
+    /// How many samples it has completed.
     #[must_use]
     pub fn samples(&self) -> u64 {
         self.counts.samples.load(Ordering::Relaxed)
     }
 
-    /// How many looks have failed.
+    /// How many samples have failed.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.counts.failures.load(Ordering::Relaxed)
     }
 }
 
-/// The one that looks.
+/// The task that samples the server and clears findings.
 struct WatchdogTask {
     monitor: Monitor,
     policy: WatchdogPolicy,
     sender: Option<mpsc::Sender<Finding>>,
-    /// What lasts of what was told, and what had come of it.
+    /// The reported findings that persist, and the outcome of clearing them.
     reported: HashMap<FindingId, Option<SignalOutcome>>,
     counts: Arc<Counts>,
 }
@@ -163,11 +164,11 @@ impl WatchdogTask {
         let mut failing = false;
         loop {
             let found = tokio::select! {
-                // Cancel safety: a look changes nothing, and may be broken off at any point.
+                // Cancel safety: a sample changes nothing, and may be dropped at any point.
                 _ = stop.wait_for(|stop| *stop) => return,
                 found = self.find() => found,
             };
-            // Not broken off: who was signalled is told of.
+            // Not cancelled by a stop: a session that was signalled has to be reported.
             let result = match found {
                 Ok(found) => self.handle(found, &mut stop).await,
                 Err(error) => Err(error),
@@ -205,8 +206,8 @@ impl WatchdogTask {
         Ok(found)
     }
 
-    /// Clears what is to be cleared, and tells of each finding as soon as that is done. Asked to stop, it clears no more;
-    /// one that cannot be cleared keeps it from none of the others.
+    /// Clears the findings that the policy says to clear, and reports each as soon as that is done. After a stop is
+    /// requested it clears no more. A finding that cannot be cleared does not prevent the others from being cleared.
     async fn handle(
         &mut self,
         found: Vec<Finding>,
@@ -216,7 +217,7 @@ impl WatchdogTask {
         let mut failed = None;
         let mut reported = HashMap::new();
         for mut finding in found {
-            if self.is_cleared(finding.kind()) && !*stop.borrow() {
+            if self.should_clear(finding.kind()) && !*stop.borrow() {
                 match self.clear(&finding, stop).await {
                     Ok(outcome) => finding.cleared = outcome,
                     Err(error) => failed = Some(error),
@@ -228,12 +229,12 @@ impl WatchdogTask {
                 self.report(finding, &deadline).await;
             }
         }
-        // What has passed is forgotten.
+        // Findings that no longer hold are forgotten.
         self.reported = reported;
         failed.map_or(Ok(()), Err)
     }
 
-    fn is_cleared(&self, kind: FindingKind) -> bool {
+    fn should_clear(&self, kind: FindingKind) -> bool {
         match kind {
             FindingKind::LeakedLock => self.policy.leaks.clear,
             FindingKind::IdleBlocker => self.policy.idle.clear,
@@ -241,7 +242,7 @@ impl WatchdogTask {
         }
     }
 
-    /// `None` where it was asked to stop before it had signalled.
+    /// `None` if a stop was requested before it had signalled.
     async fn clear(
         &self,
         finding: &Finding,
@@ -264,8 +265,8 @@ impl WatchdogTask {
             builds: true,
             ..Exclusions::default()
         };
-        let sent = self.monitor.signal(signal, backend, exclusions).await?;
-        Ok(Some(sent))
+        let outcome = self.monitor.signal(signal, backend, exclusions).await?;
+        Ok(Some(outcome))
     }
 
     async fn report(&self, finding: Finding, deadline: &Deadline) {
@@ -293,8 +294,8 @@ impl fmt::Debug for WatchdogTask {
     }
 }
 
-/// One after another, on a thread where blocking does no harm.
-async fn call_back(mut queue: mpsc::Receiver<Finding>, callback: FindingCallback) {
+/// Calls the callback with one finding after another, on a thread on which blocking is permitted.
+async fn run_callback(mut queue: mpsc::Receiver<Finding>, callback: FindingCallback) {
     while let Some(finding) = queue.recv().await {
         let callback = Arc::clone(&callback);
         let called =
@@ -315,7 +316,7 @@ mod tests {
     use crate::monitor::testing::{backend, edge, snapshot};
 
     #[tokio::test]
-    async fn more_findings_of_one_look_than_may_wait_are_told_to_a_quick_callback() {
+    async fn more_findings_of_one_sample_than_the_queue_holds_reach_a_quick_callback() {
         let manager = Manager::new(tokio_postgres::Config::new(), tokio_postgres::NoTls);
         let pool = Pool::builder(manager).build().expect("nothing is opened");
         let policy = WatchdogPolicy::new();
@@ -335,8 +336,8 @@ mod tests {
         let callback: FindingCallback =
             Arc::new(move |_| *count.lock().expect("nobody panics") += 1);
         let (sender, queue) = mpsc::channel(QUEUE);
-        let reporting = tokio::spawn(call_back(queue, callback));
-        let mut task_under_test = WatchdogTask {
+        let reporting = tokio::spawn(run_callback(queue, callback));
+        let mut task = WatchdogTask {
             monitor: Monitor::new(connection::Connections::new(pool, None, None)),
             policy,
             sender: Some(sender),
@@ -344,11 +345,10 @@ mod tests {
             counts: Arc::default(),
         };
         let (_stop, mut stopped) = watch::channel(false);
-        task_under_test
-            .handle(found, &mut stopped)
+        task.handle(found, &mut stopped)
             .await
             .expect("nothing is asked");
-        drop(task_under_test);
+        drop(task);
         reporting.await.expect("no panic");
         assert_eq!(*reported.lock().expect("nobody panics"), 200);
     }
