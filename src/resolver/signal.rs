@@ -148,11 +148,14 @@ impl Monitor {
             backend,
             signal::read_reply(&reply).as_ref(),
         );
+        // Not of target `lockkeeper::resolver`, which has one event for each entry of a `RunLog`.
         match &outcome {
             SignalOutcome::Signalled => {
-                tracing::info!(pid, ?signal, "signalled a session");
+                tracing::info!(target: "lockkeeper::monitor::signal", pid, ?signal, "signalled a session");
             }
-            _ => tracing::debug!(pid, ?signal, %outcome, "no signal sent"),
+            _ => {
+                tracing::debug!(target: "lockkeeper::monitor::signal", pid, ?signal, %outcome, "no signal sent");
+            }
         }
         Ok(outcome)
     }
