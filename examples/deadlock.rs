@@ -68,7 +68,7 @@ async fn refund(keeper: &Keeper, meeting: &Meeting) -> Result<u32, Error> {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn StdError>> {
-    let server = Server::shared();
+    let server = Server::shared_with_progress(|step| println!("{step}"));
     let database = server.database().await;
     let client = database.connect().await;
     client
@@ -92,6 +92,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
         barrier: Barrier::new(2),
         arrivals: AtomicU32::new(0),
     };
+    println!("pay() and refund() lock the same two rows, in opposite order …\n");
     let (paid, refunded) = tokio::try_join!(pay(&keeper, &meeting), refund(&keeper, &meeting))?;
 
     let incident =

@@ -23,7 +23,9 @@ const MOMENT: Duration = Duration::from_millis(50);
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn StdError>> {
-    let database = Server::shared().database().await;
+    let database = Server::shared_with_progress(|step| println!("{step}"))
+        .database()
+        .await;
     let pool = usize::try_from(WRITERS)? + 2;
     let keeper = Keeper::builder(database.pool(pool))
         .application("shop")
@@ -37,6 +39,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
         writers.spawn(async move { deposit(&keeper, account).await });
     }
 
+    println!("{WRITERS} deposits wait for an import and a report …\n");
     let monitor = keeper.monitor();
     let tree = loop {
         let tree = monitor.lock_tree().await?;

@@ -27,7 +27,9 @@ const THINK: Duration = Duration::from_millis(2);
 
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
-    let database = Server::shared().database().await;
+    let database = Server::shared_with_progress(|step| println!("{step}"))
+        .database()
+        .await;
     let keeper = Keeper::builder(database.pool(6))
         .application("migrate")
         .build();

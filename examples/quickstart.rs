@@ -28,7 +28,9 @@ const INVOICES: i64 = 3;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let database = Server::shared().database().await;
+    let database = Server::shared_with_progress(|step| println!("{step}"))
+        .database()
+        .await;
     let keeper = Keeper::builder(database.pool(WORKERS))
         .application("quickstart")
         .build();

@@ -7,17 +7,17 @@ use std::time::Duration;
 use deadpool_postgres::Pool;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, Socket};
-use tracing::Instrument as _;
 
-use crate::advisory::{Advisory, AdvisoryLock};
+use crate::advisory::{Advisory, AdvisoryLock, LockedBy, OpenLocked};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::call_site::{CallSite, application_name};
-use crate::connection::{Connections, Side, SideConnection};
-use crate::deadline::Deadline;
+use crate::connection::{Connections, SideConfig, SideConnection};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, AsyncFunc, Never, Policy, RetryIf, TransactionOptions, Tx};
+use crate::transaction::{
+    self, AsyncFunc, NoRetry, Open, OpenPlain, Policy, RetryIf, TransactionOptions, Tx,
+};
 
 /// How long a lock is waited for where nothing says otherwise.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
@@ -127,19 +127,9 @@ impl Keeper {
         E: From<Error> + Send,
         R: Send,
     {
-        let options = TransactionOptions::new();
-        let policy = self.policy(&options);
-        let lock = self.describe(vec![key.into()], &options, CallSite::caller());
+        let running = self.section(key.into(), LockedBy::Waiting, CallSite::caller(), f);
         async move {
-            let open = |_| {
-                let lock = lock.clone();
-                async move {
-                    let (advisory, request) = lock.request()?;
-                    let span = request.span("with_advisory_lock");
-                    advisory.acquire(request).instrument(span).await.map(Some)
-                }
-            };
-            let value = transaction::run(&policy, &Never, open, f).await?;
+            let value = running.await?;
             value.ok_or_else(|| Error::new(ErrorKind::LockTimeout).into())
         }
     }
@@ -165,20 +155,28 @@ impl Keeper {
         E: From<Error> + Send,
         R: Send,
     {
+        self.section(key.into(), LockedBy::Trying, CallSite::caller(), f)
+    }
+
+    fn section<R, E, F>(
+        &self,
+        key: LockKey,
+        how: LockedBy,
+        caller: CallSite,
+        f: F,
+    ) -> impl Future<Output = Result<Option<R>, E>> + Send + use<R, E, F>
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
         let options = TransactionOptions::new();
         let policy = self.policy(&options);
-        let lock = self.describe(vec![key.into()], &options, CallSite::caller());
-        async move {
-            let open = |_| {
-                let lock = lock.clone();
-                async move {
-                    let (advisory, request) = lock.request()?;
-                    let span = request.span("try_with_advisory_lock");
-                    advisory.try_acquire(request).instrument(span).await
-                }
-            };
-            transaction::run(&policy, &Never, open, f).await
-        }
+        let lock = self.describe(vec![key], &options, caller);
+        async move { transaction::run(&policy, &NoRetry, &OpenLocked { lock, how }, f).await }
     }
 
     /// Runs a transaction, and the whole of it again when PostgreSQL says that this can help.
@@ -236,35 +234,30 @@ impl Keeper {
         E: From<Error> + Send,
         R: Send,
     {
-        let caller = CallSite::caller();
-        let call_site = self.call_site(caller);
-        let begin = self.begin(&options, call_site.as_ref());
         let policy = self.policy(&options);
-        let connections = Arc::clone(&self.inner.advisory.connections);
-        let lock_wait = self.inner.lock_wait;
-        let group = options
-            .group()
-            .map(|key| self.describe(vec![key.clone()], &options, caller));
+        let open = self.open(&options, CallSite::caller());
         async move {
             options.check()?;
-            let open = |victim| {
-                let (connections, begin, group) = (&connections, &begin, &group);
-                async move {
-                    let Some(group) = group else {
-                        let deadline = Deadline::after(lock_wait);
-                        let opening =
-                            transaction::open(connections, &deadline, begin, call_site, lock_wait);
-                        return opening.await.map(Some);
-                    };
-                    let (advisory, request) = group.clone().conflict_group(victim)?;
-                    let span = request.span("conflict_group");
-                    advisory.acquire(request).instrument(span).await.map(Some)
-                }
-            };
-            let value = transaction::run(&policy, options.retries(), open, f).await?;
+            let value = transaction::run(&policy, options.retries(), &*open, f).await?;
             // Only a lock can be busy, and a group's is waited for.
             value.ok_or_else(|| Error::new(ErrorKind::Pool).into())
         }
+    }
+
+    fn open<P>(&self, options: &TransactionOptions<P>, caller: CallSite) -> Box<dyn Open> {
+        if let Some(key) = options.group() {
+            return Box::new(OpenLocked {
+                lock: self.describe(vec![key.clone()], options, caller),
+                how: LockedBy::ConflictGroup,
+            });
+        }
+        let call_site = self.call_site(caller);
+        Box::new(OpenPlain {
+            connections: Arc::clone(&self.inner.advisory.connections),
+            begin: self.begin(options, call_site.as_ref()),
+            call_site,
+            lock_wait: self.inner.lock_wait,
+        })
     }
 
     fn describe<P>(
@@ -346,40 +339,37 @@ impl Keeper {
     }
 }
 
-/// Changing schemas and rows while others use them.
+/// Changing schemas and rows while other sessions use them.
 #[cfg(feature = "schema")]
 impl Keeper {
-    /// Schema changes that keep nobody waiting for long. Nothing is sent before one is awaited.
+    /// Schema changes that do not block other sessions for long. Nothing is sent before one is awaited.
     #[track_caller]
     pub fn schema(&self) -> crate::schema::Schema {
-        let call_site = self.call_site(CallSite::caller());
-        crate::schema::Schema::new(crate::schema::Context {
-            advisory: Arc::clone(&self.inner.advisory),
-            application_name: application_name(&self.inner.application, call_site.as_ref()),
-            call_site,
-            lock_wait: self.inner.lock_wait,
-            jitter: Arc::clone(&self.inner.jitter),
-        })
+        crate::schema::Schema::new(self.env(CallSite::caller()))
     }
 
-    /// Changes all rows of a table, in the order of its key and in batches short enough that others go on; to be described
-    /// further and then run. The key is the name of a column, or an array of them.
+    /// Describes a change of all rows of a table, in the order of its key and in batches that block other sessions only briefly.
+    /// The key is the name of a column, or an array of names.
     #[track_caller]
     pub fn backfill(
         &self,
         table: impl Into<crate::postgres::TableName>,
         key: impl Into<crate::backfill::BackfillKey>,
     ) -> crate::backfill::Backfill {
-        let call_site = self.call_site(CallSite::caller());
-        let options = TransactionOptions::new();
-        let means = crate::backfill::Means {
+        let env = self.env(CallSite::caller());
+        let policy = self.policy(&TransactionOptions::new());
+        crate::backfill::Backfill::new(env, policy, table.into(), key.into())
+    }
+
+    fn env(&self, caller: CallSite) -> crate::schema::Env {
+        let call_site = self.call_site(caller);
+        crate::schema::Env {
             advisory: Arc::clone(&self.inner.advisory),
-            policy: self.policy(&options),
-            application_name: self.begin(&options, call_site.as_ref()).application_name,
+            application_name: application_name(&self.inner.application, call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
-        };
-        crate::backfill::Backfill::new(means, table.into(), key.into())
+            jitter: Arc::clone(&self.inner.jitter),
+        }
     }
 }
 
@@ -396,7 +386,7 @@ impl fmt::Debug for Keeper {
 #[must_use = "a builder makes no keeper until it is built"]
 pub struct KeeperBuilder {
     pool: Pool,
-    side: Option<Side>,
+    side: Option<SideConnection>,
     application: String,
     call_sites: bool,
     lock_wait: Duration,
@@ -433,7 +423,7 @@ impl KeeperBuilder {
         T::TlsConnect: Send + Sync,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        self.side = Some(Side::new(SideConnection { config, tls }));
+        self.side = Some(SideConnection::new(SideConfig { config, tls }));
         self
     }
 

@@ -68,7 +68,7 @@
 //!
 //! # Limits
 //!
-//! - Advisory locks exclude those who ask for them. Nothing stops a statement that does not.
+//! - Advisory locks exclude only sessions that request them. Nothing stops a statement that does not.
 //! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
 //!   ([`ErrorKind::ReadOnlyServer`]).
 //! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
@@ -154,11 +154,11 @@ pub use resolver::{
 pub use schema::{
     AddCheck, AddColumn, AddForeignKey, AddPrimaryKey, Change, ChangeAttempt, ChangeFailed,
     ChangeReport, CreateIndex, DropIndex, DryRun, IndexColumn, IndexProgress, Intent,
-    LockedRelation, Migration, Preflight, PreflightLock, RecipeReport, ReferentialAction,
+    LockedRelation, Migration, Preflight, PreflightLock, ProcedureReport, ReferentialAction,
     ReplaceTable, Schema, SetNotNull, StatementLock, TableWork,
 };
 pub use tokio_postgres;
-pub use transaction::{AsyncFunc, LockRows, Never, RetryIf, TransactionOptions, Tx};
+pub use transaction::{AsyncFunc, LockRows, NoRetry, RetryIf, TransactionOptions, Tx};
 #[cfg(feature = "resolver")]
 pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};
 

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use super::environment::check_locking;
-use super::gate::Turn;
+use super::preconditions::check_locking;
+use super::server_waiter_limit::Permit;
 use super::sql;
-use super::{Advisory, Request};
-use crate::advisory::sql::{Tried, Verdict};
-use crate::connection::sql::Ask;
-use crate::connection::sql::Preparable;
+use super::{Advisory, LockRequest};
+use crate::advisory::sql::{TryLockOutcome, TryLockRow};
+use crate::connection::sql::PreparedName;
+use crate::connection::sql::Probe;
 use crate::connection::sql::server;
 use crate::connection::sql::server::Server;
-use crate::connection::{Reply, Scope, Session, Undo};
+use crate::connection::{LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
@@ -24,10 +24,10 @@ use crate::transaction::Tx;
 pub(super) const ANSWER: Duration = Duration::from_secs(2);
 /// For a last look after a deadline that passed in the line of this process, where others look for a connection at the
 /// same time.
-pub(super) const LINE_LOOK: Duration = Duration::from_millis(30);
+pub(super) const FINAL_TRY_AFTER_QUEUE: Duration = Duration::from_millis(30);
 /// For a try after the deadline, where a connection has to be found first.
-const LAST_LOOK: Duration = Duration::from_millis(30);
-/// The longest single wait at the server, where `deadlock_timeout` does not ask for shorter ones.
+const FINAL_TRY: Duration = Duration::from_millis(30);
+/// The longest single wait at the server, where `deadlock_timeout` does not require a shorter one.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
 const SHORTEST_SLICE: Duration = Duration::from_millis(5);
 
@@ -41,7 +41,7 @@ const SHORTEST_SLICE: Duration = Duration::from_millis(5);
 ///
 /// Between two slices others go before. For a conflict group's lock the wait is a single one: who is to run alone would
 /// never come to it where the others run for longer than a slice, and none of them builds an index.
-pub(super) fn slice(request: &Request, server: Option<&Server>) -> Duration {
+pub(super) fn slice(request: &LockRequest, server: Option<&Server>) -> Duration {
     if request.is_group {
         return Duration::MAX;
     }
@@ -55,22 +55,25 @@ impl Advisory {
     ///
     /// Cancel safety: dropped at any point, what was sent is cancelled or rolled back in the background, and what was
     /// not sent never is.
-    pub(crate) async fn acquire(&self, request: Request) -> Result<Tx, Error> {
+    pub(crate) async fn acquire(&self, request: LockRequest) -> Result<Tx, Error> {
         let deadline = Deadline::after(request.wait);
-        self.check_room(request.keys(), &deadline).await?;
+        self.check_lock_table_capacity(request.keys(), &deadline)
+            .await?;
         let mut turn = None;
-        if self.gate.is_crowded(request.keys()) {
-            turn = self.gate.turn(request.keys(), &deadline).await;
+        if self.waiter_limit.is_contended(request.keys()) {
+            turn = self.waiter_limit.permit(request.keys(), &deadline).await;
             if turn.is_none() {
-                return self.look_afresh(request, &deadline).await;
+                return self.final_try_afresh(request, &deadline).await;
             }
         }
         loop {
             let (session, tried) = self.begin_and_try(&request, &deadline).await?;
             match tried.verdict {
-                Verdict::Granted => return self.granted(session, request, &tried, &deadline).await,
-                Verdict::Busy => {}
-                Verdict::Snapshot => {
+                TryLockOutcome::Granted => {
+                    return self.granted(session, request, &tried, &deadline).await;
+                }
+                TryLockOutcome::Busy => {}
+                TryLockOutcome::Snapshot => {
                     end(session).await;
                     drop(turn);
                     return self.acquire_before_snapshot(request, &deadline).await;
@@ -81,16 +84,16 @@ impl Advisory {
                 }
             }
             if turn.is_none() {
-                turn = self.gate.try_turn(request.keys());
+                turn = self.waiter_limit.try_permit(request.keys());
             }
             if turn.is_some() || deadline.has_passed() {
                 return self.wait(session, request, &tried, &deadline, turn).await;
             }
             // Others of this process wait at the server already: wait here, without the connection.
             end(session).await;
-            turn = self.gate.turn(request.keys(), &deadline).await;
+            turn = self.waiter_limit.permit(request.keys(), &deadline).await;
             if turn.is_none() {
-                return self.look_afresh(request, &deadline).await;
+                return self.final_try_afresh(request, &deadline).await;
             }
         }
     }
@@ -98,21 +101,22 @@ impl Advisory {
     /// Takes the locks in a new transaction if they are free; never waits for one.
     ///
     /// Cancel safety: as [`acquire`](Self::acquire).
-    pub(crate) async fn try_acquire(&self, request: Request) -> Result<Option<Tx>, Error> {
+    pub(crate) async fn try_acquire(&self, request: LockRequest) -> Result<Option<Tx>, Error> {
         let deadline = Deadline::after(request.lock_wait);
-        self.check_room(request.keys(), &deadline).await?;
+        self.check_lock_table_capacity(request.keys(), &deadline)
+            .await?;
         let (session, tried) = self.begin_and_try(&request, &deadline).await?;
         match tried.verdict {
-            Verdict::Granted => self
+            TryLockOutcome::Granted => self
                 .granted(session, request, &tried, &deadline)
                 .await
                 .map(Some),
-            Verdict::Busy => {
+            TryLockOutcome::Busy => {
                 end(session).await;
                 tracing::debug!(key = %request.keys()[0], "advisory lock busy");
                 Ok(None)
             }
-            Verdict::Snapshot => {
+            TryLockOutcome::Snapshot => {
                 end(session).await;
                 self.try_before_snapshot(request, &deadline).await
             }
@@ -126,52 +130,59 @@ impl Advisory {
     /// One `try`, on a connection that is alive and clean.
     async fn begin_and_try(
         &self,
-        request: &Request,
+        request: &LockRequest,
         deadline: &Deadline,
-    ) -> Result<(Session, Tried), Error> {
+    ) -> Result<(Session, TryLockRow), Error> {
         let text = |session: &Session| {
-            let ask = match self.ask(session, request.locks().preparable(false)) {
+            let probe = match self.probe(session, request.locks().prepared_name(false)) {
                 // What is prepared sets the name.
-                Ask::Prepare(_) | Ask::Execute(_) if request.begin.application_name.is_none() => {
-                    Ask::Little
+                Probe::Prepare(_) | Probe::Execute(_)
+                    if request.begin.application_name.is_none() =>
+                {
+                    Probe::Minimal
                 }
-                ask => ask,
+                probe => probe,
             };
-            let sql = sql::begin_and_try(&request.begin, request.locks(), &ask);
-            (ask, sql)
+            let sql = sql::begin_and_try(&request.begin, request.locks(), &probe);
+            (probe, sql)
         };
-        let (session, ask, mut tried) = self
-            .on_a_clean_connection(request, deadline, text, Undo::rollback)
+        let (session, probe, mut tried) = self
+            .try_on_clean_connection(request, deadline, text, OnAbandon::rollback)
             .await?;
-        self.learn(&session, &ask, &tried, request.locks().preparable(false));
+        self.learn(
+            &session,
+            &probe,
+            &tried,
+            request.locks().prepared_name(false),
+        );
         forgive_snapshot(request, &session, &mut tried);
         Ok((session, tried))
     }
 
     /// Sends a `try` on one connection after another until one of them is neither dead nor left in a transaction.
-    pub(super) async fn on_a_clean_connection(
+    pub(super) async fn try_on_clean_connection(
         &self,
-        request: &Request,
+        request: &LockRequest,
         deadline: &Deadline,
-        text: impl Fn(&Session) -> (Ask, Message),
-        undo: impl Fn() -> Undo,
-    ) -> Result<(Session, Ask, Tried), Error> {
+        text: impl Fn(&Session) -> (Probe, Message),
+        undo: impl Fn() -> OnAbandon,
+    ) -> Result<(Session, Probe, TryLockRow), Error> {
         let most = self.connections.most() + 1;
         let mut stale = 0;
         loop {
             // A try is made even when the wait is over, so a connection is waited for a little in any case.
-            let patience = Deadline::after(deadline.remaining().max(LAST_LOOK));
+            let timeout = Deadline::after(deadline.remaining().max(FINAL_TRY));
             let session = self
                 .connections
-                .check_out(&patience)
+                .check_out(&timeout)
                 .await
                 .map_err(|error| error.with_key(&request.keys()[0]))?;
-            let (ask, message) = text(&session);
+            let (probe, message) = text(&session);
             match self.send(session, message, undo(), deadline, request).await {
                 Ok((mut session, reply)) => match sql::tried(&reply) {
                     // Its transaction is somebody else's: closing the connection is all that can be done for it.
-                    Some(Tried {
-                        verdict: Verdict::Dirty,
+                    Some(TryLockRow {
+                        verdict: TryLockOutcome::Dirty,
                         pid,
                         ..
                     }) => {
@@ -187,7 +198,7 @@ impl Advisory {
                     }
                     Some(tried) => {
                         session.identify(tried.pid, request.begin.application_name.as_deref());
-                        return Ok((session, ask, tried));
+                        return Ok((session, probe, tried));
                     }
                     None => {
                         return Err(request
@@ -201,7 +212,7 @@ impl Advisory {
                 // one on which somebody deallocates prepared statements, or prepares some of our names.
                 Err(error) if stale < most && is_of_the_connection(&error) => {
                     if let Some(failure) = error.failure() {
-                        self.connections.known().failed(failure);
+                        self.connections.cache().learn_failure(failure);
                     }
                 }
                 // A standby refuses to begin a SERIALIZABLE transaction.
@@ -224,27 +235,30 @@ impl Advisory {
         }
     }
 
-    pub(super) fn ask(&self, session: &Session, statement: Option<Preparable>) -> Ask {
-        self.connections.known().ask(session, statement)
+    pub(super) fn probe(&self, session: &Session, statement: Option<PreparedName>) -> Probe {
+        self.connections.cache().probe(session, statement)
     }
 
     /// Remembers what a `try` has brought to light.
     pub(super) fn learn(
         &self,
         session: &Session,
-        ask: &Ask,
-        tried: &Tried,
-        statement: Option<Preparable>,
+        probe: &Probe,
+        tried: &TryLockRow,
+        statement: Option<PreparedName>,
     ) {
-        let lasting = !matches!(tried.verdict, Verdict::Standby | Verdict::Dirty);
+        let lasting = !matches!(
+            tried.verdict,
+            TryLockOutcome::Standby | TryLockOutcome::Dirty
+        );
         let server = tried.server.as_ref().filter(|_| lasting);
-        let known = self.connections.known();
-        known.answered(session, ask, statement, tried.pid, server);
+        let cache = self.connections.cache();
+        cache.learn_reply(session, probe, statement, tried.pid, server);
     }
 
     /// The server that has answered, by its own word or by what is remembered of the connection.
-    pub(super) fn server(&self, session: &Session, tried: &Tried) -> Option<Server> {
-        let remembered = || self.connections.known().server(session);
+    pub(super) fn server(&self, session: &Session, tried: &TryLockRow) -> Option<Server> {
+        let remembered = || self.connections.cache().server(session);
         tried.server.clone().or_else(remembered)
     }
 
@@ -253,12 +267,12 @@ impl Advisory {
         &self,
         session: Session,
         message: impl Into<Message>,
-        undo: Undo,
+        undo: OnAbandon,
         deadline: &Deadline,
-        request: &Request,
+        request: &LockRequest,
     ) -> Result<(Session, Reply), Error> {
         let most = deadline.remaining().saturating_add(ANSWER);
-        match session.exchange(message, undo).within(most).await {
+        match session.send(message, undo).within(most).await {
             Some((session, Ok(reply))) => Ok((session, reply)),
             Some((_, Err(error))) => Err(request.error(classify(&error).kind()).with_source(error)),
             None => Err(no_answer(request, deadline)),
@@ -269,10 +283,10 @@ impl Advisory {
     async fn wait(
         &self,
         mut session: Session,
-        request: Request,
-        tried: &Tried,
+        request: LockRequest,
+        tried: &TryLockRow,
         deadline: &Deadline,
-        turn: Option<Turn>,
+        turn: Option<Permit>,
     ) -> Result<Tx, Error> {
         let slice = slice(&request, self.server(&session, tried).as_ref());
         let mut after_timeout = false;
@@ -284,9 +298,8 @@ impl Advisory {
             } else {
                 sql::wait_in_transaction(request.locks(), wait)
             };
-            let exchange = session.exchange(sql, Undo::Cancel);
-            let Some((answered, answer)) = exchange.within(wait.saturating_add(ANSWER)).await
-            else {
+            let sent = session.send(sql, OnAbandon::CancelAndClose);
+            let Some((answered, answer)) = sent.within(wait.saturating_add(ANSWER)).await else {
                 return Err(no_answer(&request, deadline));
             };
             session = answered;
@@ -305,43 +318,47 @@ impl Advisory {
                 }
             }
         }
-        self.look(session, request, deadline, true).await
+        self.final_try(session, request, deadline, true).await
     }
 
     /// The last look of a wait whose deadline has passed while it stood in line in this process.
-    async fn look_afresh(&self, request: Request, deadline: &Deadline) -> Result<Tx, Error> {
+    async fn final_try_afresh(
+        &self,
+        request: LockRequest,
+        deadline: &Deadline,
+    ) -> Result<Tx, Error> {
         match self
             .connections
-            .check_out(&Deadline::after(LINE_LOOK))
+            .check_out(&Deadline::after(FINAL_TRY_AFTER_QUEUE))
             .await
         {
-            Ok(session) => self.look(session, request, deadline, false).await,
+            Ok(session) => self.final_try(session, request, deadline, false).await,
             Err(_) => Err(timed_out(&request, deadline)),
         }
     }
 
     /// A last `try`, and who is in the way.
-    async fn look(
+    async fn final_try(
         &self,
         session: Session,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
         in_transaction: bool,
     ) -> Result<Tx, Error> {
-        let sql = sql::begin_and_look(&request.begin, request.locks(), in_transaction);
+        let sql = sql::begin_and_find_blockers(&request.begin, request.locks(), in_transaction);
         let (mut session, reply) = self
-            .send(session, sql, Undo::rollback(), deadline, &request)
+            .send(session, sql, OnAbandon::rollback(), deadline, &request)
             .await?;
         let mut tried = sql::tried(&reply);
         if let Some(tried) = &mut tried {
             forgive_snapshot(&request, &session, tried);
         }
         match tried {
-            Some(tried) if tried.verdict == Verdict::Granted => {
+            Some(tried) if tried.verdict == TryLockOutcome::Granted => {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
                 self.granted(session, request, &tried, deadline).await
             }
-            Some(tried) if tried.verdict == Verdict::Snapshot => {
+            Some(tried) if tried.verdict == TryLockOutcome::Snapshot => {
                 end(session).await;
                 let blockers = sql::blockers::blockers(&reply, request.mode());
                 let error = timed_out(&request, deadline).with_blockers(blockers);
@@ -349,7 +366,7 @@ impl Advisory {
                     .await?
                     .ok_or(error)
             }
-            Some(tried) if tried.verdict == Verdict::Standby => {
+            Some(tried) if tried.verdict == TryLockOutcome::Standby => {
                 end(session).await;
                 Err(standby(&request))
             }
@@ -367,8 +384,8 @@ impl Advisory {
     async fn granted(
         &self,
         session: Session,
-        request: Request,
-        tried: &Tried,
+        request: LockRequest,
+        tried: &TryLockRow,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
         for key in request.keys() {
@@ -386,7 +403,7 @@ impl Advisory {
         let server = self.server(tx.session(), tried);
         check_locking(
             tx.session(),
-            Scope::Transaction,
+            LockScope::Transaction,
             server.as_ref(),
             request.locks(),
         )
@@ -399,7 +416,7 @@ impl Advisory {
     /// holder committed.
     async fn acquire_before_snapshot(
         &self,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
         let locked = self.acquire_session_locks(request, deadline, false).await?;
@@ -409,7 +426,7 @@ impl Advisory {
 
     async fn try_before_snapshot(
         &self,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
     ) -> Result<Option<Tx>, Error> {
         match self.try_session_locks(&request, deadline, false).await? {
@@ -424,14 +441,14 @@ impl Advisory {
     async fn begin_over_session_locks(
         &self,
         session: Session,
-        request: Request,
-        tried: &Tried,
+        request: LockRequest,
+        tried: &TryLockRow,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
         let sql = sql::begin_over_session_locks(&request.begin, request.locks());
         // Until the session locks are returned, nothing but closing the connection is sure to return them.
         let (mut session, reply) = self
-            .send(session, sql, Undo::Cancel, deadline, &request)
+            .send(session, sql, OnAbandon::CancelAndClose, deadline, &request)
             .await?;
         if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
@@ -445,15 +462,15 @@ impl Advisory {
 ///
 /// What is read under a shared one need not be younger. An exclusive one is taken before the snapshot where that can be
 /// done: not through a pooler, where it still keeps the others out.
-fn forgive_snapshot(request: &Request, session: &Session, tried: &mut Tried) {
-    if !request.is_group || tried.verdict != Verdict::Snapshot {
+fn forgive_snapshot(request: &LockRequest, session: &Session, tried: &mut TryLockRow) {
+    if !request.is_group || tried.verdict != TryLockOutcome::Snapshot {
         return;
     }
     let pooled = session.login_pid() != Some(tried.pid);
     if tried.granted && (pooled || request.mode() == AdvisoryMode::Shared) {
-        tried.verdict = Verdict::Granted;
+        tried.verdict = TryLockOutcome::Granted;
     } else if pooled {
-        tried.verdict = Verdict::Busy;
+        tried.verdict = TryLockOutcome::Busy;
     }
 }
 
@@ -468,24 +485,24 @@ fn is_lost_at_once(error: &Error) -> bool {
 
 /// Ends a transaction that has done nothing, and gives its connection back.
 async fn end(session: Session) {
-    if let (session, Ok(_)) = session.exchange(sql::rollback(), Undo::Nothing).await {
-        session.give_back();
+    if let (session, Ok(_)) = session.send(sql::rollback(), OnAbandon::Finish).await {
+        session.return_to_pool();
     }
 }
 
-pub(super) fn standby(request: &Request) -> Error {
+pub(super) fn standby(request: &LockRequest) -> Error {
     request.error(ErrorKind::ReadOnlyServer).with_detail(
         "connect to the primary, for instance with target_session_attrs=read-write; nothing was locked",
     )
 }
 
-pub(super) fn timed_out(request: &Request, deadline: &Deadline) -> Error {
+pub(super) fn timed_out(request: &LockRequest, deadline: &Deadline) -> Error {
     request
         .error(ErrorKind::LockTimeout)
         .with_waited(deadline.waited())
 }
 
-pub(super) fn no_answer(request: &Request, deadline: &Deadline) -> Error {
+pub(super) fn no_answer(request: &LockRequest, deadline: &Deadline) -> Error {
     request
         .error(ErrorKind::ConnectionLost)
         .with_detail("no answer from the server")

@@ -1,14 +1,14 @@
 //! Taking session-level locks: a `try` that never waits, then bounded waits that cannot leak.
 
-use super::acquire::{ANSWER, LINE_LOOK, no_answer, slice, standby, timed_out};
-use super::environment::check_locking;
-use super::gate::Turn;
-use super::line::{Entered, Handed, Interrupted, Stake};
+use super::acquire::{ANSWER, FINAL_TRY_AFTER_QUEUE, no_answer, slice, standby, timed_out};
+use super::local_queue::{Entry, Handoff, HeadTicket, Woken};
+use super::preconditions::check_locking;
+use super::server_waiter_limit::Permit;
 use super::sql;
-use super::{Advisory, Request, SessionGuard};
-use crate::advisory::sql::{Locks, Names, Tried, Verdict};
-use crate::connection::sql::Ask;
-use crate::connection::{Reply, Scope, Session, Then, Undo};
+use super::{Advisory, LockRequest, SessionGuard};
+use crate::advisory::sql::{Locks, Names, TryLockOutcome, TryLockRow};
+use crate::connection::sql::Probe;
+use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
 use crate::mode::AdvisoryMode;
@@ -16,24 +16,24 @@ use crate::mode::AdvisoryMode;
 /// A session that holds the locks, what the server said of it, what was asked for, and what keeps the line in order.
 pub(super) struct Locked {
     pub(super) session: Session,
-    pub(super) tried: Tried,
-    pub(super) request: Request,
-    pub(super) stake: Option<Stake>,
+    pub(super) tried: TryLockRow,
+    pub(super) request: LockRequest,
+    pub(super) ticket: Option<HeadTicket>,
 }
 
 impl Locked {
-    fn new(session: Session, tried: Tried, request: Request) -> Self {
+    fn new(session: Session, tried: TryLockRow, request: LockRequest) -> Self {
         Self {
             session,
             tried,
             request,
-            stake: None,
+            ticket: None,
         }
     }
 
-    fn staked(self, stake: Stake) -> Self {
+    fn with_ticket(self, ticket: HeadTicket) -> Self {
         Self {
-            stake: Some(stake),
+            ticket: Some(ticket),
             ..self
         }
     }
@@ -43,11 +43,15 @@ impl Advisory {
     /// Takes session locks, waiting as long as the request says.
     ///
     /// Cancel safety: dropped at any point, what was sent is cancelled or unlocked in the background.
-    pub(crate) async fn acquire_session(&self, request: Request) -> Result<SessionGuard, Error> {
+    pub(crate) async fn acquire_session(
+        &self,
+        request: LockRequest,
+    ) -> Result<SessionGuard, Error> {
         let deadline = Deadline::after(request.wait);
-        self.check_room(request.keys(), &deadline).await?;
-        let locked = if is_for_the_line(&request) {
-            self.acquire_in_line(request, &deadline).await?
+        self.check_lock_table_capacity(request.keys(), &deadline)
+            .await?;
+        let locked = if uses_local_queue(&request) {
+            self.acquire_in_queue(request, &deadline).await?
         } else {
             self.acquire_session_locks(request, &deadline, true).await?
         };
@@ -59,87 +63,88 @@ impl Advisory {
     /// Cancel safety: as [`acquire_session`](Self::acquire_session).
     pub(crate) async fn try_acquire_session(
         &self,
-        request: Request,
+        request: LockRequest,
     ) -> Result<Option<SessionGuard>, Error> {
         let deadline = Deadline::after(request.lock_wait);
-        self.check_room(request.keys(), &deadline).await?;
+        self.check_lock_table_capacity(request.keys(), &deadline)
+            .await?;
         let Some((session, tried)) = self.try_session_locks(&request, &deadline, true).await?
         else {
             return Ok(None);
         };
         let mut locked = Locked::new(session, tried, request);
-        if is_for_the_line(&locked.request) {
-            locked.stake = Some(self.line.stake(&locked.request.keys()[0]));
+        if uses_local_queue(&locked.request) {
+            locked.ticket = Some(self.queue.ticket(&locked.request.keys()[0]));
         }
         self.guard(locked, &deadline).await.map(Some)
     }
 
     /// Takes a lock as one of those that line up for it in this process.
-    async fn acquire_in_line(
+    async fn acquire_in_queue(
         &self,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
     ) -> Result<Locked, Error> {
         let key = request.keys()[0].clone();
         let name = request.session_names().holding.unwrap_or_default();
-        let mut waiting = match self.line.enter(&key, name) {
-            Entered::First(stake) => return self.acquire_as_first(request, deadline, stake).await,
-            Entered::Waiting(waiting) => waiting,
+        let mut waiting = match self.queue.enter(&key, name) {
+            Entry::First(ticket) => return self.acquire_as_head(request, deadline, ticket).await,
+            Entry::QueuedWaiter(waiting) => waiting,
         };
         tracing::debug!(%key, "waiting in line for a session lock");
-        let handed = loop {
-            match waiting.handed(deadline).await {
-                Ok(handed) => break handed,
-                Err(Interrupted::Late) => {
+        let next_handoff = loop {
+            match waiting.next_handoff(deadline).await {
+                Ok(next_handoff) => break next_handoff,
+                Err(Woken::TimedOut) => {
                     drop(waiting);
-                    return self
-                        .look_at_session_locks_afresh(request, deadline, true)
-                        .await;
+                    return self.final_session_try_afresh(request, deadline, true).await;
                 }
-                Err(Interrupted::Look) => {
-                    // Not for long: the session that is to be handed over may be the pool's only one.
-                    let look = Deadline::after(LINE_LOOK);
+                Err(Woken::Poll) => {
+                    // A short wait: the session that is about to be handed over may be the pool's only one.
+                    let look = Deadline::after(FINAL_TRY_AFTER_QUEUE);
                     let tried = self.try_session_locks(&request, &look, true).await;
                     if let Ok(Some((session, tried))) = tried {
-                        let stake = self.line.stake(&key);
-                        // With what may have been handed over in this very moment, and is not needed any more.
+                        let ticket = self.queue.ticket(&key);
+                        // Drops a session that was handed over at this moment: it is no longer needed.
                         drop(waiting);
-                        return Ok(Locked::new(session, tried, request).staked(stake));
+                        return Ok(Locked::new(session, tried, request).with_ticket(ticket));
                     }
                 }
-                Err(Interrupted::Lost) => break Handed::Turn(self.line.stake(&key)),
+                Err(Woken::Disconnected) => break Handoff::Permit(self.queue.ticket(&key)),
             }
         };
-        let passed = match handed {
-            Handed::Turn(stake) => return self.acquire_as_first(request, deadline, stake).await,
-            Handed::Session(passed) => passed,
+        let passed = match next_handoff {
+            Handoff::Permit(ticket) => {
+                return self.acquire_as_head(request, deadline, ticket).await;
+            }
+            Handoff::Session(passed) => passed,
         };
-        let (mut session, tried, stake) = passed.take();
+        let (mut session, tried, ticket) = passed.take();
         session.identify(tried.pid, request.begin.application_name.as_deref());
         if tried.granted {
-            return Ok(Locked::new(session, tried, request).staked(stake));
+            return Ok(Locked::new(session, tried, request).with_ticket(ticket));
         }
         // Somebody else stood in the server's queue: so does this one now, unless transactions of this process are
         // waiting for their turn there.
-        let Some(turn) = self.gate.try_turn(request.keys()) else {
-            session.give_back();
-            return self.acquire_as_first(request, deadline, stake).await;
+        let Some(turn) = self.waiter_limit.try_permit(request.keys()) else {
+            session.return_to_pool();
+            return self.acquire_as_head(request, deadline, ticket).await;
         };
         let locked = self
             .wait_for_session_locks(session, request, tried, deadline, true, Some(turn))
             .await?;
-        Ok(locked.staked(stake))
+        Ok(locked.with_ticket(ticket))
     }
 
     /// Takes a lock as the one of its line that deals with the server.
-    async fn acquire_as_first(
+    async fn acquire_as_head(
         &self,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
-        stake: Stake,
+        ticket: HeadTicket,
     ) -> Result<Locked, Error> {
         let locked = self.acquire_session_locks(request, deadline, true).await?;
-        Ok(locked.staked(stake))
+        Ok(locked.with_ticket(ticket))
     }
 
     async fn guard(&self, locked: Locked, deadline: &Deadline) -> Result<SessionGuard, Error> {
@@ -147,22 +152,22 @@ impl Advisory {
             session,
             tried,
             request,
-            stake,
+            ticket,
         } = locked;
         for key in request.keys() {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
         }
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());
-        let unlock = match self.ask(&session, request.locks().preparable(true)) {
-            Ask::Execute(statement) => Some(statement),
+        let unlock = match self.probe(&session, request.locks().prepared_name(true)) {
+            Probe::Execute(statement) => Some(statement),
             _ => None,
         };
-        let guard = SessionGuard::new(session, request, name, unlock, stake);
+        let guard = SessionGuard::new(session, request, name, unlock, ticket);
         let server = self.server(guard.session(), &tried);
         check_locking(
             guard.session(),
-            Scope::Session,
+            LockScope::Session,
             server.as_ref(),
             guard.locks(),
         )
@@ -173,26 +178,26 @@ impl Advisory {
     /// The locks, on a session that goes by the request's name if it is to be `named`.
     pub(super) async fn acquire_session_locks(
         &self,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
         named: bool,
     ) -> Result<Locked, Error> {
         let mut turn = None;
-        if self.gate.is_crowded(request.keys()) {
-            turn = self.gate.turn(request.keys(), deadline).await;
+        if self.waiter_limit.is_contended(request.keys()) {
+            turn = self.waiter_limit.permit(request.keys(), deadline).await;
             if turn.is_none() {
                 return self
-                    .look_at_session_locks_afresh(request, deadline, named)
+                    .final_session_try_afresh(request, deadline, named)
                     .await;
             }
         }
         loop {
             let (session, tried) = self.try_once(&request, deadline, named).await?;
-            if tried.verdict == Verdict::Granted {
+            if tried.verdict == TryLockOutcome::Granted {
                 return Ok(Locked::new(session, tried, request));
             }
             if turn.is_none() {
-                turn = self.gate.try_turn(request.keys());
+                turn = self.waiter_limit.try_permit(request.keys());
             }
             if turn.is_some() || deadline.has_passed() {
                 return self
@@ -200,11 +205,11 @@ impl Advisory {
                     .await;
             }
             // A busy try leaves nothing on the session.
-            session.give_back();
-            turn = self.gate.turn(request.keys(), deadline).await;
+            session.return_to_pool();
+            turn = self.waiter_limit.permit(request.keys(), deadline).await;
             if turn.is_none() {
                 return self
-                    .look_at_session_locks_afresh(request, deadline, named)
+                    .final_session_try_afresh(request, deadline, named)
                     .await;
             }
         }
@@ -212,15 +217,15 @@ impl Advisory {
 
     pub(super) async fn try_session_locks(
         &self,
-        request: &Request,
+        request: &LockRequest,
         deadline: &Deadline,
         named: bool,
-    ) -> Result<Option<(Session, Tried)>, Error> {
+    ) -> Result<Option<(Session, TryLockRow)>, Error> {
         let (session, tried) = self.try_once(request, deadline, named).await?;
-        if tried.verdict == Verdict::Granted {
+        if tried.verdict == TryLockOutcome::Granted {
             return Ok(Some((session, tried)));
         }
-        session.give_back();
+        session.return_to_pool();
         tracing::debug!(key = %request.keys()[0], "session lock busy");
         Ok(None)
     }
@@ -228,24 +233,24 @@ impl Advisory {
     /// One `try`: granted or busy, or an error.
     async fn try_once(
         &self,
-        request: &Request,
+        request: &LockRequest,
         deadline: &Deadline,
         named: bool,
-    ) -> Result<(Session, Tried), Error> {
+    ) -> Result<(Session, TryLockRow), Error> {
         let mut through_pooler = false;
         loop {
             let (session, tried) = self
                 .try_on_some_session(request, deadline, named, through_pooler)
                 .await?;
             match tried.verdict {
-                Verdict::Granted | Verdict::Busy => return Ok((session, tried)),
-                Verdict::Pooled => {
+                TryLockOutcome::Granted | TryLockOutcome::Busy => return Ok((session, tried)),
+                TryLockOutcome::Pooled => {
                     self.check_pooler(&session, &request.keys()[0]).await?;
                     through_pooler = true;
-                    session.give_back();
+                    session.return_to_pool();
                 }
                 _ => {
-                    session.give_back();
+                    session.return_to_pool();
                     return Err(standby(request));
                 }
             }
@@ -254,29 +259,34 @@ impl Advisory {
 
     async fn try_on_some_session(
         &self,
-        request: &Request,
+        request: &LockRequest,
         deadline: &Deadline,
         named: bool,
         through_pooler: bool,
-    ) -> Result<(Session, Tried), Error> {
+    ) -> Result<(Session, TryLockRow), Error> {
         let names = names(request, named);
         // The text depends on the connection's own pid, so it is made for each.
         let text = |session: &Session| {
-            let ask = match self.ask(session, request.locks().preparable(true)) {
-                Ask::All { .. } if !through_pooler => Ask::All {
+            let probe = match self.probe(session, request.locks().prepared_name(true)) {
+                Probe::Full { .. } if !through_pooler => Probe::Full {
                     login_pid: session.login_pid(),
                 },
                 // What is prepared sets the holder's name.
-                Ask::Prepare(_) | Ask::Execute(_) if names.holding.is_none() => Ask::Little,
-                ask => ask,
+                Probe::Prepare(_) | Probe::Execute(_) if names.holding.is_none() => Probe::Minimal,
+                probe => probe,
             };
-            let sql = sql::try_session(request.locks(), names, &ask);
-            (ask, sql)
+            let sql = sql::try_session(request.locks(), names, &probe);
+            (probe, sql)
         };
-        let (session, ask, tried) = self
-            .on_a_clean_connection(request, deadline, text, || undo_try(request))
+        let (session, probe, tried) = self
+            .try_on_clean_connection(request, deadline, text, || undo_try(request))
             .await?;
-        self.learn(&session, &ask, &tried, request.locks().preparable(true));
+        self.learn(
+            &session,
+            &probe,
+            &tried,
+            request.locks().prepared_name(true),
+        );
         Ok((session, tried))
     }
 
@@ -284,11 +294,11 @@ impl Advisory {
     async fn wait_for_session_locks(
         &self,
         mut session: Session,
-        request: Request,
-        tried: Tried,
+        request: LockRequest,
+        tried: TryLockRow,
         deadline: &Deadline,
         named: bool,
-        turn: Option<Turn>,
+        turn: Option<Permit>,
     ) -> Result<Locked, Error> {
         let slice = slice(&request, self.server(&session, &tried).as_ref());
         let mut after_timeout = false;
@@ -297,9 +307,8 @@ impl Advisory {
             let wait = deadline.remaining().min(slice);
             let sql =
                 sql::wait_session(request.locks(), names(&request, named), wait, after_timeout);
-            let exchange = session.exchange(sql, Undo::Cancel);
-            let Some((answered, answer)) = exchange.within(wait.saturating_add(ANSWER)).await
-            else {
+            let sent = session.send(sql, OnAbandon::CancelAndClose);
+            let Some((answered, answer)) = sent.within(wait.saturating_add(ANSWER)).await else {
                 return Err(no_answer(&request, deadline));
             };
             session = answered;
@@ -319,23 +328,23 @@ impl Advisory {
                 }
             }
         }
-        self.look_at_session_locks(session, request, deadline, named, after_timeout)
+        self.final_session_try(session, request, deadline, named, after_timeout)
             .await
     }
 
-    async fn look_at_session_locks_afresh(
+    async fn final_session_try_afresh(
         &self,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
         named: bool,
     ) -> Result<Locked, Error> {
         match self
             .connections
-            .check_out(&Deadline::after(LINE_LOOK))
+            .check_out(&Deadline::after(FINAL_TRY_AFTER_QUEUE))
             .await
         {
             Ok(session) => {
-                self.look_at_session_locks(session, request, deadline, named, false)
+                self.final_session_try(session, request, deadline, named, false)
                     .await
             }
             Err(_) => Err(timed_out(&request, deadline)),
@@ -343,41 +352,41 @@ impl Advisory {
     }
 
     /// A last `try`, and who is in the way.
-    async fn look_at_session_locks(
+    async fn final_session_try(
         &self,
         session: Session,
-        request: Request,
+        request: LockRequest,
         deadline: &Deadline,
         named: bool,
         after_timeout: bool,
     ) -> Result<Locked, Error> {
         // A wait was let through a pooler only if it keeps sessions; a first look may not have been examined.
-        let keeps_sessions = self.connections.findings().keeps_sessions() == Some(true);
+        let keeps_sessions = self.connections.capabilities().keeps_sessions() == Some(true);
         let login_pid = if after_timeout || keeps_sessions {
             None
         } else {
             session.login_pid()
         };
-        let sql = sql::look_session(
+        let sql = sql::try_session_and_find_blockers(
             request.locks(),
             names(&request, named),
-            &Ask::All { login_pid },
+            &Probe::Full { login_pid },
             after_timeout,
         );
         let (mut session, reply) = self
             .send(session, sql, undo_try(&request), deadline, &request)
             .await?;
         match sql::tried(&reply) {
-            Some(tried) if tried.verdict == Verdict::Granted => {
+            Some(tried) if tried.verdict == TryLockOutcome::Granted => {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
                 Ok(Locked::new(session, tried, request))
             }
             found => {
                 // Whatever else it is, its connection is closed.
-                if found
-                    .is_some_and(|tried| matches!(tried.verdict, Verdict::Busy | Verdict::Pooled))
-                {
-                    session.give_back();
+                if found.is_some_and(|tried| {
+                    matches!(tried.verdict, TryLockOutcome::Busy | TryLockOutcome::Pooled)
+                }) {
+                    session.return_to_pool();
                 }
                 let blockers = sql::blockers::blockers(&reply, request.mode());
                 let error = timed_out(&request, deadline).with_blockers(blockers);
@@ -389,13 +398,13 @@ impl Advisory {
 }
 
 /// Whether others may want the same: one key, exclusively, by a name of one's own.
-fn is_for_the_line(request: &Request) -> bool {
+fn uses_local_queue(request: &LockRequest) -> bool {
     request.keys().len() == 1
         && request.mode() == AdvisoryMode::Exclusive
         && request.begin.application_name.is_some()
 }
 
-fn names(request: &Request, named: bool) -> Names<'_> {
+fn names(request: &LockRequest, named: bool) -> Names<'_> {
     let names = request.session_names();
     if named {
         names
@@ -408,22 +417,22 @@ fn names(request: &Request, named: bool) -> Names<'_> {
 }
 
 /// What to do about a `try` whose answer nobody waited for: return what it got, and the session's own name.
-fn undo_try(request: &Request) -> Undo {
+fn undo_try(request: &LockRequest) -> OnAbandon {
     let keys = request.keys().to_vec();
     let mode = request.mode();
     let renamed = request.begin.application_name.is_some();
-    Undo::After(Box::new(move |reply: &Reply| {
+    OnAbandon::Then(Box::new(move |reply: &Reply| {
         let Some(tried) = sql::tried(reply) else {
-            return Then::Close;
+            return AfterReply::Close;
         };
-        if tried.verdict == Verdict::Dirty {
-            return Then::Close;
+        if tried.verdict == TryLockOutcome::Dirty {
+            return AfterReply::Close;
         }
         let mut sql = sql::unlock_if_held(Locks { keys: &keys, mode });
         if renamed {
             sql.push_str("; ");
             sql.push_str(&sql::set_application_name(&tried.application_name));
         }
-        Then::Send(sql)
+        AfterReply::Send(sql)
     }))
 }

@@ -4,12 +4,12 @@ use std::future::IntoFuture;
 use std::pin::Pin;
 use std::time::Duration;
 
-use super::Request;
-use super::environment::{check_locking, check_room_on, is_worth_counting};
+use super::LockRequest;
+use super::preconditions::{check_capacity_on, check_locking, is_worth_counting};
 use super::sql;
-use crate::advisory::sql::{Timeouts, Verdict};
+use crate::advisory::sql::{Timeouts, TryLockOutcome};
 use crate::connection::sql::server::Server;
-use crate::connection::{PendingStatement, Scope, Sent, Session};
+use crate::connection::{LockScope, PendingStatement, Sent, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
@@ -134,8 +134,8 @@ impl<'a> TxAdvisoryLock<'a> {
     ///
     /// A lock that is held in the same mode is asked for again all the same: the server grants it at once, and it alone
     /// knows whether a savepoint that was rolled back has returned it.
-    fn checked(self) -> Result<(&'a mut Tx, Request), Error> {
-        let request = Request::new(self.keys, self.mode, self.wait)?;
+    fn checked(self) -> Result<(&'a mut Tx, LockRequest), Error> {
+        let request = LockRequest::new(self.keys, self.mode, self.wait)?;
         for key in request.keys() {
             if let Some(held) = self.tx.mode_of(key).filter(|held| *held != self.mode) {
                 return Err(Error::config(format!(
@@ -160,7 +160,7 @@ impl<'a> IntoFuture for TxAdvisoryLock<'a> {
 }
 
 /// Notes the request in the transaction's journal.
-fn begin_call(tx: &Tx, call: &str, request: &Request) -> Option<PendingStatement> {
+fn begin_call(tx: &Tx, call: &str, request: &LockRequest) -> Option<PendingStatement> {
     let mut text = format!("{call}({}", request.keys()[0]);
     if let more @ 1.. = request.keys().len() - 1 {
         text.push_str(&format!(" and {more} more"));
@@ -177,11 +177,11 @@ fn end<T>(pending: Option<PendingStatement>, locked: &Result<T, Error>) {
 }
 
 /// A lock that was busy, with all that is needed to wait for it.
-type Busy<'a> = (&'a mut Tx, Request, Option<Server>, Timeouts);
+type Busy<'a> = (&'a mut Tx, LockRequest, Option<Server>, Timeouts);
 
-async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>, Error> {
+async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'_>>, Error> {
     if is_worth_counting(request.keys()) {
-        check_room_on(tx.session(), request.keys()).await?;
+        check_capacity_on(tx.session(), request.keys()).await?;
     }
     let several = request.keys().len() > 1;
     let sql = if several {
@@ -196,7 +196,7 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
         return Err(no_answer(&request));
     };
     if several {
-        let end = if tried.verdict == Verdict::Granted {
+        let end = if tried.verdict == TryLockOutcome::Granted {
             sql::KEEP_TRIED
         } else {
             sql::UNDO_TRIED
@@ -204,17 +204,17 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
         tx.session().message(end).await.map_err(failed)?;
     }
     match tried.verdict {
-        Verdict::Granted => {
-            check_locking(tx.session(), Scope::Transaction, tried.server.as_ref(), request.locks()).await?;
+        TryLockOutcome::Granted => {
+            check_locking(tx.session(), LockScope::Transaction, tried.server.as_ref(), request.locks()).await?;
             hold(tx, request);
             Ok(Ok(()))
         }
-        Verdict::Snapshot if request.keys().iter().all(|key| tx.mode_of(key).is_some()) => Ok(Ok(())),
-        Verdict::Busy => match tried.timeouts {
+        TryLockOutcome::Snapshot if request.keys().iter().all(|key| tx.mode_of(key).is_some()) => Ok(Ok(())),
+        TryLockOutcome::Busy => match tried.timeouts {
             Some(timeouts) => Ok(Err((tx, request, tried.server, timeouts))),
             None => Err(no_answer(&request)),
         },
-        Verdict::Snapshot => Err(request.error(ErrorKind::Config).with_detail(
+        TryLockOutcome::Snapshot => Err(request.error(ErrorKind::Config).with_detail(
             "this transaction's isolation level reads from a snapshot taken before the lock; take the lock first, with \
              the keeper's advisory_lock(…).isolation(…), or use READ COMMITTED",
         )),
@@ -222,7 +222,7 @@ async fn try_once(tx: &mut Tx, request: Request) -> Result<Result<(), Busy<'_>>,
     }
 }
 
-fn no_answer(request: &Request) -> Error {
+fn no_answer(request: &LockRequest) -> Error {
     request
         .error(ErrorKind::Database)
         .with_detail("no answer to a lock request")
@@ -238,7 +238,7 @@ fn slice(server: Option<&Server>) -> Duration {
 
 async fn wait(
     tx: &mut Tx,
-    request: Request,
+    request: LockRequest,
     server: Option<&Server>,
     timeouts: &Timeouts,
     deadline: &Deadline,
@@ -279,7 +279,7 @@ async fn wait(
     Err(super::acquire::timed_out(&request, deadline).with_blockers(blockers))
 }
 
-fn hold(tx: &mut Tx, request: Request) {
+fn hold(tx: &mut Tx, request: LockRequest) {
     for key in request.keys() {
         tracing::debug!(%key, mode = %request.mode(), "advisory lock acquired in a transaction");
     }

@@ -6,15 +6,12 @@ use std::time::Duration;
 use tokio_postgres::IsolationLevel;
 use tracing::Instrument as _;
 
-use super::{Advisory, Request, SessionGuard, XactGuard};
+use super::{Advisory, LockRequest, SessionGuard, XactGuard};
 use crate::call_site::CallSite;
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::transaction::sql::Begin;
-
-/// How often a transaction of a conflict group is a deadlock's victim before it runs alone.
-const VICTIM: u32 = 2;
 
 /// One or several advisory locks, described; [`acquire`](Self::acquire) and [`try_acquire`](Self::try_acquire) take
 /// them in a transaction of their own.
@@ -128,10 +125,12 @@ impl AdvisoryLock {
         Ok(tx.map(XactGuard::new))
     }
 
-    /// What a transaction of a conflict group runs under: a shared lock, or after it has been a deadlock's victim twice
-    /// an exclusive one.
-    pub(crate) fn conflict_group(mut self, victim: u32) -> Result<(Arc<Advisory>, Request), Error> {
-        if victim < VICTIM {
+    /// What a transaction of a conflict group runs under: a shared lock, or where it is to run alone an exclusive one.
+    pub(crate) fn conflict_group(
+        mut self,
+        alone: bool,
+    ) -> Result<(Arc<Advisory>, LockRequest), Error> {
+        if !alone {
             self.mode = AdvisoryMode::Shared;
         }
         let (advisory, mut request) = self.request()?;
@@ -140,8 +139,8 @@ impl AdvisoryLock {
     }
 
     /// Checks what is asked for.
-    pub(crate) fn request(self) -> Result<(Arc<Advisory>, Request), Error> {
-        let mut request = Request::new(self.keys, self.mode, self.wait)?;
+    pub(crate) fn request(self) -> Result<(Arc<Advisory>, LockRequest), Error> {
+        let mut request = LockRequest::new(self.keys, self.mode, self.wait)?;
         request.begin = self.begin;
         request.call_site = self.call_site;
         request.lock_wait = self.lock_wait;

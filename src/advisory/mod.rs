@@ -1,18 +1,19 @@
 //! Advisory locks: what is asked for, how it is taken, and the guards that hold it.
 //!
-//! A call goes like this: a description ([`AdvisoryLock`]) becomes a [`Request`] (checked, sorted, named); `acquire`
+//! A call goes like this: a description ([`AdvisoryLock`]) becomes a [`LockRequest`] (checked, sorted, named); `acquire`
 //! or `acquire_session` takes it with the texts of [`crate::advisory::sql`] on a [`crate::connection::Session`]; what
 //! comes out is a [`Tx`](crate::Tx) in an [`XactGuard`], or a [`SessionGuard`].
 
 mod acquire;
 mod acquire_session;
-mod environment;
-mod gate;
-mod hand_over;
 mod in_transaction;
-mod line;
+mod local_queue;
 mod lock;
-mod request;
+mod lock_request;
+mod open;
+mod preconditions;
+mod release;
+mod server_waiter_limit;
 mod session_guard;
 mod sql;
 mod xact_guard;
@@ -21,7 +22,8 @@ use std::sync::Arc;
 
 pub use in_transaction::TxAdvisoryLock;
 pub use lock::{AdvisoryLock, SessionAdvisoryLock};
-pub(crate) use request::Request;
+pub(crate) use lock_request::LockRequest;
+pub(crate) use open::{LockedBy, OpenLocked};
 pub use session_guard::SessionGuard;
 pub use xact_guard::XactGuard;
 
@@ -31,16 +33,16 @@ use crate::connection::Connections;
 #[derive(Debug)]
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
-    gate: gate::Gate,
-    line: Arc<line::Line>,
+    waiter_limit: server_waiter_limit::ServerWaiterLimit,
+    queue: Arc<local_queue::LocalQueue>,
 }
 
 impl Advisory {
     pub(crate) fn new(connections: Arc<Connections>) -> Arc<Self> {
         Arc::new(Self {
             connections,
-            gate: gate::Gate::default(),
-            line: Arc::default(),
+            waiter_limit: server_waiter_limit::ServerWaiterLimit::default(),
+            queue: Arc::default(),
         })
     }
 }

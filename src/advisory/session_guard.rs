@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::Request;
-use super::hand_over::{Ending, is_unlocked};
-use super::line::Stake;
+use super::LockRequest;
+use super::local_queue::HeadTicket;
+use super::release::{ReleasePlan, is_unlocked};
 use super::sql;
 use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
-use crate::connection::{Session, Undo, query_methods, see_through};
+use crate::connection::{OnAbandon, Session, query_methods, run_shielded};
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::key::names::Registration;
@@ -16,7 +16,7 @@ use crate::mode::AdvisoryMode;
 use crate::transaction::{AsyncFunc, Tx};
 
 /// How often [`SessionGuard::lost`] looks.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Session-level advisory locks, held over any number of transactions.
 ///
@@ -49,7 +49,7 @@ pub struct SessionGuard {
     /// The name of the prepared `try`, with which its unlock was prepared.
     prepared: Option<String>,
     /// Keeps the others of this process in line; the last to be dropped, after the release has been sent.
-    stake: Option<Stake>,
+    ticket: Option<HeadTicket>,
     call_site: Option<CallSite>,
     lock_wait: Duration,
     since: Instant,
@@ -58,10 +58,10 @@ pub struct SessionGuard {
 impl SessionGuard {
     pub(super) fn new(
         mut session: Session,
-        request: Request,
+        request: LockRequest,
         application_name: Option<String>,
         prepared: Option<String>,
-        stake: Option<Stake>,
+        ticket: Option<HeadTicket>,
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
@@ -76,7 +76,7 @@ impl SessionGuard {
             _names: names,
             application_name,
             prepared,
-            stake,
+            ticket,
             call_site,
             lock_wait,
             since: Instant::now(),
@@ -136,7 +136,7 @@ impl SessionGuard {
     /// May be dropped and called again at any time.
     pub async fn lost(&self) {
         while !self.is_lost() {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -162,22 +162,22 @@ impl SessionGuard {
         if session.is_closed() {
             return Err(lost);
         }
-        let ending = Ending::of(&self, &mut session);
+        let ending = ReleasePlan::of(&self, &mut session);
         self.trace_end();
-        if !ending.hands_over {
+        if !ending.hands_off {
             return self.end(session, ending).await;
         }
         // The next one shall not have to wait until this future is polled again.
-        let released = see_through(self.end(session, ending)).await;
+        let released = run_shielded(self.end(session, ending)).await;
         released.unwrap_or(Err(lost))
     }
 
-    async fn end(self, session: Session, ending: Ending) -> Result<(), Error> {
+    async fn end(self, session: Session, ending: ReleasePlan) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
-        let Ending { message, then, .. } = ending;
+        let ReleasePlan { message, then, .. } = ending;
         // A statement that was given up is cancelled; what became of the locks is asked all the same.
-        let exchange = session.exchange(message, then.undo());
-        let Some((session, answer)) = exchange.insist().await else {
+        let request = session.send(message, then.undo());
+        let Some((session, answer)) = request.wait_cancelling().await else {
             return Err(lost.with_detail("no answer from the server, the connection was closed"));
         };
         match answer {
@@ -192,9 +192,9 @@ impl SessionGuard {
                 // statement that was given up can hit the unlock instead. Or somebody has deallocated it.
                 failure @ (Failure::Aborted | Failure::Cancelled | Failure::MissingStatement) => {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
-                    match session.exchange(sql, Undo::Nothing).await {
+                    match session.send(sql, OnAbandon::Finish).await {
                         (session, Ok(reply)) if is_unlocked(&reply) => {
-                            session.give_back();
+                            session.return_to_pool();
                             Ok(())
                         }
                         // What was cancelled had unlocked already: the session is the same, and has lost nothing.
@@ -257,8 +257,8 @@ impl SessionGuard {
         self.prepared.as_deref()
     }
 
-    pub(super) fn stake(&self) -> Option<&Stake> {
-        self.stake.as_ref()
+    pub(super) fn ticket(&self) -> Option<&HeadTicket> {
+        self.ticket.as_ref()
     }
 
     pub(super) fn release_text(&self) -> String {
@@ -278,8 +278,8 @@ impl Drop for SessionGuard {
     fn drop(&mut self) {
         if let Some(mut session) = self.session.take() {
             self.trace_end();
-            let Ending { message, then, .. } = Ending::of(self, &mut session);
-            session.exchange(message, then.undo()).detach();
+            let ReleasePlan { message, then, .. } = ReleasePlan::of(self, &mut session);
+            session.send(message, then.undo()).detach();
         }
     }
 }
@@ -296,7 +296,7 @@ impl<'a> Loan<'a> {
     fn new(guard: &'a mut SessionGuard) -> Self {
         let tx = guard.session.take().map(|session| {
             let locks = guard.keys.iter().map(|key| (key.clone(), guard.mode));
-            Tx::new(session, guard.call_site, guard.lock_wait, None).beside(locks)
+            Tx::new(session, guard.call_site, guard.lock_wait, None).session_locks(locks)
         });
         Self {
             guard,
@@ -345,7 +345,7 @@ impl<'a> Loan<'a> {
             self.session().message(&commit.text).await
         };
         let Err(error) = answer else {
-            self.tx_mut().committed();
+            self.tx_mut().mark_committed();
             return Ok(());
         };
         let kind = match classify(&error) {

@@ -1,18 +1,18 @@
-//! Changing all rows of a large table while others go on using it.
+//! Changing all rows of a large table while other sessions use it.
 //!
-//! A call goes like this: a description ([`Backfill`]) is checked and becomes a [`job::Job`] (the catalogs are asked, the
-//! session lock is taken, the checkpoint is read); its steps are batches and pauses; what each step comes to is a
-//! [`BackfillProgress`].
+//! A description ([`Backfill`]) is checked against the catalogs ([`prepared::Prepared`]). It becomes a [`run::Run`]
+//! once the session lock is acquired and the checkpoint is read. The steps of a run are batches and pauses; each step
+//! returns a [`BackfillProgress`].
 
-mod describe;
-mod job;
+mod batch_sizer;
+mod builder;
 mod name;
-mod pace;
+mod prepared;
 mod progress;
+mod run;
 mod sql;
 mod stream;
 
-pub(crate) use describe::Means;
-pub use describe::{Backfill, BackfillKey};
+pub use builder::{Backfill, BackfillKey};
 pub use progress::{BackfillPause, BackfillProgress, ReplicationLag};
 pub use stream::BackfillStream;

@@ -1,20 +1,20 @@
-//! What a backfill is called.
+//! The default name of a backfill.
 
 use crate::key::LockKey;
 use crate::postgres::statement::redact;
 
-/// Bytes of a name.
-pub(super) const MOST_NAME: usize = 200;
+/// The maximum length of a name.
+pub(super) const MAX_NAME_BYTES: usize = 200;
 
-/// What a backfill is called that was given no name: what it does, without the literals, since names are shown in errors
-/// and logs; and with a number, where that does not say it all.
-pub(super) fn name_of(definition: &str) -> String {
+/// The name of a backfill that was given none: its definition without the literals, because names are shown in errors
+/// and logs. If that is not the whole definition, a hash follows.
+pub(super) fn default_name(definition: &str) -> String {
     let shown = redact(definition);
-    if shown == definition && shown.len() <= MOST_NAME {
+    if shown == definition && shown.len() <= MAX_NAME_BYTES {
         return shown;
     }
-    let number = LockKey::from(definition);
-    let mut end = shown.len().min(MOST_NAME - 24);
+    let hash = LockKey::from(definition);
+    let mut end = shown.len().min(MAX_NAME_BYTES - 24);
     while !shown.is_char_boundary(end) {
         end -= 1;
     }
@@ -22,8 +22,8 @@ pub(super) fn name_of(definition: &str) -> String {
     format!(
         "{}{cut} {:08x}{:08x}",
         &shown[..end],
-        number.classid(),
-        number.objid()
+        hash.classid(),
+        hash.objid()
     )
 }
 
@@ -32,16 +32,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_definitions_make_names_of_their_own() {
-        assert_eq!(name_of("t (id) SET a = b"), "t (id) SET a = b");
-        let long = |end: &str| name_of(&format!("{}{end}", "é".repeat(200)));
-        assert!(long("a").len() <= MOST_NAME, "{}", long("a"));
+    fn long_definitions_have_distinct_names() {
+        assert_eq!(default_name("t (id) SET a = b"), "t (id) SET a = b");
+        let long = |end: &str| default_name(&format!("{}{end}", "é".repeat(200)));
+        assert!(long("a").len() <= MAX_NAME_BYTES, "{}", long("a"));
         assert_ne!(long("a"), long("b"));
     }
 
     #[test]
-    fn names_show_no_literals() {
-        let name = |literal: &str| name_of(&format!("t (id) SET a = {literal} WHERE b = c"));
+    fn names_contain_no_literals() {
+        let name = |literal: &str| default_name(&format!("t (id) SET a = {literal} WHERE b = c"));
         let (secret, other) = (name("'secret'"), name("'other'"));
         assert!(
             secret.starts_with("t (id) SET a = ? WHERE b = c "),

@@ -1,25 +1,24 @@
-//! How far a backfill has come.
+//! The progress of a backfill.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::pace;
 use crate::backfill::sql::Standbys;
 
-/// How far a backfill has come; from [`Backfill::on_progress`](super::Backfill::on_progress),
+/// The progress of a backfill; from [`Backfill::on_progress`](super::Backfill::on_progress),
 /// [`stream`](super::Backfill::stream) and [`run`](super::Backfill::run).
 ///
-/// In one line by [`Display`](fmt::Display): `account-email: 120000 of about 400000 rows (30 %), 52000 rows/s, about
-/// 5.4s left`.
+/// [`Display`](fmt::Display) shows it on one line: `account-email: 120000 of about 400000 rows (30 %), 52000 rows/s,
+/// about 5.4s left`.
 #[derive(Clone, Debug)]
 pub struct BackfillProgress {
     pub(super) name: Arc<str>,
-    /// Of all runs.
-    pub(super) passed: u64,
+    /// Counts of all runs.
+    pub(super) processed: u64,
     pub(super) changed: u64,
-    /// Of this run.
-    pub(super) passed_now: u64,
+    /// Counts of this run.
+    pub(super) processed_now: u64,
     pub(super) changed_now: u64,
     pub(super) batches: u64,
     pub(super) batch_rows: u32,
@@ -37,26 +36,27 @@ pub struct BackfillProgress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BackfillPause {
-    /// Sessions wait for a lock on the table, or for rows of it.
+    /// Sessions wait for a lock on the table or on its rows.
     LockWaiters,
     /// Standbys or subscribers are too far behind.
     ReplicationLag,
 }
 
-/// How far the standbys and subscribers of the server are behind.
+/// The replication lag of the server's standbys and subscribers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReplicationLag {
-    /// Nobody follows the server.
+    /// The server has no standbys or subscribers.
     NoStandbys,
-    /// The role may not see it: `pg_stat_replication` shows it to members of `pg_monitor`. The backfill goes on without.
+    /// The role may not see the lag: `pg_stat_replication` shows it only to members of `pg_monitor`. The backfill
+    /// ignores it.
     Unknown,
-    /// Of the slowest one.
+    /// The lag of the slowest one.
     #[non_exhaustive]
     Behind {
-        /// `replay_lag`; zero where nothing has been written for a while.
+        /// `replay_lag`; zero if nothing has been written for a while.
         time: Duration,
-        /// WAL that was written and not yet replayed, in bytes.
+        /// WAL that was written but not yet replayed, in bytes.
         bytes: u64,
     },
 }
@@ -68,90 +68,90 @@ impl BackfillProgress {
         &self.name
     }
 
-    /// Rows that were changed, by all runs together.
+    /// The number of rows that all runs together have changed.
     #[must_use]
-    pub fn rows_done(&self) -> u64 {
+    pub fn rows_changed(&self) -> u64 {
         self.changed
     }
 
-    /// Rows gone by, by all runs together: those changed, and those that the filter left out.
+    /// The number of rows that all runs together have processed: changed rows, and rows that the filter left out.
     #[must_use]
-    pub fn rows_passed(&self) -> u64 {
-        self.passed
+    pub fn rows_processed(&self) -> u64 {
+        self.processed
     }
 
-    /// Rows that were changed by this run.
+    /// The number of rows that this run has changed.
     #[must_use]
-    pub fn rows_done_by_this_run(&self) -> u64 {
+    pub fn rows_changed_by_this_run(&self) -> u64 {
         self.changed_now
     }
 
-    /// About how many rows the table has, those gone by included, by the planner's estimate when the run began; `None`
-    /// where it gave none.
+    /// The planner's estimate of the number of rows of the table, including processed ones, at the beginning of the
+    /// run; `None` without an estimate.
     #[must_use]
     pub fn estimated_rows(&self) -> Option<u64> {
-        self.estimate.map(|rows| rows.max(self.passed))
+        self.estimate.map(|rows| rows.max(self.processed))
     }
 
-    /// Rows that this run goes by in a second, pauses included.
+    /// The number of rows that this run processes per second, including pauses.
     #[must_use]
     pub fn rows_per_second(&self) -> f64 {
-        pace::rate(self.passed_now, self.elapsed)
+        rate(self.processed_now, self.elapsed)
     }
 
-    /// About how long it still takes at the speed of this run so far; `None` where that is not known yet.
+    /// The estimated remaining time at the speed of this run so far; `None` if it is not known yet.
     #[must_use]
     pub fn remaining(&self) -> Option<Duration> {
         if self.is_done {
             return Some(Duration::ZERO);
         }
-        let rows = self.estimated_rows()? - self.passed;
-        pace::remaining(rows, self.passed_now, self.elapsed)
+        let rows = self.estimated_rows()? - self.processed;
+        remaining_time(rows, self.processed_now, self.elapsed)
     }
 
-    /// Batches that this run has committed.
+    /// The number of batches that this run has committed.
     #[must_use]
     pub fn batches(&self) -> u64 {
         self.batches
     }
 
-    /// How many rows the next batch goes by.
+    /// The number of rows that the next batch processes.
     #[must_use]
     pub fn batch_rows(&self) -> u32 {
         self.batch_rows
     }
 
-    /// How long the last batch took, from its BEGIN to its COMMIT, without the attempts before that failed.
+    /// The duration of the last batch from BEGIN to COMMIT, without failed attempts.
     #[must_use]
     pub fn last_batch(&self) -> Option<Duration> {
         self.last_batch
     }
 
-    /// The same of the longest batch of this run.
+    /// The duration of this run's longest batch.
     #[must_use]
     pub fn longest_batch(&self) -> Duration {
         self.longest_batch
     }
 
-    /// How long this run has been going on.
+    /// The time since the beginning of this run.
     #[must_use]
     pub fn elapsed(&self) -> Duration {
         self.elapsed
     }
 
-    /// How much of that it has paused.
+    /// The part of [`elapsed`](Self::elapsed) that was spent in pauses.
     #[must_use]
     pub fn paused(&self) -> Duration {
         self.paused
     }
 
-    /// Why it pauses just now; `None` while it does not.
+    /// The reason for the current pause; `None` if the backfill does not pause.
     #[must_use]
     pub fn pause(&self) -> Option<BackfillPause> {
         self.pause
     }
 
-    /// How far the server's standbys and subscribers were behind when last looked.
+    /// The replication lag of the server's standbys and subscribers in the last sample.
     #[must_use]
     pub fn replication_lag(&self) -> ReplicationLag {
         let Standbys {
@@ -172,7 +172,7 @@ impl BackfillProgress {
         }
     }
 
-    /// Whether all is done.
+    /// Whether the backfill is complete.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.is_done
@@ -193,14 +193,14 @@ impl fmt::Display for BackfillProgress {
             }
             return Ok(());
         }
-        write!(f, "{}", self.passed)?;
+        write!(f, "{}", self.processed)?;
         if let Some(rows) = self.estimated_rows().filter(|rows| *rows > 0) {
-            let percent = u128::from(self.passed) * 100 / u128::from(rows);
+            let percent = u128::from(self.processed) * 100 / u128::from(rows);
             write!(f, " of about {rows} rows ({percent} %)")?;
         } else {
             f.write_str(" rows")?;
         }
-        if self.passed_now > 0 {
+        if self.processed_now > 0 {
             write!(f, ", {:.0} rows/s", self.rows_per_second())?;
         }
         if let Some(remaining) = self.remaining() {
@@ -220,16 +220,37 @@ impl fmt::Display for BackfillProgress {
     }
 }
 
+/// Rows per second.
+fn rate(rows: u64, time: Duration) -> f64 {
+    // Invariant: far fewer rows than 2^52, so the halves are exact.
+    let (high, low) = (rows >> 32, rows & u64::from(u32::MAX));
+    let part = |half: u64| f64::from(u32::try_from(half).unwrap_or(u32::MAX));
+    let rows = part(high) * 4_294_967_296.0 + part(low);
+    let seconds = time.as_secs_f64();
+    if seconds > 0.0 { rows / seconds } else { 0.0 }
+}
+
+/// The time that `rows` take at the speed of the `done` rows; `None` without any.
+fn remaining_time(rows: u64, done: u64, time: Duration) -> Option<Duration> {
+    let nanos = time.as_nanos().checked_mul(u128::from(rows))?;
+    let nanos = nanos.checked_div(u128::from(done))?;
+    Some(Duration::from_nanos(
+        u64::try_from(nanos).unwrap_or(u64::MAX),
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const MS: Duration = Duration::from_millis(1);
+
     fn progress() -> BackfillProgress {
         BackfillProgress {
             name: "emails".into(),
-            passed: 120,
+            processed: 120,
             changed: 100,
-            passed_now: 20,
+            processed_now: 20,
             changed_now: 10,
             batches: 2,
             batch_rows: 10,
@@ -245,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_says_it() {
+    fn display_is_one_line() {
         let mut progress = progress();
         assert_eq!(
             progress.to_string(),
@@ -265,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn an_estimate_is_never_less_than_what_is_done() {
+    fn an_estimate_is_at_least_the_processed_rows() {
         let mut progress = progress();
         progress.estimate = Some(50);
         assert_eq!(progress.estimated_rows(), Some(120));
@@ -273,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_hidden_is_unknown() {
+    fn a_hidden_lag_is_unknown() {
         let mut progress = progress();
         assert_eq!(progress.replication_lag(), ReplicationLag::NoStandbys);
         progress.standbys.count = 2;
@@ -289,5 +310,18 @@ mod tests {
                 bytes: 7
             }
         );
+    }
+
+    #[test]
+    fn remaining_time_is_proportional() {
+        assert_eq!(remaining_time(30, 10, 7 * MS), Some(21 * MS));
+        assert_eq!(remaining_time(30, 0, 7 * MS), None);
+        assert_eq!(
+            remaining_time(u64::MAX, 1, Duration::MAX).map(|time| time > 7 * MS),
+            None
+        );
+        assert!((rate(500, Duration::from_millis(250)) - 2000.0).abs() < 1e-9);
+        assert!((rate(1 << 40, Duration::from_secs(1)) - 1_099_511_627_776.0).abs() < 1e-3);
+        assert!(rate(5, Duration::ZERO).abs() < f64::EPSILON);
     }
 }

@@ -1,4 +1,4 @@
-//! A backfill's progress as a stream.
+//! A backfill as a stream of its progress.
 
 use std::fmt;
 use std::pin::Pin;
@@ -6,20 +6,20 @@ use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
 
-use super::job::Job;
+use super::run::Run;
 use super::{Backfill, BackfillProgress};
 use crate::error::Error;
 
-type Stepping = Pin<Box<dyn Future<Output = Result<(Box<Job>, BackfillProgress), Error>> + Send>>;
+type Stepping = Pin<Box<dyn Future<Output = Result<(Box<Run>, BackfillProgress), Error>> + Send>>;
 
-/// The steps of a backfill, which are done as they are asked for: from [`Backfill::stream`].
+/// The steps of a backfill, which run while the stream is polled: from [`Backfill::stream`].
 ///
-/// One item for each batch that was committed, and for each look during a pause. It ends behind the item that
-/// [is done](BackfillProgress::is_done), or behind an error.
+/// The stream has one item for each committed batch, and for each sample during a pause. It ends after the item that
+/// [is done](BackfillProgress::is_done), or after an error.
 ///
 /// # Cancel safety
-/// A future of one item may be dropped, and the next one goes on with it. Dropped, the stream itself is as a dropped
-/// [`Backfill::run`].
+/// The future of an item can be dropped; the future of the next item continues its step. Dropping the stream is the
+/// same as dropping [`Backfill::run`].
 #[must_use = "a stream does nothing until it is polled"]
 pub struct BackfillStream {
     state: State,
@@ -33,8 +33,8 @@ enum State {
 impl BackfillStream {
     pub(super) fn new(backfill: Backfill) -> Self {
         let first = async move {
-            let job = backfill.begin().await?;
-            step(Box::new(job)).await
+            let run = backfill.begin().await?;
+            step(Box::new(run)).await
         };
         Self {
             state: State::Stepping(Box::pin(first)),
@@ -42,9 +42,9 @@ impl BackfillStream {
     }
 }
 
-async fn step(mut job: Box<Job>) -> Result<(Box<Job>, BackfillProgress), Error> {
-    let progress = job.step().await?;
-    Ok((job, progress))
+async fn step(mut run: Box<Run>) -> Result<(Box<Run>, BackfillProgress), Error> {
+    let progress = run.step().await?;
+    Ok((run, progress))
 }
 
 impl Stream for BackfillStream {
@@ -56,9 +56,9 @@ impl Stream for BackfillStream {
         };
         let stepped = ready!(stepping.as_mut().poll(cx));
         self.state = State::Ended;
-        Poll::Ready(Some(stepped.map(|(job, progress)| {
+        Poll::Ready(Some(stepped.map(|(run, progress)| {
             if !progress.is_done() {
-                self.state = State::Stepping(Box::pin(step(job)));
+                self.state = State::Stepping(Box::pin(step(run)));
             }
             progress
         })))

@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{CancelToken, NoTls};
 
-use super::exchange::poll_once;
+use super::request::poll_once;
 use super::{Connections, Session};
 
 /// How long one attempt to cancel may take.
@@ -40,7 +40,7 @@ impl Canceller {
         let attempt = async {
             if self.is_pooled() {
                 // A pooler's own way of passing a cancel on may hit another client's statement
-                // (<https://github.com/pgbouncer/pgbouncer/issues/801>): ask the server instead.
+                // (<https://github.com/pgbouncer/pgbouncer/issues/801>): signal through the server instead.
                 return self.signal().await;
             }
             let sent = match self.connections.side() {

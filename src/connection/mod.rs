@@ -1,21 +1,21 @@
-//! Custody of one pooled connection.
+//! The life of one pooled connection.
 //!
 //! This is the only room that knows the pool, and the only one that cancels, discards or spawns. Its one rule: a
-//! connection goes back to the pool by [`Session::give_back`] and in no other way, and that is called only after the
+//! connection goes back to the pool by [`Session::return_to_pool`] and in no other way, and that is called only after the
 //! server has answered that nothing of ours is left on it. Whatever else happens to a [`Session`] (an error, a panic,
 //! a dropped future, a runtime that shuts down), its `Drop` takes the connection out of the pool and closes it, which
 //! makes the server roll back and unlock.
 
 mod cancel;
-mod custody;
-mod exchange;
-mod findings;
-mod known;
+mod coarse_timeout;
+mod connection_cache;
 mod observer;
-mod patience;
+mod own_backends;
 mod pool;
 mod queries;
-mod side;
+mod request;
+mod server_capabilities;
+mod side_connection;
 pub(crate) mod sql;
 #[cfg(feature = "incidents")]
 pub(crate) mod task;
@@ -34,44 +34,43 @@ use crate::call_site::CallSite;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
 
-#[cfg(feature = "monitor")]
-pub(crate) use custody::is_in_custody;
-pub(crate) use exchange::{Exchange, FromReply, Then, Undo, see_through};
-pub(crate) use findings::Scope;
-use observer::AsSent;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
 };
+#[cfg(feature = "monitor")]
+pub(crate) use own_backends::is_own_backend;
 pub(crate) use pool::Connections;
 pub(crate) use queries::query_methods;
-pub(crate) use side::{Side, SideConnection};
+pub(crate) use request::{AfterReply, OnAbandon, ReplyHandler, Request, run_shielded};
+pub(crate) use server_capabilities::LockScope;
+pub(crate) use side_connection::{SideConfig, SideConnection};
 
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
 
-/// One connection in our custody. See the room's own docs for what happens to it.
+/// One connection that this crate has taken from the pool. The module's docs say how it ends.
 pub(crate) struct Session {
-    // Invariant: `Some` until `give_back` or `drop` takes it.
+    // Invariant: `Some` until `return_to_pool` or `drop` takes it.
     // Boxed, like what is rarely there, because sessions move through many futures.
     object: Option<Box<Object>>,
     connections: Arc<Connections>,
     runtime: Handle,
     /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
     server_pid: Option<i32>,
-    custody: Option<custody::Custody>,
+    own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
     application_name: Option<String>,
     /// Statements of the caller that are under way, or were dropped half-way.
     unanswered: AtomicUsize,
     /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
-    unwatched: AtomicBool,
+    untracked: AtomicBool,
     /// A cancel is on its way that may hit any later statement.
-    doubtful: AtomicBool,
+    cancel_pending: AtomicBool,
     /// Somebody has run something on it, beyond what takes and returns its locks.
     used: AtomicBool,
     /// A statement has failed at some time, or its end is not known.
-    flawed: AtomicBool,
+    may_have_failed_flag: AtomicBool,
     /// The transaction or the guard on it, where somebody observes it.
     observation: Option<Observation>,
     /// The server's error since which nothing has succeeded.
@@ -80,8 +79,8 @@ pub(crate) struct Session {
 
 impl Session {
     /// The connection, for statements whose fate is not ours to know.
-    pub(crate) fn unwatched_client(&self) -> &Object {
-        self.unwatched.store(true, Ordering::Relaxed);
+    pub(crate) fn untracked_client(&self) -> &Object {
+        self.untracked.store(true, Ordering::Relaxed);
         self.used.store(true, Ordering::Relaxed);
         self.client()
     }
@@ -104,7 +103,7 @@ impl Session {
         if let Some(observed) = self.observed() {
             observed.identify(pid);
         }
-        self.custody = Some(custody::Custody::of(pid));
+        self.own_backend = Some(own_backends::OwnBackend::of(pid));
         self.application_name = application_name.map(str::to_owned);
     }
 
@@ -114,17 +113,17 @@ impl Session {
     }
 
     /// Whether a cancel is on its way that may hit a later statement.
-    pub(crate) fn is_doubtful(&self) -> bool {
-        self.doubtful.load(Ordering::Relaxed)
+    pub(crate) fn has_pending_cancel(&self) -> bool {
+        self.cancel_pending.load(Ordering::Relaxed)
     }
 
     /// Notes that a statement has failed.
-    pub(crate) fn suspect(&self) {
-        self.flawed.store(true, Ordering::Relaxed);
+    pub(crate) fn mark_failed(&self) {
+        self.may_have_failed_flag.store(true, Ordering::Relaxed);
     }
 
     /// Has another runtime see to what nobody waits for.
-    pub(crate) fn move_to(&mut self, runtime: Option<&Handle>) {
+    pub(crate) fn set_runtime(&mut self, runtime: Option<&Handle>) {
         if let Some(runtime) = runtime {
             self.runtime = runtime.clone();
         }
@@ -148,7 +147,7 @@ impl Session {
 
     /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
     pub(crate) fn cancel_in_background(&self) {
-        self.doubtful.store(true, Ordering::Relaxed);
+        self.cancel_pending.store(true, Ordering::Relaxed);
         let canceller = cancel::Canceller::of(self);
         drop(self.runtime.spawn(async move { canceller.cancel().await }));
     }
@@ -163,8 +162,8 @@ impl Session {
 
     /// Whether a failed statement can have gone by unseen, or seen and swallowed: then COMMIT may be a rollback.
     fn may_have_failed(&self) -> bool {
-        self.flawed.load(Ordering::Relaxed)
-            || self.unwatched.load(Ordering::Relaxed)
+        self.may_have_failed_flag.load(Ordering::Relaxed)
+            || self.untracked.load(Ordering::Relaxed)
             || self.unanswered.load(Ordering::Relaxed) > 0
     }
 
@@ -192,66 +191,38 @@ impl Session {
         }
     }
 
-    /// Runs a statement, noting whether it was answered and how.
-    ///
-    /// Cancel safety: a statement dropped here stays unanswered, and [`settle`](exchange) cancels it before the
-    /// connection is closed.
-    pub(crate) async fn watch<T>(
-        &self,
-        statement: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, tokio_postgres::Error> {
+    /// Begins a statement of the caller, which the observer is told of.
+    pub(crate) fn begin_logged(&self, statement: Sent<'_>) -> RunningStatement<'_> {
+        let pending = self.begin_statement(statement);
+        RunningStatement {
+            pending,
+            ..self.begin_tracked()
+        }
+    }
+
+    /// Begins a statement of which it is tracked whether it was answered and how.
+    fn begin_tracked(&self) -> RunningStatement<'_> {
         self.used.store(true, Ordering::Relaxed);
         self.unanswered.fetch_add(1, Ordering::Relaxed);
-        let result = statement.await;
+        RunningStatement {
+            session: self,
+            pending: None,
+        }
+    }
+
+    fn note_end(&self, error: Option<&tokio_postgres::Error>) {
         self.unanswered.fetch_sub(1, Ordering::Relaxed);
-        if result.is_err() {
-            self.flawed.store(true, Ordering::Relaxed);
+        let Some(error) = error else {
+            return self.remember_failure(None);
+        };
+        self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        // 25P02 only says that there was an error before: that one is kept.
+        if classify(error) == Failure::Aborted && self.failure().is_some() {
+            return;
         }
-        match &result {
-            Ok(_) => self.remember_failure(None),
-            // 25P02 only says that there was an error before: that one is kept.
-            Err(error) if classify(error) == Failure::Aborted && self.failure().is_some() => {}
-            Err(error) => {
-                if let Some(error) = error.as_db_error() {
-                    self.remember_failure(Some(Box::new(error.clone())));
-                }
-            }
+        if let Some(error) = error.as_db_error() {
+            self.remember_failure(Some(Box::new(error.clone())));
         }
-        result
-    }
-
-    /// [`watch`](Self::watch), and tells the observer.
-    pub(crate) async fn noted<S, T>(
-        &self,
-        statement: &S,
-        running: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Result<T, tokio_postgres::Error>
-    where
-        S: ?Sized + AsSent,
-    {
-        let pending = self.begin_statement(statement.as_sent());
-        let result = self.watch(running).await;
-        if let Some(pending) = pending {
-            pending.end(result.as_ref().err().map(classify));
-        }
-        result
-    }
-
-    /// The same for preparing a statement, which may wait for a lock and takes none that matters later.
-    pub(crate) async fn noted_prepare(
-        &self,
-        sql: &str,
-        preparing: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
-    ) -> Result<Statement, tokio_postgres::Error> {
-        let pending = self.begin_statement(Sent::Text(sql));
-        let result = self.watch(preparing).await;
-        if let Some(pending) = pending {
-            match &result {
-                Ok(statement) => pending.end_with(StatementEnd::Prepared(sql, statement)),
-                Err(error) => pending.end(Some(classify(error))),
-            }
-        }
-        result
     }
 
     /// Tells the observer of a statement that is about to be sent.
@@ -290,30 +261,69 @@ impl Session {
 
     /// One message on a session that stays where it is.
     pub(crate) async fn message(&self, sql: &str) -> Result<Reply, tokio_postgres::Error> {
-        self.watch(self.client().simple_query(sql)).await
+        let statement = self.begin_tracked();
+        statement.end(self.client().simple_query(sql).await)
     }
 
     /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
     /// first poll.
     pub(crate) fn queue(&self, sql: &str) {
         // Nobody will see whether it fails.
-        self.flawed.store(true, Ordering::Relaxed);
-        drop(exchange::poll_once(std::pin::pin!(
+        self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        drop(request::poll_once(std::pin::pin!(
             self.client().batch_execute(sql)
         )));
     }
 
     /// One message on a session that goes with it, so that it can be finished or undone even if nobody waits.
-    pub(crate) fn exchange(self, message: impl Into<Message>, undo: Undo) -> Exchange {
-        Exchange::new(self, message.into(), undo)
+    pub(crate) fn send(self, message: impl Into<Message>, undo: OnAbandon) -> Request {
+        Request::new(self, message.into(), undo)
     }
 
     /// Back to the pool. Only for a session on which the server has answered that nothing of ours is left.
-    pub(crate) fn give_back(mut self) {
+    pub(crate) fn return_to_pool(mut self) {
         let unanswered = self.unanswered.load(Ordering::Relaxed);
-        if unanswered == 0 && !self.doubtful.load(Ordering::Relaxed) {
+        if unanswered == 0 && !self.cancel_pending.load(Ordering::Relaxed) {
             drop(self.object.take());
         }
+    }
+}
+
+/// A statement that was sent, until its answer is there.
+///
+/// Cancel safety: dropped without its answer, the statement stays unanswered, and [`drive_abandoned`](request) cancels it
+/// before the connection is closed.
+pub(crate) struct RunningStatement<'a> {
+    session: &'a Session,
+    pending: Option<PendingStatement>,
+}
+
+impl RunningStatement<'_> {
+    pub(crate) fn end<T>(
+        self,
+        result: Result<T, tokio_postgres::Error>,
+    ) -> Result<T, tokio_postgres::Error> {
+        self.end_with(result.as_ref().err());
+        result
+    }
+
+    fn end_with(self, error: Option<&tokio_postgres::Error>) {
+        self.session.note_end(error);
+        if let Some(pending) = self.pending {
+            pending.end(error.map(classify));
+        }
+    }
+
+    /// Ends the preparing of a statement, which may wait for a lock and takes none that matters later.
+    pub(crate) fn end_prepare(
+        mut self,
+        sql: &str,
+        result: Result<Statement, tokio_postgres::Error>,
+    ) -> Result<Statement, tokio_postgres::Error> {
+        if let (Ok(statement), Some(pending)) = (&result, self.pending.take()) {
+            pending.end_with(StatementEnd::Prepared(sql, statement));
+        }
+        self.end(result)
     }
 }
 

@@ -91,7 +91,6 @@ pub(crate) enum StatementEnd<'a> {
 }
 
 /// One transaction or session guard under observation, until this is dropped.
-#[derive(Debug)]
 pub(crate) struct Observation {
     observer: Arc<dyn Observer>,
     observed: Arc<dyn Observed>,
@@ -107,6 +106,13 @@ impl Observation {
 
     pub(crate) fn observed(&self) -> &Arc<dyn Observed> {
         &self.observed
+    }
+}
+
+/// Without what is observed, which has statements with their literals in it.
+impl fmt::Debug for Observation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Observation").finish_non_exhaustive()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where sessions come from: the application's pool, and the connection beside it.
+//! Where sessions come from: the application's pool, and the side connection.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -8,10 +8,10 @@ use std::time::Duration;
 use deadpool_postgres::{Pool, PoolError, TimeoutType};
 use tokio::runtime::Handle;
 
-use super::findings::Findings;
-use super::known::Known;
-use super::patience::{Bounded, Patience};
-use super::{Observer, Reply, Session, Side};
+use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
+use super::connection_cache::ConnectionCache;
+use super::server_capabilities::Capabilities;
+use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 
@@ -30,10 +30,10 @@ const SPARE_SOON: Duration = Duration::from_millis(20);
 /// The connections one keeper may use.
 pub(crate) struct Connections {
     pool: Pool,
-    side: Option<Side>,
-    findings: Findings,
-    known: Known,
-    patience: Patience,
+    side: Option<SideConnection>,
+    capabilities: Capabilities,
+    cache: ConnectionCache,
+    timeout: CoarseTimer,
     observer: Option<Arc<dyn Observer>>,
 }
 
@@ -49,27 +49,27 @@ impl fmt::Debug for Connections {
 impl Connections {
     pub(crate) fn new(
         pool: Pool,
-        side: Option<Side>,
+        side: Option<SideConnection>,
         observer: Option<Arc<dyn Observer>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             pool,
             side,
-            findings: Findings::default(),
-            known: Known::default(),
-            patience: Patience::default(),
+            capabilities: Capabilities::default(),
+            cache: ConnectionCache::default(),
+            timeout: CoarseTimer::default(),
             observer,
         })
     }
 
     /// What has been found out about the servers behind the pool.
-    pub(crate) fn findings(&self) -> &Findings {
-        &self.findings
+    pub(crate) fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
     }
 
     /// What has been found out about its connections.
-    pub(crate) fn known(&self) -> &Known {
-        &self.known
+    pub(crate) fn cache(&self) -> &ConnectionCache {
+        &self.cache
     }
 
     /// Who is told of transactions and guards.
@@ -83,8 +83,8 @@ impl Connections {
         runtime: &Handle,
         most: Duration,
         answer: F,
-    ) -> Bounded<F> {
-        self.patience.bound(runtime, most, answer)
+    ) -> CoarseTimeout<F> {
+        self.timeout.bound(runtime, most, answer)
     }
 
     /// How many connections the pool may hold: as many of them may turn out to be dead before one is alive.
@@ -98,11 +98,11 @@ impl Connections {
         status.waiting > 0 && status.size >= status.max_size
     }
 
-    pub(super) fn side(&self) -> Option<&Side> {
+    pub(super) fn side(&self) -> Option<&SideConnection> {
         self.side.as_ref()
     }
 
-    /// Takes a connection into custody, waiting for one until the deadline.
+    /// Takes a connection from the pool, waiting for one until the deadline.
     ///
     /// Cancel safety: nothing is taken before this returns.
     pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
@@ -133,19 +133,19 @@ impl Connections {
             connections: Arc::clone(self),
             runtime,
             server_pid: None,
-            custody: None,
+            own_backend: None,
             application_name: None,
             unanswered: AtomicUsize::new(0),
-            unwatched: AtomicBool::new(false),
-            doubtful: AtomicBool::new(false),
+            untracked: AtomicBool::new(false),
+            cancel_pending: AtomicBool::new(false),
             used: AtomicBool::new(false),
-            flawed: AtomicBool::new(false),
+            may_have_failed_flag: AtomicBool::new(false),
             observation: None,
             failure: Mutex::new(None),
         })
     }
 
-    /// Whether there is to be a connection beside the pool.
+    /// Whether a side connection is configured.
     #[cfg(feature = "incidents")]
     pub(crate) fn has_side(&self) -> bool {
         self.side.is_some()
@@ -168,17 +168,17 @@ impl Connections {
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
-        let bounded = crate::connection::sql::server::small(sql);
+        let bounded = crate::connection::sql::server::with_short_timeouts(sql);
         // Cancel safety: unanswered, its connection is closed.
         let reply = session.message(&bounded).await;
         // What fails (for want of a privilege, or behind a lock) leaves nothing, unless there was a transaction already.
         if reply.is_ok() || session.message(crate::postgres::sql::PROBE).await.is_ok() {
-            session.give_back();
+            session.return_to_pool();
         }
         Ok(reply?)
     }
 
-    /// Asks the server something small on a connection that is not stuck: the one beside the pool, else one of the
+    /// Asks the server something small on a connection that is not stuck: the side connection, else one of the
     /// pool's.
     pub(crate) async fn ask(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         self.ask_within(SPARE, sql).await
@@ -220,12 +220,12 @@ impl Connections {
                 .with_waited(ANSWER));
         };
         let reply = reply?;
-        session.give_back();
+        session.return_to_pool();
         Ok(reply)
     }
 }
 
-async fn ask_side(side: &Side, sql: &str) -> Result<Reply, Error> {
+async fn ask_side(side: &SideConnection, sql: &str) -> Result<Reply, Error> {
     match tokio::time::timeout(SIDE, side.ask(sql)).await {
         Ok(reply) => reply,
         Err(_) => Err(Error::new(ErrorKind::ConnectionLost)

@@ -22,9 +22,8 @@ macro_rules! query_methods {
                 T: ?Sized + $crate::connection::ToStatement,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().query(statement, params))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.client().query(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::query_one`].
@@ -40,9 +39,8 @@ macro_rules! query_methods {
                 T: ?Sized + $crate::connection::ToStatement,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().query_one(statement, params))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.client().query_one(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::query_opt`].
@@ -58,9 +56,8 @@ macro_rules! query_methods {
                 T: ?Sized + $crate::connection::ToStatement,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().query_opt(statement, params))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.client().query_opt(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::query_raw`].
@@ -79,12 +76,13 @@ macro_rules! query_methods {
                 I::IntoIter: ExactSizeIterator,
             {
                 let session = self.session();
-                session
-                    .noted(
-                        statement,
-                        session.unwatched_client().query_raw(statement, params),
-                    )
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(
+                    session
+                        .untracked_client()
+                        .query_raw(statement, params)
+                        .await,
+                )
             }
 
             /// See [`tokio_postgres::Client::query_typed`]: one round trip, without preparing.
@@ -100,9 +98,8 @@ macro_rules! query_methods {
                 )],
             ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().query_typed(statement, params))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(statement));
+                running.end(session.client().query_typed(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::execute`].
@@ -118,9 +115,8 @@ macro_rules! query_methods {
                 T: ?Sized + $crate::connection::ToStatement,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().execute(statement, params))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.client().execute(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::execute_typed`]: one round trip, without preparing.
@@ -136,9 +132,8 @@ macro_rules! query_methods {
                 )],
             ) -> Result<u64, tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().execute_typed(statement, params))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(statement));
+                running.end(session.client().execute_typed(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::execute_raw`].
@@ -157,9 +152,8 @@ macro_rules! query_methods {
                 I::IntoIter: ExactSizeIterator,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.client().execute_raw(statement, params))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.client().execute_raw(statement, params).await)
             }
 
             /// See [`tokio_postgres::Client::batch_execute`].
@@ -168,9 +162,8 @@ macro_rules! query_methods {
             /// The driver's.
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted(sql, session.client().batch_execute(sql))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(sql));
+                running.end(session.client().batch_execute(sql).await)
             }
 
             /// See [`tokio_postgres::Client::simple_query`].
@@ -182,7 +175,8 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
                 let session = self.session();
-                session.noted(sql, session.client().simple_query(sql)).await
+                let running = session.begin_logged($crate::connection::Sent::Text(sql));
+                running.end(session.client().simple_query(sql).await)
             }
 
             /// See [`tokio_postgres::Client::prepare`].
@@ -194,9 +188,8 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted_prepare(sql, session.client().prepare(sql))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(sql));
+                running.end_prepare(sql, session.client().prepare(sql).await)
             }
 
             /// See [`tokio_postgres::Client::prepare_typed`].
@@ -209,9 +202,8 @@ macro_rules! query_methods {
                 types: &[tokio_postgres::types::Type],
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted_prepare(sql, session.client().prepare_typed(sql, types))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(sql));
+                running.end_prepare(sql, session.client().prepare_typed(sql, types).await)
             }
 
             /// See [`deadpool_postgres::ClientWrapper::prepare_cached`]: a round trip only the first time on a
@@ -224,9 +216,8 @@ macro_rules! query_methods {
                 sql: &str,
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted_prepare(sql, session.client().prepare_cached(sql))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(sql));
+                running.end_prepare(sql, session.client().prepare_cached(sql).await)
             }
 
             /// See [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
@@ -239,9 +230,8 @@ macro_rules! query_methods {
                 types: &[tokio_postgres::types::Type],
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
-                session
-                    .noted_prepare(sql, session.client().prepare_typed_cached(sql, types))
-                    .await
+                let running = session.begin_logged($crate::connection::Sent::Text(sql));
+                running.end_prepare(sql, session.client().prepare_typed_cached(sql, types).await)
             }
 
             /// See [`tokio_postgres::Client::copy_in`].
@@ -257,9 +247,8 @@ macro_rules! query_methods {
                 U: bytes::Buf + 'static + Send,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.unwatched_client().copy_in(statement))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.untracked_client().copy_in(statement).await)
             }
 
             /// See [`tokio_postgres::Client::copy_out`].
@@ -274,9 +263,8 @@ macro_rules! query_methods {
                 T: ?Sized + $crate::connection::ToStatement,
             {
                 let session = self.session();
-                session
-                    .noted(statement, session.unwatched_client().copy_out(statement))
-                    .await
+                let running = session.begin_logged(statement.as_sent());
+                running.end(session.untracked_client().copy_out(statement).await)
             }
 
             /// The connection itself, for code that is generic over a `GenericClient`: `client()` is
@@ -285,7 +273,7 @@ macro_rules! query_methods {
             /// Do not end the transaction or unlock through it. What is run here is not watched: a statement left
             /// unanswered is noticed only after a moment's wait when its owner ends, and the connection is closed then.
             pub fn client(&self) -> &deadpool_postgres::Client {
-                self.session().unwatched_client()
+                self.session().untracked_client()
             }
         }
     };

@@ -1,11 +1,10 @@
-//! How strongly an advisory lock is held, in PostgreSQL's words.
+//! The two modes of advisory locks.
 
 use std::fmt;
 
-/// Whether an advisory lock excludes everybody or only those who want it for themselves.
+/// The mode of an advisory lock: shared or exclusive.
 ///
-/// PostgreSQL has just these two modes for advisory locks. They are called what `pg_locks.mode` calls them, and so
-/// `Display` shows them.
+/// PostgreSQL has just these two modes for advisory locks. `Display` shows them as `pg_locks.mode` does.
 ///
 /// # Examples
 ///
@@ -19,9 +18,9 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum AdvisoryMode {
-    /// Held together with other shared holders, never with an exclusive one: `ShareLock`.
+    /// Several sessions can hold the lock in this mode, but none exclusively meanwhile: `ShareLock`.
     Shared,
-    /// Held alone: `ExclusiveLock`.
+    /// One session holds the lock alone: `ExclusiveLock`.
     #[default]
     Exclusive,
 }
@@ -44,7 +43,7 @@ impl AdvisoryMode {
         }
     }
 
-    /// Whether one session has to wait for another one that holds the lock in the `other` mode. Symmetric.
+    /// Whether a session has to wait for another session that holds the lock in the `other` mode. Symmetric.
     #[must_use]
     pub const fn conflicts_with(self, other: Self) -> bool {
         !matches!((self, other), (Self::Shared, Self::Shared))
@@ -64,7 +63,7 @@ mod tests {
     const MODES: [AdvisoryMode; 2] = [AdvisoryMode::Shared, AdvisoryMode::Exclusive];
 
     #[test]
-    fn text_survives_the_round_trip() {
+    fn text_round_trips() {
         for mode in MODES {
             assert_eq!(AdvisoryMode::from_pg_locks(&mode.to_string()), Some(mode));
         }
@@ -80,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn only_shared_goes_with_shared() {
+    fn only_shared_and_shared_do_not_conflict() {
         for a in MODES {
             for b in MODES {
                 assert_eq!(a.conflicts_with(b), b.conflicts_with(a));
@@ -91,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_is_the_safe_one() {
+    fn the_default_is_exclusive() {
         assert_eq!(AdvisoryMode::default(), AdvisoryMode::Exclusive);
     }
 }

@@ -1,8 +1,8 @@
-//! How strongly a lock is held, in PostgreSQL's words: what conflicts with what, and which statement takes which lock.
+//! Lock modes, and which of them conflict.
 //!
-//! Plain values, one kind of lock a file: advisory locks have two modes ([`AdvisoryMode`]), tables eight ([`LockMode`]),
-//! rows four ([`RowLock`]). `statements` says who takes them ([`StatementLock`]). What is said here of the server, all
-//! of it, is asked of a live one in `tests/it/lock_modes`.
+//! Pure values, one file for each kind of lock: advisory locks have two modes ([`AdvisoryMode`]), tables eight
+//! ([`LockMode`]), rows four ([`RowLock`]). Which statement takes which lock is in `schema::statements`. The tests in
+//! `tests/it/lock_modes` verify all of these facts on a live server.
 
 mod advisory;
 mod parse;

@@ -1,8 +1,8 @@
-//! A text that names no mode, and how texts are compared.
+//! The error for a text that is not a lock mode, and the comparison of such texts.
 
 use std::fmt;
 
-/// A text that is not the name of a lock mode. Its message has the text and the names there are.
+/// The error for a text that is not the name of a lock mode. Its message contains the text and the valid names.
 ///
 /// # Examples
 ///
@@ -32,7 +32,7 @@ impl ParseModeError {
         }
     }
 
-    /// The text that names no mode.
+    /// The text that is not a mode's name.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
@@ -53,7 +53,7 @@ impl fmt::Display for ParseModeError {
 
 impl std::error::Error for ParseModeError {}
 
-/// Whether two texts have the same words, as SQL compares keywords: whatever their case and the space between them.
+/// Whether two texts consist of the same words, compared as SQL keywords: ignoring case and white space.
 pub(super) fn same_words(a: &str, b: &str) -> bool {
     a.split_whitespace()
         .map(str::to_ascii_uppercase)

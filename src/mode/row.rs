@@ -1,16 +1,16 @@
-//! The four modes in which a row can be locked.
+//! The four modes of row locks.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::parse::{ParseModeError, same_words};
 
-/// How strongly a transaction has locked a row.
+/// The mode in which a transaction has locked a row.
 ///
-/// Row locks stop writers and lockers of the same row, never readers. They are kept in the row itself, not in the
-/// server's lock table: `pg_locks` shows nothing of a row lock that nobody waits for. Who waits for one waits for the
-/// transaction that holds it (`locktype` `transactionid`), and holds its own place as the next with a lock of `locktype`
-/// `tuple`, whose mode tells what it wants ([`from_pg_locks`](Self::from_pg_locks)).
+/// Row locks block writers and lockers of the same row, never readers. They are stored in the row itself, not in the
+/// server's lock table: `pg_locks` does not show a row lock without waiters. A waiter waits for the transaction that
+/// holds the row lock (`locktype` `transactionid`), and marks itself as next in line with a lock of `locktype` `tuple`,
+/// whose mode tells the requested row lock ([`from_pg_locks`](Self::from_pg_locks)).
 ///
 /// # Conflicts
 ///
@@ -21,7 +21,7 @@ use super::parse::{ParseModeError, same_words};
 /// ```
 /// use lockkeeper::RowLock;
 ///
-/// // Why FOR NO KEY UPDATE is the one to take before an UPDATE: rows that refer to this one can be inserted meanwhile.
+/// // Take FOR NO KEY UPDATE before an UPDATE: rows that refer to this one can still be inserted.
 /// let foreign_key_check = RowLock::KeyShare;
 /// assert!(!foreign_key_check.conflicts_with(RowLock::NoKeyUpdate));
 /// assert!(foreign_key_check.conflicts_with(RowLock::Update));
@@ -30,33 +30,34 @@ use super::parse::{ParseModeError, same_words};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum RowLock {
-    /// FOR KEY SHARE: the row stays, and keeps its key. What the check of a foreign key takes on the row referred to.
+    /// FOR KEY SHARE: the row cannot be deleted, and its key cannot change. A foreign key check takes it on the
+    /// referenced row.
     KeyShare,
-    /// FOR SHARE: the row stays as it is.
+    /// FOR SHARE: the row cannot change.
     Share,
-    /// FOR NO KEY UPDATE: what an UPDATE takes that leaves the key as it is.
+    /// FOR NO KEY UPDATE: taken by an UPDATE that does not change the key.
     NoKeyUpdate,
-    /// FOR UPDATE: what DELETE takes, and an UPDATE of a column that a foreign key could refer to.
+    /// FOR UPDATE: taken by DELETE, and by an UPDATE of a column that a foreign key could refer to.
     Update,
 }
 
 use RowLock::{KeyShare, NoKeyUpdate, Share, Update};
 
-/// Wanted down, held across, both in the order of [`RowLock::ALL`]. PostgreSQL's documentation, "Conflicting Row-Level
-/// Locks"; each pair is tried (test `lock_modes::every_pair_of_row_modes`).
+/// The requested lock by row and the held lock by column, both in the order of [`RowLock::ALL`]. PostgreSQL's
+/// documentation, "Conflicting Row-Level Locks"; each pair is tested (test `lock_modes::every_pair_of_row_modes`).
 const CONFLICTS: [[u8; 4]; 4] = [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]];
 
 impl RowLock {
-    /// All of them, the weakest first.
+    /// All row locks, weakest first.
     pub const ALL: [Self; 4] = [KeyShare, Share, NoKeyUpdate, Update];
 
-    /// The row lock that a backend wants whose row in `pg_locks` has the `locktype` `tuple` and this mode; `None` for
-    /// every other text.
+    /// The row lock that a backend requests whose entry in `pg_locks` has the `locktype` `tuple` and this mode; `None`
+    /// for every other text.
     ///
-    /// Such a lock borrows the modes of table locks and means something else by them: `AccessExclusiveLock` is FOR
-    /// UPDATE (`tupleLockExtraInfo` in `src/backend/access/heap/heapam.c`; test
-    /// `lock_modes::a_waiter_for_a_row_says_which_lock_it_wants`). Of a row whose `locktype` is `relation` it is a
-    /// [`LockMode`](crate::LockMode).
+    /// Such an entry uses the modes of table locks with another meaning: `AccessExclusiveLock` is FOR UPDATE
+    /// (`tupleLockExtraInfo` in `src/backend/access/heap/heapam.c`; test
+    /// `lock_modes::a_waiter_for_a_row_says_which_lock_it_wants`). In an entry with the `locktype` `relation` the mode
+    /// is a [`LockMode`](crate::LockMode).
     #[must_use]
     pub fn from_pg_locks(mode: &str) -> Option<Self> {
         Self::ALL
@@ -64,7 +65,7 @@ impl RowLock {
             .find(|candidate| candidate.as_pg_locks() == mode)
     }
 
-    /// The mode of the `tuple` lock in `pg_locks` that stands for a wait for this row lock.
+    /// The mode of the `tuple` lock in `pg_locks` that represents a request for this row lock.
     #[must_use]
     pub const fn as_pg_locks(self) -> &'static str {
         match self {
@@ -75,7 +76,7 @@ impl RowLock {
         }
     }
 
-    /// The clause of SELECT that takes it: `FOR NO KEY UPDATE`.
+    /// The clause of SELECT that takes the lock: `FOR NO KEY UPDATE`.
     #[must_use]
     pub const fn as_sql(self) -> &'static str {
         match self {
@@ -86,15 +87,15 @@ impl RowLock {
         }
     }
 
-    /// Whether one transaction has to wait for another one that holds the `other` lock on the same row. Symmetric. A
-    /// transaction never waits for itself.
+    /// Whether a transaction has to wait for another transaction that holds the `other` lock on the same row.
+    /// Symmetric. A transaction never waits for itself.
     #[must_use]
     pub const fn conflicts_with(self, other: Self) -> bool {
         CONFLICTS[self as usize][other as usize] == 1
     }
 
-    /// What a lock of this mode keeps others from doing with the row, and what goes on, in words that follow the verb:
-    /// “blocks …”.
+    /// What a lock of this mode prevents other transactions from doing with the row, and what it still allows, as a
+    /// phrase that follows “blocks …”.
     #[must_use]
     pub const fn blocks(self) -> &'static str {
         match self {
@@ -123,7 +124,7 @@ impl fmt::Display for RowLock {
     }
 }
 
-/// Reads the clause, in any case: `FOR UPDATE`.
+/// Parses the clause, in any case: `FOR UPDATE`.
 impl FromStr for RowLock {
     type Err = ParseModeError;
 
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn conflicts_are_symmetric_and_grow() {
+    fn conflicts_are_symmetric_and_increase() {
         for a in RowLock::ALL {
             for b in RowLock::ALL {
                 assert_eq!(a.conflicts_with(b), b.conflicts_with(a), "{a} {b}");
@@ -174,19 +175,23 @@ mod tests {
     }
 
     #[test]
-    fn the_words_say_what_the_matrix_says() {
+    fn blocks_agrees_with_the_matrix() {
         for lock in RowLock::ALL {
-            let (blocked, goes_on) = lock
+            let (blocked, still_allowed) = lock
                 .blocks()
                 .split_once("; ")
-                .expect("all let something in");
-            assert!(goes_on.contains("reads"), "{lock}");
+                .expect("every row lock allows something");
+            assert!(still_allowed.contains("reads"), "{lock}");
             let checks = lock.conflicts_with(KeyShare);
             assert_eq!(blocked.contains("foreign key checks"), checks, "{lock}");
-            assert_eq!(goes_on.contains("foreign key checks"), !checks, "{lock}");
+            assert_eq!(
+                still_allowed.contains("foreign key checks"),
+                !checks,
+                "{lock}"
+            );
             let updates = lock.conflicts_with(NoKeyUpdate);
             assert_eq!(blocked.contains("every UPDATE"), updates, "{lock}");
-            assert_eq!(goes_on.contains("UPDATE"), !updates, "{lock}");
+            assert_eq!(still_allowed.contains("UPDATE"), !updates, "{lock}");
         }
     }
 

@@ -1,18 +1,18 @@
-//! The eight modes in which a table can be locked.
+//! The eight modes of table locks.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::parse::{ParseModeError, same_words};
 
-/// How strongly a transaction has locked a table.
+/// The mode in which a transaction has locked a table.
 ///
-/// The names are historical, PostgreSQL's documentation says ("Explicit Locking"): all eight are locks of the whole
-/// table, also those with ROW in their name. A mode means nothing but the modes it conflicts with. The order is that of
-/// the server's own numbers (`src/include/storage/lockdefs.h`); each mode conflicts with all that the one before it does,
-/// except that SHARE goes with SHARE.
+/// The names are historical, as PostgreSQL's documentation explains ("Explicit Locking"): all eight modes lock the
+/// whole table, even those with ROW in their name. A mode is defined only by the modes it conflicts with. The order is
+/// that of the server's numbers (`src/include/storage/lockdefs.h`). Each mode conflicts with all modes that the mode
+/// before it conflicts with, except that SHARE does not conflict with SHARE.
 ///
-/// `Display` shows them as `pg_locks.mode` and the server's messages do.
+/// `Display` shows the modes as `pg_locks.mode` and the server's messages do.
 ///
 /// # Conflicts
 ///
@@ -32,21 +32,22 @@ use super::parse::{ParseModeError, same_words};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LockMode {
-    /// What only reads takes it: SELECT, COPY TO, pg_dump.
+    /// Taken by statements that only read: SELECT, COPY TO, pg_dump.
     AccessShare,
-    /// SELECT … FOR UPDATE and its kin, and the checks of foreign keys.
+    /// Taken by SELECT … FOR UPDATE and the other row locking clauses, and by foreign key checks.
     RowShare,
-    /// What writes rows: INSERT, UPDATE, DELETE, MERGE, COPY FROM.
+    /// Taken by statements that write rows: INSERT, UPDATE, DELETE, MERGE, COPY FROM.
     RowExclusive,
-    /// Maintenance beside reads and writes, one at a time: VACUUM, ANALYZE, CREATE INDEX CONCURRENTLY.
+    /// Taken by maintenance that allows reads and writes, one session at a time: VACUUM, ANALYZE, CREATE INDEX
+    /// CONCURRENTLY.
     ShareUpdateExclusive,
-    /// CREATE INDEX: the rows must not change, several may do it at once.
+    /// Taken by CREATE INDEX: the rows must not change, and several sessions can hold it.
     Share,
-    /// CREATE TRIGGER, ADD FOREIGN KEY: as SHARE, one at a time.
+    /// Taken by CREATE TRIGGER and ADD FOREIGN KEY: as SHARE, but one session at a time.
     ShareRowExclusive,
-    /// REFRESH MATERIALIZED VIEW CONCURRENTLY: beside reads only.
+    /// Taken by REFRESH MATERIALIZED VIEW CONCURRENTLY: allows only reads.
     Exclusive,
-    /// DROP, TRUNCATE, VACUUM FULL, most forms of ALTER TABLE: alone.
+    /// Taken by DROP, TRUNCATE, VACUUM FULL and most forms of ALTER TABLE: conflicts with every mode.
     AccessExclusive,
 }
 
@@ -55,8 +56,8 @@ use LockMode::{
     ShareUpdateExclusive,
 };
 
-/// Wanted down, held across, both in the order of [`LockMode::ALL`]. As `LockConflicts` in
-/// `src/backend/storage/lmgr/lock.c`; each pair is tried (test `lock_modes::every_pair_of_table_modes`).
+/// The requested mode by row and the held mode by column, both in the order of [`LockMode::ALL`]. As `LockConflicts` in
+/// `src/backend/storage/lmgr/lock.c`; each pair is tested (test `lock_modes::every_pair_of_table_modes`).
 const CONFLICTS: [[u8; 8]; 8] = [
     [0, 0, 0, 0, 0, 0, 0, 1],
     [0, 0, 0, 0, 0, 0, 1, 1],
@@ -69,7 +70,7 @@ const CONFLICTS: [[u8; 8]; 8] = [
 ];
 
 impl LockMode {
-    /// All of them, the weakest first.
+    /// All modes, weakest first.
     pub const ALL: [Self; 8] = [
         AccessShare,
         RowShare,
@@ -83,10 +84,10 @@ impl LockMode {
 
     /// The mode that `pg_locks.mode` spells like this; `None` for every other text.
     ///
-    /// It is the mode of a table lock where `pg_locks.locktype` is `relation`. The server's locks on other things have
-    /// the same modes and conflicts, but other meanings: for the row locks of `tuple` see [`RowLock::from_pg_locks`],
-    /// for `advisory` [`AdvisoryMode::from_pg_locks`]. `SIReadLock`, which `relation` can show too, is none of them: the
-    /// mark that a serializable transaction has read something, which blocks nobody.
+    /// The entry is a table lock if its `pg_locks.locktype` is `relation`. Locks on other objects have the same modes
+    /// and conflicts, but other meanings: see [`RowLock::from_pg_locks`] for `tuple` and
+    /// [`AdvisoryMode::from_pg_locks`] for `advisory`. `SIReadLock`, which an entry of `relation` can also have, is not
+    /// a lock mode: it marks what a serializable transaction has read, and blocks no session.
     ///
     /// [`RowLock::from_pg_locks`]: crate::RowLock::from_pg_locks
     /// [`AdvisoryMode::from_pg_locks`]: crate::AdvisoryMode::from_pg_locks
@@ -127,24 +128,24 @@ impl LockMode {
         }
     }
 
-    /// Whether one transaction has to wait for another one that holds the `other` mode on the same table. Symmetric. A
-    /// transaction never waits for itself.
+    /// Whether a transaction has to wait for another transaction that holds the `other` mode on the same table.
+    /// Symmetric. A transaction never waits for itself.
     #[must_use]
     pub const fn conflicts_with(self, other: Self) -> bool {
         CONFLICTS[self as usize][other as usize] == 1
     }
 
-    /// The modes that conflict with this one, the weakest first.
+    /// The modes that conflict with this one, weakest first.
     pub fn conflicting(self) -> impl Iterator<Item = Self> {
         Self::ALL
             .into_iter()
             .filter(move |other| self.conflicts_with(*other))
     }
 
-    /// What a lock of this mode keeps others from doing with the table, and what goes on, in words that follow the verb:
-    /// “blocks …”.
+    /// What a lock of this mode prevents other transactions from doing with the table, and what it still allows, as a
+    /// phrase that follows “blocks …”.
     ///
-    /// A lock that is only waited for blocks the same: who comes later and conflicts with it queues behind it.
+    /// A waiting request blocks the same: later requests that conflict with it queue behind it.
     #[must_use]
     pub const fn blocks(self) -> &'static str {
         match self {
@@ -188,7 +189,7 @@ impl fmt::Display for LockMode {
     }
 }
 
-/// Reads both spellings: `RowExclusiveLock` exactly, `ROW EXCLUSIVE` in any case.
+/// Parses both spellings: `RowExclusiveLock` exactly, `ROW EXCLUSIVE` in any case.
 impl FromStr for LockMode {
     type Err = ParseModeError;
 
@@ -210,21 +211,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_spellings_survive_the_round_trip() {
+    fn both_spellings_round_trip() {
         for mode in LockMode::ALL {
             assert_eq!(LockMode::from_pg_locks(&mode.to_string()), Some(mode));
             assert_eq!(mode.to_string().parse(), Ok(mode));
             assert_eq!(mode.as_sql().parse(), Ok(mode));
             let sloppy = format!(" {}\n", mode.as_sql().to_lowercase().replace(' ', "  "));
             assert_eq!(sloppy.parse(), Ok(mode));
-            // The one is the other without spaces, and with `Lock`.
+            // `pg_locks` spells the mode without spaces and with `Lock` appended.
             let joined = format!("{}lock", mode.as_sql().replace(' ', "").to_lowercase());
             assert_eq!(mode.as_pg_locks().to_lowercase(), joined);
         }
     }
 
     #[test]
-    fn other_texts_are_no_mode() {
+    fn other_texts_are_not_a_mode() {
         for text in [
             "",
             "Lock",
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_is_that_of_the_list() {
+    fn modes_are_ordered_as_listed() {
         assert!(LockMode::ALL.is_sorted());
         for (at, mode) in LockMode::ALL.into_iter().enumerate() {
             assert_eq!(mode as usize, at, "the matrix is read by this number");
@@ -265,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn conflicts_are_symmetric_and_grow_but_for_share() {
+    fn conflicts_are_symmetric_and_increase_except_for_share() {
         for a in LockMode::ALL {
             for b in LockMode::ALL {
                 assert_eq!(a.conflicts_with(b), b.conflicts_with(a), "{a} {b}");
@@ -285,9 +286,9 @@ mod tests {
     }
 
     #[test]
-    fn the_words_say_what_the_matrix_says() {
+    fn blocks_agrees_with_the_matrix() {
         for mode in LockMode::ALL {
-            let (blocked, goes_on) = mode
+            let (blocked, still_allowed) = mode
                 .blocks()
                 .split_once("; ")
                 .unwrap_or((mode.blocks(), ""));
@@ -298,7 +299,11 @@ mod tests {
                 ("VACUUM", ShareUpdateExclusive),
             ] {
                 assert_eq!(blocked.contains(word), mode.conflicts_with(of), "{mode}");
-                assert_eq!(goes_on.contains(word), !mode.conflicts_with(of), "{mode}");
+                assert_eq!(
+                    still_allowed.contains(word),
+                    !mode.conflicts_with(of),
+                    "{mode}"
+                );
             }
             let builds = blocked.contains("index builds");
             assert_eq!(builds, mode.conflicts_with(Share), "{mode}");

@@ -130,7 +130,7 @@ pub(super) fn entries(seen: Seen) -> Vec<AdvisoryLockEntry> {
                 wait_age: lock
                     .since
                     .map(|since| seen.taken_at.duration_since(since).unwrap_or_default()),
-                guarded: lock.who.pid().is_some_and(connection::is_in_custody),
+                guarded: lock.who.pid().is_some_and(connection::is_own_backend),
                 backend: backend.unwrap_or_else(|| Backend::unknown(lock.who)),
             })
         })

@@ -297,9 +297,9 @@ async fn read_settings(
 /// Finds out what the session shows about a pooler, and returns it to the pool.
 async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Pooler {
     let direct = first.login_pid().is_none_or(|login| login == pid);
-    let known = connections.findings().keeps_sessions();
+    let known = connections.capabilities().keeps_sessions();
     if direct || known.is_some() {
-        first.give_back();
+        first.return_to_pool();
         return match (direct, known) {
             (true, _) => Pooler::Direct,
             (false, Some(true)) => Pooler::KeepsSessions,
@@ -315,8 +315,8 @@ async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Poo
             .ok()?;
         let beside = pid_of(&second).await;
         let after = pid_of(&first).await;
-        second.give_back();
-        first.give_back();
+        second.return_to_pool();
+        first.return_to_pool();
         Some(beside? == pid || after? != pid || beside? == after?)
     });
     match compared.await {

@@ -151,7 +151,7 @@ pub(super) async fn check_protection(
     backend: &Backend,
 ) -> Result<Option<Protection>, Error> {
     let mut facts = run::session_facts(monitor, policy).await?;
-    let own_sessions = backend.pid().filter(|pid| connection::is_in_custody(*pid));
+    let own_sessions = backend.pid().filter(|pid| connection::is_own_backend(*pid));
     facts.own_sessions.extend(own_sessions);
     Ok(protection_rules::protection_of(policy, &facts, backend))
 }
@@ -161,6 +161,6 @@ fn own_sessions_in(tree: &LockTree) -> HashSet<i32> {
     let backends = tree.snapshot().backends().iter();
     backends
         .filter_map(Backend::pid)
-        .filter(|pid| connection::is_in_custody(*pid))
+        .filter(|pid| connection::is_own_backend(*pid))
         .collect()
 }

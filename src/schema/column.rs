@@ -1,22 +1,21 @@
-//! A new column.
+//! Adding a column.
 
-use super::ddl;
-use super::pace::{Pace, awaited, paced};
-use super::recipe::{Recipe, Steps, sound};
-use super::refusal::{self, Allowed};
-use super::report::RecipeReport;
-use super::run::Context;
+use super::lint::{self, Allowed};
+use super::options::{ChangeOptions, change_options, into_future};
+use super::procedure::{Procedure, Steps, check_name};
+use super::report::ProcedureReport;
 use super::table::Table;
+use super::{Env, ddl};
 use crate::error::{Error, has_the_column};
 use crate::postgres::TableName;
-use crate::schema::sql::{catalog, recipe};
+use crate::schema::sql::{catalog, procedure};
 
-/// A column to be added: [`Schema::add_column`](crate::Schema::add_column). Awaiting it adds it.
+/// A column to add: [`Schema::add_column`](crate::Schema::add_column). Awaiting it adds the column.
 #[must_use = "a column is not added until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct AddColumn {
-    pub(super) cx: Context,
-    pub(super) pace: Pace,
+    pub(super) env: Env,
+    pub(super) options: ChangeOptions,
     pub(super) table: TableName,
     pub(super) column: String,
     pub(super) ty: String,
@@ -25,58 +24,60 @@ pub struct AddColumn {
 }
 
 impl AddColumn {
-    /// Its default. It is SQL of the caller's, and sent as it is.
+    /// The column's default. The expression is the caller's SQL and sent unchanged.
     pub fn default(mut self, expression: impl Into<String>) -> Self {
         self.default = Some(expression.into());
         self
     }
 
-    /// NOT NULL, for which it needs a default where the table has rows. With a volatile default it comes only after the
-    /// rows have been filled: see [`run`](Self::run).
+    /// Makes the column NOT NULL, which requires a default if the table has rows. With a volatile default, NOT NULL has
+    /// to wait until the existing rows have been filled: see [`run`](Self::run).
     pub fn not_null(mut self) -> Self {
         self.not_null = true;
         self
     }
 
-    /// Adds it, unless it is there.
+    /// Adds the column, unless it exists.
     ///
-    /// A default that is the same for every row (a constant, `now()`) costs nothing, however many rows there are. With a
-    /// volatile one (`gen_random_uuid()`, `clock_timestamp()`, a function of one's own that is not declared otherwise) the
-    /// server would rewrite the table: so the column comes without it, which then becomes the default of new rows in the
-    /// same transaction. The rows that are there keep NULL, and [`RecipeReport::backfill`] says what fills them: batch by
-    /// batch is for the caller, and so is [`set_not_null`](crate::Schema::set_not_null) after it.
+    /// A default that is the same for every row (a constant, `now()`) is cheap, regardless of the number of rows. With
+    /// a volatile default (`gen_random_uuid()`, `clock_timestamp()`, a user-defined function that is not declared
+    /// otherwise) the server would rewrite the table. So the column is added without the default, which is then set for
+    /// new rows in the same transaction. Existing rows keep NULL, and [`ProcedureReport::backfill`] contains the
+    /// statement that fills them: run it in batches, and then call [`set_not_null`](crate::Schema::set_not_null).
     ///
     /// # SQL
-    /// `ALTER TABLE … ADD COLUMN …`; with a volatile default `ALTER COLUMN … SET DEFAULT` in the same
+    /// `ALTER TABLE … ADD COLUMN …`; with a volatile default also `ALTER COLUMN … SET DEFAULT` in the same
     /// transaction.
     ///
     /// # Errors
     /// As [`Change::run`](crate::Change::run): types that make the server rewrite the table (`serial`, a domain with a
-    /// constraint) are refused, where it has rows. [`Config`](crate::ErrorKind::Config) when there is such a column of
+    /// constraint) are refused if the table has rows. [`Config`](crate::ErrorKind::Config) if the column exists with
     /// another type.
     ///
     /// # Cancel safety
-    /// May be dropped at any point, and called again.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
-        sound("column", &self.column)?;
-        Recipe::run(&self.cx, &self.pace, &self).await
+    /// Can be dropped at any point, and called again.
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
+        check_name("column", &self.column)?;
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for AddColumn {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
         let full = table.full_name();
         let volatile = match &self.default {
             Some(default) => {
-                let read = ddl::read_default(default);
+                let read = ddl::called_functions(default);
                 let sql = catalog::volatile(&read);
-                catalog::two(&self.cx.ask(&sql).await?, "volatile", "domain").0
+                catalog::read_two(&self.env.ask(&sql).await?, "volatile", "domain").0
             }
             None => false,
         };
         let default = self.default.as_deref();
-        let there = recipe.column(&table, &self.column, Some(&self.ty)).await?;
+        let there = procedure
+            .column(&table, &self.column, Some(&self.ty))
+            .await?;
         if there.as_ref().is_some_and(|there| !there.same_type) {
             return Err(Error::config(format!(
                 "{full} has a column {:?} already, and its type is not {}",
@@ -90,24 +91,24 @@ impl Steps for AddColumn {
             } else {
                 (default, self.not_null)
             };
-            let add = recipe::add_column(&full, &self.column, &self.ty, at_once, not_null);
+            let add = procedure::add_column(&full, &self.column, &self.ty, at_once, not_null);
             let statements = ddl::read(&add);
-            let timeout = self.pace.lock_timeout;
-            refusal::check(&self.cx, &statements, Allowed::default(), timeout).await?;
+            let timeout = self.options.lock_timeout;
+            lint::check(&self.env, &statements, Allowed::default(), timeout).await?;
             let mut batch = vec![add];
             if let (true, Some(default)) = (split, default) {
-                batch.push(recipe::set_default(&full, &self.column, default));
+                batch.push(procedure::set_default(&full, &self.column, default));
             }
-            recipe
-                .step_unless(has_the_column, recipe::batch(&batch))
+            procedure
+                .step_unless_overtaken(has_the_column, procedure::batch(&batch))
                 .await?;
         }
         if volatile && there.is_none_or(|there| !there.not_null) {
-            recipe.report.backfill = Some(recipe::fill(&full, &self.column));
+            procedure.report.backfill = Some(procedure::fill(&full, &self.column));
         }
         Ok(())
     }
 }
 
-paced!(AddColumn);
-awaited!(AddColumn => RecipeReport);
+change_options!(AddColumn);
+into_future!(AddColumn => ProcedureReport);

@@ -1,31 +1,31 @@
-//! Constraints, added without a scan under a lock that others wait for.
+//! Adding constraints without a scan under a blocking lock.
 
-use super::pace::{Pace, awaited, paced};
-use super::recipe::{Recipe, Steps, sound};
-use super::report::RecipeReport;
-use super::run::Context;
+use super::Env;
+use super::options::{ChangeOptions, change_options, into_future};
+use super::procedure::{Procedure, Steps, check_name};
+use super::report::ProcedureReport;
 use super::table::Table;
 use crate::error::Error;
 use crate::postgres::TableName;
-use crate::schema::sql::recipe::ForeignKey;
+use crate::schema::sql::procedure::ForeignKey;
 use std::time::Duration;
 
-/// A primary key's index may take as long as any.
+/// The default deadline of a primary key, the same as that of an index.
 const DEADLINE: Duration = Duration::from_secs(3600);
 
-/// What becomes of rows whose foreign key refers to a row that is deleted, or whose key is changed.
+/// What happens to referencing rows when the referenced row is deleted or its key changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReferentialAction {
-    /// It is an error, at the end of the statement or, where the constraint is deferred, of the transaction.
+    /// An error at the end of the statement or, if the constraint is deferred, of the transaction.
     NoAction,
-    /// It is an error, at once.
+    /// An error at once.
     Restrict,
-    /// They are deleted, or changed, too.
+    /// The referencing rows are deleted or changed, too.
     Cascade,
-    /// Their columns become NULL.
+    /// The referencing columns become NULL.
     SetNull,
-    /// Their columns become their defaults.
+    /// The referencing columns get their defaults.
     SetDefault,
 }
 
@@ -41,129 +41,131 @@ impl ReferentialAction {
     }
 }
 
-/// A CHECK to be added: [`Schema::add_check`](crate::Schema::add_check). Awaiting it adds it.
+/// A CHECK constraint to add: [`Schema::add_check`](crate::Schema::add_check). Awaiting it adds the constraint.
 #[must_use = "a constraint is not added until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct AddCheck {
-    pub(super) cx: Context,
-    pub(super) pace: Pace,
+    pub(super) env: Env,
+    pub(super) options: ChangeOptions,
     pub(super) table: TableName,
     pub(super) name: String,
     pub(super) expression: String,
 }
 
 impl AddCheck {
-    /// Adds it, unless it is there, and validates it, unless it is valid.
+    /// Adds the constraint, unless it exists, and validates it, unless it is valid.
     ///
     /// # SQL
-    /// `ALTER TABLE … ADD CONSTRAINT … CHECK (…) NOT VALID`, under ACCESS EXCLUSIVE for a moment; and in a transaction of
-    /// its own `VALIDATE CONSTRAINT`, which reads the table beside others' reads and writes. Where a CHECK of that name is
-    /// there, the expression is first given to an empty temporary table, to see whether they are the same.
+    /// `ALTER TABLE … ADD CONSTRAINT … CHECK (…) NOT VALID`, briefly under ACCESS EXCLUSIVE; then, in a separate
+    /// transaction, `VALIDATE CONSTRAINT`, which reads the table while other sessions read and write it. If a CHECK of
+    /// that name exists, the expression is first added to an empty temporary table, to compare the two.
     ///
     /// # Errors
-    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) when there is a constraint of that name
-    /// that differs. A row that does not pass fails the validation: then the constraint stays
-    /// as it is, not valid, so that no further such rows come; with the rows mended, the same call validates it.
+    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if a different constraint of that
+    /// name exists. A row that violates the constraint fails the validation. The constraint then stays NOT VALID, which
+    /// prevents further violations; once the rows are corrected, the same call validates it.
     ///
     /// # Cancel safety
-    /// May be dropped at any point, and called again: it goes on with what is left to do.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
-        Recipe::run(&self.cx, &self.pace, &self).await
+    /// Can be dropped at any point, and called again: it continues with what is left to do.
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for AddCheck {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
-        (recipe.same_check(&table, &self.name, &self.expression)).await?;
-        recipe.check(&table, &self.name, &self.expression).await
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
+        (procedure.ensure_same_check(&table, &self.name, &self.expression)).await?;
+        procedure
+            .add_check(&table, &self.name, &self.expression)
+            .await
     }
 }
 
-paced!(AddCheck);
-awaited!(AddCheck => RecipeReport);
+change_options!(AddCheck);
+into_future!(AddCheck => ProcedureReport);
 
-/// A foreign key to be added: [`Schema::add_foreign_key`](crate::Schema::add_foreign_key). Awaiting it adds it.
+/// A foreign key to add: [`Schema::add_foreign_key`](crate::Schema::add_foreign_key). Awaiting it adds the foreign key.
 #[must_use = "a constraint is not added until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct AddForeignKey {
-    pub(super) cx: Context,
-    pub(super) pace: Pace,
+    pub(super) env: Env,
+    pub(super) options: ChangeOptions,
     pub(super) table: TableName,
     pub(super) name: Option<String>,
     pub(super) key: ForeignKey,
 }
 
 impl AddForeignKey {
-    /// What it is to be called; by default after the table and its columns, `orders_customer_fkey`, as the server would.
-    /// The name is what it is recognized by when it is added again.
+    /// The constraint's name. The default is the name the server would choose, such as `orders_customer_fkey`. A
+    /// repeated call recognizes the constraint by its name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// What deleting a row referred to does.
+    /// The action when a referenced row is deleted.
     pub fn on_delete(mut self, action: ReferentialAction) -> Self {
         self.key.on_delete = Some(action.as_sql());
         self
     }
 
-    /// What changing the key of a row referred to does.
+    /// The action when the key of a referenced row changes.
     pub fn on_update(mut self, action: ReferentialAction) -> Self {
         self.key.on_update = Some(action.as_sql());
         self
     }
 
-    /// Adds it, unless it is there, and validates it, unless it is valid.
+    /// Adds the foreign key, unless it exists, and validates it, unless it is valid.
     ///
-    /// Of a partitioned table, those of its partitions are added and validated first, and the table's own then takes them
-    /// over without looking at the rows again.
+    /// For a partitioned table, the foreign keys of its partitions are added and validated first; the table's own
+    /// foreign key then adopts them without reading the rows again.
     ///
     /// # SQL
-    /// `ALTER TABLE … ADD CONSTRAINT … FOREIGN KEY … NOT VALID`, under SHARE ROW EXCLUSIVE on both tables for a moment;
-    /// and in a transaction of its own `VALIDATE CONSTRAINT`, beside others' reads and writes. The columns had better
-    /// have an index, for the sake of deletes of the rows referred to.
+    /// `ALTER TABLE … ADD CONSTRAINT … FOREIGN KEY … NOT VALID`, briefly under SHARE ROW EXCLUSIVE on both tables;
+    /// then, in a separate transaction, `VALIDATE CONSTRAINT`, while other sessions read and write. The columns should
+    /// have an index, because deletes of referenced rows search them.
     ///
     /// # Errors
     /// As [`AddCheck::run`].
     ///
     /// # Cancel safety
-    /// May be dropped at any point, and called again: it goes on with what is left to do.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
+    /// Can be dropped at any point, and called again: it continues with what is left to do.
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
         if self.key.columns.is_empty() {
             return Err(Error::config("a foreign key needs at least one column"));
         }
         for column in self.key.columns.iter().chain(&self.key.referenced_columns) {
-            sound("column", column)?;
+            check_name("column", column)?;
         }
-        Recipe::run(&self.cx, &self.pace, &self).await
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for AddForeignKey {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
-        let referenced = Table::of(&self.cx, &self.key.referenced).await?;
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
+        let referenced = Table::of(&self.env, &self.key.referenced).await?;
         let key = ForeignKey {
-            // By its full name, so that the search_path of the next connection is of no matter.
+            // The full name, because the next connection can have another search_path.
             referenced: referenced.full_name(),
             ..self.key.clone()
         };
-        recipe
-            .foreign_key(&table, self.name.as_deref(), &key, referenced.oid)
+        procedure
+            .add_foreign_key(&table, self.name.as_deref(), &key, referenced.oid)
             .await
     }
 }
 
-paced!(AddForeignKey);
-awaited!(AddForeignKey => RecipeReport);
+change_options!(AddForeignKey);
+into_future!(AddForeignKey => ProcedureReport);
 
-/// A column to become NOT NULL: [`Schema::set_not_null`](crate::Schema::set_not_null). Awaiting it makes it so.
+/// A column to make NOT NULL: [`Schema::set_not_null`](crate::Schema::set_not_null). Awaiting it changes the column.
 #[must_use = "a column is left as it is until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct SetNotNull {
-    pub(super) cx: Context,
-    pub(super) pace: Pace,
+    pub(super) env: Env,
+    pub(super) options: ChangeOptions,
     pub(super) table: TableName,
     pub(super) column: String,
 }
@@ -172,88 +174,96 @@ impl SetNotNull {
     /// Makes the column NOT NULL, unless it is.
     ///
     /// # SQL
-    /// `ADD CONSTRAINT …_is_not_null CHECK (… IS NOT NULL) NOT VALID`; `VALIDATE CONSTRAINT`, beside others' reads and
-    /// writes; `SET NOT NULL`, which that proof spares the scan, and `DROP CONSTRAINT`, together in one transaction.
+    /// `ADD CONSTRAINT …_is_not_null CHECK (… IS NOT NULL) NOT VALID`; `VALIDATE CONSTRAINT`, while other sessions read
+    /// and write; then in one transaction `SET NOT NULL`, which needs no scan because of the valid CHECK, and `DROP
+    /// CONSTRAINT`.
     ///
     /// # Errors
-    /// As [`AddCheck::run`]: a row with a NULL fails the validation, and the CHECK stays, so that no further ones come.
+    /// As [`AddCheck::run`]: a row with a NULL fails the validation, and the CHECK stays, which prevents further NULLs.
     ///
     /// # Cancel safety
-    /// May be dropped at any point, and called again: it goes on with what is left to do.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
-        Recipe::run(&self.cx, &self.pace, &self).await
+    /// Can be dropped at any point, and called again: it continues with what is left to do.
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for SetNotNull {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
-        recipe.not_null(&table, &self.column).await
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
+        procedure.set_not_null(&table, &self.column).await
     }
 }
 
-paced!(SetNotNull);
-awaited!(SetNotNull => RecipeReport);
+change_options!(SetNotNull);
+into_future!(SetNotNull => ProcedureReport);
 
-/// A primary key to be added: [`Schema::add_primary_key`](crate::Schema::add_primary_key). Awaiting it adds it.
+/// A primary key to add: [`Schema::add_primary_key`](crate::Schema::add_primary_key). Awaiting it adds the primary key.
 #[must_use = "a constraint is not added until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct AddPrimaryKey {
-    cx: Context,
-    pace: Pace,
+    env: Env,
+    options: ChangeOptions,
     table: TableName,
     name: Option<String>,
     columns: Vec<String>,
 }
 
 impl AddPrimaryKey {
-    pub(super) fn new(cx: Context, pace: Pace, table: TableName, columns: Vec<String>) -> Self {
+    pub(super) fn new(
+        env: Env,
+        options: ChangeOptions,
+        table: TableName,
+        columns: Vec<String>,
+    ) -> Self {
         Self {
-            cx,
-            pace: pace.or_deadline(DEADLINE),
+            env,
+            options: options.or_deadline(DEADLINE),
             table,
             name: None,
             columns,
         }
     }
 
-    /// What the constraint and its index are to be called; by default `orders_pkey`, as the server would.
+    /// The name of the constraint and its index. The default is the name the server would choose, such as
+    /// `orders_pkey`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Adds it, unless the table has a primary key of these columns.
+    /// Adds the primary key, unless the table has one on these columns.
     ///
-    /// Of a partitioned table, those of its partitions are added first, then one of the table alone, to which theirs are
-    /// attached.
+    /// For a partitioned table, the primary keys of its partitions are added first, then one on the table alone, to
+    /// which they are attached.
     ///
     /// # SQL
-    /// A unique index as by [`create_index`](crate::Schema::create_index); for each column that can be NULL the proof
-    /// that it is not, as by [`set_not_null`](crate::Schema::set_not_null); and in one transaction under ACCESS EXCLUSIVE,
-    /// for a moment, `SET NOT NULL`, `ADD CONSTRAINT … PRIMARY KEY USING INDEX`, and the proofs are dropped.
+    /// A unique index, as by [`create_index`](crate::Schema::create_index); for each nullable column a valid CHECK that
+    /// it is not NULL, as by [`set_not_null`](crate::Schema::set_not_null); then in one transaction, briefly under
+    /// ACCESS EXCLUSIVE, `SET NOT NULL`, `ADD CONSTRAINT … PRIMARY KEY USING INDEX`, and `DROP CONSTRAINT` of the
+    /// CHECKs.
     ///
     /// # Errors
     /// As [`CreateIndex::run`](crate::CreateIndex::run) and [`AddCheck::run`].
     ///
     /// # Cancel safety
-    /// May be dropped at any point, and called again: it goes on with what is left to do.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
+    /// Can be dropped at any point, and called again: it continues with what is left to do.
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
         if self.columns.is_empty() {
             return Err(Error::config("a primary key needs at least one column"));
         }
-        Recipe::run(&self.cx, &self.pace, &self).await
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for AddPrimaryKey {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
-        recipe
-            .primary_key(&table, self.name.as_deref(), &self.columns)
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
+        procedure
+            .add_primary_key(&table, self.name.as_deref(), &self.columns)
             .await
     }
 }
 
-paced!(AddPrimaryKey);
-awaited!(AddPrimaryKey => RecipeReport);
+change_options!(AddPrimaryKey);
+into_future!(AddPrimaryKey => ProcedureReport);

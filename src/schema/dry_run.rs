@@ -1,33 +1,31 @@
-//! What a change really locks, found out by doing it and rolling it back.
+//! Finds out what a change locks by running it and rolling it back.
 
 use std::fmt;
 
-use super::ddl::{self, Block};
-use super::pace::Pace;
-use super::run::Context;
-use crate::deadline::Deadline;
+use super::Env;
+use super::ddl::{self, Placement};
+use super::options::ChangeOptions;
 use crate::error::{Error, ErrorKind};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
 use crate::schema::sql::catalog;
-use crate::transaction;
 use crate::transaction::sql::Begin;
 
-/// What a change has really locked: [`Schema::dry_run`](crate::Schema::dry_run).
+/// The locks that a change took before it was rolled back: [`Schema::dry_run`](crate::Schema::dry_run).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DryRun {
     locks: Vec<(TableName, LockMode)>,
 }
 
 impl DryRun {
-    /// Every relation it had locked in the end, those that it created too, with the strongest mode of each; sorted by
+    /// Every relation that was locked at the end of the change, including new ones, with its strongest mode; sorted by
     /// name.
     #[must_use]
     pub fn locks(&self) -> &[(TableName, LockMode)] {
         &self.locks
     }
 
-    /// The mode in which it had locked a relation.
+    /// The mode in which the change had locked a relation.
     #[must_use]
     pub fn mode_on(&self, relation: impl Into<TableName>) -> Option<LockMode> {
         let wanted = relation.into();
@@ -42,7 +40,7 @@ impl DryRun {
     }
 }
 
-/// A lock a line.
+/// One lock per line.
 impl fmt::Display for DryRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, (name, mode)) in self.locks.iter().enumerate() {
@@ -54,13 +52,13 @@ impl fmt::Display for DryRun {
 }
 
 /// Cancel safety: dropped, the transaction is rolled back in the background.
-pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, Error> {
-    pace.check()?;
+pub(super) async fn run(env: &Env, options: &ChangeOptions, sql: &str) -> Result<DryRun, Error> {
+    options.check()?;
     if let Some(flaw) = ddl::flaw(sql) {
         return Err(Error::config(flaw));
     }
     for statement in ddl::read(sql) {
-        if statement.block != Block::May {
+        if statement.placement != Placement::InTransaction {
             return Err(Error::config(format!(
                 "{:?} cannot run in a transaction, or would end it, and so could not be rolled back",
                 statement.text
@@ -68,22 +66,20 @@ pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, 
         }
     }
     let begin = Begin {
-        application_name: Some(cx.application_name.clone()),
-        lock_timeout: Some(pace.lock_timeout),
-        statement_timeout: pace.statement_timeout,
-        ..Begin::default()
+        lock_timeout: Some(options.lock_timeout),
+        statement_timeout: options.statement_timeout,
+        ..env.begin()
     };
-    let wait = Deadline::after(cx.lock_wait);
-    let tx = transaction::open(cx.connections(), &wait, &begin, cx.call_site, cx.lock_wait).await?;
-    let looked = async {
+    let tx = env.open(&begin).await?;
+    let locked = async {
         tx.batch_execute(sql).await?;
         let rows = tx.simple_query(catalog::OWN_LOCKS).await?;
         Ok::<_, tokio_postgres::Error>(rows)
     };
-    let looked = looked.await;
+    let locked = locked.await;
     tx.rollback().await;
-    let own = match looked {
-        Ok(reply) => catalog::own_locks(&reply),
+    let own = match locked {
+        Ok(reply) => catalog::read_own_locks(&reply),
         Err(error) => {
             let error = Error::from(error);
             return Err(match error.kind() {
@@ -94,13 +90,13 @@ pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, 
             });
         }
     };
-    // Rolled back, what it dropped has its name again.
+    // After the rollback, dropped relations have their names again.
     let nameless = own.iter().filter(|lock| lock.name.is_none());
     let dropped: Vec<u32> = nameless.map(|lock| lock.oid).collect();
     let dropped = if dropped.is_empty() {
         Vec::new()
     } else {
-        catalog::names(&cx.ask(&catalog::names_of(&dropped)).await?)
+        catalog::read_names(&env.ask(&catalog::names_of(&dropped)).await?)
     };
     let named = |oid| dropped.iter().find(|(of, _)| *of == oid);
     let mut all: Vec<(TableName, LockMode)> = own
@@ -111,14 +107,14 @@ pub(super) async fn run(cx: &Context, pace: &Pace, sql: &str) -> Result<DryRun, 
                 .or_else(|| named(lock.oid).map(|(_, name)| name.clone()));
             Some((name?, lock.mode))
         })
-        // The tables beside tables are nobody's to lock but through them.
+        // TOAST tables are locked only together with their tables.
         .filter(|(name, _)| name.schema() != Some("pg_toast"))
         .collect();
     all.sort();
     let mut locks: Vec<(TableName, LockMode)> = Vec::new();
     for (name, mode) in all {
         match locks.last_mut() {
-            // Sorted, so that the strongest comes last.
+            // The locks are sorted, so the strongest mode of a relation comes last.
             Some(last) if last.0 == name => last.1 = mode,
             _ => locks.push((name, mode)),
         }

@@ -1,36 +1,37 @@
-//! Building an index beside others' work, and dropping one.
+//! Building and dropping indexes while other sessions use the table.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::index_name::{default_name, is_left_of, set_aside};
-use super::pace::{Pace, awaited, paced};
+use super::Env;
+use super::index_name::{aside_name, default_name, is_remnant_of};
+use super::options::{ChangeOptions, change_options, into_future};
+use super::procedure::{Procedure, Steps};
 use super::progress::IndexProgress;
-use super::recipe::{Recipe, Steps};
-use super::report::RecipeReport;
-use super::run::{Context, How};
+use super::report::ProcedureReport;
+use super::run::Method;
+use super::statement_poll::OnProgress;
 use super::table::Table;
-use super::watch::OnProgress;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, ErrorKind, is_already_there};
 use crate::postgres::TableName;
 use crate::postgres::name_flaw;
 use crate::schema::sql::catalog;
-use crate::schema::sql::index::{self, Definition, Index, Part};
+use crate::schema::sql::index::{self, Index, IndexDefinition, Part};
 
-/// How long the build of an index is repeated, and others' builds are waited for, where nothing says otherwise.
+/// The default time in which a build is repeated and other sessions' builds are waited for.
 const DEADLINE: Duration = Duration::from_secs(3600);
-/// How often it is looked whether others have finished.
-const LOOK: Duration = Duration::from_millis(200);
+/// How often other sessions' builds are polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A column of an index: a name, or an expression.
+/// A column of an index: a column name or an expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IndexColumn {
     part: Part,
 }
 
 impl IndexColumn {
-    /// A column by its name, quoted wherever it is sent.
+    /// A column. Its name is quoted wherever it is sent.
     #[must_use]
     pub fn column(name: &str) -> Self {
         Self {
@@ -38,7 +39,7 @@ impl IndexColumn {
         }
     }
 
-    /// An expression, put between parentheses. It is SQL of the caller's, and sent as it is.
+    /// An expression, which is put in parentheses. It is the caller's SQL and sent unchanged.
     #[must_use]
     pub fn expression(sql: &str) -> Self {
         Self {
@@ -46,8 +47,8 @@ impl IndexColumn {
         }
     }
 
-    /// What stands behind it in the list: an operator class, a collation, `DESC NULLS LAST`. It is SQL of the caller's,
-    /// and sent as it is.
+    /// Appends an operator class, a collation, `DESC NULLS LAST` and the like. It is the caller's SQL and sent
+    /// unchanged.
     #[must_use]
     pub fn with(mut self, sql: &str) -> Self {
         self.part.sql = format!("{} {sql}", self.part.sql);
@@ -55,146 +56,151 @@ impl IndexColumn {
     }
 }
 
-/// A column by its name.
+/// A column name.
 impl From<&str> for IndexColumn {
     fn from(name: &str) -> Self {
         Self::column(name)
     }
 }
 
-/// A column by its name.
+/// A column name.
 impl From<String> for IndexColumn {
     fn from(name: String) -> Self {
         Self::column(&name)
     }
 }
 
-/// An index to be built: [`Schema::create_index`](crate::Schema::create_index). Awaiting it builds it.
+/// An index to build: [`Schema::create_index`](crate::Schema::create_index). Awaiting it builds the index.
 #[must_use = "an index is not built until it is awaited"]
 #[derive(Clone)]
 pub struct CreateIndex {
-    pub(super) cx: Context,
-    pub(super) pace: Pace,
+    pub(super) env: Env,
+    pub(super) options: ChangeOptions,
     table: TableName,
     name: Option<String>,
-    definition: Definition,
-    progress: Option<OnProgress>,
-    waits: bool,
+    definition: IndexDefinition,
+    on_progress: Option<OnProgress>,
+    waits_for_builds: bool,
 }
 
 impl CreateIndex {
-    pub(super) fn new(cx: Context, pace: Pace, table: TableName, parts: Vec<IndexColumn>) -> Self {
+    pub(super) fn new(
+        env: Env,
+        options: ChangeOptions,
+        table: TableName,
+        parts: Vec<IndexColumn>,
+    ) -> Self {
         Self {
-            cx,
-            pace: pace.or_deadline(DEADLINE),
+            env,
+            options: options.or_deadline(DEADLINE),
             table,
             name: None,
-            definition: Definition {
+            definition: IndexDefinition {
                 parts: parts.into_iter().map(|column| column.part).collect(),
-                ..Definition::default()
+                ..IndexDefinition::default()
             },
-            progress: None,
-            waits: true,
+            on_progress: None,
+            waits_for_builds: true,
         }
     }
 
-    /// What it is to be called; by default after the table and its columns, `orders_customer_idx`, as the server would.
-    /// The name is what a build is recognized by when it is begun again.
+    /// The index's name. The default is the name the server would choose, such as `orders_customer_idx`. A repeated
+    /// call recognizes the index by its name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// A unique index. Rows that are not unique make the build fail; what it leaves is dropped, and it is not repeated.
+    /// Makes the index unique. Duplicate rows make the build fail; its remains are dropped, and it is not repeated.
     pub fn unique(mut self) -> Self {
         self.definition.unique = true;
         self
     }
 
-    /// The access method, `btree` where it is not said.
+    /// The access method; `btree` by default.
     pub fn method(mut self, method: impl Into<String>) -> Self {
         self.definition.method = Some(method.into());
         self
     }
 
-    /// `INCLUDE`: columns kept beside the key.
+    /// `INCLUDE`: columns stored in addition to the key.
     pub fn include<C: Into<String>>(mut self, columns: impl IntoIterator<Item = C>) -> Self {
         self.definition.include = columns.into_iter().map(Into::into).collect();
         self
     }
 
-    /// `WHERE`: only the rows for which this holds. It is SQL of the caller's, and sent as it is.
+    /// `WHERE`: indexes only the rows that satisfy this. It is the caller's SQL and sent unchanged.
     pub fn predicate(mut self, sql: impl Into<String>) -> Self {
         self.definition.predicate = Some(sql.into());
         self
     }
 
-    /// Is told a few times a second how far the build is. It must not block.
+    /// Calls `f` a few times a second with the progress of the build. `f` must not block.
     pub fn on_progress(mut self, f: impl Fn(&IndexProgress) + Send + Sync + 'static) -> Self {
-        self.progress = Some(Arc::new(f));
+        self.on_progress = Some(Arc::new(f));
         self
     }
 
-    /// Does not wait for another session's build on the same table, but fails at once with
-    /// [`LockTimeout`](crate::ErrorKind::LockTimeout).
+    /// Fails at once with [`LockTimeout`](crate::ErrorKind::LockTimeout) if another session builds an index of the
+    /// table, instead of waiting for that build.
     pub fn no_wait(mut self) -> Self {
-        self.waits = false;
+        self.waits_for_builds = false;
         self
     }
 
-    /// Builds it, unless a valid index of that name is there.
+    /// Builds the index, unless a valid index of that name exists.
     ///
-    /// Invalid indexes of that name, and what a failed REINDEX CONCURRENTLY has left of it (`…_ccnew`, `…_ccold`), are
-    /// dropped first; but while another session builds an index of the table nothing is touched, and its end is waited
-    /// for, by looking now and then, since a session that waits in the lock's queue has a snapshot for which that build
-    /// waits in turn. What fails because of others (a deadlock, a lock, a cancel, a lost connection) is cleaned up and
-    /// repeated until the deadline; what fails because of the data is cleaned up and reported.
+    /// Invalid indexes of that name, and the remains of a failed REINDEX CONCURRENTLY (`…_ccnew`, `…_ccold`), are
+    /// dropped first. While another session builds an index of the table, nothing is changed: the end of that build is
+    /// polled, because a session that waits in the lock's queue has a snapshot for which that build in turn waits. If
+    /// the build fails because of other sessions (a deadlock, a lock timeout, a cancel, a lost connection), it is
+    /// cleaned up and repeated until the deadline. If it fails because of the data, it is cleaned up and the error
+    /// returned.
     ///
-    /// Of a partitioned table, its own index is created first without those of its partitions, then one for each
-    /// partition in turn, which is then attached.
+    /// For a partitioned table, its own index is first created without those of its partitions; then an index is built
+    /// on each partition and attached.
     ///
     /// # SQL
-    /// `CREATE INDEX CONCURRENTLY`, outside of a transaction, with a `lock_timeout` of what is left of the deadline: it
-    /// waits for transactions that use the table and for older snapshots in the whole database, and nobody has to wait
-    /// behind it but other schema changes. `DROP INDEX CONCURRENTLY` for what is left over. Meanwhile, on another
-    /// connection, `pg_stat_progress_create_index` and who is in the way. Where a valid index of that name is there, and more
-    /// is said than columns, the same index is built of an empty temporary table, to see whether they are the same.
+    /// `CREATE INDEX CONCURRENTLY`, outside of a transaction, with the remaining time until the deadline as its
+    /// `lock_timeout`: it waits for transactions that use the table and for older snapshots in the whole database, and
+    /// only other schema changes queue behind it. `DROP INDEX CONCURRENTLY` for remains of failed builds. Meanwhile
+    /// another connection reads `pg_stat_progress_create_index` and the blockers. If a valid index of that name exists,
+    /// and the definition has more than column names, the same index is built on an empty temporary table, to compare
+    /// the two.
     ///
     /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) when a valid index of that name is there that differs;
-    /// [`LockTimeout`](crate::ErrorKind::LockTimeout) with the blockers when others did not get out of the way until the
-    /// deadline; the server's own, such as a unique violation, at once.
+    /// [`Config`](crate::ErrorKind::Config) if a valid index of that name exists and differs;
+    /// [`LockTimeout`](crate::ErrorKind::LockTimeout) with the blockers if other sessions blocked the build until the
+    /// deadline; the server's own errors, such as a unique violation, at once.
     ///
     /// # Cancel safety
-    /// May be dropped at any point: the statement is cancelled on the server. It can leave an INVALID index, which the
+    /// Can be dropped at any point: the statement is cancelled on the server. It can leave an INVALID index, which the
     /// next call with that name drops.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
-        Recipe::run(&self.cx, &self.pace, &self).await
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for CreateIndex {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
         let mut definition = self.definition.clone();
         definition.name = match &self.name {
             Some(name) => name.clone(),
             None => default_name(&table.name, &definition),
         };
         check(&definition)?;
-        let build = Build {
-            cx: &self.cx,
-            pace: &self.pace,
-            deadline: &recipe.deadline,
-            progress: self.progress.as_ref(),
-            waits: self.waits,
+        let build = IndexBuild {
+            on_progress: self.on_progress.as_ref(),
+            waits_for_builds: self.waits_for_builds,
+            ..IndexBuild::new(&self.env, &self.options, &procedure.deadline)
         };
-        build.on(&table, &definition, &mut recipe.report).await
+        build.run(&table, &definition, &mut procedure.report).await
     }
 }
 
-paced!(CreateIndex);
-awaited!(CreateIndex => RecipeReport);
+change_options!(CreateIndex);
+into_future!(CreateIndex => ProcedureReport);
 
 impl std::fmt::Debug for CreateIndex {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -205,99 +211,105 @@ impl std::fmt::Debug for CreateIndex {
     }
 }
 
-/// An index to be dropped: [`Schema::drop_index`](crate::Schema::drop_index). Awaiting it drops it.
+/// An index to drop: [`Schema::drop_index`](crate::Schema::drop_index). Awaiting it drops the index.
 #[must_use = "an index is not dropped until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct DropIndex {
-    cx: Context,
-    pace: Pace,
+    env: Env,
+    options: ChangeOptions,
     index: TableName,
 }
 
 impl DropIndex {
-    pub(super) fn new(cx: Context, pace: Pace, index: TableName) -> Self {
+    pub(super) fn new(env: Env, options: ChangeOptions, index: TableName) -> Self {
         Self {
-            cx,
-            pace: pace.or_deadline(DEADLINE),
+            env,
+            options: options.or_deadline(DEADLINE),
             index,
         }
     }
 
-    /// Drops it, if it is there, with what a failed REINDEX CONCURRENTLY has left of it.
+    /// Drops the index, if it exists, and the remains of a failed REINDEX CONCURRENTLY of it.
     ///
-    /// The index of a partitioned table cannot be dropped concurrently: it is, with those of its partitions, under ACCESS
-    /// EXCLUSIVE, with the short waits and long pauses of [`change`](crate::Schema::change).
+    /// The index of a partitioned table cannot be dropped concurrently. It is dropped together with those of its
+    /// partitions under ACCESS EXCLUSIVE, with the short waits and long pauses of [`change`](crate::Schema::change).
     ///
     /// # SQL
-    /// `DROP INDEX CONCURRENTLY`, outside of a transaction, with a `lock_timeout` of what is left of the deadline.
+    /// `DROP INDEX CONCURRENTLY`, outside of a transaction, with the remaining time until the deadline as its
+    /// `lock_timeout`.
     ///
     /// # Errors
-    /// [`LockTimeout`](crate::ErrorKind::LockTimeout) with the blockers when others did not get out of the way until the
-    /// deadline; the server's own at once: the index of a constraint goes with its constraint only.
+    /// [`LockTimeout`](crate::ErrorKind::LockTimeout) with the blockers if other sessions blocked the drop until the
+    /// deadline; the server's own errors at once, for example because the index belongs to a constraint.
     ///
     /// # Cancel safety
-    /// May be dropped at any point: the statement is cancelled on the server. It can leave the index INVALID, which the
+    /// Can be dropped at any point: the statement is cancelled on the server. It can leave the index INVALID, which the
     /// next call drops.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
-        Recipe::run(&self.cx, &self.pace, &self).await
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
+        Procedure::run(&self.env, &self.options, &self).await
     }
 }
 
 impl Steps for DropIndex {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let Some((index, table)) = Table::of_index(&self.cx, &self.index).await? else {
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let Some((index, table)) = Table::of_index(&self.env, &self.index).await? else {
             return Ok(());
         };
-        let build = Build {
-            cx: &self.cx,
-            pace: &self.pace,
-            deadline: &recipe.deadline,
-            progress: None,
-            waits: true,
-        };
+        let build = IndexBuild::new(&self.env, &self.options, &procedure.deadline);
         let all = build.indexes(&table).await?;
         let names = all
             .iter()
-            .filter(|one| one.name == index || !one.is_valid && is_left_of(&one.name, &index));
+            .filter(|one| one.name == index || !one.is_valid && is_remnant_of(&one.name, &index));
         for one in names {
-            build.drop_one(&table, one, &mut recipe.report).await?;
+            build.drop_index(&table, one, &mut procedure.report).await?;
         }
         Ok(())
     }
 }
 
-paced!(DropIndex);
-awaited!(DropIndex => RecipeReport);
+change_options!(DropIndex);
+into_future!(DropIndex => ProcedureReport);
 
-/// Builds, waits and cleans up.
-pub(super) struct Build<'a> {
-    pub(super) cx: &'a Context,
-    pub(super) pace: &'a Pace,
-    pub(super) deadline: &'a Deadline,
-    pub(super) progress: Option<&'a OnProgress>,
-    pub(super) waits: bool,
+/// Builds and drops indexes, waits for other sessions' builds, and cleans up.
+pub(super) struct IndexBuild<'a> {
+    env: &'a Env,
+    options: &'a ChangeOptions,
+    deadline: &'a Deadline,
+    on_progress: Option<&'a OnProgress>,
+    /// Whether to wait for other sessions' builds, rather than fail.
+    waits_for_builds: bool,
 }
 
-impl Build<'_> {
-    /// Builds the index on a table, or on a partitioned one and its partitions.
-    pub(super) async fn on(
-        &self,
-        table: &Table,
-        definition: &Definition,
-        report: &mut RecipeReport,
-    ) -> Result<(), Error> {
-        if table.kind == 'p' {
-            Box::pin(self.on_partitioned(table, definition, report)).await
-        } else {
-            self.on_one(table, definition, report).await.map(drop)
+impl<'a> IndexBuild<'a> {
+    pub(super) fn new(env: &'a Env, options: &'a ChangeOptions, deadline: &'a Deadline) -> Self {
+        Self {
+            env,
+            options,
+            deadline,
+            on_progress: None,
+            waits_for_builds: true,
         }
     }
 
-    async fn on_partitioned(
+    /// Builds the index on a table, or on a partitioned table and its partitions.
+    pub(super) async fn run(
         &self,
         table: &Table,
-        definition: &Definition,
-        report: &mut RecipeReport,
+        definition: &IndexDefinition,
+        report: &mut ProcedureReport,
+    ) -> Result<(), Error> {
+        if table.kind == 'p' {
+            Box::pin(self.on_partitioned_table(table, definition, report)).await
+        } else {
+            self.on_table(table, definition, report).await
+        }
+    }
+
+    async fn on_partitioned_table(
+        &self,
+        table: &Table,
+        definition: &IndexDefinition,
+        report: &mut ProcedureReport,
     ) -> Result<(), Error> {
         let parent = match self.find(table, &definition.name).await? {
             Some(parent) => parent,
@@ -306,7 +318,7 @@ impl Build<'_> {
                 let mut refused = None;
                 match self.change(&sql).await {
                     Ok(done) => report.push(sql, done),
-                    // Somebody else was faster, or a table has the name.
+                    // Another session has created it meanwhile, or a table has the name.
                     Err(error) if is_already_there(&error) => refused = Some(error),
                     Err(error) => return Err(error),
                 }
@@ -315,20 +327,20 @@ impl Build<'_> {
                     .ok_or_else(|| refused.unwrap_or_else(|| gone(&definition.name)))?
             }
         };
-        self.same(table, &parent, definition).await?;
+        self.ensure_same(table, &parent, definition).await?;
         if parent.is_valid {
             return Ok(());
         }
-        for partition in table.partitions(self.cx).await? {
+        for partition in table.partitions(self.env).await? {
             let all = self.indexes(&partition).await?;
             if all.iter().any(|one| one.attached_to == Some(parent.oid)) {
                 continue;
             }
-            let own = Definition {
+            let own = IndexDefinition {
                 name: default_name(&partition.name, definition),
                 ..definition.clone()
             };
-            self.on(&partition, &own, report).await?;
+            self.run(&partition, &own, report).await?;
             let parent_name = table.sibling(&definition.name);
             let sql = index::attach(&parent_name, &partition.sibling(&own.name));
             let done = self.change(&sql).await?;
@@ -337,27 +349,32 @@ impl Build<'_> {
         Ok(())
     }
 
-    async fn on_one(
+    async fn on_table(
         &self,
         table: &Table,
-        definition: &Definition,
-        report: &mut RecipeReport,
+        definition: &IndexDefinition,
+        report: &mut ProcedureReport,
     ) -> Result<(), Error> {
         let mut attempt = 1;
         let mut refused = false;
         loop {
-            for left in self.left_over(table, &definition.name).await? {
-                self.drop_left(table, &left, &definition.name, report)
+            for remnant in self.remains(table, &definition.name).await? {
+                self.drop_remnant(table, &remnant, &definition.name, report)
                     .await?;
             }
             if let Some(there) = self.find(table, &definition.name).await?
                 && there.is_valid
             {
-                return self.same(table, &there, definition).await;
+                return self.ensure_same(table, &there, definition).await;
             }
             let sql = definition.concurrently(&table.full_name());
-            let pace = self.pace.until(self.deadline);
-            let building = (self.cx).run_with(&pace, &sql, How::Concurrently, self.progress);
+            let options = self.options.until(self.deadline);
+            let building = (self.env).run_with_progress(
+                &options,
+                &sql,
+                Method::Concurrently,
+                self.on_progress,
+            );
             let error = match building.await {
                 Ok(done) => {
                     report.push(sql, done);
@@ -365,19 +382,18 @@ impl Build<'_> {
                 }
                 Err(error) => error,
             };
-            // Somebody has built one of that name meanwhile, or has begun to and failed; or a table has it.
+            // Another session has built an index of that name meanwhile, or has failed to; or a table has the name.
             if is_already_there(&error) {
                 let is_first = !std::mem::replace(&mut refused, true);
-                let goes_on = is_first
+                let repeats_now = is_first
                     || !self.deadline.has_passed()
                         && matches!(self.find(table, &definition.name).await, Ok(Some(_)));
-                if goes_on {
+                if repeats_now {
                     continue;
                 }
             }
             let cleaned = self.clean_up(table, definition, report).await;
-            let pause = self.pace.pause(attempt, self.cx.jitter.next());
-            let others = matches!(
+            let is_by_others = matches!(
                 error.kind(),
                 ErrorKind::Deadlock
                     | ErrorKind::LockTimeout
@@ -385,75 +401,78 @@ impl Build<'_> {
                     | ErrorKind::Cancelled
                     | ErrorKind::ConnectionLost
             );
-            if !others || self.deadline.remaining() <= pause {
-                if let Err(left) = cleaned {
-                    tracing::warn!(index = %definition.name, error = %left, "a failed index build could not be cleaned up");
+            let pause = self.pause_before_retry(attempt);
+            let Some(pause) = pause.filter(|_| is_by_others) else {
+                if let Err(error) = cleaned {
+                    tracing::warn!(index = %definition.name, %error, "a failed index build could not be cleaned up");
                 }
                 return Err(error);
-            }
+            };
             tracing::debug!(attempt, %error, index = %definition.name, ?pause, "index build failed, to be repeated");
-            // Cancel safety: nothing is held between two attempts.
+            // Cancel safety: no connection is held between two attempts.
             tokio::time::sleep(pause).await;
             attempt += 1;
         }
     }
 
-    /// What failed builds have left of an index, once nobody builds one of the table.
+    /// The remains of failed builds of an index. Waits until no other session builds an index of the table.
     ///
-    /// Invariant: none of them is somebody's who has just finished. One that is not valid may be under way; who is seen to
-    /// build nothing after it was has finished or failed, and only if it is not valid afterwards either has it failed.
-    async fn left_over(&self, table: &Table, name: &str) -> Result<Vec<Index>, Error> {
+    /// Invariant: none of them is the result of a build that has just succeeded. An invalid index may still be under
+    /// construction. If no session builds an index after it was seen, its build has ended, and only if it is still
+    /// invalid then has the build failed.
+    async fn remains(&self, table: &Table, name: &str) -> Result<Vec<Index>, Error> {
         let before = self.indexes(table).await?;
         self.wait_for_builders(table).await?;
         let mut after = self.indexes(table).await?;
         after.retain(|one| {
             let was = before.iter().any(|was| was.oid == one.oid && !was.is_valid);
-            was && !one.is_valid && (one.name == name || is_left_of(&one.name, name))
+            was && !one.is_valid && (one.name == name || is_remnant_of(&one.name, name))
         });
         Ok(after)
     }
 
-    /// Drops what a failed build of ours has left, if nobody else has begun to build it.
+    /// Drops the remains of a failed build, unless another session builds an index of the table.
     async fn clean_up(
         &self,
         table: &Table,
-        definition: &Definition,
-        report: &mut RecipeReport,
+        definition: &IndexDefinition,
+        report: &mut ProcedureReport,
     ) -> Result<(), Error> {
         if !self.builders(table).await?.is_empty() {
             return Ok(());
         }
-        for left in self.left_over(table, &definition.name).await? {
-            self.drop_left(table, &left, &definition.name, report)
+        for remnant in self.remains(table, &definition.name).await? {
+            self.drop_remnant(table, &remnant, &definition.name, report)
                 .await?;
         }
         Ok(())
     }
 
-    /// Drops what is left of an index, and nothing that has its name by then.
+    /// Drops the remains of an index, but never another index that has got its name meanwhile.
     ///
-    /// DROP INDEX takes a name, and looks it up again once it has waited for the table: another session may have built a
-    /// valid one under that name meanwhile. So the one meant is first given a name that only it can have, in a transaction
-    /// that is rolled back where the name was not that index's any more. What a REINDEX leaves has such a name already.
-    async fn drop_left(
+    /// DROP INDEX resolves the name again after it has waited for the table, and another session may have built a valid
+    /// index of that name meanwhile. So the remains are first renamed to a name that no other index can have, in a
+    /// transaction that is rolled back if the name no longer belongs to them. The remains of a REINDEX already have
+    /// such a name.
+    async fn drop_remnant(
         &self,
         table: &Table,
-        left: &Index,
+        remnant: &Index,
         name: &str,
-        report: &mut RecipeReport,
+        report: &mut ProcedureReport,
     ) -> Result<(), Error> {
-        if left.name != name || left.is_partitioned {
-            return self.drop_one(table, left, report).await;
+        if remnant.name != name || remnant.is_partitioned {
+            return self.drop_index(table, remnant, report).await;
         }
-        let aside = set_aside(name, left.oid);
-        let sql = index::rename_if(&table.sibling(name), &aside, left.oid);
+        let aside = aside_name(name, remnant.oid);
+        let sql = index::rename_if(&table.sibling(name), &aside, remnant.oid);
         match self.change(&sql).await {
             Ok(done) => report.push(sql, done),
             Err(error) => {
                 let all = self.indexes(table).await?;
                 if all
                     .iter()
-                    .any(|one| one.oid == left.oid && one.name == name)
+                    .any(|one| one.oid == remnant.oid && one.name == name)
                 {
                     return Err(error);
                 }
@@ -463,16 +482,16 @@ impl Build<'_> {
         }
         let aside = Index {
             name: aside,
-            ..left.clone()
+            ..remnant.clone()
         };
-        self.drop_one(table, &aside, report).await
+        self.drop_index(table, &aside, report).await
     }
 
-    async fn drop_one(
+    async fn drop_index(
         &self,
         table: &Table,
         one: &Index,
-        report: &mut RecipeReport,
+        report: &mut ProcedureReport,
     ) -> Result<(), Error> {
         let name = table.sibling(&one.name);
         if one.is_partitioned {
@@ -485,37 +504,37 @@ impl Build<'_> {
         let mut attempt = 1;
         loop {
             self.wait_for_builders(table).await?;
-            let pace = self.pace.until(self.deadline);
-            let error = match self.cx.run(&pace, &sql, How::Concurrently).await {
+            let options = self.options.until(self.deadline);
+            let error = match self.env.run(&options, &sql, Method::Concurrently).await {
                 Ok(done) => {
                     report.push(sql, done);
                     return Ok(());
                 }
                 Err(error) => error,
             };
-            // It waits for older snapshots as a build does, and can be a deadlock's victim as well.
-            let others = matches!(
+            // Like a build, it waits for older snapshots and can be a deadlock's victim.
+            let is_by_others = matches!(
                 error.kind(),
                 ErrorKind::Deadlock | ErrorKind::LockTimeout | ErrorKind::Cancelled
             );
-            let pause = self.pace.pause(attempt, self.cx.jitter.next());
-            if !others || self.deadline.remaining() <= pause {
+            let pause = self.pause_before_retry(attempt);
+            let Some(pause) = pause.filter(|_| is_by_others) else {
                 return Err(error);
-            }
+            };
             tokio::time::sleep(pause).await;
             attempt += 1;
         }
     }
 
-    /// Waits until nobody else builds an index of the table, without a snapshot of one's own.
+    /// Waits until no other session builds an index of the table. Holds no snapshot while it waits.
     async fn wait_for_builders(&self, table: &Table) -> Result<(), Error> {
         loop {
             let builders = self.builders(table).await?;
             if builders.is_empty() {
                 return Ok(());
             }
-            if !self.waits || self.deadline.has_passed() {
-                let mut blockers = table.holders(self.cx).await?;
+            if !self.waits_for_builds || self.deadline.has_passed() {
+                let mut blockers = table.holders_and_waiters(self.env).await?;
                 blockers.retain(|one| one.pid().is_some_and(|pid| builders.contains(&pid)));
                 return Err(Error::new(ErrorKind::LockTimeout)
                     .with_detail(format!(
@@ -525,20 +544,20 @@ impl Build<'_> {
                     .with_waited(self.deadline.waited())
                     .with_blockers(blockers));
             }
-            // Cancel safety: nothing is held between two looks.
-            tokio::time::sleep(LOOK.min(self.deadline.remaining())).await;
+            // Cancel safety: no connection is held between two polls.
+            tokio::time::sleep(POLL_INTERVAL.min(self.deadline.remaining())).await;
         }
     }
 
     async fn builders(&self, table: &Table) -> Result<Vec<i32>, Error> {
-        Ok(index::pids(
-            &self.cx.ask(&index::builders(table.oid)).await?,
+        Ok(index::read_pids(
+            &self.env.ask(&index::builders(table.oid)).await?,
         ))
     }
 
     pub(super) async fn indexes(&self, table: &Table) -> Result<Vec<Index>, Error> {
-        Ok(index::indexes(
-            &self.cx.ask(&index::of_table(table.oid)).await?,
+        Ok(index::read_indexes(
+            &self.env.ask(&index::indexes_of(table.oid)).await?,
         ))
     }
 
@@ -547,23 +566,32 @@ impl Build<'_> {
         Ok(all.find(|one| one.name == name))
     }
 
-    /// Refuses an index that is there under the name and is another one.
-    async fn same(&self, table: &Table, there: &Index, wanted: &Definition) -> Result<(), Error> {
-        differs(there, wanted)?;
+    /// Refuses an existing index of the name if it differs from the wanted one.
+    async fn ensure_same(
+        &self,
+        table: &Table,
+        there: &Index,
+        wanted: &IndexDefinition,
+    ) -> Result<(), Error> {
+        ensure_same_columns(there, wanted)?;
         if !wanted.has_sql() {
             return Ok(());
         }
-        let timeout = timeout_millis(self.pace.lock_timeout);
+        let timeout = timeout_millis(self.options.lock_timeout);
         let sql = index::is_same(there.oid, wanted, &table.full_name(), timeout);
-        if catalog::yes(&self.cx.ask(&sql).await?) {
+        if catalog::is_yes(&self.env.ask(&sql).await?) {
             return Ok(());
         }
-        Err(another(there))
+        Err(differs(there))
+    }
+
+    fn pause_before_retry(&self, attempt: u32) -> Option<Duration> {
+        (self.env).pause_before_retry(self.options, self.deadline, attempt)
     }
 
     async fn change(&self, sql: &str) -> Result<super::ChangeReport, Error> {
-        let pace = self.pace.until(self.deadline);
-        self.cx.run(&pace, sql, How::Transaction).await
+        let options = self.options.until(self.deadline);
+        self.env.run(&options, sql, Method::InTransaction).await
     }
 }
 
@@ -571,9 +599,9 @@ fn gone(name: &str) -> Error {
     Error::new(ErrorKind::Database).with_detail(format!("the index {name:?} is gone again"))
 }
 
-/// Refuses an index that is there under the name and is another one, as far as the catalogs tell without the table's
-/// being locked.
-fn differs(there: &Index, wanted: &Definition) -> Result<(), Error> {
+/// Refuses an existing index of the name if it differs from the wanted one, as far as the catalogs show without a lock
+/// on the table.
+fn ensure_same_columns(there: &Index, wanted: &IndexDefinition) -> Result<(), Error> {
     let key = (wanted.parts.iter())
         .map(|part| part.column.clone())
         .collect::<Vec<_>>();
@@ -585,17 +613,17 @@ fn differs(there: &Index, wanted: &Definition) -> Result<(), Error> {
     if same {
         return Ok(());
     }
-    Err(another(there))
+    Err(differs(there))
 }
 
-fn another(there: &Index) -> Error {
+fn differs(there: &Index) -> Error {
     Error::config(format!(
         "there is an index {:?} already, and it differs from the one wanted; drop it, or choose another name",
         there.name
     ))
 }
 
-fn check(definition: &Definition) -> Result<(), Error> {
+fn check(definition: &IndexDefinition) -> Result<(), Error> {
     if definition.parts.is_empty() {
         return Err(Error::config("an index needs at least one column"));
     }

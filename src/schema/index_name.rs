@@ -1,12 +1,12 @@
-//! What indexes are called: by default, when a name is too long, and what is left of a build.
+//! Names of indexes: default names, names that have to be shortened, and names of the remains of failed builds.
 
 use crate::key::LockKey;
-use crate::schema::sql::index::Definition;
+use crate::schema::sql::index::IndexDefinition;
 
 const MAX_NAME: usize = 63;
 
-/// A name that only this index can have, and by which [`is_left_of`] knows it.
-pub(super) fn set_aside(name: &str, oid: u32) -> String {
+/// A name that only the index with this oid can have, and that [`is_remnant_of`] recognizes.
+pub(super) fn aside_name(name: &str, oid: u32) -> String {
     let tail = format!("_ccold{oid}");
     let mut end = name.len().min(MAX_NAME - tail.len());
     while !name.is_char_boundary(end) {
@@ -15,9 +15,10 @@ pub(super) fn set_aside(name: &str, oid: u32) -> String {
     format!("{}{tail}", &name[..end])
 }
 
-/// Whether it is what REINDEX CONCURRENTLY leaves of an index: its name, cut where it is long, `_ccnew` or `_ccold`, and a
-/// number where there are several (`ChooseRelationName` in `src/backend/commands/indexcmds.c`).
-pub(super) fn is_left_of(name: &str, index: &str) -> bool {
+/// Whether `name` is that of a remnant that a failed REINDEX CONCURRENTLY leaves of `index`: the index's name,
+/// truncated if it is long, `_ccnew` or `_ccold`, and a number if there are several (`ChooseRelationName` in
+/// `src/backend/commands/indexcmds.c`).
+pub(super) fn is_remnant_of(name: &str, index: &str) -> bool {
     ["_ccnew", "_ccold"].iter().any(|mark| {
         name.rfind(mark).is_some_and(|at| {
             let (head, tail) = (&name[..at], &name[at + mark.len()..]);
@@ -27,8 +28,8 @@ pub(super) fn is_left_of(name: &str, index: &str) -> bool {
     })
 }
 
-/// The name that the server would choose, or one like it that differs from others where it has to be cut.
-pub(super) fn default_name(table: &str, definition: &Definition) -> String {
+/// The name that the server would choose. A name that has to be shortened gets a hash, which keeps it unique.
+pub(super) fn default_name(table: &str, definition: &IndexDefinition) -> String {
     let mut name = table.to_owned();
     for part in &definition.parts {
         name.push('_');
@@ -37,7 +38,7 @@ pub(super) fn default_name(table: &str, definition: &Definition) -> String {
     shortened(&name, "idx")
 }
 
-/// `name_suffix`, at most as long as a name may be.
+/// `name_suffix`, shortened to the maximum length of a name.
 pub(super) fn shortened(name: &str, suffix: &str) -> String {
     let whole = format!("{name}_{suffix}");
     if whole.len() <= MAX_NAME {
@@ -57,19 +58,19 @@ mod tests {
     use super::*;
     use crate::schema::sql::index::Part;
 
-    fn on(columns: &[&str]) -> Definition {
-        Definition {
+    fn on(columns: &[&str]) -> IndexDefinition {
+        IndexDefinition {
             parts: columns.iter().map(|column| Part::column(column)).collect(),
-            ..Definition::default()
+            ..IndexDefinition::default()
         }
     }
 
     #[test]
-    fn names_are_the_servers_or_short() {
+    fn default_names_are_those_of_the_server() {
         assert_eq!(default_name("orders", &on(&["a", "b"])), "orders_a_b_idx");
-        let expression = Definition {
+        let expression = IndexDefinition {
             parts: vec![Part::expression("lower(a)")],
-            ..Definition::default()
+            ..IndexDefinition::default()
         };
         assert_eq!(default_name("orders", &expression), "orders_expr_idx");
         let table = "é".repeat(31);
@@ -85,19 +86,19 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reindex_leaves_is_recognized() {
-        assert!(is_left_of("i_ccnew", "i"));
-        assert!(is_left_of("i_ccold12", "i"));
-        assert!(!is_left_of("i2_ccnew", "i"));
-        assert!(!is_left_of("i_ccnews", "i"));
-        assert!(!is_left_of("i", "i"));
+    fn remnants_of_a_reindex_are_recognized() {
+        assert!(is_remnant_of("i_ccnew", "i"));
+        assert!(is_remnant_of("i_ccold12", "i"));
+        assert!(!is_remnant_of("i2_ccnew", "i"));
+        assert!(!is_remnant_of("i_ccnews", "i"));
+        assert!(!is_remnant_of("i", "i"));
         let long = "a".repeat(63);
-        assert!(is_left_of(&format!("{}_ccnew", "a".repeat(57)), &long));
-        assert!(!is_left_of("aaa_ccnew", &long));
+        assert!(is_remnant_of(&format!("{}_ccnew", "a".repeat(57)), &long));
+        assert!(!is_remnant_of("aaa_ccnew", &long));
         for name in ["i", &long, &"é".repeat(31)] {
-            let aside = set_aside(name, u32::MAX);
+            let aside = aside_name(name, u32::MAX);
             assert!(
-                aside.len() <= MAX_NAME && is_left_of(&aside, name),
+                aside.len() <= MAX_NAME && is_remnant_of(&aside, name),
                 "{aside}"
             );
         }

@@ -1,71 +1,74 @@
-//! Schema changes that keep nobody waiting for long.
+//! Schema changes that do not block other sessions for long.
 //!
-//! `ddl` reads statements, `plan` puts them together with the catalogs, `refusal` says what is better not done, `run`
-//! makes attempts, with `watch` looking on; the rest are the recipes.
+//! `ddl` recognizes statements, `plan` predicts their locks with the help of the catalogs, `lint` refuses statements
+//! that block for long, `run` makes the attempts while `statement_poll` samples the blockers. The other modules are
+//! procedures of several steps.
 
 mod change;
 mod column;
 mod constraint;
 mod ddl;
 mod dry_run;
+mod env;
 mod index;
 mod index_name;
-mod once;
-mod pace;
+mod lint;
+mod migrate_once;
+mod options;
 mod plan;
 mod preflight;
+mod procedure;
 mod progress;
-mod recipe;
-mod refusal;
 mod replace;
 mod report;
 mod run;
 mod sql;
+mod statement_poll;
 mod statements;
 mod table;
-mod watch;
 
 pub use change::Change;
 pub use column::AddColumn;
 pub use constraint::{AddCheck, AddForeignKey, AddPrimaryKey, ReferentialAction, SetNotNull};
 pub use dry_run::DryRun;
+pub(crate) use env::Env;
 pub use index::{CreateIndex, DropIndex, IndexColumn};
-pub use once::Migration;
+pub use migrate_once::Migration;
 pub use preflight::{Intent, Preflight, PreflightLock};
 pub use progress::IndexProgress;
 pub use replace::ReplaceTable;
-pub use report::{ChangeAttempt, ChangeFailed, ChangeReport, RecipeReport};
-pub(crate) use run::Context;
+pub use report::{ChangeAttempt, ChangeFailed, ChangeReport, ProcedureReport};
 pub use statements::{LockedRelation, StatementLock, TableWork};
 
-use pace::{Pace, paced};
+use options::{ChangeOptions, change_options};
 
 use crate::error::Error;
 use crate::postgres::TableName;
-use crate::schema::sql::recipe::ForeignKey;
+use crate::schema::sql::procedure::ForeignKey;
 use crate::transaction::AsyncFunc;
 
-/// Schema changes that keep nobody waiting for long: [`Keeper::schema`](crate::Keeper::schema).
+/// Schema changes that do not block other sessions for long: [`Keeper::schema`](crate::Keeper::schema).
 ///
-/// A statement that waits for ACCESS EXCLUSIVE keeps all waiting who come behind it, readers too, for as long as it waits:
-/// the lock queue is first come, first served among what conflicts. So everything here waits for its locks 100 ms at most
-/// at a time ([`lock_timeout`](Self::lock_timeout)), pauses at least ten times as long before it tries again, and never
-/// ends with an attempt that waits without limit. Who was in the way is in the report of each attempt, and in the error.
+/// A statement that waits for ACCESS EXCLUSIVE blocks all sessions that queue behind it, including readers, for as long
+/// as it waits: conflicting requests are granted in the order in which they were made. So everything here waits for its
+/// locks at most 100 ms at a time ([`lock_timeout`](Self::lock_timeout)), pauses at least ten times as long before the
+/// next attempt, and never waits without limit, even in the last attempt. The report of each attempt, and the error,
+/// contain the blockers.
 ///
 /// | to … | call |
 /// |---|---|
-/// | run a statement or a batch so | [`change`](Self::change) |
-/// | know beforehand what it locks and who is in the way | [`preflight`](Self::preflight), [`dry_run`](Self::dry_run) |
+/// | run a statement or a batch | [`change`](Self::change) |
+/// | predict its locks and find its blockers | [`preflight`](Self::preflight), [`dry_run`](Self::dry_run) |
 /// | build or drop an index | [`create_index`](Self::create_index), [`drop_index`](Self::drop_index) |
 /// | add a constraint | [`add_primary_key`](Self::add_primary_key), [`add_foreign_key`](Self::add_foreign_key), [`add_check`](Self::add_check), [`set_not_null`](Self::set_not_null) |
 /// | add a column, replace a table | [`add_column`](Self::add_column), [`replace_table`](Self::replace_table) |
-/// | run all of it from one process of many, once | [`migrate_once`](Self::migrate_once) |
+/// | run all of this in one of many processes, once | [`migrate_once`](Self::migrate_once) |
 ///
-/// What each of them does can be run again after it failed, or its process died, half-way: it finds out what is left to
-/// do. Names of tables are [`TableName`]s, names of columns and indexes plain texts; all are quoted wherever they are sent,
-/// so that `Orders` is not `orders`. What is SQL of the caller's says so.
+/// Each of them can be repeated after it failed or its process died: it determines what is left to do. Names of tables
+/// are [`TableName`]s, names of columns and indexes are plain texts; all are quoted wherever they are sent, so `Orders`
+/// is not `orders`. The documentation says where a text is the caller's SQL.
 ///
-/// The pool should have two connections or more: one is used to look at who is in the way, where there is no
+/// The pool should have at least two connections: one of them samples the blockers, unless there is a
 /// [side connection](crate::KeeperBuilder::side_connection).
 ///
 /// # Examples
@@ -82,36 +85,37 @@ use crate::transaction::AsyncFunc;
 #[derive(Clone, Debug)]
 #[must_use = "nothing is sent before a change is awaited"]
 pub struct Schema {
-    cx: Context,
-    pace: Pace,
+    env: Env,
+    options: ChangeOptions,
     bookkeeping: String,
 }
 
-paced!(Schema);
+change_options!(Schema);
 
 impl Schema {
-    pub(crate) fn new(cx: Context) -> Self {
+    pub(crate) fn new(env: Env) -> Self {
         Self {
-            cx,
-            pace: Pace::default(),
+            env,
+            options: ChangeOptions::default(),
             bookkeeping: "public".to_owned(),
         }
     }
 
-    /// The schema in which [`migrate_once`](Self::migrate_once) keeps its table; `public` by default. It has to be there.
+    /// The schema in which [`migrate_once`](Self::migrate_once) keeps its table; `public` by default. The schema has to
+    /// exist.
     pub fn bookkeeping(mut self, schema: impl Into<String>) -> Self {
         self.bookkeeping = schema.into();
         self
     }
 
-    /// A statement, or several with `;` between them, which then run in one transaction. It is SQL of the caller's, and
-    /// sent as it is. What it sets for the session by `set_config(…, false)`, or in a function, stays on that connection of
-    /// the pool.
+    /// Describes a change: one statement, or several separated by `;`, which then run in one transaction. It is the
+    /// caller's SQL and sent unchanged. Settings that it changes for the session by `set_config(…, false)`, or in a
+    /// function, remain on that connection of the pool.
     ///
-    /// Statements that keep others waiting for as long as it takes to go through a table are refused where it has rows,
-    /// with the reason and what does the same better: CREATE INDEX without CONCURRENTLY, a type that needs a rewrite, a
-    /// volatile default, constraints that are checked at once, VACUUM FULL, CLUSTER;
-    /// [`allow_scan`](Change::allow_scan) and [`allow_rewrite`](Change::allow_rewrite) let them pass.
+    /// Statements that block other sessions while they process a whole table are refused if the table has rows. The
+    /// error contains the reason and a better way. These are CREATE INDEX without CONCURRENTLY, a column type that
+    /// requires a rewrite, a volatile default, constraints that are checked at once, VACUUM FULL, CLUSTER;
+    /// [`allow_scan`](Change::allow_scan) and [`allow_rewrite`](Change::allow_rewrite) allow them.
     ///
     /// # Examples
     ///
@@ -131,23 +135,24 @@ impl Schema {
     /// # }
     /// ```
     pub fn change(&self, sql: impl Into<String>) -> Change {
-        Change::new(self.cx.clone(), self.pace.clone(), sql.into())
+        Change::new(self.env.clone(), self.options.clone(), sql.into())
     }
 
-    /// Which relations SQL would lock, how, what it would do with them, and who is in the way now, or waits already; or
-    /// the same of a table and a [`LockMode`](crate::LockMode). It takes none of these locks, and waits for nobody.
+    /// Predicts which relations SQL would lock, in which modes and for which work, and finds their current blockers and
+    /// waiters; or does the same for a table and a [`LockMode`](crate::LockMode). It takes none of these locks, and
+    /// does not wait.
     ///
-    /// The SQL is read, not run, and put together with the table of [`StatementLock`](crate::StatementLock) and the
-    /// catalogs. It is a prediction: triggers and functions that the statements call are not looked into.
+    /// The SQL is parsed, not run, and combined with the table of [`StatementLock`](crate::StatementLock) and the
+    /// catalogs. The prediction does not include what triggers and functions lock.
     ///
     /// # SQL
-    /// A few questions to the catalogs, names found by joins; and one to `pg_locks` and `pg_stat_activity`.
+    /// A few queries of the catalogs, which find names by joins; and one of `pg_locks` and `pg_stat_activity`.
     ///
     /// # Errors
-    /// The connection's; [`Config`](crate::ErrorKind::Config) for a lock on a table that is not there.
+    /// Connection errors; [`Config`](crate::ErrorKind::Config) for a lock on a table that does not exist.
     ///
     /// # Cancel safety
-    /// May be dropped at any point: nothing is changed.
+    /// Can be dropped at any point: nothing is changed.
     ///
     /// # Examples
     ///
@@ -166,29 +171,29 @@ impl Schema {
     /// ```
     pub async fn preflight(&self, what: impl Into<Intent> + Send) -> Result<Preflight, Error> {
         let intent = what.into();
-        Preflight::of(&self.cx, intent).await
+        Preflight::of(&self.env, intent).await
     }
 
-    /// Runs SQL in a transaction, notes what it has locked, and rolls it back.
+    /// Runs SQL in a transaction, records what it has locked, and rolls it back.
     ///
-    /// **It takes all of these locks, and does all of the work, as the change itself would**, and holds them to the end:
-    /// it is for a database that is meant for that, a copy or an empty one. What cannot be rolled back is refused
-    /// (CONCURRENTLY, VACUUM); sequences stay advanced. The SQL is the caller's, and sent as it is.
+    /// **It takes all of these locks, and does all of the work, as the change itself would**, and holds the locks to
+    /// the end: use it on a copy of the database or an empty one. Statements that cannot be rolled back are refused
+    /// (CONCURRENTLY, VACUUM); sequences stay advanced. The text is the caller's SQL and sent unchanged.
     ///
     /// # SQL
-    /// `BEGIN` with the `lock_timeout`, the caller's text, `pg_locks` of this backend, ROLLBACK.
+    /// `BEGIN` with the `lock_timeout`, the caller's SQL, `pg_locks` of this backend, ROLLBACK.
     ///
     /// # Errors
-    /// The server's; it is not repeated.
+    /// The server's errors. The dry run is not repeated.
     ///
     /// # Cancel safety
-    /// May be dropped at any point: what runs is cancelled, and the transaction rolled back.
+    /// Can be dropped at any point: the statement is cancelled, and the transaction rolled back.
     pub async fn dry_run(&self, sql: impl AsRef<str> + Send) -> Result<DryRun, Error> {
         let sql = sql.as_ref().to_owned();
-        dry_run::run(&self.cx, &self.pace, &sql).await
+        dry_run::run(&self.env, &self.options, &sql).await
     }
 
-    /// An index on columns, or [expressions](IndexColumn::expression), of a table.
+    /// Describes an index on columns, or [expressions](IndexColumn::expression), of a table.
     ///
     /// # Examples
     ///
@@ -213,25 +218,36 @@ impl Schema {
         columns: impl IntoIterator<Item = C>,
     ) -> CreateIndex {
         let columns = columns.into_iter().map(Into::into).collect();
-        CreateIndex::new(self.cx.clone(), self.pace.clone(), table.into(), columns)
+        CreateIndex::new(
+            self.env.clone(),
+            self.options.clone(),
+            table.into(),
+            columns,
+        )
     }
 
-    /// An index to be dropped, by its name.
+    /// Describes the drop of an index, by its name.
     pub fn drop_index(&self, index: impl Into<TableName>) -> DropIndex {
-        DropIndex::new(self.cx.clone(), self.pace.clone(), index.into())
+        DropIndex::new(self.env.clone(), self.options.clone(), index.into())
     }
 
-    /// A primary key on columns of a table.
+    /// Describes a primary key on columns of a table.
     pub fn add_primary_key<C: Into<String>>(
         &self,
         table: impl Into<TableName>,
         columns: impl IntoIterator<Item = C>,
     ) -> AddPrimaryKey {
         let columns = columns.into_iter().map(Into::into).collect();
-        AddPrimaryKey::new(self.cx.clone(), self.pace.clone(), table.into(), columns)
+        AddPrimaryKey::new(
+            self.env.clone(),
+            self.options.clone(),
+            table.into(),
+            columns,
+        )
     }
 
-    /// A foreign key from columns of a table to those of another; with no columns there, to its primary key.
+    /// Describes a foreign key from columns of a table to columns of another; without referenced columns, to its
+    /// primary key.
     pub fn add_foreign_key<C: Into<String>, D: Into<String>>(
         &self,
         table: impl Into<TableName>,
@@ -240,8 +256,8 @@ impl Schema {
         referenced_columns: impl IntoIterator<Item = D>,
     ) -> AddForeignKey {
         AddForeignKey {
-            cx: self.cx.clone(),
-            pace: self.pace.clone(),
+            env: self.env.clone(),
+            options: self.options.clone(),
             table: table.into(),
             name: None,
             key: ForeignKey {
@@ -254,7 +270,7 @@ impl Schema {
         }
     }
 
-    /// A CHECK of that name. The expression is SQL of the caller's, and sent as it is.
+    /// Describes a CHECK constraint. The expression is the caller's SQL and sent unchanged.
     pub fn add_check(
         &self,
         table: impl Into<TableName>,
@@ -262,29 +278,29 @@ impl Schema {
         expression: impl Into<String>,
     ) -> AddCheck {
         AddCheck {
-            cx: self.cx.clone(),
-            pace: self.pace.clone(),
+            env: self.env.clone(),
+            options: self.options.clone(),
             table: table.into(),
             name: name.into(),
             expression: expression.into(),
         }
     }
 
-    /// A column that is to be NOT NULL.
+    /// Describes the change of a column to NOT NULL.
     pub fn set_not_null(
         &self,
         table: impl Into<TableName>,
         column: impl Into<String>,
     ) -> SetNotNull {
         SetNotNull {
-            cx: self.cx.clone(),
-            pace: self.pace.clone(),
+            env: self.env.clone(),
+            options: self.options.clone(),
             table: table.into(),
             column: column.into(),
         }
     }
 
-    /// A new column of a type. The type is SQL of the caller's, and sent as it is.
+    /// Describes a new column. Its type is the caller's SQL and sent unchanged.
     pub fn add_column(
         &self,
         table: impl Into<TableName>,
@@ -292,8 +308,8 @@ impl Schema {
         ty: impl Into<String>,
     ) -> AddColumn {
         AddColumn {
-            cx: self.cx.clone(),
-            pace: self.pace.clone(),
+            env: self.env.clone(),
+            options: self.options.clone(),
             table: table.into(),
             column: column.into(),
             ty: ty.into(),
@@ -302,16 +318,16 @@ impl Schema {
         }
     }
 
-    /// Puts the table `new`, of the same schema, in a table's place: instead of VACUUM FULL, CLUSTER, and changes that
-    /// rewrite.
+    /// Describes the replacement of a table by the table `new` of the same schema. It is an alternative to VACUUM FULL,
+    /// CLUSTER, and changes that rewrite the table.
     pub fn replace_table(
         &self,
         table: impl Into<TableName>,
         new: impl Into<String>,
     ) -> ReplaceTable {
         ReplaceTable {
-            cx: self.cx.clone(),
-            pace: self.pace.clone(),
+            env: self.env.clone(),
+            options: self.options.clone(),
             table: table.into(),
             new: new.into(),
             build: None,
@@ -320,32 +336,33 @@ impl Schema {
         }
     }
 
-    /// Runs `f` in one process of all that call this with the same key, once: `Some` with what it gave where it was run
-    /// here, `None` where it is done. Those that come while another one runs it wait until that has ended, and see that it
-    /// is done; where it failed or died, the next one runs it.
+    /// Runs `f` once, in one of the processes that call this with the same key. Returns `Some` with the result of `f`
+    /// if it ran here, and `None` if the migration is done. While one process runs it, the others wait until it has
+    /// ended and find it done; if it failed or its process died, the next process runs it.
     ///
-    /// Who waits does so without a snapshot and without a connection, by looking now and then: a session that waits in a
-    /// query would be waited for by the index builds of the one that runs it, and deadlock with them. It waits as long as
-    /// [`deadline`](Self::deadline) says, an hour by default.
+    /// A waiting process polls and holds neither a snapshot nor a connection: the index builds of the running
+    /// migration would wait for a session that waits in a query, and deadlock with it. It waits for at most the
+    /// [`deadline`](Self::deadline), an hour by default.
     ///
-    /// It is noted as done after `f` has succeeded, in a statement of its own: where the process dies in between it is run
-    /// again, as it is where it died half-way. Everything of [`Schema`] can be; see to the rest yourself.
+    /// After `f` has succeeded, the migration is recorded as done in a separate statement, so `f` may run again if the
+    /// process dies in between, or during `f`. All operations of [`Schema`] can be repeated; make your own statements
+    /// repeatable, too.
     ///
     /// # SQL
-    /// A session lock of the key `("lockkeeper migration", key)`, on a connection of its own, which the pool has to have
-    /// besides those of `f`; and the table `lockkeeper_migration (key text PRIMARY KEY, done_at timestamptz, done_by text)`
-    /// in the schema of [`bookkeeping`](Self::bookkeeping), which is created if it is not there: the role needs the right
-    /// to, or to have it created beforehand, and SELECT and INSERT on it.
+    /// A session lock of the key `("lockkeeper migration", key)`, on its own connection, which the pool has to have in
+    /// addition to those of `f`; and the table `lockkeeper_migration (key text PRIMARY KEY, done_at timestamptz,
+    /// done_by text)` in the schema of [`bookkeeping`](Self::bookkeeping), which is created if it does not exist. The
+    /// role needs the privilege to create it, unless it exists, and SELECT and INSERT on it.
     ///
     /// # Errors
-    /// The closure's own; [`LockTimeout`](crate::ErrorKind::LockTimeout) when another process runs it beyond the deadline;
-    /// [`LockLost`](crate::ErrorKind::LockLost) when the connection with the lock was lost, and with it the lock: `f` is
-    /// dropped where that is seen while it runs (by looking a few times a second, so that another process may have begun
-    /// by then), and nothing noted; [`Config`](crate::ErrorKind::Config) when `f` left a transaction open on the guard;
-    /// [`TransactionPooler`](crate::ErrorKind::TransactionPooler) as for all session locks.
+    /// The closure's own; [`LockTimeout`](crate::ErrorKind::LockTimeout) if another process still runs it at the
+    /// deadline; [`LockLost`](crate::ErrorKind::LockLost) if the connection with the lock was lost: `f` is dropped if
+    /// the loss is noticed while it runs (the lock is polled a few times a second, so another process may have begun by
+    /// then), and nothing is recorded; [`Config`](crate::ErrorKind::Config) if `f` left a transaction open on the
+    /// guard; [`TransactionPooler`](crate::ErrorKind::TransactionPooler) as for all session locks.
     ///
     /// # Cancel safety
-    /// May be dropped at any point: the lock is released, and the migration is not done.
+    /// Can be dropped at any point: the lock is released, and the migration is not done.
     ///
     /// # Examples
     ///
@@ -373,6 +390,6 @@ impl Schema {
         E: From<Error> + Send,
         R: Send,
     {
-        once::run(self, key.into(), f).await
+        migrate_once::run(self, key.into(), f).await
     }
 }

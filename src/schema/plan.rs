@@ -1,40 +1,40 @@
-//! Which relations a text would lock, how, and what it would do with them: its statements, put together with what the
-//! catalogs say.
+//! Predicts which relations a batch would lock, in which modes, and for which work, from its statements and the
+//! catalogs.
 
-use super::ddl::{self, Action, Ask, Target};
-use super::run::Context;
+use super::Env;
+use super::ddl::{self, Action, CatalogCheck, Target};
 use crate::error::{Error, ErrorKind};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
-use crate::schema::sql::catalog::{self, Kin, Relation, Types};
+use crate::schema::sql::catalog::{self, CatalogRelation, ColumnTypes, Relationship};
 use crate::schema::statements::{LockedRelation, StatementLock, TableWork};
 
-/// One relation that would be locked.
+/// One lock that would be taken.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Planned {
-    pub(super) relation: Relation,
+pub(super) struct PlannedLock {
+    pub(super) relation: CatalogRelation,
     pub(super) statement: &'static str,
     pub(super) on: LockedRelation,
     pub(super) mode: LockMode,
     pub(super) work: TableWork,
 }
 
-/// What is known of a text beforehand.
+/// The prediction for a batch.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Plan {
-    /// In the order of the text.
-    pub(super) locks: Vec<Planned>,
-    /// Statements that rewrite or scan every table there is, by their names.
-    pub(super) everything: Vec<&'static str>,
-    /// Statements whose locks are not known.
-    pub(super) unread: Vec<String>,
+pub(super) struct LockPlan {
+    /// In the order of the batch's text.
+    pub(super) locks: Vec<PlannedLock>,
+    /// The names of statements that rewrite or scan every table of the database.
+    pub(super) database_wide: Vec<&'static str>,
+    /// The text of statements whose locks are unknown.
+    pub(super) unrecognized: Vec<String>,
 }
 
-impl Plan {
-    /// Reads the statements and asks the catalogs. Nothing is locked.
+impl LockPlan {
+    /// Makes the prediction. It takes no locks.
     ///
-    /// Cancel safety: questions only.
-    pub(super) async fn of(cx: &Context, statements: &[ddl::Statement<'_>]) -> Result<Self, Error> {
+    /// Cancel safety: only reads the catalogs.
+    pub(super) async fn of(env: &Env, statements: &[ddl::Statement<'_>]) -> Result<Self, Error> {
         let mut plan = Self::default();
         if statements
             .iter()
@@ -42,46 +42,55 @@ impl Plan {
         {
             return Ok(plan);
         }
-        let major = catalog::major(&cx.ask(catalog::VERSION).await?).ok_or_else(|| {
-            Error::new(ErrorKind::Database).with_detail("the server does not say its version")
-        })?;
+        let major =
+            catalog::read_major_version(&env.ask(catalog::VERSION).await?).ok_or_else(|| {
+                Error::new(ErrorKind::Database).with_detail("the server does not say its version")
+            })?;
         for statement in statements {
             let Some(actions) = &statement.actions else {
-                plan.unread.push(statement.text.to_owned());
+                plan.unrecognized.push(statement.text.to_owned());
                 continue;
             };
             for action in actions {
-                plan.add(cx, action, major).await?;
+                plan.add(env, action, major).await?;
             }
         }
         Ok(plan)
     }
 
-    async fn add(&mut self, cx: &Context, action: &Action, major: u32) -> Result<(), Error> {
-        let family = match &action.target {
-            Target::Relation(name) => catalog::relations(&cx.ask(&catalog::family(name)).await?),
-            Target::Schema(name) => catalog::relations(&cx.ask(&catalog::of_schema(name)).await?),
+    async fn add(&mut self, env: &Env, action: &Action, major: u32) -> Result<(), Error> {
+        let related = match &action.target {
+            Target::Relation(name) => {
+                catalog::read_relations(&env.ask(&catalog::related_relations(name)).await?)
+            }
+            Target::Schema(name) => {
+                catalog::read_relations(&env.ask(&catalog::of_schema(name)).await?)
+            }
             Target::None => Vec::new(),
         };
         let mut others = Vec::new();
         for (role, name) in &action.others {
-            let found = catalog::relations(&cx.ask(&catalog::family(name)).await?);
-            let named = |one: &Relation| matches!(one.kin, Kin::Itself | Kin::Below);
+            let found = catalog::read_relations(&env.ask(&catalog::related_relations(name)).await?);
+            let named = |one: &CatalogRelation| {
+                matches!(one.relationship, Relationship::Itself | Relationship::Below)
+            };
             others.extend(found.into_iter().filter(named).map(|one| (*role, one)));
         }
-        let itself = family.iter().find(|one| one.kin == Kin::Itself);
+        let itself = related
+            .iter()
+            .find(|one| one.relationship == Relationship::Itself);
         if itself.is_none() && others.is_empty() {
             if action.target == Target::None && action.others.is_empty() {
-                self.everything.push(action.name);
+                self.database_wide.push(action.name);
             }
             return Ok(());
         }
-        let names = names(cx, action, itself, &family).await?;
+        let names = statement_names(env, action, itself, &related).await?;
         for lock in StatementLock::all()
             .filter(|lock| names.contains(&lock.statement()) && lock.applies_to(major))
         {
-            for relation in locked(lock, &family, &others) {
-                self.locks.push(Planned {
+            for relation in relations_locked_by(lock, &related, &others) {
+                self.locks.push(PlannedLock {
                     relation: relation.clone(),
                     statement: lock.statement(),
                     on: lock.on(),
@@ -93,9 +102,9 @@ impl Plan {
         Ok(())
     }
 
-    /// Each relation once, with the strongest mode and the most work.
-    pub(super) fn merged(&self) -> Vec<Planned> {
-        let mut merged: Vec<Planned> = Vec::new();
+    /// Each relation once, with its strongest mode and the most work.
+    pub(super) fn merged(&self) -> Vec<PlannedLock> {
+        let mut merged: Vec<PlannedLock> = Vec::new();
         for lock in &self.locks {
             match merged
                 .iter_mut()
@@ -115,54 +124,69 @@ impl Plan {
     }
 }
 
-/// The relations that have this part in a statement.
-fn locked<'a>(
+/// The relations that have this role in the statement.
+fn relations_locked_by<'a>(
     lock: &StatementLock,
-    family: &'a [Relation],
-    others: &'a [(LockedRelation, Relation)],
-) -> Vec<&'a Relation> {
-    let of = |kin: Kin| family.iter().filter(move |one| one.kin == kin);
+    related: &'a [CatalogRelation],
+    others: &'a [(LockedRelation, CatalogRelation)],
+) -> Vec<&'a CatalogRelation> {
+    let of = |relationship: Relationship| {
+        related
+            .iter()
+            .filter(move |one| one.relationship == relationship)
+    };
     let named: Vec<_> = (others.iter())
         .filter(|(role, _)| *role == lock.on())
         .map(|(_, one)| one)
         .collect();
-    let is_index = of(Kin::Itself).any(|one| matches!(one.kind, 'i' | 'I'));
+    let is_index = of(Relationship::Itself).any(|one| matches!(one.kind, 'i' | 'I'));
     let of_partitions =
         lock.statement().contains(" PARTITION") || lock.statement().starts_with("CREATE INDEX");
     match lock.on() {
-        LockedRelation::Table if is_index => of(Kin::TableOfIndex).collect(),
-        LockedRelation::Table if stays_at_the_table(lock.statement()) => of(Kin::Itself).collect(),
-        LockedRelation::Table | LockedRelation::View | LockedRelation::MaterializedView => {
-            of(Kin::Itself).chain(of(Kin::Below)).collect()
+        LockedRelation::Table if is_index => of(Relationship::TableOfIndex).collect(),
+        LockedRelation::Table if is_not_recursive(lock.statement()) => {
+            of(Relationship::Itself).collect()
         }
-        LockedRelation::Parent if of_partitions => of(Kin::Itself).collect(),
-        LockedRelation::Parent => named.into_iter().chain(of(Kin::Parent)).collect(),
+        LockedRelation::Table | LockedRelation::View | LockedRelation::MaterializedView => {
+            of(Relationship::Itself)
+                .chain(of(Relationship::Below))
+                .collect()
+        }
+        LockedRelation::Parent if of_partitions => of(Relationship::Itself).collect(),
+        LockedRelation::Parent => named.into_iter().chain(of(Relationship::Parent)).collect(),
         LockedRelation::Partition if lock.statement().starts_with("DROP TABLE") => {
-            of(Kin::Itself).collect()
+            of(Relationship::Itself).collect()
         }
         LockedRelation::Partition if of_partitions && !named.is_empty() => named,
-        LockedRelation::Partition => of(Kin::Below).filter(|one| one.is_partition).collect(),
+        LockedRelation::Partition => of(Relationship::Below)
+            .filter(|one| one.is_partition)
+            .collect(),
         LockedRelation::DefaultPartition => {
-            let is_new = |one: &&Relation| others.iter().all(|(_, other)| other.oid != one.oid);
-            of(Kin::Default).filter(is_new).collect()
+            let is_new =
+                |one: &&CatalogRelation| others.iter().all(|(_, other)| other.oid != one.oid);
+            of(Relationship::Default).filter(is_new).collect()
         }
-        LockedRelation::Child => of(Kin::Below).filter(|one| !one.is_partition).collect(),
-        LockedRelation::Index if is_index => of(Kin::Itself).chain(of(Kin::Below)).collect(),
-        LockedRelation::Index => of(Kin::Index).collect(),
+        LockedRelation::Child => of(Relationship::Below)
+            .filter(|one| !one.is_partition)
+            .collect(),
+        LockedRelation::Index if is_index => of(Relationship::Itself)
+            .chain(of(Relationship::Below))
+            .collect(),
+        LockedRelation::Index => of(Relationship::Index).collect(),
         LockedRelation::Referenced if !named.is_empty() => named,
-        LockedRelation::Referenced => of(Kin::Referenced).collect(),
-        LockedRelation::Referencing => of(Kin::Referencing).collect(),
+        LockedRelation::Referenced => of(Relationship::Referenced).collect(),
+        LockedRelation::Referencing => of(Relationship::Referencing).collect(),
         LockedRelation::Source => named,
         LockedRelation::Sequence => {
-            let own = of(Kin::Itself).filter(|one| one.kind == 'S');
-            own.chain(of(Kin::Sequence)).collect()
+            let own = of(Relationship::Itself).filter(|one| one.kind == 'S');
+            own.chain(of(Relationship::Sequence)).collect()
         }
         LockedRelation::PartitionIndex => Vec::new(),
     }
 }
 
-/// Statements that do not go down to partitions and children.
-fn stays_at_the_table(statement: &str) -> bool {
+/// Whether the statement does not recurse to partitions and inheritance children.
+fn is_not_recursive(statement: &str) -> bool {
     matches!(
         statement,
         "ALTER TABLE … RENAME"
@@ -178,20 +202,21 @@ fn stays_at_the_table(statement: &str) -> bool {
     )
 }
 
-/// The names in the table of what an action is, as the catalogs are.
-async fn names(
-    cx: &Context,
+/// The names of an action in the table of statement locks, given the catalogs.
+async fn statement_names(
+    env: &Env,
     action: &Action,
-    itself: Option<&Relation>,
-    family: &[Relation],
+    itself: Option<&CatalogRelation>,
+    related: &[CatalogRelation],
 ) -> Result<Vec<&'static str>, Error> {
-    let has = |kin: Kin| family.iter().any(|one| one.kin == kin);
+    let has =
+        |relationship: Relationship| related.iter().any(|one| one.relationship == relationship);
     let (name, target) = match &action.target {
         Target::Relation(target) => (action.name, target),
         _ => return Ok(vec![action.name]),
     };
     let mut names = vec![name];
-    match (name, &action.ask) {
+    match (name, &action.check) {
         ("CREATE INDEX", _) if itself.is_some_and(|one| one.kind == 'p') => {
             return Ok(vec!["CREATE INDEX (partitioned)"]);
         }
@@ -203,39 +228,39 @@ async fn names(
         }
         ("DROP TABLE … CASCADE", _) => names.push("DROP TABLE"),
         ("ALTER TABLE … ATTACH PARTITION", _) => {
-            if has(Kin::Referenced) {
+            if has(Relationship::Referenced) {
                 names.push("ALTER TABLE … ATTACH PARTITION (foreign key)");
             }
-            if has(Kin::Referencing) {
+            if has(Relationship::Referencing) {
                 names.push("ALTER TABLE … ATTACH PARTITION (referred to)");
             }
         }
         ("ALTER TABLE … DETACH PARTITION", _) => {
-            if has(Kin::Referenced) {
+            if has(Relationship::Referenced) {
                 names.push("ALTER TABLE … DETACH PARTITION (foreign key)");
             }
-            if has(Kin::Referencing) {
+            if has(Relationship::Referencing) {
                 names.push("ALTER TABLE … DETACH PARTITION (referred to)");
             }
         }
-        ("CREATE TABLE … PARTITION OF", _) if has(Kin::Referenced) => {
+        ("CREATE TABLE … PARTITION OF", _) if has(Relationship::Referenced) => {
             names.push("CREATE TABLE … PARTITION OF (foreign key)");
         }
-        (_, Ask::NewColumn { ty, calls }) => {
+        (_, CatalogCheck::NewColumn { ty, calls }) => {
             let sql = catalog::new_column(ty, calls);
-            let (volatile, domain) = catalog::two(&cx.ask(&sql).await?, "volatile", "domain");
+            let (volatile, domain) = catalog::read_two(&env.ask(&sql).await?, "volatile", "domain");
             if volatile {
                 names = vec!["ALTER TABLE … ADD COLUMN (volatile default)"];
             } else if domain {
                 names = vec!["ALTER TABLE … ADD COLUMN (domain with a constraint)"];
             }
         }
-        (_, Ask::NewType { column, ty, using }) => {
+        (_, CatalogCheck::NewType { column, ty, using }) => {
             let sql = catalog::new_type(target, column, ty);
-            let types = catalog::types(&cx.ask(&sql).await?);
+            let types = catalog::read_types(&env.ask(&sql).await?);
             let keeps = !using && types.is_some_and(|types| keeps_bytes(types, ty));
             let sql = catalog::constraint(target, None, Some(column));
-            let (foreign_key, key) = catalog::two(&cx.ask(&sql).await?, "foreign_key", "key");
+            let (foreign_key, key) = catalog::read_two(&env.ask(&sql).await?, "foreign_key", "key");
             if keeps {
                 names = vec!["ALTER TABLE … ALTER COLUMN … TYPE (binary coercible)"];
             } else {
@@ -247,22 +272,22 @@ async fn names(
                 }
             }
         }
-        (_, Ask::NotNull { column }) => {
+        (_, CatalogCheck::NotNull { column }) => {
             let sql = catalog::not_null(target, column);
-            let (defined, implied) = catalog::two(&cx.ask(&sql).await?, "defined", "implied");
+            let (defined, implied) = catalog::read_two(&env.ask(&sql).await?, "defined", "implied");
             if defined || implied {
                 names = vec!["ALTER TABLE … ALTER COLUMN … SET NOT NULL (implied by a CHECK)"];
             }
         }
-        (_, Ask::UsingIndex { index }) => {
+        (_, CatalogCheck::UsingIndex { index }) => {
             let sql = catalog::index_nullable(target, index);
-            if catalog::two(&cx.ask(&sql).await?, "nullable", "other").0 {
+            if catalog::read_two(&env.ask(&sql).await?, "nullable", "other").0 {
                 names = vec!["ALTER TABLE … ADD PRIMARY KEY USING INDEX (nullable column)"];
             }
         }
-        (_, Ask::Constraint { name: of, cascade }) => {
+        (_, CatalogCheck::Constraint { name: of, cascade }) => {
             let sql = catalog::constraint(target, Some(of), None);
-            let (foreign_key, key) = catalog::two(&cx.ask(&sql).await?, "foreign_key", "key");
+            let (foreign_key, key) = catalog::read_two(&env.ask(&sql).await?, "foreign_key", "key");
             if foreign_key {
                 names.push(match name {
                     "ALTER TABLE … VALIDATE CONSTRAINT" => {
@@ -275,9 +300,9 @@ async fn names(
                 names.push("ALTER TABLE … DROP CONSTRAINT … CASCADE (key)");
             }
         }
-        (_, Ask::DropColumn { column, cascade }) => {
+        (_, CatalogCheck::DropColumn { column, cascade }) => {
             let sql = catalog::constraint(target, None, Some(column));
-            let (foreign_key, key) = catalog::two(&cx.ask(&sql).await?, "foreign_key", "key");
+            let (foreign_key, key) = catalog::read_two(&env.ask(&sql).await?, "foreign_key", "key");
             if foreign_key {
                 names.push("ALTER TABLE … DROP COLUMN (foreign key)");
             }
@@ -299,22 +324,22 @@ const NUMERIC: u32 = 1700;
 /// time, timestamp, timestamptz, timetz.
 const TIMES: [u32; 4] = [1083, 1114, 1184, 1266];
 
-/// Whether values of a column stay as they are under its new type, so that the server changes the catalogs only
-/// (`ATColumnChangeRequiresRewrite` in `src/backend/commands/tablecmds.c`). In doubt they do not.
-fn keeps_bytes(types: Types, ty: &str) -> bool {
+/// Whether the stored values of a column stay unchanged under its new type, so that the server changes only the
+/// catalogs (`ATColumnChangeRequiresRewrite` in `src/backend/commands/tablecmds.c`). In doubt `false`.
+fn keeps_bytes(types: ColumnTypes, ty: &str) -> bool {
     let numbers = modifiers(ty);
-    let Types {
+    let ColumnTypes {
         old,
         old_modifier,
         new,
         is_binary,
     } = types;
     if old != new {
-        // A length would have to be checked, and char and bit without one have the length 1.
+        // A length would have to be checked, and char and bit without a length have the length 1.
         return is_binary && numbers.is_empty() && new != BPCHAR && new != BIT;
     }
     match (new, numbers.as_slice()) {
-        // The length is four more than it says (`src/backend/utils/adt/varchar.c`).
+        // The modifier is the length plus four (`src/backend/utils/adt/varchar.c`).
         (VARCHAR, [length]) => old_modifier >= 4 && *length >= old_modifier - 4,
         (BPCHAR, [length]) => *length == old_modifier - 4,
         (BPCHAR, []) => old_modifier == 5,
@@ -346,8 +371,8 @@ fn modifiers(ty: &str) -> Vec<i32> {
         .collect()
 }
 
-impl Relation {
-    /// As people write it.
+impl CatalogRelation {
+    /// The relation's name for messages.
     pub(super) fn label(&self) -> String {
         TableName::in_schema(&self.schema, &self.name).to_string()
     }
@@ -358,7 +383,7 @@ mod tests {
     use super::*;
 
     fn keeps(old: u32, old_modifier: i32, new: u32, is_binary: bool, ty: &str) -> bool {
-        let types = Types {
+        let types = ColumnTypes {
             old,
             old_modifier,
             new,
@@ -368,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn types_that_leave_the_bytes_alone() {
+    fn type_changes_without_a_rewrite() {
         assert!(keeps(VARCHAR, 14, VARCHAR, false, "varchar(20)"));
         assert!(!keeps(VARCHAR, 24, VARCHAR, false, "varchar(10)"));
         assert!(keeps(VARCHAR, 14, VARCHAR, false, "character varying"));

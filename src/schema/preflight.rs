@@ -1,25 +1,24 @@
-//! What a change would lock and who is in its way, without locking anything.
+//! Predicts what a change would lock, and finds its blockers, without locking anything.
 
 use std::fmt;
 
-use super::ddl;
-use super::plan::{Plan, Planned};
-use super::refusal;
-use super::run::Context;
+use super::lint;
+use super::plan::{LockPlan, PlannedLock};
+use super::{Env, ddl};
 use crate::blocker::Blocker;
 use crate::error::Error;
 use crate::mode::LockMode;
 use crate::postgres::TableName;
-use crate::schema::sql::catalog::{self, Kin};
+use crate::schema::sql::catalog::{self, Relationship};
 use crate::schema::statements::TableWork;
 
-/// What a [preflight](crate::Schema::preflight) is about: SQL, or a table and a lock on it.
+/// What a [preflight](crate::Schema::preflight) checks: SQL, or a lock on a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Intent {
-    /// One or several statements. They are read, not run.
+    /// One or several statements. They are parsed, not run.
     Sql(String),
-    /// A lock of this mode on a table, whatever takes it.
+    /// A lock of this mode on a table.
     Lock(TableName, LockMode),
 }
 
@@ -41,22 +40,22 @@ impl<T: Into<TableName>> From<(T, LockMode)> for Intent {
     }
 }
 
-/// What a change would lock, and who is in its way.
+/// The locks that a change would take, and its current blockers.
 #[derive(Clone, Debug)]
 pub struct Preflight {
     locks: Vec<PreflightLock>,
-    unread: Vec<String>,
+    unrecognized: Vec<String>,
 }
 
 impl Preflight {
-    /// Asks the server; see [`Schema::preflight`](crate::Schema::preflight).
-    pub(super) async fn of(cx: &Context, intent: Intent) -> Result<Self, Error> {
-        let (planned, unread) = match intent {
+    /// See [`Schema::preflight`](crate::Schema::preflight).
+    pub(super) async fn of(env: &Env, intent: Intent) -> Result<Self, Error> {
+        let (planned, unrecognized) = match intent {
             Intent::Sql(sql) => {
-                let plan = Plan::of(cx, &ddl::read(&sql)).await?;
-                (plan.merged(), plan.unread)
+                let plan = LockPlan::of(env, &ddl::read(&sql)).await?;
+                (plan.merged(), plan.unrecognized)
             }
-            Intent::Lock(name, mode) => (named(cx, &name, mode).await?, Vec::new()),
+            Intent::Lock(name, mode) => (locks_for_mode(env, &name, mode).await?, Vec::new()),
         };
         let oids: Vec<u32> = planned.iter().map(|lock| lock.relation.oid).collect();
         let label = |oid| {
@@ -69,9 +68,12 @@ impl Preflight {
         let who = if oids.is_empty() {
             Vec::new()
         } else {
-            catalog::who(&cx.ask(&catalog::holders(&oids)).await?, label)
+            catalog::read_holders_and_waiters(
+                &env.ask(&catalog::holders_and_waiters(&oids)).await?,
+                label,
+            )
         };
-        let lock = |planned: &Planned| {
+        let lock = |planned: &PlannedLock| {
             let here = who.iter().filter(|(oid, _)| *oid == planned.relation.oid);
             let here: Vec<&Blocker> = here.map(|(_, blocker)| blocker).collect();
             PreflightLock {
@@ -88,12 +90,12 @@ impl Preflight {
         };
         Ok(Self {
             locks: planned.iter().map(lock).collect(),
-            unread,
+            unrecognized,
         })
     }
 
-    /// The relations that would be locked, each once, in the strongest mode. Partitions, parents and tables at the other
-    /// end of foreign keys are among them; relations that do not exist yet are not.
+    /// The relations that would be locked, each once, with the strongest mode. They include partitions, parents and
+    /// tables at the other end of foreign keys, but no relations that do not exist yet.
     #[must_use]
     pub fn locks(&self) -> &[PreflightLock] {
         &self.locks
@@ -110,28 +112,28 @@ impl Preflight {
         })
     }
 
-    /// Statements that were not understood, as they were given: nothing is known of their locks.
+    /// The text of statements that were not recognized. Their locks are unknown.
     #[must_use]
-    pub fn unread(&self) -> &[String] {
-        &self.unread
+    pub fn unrecognized(&self) -> &[String] {
+        &self.unrecognized
     }
 
-    /// Everybody who is in the way now: who holds, or waits for, what conflicts.
+    /// The sessions that block the change now: they hold a conflicting lock or wait for one.
     pub fn blockers(&self) -> impl Iterator<Item = &Blocker> {
         self.locks.iter().flat_map(|lock| lock.blockers.iter())
     }
 
-    /// Whether all of it was understood and nobody is in the way at this moment.
+    /// Whether every statement was recognized and no session blocks the change at this moment.
     #[must_use]
     pub fn is_clear(&self) -> bool {
-        self.unread.is_empty() && self.blockers().next().is_none()
+        self.unrecognized.is_empty() && self.blockers().next().is_none()
     }
 }
 
 /// One relation of a [`Preflight`].
 #[derive(Clone, Debug)]
 pub struct PreflightLock {
-    planned: Planned,
+    planned: PlannedLock,
     blockers: Vec<Blocker>,
     waiting: Vec<Blocker>,
 }
@@ -143,67 +145,68 @@ impl PreflightLock {
         self.planned.relation.table_name()
     }
 
-    /// How it would be locked.
+    /// The mode in which the relation would be locked.
     #[must_use]
     pub fn mode(&self) -> LockMode {
         self.planned.mode
     }
 
-    /// The statement that takes it, by its name in the table of [`StatementLock`](crate::StatementLock); empty where
-    /// only a mode was asked about.
+    /// The statement that takes the lock, by its name in the table of [`StatementLock`](crate::StatementLock); empty
+    /// for [`Intent::Lock`].
     #[must_use]
     pub fn statement(&self) -> &'static str {
         self.planned.statement
     }
 
-    /// Whether it is read or rewritten meanwhile.
+    /// How much of the relation the statement processes while it holds the lock.
     #[must_use]
     pub fn work(&self) -> TableWork {
         self.planned.work
     }
 
-    /// The number of its rows as the server estimates it; `None` where it does not.
+    /// The server's estimate of the number of rows; `None` without an estimate.
     #[must_use]
     pub fn rows(&self) -> Option<u64> {
         self.planned.relation.rows
     }
 
-    /// Who would queue behind it, for as long as it is held or waited for; in words that follow “blocks”.
+    /// The operations that would queue behind the lock while it is held or waited for, as a phrase that follows
+    /// “blocks”.
     #[must_use]
     pub fn blocks(&self) -> &'static str {
         self.planned.mode.blocks()
     }
 
-    /// Who is in the way: sessions that hold what conflicts, and those queued for it ahead; with how long their
-    /// transactions have been open.
+    /// The sessions that block the lock: holders of a conflicting lock, and waiters for one, with the age of their
+    /// transactions.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
         &self.blockers
     }
 
-    /// Who waits for a lock on it already, whatever the mode.
+    /// The sessions that already wait for a lock on the relation, in any mode.
     #[must_use]
     pub fn waiting(&self) -> &[Blocker] {
         &self.waiting
     }
 
-    /// Why [`Schema::change`](crate::Schema::change) refuses it where there are rows, and the better way.
+    /// A better way, if [`Schema::change`](crate::Schema::change) refuses the statement on a table with rows.
     #[must_use]
     pub fn advice(&self) -> Option<&'static str> {
-        refusal::is_heavy(&self.planned).then(|| refusal::better(self.planned.statement))
+        lint::is_heavy(&self.planned).then(|| lint::advice(self.planned.statement))
     }
 }
 
-/// Several lines.
+/// One lock or unrecognized statement per line.
 impl fmt::Display for Preflight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.locks.is_empty() && self.unread.is_empty() {
+        if self.locks.is_empty() && self.unrecognized.is_empty() {
             return f.write_str("locks nothing that is there");
         }
         for (n, lock) in self.locks.iter().enumerate() {
             write!(f, "{}{lock}", if n == 0 { "" } else { "\n" })?;
         }
-        for (n, sql) in self.unread.iter().enumerate() {
+        for (n, sql) in self.unrecognized.iter().enumerate() {
             let line = if n == 0 && self.locks.is_empty() {
                 ""
             } else {
@@ -234,16 +237,23 @@ impl fmt::Display for PreflightLock {
     }
 }
 
-/// A lock that somebody wants on a table, and so on what is below it.
-async fn named(cx: &Context, name: &TableName, mode: LockMode) -> Result<Vec<Planned>, Error> {
+/// The locks for [`Intent::Lock`]: on the table, its partitions and inheritance children.
+async fn locks_for_mode(
+    env: &Env,
+    name: &TableName,
+    mode: LockMode,
+) -> Result<Vec<PlannedLock>, Error> {
     if let Some(flaw) = name.flaw() {
         return Err(Error::config(flaw));
     }
-    let family = catalog::relations(&cx.ask(&catalog::family(name)).await?);
-    let mut locks: Vec<Planned> = Vec::new();
-    for relation in family {
-        if matches!(relation.kin, Kin::Itself | Kin::Below) {
-            locks.push(Planned {
+    let relations = catalog::read_relations(&env.ask(&catalog::related_relations(name)).await?);
+    let mut locks: Vec<PlannedLock> = Vec::new();
+    for relation in relations {
+        if matches!(
+            relation.relationship,
+            Relationship::Itself | Relationship::Below
+        ) {
+            locks.push(PlannedLock {
                 on: crate::schema::statements::LockedRelation::Table,
                 statement: "",
                 mode,

@@ -1,56 +1,56 @@
-//! How far an index build is.
+//! The progress of an index build.
 
 use std::fmt;
 
-use crate::schema::sql::index::Progress;
+use crate::schema::sql::index::BuildProgress;
 
-/// How far an index build is, as `pg_stat_progress_create_index` shows it.
+/// The progress of an index build, as `pg_stat_progress_create_index` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IndexProgress {
-    seen: Progress,
+    row: BuildProgress,
 }
 
 impl IndexProgress {
-    /// The backend that builds it.
+    /// The backend that builds the index.
     #[must_use]
     pub fn pid(&self) -> i32 {
-        self.seen.pid
+        self.row.pid
     }
 
-    /// What it does, in PostgreSQL's words: `building index: scanning table`, `waiting for old snapshots`, …
+    /// The phase, as PostgreSQL names it: `building index: scanning table`, `waiting for old snapshots`, …
     #[must_use]
     pub fn phase(&self) -> &str {
-        &self.seen.phase
+        &self.row.phase
     }
 
-    /// Blocks of the table gone through in this phase, and how many there are; both 0 in phases that count none.
+    /// Blocks processed in this phase, and their total; both are 0 in phases that do not count blocks.
     #[must_use]
     pub fn blocks(&self) -> (u64, u64) {
-        self.seen.blocks
+        self.row.blocks
     }
 
-    /// Rows gone through in this phase, and how many there are; both 0 in phases that count none.
+    /// Rows processed in this phase, and their total; both are 0 in phases that do not count rows.
     #[must_use]
     pub fn rows(&self) -> (u64, u64) {
-        self.seen.rows
+        self.row.rows
     }
 
-    /// Sessions waited for that are done, and how many there are.
+    /// Sessions that the build has already waited for, and their total.
     #[must_use]
     pub fn lockers(&self) -> (u64, u64) {
-        self.seen.lockers
+        self.row.lockers
     }
 
-    /// The session that is waited for.
+    /// The session that the build waits for.
     #[must_use]
     pub fn waits_for(&self) -> Option<i32> {
-        self.seen.waits_for
+        self.row.waits_for
     }
 }
 
-impl From<Progress> for IndexProgress {
-    fn from(seen: Progress) -> Self {
-        Self { seen }
+impl From<BuildProgress> for IndexProgress {
+    fn from(row: BuildProgress) -> Self {
+        Self { row }
     }
 }
 

@@ -1,22 +1,22 @@
-//! A table built aside and put in another one's place.
+//! Replacing a table with a newly built one.
 
-use super::pace::{Pace, awaited, paced};
-use super::recipe::{Recipe, Steps};
-use super::report::RecipeReport;
-use super::run::{Context, How};
+use super::options::{ChangeOptions, change_options, into_future};
+use super::procedure::{Procedure, Steps};
+use super::report::ProcedureReport;
+use super::run::Method;
 use super::table::Table;
-use super::{ddl, index_name};
+use super::{Env, ddl, index_name};
 use crate::error::Error;
 use crate::postgres::TableName;
-use crate::schema::sql::catalog::{self, Kin};
-use crate::schema::sql::recipe;
+use crate::schema::sql::catalog::{self, Relationship};
+use crate::schema::sql::procedure;
 
-/// A table to be replaced: [`Schema::replace_table`](crate::Schema::replace_table). Awaiting it replaces it.
+/// A table to replace: [`Schema::replace_table`](crate::Schema::replace_table). Awaiting it replaces the table.
 #[must_use = "a table is not replaced until it is awaited"]
 #[derive(Clone, Debug)]
 pub struct ReplaceTable {
-    pub(super) cx: Context,
-    pub(super) pace: Pace,
+    pub(super) env: Env,
+    pub(super) options: ChangeOptions,
     pub(super) table: TableName,
     pub(super) new: String,
     pub(super) build: Option<String>,
@@ -25,65 +25,67 @@ pub struct ReplaceTable {
 }
 
 impl ReplaceTable {
-    /// SQL of the caller's that creates and fills the new table, run in one transaction where the new table is not there
-    /// yet. It takes as long as it takes; nobody waits for it. Without it the new table has to be there.
+    /// The caller's SQL that creates and fills the new table. It runs in one transaction if the new table does not
+    /// exist yet, and may take long, because it blocks no other session. Without it, the new table has to exist.
     pub fn build(mut self, sql: impl Into<String>) -> Self {
         self.build = Some(sql.into());
         self
     }
 
-    /// SQL of the caller's that brings the new table up to date, run in the transaction that swaps the two, while nobody
-    /// else can read or write the old one: it should touch what has changed since the build, and no more.
+    /// The caller's SQL that brings the new table up to date. It runs in the transaction that swaps the tables, while
+    /// no other session can read or write the old one, so it should only process what has changed since the build.
     pub fn catch_up(mut self, sql: impl Into<String>) -> Self {
         self.catch_up = Some(sql.into());
         self
     }
 
-    /// Drops the old table in the end. By default it stays, under the table's name with `_old` behind.
+    /// Drops the old table at the end. By default it remains, under the table's name with `_old` appended.
     pub fn drop_old(mut self) -> Self {
         self.drop_old = true;
         self
     }
 
-    /// Builds the new table, unless it is there, and puts it in the other's place.
+    /// Builds the new table, unless it exists, and swaps it with the old one.
     ///
-    /// What belongs to the table and not to its rows is the caller's to give the new one: indexes, constraints, grants,
-    /// triggers, owned sequences. Views go on to read the old one. A table that foreign keys of others refer to is
-    /// refused, since they would refer to the old one. Writes between build and swap are lost, but for what
-    /// [`catch_up`](Self::catch_up) brings over: have a trigger note them. The swap leaves the old
-    /// table with a comment (COMMENT ON TABLE) of its own, by which it is recognized when this is called again: before the
-    /// next replacement drop it. An `…_old` table without that comment is somebody's, and refused.
+    /// The caller has to give the new table everything that belongs to the table rather than to its rows: indexes,
+    /// constraints, grants, triggers, owned sequences. Views continue to read the old table. A table that is referenced
+    /// by foreign keys is refused, because they would reference the old table. Writes between the build and the swap
+    /// are lost, except those that [`catch_up`](Self::catch_up) copies: record them with a trigger. The swap sets a
+    /// comment on the old table (COMMENT ON TABLE), by which a repeated call recognizes it. Drop the old table before
+    /// the next replacement. An `…_old` table without that comment is not a result of a swap, and is refused.
     ///
     /// # SQL
     /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of
-    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, two `ALTER TABLE … RENAME` and a COMMENT; then `DROP TABLE IF EXISTS`, if asked.
+    /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, two `ALTER TABLE … RENAME` and a COMMENT; then, with
+    /// [`drop_old`](Self::drop_old), `DROP TABLE IF EXISTS`.
     ///
     /// # Errors
-    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) when foreign keys refer to the table,
-    /// or the new one is not there and nothing builds it.
+    /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if foreign keys reference the
+    /// table, or if the new table does not exist and nothing builds it.
     ///
     /// # Cancel safety
-    /// May be dropped at any point, and called again: a table that was built is not built again, and a swap that was made
-    /// is not undone. With [`drop_old`](Self::drop_old) nothing is left in the end that tells of it: called again then, it
-    /// replaces the table again. While the `build` of a run that was dropped, or whose connection was lost, goes on at the
-    /// server, another one's fails with the server's error about the name.
-    pub async fn run(self) -> Result<RecipeReport, Error> {
-        Recipe::run(&self.cx, &self.pace, &self).await
+    /// Can be dropped at any point, and called again: a table that was built is not built again, and a swap that was
+    /// made is not undone. With [`drop_old`](Self::drop_old), a completed replacement leaves no trace: another call
+    /// replaces the table again. If a run is dropped or loses its connection while its `build` still runs on the
+    /// server, the `build` of another run fails with the server's error about the name.
+    pub async fn run(self) -> Result<ProcedureReport, Error> {
+        Procedure::run(&self.env, &self.options, &self).await
     }
 
     async fn swap(
         &self,
-        recipe: &mut Recipe<'_>,
+        procedure: &mut Procedure<'_>,
         table: &Table,
         new: &TableName,
         old: &str,
         new_is_there: bool,
     ) -> Result<(), Error> {
         let full = table.full_name();
-        let family = catalog::relations(&self.cx.ask(&catalog::family(&full)).await?);
-        if let Some(one) = family
+        let related =
+            catalog::read_relations(&self.env.ask(&catalog::related_relations(&full)).await?);
+        if let Some(one) = related
             .iter()
-            .find(|one| one.kin == Kin::Referencing && one.oid != table.oid)
+            .find(|one| one.relationship == Relationship::Referencing && one.oid != table.oid)
         {
             return Err(Error::config(format!(
                 "a foreign key of {} refers to {full}, and would go on to refer to the old table; drop it first, and \
@@ -96,13 +98,13 @@ impl ReplaceTable {
             if let Some(flaw) = ddl::flaw(sql) {
                 return Err(Error::config(flaw));
             }
-            if (ddl::read(sql).iter()).any(|one| one.block != ddl::Block::May) {
+            if (ddl::read(sql).iter()).any(|one| one.placement != ddl::Placement::InTransaction) {
                 return Err(Error::config(
                     "what builds or brings up to date runs in a transaction of its own, which it must not end",
                 ));
             }
         }
-        if !new_is_there && recipe.looks > 1 {
+        if !new_is_there && procedure.rounds > 1 {
             return Err(Error::config(format!(
                 "{full} has been replaced by another session meanwhile"
             )));
@@ -113,41 +115,41 @@ impl ReplaceTable {
                     "there is no table {new} to put in the place of {full}; build it, or give the SQL that does"
                 )));
             };
-            let pace = self.pace.until(&recipe.deadline);
-            let done = self.cx.run(&pace, build, How::Transaction).await?;
-            recipe.report.push(build, done);
-            if Table::find(&self.cx, new).await?.is_none() {
+            let options = self.options.until(&procedure.deadline);
+            let done = self.env.run(&options, build, Method::InTransaction).await?;
+            procedure.report.push(build, done);
+            if Table::find(&self.env, new).await?.is_none() {
                 return Err(Error::config(format!(
                     "what was to build {new} has not created it"
                 )));
             }
         }
-        let sql = recipe::swap(&full, new, old, self.catch_up.as_deref());
-        let swapped = recipe.step(sql).await;
+        let sql = procedure::swap(&full, new, old, self.catch_up.as_deref());
+        let swapped = procedure.step(sql).await;
         if swapped.is_err() {
-            let old = Table::find(&self.cx, &table.sibling(old)).await;
-            let new = Table::find(&self.cx, new).await;
-            recipe.is_overtaken = matches!((old, new), (Ok(Some(_)), Ok(None)));
+            let old = Table::find(&self.env, &table.sibling(old)).await;
+            let new = Table::find(&self.env, new).await;
+            procedure.is_overtaken = matches!((old, new), (Ok(Some(_)), Ok(None)));
         }
         swapped
     }
 }
 
 impl Steps for ReplaceTable {
-    async fn take(&self, recipe: &mut Recipe<'_>) -> Result<(), Error> {
-        let table = Table::of(&self.cx, &self.table).await?;
+    async fn run(&self, procedure: &mut Procedure<'_>) -> Result<(), Error> {
+        let table = Table::of(&self.env, &self.table).await?;
         let full = table.full_name();
         let new = table.sibling(&self.new);
         let old = index_name::shortened(&table.name, "old");
         let old_name = table.sibling(&old);
-        let old_is_there = match Table::find(&self.cx, &old_name).await? {
+        let old_is_there = match Table::find(&self.env, &old_name).await? {
             Some(there) => {
-                // Invariant: only a table that a swap with this new one has put aside is ever taken for done, or dropped.
-                let sql = recipe::has_comment(there.oid, &recipe::replaced_by(&new));
-                let ours = catalog::yes(&self.cx.ask(&sql).await?);
-                // A run of ours whose connection was lost may have dropped it just now.
-                let is_there = ours || Table::find(&self.cx, &old_name).await?.is_some();
-                if is_there && !ours {
+                // Invariant: only a table that a swap with this new table has renamed counts as done, or is dropped.
+                let sql = procedure::has_comment(there.oid, &procedure::replaced_by(&new));
+                let is_replaced = catalog::is_yes(&self.env.ask(&sql).await?);
+                // An earlier run whose connection was lost may have dropped it just now.
+                let is_there = is_replaced || Table::find(&self.env, &old_name).await?.is_some();
+                if is_there && !is_replaced {
                     return Err(Error::config(format!(
                         "there is {old_name} already, which no replacement by {new} has left; drop or rename it first"
                     )));
@@ -156,22 +158,23 @@ impl Steps for ReplaceTable {
             }
             None => false,
         };
-        let new_is_there = Table::find(&self.cx, &new).await?.is_some();
+        let new_is_there = Table::find(&self.env, &new).await?.is_some();
         if !old_is_there || new_is_there {
             if old_is_there {
                 return Err(Error::config(format!(
                     "there is {old_name} already, of an earlier replacement; drop or rename it first"
                 )));
             }
-            self.swap(recipe, &table, &new, &old, new_is_there).await?;
+            self.swap(procedure, &table, &new, &old, new_is_there)
+                .await?;
         }
         if self.drop_old {
-            recipe.step(recipe::drop_table(&old_name)).await?;
+            procedure.step(procedure::drop_table(&old_name)).await?;
         }
         tracing::debug!(table = %full, "table replaced");
         Ok(())
     }
 }
 
-paced!(ReplaceTable);
-awaited!(ReplaceTable => RecipeReport);
+change_options!(ReplaceTable);
+into_future!(ReplaceTable => ProcedureReport);

@@ -1,4 +1,4 @@
-//! What became of a change.
+//! The results of changes.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,11 +6,11 @@ use std::time::Duration;
 use crate::blocker::Blocker;
 use crate::error::ErrorKind;
 
-/// One attempt at a change: how long it took, and what was in its way.
+/// One attempt at a change: its duration, its outcome and its blockers.
 #[derive(Clone, Debug)]
 pub struct ChangeAttempt {
     pub(super) number: u32,
-    pub(super) took: Duration,
+    pub(super) elapsed: Duration,
     pub(super) failure: Option<ErrorKind>,
     pub(super) sqlstate: Option<String>,
     pub(super) blockers: Vec<Blocker>,
@@ -18,45 +18,45 @@ pub struct ChangeAttempt {
 }
 
 impl ChangeAttempt {
-    /// Its number, counted from 1.
+    /// The number of the attempt, counted from 1.
     #[must_use]
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    /// From its BEGIN to its end.
+    /// The duration of the attempt, from its BEGIN to its end.
     #[must_use]
-    pub fn took(&self) -> Duration {
-        self.took
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
     }
 
-    /// Whether it changed what it should.
+    /// Whether the attempt made the change.
     #[must_use]
     pub fn succeeded(&self) -> bool {
         self.failure.is_none()
     }
 
-    /// Why it failed; `None` when it succeeded.
+    /// The kind of error with which the attempt failed; `None` if it succeeded.
     #[must_use]
     pub fn failure(&self) -> Option<ErrorKind> {
         self.failure
     }
 
-    /// The server's word for why.
+    /// The SQLSTATE of the server's error; `None` without one.
     #[must_use]
     pub fn sqlstate(&self) -> Option<&str> {
         self.sqlstate.as_deref()
     }
 
-    /// Who was in the way when it was last looked, while the attempt waited: those that hold what it wanted, and those
-    /// queued ahead; where nobody could be seen then, who held, right after it, what it is known to lock. Empty where nobody
-    /// did any more.
+    /// The sessions that blocked the attempt in the last sample before it ended: holders of the lock it waited for, and
+    /// waiters ahead of it in the queue. If no sample was taken, these are the sessions that held conflicting locks
+    /// right after the attempt on the relations it is known to lock. Empty if there were none.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
         &self.blockers
     }
 
-    /// The pause before the next attempt; `None` after the last.
+    /// The pause before the next attempt; `None` after the last attempt.
     #[must_use]
     pub fn pause(&self) -> Option<Duration> {
         self.pause
@@ -70,7 +70,7 @@ impl fmt::Display for ChangeAttempt {
         write!(
             f,
             "attempt {}: {outcome} after {:.1?}",
-            self.number, self.took
+            self.number, self.elapsed
         )?;
         for (n, blocker) in self.blockers.iter().enumerate() {
             write!(f, "{} {blocker}", if n == 0 { ";" } else { "," })?;
@@ -79,28 +79,28 @@ impl fmt::Display for ChangeAttempt {
     }
 }
 
-/// What a change took: its attempts, the last of which did it.
+/// The attempts of a change, the last of which succeeded.
 #[derive(Clone, Debug)]
 pub struct ChangeReport {
     pub(super) attempts: Vec<ChangeAttempt>,
-    pub(super) took: Duration,
+    pub(super) elapsed: Duration,
 }
 
 impl ChangeReport {
-    /// The attempts in order.
+    /// The attempts, in order.
     #[must_use]
     pub fn attempts(&self) -> &[ChangeAttempt] {
         &self.attempts
     }
 
-    /// All of it, pauses included.
+    /// The duration of all attempts, including the pauses.
     #[must_use]
-    pub fn took(&self) -> Duration {
-        self.took
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
     }
 }
 
-/// The attempts, a line each.
+/// The attempts, one per line.
 impl fmt::Display for ChangeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, attempt) in self.attempts.iter().enumerate() {
@@ -110,22 +110,22 @@ impl fmt::Display for ChangeReport {
     }
 }
 
-/// What a work of several steps did: those it ran, in order. Those that it found done are not among them.
+/// The steps that a procedure ran, in order. Steps that were already done are not among them.
 #[derive(Clone, Debug, Default)]
-pub struct RecipeReport {
+pub struct ProcedureReport {
     pub(super) steps: Vec<(String, ChangeReport)>,
     pub(super) backfill: Option<String>,
 }
 
-impl RecipeReport {
-    /// The statements that were run, each with its attempts. Empty where there was nothing left to do.
+impl ProcedureReport {
+    /// The statements that were run, each with its attempts. Empty if nothing was left to do.
     #[must_use]
     pub fn steps(&self) -> &[(String, ChangeReport)] {
         &self.steps
     }
 
-    /// What is left to be done to the rows that are there, as one statement that says it; to be done in batches. `None`
-    /// but for a new column with a volatile default.
+    /// The change that existing rows still need, as one statement that describes it; run it in batches. `None` except
+    /// for a new column with a volatile default.
     #[must_use]
     pub fn backfill(&self) -> Option<&str> {
         self.backfill.as_deref()
@@ -136,12 +136,12 @@ impl RecipeReport {
     }
 }
 
-/// The statements, a line each, with how long they took in all.
-impl fmt::Display for RecipeReport {
+/// The statements, one per line, with their durations.
+impl fmt::Display for ProcedureReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, (sql, report)) in self.steps.iter().enumerate() {
             let line = if n == 0 { "" } else { "\n" };
-            write!(f, "{line}{sql} ({:.1?}", report.took)?;
+            write!(f, "{line}{sql} ({:.1?}", report.elapsed)?;
             match report.attempts.len() {
                 0 | 1 => f.write_str(")")?,
                 attempts => write!(f, ", {attempts} attempts)")?,
@@ -151,10 +151,10 @@ impl fmt::Display for RecipeReport {
     }
 }
 
-/// Behind the [`Error`](crate::Error) of a change that was given up: its attempts. From `source()`, by
+/// The attempts of a change that was abandoned: the `source()` of its [`Error`](crate::Error), available by
 /// `downcast_ref::<ChangeFailed>()`.
 ///
-/// Its own source is the last attempt's error.
+/// Its own source is the error of the last attempt.
 #[derive(Debug)]
 pub struct ChangeFailed {
     pub(super) report: ChangeReport,
@@ -162,7 +162,7 @@ pub struct ChangeFailed {
 }
 
 impl ChangeFailed {
-    /// The attempts, all of which failed.
+    /// The failed attempts.
     #[must_use]
     pub fn report(&self) -> &ChangeReport {
         &self.report

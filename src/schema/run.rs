@@ -1,129 +1,89 @@
-//! Attempts at a change: short waits, long pauses, an end.
+//! Runs the statements of a change: attempts with short lock waits and long pauses, up to a deadline.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::pace::Pace;
+use super::Env;
+use super::options::ChangeOptions;
 use super::preflight::Preflight;
 use super::report::{ChangeAttempt, ChangeFailed, ChangeReport};
-use super::watch::{OnProgress, Watch};
-use crate::advisory::Advisory;
-use crate::backoff::Jitter;
+use super::statement_poll::{OnProgress, POLLS_PER_WAIT, StatementPoll};
 use crate::blocker::Blocker;
-use crate::call_site::CallSite;
-use crate::connection::{Connections, Session, Undo};
+use crate::connection::{OnAbandon, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
-use crate::schema::sql::run;
-use crate::transaction;
+use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
 
-/// How often it is looked at a statement that may take long.
-const LOOK: Duration = Duration::from_millis(200);
+/// The longest interval at which a statement outside of a transaction is polled.
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What all changes of one keeper share.
-#[derive(Clone, Debug)]
-pub(crate) struct Context {
-    pub(crate) advisory: Arc<Advisory>,
-    pub(crate) application_name: String,
-    pub(crate) call_site: Option<CallSite>,
-    pub(crate) lock_wait: Duration,
-    pub(crate) jitter: Arc<Jitter>,
-}
-
-/// Where a text is run.
+/// How statements are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum How {
+pub(super) enum Method {
     /// In one transaction.
-    Transaction,
-    /// Alone, outside.
-    Outside,
-    /// The same, by a statement whose wait keeps neither readers nor writers waiting, and which can leave something half
-    /// done: it waits up to the deadline, and is not repeated here.
+    InTransaction,
+    /// One statement outside of a transaction.
+    OutsideTransaction,
+    /// One statement outside of a transaction that blocks neither readers nor writers while it waits, and that can
+    /// leave partial work behind: it waits up to the deadline, and is not repeated here.
     Concurrently,
-    /// Alone, outside, with a short wait, and not repeated: what it leaves half done makes it another statement.
-    Once,
+    /// One statement outside of a transaction, with a short wait and without repetition: after the partial work that it
+    /// leaves behind, another statement has to follow.
+    OutsideTransactionOnce,
 }
 
-impl Context {
-    pub(super) fn connections(&self) -> &Arc<Connections> {
-        &self.advisory.connections
-    }
-
-    /// Asks something of one message on a connection like those that changes run on, whose `search_path` they have.
+impl Env {
+    /// Runs SQL until it succeeds, fails for a reason that repetition does not fix, or reaches the deadline.
     ///
-    /// Cancel safety: unanswered, its connection is closed.
-    pub(super) async fn ask(&self, sql: &str) -> Result<crate::connection::Reply, Error> {
-        let deadline = Deadline::after(self.lock_wait);
-        let mut stale = 0;
-        loop {
-            let session = self.connections().check_out(&deadline).await?;
-            let (session, answer) = session.exchange(sql.to_owned(), Undo::Cancel).await;
-            match answer {
-                Ok(reply) => {
-                    session.give_back();
-                    return Ok(reply);
-                }
-                Err(error)
-                    if classify(&error) == Failure::ConnectionLost
-                        && stale < self.connections().most() =>
-                {
-                    stale += 1;
-                }
-                // Dropped, the session closes its connection.
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    /// Runs a text until it succeeds, fails for a reason that waiting does not mend, or the time is over.
-    ///
-    /// Cancel safety: dropped in an attempt, its statement is cancelled on the server and rolled back, and the
-    /// connection closed; between two nothing is held.
+    /// Cancel safety: dropped during an attempt, its statement is cancelled on the server and rolled back, and the
+    /// connection closed. Between two attempts no connection is held.
     pub(super) async fn run(
         &self,
-        pace: &Pace,
+        options: &ChangeOptions,
         sql: &str,
-        how: How,
+        method: Method,
     ) -> Result<ChangeReport, Error> {
-        self.run_with(pace, sql, how, None).await
+        self.run_with_progress(options, sql, method, None).await
     }
 
-    /// The same, and tells how far an index build is.
+    /// As [`run`](Self::run), and reports the progress of an index build.
     ///
     /// Cancel safety: as [`run`](Self::run).
-    pub(super) async fn run_with(
+    pub(super) async fn run_with_progress(
         &self,
-        pace: &Pace,
+        options: &ChangeOptions,
         sql: &str,
-        how: How,
+        method: Method,
         progress: Option<&OnProgress>,
     ) -> Result<ChangeReport, Error> {
-        pace.check()?;
-        let deadline = pace.deadline();
+        options.check()?;
+        let deadline = options.deadline();
         let started = Instant::now();
         let mut attempts = Vec::new();
         let mut number = 1;
         loop {
             let began = Instant::now();
-            let (result, blockers) = match how {
-                How::Transaction => self.in_transaction(pace, sql).await,
-                How::Outside | How::Once => self.outside(pace, sql, pace.lock_timeout, None).await,
-                How::Concurrently => {
-                    let wait = deadline.remaining().max(pace.lock_timeout);
-                    self.outside(pace, sql, wait, progress).await
+            let (result, blockers) = match method {
+                Method::InTransaction => self.in_transaction(options, sql).await,
+                Method::OutsideTransaction | Method::OutsideTransactionOnce => {
+                    self.outside_transaction(options, sql, options.lock_timeout, None)
+                        .await
+                }
+                Method::Concurrently => {
+                    let wait = deadline.remaining().max(options.lock_timeout);
+                    self.outside_transaction(options, sql, wait, progress).await
                 }
             };
-            let took = began.elapsed();
+            let elapsed = began.elapsed();
             let blockers = match &result {
                 Err(error) if error.kind() == ErrorKind::LockTimeout && blockers.is_empty() => {
-                    self.still_there(sql).await
+                    self.current_blockers(sql).await
                 }
                 _ => blockers,
             };
             let mut attempt = ChangeAttempt {
                 number,
-                took,
+                elapsed,
                 failure: result.as_ref().err().map(Error::kind),
                 sqlstate: (result.as_ref().err())
                     .and_then(|error| Some(error.sqlstate()?.code().to_owned())),
@@ -131,46 +91,61 @@ impl Context {
                 pause: None,
             };
             let Err(error) = result else {
-                tracing::debug!(number, took = ?attempt.took, "schema change done");
-                pace.tell(&attempt);
+                tracing::debug!(number, took = ?attempt.elapsed, "schema change done");
+                options.report(&attempt);
                 attempts.push(attempt);
                 return Ok(ChangeReport {
                     attempts,
-                    took: started.elapsed(),
+                    elapsed: started.elapsed(),
                 });
             };
-            let pause = pace.pause(number, self.jitter.next());
-            // Never with more time than the others had: after the last attempt there is none.
-            let again = !matches!(how, How::Concurrently | How::Once)
-                && is_worth_repeating(&error)
-                && deadline.remaining() > pause;
-            attempt.pause = again.then_some(pause);
+            let may_repeat = is_worth_repeating(&error)
+                && !matches!(
+                    method,
+                    Method::Concurrently | Method::OutsideTransactionOnce
+                );
+            if may_repeat {
+                attempt.pause = self.pause_before_retry(options, &deadline, number);
+            }
             tracing::debug!(
                 number,
-                took = ?attempt.took,
+                took = ?attempt.elapsed,
                 %error,
                 blockers = %Listed(&attempt.blockers),
                 pause = ?attempt.pause,
                 "schema change attempt failed"
             );
-            pace.tell(&attempt);
-            let blockers = attempt.blockers.clone();
+            options.report(&attempt);
+            let (pause, blockers) = (attempt.pause, attempt.blockers.clone());
             attempts.push(attempt);
-            if !again {
+            let Some(pause) = pause else {
                 let report = ChangeReport {
                     attempts,
-                    took: started.elapsed(),
+                    elapsed: started.elapsed(),
                 };
                 return Err(given_up(error, blockers, report));
-            }
-            // Cancel safety: nothing is held between two attempts.
+            };
+            // Cancel safety: no connection is held between two attempts.
             tokio::time::sleep(pause).await;
             number += 1;
         }
     }
 
-    /// Who is in the way after an attempt during which nobody could be seen: it was too short, or nobody could look.
-    async fn still_there(&self, sql: &str) -> Vec<Blocker> {
+    /// The pause between attempt `number`, counted from 1, and the next one; `None` if the deadline leaves no time for
+    /// another attempt.
+    pub(super) fn pause_before_retry(
+        &self,
+        options: &ChangeOptions,
+        deadline: &Deadline,
+        number: u32,
+    ) -> Option<Duration> {
+        let pause = options.pause(number, self.jitter.next());
+        (deadline.remaining() > pause).then_some(pause)
+    }
+
+    /// The blockers after an attempt during which none could be sampled, because it was too short or no connection was
+    /// free.
+    async fn current_blockers(&self, sql: &str) -> Vec<Blocker> {
         match Preflight::of(self, sql.into()).await {
             Ok(preflight) => preflight.blockers().cloned().collect(),
             Err(error) => {
@@ -180,29 +155,24 @@ impl Context {
         }
     }
 
-    async fn in_transaction(&self, pace: &Pace, sql: &str) -> (Result<(), Error>, Vec<Blocker>) {
+    async fn in_transaction(
+        &self,
+        options: &ChangeOptions,
+        sql: &str,
+    ) -> (Result<(), Error>, Vec<Blocker>) {
         let begin = Begin {
-            application_name: Some(self.application_name.clone()),
-            lock_timeout: Some(pace.lock_timeout),
-            statement_timeout: pace.statement_timeout,
-            ..Begin::default()
+            lock_timeout: Some(options.lock_timeout),
+            statement_timeout: options.statement_timeout,
+            ..self.begin()
         };
-        let wait = Deadline::after(self.lock_wait);
-        let opening = transaction::open(
-            self.connections(),
-            &wait,
-            &begin,
-            self.call_site,
-            self.lock_wait,
-        );
-        let tx = match opening.await {
+        let tx = match self.open(&begin).await {
             Ok(tx) => tx,
             Err(error) => return (Err(error), Vec::new()),
         };
         let pid = tx.backend_pid().unwrap_or_default();
-        let watch = Watch::new(pid, pace.lock_timeout, Some(pace.lock_timeout));
+        let poll = StatementPoll::new(pid, options.lock_timeout, Some(options.lock_timeout));
         let work = async {
-            let _ended = scopeguard::guard((), |()| watch.end());
+            let _ended = scopeguard::guard((), |()| poll.end());
             let mut cancelled = false;
             let done = {
                 let mut running = std::pin::pin!(tx.batch_execute(sql));
@@ -210,7 +180,7 @@ impl Context {
                 tokio::select! {
                     biased;
                     done = &mut running => done,
-                    () = watch.enough.notified() => {
+                    () = poll.has_waited_too_long() => {
                         cancelled = true;
                         tx.session().cancel_in_background();
                         running.await
@@ -233,79 +203,78 @@ impl Context {
                 result => result,
             }
         };
-        let (result, ()) = tokio::join!(work, watch.look(self.connections()));
-        (result, watch.found())
+        let (result, ()) = tokio::join!(work, poll.run(self.connections()));
+        (result, poll.blockers())
     }
 
-    async fn outside(
+    async fn outside_transaction(
         &self,
-        pace: &Pace,
+        options: &ChangeOptions,
         sql: &str,
         wait: Duration,
         progress: Option<&OnProgress>,
     ) -> (Result<(), Error>, Vec<Blocker>) {
-        let (session, before) = match self.set_up(wait, pace.statement_timeout).await {
-            Ok(ready) => ready,
+        let (session, previous) = match self.prepare_session(wait, options.statement_timeout).await
+        {
+            Ok(prepared) => prepared,
             Err(error) => return (Err(error), Vec::new()),
         };
-        let watch = Watch::new(before.pid, wait.min(LOOK * 4), None).telling(progress);
+        let poll = StatementPoll::new(
+            previous.pid,
+            wait.min(MAX_POLL_INTERVAL * POLLS_PER_WAIT),
+            None,
+        )
+        .with_progress(progress);
         let work = async {
-            let _ended = scopeguard::guard((), |()| watch.end());
+            let _ended = scopeguard::guard((), |()| poll.end());
             // Cancel safety: dropped, the statement is cancelled on the server, and the connection closed.
-            let (session, answer) = session.exchange(sql.to_owned(), Undo::Cancel).await;
+            let (session, answer) = session
+                .send(sql.to_owned(), OnAbandon::CancelAndClose)
+                .await;
             let lost = (answer.as_ref().err())
                 .is_some_and(|error| classify(error) == Failure::ConnectionLost);
             if !lost
-                && let (session, Ok(_)) = session.exchange(before.restore(), Undo::Cancel).await
+                && let (session, Ok(_)) = session
+                    .send(previous.restore(), OnAbandon::CancelAndClose)
+                    .await
             {
-                session.give_back();
+                session.return_to_pool();
             }
             answer.map(drop).map_err(Error::from)
         };
-        let (result, ()) = tokio::join!(work, watch.look(self.connections()));
-        (result, watch.found())
+        let (result, ()) = tokio::join!(work, poll.run(self.connections()));
+        (result, poll.blockers())
     }
 
-    /// A session with settings of ours.
-    async fn set_up(
+    /// A session with this change's settings, and the settings it had before.
+    ///
+    /// Cancel safety: dropped before the reply, the connection is closed.
+    async fn prepare_session(
         &self,
         wait: Duration,
         statement_timeout: Option<Duration>,
-    ) -> Result<(Session, run::Before), Error> {
-        let deadline = Deadline::after(self.lock_wait);
-        let mut stale = 0;
-        loop {
-            let session = self.connections().check_out(&deadline).await?;
-            let text = run::set(
+    ) -> Result<(Session, PreviousSettings), Error> {
+        let set = |session: &Session| {
+            session_settings::set(
                 session.login_pid(),
                 Some(wait),
                 statement_timeout,
                 &self.application_name,
-            );
-            // Cancel safety: unanswered, its connection is closed.
-            let (mut session, answer) = session.exchange(text, Undo::Cancel).await;
-            let error = match answer {
-                Ok(reply) => {
-                    let before = run::before(&reply).ok_or_else(|| {
-                        Error::new(ErrorKind::Database)
-                            .with_detail("the server's answer about its settings cannot be read")
-                    })?;
-                    session.identify(before.pid, Some(&self.application_name));
-                    if session.login_pid().is_some_and(|pid| pid != before.pid) {
-                        // And nothing was set.
-                        return Err(Error::new(ErrorKind::TransactionPooler).with_detail(
-                            "what cannot run in a transaction needs a connection to the server itself",
-                        ));
-                    }
-                    return Ok((session, before));
-                }
-                Err(error) => error,
-            };
-            stale += 1;
-            if classify(&error) != Failure::ConnectionLost || stale > self.connections().most() {
-                return Err(error.into());
-            }
+            )
+        };
+        let (mut session, reply) = self.exchange(set).await?;
+        let previous = session_settings::read_previous(&reply).ok_or_else(|| {
+            Error::new(ErrorKind::Database)
+                .with_detail("the server's answer about its settings cannot be read")
+        })?;
+        session.identify(previous.pid, Some(&self.application_name));
+        if session.login_pid().is_some_and(|pid| pid != previous.pid) {
+            // In this case the message has set nothing.
+            return Err(Error::new(ErrorKind::TransactionPooler).with_detail(
+                "what cannot run in a transaction needs a connection to the server itself",
+            ));
         }
+        Ok((session, previous))
     }
 }
 
@@ -323,7 +292,7 @@ fn given_up(error: Error, blockers: Vec<Blocker>, report: ChangeReport) -> Error
     let attempts = u32::try_from(report.attempts.len()).unwrap_or(u32::MAX);
     Error::new(error.kind())
         .with_detail("the change was given up")
-        .with_waited(report.took)
+        .with_waited(report.elapsed)
         .with_attempts(attempts)
         .with_blockers(blockers)
         .with_source(ChangeFailed {
@@ -332,7 +301,7 @@ fn given_up(error: Error, blockers: Vec<Blocker>, report: ChangeReport) -> Error
         })
 }
 
-/// Blockers with commas between.
+/// Blockers separated by commas.
 struct Listed<'a>(&'a [Blocker]);
 
 impl std::fmt::Display for Listed<'_> {

@@ -1,12 +1,12 @@
-//! A table as it was found.
+//! A table that was found in the catalogs.
 
-use super::run::Context;
+use super::Env;
 use crate::blocker::Blocker;
 use crate::error::Error;
 use crate::postgres::TableName;
-use crate::schema::sql::catalog::{self, Kin, Relation};
+use crate::schema::sql::catalog::{self, CatalogRelation, Relationship};
 
-/// A table that is there, by its oid and its full name.
+/// An existing table, with its oid and its full name.
 #[derive(Clone, Debug)]
 pub(super) struct Table {
     pub(super) oid: u32,
@@ -17,9 +17,9 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Finds it. A table that is not there is an error of the caller's.
-    pub(super) async fn of(cx: &Context, name: &TableName) -> Result<Self, Error> {
-        match Self::find(cx, name).await? {
+    /// Finds a table. Without it, the result is an error of kind `Config`.
+    pub(super) async fn of(env: &Env, name: &TableName) -> Result<Self, Error> {
+        match Self::find(env, name).await? {
             Some(table) => Ok(table),
             None => Err(Error::config(format!(
                 "there is no table {name}{}",
@@ -32,62 +32,67 @@ impl Table {
         }
     }
 
-    pub(super) async fn find(cx: &Context, name: &TableName) -> Result<Option<Self>, Error> {
-        Ok(Self::family(cx, name).await?.into_iter().find_map(|one| {
+    pub(super) async fn find(env: &Env, name: &TableName) -> Result<Option<Self>, Error> {
+        Ok(Self::related(env, name).await?.into_iter().find_map(|one| {
             let is_table = matches!(one.kind, 'r' | 'p' | 'm' | 'f');
-            (one.kin == Kin::Itself && is_table).then(|| one.into())
+            (one.relationship == Relationship::Itself && is_table).then(|| one.into())
         }))
     }
 
-    /// An index's name and its table.
+    /// The name of an index, and its table.
     pub(super) async fn of_index(
-        cx: &Context,
+        env: &Env,
         name: &TableName,
     ) -> Result<Option<(String, Self)>, Error> {
-        let family = Self::family(cx, name).await?;
-        let index = family
+        let related = Self::related(env, name).await?;
+        let index = related
             .iter()
-            .find(|one| one.kin == Kin::Itself && matches!(one.kind, 'i' | 'I'));
-        let table = family.iter().find(|one| one.kin == Kin::TableOfIndex);
+            .find(|one| one.relationship == Relationship::Itself && matches!(one.kind, 'i' | 'I'));
+        let table = related
+            .iter()
+            .find(|one| one.relationship == Relationship::TableOfIndex);
         Ok(match (index, table) {
             (Some(index), Some(table)) => Some((index.name.clone(), table.clone().into())),
             _ => None,
         })
     }
 
-    async fn family(cx: &Context, name: &TableName) -> Result<Vec<Relation>, Error> {
+    async fn related(env: &Env, name: &TableName) -> Result<Vec<CatalogRelation>, Error> {
         if let Some(flaw) = name.flaw() {
             return Err(Error::config(flaw));
         }
-        Ok(catalog::relations(&cx.ask(&catalog::family(name)).await?))
+        Ok(catalog::read_relations(
+            &env.ask(&catalog::related_relations(name)).await?,
+        ))
     }
 
-    /// The partitions directly below.
-    pub(super) async fn partitions(&self, cx: &Context) -> Result<Vec<Self>, Error> {
+    /// The direct partitions.
+    pub(super) async fn partitions(&self, env: &Env) -> Result<Vec<Self>, Error> {
         let sql = catalog::partitions(self.oid);
-        let all = catalog::relations(&cx.ask(&sql).await?);
+        let all = catalog::read_relations(&env.ask(&sql).await?);
         Ok(all.into_iter().map(Self::from).collect())
     }
 
-    /// Everybody who has, or wants, a lock on it.
-    pub(super) async fn holders(&self, cx: &Context) -> Result<Vec<Blocker>, Error> {
-        let reply = cx.ask(&catalog::holders(&[self.oid])).await?;
-        let who = catalog::who(&reply, |_| format!("{}.{}", self.schema, self.name));
-        Ok(who.into_iter().map(|(_, blocker)| blocker).collect())
+    /// The other sessions that hold or request a lock on the table.
+    pub(super) async fn holders_and_waiters(&self, env: &Env) -> Result<Vec<Blocker>, Error> {
+        let reply = env.ask(&catalog::holders_and_waiters(&[self.oid])).await?;
+        let all =
+            catalog::read_holders_and_waiters(&reply, |_| format!("{}.{}", self.schema, self.name));
+        Ok(all.into_iter().map(|(_, blocker)| blocker).collect())
     }
 
     pub(super) fn full_name(&self) -> TableName {
         TableName::in_schema(&self.schema, &self.name)
     }
 
-    /// Something of that name in the same schema.
+    /// A relation of that name in the same schema.
     pub(super) fn sibling(&self, name: &str) -> TableName {
         TableName::in_schema(&self.schema, name)
     }
 }
 
-impl From<Relation> for Table {
-    fn from(relation: Relation) -> Self {
+impl From<CatalogRelation> for Table {
+    fn from(relation: CatalogRelation) -> Self {
         Self {
             oid: relation.oid,
             schema: relation.schema,

@@ -1,14 +1,15 @@
-//! The format `csvlog`: a record for each message, texts in quotes over as many lines as they have.
+//! The format `csvlog`: one record per message. Quoted fields can span several lines.
 
 use super::entry::{Entry, Origin};
-use super::zones::Zones;
+use super::time_zones::TimeZones;
 
-/// Bytes of a record that are kept.
-const LONGEST: usize = 4 << 20;
-/// Bytes of each field that are kept in any case: behind a long statement stands who ran it.
-const SHORT: usize = 1024;
-/// 23 columns up to `application_name`, three more since 14 (PostgreSQL's documentation, "Using CSV-Format Log Output"),
-/// and room for some to come. Where the end of a record is missing, the next one is a part of it, and there are more.
+/// How many bytes of a record are kept.
+const MAX_RECORD_BYTES: usize = 4 << 20;
+/// How many bytes of each field are always kept: the fields after a long statement tell which session ran it.
+const MIN_FIELD_BYTES: usize = 1024;
+/// The number of columns: 23 up to `application_name`, three more since 14 (PostgreSQL's documentation, "Using
+/// CSV-Format Log Output"), and a reserve for later versions. A record whose end is missing is joined with the next one
+/// and has more.
 const COLUMNS: std::ops::RangeInclusive<usize> = 23..=32;
 
 #[derive(Clone, Debug, Default)]
@@ -16,14 +17,14 @@ pub(super) struct Csv {
     fields: Vec<String>,
     field: String,
     state: State,
-    /// Bytes of its texts that are kept.
+    /// How many bytes of its fields are kept so far.
     kept: usize,
-    /// Part of a record has been read.
+    /// Whether a record has begun.
     open: bool,
-    /// This line is no part of a record.
-    skips: bool,
-    /// A carriage return, which is the text's or of the end of a line.
-    held_back: bool,
+    /// Whether the current line belongs to no record.
+    skips_line: bool,
+    /// Whether a carriage return is pending: it belongs to the text or to the end of the line.
+    pending_return: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,20 +33,20 @@ enum State {
     Start,
     Plain,
     Quoted,
-    /// Behind a quote that may be the end, or the first of two.
+    /// After a quote that ends the field or is the first of two.
     Quote,
 }
 
 impl Csv {
-    /// A line without its end; the record, if it ends here.
-    pub(super) fn line(&mut self, line: &str, zones: &Zones) -> Option<Entry> {
+    /// Reads a line, given without its line end. Returns the record if the line ends it.
+    pub(super) fn line(&mut self, line: &str, zones: &TimeZones) -> Option<Entry> {
         self.part(line);
-        if std::mem::take(&mut self.skips) {
+        if std::mem::take(&mut self.skips_line) {
             return None;
         }
-        let held_back = std::mem::take(&mut self.held_back);
+        let pending_return = std::mem::take(&mut self.pending_return);
         if self.state == State::Quoted {
-            if held_back {
+            if pending_return {
                 self.keep('\r');
             }
             self.keep('\n');
@@ -57,22 +58,22 @@ impl Csv {
         entry(fields, zones)
     }
 
-    /// Part of a line that is too long to be kept: a text in it may end, so that it cannot be passed over.
+    /// Reads part of a line that is too long to keep. It cannot be skipped, because a quoted field may end in it.
     pub(super) fn part(&mut self, part: &str) {
-        // Behind a gap in the text there may be the end of a record, with a quote in it that begins nothing.
-        if !self.open && !self.skips {
+        // After a gap in the text, the end of a record may follow. A quote in it does not begin a field.
+        if !self.open && !self.skips_line {
             self.open = begins_record(part);
-            self.skips = !self.open;
+            self.skips_line = !self.open;
         }
-        if self.skips {
+        if self.skips_line {
             return;
         }
         for c in part.chars() {
-            if std::mem::take(&mut self.held_back) {
+            if std::mem::take(&mut self.pending_return) {
                 self.char('\r');
             }
             match c {
-                '\r' => self.held_back = true,
+                '\r' => self.pending_return = true,
                 c => self.char(c),
             }
         }
@@ -106,7 +107,7 @@ impl Csv {
     }
 
     fn keep(&mut self, c: char) {
-        if self.kept < LONGEST || self.field.len() < SHORT {
+        if self.kept < MAX_RECORD_BYTES || self.field.len() < MIN_FIELD_BYTES {
             self.kept += c.len_utf8();
             self.field.push(c);
         }
@@ -114,7 +115,7 @@ impl Csv {
 
     fn end_field(&mut self) {
         let field = std::mem::take(&mut self.field);
-        // One too many, which is known as such.
+        // One more than allowed is kept, so that the record is known to have too many.
         if self.fields.len() <= *COLUMNS.end() {
             self.fields.push(field);
         }
@@ -134,7 +135,7 @@ fn begins_record(line: &str) -> bool {
             })
 }
 
-fn entry(mut fields: Vec<String>, zones: &Zones) -> Option<Entry> {
+fn entry(mut fields: Vec<String>, zones: &TimeZones) -> Option<Entry> {
     if !COLUMNS.contains(&fields.len()) {
         return None;
     }

@@ -1,4 +1,4 @@
-//! One message of the server's log, in whichever format it was written.
+//! One message of the server's log, whatever its format.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -12,18 +12,19 @@ use crate::postgres::message::{
     lock_wait,
 };
 
-use super::event::{Event, LogEvent, LogEventKind, LogRow, LogWait, Verbatim};
+use super::event::{Event, LogEvent, LogEventKind, LogRow, LogWait, StatementText};
 
-/// Bytes of the DETAIL of a deadlock that are read. Anybody may raise an error that looks like one.
-const LONGEST_DETAIL: usize = 256 << 10;
+/// How many bytes of a deadlock's DETAIL are read. Any client can raise an error that looks like a deadlock.
+const MAX_DETAIL_BYTES: usize = 256 << 10;
 
-/// A message with all that the log has about it. What is not there is empty or `None`.
+/// A message with everything the log has about it. Missing parts are empty or `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) origin: Origin,
-    /// An error, or something the server notes; `None` where the format says it by [`sqlstate`](Self::sqlstate).
+    /// Whether the message is an error rather than a note of the server; `None` where the format tells this by the
+    /// [`sqlstate`](Self::sqlstate).
     pub(super) is_error: Option<bool>,
-    /// The process id may be another number.
+    /// Whether the process id was guessed and may be some other number.
     pub(super) pid_is_guessed: bool,
     pub(super) sqlstate: Option<String>,
     pub(super) message: String,
@@ -32,7 +33,7 @@ pub(super) struct Entry {
     pub(super) statement: String,
 }
 
-/// When, and by whom.
+/// When the message was logged, and by which session.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Origin {
     pub(super) time: Option<SystemTime>,
@@ -45,7 +46,7 @@ pub(super) struct Origin {
 }
 
 impl Entry {
-    /// What it says about locks.
+    /// What the message says about locks; `None` if it says nothing about them.
     pub(super) fn event(self) -> Option<LogEvent> {
         let found = match (&self.sqlstate, self.is_error) {
             (Some(sqlstate), _) if error::is_success(sqlstate) => self.lock_wait(),
@@ -59,7 +60,7 @@ impl Entry {
                 Some(Event::new(kind))
             }
             (Some(_), _) => None,
-            // Without a SQLSTATE errors are known by what only they say.
+            // Without a SQLSTATE, an error is recognized by text that only this error has.
             (None, Some(true)) if is_lock_timeout(&self.message) => {
                 Some(Event::new(LogEventKind::LockTimeout))
             }
@@ -75,14 +76,14 @@ impl Entry {
         event.row = row(&self.context);
         event.statement = Some(self.statement)
             .filter(|statement| !statement.is_empty())
-            .map(|statement| Verbatim(statement.into()));
+            .map(|statement| StatementText(statement.into()));
         Some(LogEvent::new(origin, event))
     }
 
     fn lock_wait(&self) -> Option<Event> {
         let detail = Some(self.detail.as_str()).filter(|detail| !detail.is_empty());
         let wait = lock_wait(&self.message, detail)?;
-        // Each process tells of itself.
+        // Each process logs its own waits only.
         if !self.pid_is_guessed && self.origin.pid.is_some_and(|pid| pid != wait.pid) {
             return None;
         }
@@ -90,7 +91,7 @@ impl Entry {
         Some(Event {
             pid: Some(wait.pid),
             mode: Some(LockMode::from_pg_locks(&wait.mode)?),
-            object: Some(named(&wait.object)),
+            object: Some(with_known_name(&wait.object)),
             waited: wait.micros.map(Duration::from_micros),
             holders: queue.holders,
             queue: queue.waiters,
@@ -106,7 +107,7 @@ impl Entry {
     }
 
     fn deadlock(&self) -> Event {
-        let mut end = self.detail.len().min(LONGEST_DETAIL);
+        let mut end = self.detail.len().min(MAX_DETAIL_BYTES);
         while !self.detail.is_char_boundary(end) {
             end -= 1;
         }
@@ -115,7 +116,7 @@ impl Entry {
             let statements: HashMap<i32, &str> = detail.statements().collect();
             let read = |wait: &Wait| {
                 let statement = statements.get(&wait.waiter);
-                LogWait::new(wait, statement.map(|text| Verbatim((*text).into())))
+                LogWait::new(wait, statement.map(|text| StatementText((*text).into())))
             };
             detail.waits().map(read).collect()
         } else {
@@ -132,8 +133,8 @@ impl Entry {
     }
 }
 
-/// With the name of an advisory lock, where this process knows it.
-pub(super) fn named(object: &message::LockObject) -> LockObject {
+/// Adds the name of an advisory lock's key, if this process has used it.
+pub(super) fn with_known_name(object: &message::LockObject) -> LockObject {
     let mut object = LockObject::from_message(object);
     if let LockObject::Advisory { key, .. } = &mut object
         && let Some(known) = names::lookup(key.id())

@@ -1,4 +1,4 @@
-//! What the log says about locks.
+//! The events about locks that a log contains.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -10,35 +10,35 @@ use crate::postgres::message::{RowContext, Wait};
 use crate::postgres::statement::redact;
 use crate::postgres::timestamp::Age;
 
-use super::entry::{Origin, named};
+use super::entry::{Origin, with_known_name};
 
-/// What kind of message it is.
+/// The kind of a message about locks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LogEventKind {
-    /// A session has waited for `deadlock_timeout` and waits on (`log_lock_waits`).
+    /// A session has waited for `deadlock_timeout` and is still waiting (`log_lock_waits`).
     StillWaiting,
-    /// A session got a lock that it had waited for as long (`log_lock_waits`).
+    /// A session got a lock after it had waited for at least `deadlock_timeout` (`log_lock_waits`).
     Acquired,
-    /// The server took a session that had waited as long out of the queue, without the lock (`log_lock_waits`). Rare: of
-    /// waits that are cancelled or time out there is no such message.
+    /// The server removed a session that had waited as long from the queue without granting the lock
+    /// (`log_lock_waits`). Rare: waits that are cancelled or time out do not produce this message.
     NotAcquired,
-    /// The server prevented a deadlock by putting a session ahead in the queue (`log_lock_waits`).
+    /// The server avoided a deadlock by moving a session ahead in the queue (`log_lock_waits`).
     DeadlockAvoided,
-    /// The server has found a deadlock and fails this session, which logs [`Deadlock`](Self::Deadlock) next
+    /// The server has detected a deadlock and fails this session, which logs [`Deadlock`](Self::Deadlock) next
     /// (`log_lock_waits`).
     DeadlockFound,
     /// A transaction failed as the victim of a deadlock (SQLSTATE 40P01).
     Deadlock,
-    /// A statement failed by `lock_timeout` (SQLSTATE 55P03).
+    /// A statement failed because of `lock_timeout` (SQLSTATE 55P03).
     LockTimeout,
-    /// A lock was not to be had at once, and the statement was not to wait: NOWAIT (SQLSTATE 55P03, or
+    /// A lock was not available at once, and the statement does not wait: NOWAIT (SQLSTATE 55P03, or
     /// `log_lock_failures` in 18 and later).
     NotAvailable,
 }
 
 impl LogEventKind {
-    /// Its name for labels: `still_waiting`, …
+    /// The name of the kind for metric labels: `still_waiting`, …
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -56,15 +56,15 @@ impl LogEventKind {
 
 /// A message about locks in the server's log.
 ///
-/// What the log does not say, or `log_line_prefix` leaves out, is `None` or empty. `Display` is one line without the
-/// literals of statements; `Debug` shows none either.
+/// Values that the log does not contain, or that `log_line_prefix` leaves out, are `None` or empty. `Display` is one
+/// line without the literals of statements; `Debug` does not show them either.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogEvent {
     origin: Origin,
     event: Event,
 }
 
-/// What a message says, without who says it.
+/// The content of a message, without its origin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Event {
     pub(super) kind: LogEventKind,
@@ -76,7 +76,7 @@ pub(super) struct Event {
     pub(super) queue: Vec<i32>,
     pub(super) waits: Vec<LogWait>,
     pub(super) row: Option<LogRow>,
-    pub(super) statement: Option<Verbatim>,
+    pub(super) statement: Option<StatementText>,
 }
 
 impl Event {
@@ -101,114 +101,115 @@ impl LogEvent {
         Self { origin, event }
     }
 
-    /// What kind of message it is.
+    /// The kind of the message.
     #[must_use]
     pub fn kind(&self) -> LogEventKind {
         self.event.kind
     }
 
-    /// When it was logged, to the millisecond, or to the second with `%t`. `None` where the log names a time zone by an
-    /// abbreviation that is not known: see [`Reader::zone`](super::Reader::zone).
+    /// When the message was logged, to the millisecond, or to the second with `%t`. `None` if the log names a time zone
+    /// by an unknown abbreviation: see [`Reader::zone`](super::Reader::zone).
     #[must_use]
     pub fn time(&self) -> Option<SystemTime> {
         self.origin.time
     }
 
-    /// The same as it is written in the log.
+    /// The time as it is written in the log.
     #[must_use]
     pub fn time_text(&self) -> Option<&str> {
         self.origin.time_text.as_deref()
     }
 
-    /// The backend that logged it: the one that waits, got the lock, or failed.
+    /// The backend that logged the message: the one that waits, got the lock, or failed.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
         self.origin.pid.or(self.event.pid)
     }
 
-    /// The role it is logged in as.
+    /// The role of the session.
     #[must_use]
     pub fn user(&self) -> Option<&str> {
         self.origin.user.as_deref()
     }
 
-    /// The database it is connected to.
+    /// The database of the session.
     #[must_use]
     pub fn database(&self) -> Option<&str> {
         self.origin.database.as_deref()
     }
 
-    /// Its `application_name`.
+    /// The session's `application_name`.
     #[must_use]
     pub fn application_name(&self) -> Option<&str> {
         self.origin.application.as_deref()
     }
 
-    /// The call site in that name, where it uses this crate: `src/pay.rs:42`.
+    /// The call site in the `application_name`, if the session uses this crate: `src/pay.rs:42`.
     #[must_use]
     pub fn call_site(&self) -> Option<&str> {
         self.application_name().and_then(site_in)
     }
 
-    /// What it ran, with all literals. Never shown by `Display` and `Debug`.
+    /// The session's statement, with all literals. `Display` and `Debug` never show them.
     #[must_use]
     pub fn statement(&self) -> Option<&str> {
         self.event.statement.as_ref().map(|text| &*text.0)
     }
 
-    /// The statement's identifier, as in `pg_stat_statements.queryid`; `None` where it is not computed, too.
+    /// The statement's identifier, as in `pg_stat_statements.queryid`; `None` also if the server does not compute it.
     #[must_use]
     pub fn query_id(&self) -> Option<i64> {
         self.origin.query_id
     }
 
-    /// The mode that is waited for; of a deadlock, what its victim waited for.
+    /// The requested lock mode; for a deadlock, the mode its victim waited for.
     #[must_use]
     pub fn mode(&self) -> Option<LockMode> {
         self.event.mode
     }
 
-    /// What the lock is on; of a deadlock, what its victim waited for. The log has no names of relations, only their
-    /// oids; of advisory locks it has the number, which gets its name where this process has used it. Errors other than
-    /// deadlocks do not say it; see [`row`](Self::row).
+    /// What the lock is on; for a deadlock, what its victim waited for. The log contains the oids of relations, not
+    /// their names, and the numbers of advisory locks, to which the name is added if this process has used the key.
+    /// Errors other than deadlocks do not contain it; see [`row`](Self::row).
     #[must_use]
     pub fn object(&self) -> Option<&LockObject> {
         self.event.object.as_ref()
     }
 
-    /// For how long it has waited, or had to wait.
+    /// How long the session has waited so far, or had to wait.
     #[must_use]
     pub fn waited(&self) -> Option<Duration> {
         self.event.waited
     }
 
-    /// Who holds the lock, by process id; 0 is a prepared transaction.
+    /// The process ids of the lock's holders; 0 is a prepared transaction.
     #[must_use]
     pub fn holders(&self) -> &[i32] {
         &self.event.holders
     }
 
-    /// Who waits for the lock, this one too, by process id, in the order of the queue.
+    /// The process ids of the lock's waiters, including this one, in the order of the queue.
     #[must_use]
     pub fn queue(&self) -> &[i32] {
         &self.event.queue
     }
 
-    /// Of a deadlock, who waited for whom: the blocker of each is the waiter of the next, and that of the last the victim,
-    /// which comes first.
+    /// The waits that form a deadlock's cycle. The blocker of each is the waiter of the next; the first waiter is the
+    /// victim and the blocker of the last.
     #[must_use]
     pub fn waits(&self) -> &[LogWait] {
         &self.event.waits
     }
 
-    /// The row that was waited for, from the message's CONTEXT.
+    /// The row that the session waited for, from the message's CONTEXT.
     #[must_use]
     pub fn row(&self) -> Option<&LogRow> {
         self.event.row.as_ref()
     }
 }
 
-/// `pid 12 (billing src/pay.rs:42) still waits after 1.0s for ShareLock on transaction 733, held by pid 11: UPDATE t SET a = ?`
+/// `pid 12 (billing src/pay.rs:42) still waits after 1.0s for ShareLock on transaction 733, held by pid 11: UPDATE t
+/// SET a = ?`
 impl fmt::Display for LogEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.pid() {
@@ -249,46 +250,46 @@ impl fmt::Display for LogEvent {
             write!(f, "; {wait}")?;
         }
         match self.statement() {
-            Some(statement) => write!(f, ": {}", shown(statement)),
+            Some(statement) => write!(f, ": {}", redacted_line(statement)),
             None => Ok(()),
         }
     }
 }
 
-/// One of those who waited for one another in a deadlock.
+/// One wait of a deadlock's cycle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogWait {
     waiter: i32,
     blocker: i32,
     mode: Option<LockMode>,
     object: LockObject,
-    statement: Option<Verbatim>,
+    statement: Option<StatementText>,
 }
 
 impl LogWait {
-    pub(super) fn new(wait: &Wait, statement: Option<Verbatim>) -> Self {
+    pub(super) fn new(wait: &Wait, statement: Option<StatementText>) -> Self {
         Self {
             waiter: wait.waiter,
             blocker: wait.blocker,
             mode: LockMode::from_pg_locks(&wait.mode),
-            object: named(&wait.object),
+            object: with_known_name(&wait.object),
             statement,
         }
     }
 
-    /// Who waited, by process id.
+    /// The waiter's process id.
     #[must_use]
     pub fn waiter(&self) -> i32 {
         self.waiter
     }
 
-    /// Who was in its way; 0 for a prepared transaction.
+    /// The blocker's process id; 0 for a prepared transaction.
     #[must_use]
     pub fn blocker(&self) -> i32 {
         self.blocker
     }
 
-    /// The mode it waited for.
+    /// The mode the waiter requested.
     #[must_use]
     pub fn mode(&self) -> Option<LockMode> {
         self.mode
@@ -300,8 +301,8 @@ impl LogWait {
         &self.object
     }
 
-    /// What it ran, with all literals, as much of it as the server keeps (`track_activity_query_size`). Never shown by
-    /// `Display` and `Debug`.
+    /// The waiter's statement, with all literals, up to the length the server keeps (`track_activity_query_size`).
+    /// `Display` and `Debug` never show the literals.
     #[must_use]
     pub fn statement(&self) -> Option<&str> {
         self.statement.as_ref().map(|text| &*text.0)
@@ -318,13 +319,13 @@ impl fmt::Display for LogWait {
         }
         write!(f, " on {}, blocked by pid {}", self.object, self.blocker)?;
         match self.statement() {
-            Some(statement) => write!(f, " ({})", shown(statement)),
+            Some(statement) => write!(f, " ({})", redacted_line(statement)),
             None => Ok(()),
         }
     }
 }
 
-/// The row that a session waited for, by where it is.
+/// The row that a session waited for, by its location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogRow {
     inner: RowContext,
@@ -335,20 +336,20 @@ impl LogRow {
         Self { inner }
     }
 
-    /// The name of its table, without the schema, which the log does not have. Of an entry that was made in a unique
-    /// index it is mostly the index.
+    /// The name of the row's table, without the schema, which the log does not contain. If the session waited while it
+    /// inserted into a unique index, it is usually the name of the index.
     #[must_use]
     pub fn relation(&self) -> &str {
         &self.inner.relation
     }
 
-    /// The number of its page.
+    /// The number of the row's page.
     #[must_use]
     pub fn page(&self) -> u32 {
         self.inner.page
     }
 
-    /// Its place in the page, counted from 1.
+    /// The row's position in the page, counted from 1.
     #[must_use]
     pub fn offset(&self) -> u16 {
         self.inner.offset
@@ -368,8 +369,8 @@ impl fmt::Display for LogRow {
     }
 }
 
-/// Without literals, and on one line: names in quotes may have anything in them.
-fn shown(statement: &str) -> String {
+/// The statement without literals, on one line: quoted names can contain any character.
+fn redacted_line(statement: &str) -> String {
     let mut line = String::new();
     for c in redact(statement).chars() {
         match c {
@@ -380,11 +381,11 @@ fn shown(statement: &str) -> String {
     line
 }
 
-/// A statement's text, which `Debug` does not show: it may carry what is nobody's business.
+/// A statement's text. `Debug` shows it without literals, which can be confidential.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) struct Verbatim(pub(super) Box<str>);
+pub(super) struct StatementText(pub(super) Box<str>);
 
-impl fmt::Debug for Verbatim {
+impl fmt::Debug for StatementText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&redact(&self.0))
     }

@@ -1,22 +1,22 @@
-//! The format `jsonlog`: an object on each line.
+//! The format `jsonlog`: one object per line.
 
 use std::str::Chars;
 
 use super::entry::{Entry, Origin};
-use super::zones::Zones;
+use super::time_zones::TimeZones;
 
-/// The server nests nothing; what does is not its own.
-const DEEPEST: usize = 32;
+/// The server writes no nested values, so a deeply nested line is not the server's.
+const MAX_DEPTH: usize = 32;
 
-/// A line without its end.
-pub(super) fn line(line: &str, zones: &Zones) -> Option<Entry> {
+/// Reads a line, given without its line end.
+pub(super) fn line(line: &str, zones: &TimeZones) -> Option<Entry> {
     let mut entry = Entry {
-        // The SQLSTATE of what is no error is left out (`write_jsonlog` in PostgreSQL's
+        // Messages that are not errors have no SQLSTATE (`write_jsonlog` in PostgreSQL's
         // `src/backend/utils/error/jsonlog.c`).
         is_error: Some(false),
         ..Entry::default()
     };
-    let mut reader = Reader {
+    let mut reader = JsonReader {
         chars: line.chars(),
     };
     reader.object(&mut |key, value| {
@@ -54,12 +54,12 @@ struct Value {
     is_text: bool,
 }
 
-struct Reader<'a> {
+struct JsonReader<'a> {
     chars: Chars<'a>,
 }
 
-impl Reader<'_> {
-    /// A whole line; `None` where it is no object.
+impl JsonReader<'_> {
+    /// Reads a whole line; `None` if it is not an object.
     fn object(&mut self, field: &mut dyn FnMut(&str, Value)) -> Option<()> {
         self.members(0, field)?;
         self.blanks();
@@ -84,9 +84,9 @@ impl Reader<'_> {
         }
     }
 
-    /// Of arrays and objects nothing is kept.
+    /// Reads a value. Arrays and objects are skipped.
     fn value(&mut self, depth: usize) -> Option<Value> {
-        if depth > DEEPEST {
+        if depth > MAX_DEPTH {
             return None;
         }
         self.blanks();
@@ -128,7 +128,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Behind the quote that begins it.
+    /// Reads a string whose opening quote has been read.
     fn string(&mut self) -> Option<String> {
         let mut text = String::new();
         loop {
@@ -152,7 +152,7 @@ impl Reader<'_> {
                 if !(0xd800..0xdc00).contains(&first) {
                     return Some(char::from_u32(first).unwrap_or('\u{fffd}'));
                 }
-                // The first half of a character beyond 16 bits.
+                // The first half of a surrogate pair.
                 let before = self.chars.clone();
                 let second = match (self.chars.next(), self.chars.next()) {
                     (Some('\\'), Some('u')) => self.hex()?,

@@ -1,27 +1,27 @@
-//! PostgreSQL's own log about locks, read: waits that last, deadlocks with their statements, lock timeouts.
+//! Reads what PostgreSQL's own log contains about locks: long waits, deadlocks with their statements, lock timeouts.
 //!
-//! The server sees what no look from outside can: every deadlock with the statements of all who took part, and, with
-//! `log_lock_waits = on`, every wait longer than `deadlock_timeout`, who held the lock and who else waited. A [`Reader`] is
-//! fed the text of a log file as it comes and gives a [`LogEvent`] for each message about locks. It reads the formats
-//! `stderr`, `csvlog` and `jsonlog` (15 and later) of PostgreSQL 14 to 18. No I/O: where the file is, and how
-//! it is followed, is the caller's.
+//! The log contains what sampling the server cannot see: every deadlock with the statements of all its sessions, and,
+//! with `log_lock_waits = on`, every wait longer than `deadlock_timeout` with the lock's holders and other waiters. A
+//! [`Reader`] takes the text of a log file piece by piece and returns a [`LogEvent`] for each message about locks. It
+//! reads the formats `stderr`, `csvlog` and `jsonlog` (15 and later) of PostgreSQL 14 to 18. It does no I/O: finding
+//! and following the file is up to the caller.
 //!
-//! Messages are in the server's language (`lc_messages`). They are told apart by their SQLSTATE where the format has
-//! it (`csvlog`, `jsonlog`, and `stderr` with `%e` in `log_line_prefix`), and by their shape and a few words where it has
-//! not, in all languages that PostgreSQL has translations for.
+//! Messages are in the server's language (`lc_messages`). They are recognized by their SQLSTATE if the format contains
+//! it (`csvlog`, `jsonlog`, and `stderr` with `%e` in `log_line_prefix`). Otherwise they are recognized by their form
+//! and a few words, in all languages that PostgreSQL has translations for.
 //!
-//! Lines that are of no use, of another program, damaged or cut off, are passed over. Nothing here panics, and memory is
-//! bounded: of a message longer than four megabytes the rest is dropped, and in `jsonlog` all of it.
+//! Lines that are not about locks, come from another program, are damaged or cut off are skipped. No input causes a
+//! panic, and memory is bounded: a message longer than four megabytes is truncated, and skipped in `jsonlog`.
 //!
-//! # What can be believed
+//! # Trust
 //!
-//! In `csvlog` and `jsonlog` the text of a client cannot begin a message (in `csvlog` it can where reading begins within
-//! one). In `stderr` it can: whoever may choose an `application_name` that is in the prefix, or raise errors, can write
-//! lines that look like the server's.
+//! In `csvlog` and `jsonlog` the text of a client cannot begin a message (in `csvlog` it can if reading starts within a
+//! message). In `stderr` it can: a client that may choose an `application_name` that is in the prefix, or raise errors,
+//! can write lines that look like the server's.
 //!
-//! In every format the text of a message may be a client's: PL/pgSQL's `RAISE` logs any text, with any DETAIL and
-//! SQLSTATE. In `csvlog` and `jsonlog` whoever does that can tell of waits and failures of its own process only, but name
-//! whom it likes as those in its way, in the queue, or in a deadlock with it.
+//! In every format a client can write the text of a message: PL/pgSQL's `RAISE` logs any text, with any DETAIL and
+//! SQLSTATE. In `csvlog` and `jsonlog` such a message can only report waits and failures of the client's own process,
+//! but it can name any process as a blocker, as a waiter in the queue, or as part of a deadlock with it.
 //!
 //! # Examples
 //!
@@ -52,10 +52,10 @@ mod csv;
 mod entry;
 mod event;
 mod json;
+mod labels;
 mod prefix;
 mod stderr;
-mod words;
-mod zones;
+mod time_zones;
 
 use std::fmt;
 
@@ -64,22 +64,22 @@ pub use event::{LogEvent, LogEventKind, LogRow, LogWait};
 use csv::Csv;
 use prefix::Prefix;
 use stderr::Stderr;
-use zones::Zones;
+use time_zones::TimeZones;
 
-/// Bytes of a line that are kept.
-const LONGEST_LINE: usize = 4 << 20;
+/// How many bytes of a line are kept.
+const MAX_LINE_BYTES: usize = 4 << 20;
 
-/// Reads the text of a log, as it comes.
+/// Reads the text of a log, piece by piece.
 ///
-/// Cheap to make; one for each log file, since a message may go over several lines. After a gap in the text it finds its
-/// way back by itself.
+/// A reader is cheap to create. Use one for each log file, because a message can span several lines. After a gap in the
+/// text, the reader resynchronizes at the next message.
 #[derive(Clone)]
 pub struct Reader {
     format: Format,
-    zones: Zones,
-    /// The beginning of a line whose end has not come.
+    zones: TimeZones,
+    /// The beginning of a line whose end has not been read yet.
     line: String,
-    /// What comes of that line is dropped.
+    /// Whether the rest of that line is dropped.
     too_long: bool,
 }
 
@@ -92,10 +92,11 @@ enum Format {
 
 impl Reader {
     /// For `log_destination = stderr`, with the server's `log_line_prefix` as it is in `postgresql.conf` or as `SHOW
-    /// log_line_prefix` gives it: `"%m [%p] "` by default.
+    /// log_line_prefix` shows it: `"%m [%p] "` by default.
     ///
-    /// Time, process id, user, database, `application_name`, SQLSTATE and query identifier are had from it where it has them
-    /// (`%t`, `%m`, `%n`, `%p`, `%u`, `%d`, `%a`, `%e`, `%Q`). Lines that do not begin with it are passed over.
+    /// Time, process id, user, database, `application_name`, SQLSTATE and query identifier are read from the prefix if
+    /// it contains them (`%t`, `%m`, `%n`, `%p`, `%u`, `%d`, `%a`, `%e`, `%Q`). Lines that do not begin with the prefix
+    /// are skipped.
     #[must_use]
     pub fn stderr(log_line_prefix: &str) -> Self {
         Self::new(Format::Stderr(Box::new(Stderr::of_prefix(Prefix::new(
@@ -103,8 +104,8 @@ impl Reader {
         )))))
     }
 
-    /// For `log_destination = stderr` where the prefix is not known. Times, process ids, `user@database` and `user=…` are
-    /// found where they look like it; more cannot be had.
+    /// For `log_destination = stderr` with an unknown prefix. Times, process ids, `user@database` and `user=…` are
+    /// recognized by their form; other fields are not available.
     #[must_use]
     pub fn stderr_of_any_prefix() -> Self {
         Self::new(Format::Stderr(Box::default()))
@@ -122,8 +123,8 @@ impl Reader {
         Self::new(Format::Json)
     }
 
-    /// What an abbreviation of a time zone means in this log, in seconds ahead of UTC: the server writes times in
-    /// `log_timezone`, and abbreviations have many meanings. `UTC`, `GMT` and numbers such as `+03` are known.
+    /// Defines a time zone abbreviation of this log, in seconds ahead of UTC. The server writes times in
+    /// `log_timezone`, and abbreviations are ambiguous. `UTC`, `GMT` and numbers such as `+03` need no definition.
     ///
     /// # Examples
     ///
@@ -132,24 +133,25 @@ impl Reader {
     ///
     /// let reader = Reader::csv().zone("CET", 3600).zone("CEST", 7200);
     /// ```
-    #[must_use = "gives back a reader that knows the zone"]
+    #[must_use = "returns a reader that knows the zone"]
     pub fn zone(mut self, abbreviation: impl Into<String>, seconds_ahead_of_utc: i32) -> Self {
         self.zones.add(abbreviation.into(), seconds_ahead_of_utc);
         self
     }
 
-    /// Any part of the log's text, in its order: lines, many lines, or parts of lines.
+    /// Reads the next part of the log's text: a line, several lines, or part of a line.
     ///
-    /// In `stderr` format a message ends where the next one begins: it is given then, or by [`finish`](Self::finish).
+    /// In the `stderr` format a message ends where the next one begins: it is returned then, or by
+    /// [`finish`](Self::finish).
     ///
-    /// Databases of several encodings write into one log: of lines that are no UTF-8, give what
-    /// [`String::from_utf8_lossy`] makes of them.
+    /// Databases with different encodings write to one log: convert lines that are not UTF-8 with
+    /// [`String::from_utf8_lossy`].
     pub fn push(&mut self, text: &str) -> impl Iterator<Item = LogEvent> + use<> {
         let mut events = Vec::new();
         let mut rest = text;
-        while let Some((line, behind)) = rest.split_once('\n') {
-            rest = behind;
-            // Of a line in parts this may be the last one.
+        while let Some((line, after)) = rest.split_once('\n') {
+            rest = after;
+            // This can be the last part of a line that came in parts.
             if self.line.is_empty() && !self.too_long {
                 events.extend(self.whole_line(line));
             } else {
@@ -164,14 +166,14 @@ impl Reader {
         events.into_iter()
     }
 
-    /// One line, without its end, as [`BufRead::lines`](std::io::BufRead::lines) gives it.
+    /// Reads one line, without its line end, as [`BufRead::lines`](std::io::BufRead::lines) returns it.
     pub fn push_line(&mut self, line: &str) -> impl Iterator<Item = LogEvent> + use<> {
         let events = self.push(line);
         events.chain(self.push("\n"))
     }
 
-    /// The message that would end with the next line, if there is one. To be called at the end of the log, and when
-    /// nothing has come for a while; reading may go on afterwards.
+    /// Returns the message that would end with the next line, if there is one. Call it at the end of the log, and when
+    /// no text has come for a while. Reading can continue afterwards.
     pub fn finish(&mut self) -> impl Iterator<Item = LogEvent> + use<> {
         let mut events = Vec::new();
         let line = std::mem::take(&mut self.line);
@@ -193,14 +195,14 @@ impl Reader {
     fn new(format: Format) -> Self {
         Self {
             format,
-            zones: Zones::default(),
+            zones: TimeZones::default(),
             line: String::new(),
             too_long: false,
         }
     }
 
     fn keep(&mut self, part: &str) {
-        if self.line.len() + part.len() > LONGEST_LINE {
+        if self.line.len() + part.len() > MAX_LINE_BYTES {
             let mut beginning = std::mem::take(&mut self.line);
             match &mut self.format {
                 Format::Csv(csv) => {
@@ -227,7 +229,7 @@ impl Reader {
     }
 }
 
-/// Without the text that has not been read to its end: it may have literals.
+/// Without the text that is kept of incomplete lines: it can contain literals.
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reader")
@@ -244,6 +246,6 @@ impl fmt::Debug for Reader {
 }
 
 #[cfg(test)]
-mod hostile;
+mod adversarial;
 #[cfg(test)]
 mod tests;

@@ -1,17 +1,17 @@
-//! `log_line_prefix`: read as it was written.
+//! Splits lines into the fields of `log_line_prefix`.
 
 use super::entry::Origin;
-use super::words::{self, Label};
-use super::zones::Zones;
+use super::labels::{self, Label};
+use super::time_zones::TimeZones;
 
-/// Bytes of a line that may be its prefix.
-const LONGEST: usize = 1024;
-/// Bytes of a field of free text: names have 63 of them, others not many more.
-const LONGEST_TEXT: usize = 256;
-/// Fields and characters of a prefix. No line of one with more is read.
-const MOST_PARTS: usize = 300;
+/// The maximum length of a line's prefix, in bytes.
+const MAX_PREFIX_BYTES: usize = 1024;
+/// The maximum length of a free text field, in bytes: names have up to 63, other fields little more.
+const MAX_TEXT_BYTES: usize = 256;
+/// The maximum number of fields and characters of a prefix. With a longer prefix no line is read.
+const MAX_PARTS: usize = 300;
 
-/// A prefix taken apart.
+/// A parsed `log_line_prefix`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Prefix {
     parts: Vec<Part>,
@@ -21,16 +21,16 @@ pub(super) struct Prefix {
 enum Part {
     Literal(char),
     Field(char),
-    /// `%q`: processes without a session end here.
+    /// `%q`: the prefix of a process without a session ends here.
     SessionsOnly,
 }
 
-/// What stands before the text of a message.
+/// The prefix and the label of a line, and the text after them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Head<'a> {
     pub(super) origin: Origin,
     pub(super) sqlstate: Option<String>,
-    /// The process id is some number that stands there.
+    /// Whether the process id is just some number in the prefix.
     pub(super) pid_is_guessed: bool,
     pub(super) label: Option<Label>,
     pub(super) rest: &'a str,
@@ -41,18 +41,18 @@ impl Prefix {
         let mut parts = Vec::new();
         let mut chars = text.chars().peekable();
         while let Some(c) = chars.next()
-            && parts.len() <= MOST_PARTS
+            && parts.len() <= MAX_PARTS
         {
             if c != '%' {
                 parts.push(Part::Literal(c));
                 continue;
             }
-            // `%-10u`: padding, which is blanks in the line.
+            // `%-10u`: padding, which appears as blanks in the line.
             while chars.next_if(|c| *c == '-' || c.is_ascii_digit()).is_some() {}
             match chars.next() {
                 Some('%') => parts.push(Part::Literal('%')),
                 Some('q') => parts.push(Part::SessionsOnly),
-                // The server writes nothing for a letter it does not know.
+                // The server writes nothing for an unknown letter.
                 Some(c) if "abcdehilLmnpPQrstuvxY".contains(c) => parts.push(Part::Field(c)),
                 _ => {}
             }
@@ -60,9 +60,9 @@ impl Prefix {
         Self { parts }
     }
 
-    /// Takes a line apart that begins with the prefix and a label; `None` for any other.
-    pub(super) fn head<'a>(&self, line: &'a str, zones: &Zones) -> Option<Head<'a>> {
-        if self.parts.len() > MOST_PARTS {
+    /// Splits a line that begins with the prefix and a label; `None` for any other line.
+    pub(super) fn head<'a>(&self, line: &'a str, zones: &TimeZones) -> Option<Head<'a>> {
+        if self.parts.len() > MAX_PARTS {
             return None;
         }
         let sessions = self
@@ -91,25 +91,26 @@ impl Prefix {
     }
 }
 
-/// Fields of free text end where the rest fits; each place is tried once for each part.
+/// A backtracking search: a free text field ends where the rest of the prefix matches. Each position is tried once for
+/// each part.
 struct Search<'p, 'a> {
     parts: &'p [Part],
     line: &'a str,
-    /// By part and place, once something has failed.
+    /// What has failed, by part and position; empty until something fails.
     failed: Vec<bool>,
-    /// From the last to the first.
+    /// The matched fields, last first.
     fields: Vec<(char, &'a str)>,
 }
 
 impl<'a> Search<'_, 'a> {
     fn from(&mut self, part: usize, at: usize) -> Option<(Label, &'a str)> {
-        let attempt = part * (LONGEST + 1) + at;
-        if at > LONGEST || self.failed.get(attempt).copied().unwrap_or(false) {
+        let attempt = part * (MAX_PREFIX_BYTES + 1) + at;
+        if at > MAX_PREFIX_BYTES || self.failed.get(attempt).copied().unwrap_or(false) {
             return None;
         }
         let line = self.line;
         let found = match self.parts.get(part) {
-            None => words::label(&line[at..]),
+            None => labels::label(&line[at..]),
             Some(Part::SessionsOnly) => self.from(part + 1, at),
             Some(Part::Literal(c)) => line[at..]
                 .starts_with(*c)
@@ -119,7 +120,7 @@ impl<'a> Search<'_, 'a> {
         };
         if found.is_none() {
             self.failed
-                .resize((self.parts.len() + 1) * (LONGEST + 1), false);
+                .resize((self.parts.len() + 1) * (MAX_PREFIX_BYTES + 1), false);
             self.failed[attempt] = true;
         }
         found
@@ -136,18 +137,18 @@ impl<'a> Search<'_, 'a> {
             Some((length, blanks)) => {
                 (0..=blanks.min(64)).find_map(|blanks| attempt(length + blanks))
             }
-            // Free text, the shortest first.
+            // Free text: the shortest match first.
             None => {
                 let ends = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
-                let mut ends = ends.take_while(|end| *end <= LONGEST_TEXT);
+                let mut ends = ends.take_while(|end| *end <= MAX_TEXT_BYTES);
                 ends.find_map(attempt)
             }
         }
     }
 }
 
-/// How long a field is that begins here, with the padding before it, and how many blanks are behind it; `None` for free
-/// text.
+/// The length of the field that begins here, including the padding before it, and the number of blanks after it; `None`
+/// for free text.
 fn length(field: char, text: &str) -> Option<(usize, usize)> {
     let padding = text.len() - text.trim_start_matches(' ').len();
     let value = &text[padding..];
@@ -162,12 +163,12 @@ fn length(field: char, text: &str) -> Option<(usize, usize)> {
         't' | 'm' | 's' => time_length(value),
         _ => return None,
     };
-    let behind = &value[length..];
-    let blanks = behind.len() - behind.trim_start_matches(' ').len();
+    let after = &value[length..];
+    let blanks = after.len() - after.trim_start_matches(' ').len();
     Some((padding + length, blanks))
 }
 
-/// `2026-01-31 12:34:56.789 CET`, and without the fraction.
+/// The length of a time such as `2026-01-31 12:34:56.789 CET`, with or without the fraction.
 fn time_length(text: &str) -> usize {
     let mut words = text.splitn(4, ' ');
     let (Some(date), Some(time), Some(zone)) = (words.next(), words.next(), words.next()) else {
@@ -184,8 +185,8 @@ fn time_length(text: &str) -> usize {
 }
 
 impl Head<'_> {
-    fn field(&mut self, field: char, text: &str, zones: &Zones) {
-        let known = words::known(text.trim_matches(' '));
+    fn field(&mut self, field: char, text: &str, zones: &TimeZones) {
+        let known = labels::known(text.trim_matches(' '));
         let owned = known.map(str::to_owned);
         let origin = &mut self.origin;
         match field {
@@ -195,7 +196,7 @@ impl Head<'_> {
             'p' => origin.pid = known.and_then(|pid| pid.parse().ok()),
             'Q' => origin.query_id = known.and_then(|id| id.parse().ok()).filter(|id| *id != 0),
             'e' => self.sqlstate = owned,
-            // The finer one wins.
+            // `%m` is more precise than `%t`.
             't' if origin.time.is_some() => {}
             't' | 'm' | 'n' => {
                 origin.time = known.and_then(|time| zones.time(time));
@@ -206,9 +207,9 @@ impl Head<'_> {
     }
 }
 
-/// Takes a line apart whose prefix is not known: a label, and before it what looks like something.
-pub(super) fn guess<'a>(line: &'a str, zones: &Zones) -> Option<Head<'a>> {
-    let (at, label, rest) = words::first_label(line, LONGEST)?;
+/// Splits a line whose prefix is unknown: finds a label, and recognizes fields before it by their form.
+pub(super) fn guess<'a>(line: &'a str, zones: &TimeZones) -> Option<Head<'a>> {
+    let (at, label, rest) = labels::first_label(line, MAX_PREFIX_BYTES)?;
     let before = line[..at].trim_start_matches(['[', '<', '(', ' ']);
     let mut head = Head {
         label: Some(label),
@@ -230,7 +231,7 @@ pub(super) fn guess<'a>(line: &'a str, zones: &Zones) -> Option<Head<'a>> {
         unknown = &unknown[first.len()..];
     }
     let bracketed = unknown.split('[').skip(1).find_map(|part| {
-        // With the number of the line: `[77-1]`.
+        // A line number can follow: `[77-1]`.
         let inside = part.split(']').next()?;
         let (pid, line) = inside.split_once(['-', ':']).unwrap_or((inside, ""));
         let is_line = line.bytes().all(|byte| byte.is_ascii_digit());
@@ -274,17 +275,17 @@ mod tests {
     use super::*;
 
     fn read<'a>(prefix: &str, line: &'a str) -> Option<Head<'a>> {
-        Prefix::new(prefix).head(line, &Zones::default())
+        Prefix::new(prefix).head(line, &TimeZones::default())
     }
 
-    type Told<'a> = (
+    type Fields<'a> = (
         Option<i32>,
         Option<&'a str>,
         Option<&'a str>,
         Option<&'a str>,
     );
 
-    fn told<'a>(head: &'a Head<'_>) -> Told<'a> {
+    fn fields<'a>(head: &'a Head<'_>) -> Fields<'a> {
         let origin = &head.origin;
         (
             origin.pid,
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_of_all_kinds() {
+    fn fields_of_known_prefixes_are_read() {
         let whole = (Some(77), Some("app"), Some("shop"), Some("a b"));
         for (prefix, line) in [
             (
@@ -315,10 +316,10 @@ mod tests {
             let head = read(prefix, line).unwrap_or_else(|| panic!("{prefix}"));
             assert_eq!(head.rest, "x: y", "{prefix}");
             if prefix.starts_with("%p") {
-                assert_eq!(told(&head).0, Some(77));
+                assert_eq!(fields(&head).0, Some(77));
                 continue;
             }
-            assert_eq!(told(&head), whole, "{prefix}");
+            assert_eq!(fields(&head), whole, "{prefix}");
             assert!(head.origin.time.is_some(), "{prefix}");
         }
         let head = read("%e ", "40P01 ERROR:  x").expect("a code");
@@ -329,17 +330,17 @@ mod tests {
     }
 
     #[test]
-    fn processes_without_a_session_stop_at_q() {
+    fn the_prefix_of_a_process_without_a_session_ends_at_q() {
         let line = "2026-01-31 12:34:56.789 UTC [77] LOG:  checkpoint starting";
         let head = read("%m [%p] %q%u@%d ", line).expect("a line");
-        assert_eq!(told(&head), (Some(77), None, None, None));
+        assert_eq!(fields(&head), (Some(77), None, None, None));
         assert!(read("%m [%p] %u@%d ", line).is_none());
         let unknown = read("%u@%d ", "[unknown]@[unknown] LOG:  x").expect("a line");
-        assert_eq!(told(&unknown), (None, None, None, None));
+        assert_eq!(fields(&unknown), (None, None, None, None));
     }
 
     #[test]
-    fn other_lines_have_no_head() {
+    fn lines_without_the_prefix_have_no_head() {
         for line in [
             "",
             "\tLOG:  x",
@@ -354,8 +355,8 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_that_is_not_known_is_guessed() {
-        let zones = Zones::default();
+    fn an_unknown_prefix_is_guessed() {
+        let zones = TimeZones::default();
         for (line, expected) in [
             (
                 "2026-01-31 12:34:56.789 UTC [77] app@shop LOG:  x",
@@ -374,25 +375,25 @@ mod tests {
         ] {
             let head = guess(line, &zones).unwrap_or_else(|| panic!("{line}"));
             assert_eq!((head.rest, head.origin.pid), ("x", expected.0), "{line}");
-            assert_eq!(told(&head), expected, "{line}");
+            assert_eq!(fields(&head), expected, "{line}");
         }
         assert!(guess("nothing", &zones).is_none());
     }
 
     #[test]
-    fn a_line_made_to_be_slow_is_not() {
+    fn backtracking_is_bounded() {
         let line = "a ".repeat(5000);
         assert!(read("%u%d%a%u%d%a%u%d%a%u%d%a%u%d%a ", &line).is_none());
     }
 
     proptest! {
         #[test]
-        fn any_prefix_and_any_line(prefix in any::<String>(), line in any::<String>(), known in "(%[-a-zA-Z0-9]|[ @:]){0,8}") {
+        fn any_prefix_and_line_are_read_without_panic(prefix in any::<String>(), line in any::<String>(), known in "(%[-a-zA-Z0-9]|[ @:]){0,8}") {
             read(&prefix, &line);
             read(&known, &line);
-            let told = format!("{line} LOG:  x");
-            read(&known, &told);
-            guess(&told, &Zones::default());
+            let labelled = format!("{line} LOG:  x");
+            read(&known, &labelled);
+            guess(&labelled, &TimeZones::default());
         }
     }
 }

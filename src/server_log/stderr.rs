@@ -1,19 +1,19 @@
-//! The format `stderr`: a prefix, a label and a text, further lines behind a tab.
+//! The format `stderr`: a prefix, a label and a text. Continuation lines begin with a tab.
 
 use super::entry::Entry;
+use super::labels::{self, Label};
 use super::prefix::{Head, Prefix, guess};
-use super::words::{self, Label};
-use super::zones::Zones;
+use super::time_zones::TimeZones;
 
-/// Bytes of one message that are kept: the server writes none that long, but others may.
-const LONGEST: usize = 4 << 20;
+/// How many bytes of a message are kept: the server writes none that long, but other programs may.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Stderr {
-    /// `None` where it is not known.
+    /// `None` if the prefix is unknown.
     prefix: Option<Prefix>,
     open: Option<Entry>,
-    /// The part of the open message that further lines belong to.
+    /// The part of the open message that continuation lines belong to.
     part: Part,
     length: usize,
 }
@@ -36,8 +36,8 @@ impl Stderr {
         }
     }
 
-    /// A line without its end; the message that was there before, if this is no part of it.
-    pub(super) fn line(&mut self, line: &str, zones: &Zones) -> Option<Entry> {
+    /// Reads a line, given without its line end. Returns the previous message if the line begins another one.
+    pub(super) fn line(&mut self, line: &str, zones: &TimeZones) -> Option<Entry> {
         if let Some(more) = line.strip_prefix('\t') {
             self.add(more, true);
             return None;
@@ -57,7 +57,7 @@ impl Stderr {
             Some(Label::More) => Part::Nothing,
             _ => return self.begin(head),
         };
-        // Of another backend it is no part of this message.
+        // A line of another backend is not part of this message.
         let is_same = self
             .open
             .as_ref()
@@ -69,7 +69,7 @@ impl Stderr {
 
     pub(super) fn finish(&mut self) -> Option<Entry> {
         self.part = Part::Nothing;
-        self.open.take().map(closed)
+        self.open.take().map(without_position)
     }
 
     fn begin(&mut self, head: Head<'_>) -> Option<Entry> {
@@ -78,9 +78,9 @@ impl Stderr {
             Some(Label::Log) => Some(false),
             _ => None,
         };
-        let (code, message) = verbose(head.rest);
+        let (code, message) = split_sqlstate(head.rest);
         let entry = Entry {
-            // What is neither cannot be about locks.
+            // A message that is neither a LOG nor an ERROR is not about locks.
             sqlstate: head.sqlstate.or(code).filter(|_| is_error.is_some()),
             is_error,
             pid_is_guessed: head.pid_is_guessed,
@@ -91,7 +91,7 @@ impl Stderr {
         self.length = 0;
         let before = self.open.replace(entry);
         self.add(message, false);
-        before.map(closed)
+        before.map(without_position)
     }
 
     fn add(&mut self, text: &str, on_a_new_line: bool) {
@@ -104,7 +104,7 @@ impl Stderr {
             Part::Statement => &mut open.statement,
         };
         self.length = self.length.saturating_add(text.len() + 1);
-        if self.length <= LONGEST {
+        if self.length <= MAX_MESSAGE_BYTES {
             if on_a_new_line {
                 part.push('\n');
             }
@@ -113,15 +113,15 @@ impl Stderr {
     }
 }
 
-/// With its message as it was before the place in the statement was put behind it.
-fn closed(mut entry: Entry) -> Entry {
-    let length = words::without_position(&entry.message).len();
+/// Removes the position in the statement, which this format appends to the message.
+fn without_position(mut entry: Entry) -> Entry {
+    let length = labels::without_position(&entry.message).len();
     entry.message.truncate(length);
     entry
 }
 
-/// `log_error_verbosity = verbose` puts the SQLSTATE before the message.
-fn verbose(message: &str) -> (Option<String>, &str) {
+/// Splits off the SQLSTATE that `log_error_verbosity = verbose` puts before the message.
+fn split_sqlstate(message: &str) -> (Option<String>, &str) {
     match message.split_once(": ") {
         Some((code, rest))
             if code.len() == 5

@@ -1,4 +1,4 @@
-//! Logs as the server writes them, whole, cut, mixed and damaged.
+//! Logs as the server writes them: whole, cut, mixed and damaged.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,7 @@ use super::*;
 use crate::graph::LockObject;
 use crate::mode::LockMode;
 
-/// A message to be written in each format.
+/// A message that can be written in each format.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Message {
     pub(super) error: bool,
@@ -121,7 +121,7 @@ impl Message {
             "remote_port": 5555, "line_num": 3, "error_severity": severity,
             "message": self.text, "application_name": "billing src/pay.rs:42", "query_id": 77,
         });
-        // As the server does it.
+        // The server leaves it out as well.
         if self.sqlstate != "00000" {
             object["state_code"] = self.sqlstate.into();
         }
@@ -186,7 +186,7 @@ fn a_wait_is_read_in_every_format() {
             (event.user(), event.database()),
             (Some("app"), Some("shop"))
         );
-        // A prefix that is not known does not say where a name with blanks begins.
+        // Without the prefix, the beginning of a name with blanks is unknown.
         if at != 1 {
             assert_eq!(event.application_name(), Some("billing src/pay.rs:42"));
             assert_eq!(event.call_site(), Some("src/pay.rs:42"));
@@ -232,7 +232,7 @@ fn a_deadlock_is_read_in_every_format() {
 }
 
 #[test]
-fn lock_timeouts_and_nowait_are_told_apart() {
+fn lock_timeouts_and_nowait_are_distinguished() {
     let nowait = Message {
         text: "could not obtain lock on row in relation \"users\"".into(),
         ..Message::timeout()
@@ -242,7 +242,7 @@ fn lock_timeouts_and_nowait_are_told_apart() {
         let kinds: Vec<_> = events.iter().map(LogEvent::kind).collect();
         assert_eq!(kinds[0], LogEventKind::LockTimeout);
         assert_eq!(events[0].statement(), Some("LOCK TABLE users"));
-        // Without a SQLSTATE it is an error like any other.
+        // Without a SQLSTATE it cannot be told from other errors.
         let expected = (at > 1).then_some(&LogEventKind::NotAvailable);
         assert_eq!(kinds.get(1), expected);
     }
@@ -255,7 +255,7 @@ fn lock_timeouts_and_nowait_are_told_apart() {
 }
 
 #[test]
-fn what_says_nothing_about_locks_is_passed_over() {
+fn messages_that_are_not_about_locks_are_skipped() {
     let forged = Message {
         sqlstate: "00000",
         text:
@@ -280,7 +280,7 @@ fn what_says_nothing_about_locks_is_passed_over() {
 }
 
 #[test]
-fn lines_of_other_backends_in_between_belong_to_them() {
+fn interleaved_lines_of_other_backends_are_not_mixed_in() {
     let waits = Message::still_waiting().stderr();
     let (first, rest) = waits.split_once('\n').expect("lines");
     let other = first.replace("[12]", "[99]").replace("LOG:  ", "DETAIL:  ");
@@ -308,7 +308,7 @@ fn after_a_gap_the_next_message_is_read() {
 }
 
 #[test]
-fn a_quote_that_never_ends_is_given_up() {
+fn an_unterminated_quote_is_abandoned() {
     let mut reader = Reader::csv();
     let line = format!("{}\n", "x".repeat(1 << 20));
     let mut found: Vec<_> = reader.push("2026-01-31 12:34:56.789 UTC,\"app\n").collect();
@@ -321,7 +321,7 @@ fn a_quote_that_never_ends_is_given_up() {
     for _ in 0..6 {
         assert_eq!(reader.push(&"x".repeat(1 << 20)).count(), 0);
     }
-    assert!(reader.line.len() <= LONGEST_LINE);
+    assert!(reader.line.len() <= MAX_LINE_BYTES);
     assert_eq!(
         reader
             .push(&format!("\n{}", Message::timeout().json()))
@@ -331,7 +331,7 @@ fn a_quote_that_never_ends_is_given_up() {
 }
 
 #[test]
-fn the_end_of_a_log_is_no_end_of_reading() {
+fn reading_can_continue_after_finish() {
     let mut reader = Reader::stderr(PREFIX);
     let text = Message::timeout().stderr();
     assert_eq!(reader.push(&text).count(), 0);
@@ -369,10 +369,10 @@ fn json_is_read_with_all_its_escapes() {
     assert_eq!(read(Reader::json(), &deep), []);
 }
 
-/// Any statement, as long as it has text the formats can hold.
+/// Any statement that the formats can represent.
 fn statement() -> impl Strategy<Value = String> {
     "[^\0\r\u{1}-\u{8}]{1,60}|[\"',\n\t\\\\:a]{1,30}"
-        .prop_filter("it has something", |text| !text.trim().is_empty())
+        .prop_filter("it is not blank", |text| !text.trim().is_empty())
 }
 
 fn message() -> impl Strategy<Value = Message> {
@@ -390,7 +390,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn statements_come_back_whole(messages in prop::collection::vec(message(), 1..6)) {
+    fn statements_are_read_whole(messages in prop::collection::vec(message(), 1..6)) {
         for (reader, write) in formats() {
             let text: String = messages.iter().map(write).collect();
             let events = read(reader, &text);
@@ -404,7 +404,7 @@ proptest! {
         }
     }
 
-    /// However the text is cut into pieces, the same comes out.
+    /// The events do not depend on how the text is cut into pieces.
     #[test]
     fn pieces_make_no_difference(
         messages in prop::collection::vec(message(), 1..5),
@@ -428,7 +428,7 @@ proptest! {
     }
 
     #[test]
-    fn any_text_is_no_panic(texts in prop::collection::vec(any::<String>(), 0..6), prefix in any::<String>()) {
+    fn any_text_is_read_without_panic(texts in prop::collection::vec(any::<String>(), 0..6), prefix in any::<String>()) {
         let readers = formats().into_iter().map(|(reader, _)| reader);
         for mut reader in readers.chain([Reader::stderr(&prefix)]) {
             for text in &texts {
@@ -439,9 +439,9 @@ proptest! {
         }
     }
 
-    /// Bytes changed, put in, or taken away anywhere: no panic, and what is said of backends is what was there.
+    /// Bytes are changed, inserted or removed anywhere: reading does not panic, and every event can be shown.
     #[test]
-    fn damage_is_no_panic(
+    fn damaged_text_is_read_without_panic(
         messages in prop::collection::vec(message(), 1..4),
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..12),
     ) {

@@ -1,13 +1,13 @@
 //! Transactions that own their connection: [`Tx`], and the runner that repeats them.
 
 mod async_func;
-mod end;
-mod held;
+mod commit;
+mod commit_outcome;
+mod held_lock;
 mod hooks;
 mod open;
 mod options;
 mod report;
-mod resolve;
 mod rows;
 mod runner;
 mod savepoint;
@@ -15,11 +15,16 @@ pub(crate) mod sql;
 mod tx;
 
 pub use async_func::AsyncFunc;
-pub(crate) use held::Held;
+pub(crate) use held_lock::HeldLock;
+pub(crate) use open::OpenPlain;
+#[cfg(feature = "schema")]
 pub(crate) use open::open;
-pub use options::{Never, RetryIf, TransactionOptions};
+pub use options::{NoRetry, RetryIf, TransactionOptions};
 #[cfg(feature = "incidents")]
 pub(crate) use report::{FailedAttempt, Reporter};
 pub use rows::LockRows;
-pub(crate) use runner::{Policy, run};
+pub(crate) use runner::{Open, Policy, run};
+
+/// A future whose type its caller need not know, nor compile.
+pub(crate) type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub use tx::Tx;

@@ -3,12 +3,36 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Tx;
 use super::sql;
+use super::{BoxFuture, Open, Tx};
 use crate::call_site::CallSite;
-use crate::connection::{Connections, Undo};
+use crate::connection::{Connections, OnAbandon};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
+
+/// Transactions without locks.
+pub(crate) struct OpenPlain {
+    pub(crate) connections: Arc<Connections>,
+    pub(crate) begin: sql::Begin,
+    pub(crate) call_site: Option<CallSite>,
+    pub(crate) lock_wait: Duration,
+}
+
+impl Open for OpenPlain {
+    fn open(&self, _: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
+        Box::pin(async {
+            let deadline = Deadline::after(self.lock_wait);
+            let opening = open(
+                &self.connections,
+                &deadline,
+                &self.begin,
+                self.call_site,
+                self.lock_wait,
+            );
+            opening.await.map(Some)
+        })
+    }
+}
 
 /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
 ///
@@ -20,21 +44,21 @@ pub(crate) async fn open(
     call_site: Option<CallSite>,
     lock_wait: Duration,
 ) -> Result<Tx, Error> {
-    let known = connections.known();
-    let statement = begin.preparable();
+    let cache = connections.cache();
+    let statement = begin.prepared_name();
     let mut stale = 0;
     loop {
         let session = connections.check_out(deadline).await?;
-        let ask = known.ask(&session, statement);
+        let probe = cache.probe(&session, statement);
         // On any error the session is dropped and so closed: what state it came in is not known.
         let (mut session, answer) = session
-            .exchange(sql::begin_transaction(begin, &ask), Undo::rollback())
+            .send(sql::begin_transaction(begin, &probe), OnAbandon::rollback())
             .await;
         let error = match answer {
             Ok(reply) => match sql::begun(&reply) {
                 Some(begun) if begun.fresh => {
                     let server = begun.server.as_ref();
-                    known.answered(&session, &ask, statement, begun.pid, server);
+                    cache.learn_reply(&session, &probe, statement, begun.pid, server);
                     session.identify(begun.pid, begin.application_name.as_deref());
                     return Ok(Tx::new(session, call_site, lock_wait, begin.lock_timeout));
                 }
@@ -46,7 +70,7 @@ pub(crate) async fn open(
             Err(error) => match classify(&error) {
                 Failure::ConnectionLost => error.into(),
                 failure if failure.is_of_the_connection() => {
-                    known.failed(failure);
+                    cache.learn_failure(failure);
                     error.into()
                 }
                 _ => return Err(error.into()),

@@ -26,7 +26,7 @@ use crate::key::LockKey;
 /// Its type parameter is what [`retry_if`](Self::retry_if) is given; without that it is left out.
 #[derive(Clone)]
 #[must_use = "options do nothing until a transaction is run with them"]
-pub struct TransactionOptions<P = Never> {
+pub struct TransactionOptions<P = NoRetry> {
     begin: sql::Begin,
     attempts: u32,
     deadline: Option<Duration>,
@@ -45,9 +45,9 @@ pub trait RetryIf<E>: Send + Sync {
 /// No error of the closure's own is worth another attempt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "there is nothing to add to it")]
-pub struct Never;
+pub struct NoRetry;
 
-impl<E> RetryIf<E> for Never {
+impl<E> RetryIf<E> for NoRetry {
     fn retry_if(&self, _: &E) -> bool {
         false
     }
@@ -74,7 +74,7 @@ impl TransactionOptions {
             deadline: None,
             resolve_commit: false,
             conflict_group: None,
-            retry_if: Never,
+            retry_if: NoRetry,
         }
     }
 

@@ -7,8 +7,9 @@ use tokio_postgres::error::DbError;
 
 use super::options::RetryIf;
 use super::report::{FailedAttempt, Reporter};
-use super::{AsyncFunc, Tx};
+use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
+use crate::connection::Observed;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 
@@ -30,19 +31,21 @@ pub(crate) struct Policy {
     pub(crate) reporter: Option<Arc<dyn Reporter>>,
 }
 
-/// Runs `f` in a transaction from `open`; `None` when `open` has none to give (a `try` that found its lock busy). `open`
-/// is told how often the transaction has been a deadlock's victim.
+/// Runs `f` in a transaction from `open`; `None` when `open` has none to give (a `try` that found its lock busy).
 ///
 /// Every attempt has its own transaction and its own clone of the closure; between two there is a random pause. What
 /// is repeated: deadlocks, serialization failures (COMMIT's too) and lock timeouts of the closure's own statements,
 /// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type. What is not: errors
 /// of `open` (a lock's total wait has been spent there), any other error, and a COMMIT whose outcome is unknown.
 ///
+/// This function is compiled once for each closure, in the caller's crate, so all that does not depend on the closure is
+/// in [`Attempts`], behind boxed futures.
+///
 /// Cancel safety: dropped in the closure, the transaction is rolled back in the background.
-pub(crate) async fn run<R, E, F, O, Fut, P>(
+pub(crate) async fn run<R, E, F, P>(
     policy: &Policy,
     retry_if: &P,
-    open: O,
+    open: &dyn Open,
     f: F,
 ) -> Result<Option<R>, E>
 where
@@ -50,91 +53,211 @@ where
         + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
         + Send
         + Clone,
-    O: Fn(u32) -> Fut + Send,
     P: RetryIf<E>,
-    Fut: Future<Output = Result<Option<Tx>, Error>> + Send,
     E: From<Error> + Send,
     R: Send,
 {
-    let deadline = policy.deadline.map(Deadline::after);
-    let mut attempt = 1;
-    let mut victim = 0;
+    let mut attempts = Attempts::new(policy, open);
     loop {
-        let mut tx = match open(victim).await {
-            Ok(Some(tx)) => tx.resolving(policy.resolves),
-            Ok(None) => return Ok(None),
-            Err(error) => return Err(error.with_attempts(attempt - 1).into()),
+        let Some(mut tx) = attempts.begin().await? else {
+            return Ok(None);
         };
-        // Each attempt is observed as a transaction of its own.
-        if let Some(observed) = tx.session().observed() {
-            observed.is_attempt(attempt, policy.attempts);
+        let (reason, own) = match f.clone()(&mut tx).await {
+            Ok(value) => match attempts.commit(tx).await? {
+                None => return Ok(Some(value)),
+                Some(reason) => (reason, None),
+            },
+            Err(error) => match attempts.roll_back(tx).await {
+                Some(failure) => (Reason::Statement(failure), Some(error)),
+                None if retry_if.retry_if(&error) => (Reason::Asked, Some(error)),
+                None => return Err(error),
+            },
+        };
+        if let Err(exhausted) = attempts.pause(reason).await {
+            return Err(match own {
+                Some(error) if exhausted.passes_on => error,
+                _ => exhausted.error.into(),
+            });
         }
-        let result = f.clone()(&mut tx).await;
-        let observed = tx.session().observed().cloned();
-        let again = match result {
-            Ok(value) => match tx.commit().await {
+    }
+}
+
+/// Where a run takes its transactions from.
+pub(crate) trait Open: Send + Sync {
+    /// One transaction, or `None` where there is none to be had without waiting. It is told how often the run has been a
+    /// deadlock's victim.
+    fn open(&self, times_victim: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>>;
+}
+
+/// Why a transaction is run again.
+enum Reason {
+    /// COMMIT failed.
+    Commit(Error),
+    /// A statement failed, and the closure returned an error of its own.
+    Statement(Box<DbError>),
+    /// The caller asks for it.
+    Asked,
+}
+
+impl Reason {
+    fn db_error(&self) -> Option<&DbError> {
+        match self {
+            Self::Commit(error) => error.as_db_error(),
+            Self::Statement(failure) => Some(failure),
+            Self::Asked => None,
+        }
+    }
+}
+
+/// There is no further attempt.
+struct Exhausted {
+    error: Error,
+    /// Whether the closure's own error is passed on instead.
+    passes_on: bool,
+}
+
+/// The attempts of one run.
+struct Attempts<'a> {
+    policy: &'a Policy,
+    open: &'a dyn Open,
+    deadline: Option<Deadline>,
+    attempt: u32,
+    times_victim: u32,
+    observed: Option<Arc<dyn Observed>>,
+}
+
+impl<'a> Attempts<'a> {
+    fn new(policy: &'a Policy, open: &'a dyn Open) -> Self {
+        Self {
+            policy,
+            open,
+            deadline: policy.deadline.map(Deadline::after),
+            attempt: 0,
+            times_victim: 0,
+            observed: None,
+        }
+    }
+
+    fn begin(&mut self) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
+        Box::pin(async {
+            let opened = self.open.open(self.times_victim).await;
+            let opened = opened.map_err(|error| error.with_attempts(self.attempt))?;
+            self.attempt += 1;
+            let Some(tx) = opened else { return Ok(None) };
+            let tx = tx.resolving(self.policy.resolves);
+            // Each attempt is observed as a transaction of its own.
+            if let Some(observed) = tx.session().observed() {
+                observed.is_attempt(self.attempt, self.policy.attempts);
+            }
+            Ok(Some(tx))
+        })
+    }
+
+    /// `None` where it has committed.
+    fn commit(&mut self, tx: Tx) -> BoxFuture<'_, Result<Option<Reason>, Error>> {
+        self.observed = tx.session().observed().cloned();
+        Box::pin(async {
+            match tx.commit().await {
                 Ok(()) => {
-                    policy.budget.succeeded();
-                    return Ok(Some(value));
+                    self.policy.budget.succeeded();
+                    Ok(None)
                 }
                 Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
-                    Again::Ours(error)
+                    Ok(Some(Reason::Commit(error)))
                 }
                 // COMMIT was not run, or found to have been rolled back.
-                Err(error) if policy.resolves && error.kind() == ErrorKind::ConnectionLost => {
-                    Again::Ours(error)
+                Err(error) if self.policy.resolves && error.kind() == ErrorKind::ConnectionLost => {
+                    Ok(Some(Reason::Commit(error)))
                 }
-                Err(error) => return Err(error.with_attempts(attempt).into()),
-            },
-            Err(error) => {
-                let failure = tx.session().failure();
-                tx.rollback().await;
-                match failure.filter(|failure| is_worth_repeating(failure)) {
-                    Some(failure) => Again::Theirs(error, failure),
-                    None if retry_if.retry_if(&error) => Again::Asked(error),
-                    None => return Err(error),
-                }
+                Err(error) => Err(error.with_attempts(self.attempt)),
             }
-        };
-        let mut pause = policy.backoff.delay(attempt - 1, policy.jitter.next());
-        if again.db_error().map(classify_db) == Some(Failure::Deadlock) {
-            pause = pause.max(AFTER_DEADLOCK);
-        }
-        let out_of = if attempt >= policy.attempts {
-            Some("attempts")
-        } else if deadline.is_some_and(|deadline| deadline.remaining() < pause) {
-            Some("time")
-        } else if !policy.budget.try_retry() {
-            Some("retry budget")
-        } else {
-            None
-        };
-        tracing::debug!(
-            attempt,
-            sqlstate = again.sqlstate(),
-            pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
-            out_of,
-            "transaction attempt failed"
-        );
-        victim += u32::from(again.db_error().map(classify_db) == Some(Failure::Deadlock));
-        let report = match (&policy.reporter, &observed, again.db_error()) {
-            (Some(reporter), Some(observed), Some(error)) if is_about_locks(error) => reporter
-                .failed(&FailedAttempt {
-                    observed,
-                    error,
-                    attempt,
-                    attempts: policy.attempts,
-                    pause: out_of.is_none().then_some(pause),
-                }),
-            _ => None,
-        };
-        if let Some(out_of) = out_of {
-            return Err(again.exhausted(attempt, out_of, report));
-        }
-        drop(report);
-        // Cancel safety: nothing is held between two attempts.
-        tokio::time::sleep(pause).await;
-        attempt += 1;
+        })
+    }
+
+    /// Gives the failure that is worth another attempt, if there is one.
+    fn roll_back(&mut self, tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
+        self.observed = tx.session().observed().cloned();
+        Box::pin(async {
+            let failure = tx.session().failure();
+            tx.rollback().await;
+            failure.filter(|failure| is_worth_repeating(failure))
+        })
+    }
+
+    /// Pauses before the next attempt.
+    fn pause(&mut self, reason: Reason) -> BoxFuture<'_, Result<(), Exhausted>> {
+        Box::pin(async {
+            let policy = self.policy;
+            let attempt = self.attempt;
+            let is_deadlock = reason.db_error().map(classify_db) == Some(Failure::Deadlock);
+            let mut pause = policy.backoff.delay(attempt - 1, policy.jitter.next());
+            if is_deadlock {
+                pause = pause.max(AFTER_DEADLOCK);
+                self.times_victim += 1;
+            }
+            let out_of = if attempt >= policy.attempts {
+                Some("attempts")
+            } else if self
+                .deadline
+                .as_ref()
+                .is_some_and(|deadline| deadline.remaining() < pause)
+            {
+                Some("time")
+            } else if !policy.budget.try_retry() {
+                Some("retry budget")
+            } else {
+                None
+            };
+            tracing::debug!(
+                attempt,
+                sqlstate = reason.db_error().map(|error| error.code().code()),
+                pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
+                out_of,
+                "transaction attempt failed"
+            );
+            let report = self.report(&reason, out_of.is_none().then_some(pause));
+            if let Some(out_of) = out_of {
+                return Err(exhausted(reason, attempt, out_of, report));
+            }
+            drop(report);
+            // Cancel safety: nothing is held between two attempts.
+            tokio::time::sleep(pause).await;
+            Ok(())
+        })
+    }
+
+    fn report(&self, reason: &Reason, pause: Option<Duration>) -> Option<Box<dyn Report>> {
+        let reporter = self.policy.reporter.as_ref()?;
+        let error = reason.db_error().filter(|error| is_about_locks(error))?;
+        reporter.failed(&FailedAttempt {
+            observed: self.observed.as_ref()?,
+            error,
+            attempt: self.attempt,
+            attempts: self.policy.attempts,
+            pause,
+        })
+    }
+}
+
+fn exhausted(
+    reason: Reason,
+    attempt: u32,
+    out_of: &str,
+    report: Option<Box<dyn Report>>,
+) -> Exhausted {
+    // What was run once was not repeated: there is nothing to add to the error itself. And an error that the caller asked
+    // to have repeated is the caller's to understand.
+    let passes_on = attempt == 1 || matches!(reason, Reason::Asked);
+    let repeated = Error::new(ErrorKind::RetriesExhausted).with_detail(format!("out of {out_of}"));
+    let error = match reason {
+        Reason::Commit(error) if attempt == 1 => error,
+        Reason::Commit(error) => repeated.with_source(error),
+        Reason::Statement(failure) => repeated.with_source(*failure),
+        Reason::Asked => repeated,
+    };
+    Exhausted {
+        error: error.with_report_if(report).with_attempts(attempt),
+        passes_on,
     }
 }
 
@@ -147,52 +270,4 @@ fn is_worth_repeating(error: &DbError) -> bool {
 
 fn is_about_locks(error: &DbError) -> bool {
     matches!(classify_db(error), Failure::Deadlock | Failure::LockTimeout)
-}
-
-/// A failure for which the transaction is run again.
-enum Again<E> {
-    /// From COMMIT.
-    Ours(Error),
-    /// The closure's error, and the server's behind it.
-    Theirs(E, Box<DbError>),
-    /// The closure's error, by the caller's own word.
-    Asked(E),
-}
-
-impl<E: From<Error>> Again<E> {
-    fn sqlstate(&self) -> Option<&str> {
-        self.db_error().map(|error| error.code().code())
-    }
-
-    fn db_error(&self) -> Option<&DbError> {
-        match self {
-            Self::Ours(error) => error.as_db_error(),
-            Self::Theirs(_, failure) => Some(failure),
-            Self::Asked(_) => None,
-        }
-    }
-
-    fn exhausted(self, attempt: u32, out_of: &str, report: Option<Box<dyn Report>>) -> E {
-        match self {
-            // Never repeated: there is nothing to add to the error itself.
-            Self::Ours(error) if attempt == 1 => {
-                error.with_report_if(report).with_attempts(attempt).into()
-            }
-            Self::Theirs(error, _) if attempt == 1 => error,
-            // What the caller calls worth repeating is the caller's to understand.
-            Self::Asked(error) => error,
-            Self::Ours(error) => Error::new(ErrorKind::RetriesExhausted)
-                .with_detail(format!("out of {out_of}"))
-                .with_attempts(attempt)
-                .with_report_if(report)
-                .with_source(error)
-                .into(),
-            Self::Theirs(_, failure) => Error::new(ErrorKind::RetriesExhausted)
-                .with_detail(format!("out of {out_of}"))
-                .with_attempts(attempt)
-                .with_report_if(report)
-                .with_source(*failure)
-                .into(),
-        }
-    }
 }

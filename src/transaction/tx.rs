@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::Held;
+use super::HeldLock;
 use super::hooks::Hooks;
 use super::sql;
 use crate::call_site::CallSite;
-use crate::connection::{Observation, Session, Undo, query_methods};
+use crate::connection::{Observation, OnAbandon, Session, query_methods};
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
@@ -22,9 +22,9 @@ use crate::mode::AdvisoryMode;
 pub struct Tx {
     // Invariant: `Some` until the transaction ends; an open transaction is on it.
     pub(super) session: Option<Session>,
-    held: Vec<Held>,
+    held: Vec<HeldLock>,
     /// Session locks on the same connection, which are not this transaction's.
-    beside: Vec<(LockKey, AdvisoryMode)>,
+    session_locks: Vec<(LockKey, AdvisoryMode)>,
     depth: u32,
     call_site: Option<CallSite>,
     lock_wait: Duration,
@@ -53,7 +53,7 @@ impl Tx {
         Self {
             session: Some(session),
             held: Vec::new(),
-            beside: Vec::new(),
+            session_locks: Vec::new(),
             depth: 0,
             call_site,
             lock_wait,
@@ -92,12 +92,12 @@ impl Tx {
         self.held.iter().map(|held| &held.key)
     }
 
-    pub(crate) fn held(&self) -> &[Held] {
+    pub(crate) fn held(&self) -> &[HeldLock] {
         &self.held
     }
 
-    pub(crate) fn hold(&mut self, locks: impl IntoIterator<Item = Held>) {
-        let locks: Vec<Held> = locks.into_iter().collect();
+    pub(crate) fn hold(&mut self, locks: impl IntoIterator<Item = HeldLock>) {
+        let locks: Vec<HeldLock> = locks.into_iter().collect();
         if let Some(observed) = self.session().observed() {
             let taken = locks.iter().map(|lock| (lock.key.clone(), lock.mode));
             observed.locks_taken(taken.collect());
@@ -109,25 +109,25 @@ impl Tx {
         }
     }
 
-    pub(crate) fn holding(mut self, locks: impl IntoIterator<Item = Held>) -> Self {
+    pub(crate) fn holding(mut self, locks: impl IntoIterator<Item = HeldLock>) -> Self {
         self.hold(locks);
         self
     }
 
     /// Notes session locks that are held on the connection already.
-    pub(crate) fn beside(
+    pub(crate) fn session_locks(
         mut self,
         locks: impl IntoIterator<Item = (LockKey, AdvisoryMode)>,
     ) -> Self {
-        self.beside.extend(locks);
+        self.session_locks.extend(locks);
         self
     }
 
     /// How the key is held on this connection.
     pub(crate) fn mode_of(&self, key: &LockKey) -> Option<AdvisoryMode> {
         let held = self.held.iter().map(|held| (&held.key, held.mode));
-        let beside = self.beside.iter().map(|(key, mode)| (key, *mode));
-        held.chain(beside)
+        let session_locks = self.session_locks.iter().map(|(key, mode)| (key, *mode));
+        held.chain(session_locks)
             .find(|(held, _)| held.same_lock(key))
             .map(|(_, mode)| mode)
     }
@@ -193,7 +193,7 @@ impl Tx {
     }
 
     /// Runs the hooks: for who has committed on the session without this transaction's knowing.
-    pub(crate) fn committed(&mut self) {
+    pub(crate) fn mark_committed(&mut self) {
         self.hooks.run();
     }
 
@@ -203,11 +203,11 @@ impl Tx {
     pub(crate) async fn rollback(mut self) {
         self.trace_end(&End::Rollback);
         if let Some(session) = self.session.take() {
-            super::end::roll_back(session).await;
+            super::commit::roll_back(session).await;
         }
     }
 
-    pub(super) fn about(&self, error: Error) -> Error {
+    pub(super) fn error_with_keys(&self, error: Error) -> Error {
         match self.held.first() {
             Some(held) => error.with_key(&held.key),
             None => error,
@@ -236,7 +236,7 @@ impl Drop for Tx {
     fn drop(&mut self) {
         if let Some(session) = self.session.take() {
             self.trace_end(&End::Rollback);
-            session.exchange(sql::rollback(), Undo::Nothing).detach();
+            session.send(sql::rollback(), OnAbandon::Finish).detach();
         }
     }
 }

@@ -73,7 +73,7 @@ async fn every_row_is_changed_once_and_a_second_run_has_nothing_to_do() {
     let (backfill, told) = telling(counted(&scene.keeper).batch_rows(100..=400));
     let done = backfill.run().await.unwrap();
     assert!(done.is_done());
-    assert_eq!((done.rows_done(), done.rows_passed()), (5000, 5000));
+    assert_eq!((done.rows_changed(), done.rows_processed()), (5000, 5000));
     assert_eq!(done.remaining(), Some(Duration::ZERO));
     assert!(
         done.batches() >= 13 && done.longest_batch() > Duration::ZERO,
@@ -89,7 +89,7 @@ async fn every_row_is_changed_once_and_a_second_run_has_nothing_to_do() {
         let told = told.lock().unwrap();
         assert!(
             told.windows(2)
-                .all(|two| two[0].rows_done() <= two[1].rows_done())
+                .all(|two| two[0].rows_changed() <= two[1].rows_changed())
         );
         let first = &told[0];
         assert_eq!(first.estimated_rows(), Some(5000));
@@ -102,11 +102,11 @@ async fn every_row_is_changed_once_and_a_second_run_has_nothing_to_do() {
 
     let again = counted(&scene.keeper).run().await.unwrap();
     assert!(again.is_done());
-    assert_eq!((again.rows_done(), again.batches()), (5000, 0));
+    assert_eq!((again.rows_changed(), again.batches()), (5000, 0));
     all_are(&scene, 1).await;
 
     let restarted = counted(&scene.keeper).restart().run().await.unwrap();
-    assert_eq!(restarted.rows_done_by_this_run(), 5000);
+    assert_eq!(restarted.rows_changed_by_this_run(), 5000);
     all_are(&scene, 2).await;
     scene.nothing_left().await;
 }
@@ -124,7 +124,7 @@ async fn the_filter_leaves_rows_out_and_comments_end_with_their_line() {
         .run()
         .await
         .unwrap();
-    assert_eq!((done.rows_done(), done.rows_passed()), (101, 1000));
+    assert_eq!((done.rows_changed(), done.rows_processed()), (101, 1000));
     // Without what may be data, since names are shown in logs.
     let shown = "\"public\".\"t\" (\"id\") SET n = t.n + ? , id = t.id WHERE id % ? = ? OR id = ? ";
     assert!(done.name().starts_with(shown), "{}", done.name());
@@ -141,7 +141,7 @@ async fn the_filter_leaves_rows_out_and_comments_end_with_their_line() {
 async fn an_empty_table_is_done_at_once() {
     let scene = scene(2, 0).await;
     let done = counted(&scene.keeper).run().await.unwrap();
-    assert!(done.is_done() && done.rows_done() == 0);
+    assert!(done.is_done() && done.rows_changed() == 0);
     assert_eq!(checkpoint(&scene).await, (None, 0, true));
 }
 
@@ -273,7 +273,7 @@ async fn a_violated_constraint_ends_the_run_and_the_next_goes_on_behind_the_last
         .unwrap();
     let done = run().await.unwrap();
     assert_eq!(
-        (done.rows_done(), done.rows_done_by_this_run()),
+        (done.rows_changed(), done.rows_changed_by_this_run()),
         (1000, 250)
     );
     all_are(&scene, 1).await;
@@ -374,7 +374,7 @@ async fn only_one_runs_and_the_others_find_it_busy_or_wait() {
         progress.unwrap();
     }
     let waited = waiting.await.unwrap().unwrap();
-    assert_eq!((waited.rows_done(), waited.batches()), (300, 0));
+    assert_eq!((waited.rows_changed(), waited.batches()), (300, 0));
     all_are(&scene, 1).await;
     assert!(stream.next().await.is_none());
     drop(stream);
@@ -391,7 +391,7 @@ async fn a_stream_that_is_dropped_frees_its_lock() {
     drop(stream);
     scene.nothing_left().await;
     let done = counted(&scene.keeper).try_run().await.unwrap().unwrap();
-    assert_eq!(done.rows_done_by_this_run(), 270);
+    assert_eq!(done.rows_changed_by_this_run(), 270);
     all_are(&scene, 1).await;
 }
 
@@ -464,7 +464,7 @@ async fn writers_go_on_meanwhile() {
         added += writes;
         longest = longest.max(wait);
     }
-    assert_eq!(done.rows_done(), ROWS.unsigned_abs());
+    assert_eq!(done.rows_changed(), ROWS.unsigned_abs());
     let sql = "SELECT count(*) FROM t WHERE n % 100000 <> 1";
     assert_eq!(
         number(&scene.observer, sql).await,
@@ -629,7 +629,7 @@ async fn a_batch_that_was_in_the_way_is_followed_by_a_smaller_one() {
             .await
     });
     let first = stream.next().await.unwrap().unwrap();
-    assert_eq!((first.batches(), first.rows_passed()), (1, 200));
+    assert_eq!((first.batches(), first.rows_processed()), (1, 200));
     assert_eq!(first.batch_rows(), 100);
     assert!(first.paused() > Duration::ZERO, "{first:?}");
     waiting.await.unwrap().unwrap();
@@ -653,7 +653,7 @@ async fn a_locked_row_is_tried_again_until_patience_ends() {
             .lock_timeout(Duration::from_millis(10))
     };
     let error = run()
-        .patience(Duration::from_secs(3))
+        .max_lock_wait(Duration::from_secs(3))
         .run()
         .await
         .unwrap_err();
@@ -742,7 +742,7 @@ async fn a_row_that_others_change_meanwhile_is_seen_as_it_is_then() {
     .await;
     holder.batch_execute("COMMIT").await.unwrap();
     let done = run.await.unwrap().unwrap();
-    assert_eq!((done.rows_done(), done.rows_passed()), (18, 20));
+    assert_eq!((done.rows_changed(), done.rows_processed()), (18, 20));
     let wrong = "SELECT count(*) FROM t WHERE n <> CASE id WHEN 3 THEN 6 WHEN 4 THEN -1 ELSE 1 END";
     assert_eq!(number(&scene.observer, wrong).await, 0);
 }
@@ -772,7 +772,7 @@ async fn a_deadlock_is_no_end() {
         .await
         .unwrap();
     let done = run.await.unwrap().unwrap();
-    assert_eq!(done.rows_done(), 100);
+    assert_eq!(done.rows_changed(), 100);
     let wrong = "SELECT count(*) FROM t WHERE n <> CASE WHEN id IN (10, 90) THEN 11 ELSE 1 END";
     assert_eq!(number(&scene.observer, wrong).await, 0);
     scene.nothing_left().await;
@@ -813,7 +813,7 @@ async fn batches_grow_and_shrink_to_their_time() {
     let told = told.lock().unwrap();
     let slow: Vec<u32> = told
         .iter()
-        .filter(|progress| progress.rows_passed() < 500)
+        .filter(|progress| progress.rows_processed() < 500)
         .map(BackfillProgress::batch_rows)
         .collect();
     assert!(slow.iter().skip(2).all(|rows| *rows <= 40), "{slow:?}");
@@ -883,7 +883,7 @@ async fn keys_of_every_type() {
         let backfill = scene.keeper.backfill("t", "id").set("n = n + 1").name(format!("{n}"));
         let done = backfill.batch_rows(size..=size).run().await;
         let done = done.unwrap_or_else(|error| panic!("{key}: {error} {:?}", std::error::Error::source(&error).map(|error| format!("{error:?}"))));
-        assert_eq!(done.rows_done(), rows, "{key}");
+        assert_eq!(done.rows_changed(), rows, "{key}");
         let wrong = number(&scene.observer, "SELECT count(*) FROM t WHERE n <> 1").await;
         assert_eq!(wrong, 0, "{key}");
     }
@@ -922,7 +922,7 @@ async fn keys_of_several_columns_and_partitions_and_odd_names() {
         .batch_rows(7..=7)
         .name("it's \"odd\" \\")
         .run();
-    assert_eq!(done.await.unwrap().rows_done(), 100);
+    assert_eq!(done.await.unwrap().rows_changed(), 100);
     let sql = r#"SELECT pg_catalog.count(*) FROM "My ""Shop"."t; DROP TABLE x" WHERE n OPERATOR(pg_catalog.<>) 1"#;
     assert_eq!(number(&scene.observer, sql).await, 0);
     let sql = r#"SELECT pg_catalog.count(*) FROM "My ""Shop".lockkeeper_backfill WHERE done"#;
@@ -933,7 +933,7 @@ async fn keys_of_several_columns_and_partitions_and_odd_names() {
         .backfill("parts", ["at", "id", "End"])
         .set("n = parts.n + 1");
     let done = parts.batch_rows(13..=13).run().await.unwrap();
-    assert_eq!(done.rows_done(), 500);
+    assert_eq!(done.rows_changed(), 500);
     assert_eq!(
         number(
             &scene.observer,
@@ -1054,7 +1054,7 @@ async fn a_key_that_is_ordered_otherwise_is_no_place_to_go_on_from() {
             "{change}"
         );
         let restarted = counted(&scene.keeper).restart().run().await.unwrap();
-        assert_eq!(restarted.rows_done(), 100);
+        assert_eq!(restarted.rows_changed(), 100);
     }
     // Wider, and in the same order.
     scene
@@ -1207,7 +1207,7 @@ async fn a_role_without_privileges_is_told_what_it_needs() {
     let grant = format!("GRANT SELECT, INSERT, UPDATE, DELETE ON lockkeeper_backfill TO {role}");
     scene.observer.batch_execute(&grant).await.unwrap();
     let done = counted(&keeper).batch_rows(10..=10).run().await.unwrap();
-    assert_eq!(done.rows_done(), 100);
+    assert_eq!(done.rows_changed(), 100);
     all_are(&scene, 1).await;
     counted(&keeper).restart().run().await.unwrap();
     drop(keeper);

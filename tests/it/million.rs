@@ -108,7 +108,7 @@ async fn a_million_rows_change_under_readers_and_writers() {
         .backfill("big", "id")
         .set("filled = coalesce(filled, 0) + 1");
     let filled = filled.run().await.unwrap();
-    assert_eq!(filled.rows_done(), u64::try_from(ROWS).unwrap());
+    assert_eq!(filled.rows_changed(), u64::try_from(ROWS).unwrap());
     load.went_on("backfill").await;
     schema.create_index("big", ["filled"]).await.unwrap();
     load.went_on("create_index").await;

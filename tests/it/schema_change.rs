@@ -67,7 +67,7 @@ async fn a_statement_and_a_batch() {
         .unwrap();
     assert_eq!(report.attempts().len(), 1);
     assert!(report.attempts()[0].succeeded() && report.attempts()[0].blockers().is_empty());
-    assert!(report.took() >= report.attempts()[0].took());
+    assert!(report.elapsed() >= report.attempts()[0].elapsed());
     schema
         .change("ALTER TABLE t DROP COLUMN c; CREATE TABLE u (v text DEFAULT ';'); -- the end")
         .run()
@@ -206,7 +206,7 @@ async fn it_gives_way_until_the_table_is_free_and_says_who_was_there() {
     for attempt in failed {
         assert_eq!(attempt.failure(), Some(ErrorKind::LockTimeout));
         assert_eq!(attempt.sqlstate(), Some("55P03"));
-        assert!(attempt.took() >= millis(150));
+        assert!(attempt.elapsed() >= millis(150));
         // At least ten times the timeout.
         assert!(attempt.pause().unwrap() >= millis(1500));
     }
@@ -644,7 +644,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
         let who = &lock.blockers()[0];
         assert_eq!(who.application_name(), Some("everything"));
         assert!(who.in_transaction().is_some() && who.is_holder());
-        assert!(!preflight.is_clear() && preflight.unread().is_empty());
+        assert!(!preflight.is_clear() && preflight.unrecognized().is_empty());
         assert!(preflight.to_string().contains("everything"), "{preflight}");
 
         let typed = schema
@@ -677,7 +677,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
         );
         assert!(build.lock_on("t").unwrap().advice().is_none());
         let unread = schema.preflight("DO $$ BEGIN END $$").await.unwrap();
-        assert_eq!(unread.unread(), ["DO $$ BEGIN END $$"]);
+        assert_eq!(unread.unrecognized(), ["DO $$ BEGIN END $$"]);
         let nothing = schema
             .preflight("ALTER TABLE nowhere ADD c int")
             .await

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use lockkeeper::{ErrorKind, IndexColumn, RecipeReport};
+use lockkeeper::{ErrorKind, IndexColumn, ProcedureReport};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
@@ -72,7 +72,7 @@ async fn scene_with_a_failed_build() -> Scene {
     scene
 }
 
-fn sent(report: &RecipeReport, word: &str) -> usize {
+fn sent(report: &ProcedureReport, word: &str) -> usize {
     report
         .steps()
         .iter()

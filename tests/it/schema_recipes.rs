@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lockkeeper::{ErrorKind, RecipeReport, ReferentialAction};
+use lockkeeper::{ErrorKind, ProcedureReport, ReferentialAction};
 
 use crate::common::{Scene, eventually, poll_times_and_drop};
 use crate::schema_change::{LONG, holds, scene, table};
@@ -25,7 +25,7 @@ async fn is_not_null(scene: &Scene, table: &str, column: &str) -> bool {
 }
 
 /// The statements sent, without the names.
-fn verbs(report: &RecipeReport) -> Vec<&'static str> {
+fn verbs(report: &ProcedureReport) -> Vec<&'static str> {
     let all = report.steps().iter().map(|(sql, _)| {
         [
             "CREATE INDEX",

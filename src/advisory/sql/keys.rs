@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::connection::sql::Preparable;
+use crate::connection::sql::PreparedName;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 
@@ -15,9 +15,9 @@ pub(crate) struct Locks<'a> {
 
 impl Locks<'_> {
     /// The `try` that is worth preparing for them; `None` for several keys.
-    pub(crate) fn preparable(self, session: bool) -> Option<Preparable> {
+    pub(crate) fn prepared_name(self, session: bool) -> Option<PreparedName> {
         let [key] = self.keys else { return None };
-        Some(Preparable::Try {
+        Some(PreparedName::Try {
             session,
             shared: self.mode == AdvisoryMode::Shared,
             pair: key.as_i32_pair().is_some(),

@@ -2,15 +2,15 @@
 //!
 //! A set of keys is locked in the order it is given; callers sort it.
 
-mod attempt;
 pub(crate) mod blockers;
 mod keys;
 mod release;
+mod try_lock;
 mod wait;
 
-pub(crate) use attempt::*;
 pub(crate) use keys::Locks;
 pub(crate) use release::*;
+pub(crate) use try_lock::*;
 pub(crate) use wait::*;
 
 pub(crate) use crate::postgres::sql::{BEGIN, PROBE, ROLLBACK, rollback};

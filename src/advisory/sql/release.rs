@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::attempt::push_execute;
 use super::keys::{KeyRows, Locks, call, shared_suffix};
+use super::try_lock::push_execute;
 use crate::advisory::sql::blockers;
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;

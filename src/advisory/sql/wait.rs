@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::attempt::{Names, Timeouts, try_in_transaction};
 use super::keys::{KeyRows, Locks, call, take_each};
 use super::release::set_application_name;
+use super::try_lock::{Names, Timeouts, try_in_transaction};
 use crate::advisory::sql::blockers;
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::literal;

@@ -1,64 +1,64 @@
-//! One batch.
+//! The statement of one batch.
 
 use tokio_postgres::SimpleQueryMessage;
 
 use super::catalog::{KeyText, Target};
 use crate::postgres::sql::{identifier, parsed, rows, set_local, text};
 
-/// What one batch does.
+/// The parameters of a batch.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Batch<'a> {
+pub(crate) struct BatchQuery<'a> {
     pub(crate) target: &'a Target,
-    /// The caller's: assignments, and a condition.
+    /// The caller's SQL: assignments and a condition.
     pub(crate) set: &'a str,
     pub(crate) filter: Option<&'a str>,
-    /// The key of the last row of the batch before.
-    pub(crate) last: Option<&'a [String]>,
+    /// The key of the last row of the previous batch.
+    pub(crate) last_key: Option<&'a [String]>,
 }
 
-/// The next `rows` rows behind the last one, of which those that the filter lets through are locked in the order of
-/// their keys and changed: one statement.
+/// One statement that selects the next `rows` rows after the last one, locks those that match the filter in the order
+/// of their keys, and changes them.
 ///
-/// A batch is a stretch of the key, not so many rows that match: it ends soon also where few or none do. Its rows and
-/// those to be changed are all seen in one snapshot; a row that somebody changes meanwhile is waited for, and tested
-/// again as it is then (READ COMMITTED).
+/// A batch is a range of the key, not a number of matching rows, so it is short even if few or no rows match. All of
+/// its rows are read in one snapshot. The statement waits for a row that another transaction is changing, and then
+/// tests the filter on the new version (READ COMMITTED).
 ///
-/// What is behind the window is joined with it by the whole key, not by where it begins and ends: of a range the planner
-/// may think that it is a third of the table, and read all of it for each batch; of the window it knows its LIMIT.
+/// The table is joined with the window by the whole key, not by a range of the key. The planner may estimate that a
+/// range is a third of the table, and read the whole table for each batch; it knows the LIMIT of the window.
 ///
-/// The caller's texts are on lines of their own, so that a comment at their end does not swallow what follows.
-pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
-    let Batch {
+/// The caller's texts are on separate lines, so that a comment at their end does not extend to what follows.
+pub(crate) fn batch(query: &BatchQuery<'_>, rows: u32) -> String {
+    let BatchQuery {
         target,
         set,
         filter,
-        last,
-    } = *batch;
+        last_key,
+    } = *query;
     let Target {
         table,
         less,
         greater,
         ..
     } = target;
-    let behind = last.map_or_else(String::new, |last| {
+    let after_last = last_key.map_or_else(String::new, |key| {
         format!(
             " WHERE {} {greater} {}",
             target.columns(),
-            target.value(last)
+            target.value(key)
         )
     });
-    // Under names that are no column of the table's: the caller's texts see both.
+    // The aliases differ from the table's columns, because the caller's texts can refer to both.
     let key = || target.key.iter().zip(1..);
     let list = |items: &mut dyn Iterator<Item = String>, by: &str| {
         let items: Vec<String> = items.collect();
         items.join(by)
     };
     let names = list(
-        &mut key().map(|(column, n)| format!("{} AS {OURS}{n}", identifier(&column.name))),
+        &mut key().map(|(column, n)| format!("{} AS {KEY_ALIAS}{n}", identifier(&column.name))),
         ", ",
     );
-    let ours = list(&mut key().map(|(_, n)| format!("{OURS}{n}")), ", ");
-    let rising = list(
+    let aliases = list(&mut key().map(|(_, n)| format!("{KEY_ALIAS}{n}")), ", ");
+    let ascending = list(
         &mut target
             .key
             .iter()
@@ -67,7 +67,7 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
     );
     let with = |of: &str, operator: &str, by: &str| {
         list(
-            &mut key().map(|(_, n)| format!("{of}{OURS}{n}{operator}")),
+            &mut key().map(|(_, n)| format!("{of}{KEY_ALIAS}{n}{operator}")),
             by,
         )
     };
@@ -75,23 +75,23 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
         list(
             &mut key().map(|(column, n)| {
                 let name = identifier(&column.name);
-                format!("{table}.{name} {} {from}.{OURS}{n}", column.equal)
+                format!("{table}.{name} {} {from}.{KEY_ALIAS}{n}", column.equal)
             }),
             " AND ",
         )
     };
-    let told = list(
+    let last_values = list(
         &mut key().map(|(column, n)| {
-            let value = format!("e.{OURS}{n}");
+            let value = format!("e.{KEY_ALIAS}{n}");
             let value = if column.text == KeyText::Time {
-                // As JSON a time is the same whatever DateStyle is.
+                // In JSON, a time does not depend on DateStyle.
                 format!(
                     "pg_catalog.to_json({value}) OPERATOR(pg_catalog.#>>) '{{}}'::pg_catalog.text[]"
                 )
             } else {
                 format!("{value}::pg_catalog.text")
             };
-            format!("(SELECT {value} FROM lockkeeper_edge AS e) AS {OURS}{n}")
+            format!("(SELECT {value} FROM lockkeeper_edge AS e) AS {KEY_ALIAS}{n}")
         }),
         ", ",
     );
@@ -107,17 +107,17 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
     };
     format!(
         "{settings}WITH lockkeeper_window AS MATERIALIZED \
-         (SELECT {names} FROM {table}{behind} ORDER BY {rising} LIMIT {rows}), \
+         (SELECT {names} FROM {table}{after_last} ORDER BY {ascending} LIMIT {rows}), \
          lockkeeper_edge AS MATERIALIZED \
-         (SELECT {ours} FROM lockkeeper_window ORDER BY {falling} LIMIT 1), \
+         (SELECT {aliases} FROM lockkeeper_window ORDER BY {descending} LIMIT 1), \
          lockkeeper_batch AS MATERIALIZED \
          (SELECT {windows} FROM {table} JOIN lockkeeper_window ON {in_window}{filter} \
          ORDER BY {in_order} FOR NO KEY UPDATE OF {itself}), \
          lockkeeper_changed AS \
          (UPDATE {table} SET\n{set}\nFROM lockkeeper_batch WHERE {in_batch} RETURNING 1) \
-         SELECT (SELECT pg_catalog.count(*) FROM lockkeeper_window) AS passed, \
-         (SELECT pg_catalog.count(*) FROM lockkeeper_changed) AS changed, {told}",
-        falling = with("", &format!(" USING {greater}"), ", "),
+         SELECT (SELECT pg_catalog.count(*) FROM lockkeeper_window) AS processed, \
+         (SELECT pg_catalog.count(*) FROM lockkeeper_changed) AS changed, {last_values}",
+        descending = with("", &format!(" USING {greater}"), ", "),
         windows = with("lockkeeper_window.", "", ", "),
         in_window = rows_of("lockkeeper_window"),
         in_order = with("lockkeeper_window.", &format!(" USING {less}"), ", "),
@@ -126,11 +126,11 @@ pub(crate) fn batch(batch: &Batch<'_>, rows: u32) -> String {
     )
 }
 
-/// What is written under these settings is read under them as the same value, whatever those of the session that goes on
-/// with the backfill are otherwise (test `backfill::a_checkpoint_is_read_as_it_was_written`).
+/// Settings under which a key's text is written and later read as the same value, independent of the settings of the
+/// session that continues the backfill (test `backfill::a_checkpoint_is_read_as_it_was_written`).
 ///
-/// Only where the key needs it: the caller's texts are run under them too. A time zone is not among them, as ISO dates
-/// have theirs with them.
+/// They are used only if the key needs them, because the caller's texts run under them, too. The time zone is not among
+/// them, because ISO dates contain it.
 fn fixed_settings() -> String {
     let mut sql = String::new();
     for (name, value) in [
@@ -144,25 +144,25 @@ fn fixed_settings() -> String {
     sql
 }
 
-/// What the key's columns are called, with a number behind it.
-const OURS: &str = "lockkeeper_key_";
+/// The alias of a key column, followed by its number.
+const KEY_ALIAS: &str = "lockkeeper_key_";
 
-/// What one batch did.
+/// The result of a batch.
 #[derive(Clone, Debug)]
-pub(crate) struct Done {
-    /// Rows gone by, changed or not.
-    pub(crate) passed: u64,
+pub(crate) struct BatchResult {
+    /// The number of processed rows, changed or not.
+    pub(crate) processed: u64,
     pub(crate) changed: u64,
     /// The key of the last of them.
-    pub(crate) last: Option<Vec<String>>,
+    pub(crate) last_key: Option<Vec<String>>,
 }
 
-pub(crate) fn done(target: &Target, reply: &[SimpleQueryMessage]) -> Option<Done> {
+pub(crate) fn read_batch(target: &Target, reply: &[SimpleQueryMessage]) -> Option<BatchResult> {
     let row = rows(reply).next()?;
-    let last = (1..=target.key.len()).map(|n| text(row, &format!("{OURS}{n}")));
-    Some(Done {
-        passed: parsed(row, "passed")?,
+    let last_key = (1..=target.key.len()).map(|n| text(row, &format!("{KEY_ALIAS}{n}")));
+    Some(BatchResult {
+        processed: parsed(row, "processed")?,
         changed: parsed(row, "changed")?,
-        last: last.collect(),
+        last_key: last_key.collect(),
     })
 }

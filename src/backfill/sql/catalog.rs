@@ -1,4 +1,4 @@
-//! What the catalogs say of a table and its key.
+//! The table of a backfill and its key, from the catalogs.
 
 use tokio_postgres::SimpleQueryMessage;
 
@@ -6,11 +6,11 @@ use super::{equal, name_literal};
 use crate::postgres::TableName;
 use crate::postgres::sql::{identifier, is_true, literal, parsed, rows, text};
 
-/// A table that can be gone through in the order of a key.
+/// A table that can be processed in the order of a key.
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
     pub(crate) table: TableName,
-    /// It, and its partitions.
+    /// The oids of the table and its partitions.
     pub(crate) oids: Vec<u32>,
     pub(crate) key: Vec<KeyColumn>,
     /// The operators of the key's index: `<`, `>` and, for each column, `=`.
@@ -22,22 +22,22 @@ pub(crate) struct Target {
 #[derive(Clone, Debug)]
 pub(crate) struct KeyColumn {
     pub(crate) name: String,
-    /// Its type, quoted and with its schema.
+    /// The type, quoted and with its schema.
     pub(crate) type_name: String,
     pub(super) equal: String,
-    /// By what its values are ordered: what a checkpoint is good for.
+    /// What determines the order of the values. A checkpoint is valid only for the same order.
     pub(super) order: String,
     pub(super) text: KeyText,
 }
 
-/// How the values of a key are written.
+/// On which settings the text of a key's values depends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KeyText {
-    /// In one way.
+    /// On none.
     Fixed,
-    /// A date or a time, whose text depends on `DateStyle`.
+    /// On `DateStyle`: a date or a time.
     Time,
-    /// In a way that settings change, or that is not known.
+    /// On other settings, or unknown.
     Settings,
 }
 
@@ -47,7 +47,7 @@ impl KeyText {
         const OTHERS: [&str; 4] = ["uuid", "bytea", "pg_lsn", "jsonb"];
         match category {
             "D" => Self::Time,
-            // Texts, enumerations, booleans, network addresses, strings of bits.
+            // Texts, enumerations, booleans, network addresses, bit strings.
             "S" | "E" | "B" | "I" | "V" => Self::Fixed,
             "N" if schema == "pg_catalog" && NUMBERS.contains(&name) => Self::Fixed,
             "U" if schema == "pg_catalog" && OTHERS.contains(&name) => Self::Fixed,
@@ -57,21 +57,13 @@ impl KeyText {
     }
 }
 
-/// What was found.
-#[derive(Clone, Debug)]
-pub(crate) enum Found {
-    Target(Target),
-    /// Why the table cannot be gone through.
-    Flaw(String),
-}
-
-/// The table, its partitions, the columns of the key, and the operators of a unique index on just these columns: one
-/// message of three statements. Of several such indexes the primary key's comes first: two runs shall not take
-/// different ones.
+/// Queries the table, its partitions, the columns of the key, and the operators of a unique index on exactly these
+/// columns: one message of three statements. Of several such indexes, the primary key's comes first, so that all runs
+/// use the same one.
 ///
-/// An index is used by operators of its own family; for most types they are those of `pg_catalog`, for `citext` and its
-/// like they are in the extension's schema, wherever that is.
-pub(crate) fn catalog(table: &TableName, key: &[String]) -> String {
+/// The planner uses an index only for operators of its operator family. For most types they are in `pg_catalog`; for
+/// types of extensions such as `citext` they are in the extension's schema.
+pub(crate) fn target(table: &TableName, key: &[String]) -> String {
     let schema = table.schema().map_or_else(
         || "pg_catalog.pg_table_is_visible(c.oid)".to_owned(),
         |schema| equal("n.nspname", &name_literal(schema)),
@@ -141,26 +133,20 @@ pub(crate) fn catalog(table: &TableName, key: &[String]) -> String {
         operator(1),
         operator(5),
         operator(3),
-        // Of another kind of index (GiST, WITHOUT OVERLAPS) the strategies are not these operators.
+        // In other access methods (GiST, WITHOUT OVERLAPS) these strategies are other operators.
         equal("w.oid", "c.opcmethod"),
         equal("w.amname", "'btree'"),
     )
 }
 
-/// An index that has all columns of the key so far.
+/// A candidate index, with the operators of its columns.
 struct Index {
     oid: u32,
     operators: Vec<Option<[String; 3]>>,
 }
 
-pub(crate) fn found(table: &TableName, key: &[String], reply: &[SimpleQueryMessage]) -> Found {
-    match target(table, key, reply) {
-        Ok(target) => Found::Target(target),
-        Err(flaw) => Found::Flaw(flaw),
-    }
-}
-
-fn target(
+/// Reads the reply of [`target`]. The error is the reason why a backfill cannot process the table.
+pub(crate) fn read_target(
     table: &TableName,
     key: &[String],
     reply: &[SimpleQueryMessage],
@@ -286,7 +272,7 @@ fn target(
     })
 }
 
-/// One name for types whose values have one order and one text.
+/// A common name for types with the same order and the same text.
 fn ordered_as(schema: &str, name: &str) -> Option<&'static str> {
     match name {
         _ if schema != "pg_catalog" => None,
@@ -300,25 +286,24 @@ fn place(row: &tokio_postgres::SimpleQueryRow) -> Option<usize> {
     parsed::<usize>(row, "place")?.checked_sub(1)
 }
 
-/// The planner's estimate of the table's rows: `pg_class.reltuples`, brought up to date by the table's size, and summed
-/// up over partitions.
+/// Queries the planner's estimate of the table's rows: `pg_class.reltuples`, adjusted to the table's current size and
+/// summed over partitions.
 pub(crate) fn estimate(table: &TableName) -> String {
     format!("EXPLAIN SELECT FROM {table}")
 }
 
-pub(crate) fn estimated(reply: &[SimpleQueryMessage]) -> Option<u64> {
+pub(crate) fn read_estimate(reply: &[SimpleQueryMessage]) -> Option<u64> {
     let plan = rows(reply).next()?;
-    let (_, behind) = plan.try_get(0).ok()??.split_once(" rows=")?;
-    behind.split(' ').next()?.parse().ok()
+    let (_, rest) = plan.try_get(0).ok()??.split_once(" rows=")?;
+    rest.split(' ').next()?.parse().ok()
 }
 
-/// The table's name as a definition shows it.
 impl Target {
     pub(crate) fn schema(&self) -> &str {
         self.table.schema().unwrap_or_default()
     }
 
-    /// The definition of a backfill, from which another one's differs.
+    /// The text that identifies what a backfill does.
     pub(crate) fn definition(&self, set: &str, filter: Option<&str>) -> String {
         let key: Vec<String> = self
             .key
@@ -329,9 +314,9 @@ impl Target {
         format!("{} ({}) SET {set}{filter}", self.table, key.join(", "))
     }
 
-    /// One value of the key, of which each text is cast to its column's type.
-    pub(super) fn value(&self, last: &[String]) -> String {
-        let values: Vec<String> = last
+    /// A value of the key. Each text is cast to its column's type.
+    pub(super) fn value(&self, texts: &[String]) -> String {
+        let values: Vec<String> = texts
             .iter()
             .zip(&self.key)
             .map(|(value, column)| format!("{}::{}", literal(value), column.type_name))
@@ -339,7 +324,7 @@ impl Target {
         row_of(&values)
     }
 
-    /// The key's columns, as one value where they are several.
+    /// The key's columns, as a row if there are several.
     pub(super) fn columns(&self) -> String {
         let columns: Vec<String> = self
             .key
@@ -350,7 +335,7 @@ impl Target {
     }
 }
 
-/// Several values as one.
+/// A row of several values, or the only value.
 fn row_of(values: &[String]) -> String {
     match values {
         [one] => one.clone(),

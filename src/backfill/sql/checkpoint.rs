@@ -1,13 +1,13 @@
-//! How far a backfill has come, kept in the database.
+//! The checkpoints of backfills, stored in the database.
 
 use std::fmt::Write as _;
 
 use tokio_postgres::SimpleQueryMessage;
 
-use super::{Done, Target, equal, name_literal, text_array};
+use super::{BatchResult, Target, equal, name_literal, text_array};
 use crate::postgres::sql::{identifier, is_true, literal, parsed, rows, text};
 
-/// The table's name, in the schema of the table that is backfilled.
+/// The name of the table, which is in the schema of the backfilled table.
 pub(crate) const TABLE: &str = "lockkeeper_backfill";
 
 const COLUMNS: &str = "(name pg_catalog.text PRIMARY KEY, definition pg_catalog.text NOT NULL, \
@@ -16,31 +16,32 @@ const COLUMNS: &str = "(name pg_catalog.text PRIMARY KEY, definition pg_catalog.
      started_at pg_catalog.timestamptz NOT NULL DEFAULT pg_catalog.now(), \
      updated_at pg_catalog.timestamptz NOT NULL DEFAULT pg_catalog.now())";
 
-/// One backfill's row.
+/// Identifies a backfill's checkpoint.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Checkpoint<'a> {
+pub(crate) struct CheckpointId<'a> {
     pub(crate) schema: &'a str,
     pub(crate) name: &'a str,
 }
 
-/// What is kept in it.
+/// A backfill's checkpoint.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Saved {
+pub(crate) struct Checkpoint {
     pub(crate) definition: String,
-    /// Whether the key is ordered as it was: otherwise the rows behind the last one are others.
+    /// Whether the order of the key is unchanged. Otherwise other rows follow the last one.
     pub(crate) same_order: bool,
-    pub(crate) last: Option<Vec<String>>,
-    pub(crate) passed: u64,
+    pub(crate) last_key: Option<Vec<String>>,
+    pub(crate) processed: u64,
     pub(crate) changed: u64,
     pub(crate) done: bool,
 }
 
-/// The checkpoints' table, where there is one: `CREATE TABLE IF NOT EXISTS` asks for the right to create one even then.
+/// Queries the checkpoint table. `CREATE TABLE IF NOT EXISTS` requires the privilege to create it even if it exists.
 ///
-/// Whoever owns it can give it triggers, which run as the role that writes to it. So its owner must be somebody whose code
-/// would run anyway: this role, or one that can do all that the owner of the backfilled table or of the schema can, as
-/// superusers can. That this role is a member of the owner's is not enough: a superuser is a member of all.
-pub(crate) fn look_for(target: &Target) -> String {
+/// The table's owner can create triggers on it, which run as the role that writes to it. So the owner must be a role
+/// whose code could run as this role anyway: this role itself, or one that has all privileges of the owner of the
+/// backfilled table or of the schema, such as a superuser. It is not enough that this role is a member of the owner's
+/// role: a superuser is a member of every role.
+pub(crate) fn find_table(target: &Target) -> String {
     let can_do_as = |owner: &str| format!("pg_catalog.pg_has_role(c.relowner, {owner}, 'MEMBER')");
     let owner = format!(
         "(SELECT t.relowner FROM pg_catalog.pg_class AS t WHERE {} AND {})",
@@ -60,43 +61,43 @@ pub(crate) fn look_for(target: &Target) -> String {
     )
 }
 
-/// Whether there is the table.
+/// Whether the checkpoint table exists and can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Table {
+pub(crate) enum CheckpointTable {
     Missing,
     Usable,
-    /// Why it is not used.
-    Flaw(String),
+    /// Why it cannot be used.
+    Unusable(String),
 }
 
-pub(crate) fn seen(target: &Target, reply: &[SimpleQueryMessage]) -> Table {
+pub(crate) fn read_table(target: &Target, reply: &[SimpleQueryMessage]) -> CheckpointTable {
     let Some(row) = rows(reply).next() else {
-        return Table::Missing;
+        return CheckpointTable::Missing;
     };
     let table = format!("{}.{TABLE}", identifier(target.schema()));
     if !matches!(text(row, "relkind").as_deref(), Some("r" | "p")) {
-        return Table::Flaw(format!(
+        return CheckpointTable::Unusable(format!(
             "{table}, where checkpoints are kept, is not a table"
         ));
     }
     if !is_true(row, "trusted") {
-        return Table::Flaw(format!(
+        return CheckpointTable::Unusable(format!(
             "{table}, where checkpoints are kept, belongs to {:?}, whose triggers on it would run as this role; it \
              shall belong to this role, or to the owner of {} or of its schema",
             text(row, "rolname").unwrap_or_default(),
             target.table
         ));
     }
-    Table::Usable
+    CheckpointTable::Usable
 }
 
-pub(crate) fn create(schema: &str) -> String {
+pub(crate) fn create_table(schema: &str) -> String {
     format!("CREATE TABLE {}.{TABLE} {COLUMNS}", identifier(schema))
 }
 
-/// Where this backfill is, or that it begins.
-pub(crate) fn load(at: &Checkpoint<'_>, target: &Target, definition: &str) -> String {
-    let (table, name) = (at.table(), literal(at.name));
+/// Inserts the first checkpoint of the backfill, unless it has one, and queries it.
+pub(crate) fn load(id: &CheckpointId<'_>, target: &Target, definition: &str) -> String {
+    let (table, name) = (id.table(), literal(id.name));
     let order = text_array(target.key.iter().map(|column| column.order.as_str()));
     let definition = literal(definition);
     let mut sql = format!(
@@ -112,65 +113,70 @@ pub(crate) fn load(at: &Checkpoint<'_>, target: &Target, definition: &str) -> St
     sql
 }
 
-pub(crate) fn loaded(target: &Target, reply: &[SimpleQueryMessage]) -> Option<Saved> {
+pub(crate) fn read_checkpoint(target: &Target, reply: &[SimpleQueryMessage]) -> Option<Checkpoint> {
     let row = rows(reply).next()?;
-    Some(Saved {
+    Some(Checkpoint {
         definition: text(row, "definition")?,
         same_order: is_true(row, "same_order"),
-        last: (1..=target.key.len())
+        last_key: (1..=target.key.len())
             .map(|n| text(row, &format!("key_{n}")))
             .collect(),
-        passed: parsed(row, "rows_passed")?,
+        processed: parsed(row, "rows_passed")?,
         changed: parsed(row, "rows_done")?,
         done: is_true(row, "done"),
     })
 }
 
-/// Forgets where it was.
-pub(crate) fn forget(at: &Checkpoint<'_>) -> String {
-    let table = at.table();
+/// Deletes the checkpoint.
+pub(crate) fn delete(id: &CheckpointId<'_>) -> String {
+    let table = id.table();
     format!(
         "DELETE FROM {table} AS c WHERE {}",
-        equal("c.name", &literal(at.name))
+        equal("c.name", &literal(id.name))
     )
 }
 
-/// Notes a batch in its own transaction, unless another one has been noted since, or another backfill has begun under
-/// the name: one message. It tells how many wait for this transaction too.
-pub(crate) fn advance(at: &Checkpoint<'_>, before: &Saved, done: &Done, is_end: bool) -> String {
-    let table = at.table();
-    let known = before.last.iter().flatten().map(String::as_str);
+/// Records a batch in the batch's transaction, unless another batch has been recorded since, or another backfill has
+/// begun under the name: one message. It also queries how many sessions wait for this transaction.
+pub(crate) fn advance(
+    id: &CheckpointId<'_>,
+    before: &Checkpoint,
+    result: &BatchResult,
+    is_end: bool,
+) -> String {
+    let table = id.table();
+    let known = before.last_key.iter().flatten().map(String::as_str);
     let known = equal(
         "COALESCE(c.last_key, '{}'::pg_catalog.text[])",
         &text_array(known),
     );
-    let last = done.last.as_ref().map_or_else(String::new, |last| {
+    let last_key = result.last_key.as_ref().map_or_else(String::new, |key| {
         format!(
             "last_key = {}, ",
-            text_array(last.iter().map(String::as_str))
+            text_array(key.iter().map(String::as_str))
         )
     });
     format!(
-        "UPDATE {table} AS c SET {last}rows_passed = {}, rows_done = {}, done = {is_end}, updated_at = pg_catalog.now() \
+        "UPDATE {table} AS c SET {last_key}rows_passed = {}, rows_done = {}, done = {is_end}, updated_at = pg_catalog.now() \
          WHERE {} AND {} AND {} AND {known} AND NOT c.done RETURNING true AS advanced; \
          SELECT pg_catalog.count(*) AS waiting FROM pg_catalog.pg_locks AS l WHERE NOT l.granted \
          AND pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids(l.pid))",
-        before.passed + done.passed,
-        before.changed + done.changed,
-        equal("c.name", &literal(at.name)),
+        before.processed + result.processed,
+        before.changed + result.changed,
+        equal("c.name", &literal(id.name)),
         equal("c.definition", &literal(&before.definition)),
-        equal("c.rows_passed", &before.passed.to_string()),
+        equal("c.rows_passed", &before.processed.to_string()),
     )
 }
 
-/// How many wait for this transaction; `None` where somebody else has noted a batch.
-pub(crate) fn advanced(reply: &[SimpleQueryMessage]) -> Option<u64> {
+/// How many sessions wait for this transaction; `None` if another process has recorded a batch.
+pub(crate) fn read_advance(reply: &[SimpleQueryMessage]) -> Option<u64> {
     let mut rows = rows(reply);
     rows.next().filter(|row| is_true(row, "advanced"))?;
     parsed(rows.next()?, "waiting")
 }
 
-impl Checkpoint<'_> {
+impl CheckpointId<'_> {
     fn table(&self) -> String {
         format!("{}.{TABLE}", identifier(self.schema))
     }

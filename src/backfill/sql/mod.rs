@@ -1,26 +1,26 @@
-//! Changing all rows of a table, a batch at a time.
+//! The SQL of a backfill: catalogs, checkpoints, samples and batches.
 
 mod batch;
 mod catalog;
 mod checkpoint;
-mod look;
+mod load_sample;
 
-pub(crate) use batch::{Batch, Done, batch, done};
-pub(crate) use catalog::{Found, Target, catalog, estimate, estimated, found};
+pub(crate) use batch::{BatchQuery, BatchResult, batch, read_batch};
+pub(crate) use catalog::{Target, estimate, read_estimate, read_target, target};
 pub(crate) use checkpoint::{
-    Checkpoint, Saved, TABLE, Table, advance, advanced, create, forget, load, loaded, look_for,
-    seen,
+    Checkpoint, CheckpointId, CheckpointTable, TABLE, advance, create_table, delete, find_table,
+    load, read_advance, read_checkpoint, read_table,
 };
-pub(crate) use look::{Look, Standbys, look, looked};
+pub(crate) use load_sample::{LoadSample, Standbys, load_sample, read_load_sample};
 
 use crate::postgres::sql::literal;
 
-/// `a = b`, by PostgreSQL's own operator.
+/// `left = right`, with the operator of `pg_catalog`.
 fn equal(left: &str, right: &str) -> String {
     format!("{left} OPERATOR(pg_catalog.=) {right}")
 }
 
-/// A literal of type `name`, as the catalogs' columns are.
+/// A literal of type `name`, the type of the catalogs' columns.
 fn name_literal(name: &str) -> String {
     format!("{}::pg_catalog.name", literal(name))
 }

@@ -77,7 +77,7 @@ pub(crate) const SIDE_NAME: &str = "lockkeeper side connection";
 
 /// What is asked beside the transactions is small: a server that cannot answer it soon is left alone. For one message,
 /// which is one transaction: settings of the session would be left to others where a pooler shares it out.
-pub(crate) fn small(sql: &str) -> String {
+pub(crate) fn with_short_timeouts(sql: &str) -> String {
     format!("SET LOCAL statement_timeout = 2000; SET LOCAL lock_timeout = 1000; {sql}")
 }
 

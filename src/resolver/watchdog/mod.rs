@@ -200,7 +200,7 @@ impl WatchdogTask {
         }
         if self.policy.idle.age.is_some() || self.policy.zombies.age.is_some() {
             let snapshot = self.monitor.snapshot().await?;
-            let own = connection::is_in_custody;
+            let own = connection::is_own_backend;
             found.extend(finding::blockers_and_zombies(&self.policy, &snapshot, own));
         }
         Ok(found)

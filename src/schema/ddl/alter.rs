@@ -1,15 +1,15 @@
 //! ALTER.
 
 use super::cursor::Cursor;
-use super::{Action, Ask, Block};
+use super::{Action, CatalogCheck, Placement};
 use crate::postgres::TableName;
 use crate::schema::statements::LockedRelation;
 
-/// What comes behind ALTER.
-pub(super) fn read(mut cursor: Cursor<'_>) -> (Block, Option<Vec<Action>>) {
-    let mut block = Block::May;
+/// Reads the statement after ALTER.
+pub(super) fn read(mut cursor: Cursor<'_>) -> (Placement, Option<Vec<Action>>) {
+    let mut placement = Placement::InTransaction;
     if cursor.eat(&["system"]) {
-        return (Block::MustNot, Some(Vec::new()));
+        return (Placement::OutsideTransaction, Some(Vec::new()));
     }
     let is_index = cursor.eat(&["index"]);
     let is_relation = is_index
@@ -18,21 +18,21 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> (Block, Option<Vec<Action>>) {
         || cursor.eat(&["materialized", "view"])
         || cursor.eat(&["view"]);
     if !is_relation {
-        return (Block::May, elsewhere(cursor));
+        return (Placement::InTransaction, other_object(cursor));
     }
     if cursor.sees(&["all", "in"]) {
-        return (Block::May, None);
+        return (Placement::InTransaction, None);
     }
     cursor.eat(&["if", "exists"]);
     cursor.eat(&["only"]);
     let Some(table) = cursor.name() else {
-        return (Block::May, None);
+        return (Placement::InTransaction, None);
     };
     let mut actions = Vec::new();
     while !cursor.is_at_end() {
         let part = cursor.until_comma();
         if part.has(&["detach"]) && part.has(&["concurrently"]) {
-            block = Block::Detach;
+            placement = Placement::Detach;
         }
         let read = if is_index {
             index_action(part, &table)
@@ -40,15 +40,15 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> (Block, Option<Vec<Action>>) {
             table_action(part, &table)
         };
         let Some(read) = read else {
-            return (block, None);
+            return (placement, None);
         };
         actions.extend(read);
     }
-    (block, Some(actions))
+    (placement, Some(actions))
 }
 
-/// What is not a relation, or has a statement of its own.
-fn elsewhere(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
+/// Reads an ALTER of an object that is not a relation, or that has statement names of its own.
+fn other_object(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     if cursor.eat(&["sequence"]) {
         cursor.eat(&["if", "exists"]);
         let name = cursor.name()?;
@@ -64,7 +64,7 @@ fn elsewhere(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
         "trigger" => "ALTER TRIGGER … RENAME",
         "rule" => "ALTER RULE … RENAME",
         "policy" => "ALTER POLICY",
-        // None of them is a relation, or locks one.
+        // These objects are not relations, and altering them locks none.
         "role" | "user" | "database" | "function" | "procedure" | "routine" | "aggregate"
         | "schema" | "default" | "extension" | "collation" | "operator" | "server"
         | "publication" | "subscription" | "group" | "language" | "conversion" => {
@@ -100,12 +100,12 @@ fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>
         "validate" => {
             cursor.eat(&["constraint"]);
             let name = cursor.identifier()?;
-            let ask = Ask::Constraint {
+            let check = CatalogCheck::Constraint {
                 name,
                 cascade: false,
             };
             let action = Action::new("ALTER TABLE … VALIDATE CONSTRAINT", table.clone());
-            Some(vec![action.asking(ask)])
+            Some(vec![action.checking(check)])
         }
         "rename" => match cursor.word() {
             "to" => one("ALTER TABLE … RENAME"),
@@ -186,7 +186,7 @@ fn add(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
     Some(column(cursor, table))
 }
 
-/// A table constraint, behind its name.
+/// Reads a table constraint after its name.
 fn constraint(cursor: &mut Cursor<'_>, table: &TableName) -> Option<Action> {
     let not_valid = cursor.has(&["not", "valid"]);
     let not_enforced = cursor.has(&["not", "enforced"]);
@@ -224,7 +224,7 @@ fn constraint(cursor: &mut Cursor<'_>, table: &TableName) -> Option<Action> {
         if cursor.seek(&["using", "index"]) && !cursor.sees(&["tablespace"]) {
             let index = cursor.identifier()?;
             let action = new("ALTER TABLE … ADD PRIMARY KEY USING INDEX");
-            Some(action.asking(Ask::UsingIndex { index }))
+            Some(action.checking(CatalogCheck::UsingIndex { index }))
         } else {
             Some(new("ALTER TABLE … ADD PRIMARY KEY"))
         }
@@ -242,8 +242,8 @@ fn constraint(cursor: &mut Cursor<'_>, table: &TableName) -> Option<Action> {
     }
 }
 
-/// What may come behind a column's type.
-const BEHIND_TYPE: &[&str] = &[
+/// The keywords that can follow a column's type.
+const AFTER_TYPE: &[&str] = &[
     "collate",
     "default",
     "not",
@@ -264,7 +264,7 @@ const BEHIND_TYPE: &[&str] = &[
 
 fn column(mut cursor: Cursor<'_>, table: &TableName) -> Vec<Action> {
     let new = |name| Action::new(name, table.clone());
-    let ty = cursor.text_until(BEHIND_TYPE).to_owned();
+    let ty = cursor.text_until(AFTER_TYPE).to_owned();
     let serial = [
         "serial",
         "bigserial",
@@ -297,10 +297,10 @@ fn column(mut cursor: Cursor<'_>, table: &TableName) -> Vec<Action> {
                 "collate",
             ]);
             calls = Cursor::of(text).calls();
-            // Operators can be volatile too, but none that comes with the server is.
+            // Operators can be volatile, too, but no built-in operator is.
         }
-        let ask = Ask::NewColumn { ty, calls };
-        actions.push(new("ALTER TABLE … ADD COLUMN").asking(ask));
+        let check = CatalogCheck::NewColumn { ty, calls };
+        actions.push(new("ALTER TABLE … ADD COLUMN").checking(check));
     }
     if cursor.has(&["check"]) {
         actions.push(new("ALTER TABLE … ADD COLUMN … CHECK"));
@@ -325,9 +325,9 @@ fn drop_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
     let cascade = cursor.has(&["cascade"]);
     Some(vec![if is_constraint {
         Action::new("ALTER TABLE … DROP CONSTRAINT", table.clone())
-            .asking(Ask::Constraint { name, cascade })
+            .checking(CatalogCheck::Constraint { name, cascade })
     } else {
-        Action::new("ALTER TABLE … DROP COLUMN", table.clone()).asking(Ask::DropColumn {
+        Action::new("ALTER TABLE … DROP COLUMN", table.clone()).checking(CatalogCheck::DropColumn {
             column: name,
             cascade,
         })
@@ -351,13 +351,15 @@ fn alter_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> 
     if cursor.eat(&["type"]) || cursor.eat(&["set", "data", "type"]) {
         let ty = cursor.text_until(&["collate", "using"]).to_owned();
         let using = cursor.has(&["using"]) || cursor.has(&["collate"]);
-        let ask = Ask::NewType { column, ty, using };
-        return Some(vec![new("ALTER TABLE … ALTER COLUMN … TYPE").asking(ask)]);
+        let check = CatalogCheck::NewType { column, ty, using };
+        return Some(vec![
+            new("ALTER TABLE … ALTER COLUMN … TYPE").checking(check),
+        ]);
     }
     let name = match (cursor.word(), cursor.word_at(1)) {
         ("set", "not") => {
             let action = new("ALTER TABLE … ALTER COLUMN … SET NOT NULL");
-            return Some(vec![action.asking(Ask::NotNull { column })]);
+            return Some(vec![action.checking(CatalogCheck::NotNull { column })]);
         }
         ("set", "default") => "ALTER TABLE … ALTER COLUMN … SET DEFAULT",
         ("set", "statistics") => "ALTER TABLE … ALTER COLUMN … SET STATISTICS",

@@ -1,11 +1,11 @@
-//! Walking over the tokens of one statement.
+//! A cursor over the tokens of one statement.
 
 use crate::postgres::TableName;
 use crate::postgres::statement::{TokenKind, spans};
 
-/// A token as far as it matters here: keywords are compared without case, names are kept as the server folds them.
+/// A token: keywords are compared without case, names are folded as by the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Item {
+enum Token {
     /// A keyword or unquoted name, in lower case.
     Word(String),
     /// A quoted name, without its quotes.
@@ -14,55 +14,65 @@ enum Item {
     Literal,
 }
 
-/// A statement and the place in it.
+/// A statement and the position in it.
 #[derive(Clone, Debug)]
 pub(super) struct Cursor<'a> {
     text: &'a str,
-    items: Vec<(usize, usize, Item)>,
+    tokens: Vec<(usize, usize, Token)>,
     at: usize,
 }
 
 impl<'a> Cursor<'a> {
     pub(super) fn of(text: &'a str) -> Self {
-        let items = spans(text)
+        let tokens = spans(text)
             .map(|(span, kind)| {
-                let item = match kind {
-                    TokenKind::Word(word) => Item::Word(word.to_lowercase()),
-                    TokenKind::Quoted(name) => Item::Quoted(name.replace("\"\"", "\"")),
-                    TokenKind::Symbol(c) => Item::Symbol(c),
-                    TokenKind::Parameter(_) | TokenKind::Literal => Item::Literal,
+                let token = match kind {
+                    TokenKind::Word(word) => Token::Word(word.to_lowercase()),
+                    TokenKind::Quoted(name) => Token::Quoted(name.replace("\"\"", "\"")),
+                    TokenKind::Symbol(c) => Token::Symbol(c),
+                    TokenKind::Parameter(_) | TokenKind::Literal => Token::Literal,
                 };
-                (span.start, span.end, item)
+                (span.start, span.end, token)
             })
             .collect();
-        Self { text, items, at: 0 }
+        Self {
+            text,
+            tokens,
+            at: 0,
+        }
     }
 
     pub(super) fn is_at_end(&self) -> bool {
-        self.at >= self.items.len()
+        self.at >= self.tokens.len()
     }
 
-    /// The keyword here; empty where there is none.
+    /// The keyword here; empty if there is none.
     pub(super) fn word(&self) -> &str {
         self.word_at(0)
     }
 
     pub(super) fn word_at(&self, ahead: usize) -> &str {
-        match self.items.get(self.at + ahead) {
-            Some((_, _, Item::Word(word))) => word,
+        match self.tokens.get(self.at + ahead) {
+            Some((_, _, Token::Word(word))) => word,
             _ => "",
         }
     }
 
-    pub(super) fn skip(&mut self, items: usize) {
-        self.at = (self.at + items).min(self.items.len());
+    pub(super) fn skip(&mut self, tokens: usize) {
+        self.at = (self.at + tokens).min(self.tokens.len());
     }
 
+    /// Whether the words come next.
     pub(super) fn sees(&self, words: &[&str]) -> bool {
-        (words.iter().enumerate()).all(|(ahead, word)| self.word_at(ahead) == *word)
+        self.sees_at(self.at, words)
     }
 
-    /// Goes over the words, if they are what comes.
+    fn sees_at(&self, at: usize, words: &[&str]) -> bool {
+        let is_word = |token: Option<&(usize, usize, Token)>, word: &str| matches!(token, Some((_, _, Token::Word(found))) if found == word);
+        (words.iter().enumerate()).all(|(ahead, word)| is_word(self.tokens.get(at + ahead), word))
+    }
+
+    /// Skips the words, if they come next.
     pub(super) fn eat(&mut self, words: &[&str]) -> bool {
         let sees = self.sees(words);
         if sees {
@@ -72,7 +82,7 @@ impl<'a> Cursor<'a> {
     }
 
     pub(super) fn sees_symbol(&self, symbol: char) -> bool {
-        matches!(self.items.get(self.at), Some((_, _, Item::Symbol(c))) if *c == symbol)
+        matches!(self.tokens.get(self.at), Some((_, _, Token::Symbol(c))) if *c == symbol)
     }
 
     pub(super) fn eat_symbol(&mut self, symbol: char) -> bool {
@@ -83,17 +93,17 @@ impl<'a> Cursor<'a> {
         sees
     }
 
-    /// One name, without a schema.
+    /// Reads one name without a schema.
     pub(super) fn identifier(&mut self) -> Option<String> {
-        let name = match self.items.get(self.at) {
-            Some((_, _, Item::Word(name) | Item::Quoted(name))) => name.clone(),
+        let name = match self.tokens.get(self.at) {
+            Some((_, _, Token::Word(name) | Token::Quoted(name))) => name.clone(),
             _ => return None,
         };
         self.skip(1);
         Some(name)
     }
 
-    /// A name with or without a schema; of `catalog.schema.table` the last two.
+    /// Reads a name with or without a schema; of `catalog.schema.table` the last two parts.
     pub(super) fn name(&mut self) -> Option<TableName> {
         let mut parts = vec![self.identifier()?];
         while self.sees_symbol('.') {
@@ -109,7 +119,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// Names with commas between.
+    /// Reads names separated by commas.
     pub(super) fn names(&mut self) -> Vec<TableName> {
         let mut names = Vec::new();
         while let Some(name) = self.name() {
@@ -122,17 +132,17 @@ impl<'a> Cursor<'a> {
         names
     }
 
-    /// Goes over a group in parentheses, if one begins here.
+    /// Reads a group in parentheses, if one begins here.
     pub(super) fn group(&mut self) -> Option<Self> {
         if !self.sees_symbol('(') {
             return None;
         }
         let from = self.at + 1;
         let mut depth = 0_usize;
-        while let Some((_, _, item)) = self.items.get(self.at) {
-            match item {
-                Item::Symbol('(') => depth += 1,
-                Item::Symbol(')') => depth -= 1,
+        while let Some((_, _, token)) = self.tokens.get(self.at) {
+            match token {
+                Token::Symbol('(') => depth += 1,
+                Token::Symbol(')') => depth -= 1,
                 _ => {}
             }
             self.at += 1;
@@ -143,15 +153,15 @@ impl<'a> Cursor<'a> {
         Some(self.part(from, self.at.saturating_sub(1).max(from)))
     }
 
-    /// What comes up to the next comma outside of parentheses, which is gone over too.
+    /// Reads up to the next comma outside of parentheses, and skips the comma.
     pub(super) fn until_comma(&mut self) -> Self {
         let from = self.at;
         let mut depth = 0_usize;
-        while let Some((_, _, item)) = self.items.get(self.at) {
-            match item {
-                Item::Symbol('(' | '[') => depth += 1,
-                Item::Symbol(')' | ']') => depth = depth.saturating_sub(1),
-                Item::Symbol(',') if depth == 0 => break,
+        while let Some((_, _, token)) = self.tokens.get(self.at) {
+            match token {
+                Token::Symbol('(' | '[') => depth += 1,
+                Token::Symbol(')' | ']') => depth = depth.saturating_sub(1),
+                Token::Symbol(',') if depth == 0 => break,
                 _ => {}
             }
             self.at += 1;
@@ -164,36 +174,36 @@ impl<'a> Cursor<'a> {
     fn part(&self, from: usize, to: usize) -> Self {
         Self {
             text: self.text,
-            items: self.items[from.min(to)..to].to_vec(),
+            tokens: self.tokens[from.min(to)..to].to_vec(),
             at: 0,
         }
     }
 
-    /// The text from here up to the first of these words outside of parentheses, and goes there.
+    /// Reads the text up to the first of these words outside of parentheses.
     pub(super) fn text_until(&mut self, words: &[&str]) -> &'a str {
         let from = self.at;
         let mut depth = 0_usize;
-        while let Some((_, _, item)) = self.items.get(self.at) {
-            match item {
-                Item::Symbol('(' | '[') => depth += 1,
-                Item::Symbol(')' | ']') => depth = depth.saturating_sub(1),
-                Item::Word(word) if depth == 0 && words.contains(&word.as_str()) => break,
+        while let Some((_, _, token)) = self.tokens.get(self.at) {
+            match token {
+                Token::Symbol('(' | '[') => depth += 1,
+                Token::Symbol(')' | ']') => depth = depth.saturating_sub(1),
+                Token::Word(word) if depth == 0 && words.contains(&word.as_str()) => break,
                 _ => {}
             }
             self.at += 1;
         }
-        let (Some(first), true) = (self.items.get(from), self.at > from) else {
+        let (Some(first), true) = (self.tokens.get(from), self.at > from) else {
             return "";
         };
-        &self.text[first.0..self.items[self.at - 1].1]
+        &self.text[first.0..self.tokens[self.at - 1].1]
     }
 
-    /// Whether the words come somewhere from here on, outside of parentheses.
+    /// Whether the words occur from here on, outside of parentheses.
     pub(super) fn has(&self, words: &[&str]) -> bool {
         self.find(words).is_some()
     }
 
-    /// Goes behind the words, where they come outside of parentheses.
+    /// Moves to the end of the words, if they occur outside of parentheses.
     pub(super) fn seek(&mut self, words: &[&str]) -> bool {
         let found = self.find(words);
         if let Some(at) = found {
@@ -204,56 +214,32 @@ impl<'a> Cursor<'a> {
 
     fn find(&self, words: &[&str]) -> Option<usize> {
         let mut depth = 0_usize;
-        for at in self.at..self.items.len() {
-            match &self.items[at].2 {
-                Item::Symbol('(') => depth += 1,
-                Item::Symbol(')') => depth = depth.saturating_sub(1),
-                Item::Word(_) if depth == 0 => {
-                    let mut here = self.clone_at(at);
-                    if here.eat(words) {
-                        return Some(at);
-                    }
-                }
+        for at in self.at..self.tokens.len() {
+            match &self.tokens[at].2 {
+                Token::Symbol('(') => depth += 1,
+                Token::Symbol(')') => depth = depth.saturating_sub(1),
+                Token::Word(_) if depth == 0 && self.sees_at(at, words) => return Some(at),
                 _ => {}
             }
         }
         None
     }
 
-    fn clone_at(&self, at: usize) -> Probe<'_> {
-        Probe {
-            items: &self.items[at..],
-        }
-    }
-
-    /// The names of functions called from here on: words with a parenthesis behind.
+    /// The names of functions called from here on: words followed by a parenthesis.
     pub(super) fn calls(&self) -> Vec<String> {
-        let items = &self.items[self.at.min(self.items.len())..];
-        items
+        let tokens = &self.tokens[self.at.min(self.tokens.len())..];
+        tokens
             .windows(2)
             .filter_map(|pair| match (&pair[0].2, &pair[1].2) {
-                (Item::Word(name) | Item::Quoted(name), Item::Symbol('(')) => Some(name.clone()),
+                (Token::Word(name) | Token::Quoted(name), Token::Symbol('(')) => Some(name.clone()),
                 _ => None,
             })
             .collect()
     }
 }
 
-/// A look ahead without a copy.
-struct Probe<'a> {
-    items: &'a [(usize, usize, Item)],
-}
-
-impl Probe<'_> {
-    fn eat(&mut self, words: &[&str]) -> bool {
-        self.items.len() >= words.len()
-            && (self.items.iter().zip(words))
-                .all(|((_, _, item), word)| matches!(item, Item::Word(w) if w == word))
-    }
-}
-
-/// The statements of a batch, without the semicolons between them. The body of a function in `BEGIN ATOMIC … END` has
-/// semicolons of its own.
+/// The statements of a batch, without the semicolons between them. A semicolon in a function body `BEGIN ATOMIC … END`
+/// does not end the statement.
 pub(super) fn split(sql: &str) -> Vec<&str> {
     let mut statements = Vec::new();
     let mut start = None;

@@ -1,7 +1,8 @@
-//! What statements would lock, read from their text: which rows of [`StatementLock`](crate::StatementLock) they are, of
-//! which relations, and what only the catalogs can tell.
+//! Recognizes statements from their text: their rows in the table of [`StatementLock`](crate::StatementLock), the
+//! relations they name, and what has to be checked in the catalogs.
 //!
-//! No parser. What is not recognized is said to be so ([`Statement::actions`] is `None`), and never guessed.
+//! This is not a full parser. A statement that is not recognized is marked ([`Statement::actions`] is `None`), never
+//! guessed.
 
 mod alter;
 mod cursor;
@@ -16,68 +17,70 @@ use crate::schema::statements::LockedRelation;
 #[derive(Clone, Debug)]
 pub(super) struct Statement<'a> {
     pub(super) text: &'a str,
-    pub(super) block: Block,
-    /// What it does; `None` where it could not be read, empty where it locks no relation that is there before it.
+    pub(super) placement: Placement,
+    /// The statement's actions; `None` if it is not recognized, empty if it locks no existing relation.
     pub(super) actions: Option<Vec<Action>>,
 }
 
-/// Where a statement may stand.
+/// Where a statement can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Block {
-    /// In a transaction.
-    May,
-    /// Not in a transaction block.
-    MustNot,
-    /// The same, and it can leave something half done; it waits for others without keeping readers or writers waiting.
+pub(super) enum Placement {
+    /// In a transaction block.
+    InTransaction,
+    /// Only outside of a transaction block.
+    OutsideTransaction,
+    /// Only outside of a transaction block. It can leave partial work behind, and does not block readers or writers
+    /// while it waits.
     Concurrently,
-    /// The same of `DETACH PARTITION … CONCURRENTLY`, which at its end stands in the partition's queue for ACCESS EXCLUSIVE.
+    /// `DETACH PARTITION … CONCURRENTLY`, which is like `Concurrently`, except that it finally waits for ACCESS
+    /// EXCLUSIVE on the partition.
     Detach,
-    /// It begins or ends one.
-    Control,
-    /// It sets something that stays on the connection behind the transaction, or the timeout that is ours to set.
-    Setting,
+    /// It begins or ends a transaction.
+    TransactionControl,
+    /// It changes a setting that outlives the transaction, or the timeout that the library sets.
+    SessionSetting,
 }
 
-/// A part of a statement that is a statement of the table.
+/// A part of a statement that has rows in the table.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Action {
-    /// Its name in the table, where nothing in the catalogs makes it another one.
+    /// Its statement name in the table, unless the catalogs imply another one.
     pub(super) name: &'static str,
     pub(super) target: Target,
-    /// Other relations that it names.
+    /// Other relations that it names, by their roles.
     pub(super) others: Vec<(LockedRelation, TableName)>,
-    /// What makes the difference.
-    pub(super) ask: Ask,
-    /// The mode that it names itself: LOCK TABLE.
+    /// What decides in the catalogs on the statement name.
+    pub(super) check: CatalogCheck,
+    /// The mode that LOCK TABLE names.
     pub(super) mode: Option<LockMode>,
 }
 
-/// What an action is about.
+/// What an action locks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     Relation(TableName),
     /// Every relation of a schema.
     Schema(String),
-    /// No relation that is there before.
+    /// No existing relation.
     None,
 }
 
-/// What the text does not say.
+/// What has to be checked in the catalogs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Ask {
+pub(super) enum CatalogCheck {
     Nothing,
-    /// Whether a new column's default differs from row to row, or its type is a domain that has to be checked.
+    /// Whether a new column's default is volatile, or its type is a domain with constraints.
     NewColumn {
         ty: String,
         calls: Vec<String>,
     },
-    /// Whether a column's new type has the same bytes as its old one.
+    /// Whether the stored values stay unchanged under a column's new type.
     NewType {
         column: String,
         ty: String,
         using: bool,
     },
-    /// Whether a CHECK says so already.
+    /// Whether a valid CHECK already implies NOT NULL.
     NotNull {
         column: String,
     },
@@ -85,12 +88,12 @@ pub(super) enum Ask {
     UsingIndex {
         index: String,
     },
-    /// Whether it is a foreign key, or a key that others refer to.
+    /// Whether the constraint is a foreign key, or a key that foreign keys reference.
     Constraint {
         name: String,
         cascade: bool,
     },
-    /// The same of the constraints of a column.
+    /// Whether a constraint of the column is a foreign key, or a key that foreign keys reference.
     DropColumn {
         column: String,
         cascade: bool,
@@ -103,7 +106,7 @@ impl Action {
             name,
             target: target.into().map_or(Target::None, Target::Relation),
             others: Vec::new(),
-            ask: Ask::Nothing,
+            check: CatalogCheck::Nothing,
             mode: None,
         }
     }
@@ -113,8 +116,8 @@ impl Action {
         self
     }
 
-    fn asking(mut self, ask: Ask) -> Self {
-        self.ask = ask;
+    fn checking(mut self, check: CatalogCheck) -> Self {
+        self.check = check;
         self
     }
 }
@@ -124,36 +127,36 @@ pub(super) fn read(sql: &str) -> Vec<Statement<'_>> {
     cursor::split(sql).into_iter().map(read_one).collect()
 }
 
-/// Why a batch cannot be read to its end, if so: behind a string whose end a setting decides could stand anything, a
-/// COMMIT too.
+/// Why a batch cannot be split into statements, if so: the end of a string can depend on a setting, and the text after
+/// it can contain any statement, even COMMIT.
 pub(super) fn flaw(sql: &str) -> Option<String> {
-    let unread = undecided(sql)?;
-    let (_, behind) = unread.split_once(';')?;
-    (!behind.trim().is_empty()).then(|| {
-        let end = unread.char_indices().nth(40).map_or(unread.len(), |(at, _)| at);
+    let rest = undecided(sql)?;
+    let (_, following) = rest.split_once(';')?;
+    (!following.trim().is_empty()).then(|| {
+        let end = rest.char_indices().nth(40).map_or(rest.len(), |(at, _)| at);
         format!(
             "the text cannot be told apart into statements from {:?} on; write a string that ends in a backslash as \
              E'…\\\\', or the statements as changes of their own",
-            &unread[..end]
+            &rest[..end]
         )
     })
 }
 
-/// The functions that a default calls.
-pub(super) fn read_default(expression: &str) -> Vec<String> {
+/// The functions that an expression calls.
+pub(super) fn called_functions(expression: &str) -> Vec<String> {
     cursor::Cursor::of(expression).calls()
 }
 
 fn read_one(text: &str) -> Statement<'_> {
     let mut cursor = cursor::Cursor::of(text);
-    let (block, actions) = if cursor.eat(&["alter"]) {
+    let (placement, actions) = if cursor.eat(&["alter"]) {
         alter::read(cursor)
     } else {
         other::read(cursor)
     };
     Statement {
         text,
-        block,
+        placement,
         actions,
     }
 }
@@ -171,7 +174,7 @@ mod tests {
         actions.flatten().map(|action| action.name).collect()
     }
 
-    /// Each statement here, and the rows it is read as; every name has to be in the table.
+    /// Statements and the rows they are recognized as. Every name has to be in the table.
     #[test]
     fn statements_are_found_in_the_table() {
         for (sql, expected) in [
@@ -334,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_string_that_a_setting_ends_is_not_the_last_of_a_batch() {
+    fn a_batch_with_an_ambiguous_string_end_is_refused() {
         for sql in [
             r"COMMENT ON TABLE t IS 'C:\'; COMMIT; DROP TABLE t",
             r"COMMENT ON TABLE t IS U&'\'; COMMIT; --'",
@@ -353,69 +356,81 @@ mod tests {
     }
 
     #[test]
-    fn where_statements_may_stand() {
-        for (sql, block) in [
-            ("CREATE INDEX concurrently_not ON t (a)", Block::May),
+    fn placements_are_recognized() {
+        for (sql, placement) in [
+            (
+                "CREATE INDEX concurrently_not ON t (a)",
+                Placement::InTransaction,
+            ),
             (
                 "CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS i ON t (a)",
-                Block::Concurrently,
+                Placement::Concurrently,
             ),
-            ("DROP INDEX CONCURRENTLY i", Block::Concurrently),
-            ("REINDEX (CONCURRENTLY) TABLE t", Block::Concurrently),
-            ("REINDEX SCHEMA s", Block::MustNot),
-            ("VACUUM t", Block::MustNot),
-            ("CLUSTER", Block::MustNot),
-            ("CLUSTER t", Block::May),
-            ("CREATE DATABASE d", Block::MustNot),
-            ("ALTER SYSTEM SET work_mem = '1MB'", Block::MustNot),
-            ("REFRESH MATERIALIZED VIEW CONCURRENTLY m", Block::May),
+            ("DROP INDEX CONCURRENTLY i", Placement::Concurrently),
+            ("REINDEX (CONCURRENTLY) TABLE t", Placement::Concurrently),
+            ("REINDEX SCHEMA s", Placement::OutsideTransaction),
+            ("VACUUM t", Placement::OutsideTransaction),
+            ("CLUSTER", Placement::OutsideTransaction),
+            ("CLUSTER t", Placement::InTransaction),
+            ("CREATE DATABASE d", Placement::OutsideTransaction),
+            (
+                "ALTER SYSTEM SET work_mem = '1MB'",
+                Placement::OutsideTransaction,
+            ),
+            (
+                "REFRESH MATERIALIZED VIEW CONCURRENTLY m",
+                Placement::InTransaction,
+            ),
             (
                 "ALTER TABLE p DETACH PARTITION q CONCURRENTLY",
-                Block::Detach,
+                Placement::Detach,
             ),
-            ("SET LOCAL work_mem = '1MB'", Block::May),
-            ("SET CONSTRAINTS ALL DEFERRED", Block::May),
-            ("SET LOCAL \"LOCK_timeout\" = 0", Block::Setting),
-            ("SET LOCAL U&\"lock\\005ftimeout\" = 0", Block::Setting),
-            ("LISTEN c", Block::Setting),
-            ("BEGIN", Block::Control),
-            ("start transaction", Block::Control),
-            ("COMMIT", Block::Control),
-            ("ROLLBACK TO SAVEPOINT a", Block::Control),
-            ("END", Block::Control),
-            ("SET search_path = a", Block::Setting),
-            ("SET SESSION work_mem = '1MB'", Block::Setting),
-            ("SET LOCAL lock_timeout = 0", Block::Setting),
-            ("RESET ALL", Block::Setting),
-            ("SET LOCAL search_path = a", Block::May),
-            ("SET CONSTRAINTS ALL DEFERRED", Block::May),
+            ("SET LOCAL work_mem = '1MB'", Placement::InTransaction),
+            ("SET CONSTRAINTS ALL DEFERRED", Placement::InTransaction),
+            ("SET LOCAL \"LOCK_timeout\" = 0", Placement::SessionSetting),
+            (
+                "SET LOCAL U&\"lock\\005ftimeout\" = 0",
+                Placement::SessionSetting,
+            ),
+            ("LISTEN c", Placement::SessionSetting),
+            ("BEGIN", Placement::TransactionControl),
+            ("start transaction", Placement::TransactionControl),
+            ("COMMIT", Placement::TransactionControl),
+            ("ROLLBACK TO SAVEPOINT a", Placement::TransactionControl),
+            ("END", Placement::TransactionControl),
+            ("SET search_path = a", Placement::SessionSetting),
+            ("SET SESSION work_mem = '1MB'", Placement::SessionSetting),
+            ("SET LOCAL lock_timeout = 0", Placement::SessionSetting),
+            ("RESET ALL", Placement::SessionSetting),
+            ("SET LOCAL search_path = a", Placement::InTransaction),
+            ("SET CONSTRAINTS ALL DEFERRED", Placement::InTransaction),
         ] {
-            assert_eq!(read(sql)[0].block, block, "{sql}");
+            assert_eq!(read(sql)[0].placement, placement, "{sql}");
         }
     }
 
     #[test]
-    fn relations_are_found_with_their_parts() {
+    fn relations_are_found_with_their_roles() {
         let action = |sql: &str| read(sql)[0].actions.clone().into_iter().flatten().next();
         let relation = |name: &str| Target::Relation(TableName::from(name));
         let added = action(
             "ALTER TABLE IF EXISTS ONLY Shop.\"T\" ADD CONSTRAINT c FOREIGN KEY (a) REFERENCES shop.p (id)",
         );
-        let added = added.expect("it is read");
+        let added = added.expect("it is recognized");
         assert_eq!(added.target, relation("shop.T"));
         assert_eq!(
             added.others,
             [(LockedRelation::Referenced, TableName::from("shop.p"))]
         );
-        let index = action("CREATE INDEX ON ONLY t USING gin (a)").expect("it is read");
+        let index = action("CREATE INDEX ON ONLY t USING gin (a)").expect("it is recognized");
         assert_eq!(index.target, relation("t"));
         let column = action("ALTER TABLE t ADD a text DEFAULT md5(random()::text) NOT NULL");
-        let ask = Ask::NewColumn {
+        let check = CatalogCheck::NewColumn {
             ty: "text".into(),
             calls: vec!["md5".into(), "random".into()],
         };
-        assert_eq!(column.expect("it is read").ask, ask);
-        let lock = action("LOCK TABLE ONLY a IN ROW SHARE MODE NOWAIT").expect("it is read");
+        assert_eq!(column.expect("it is recognized").check, check);
+        let lock = action("LOCK TABLE ONLY a IN ROW SHARE MODE NOWAIT").expect("it is recognized");
         assert_eq!(
             (lock.target, lock.mode),
             (relation("a"), Some(LockMode::RowShare))
@@ -424,12 +439,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read(text in any::<String>()) {
+        fn any_text_is_read_without_panic(text in any::<String>()) {
             read(&text);
         }
 
         #[test]
-        fn any_words_are_read(words in prop::collection::vec(prop::sample::select(vec![
+        fn any_words_are_read_without_panic(words in prop::collection::vec(prop::sample::select(vec![
             "alter", "table", "add", "column", "constraint", "drop", "index", "create", "unique", "on", "only", "t",
             "\"q\"", "(", ")", ",", ".", ";", "foreign", "key", "references", "not", "valid", "default", "1", "'x'",
             "set", "type", "using", "vacuum", "full", "concurrently", "reindex", "lock", "in", "mode", "partition",

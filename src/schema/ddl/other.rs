@@ -1,14 +1,14 @@
-//! All statements but ALTER.
+//! All statements except ALTER.
 
 use super::cursor::Cursor;
-use super::{Action, Block, Target};
+use super::{Action, Placement, Target};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
 use crate::schema::statements::LockedRelation;
 
-type Read = (Block, Option<Vec<Action>>);
+type Read = (Placement, Option<Vec<Action>>);
 
-/// A whole statement.
+/// Reads a whole statement.
 pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
     let word = cursor.word().to_owned();
     cursor.skip(1);
@@ -23,7 +23,7 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             if !in_parentheses {
                 cursor.eat(&["verbose"]);
             }
-            (Block::May, all("ANALYZE", cursor.names()))
+            (Placement::InTransaction, all("ANALYZE", cursor.names()))
         }
         "refresh" => {
             cursor.eat(&["materialized", "view"]);
@@ -32,7 +32,7 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             } else {
                 "REFRESH MATERIALIZED VIEW"
             };
-            (Block::May, one(name, cursor.name()))
+            (Placement::InTransaction, one(name, cursor.name()))
         }
         "truncate" => {
             cursor.eat(&["table"]);
@@ -43,47 +43,47 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             } else {
                 "TRUNCATE"
             };
-            (Block::May, all(name, names))
+            (Placement::InTransaction, all(name, names))
         }
-        "lock" => (Block::May, lock(cursor)),
-        "comment" => (Block::May, comment(cursor)),
+        "lock" => (Placement::InTransaction, lock(cursor)),
+        "comment" => (Placement::InTransaction, comment(cursor)),
         "insert" => {
             cursor.eat(&["into"]);
-            (Block::May, one("INSERT", cursor.name()))
+            (Placement::InTransaction, one("INSERT", cursor.name()))
         }
         "update" => {
             cursor.eat(&["only"]);
-            (Block::May, one("UPDATE", cursor.name()))
+            (Placement::InTransaction, one("UPDATE", cursor.name()))
         }
         "delete" => {
             cursor.eat(&["from"]);
             cursor.eat(&["only"]);
-            (Block::May, one("DELETE", cursor.name()))
+            (Placement::InTransaction, one("DELETE", cursor.name()))
         }
         "begin" | "commit" | "rollback" | "abort" | "end" | "savepoint" | "release" | "start"
-        | "prepare" => (Block::Control, Some(Vec::new())),
+        | "prepare" => (Placement::TransactionControl, Some(Vec::new())),
         "set" => (setting(cursor), Some(Vec::new())),
-        "reset" | "discard" | "listen" => (Block::Setting, Some(Vec::new())),
+        "reset" | "discard" | "listen" => (Placement::SessionSetting, Some(Vec::new())),
         "show" | "grant" | "revoke" | "notify" | "security" | "reassign" => {
-            (Block::May, Some(Vec::new()))
+            (Placement::InTransaction, Some(Vec::new()))
         }
-        _ => (Block::May, None),
+        _ => (Placement::InTransaction, None),
     }
 }
 
-fn setting(mut cursor: Cursor<'_>) -> Block {
+fn setting(mut cursor: Cursor<'_>) -> Placement {
     if cursor.sees(&["constraints"]) || cursor.sees(&["transaction"]) {
-        return Block::May;
+        return Placement::InTransaction;
     }
     if !cursor.eat(&["local"]) {
-        return Block::Setting;
+        return Placement::SessionSetting;
     }
-    // Names of settings are compared without case, between quotes too; one in U&"…" is not read.
+    // Setting names are case-insensitive, even in quotes. A name in U&"…" is not decoded.
     match cursor.identifier() {
-        Some(name) if name.eq_ignore_ascii_case("lock_timeout") => Block::Setting,
-        Some(name) if name == "u" && cursor.sees_symbol('&') => Block::Setting,
-        Some(_) => Block::May,
-        None => Block::Setting,
+        Some(name) if name.eq_ignore_ascii_case("lock_timeout") => Placement::SessionSetting,
+        Some(name) if name == "u" && cursor.sees_symbol('&') => Placement::SessionSetting,
+        Some(_) => Placement::InTransaction,
+        None => Placement::SessionSetting,
     }
 }
 
@@ -102,38 +102,46 @@ fn create(mut cursor: Cursor<'_>) -> Read {
     if cursor.eat(&["unique", "index"]) || cursor.eat(&["index"]) {
         return create_index(cursor);
     }
-    let nothing = (Block::May, Some(Vec::new()));
+    let nothing = (Placement::InTransaction, Some(Vec::new()));
     match cursor.word() {
         "table" => {
             cursor.skip(1);
-            (Block::May, create_table(cursor))
+            (Placement::InTransaction, create_table(cursor))
         }
         "temporary" | "temp" | "global" | "local" => nothing,
         "view" | "recursive" => {
             cursor.eat(&["recursive"]);
             cursor.eat(&["view"]);
-            (Block::May, one("CREATE OR REPLACE VIEW", cursor.name()))
+            (
+                Placement::InTransaction,
+                one("CREATE OR REPLACE VIEW", cursor.name()),
+            )
         }
-        "trigger" => (Block::May, on_table("CREATE TRIGGER", cursor)),
+        "trigger" => (Placement::InTransaction, on_table("CREATE TRIGGER", cursor)),
         "constraint" => (
-            Block::May,
+            Placement::InTransaction,
             on_table("CREATE CONSTRAINT TRIGGER … FROM", cursor),
         ),
         "rule" => {
             cursor.seek(&["to"]);
-            (Block::May, one("CREATE RULE", cursor.name()))
+            (Placement::InTransaction, one("CREATE RULE", cursor.name()))
         }
-        "policy" => (Block::May, on_table("CREATE POLICY", cursor)),
+        "policy" => (Placement::InTransaction, on_table("CREATE POLICY", cursor)),
         "statistics" => {
             cursor.seek(&["from"]);
-            (Block::May, one("CREATE STATISTICS", cursor.name()))
+            (
+                Placement::InTransaction,
+                one("CREATE STATISTICS", cursor.name()),
+            )
         }
-        "database" | "tablespace" | "subscription" => (Block::MustNot, Some(Vec::new())),
+        "database" | "tablespace" | "subscription" => {
+            (Placement::OutsideTransaction, Some(Vec::new()))
+        }
         "schema" | "role" | "user" | "function" | "procedure" | "type" | "domain" | "sequence"
         | "extension" | "materialized" | "aggregate" | "operator" | "cast" | "collation"
         | "server" | "foreign" | "publication" | "event" | "language" | "text" => nothing,
         _ if unlogged => nothing,
-        _ => (Block::May, None),
+        _ => (Placement::InTransaction, None),
     }
 }
 
@@ -144,19 +152,19 @@ fn on_table(name: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
 
 fn create_index(mut cursor: Cursor<'_>) -> Read {
     let concurrently = cursor.eat(&["concurrently"]);
-    let (block, name) = if concurrently {
-        (Block::Concurrently, "CREATE INDEX CONCURRENTLY")
+    let (placement, name) = if concurrently {
+        (Placement::Concurrently, "CREATE INDEX CONCURRENTLY")
     } else {
-        (Block::May, "CREATE INDEX")
+        (Placement::InTransaction, "CREATE INDEX")
     };
     if !cursor.seek(&["on"]) {
-        return (block, None);
+        return (placement, None);
     }
     let name = match name {
         "CREATE INDEX" if cursor.eat(&["only"]) => "CREATE INDEX … ON ONLY",
         name => name,
     };
-    (block, one(name, cursor.name()))
+    (placement, one(name, cursor.name()))
 }
 
 fn create_table(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
@@ -200,7 +208,7 @@ fn drop_statement(mut cursor: Cursor<'_>) -> Read {
     let name = match word.as_str() {
         "index" if concurrently => {
             let names = all("DROP INDEX CONCURRENTLY", cursor.names());
-            return (Block::Concurrently, names);
+            return (Placement::Concurrently, names);
         }
         "index" => "DROP INDEX",
         "table" if cascade => "DROP TABLE … CASCADE",
@@ -213,24 +221,24 @@ fn drop_statement(mut cursor: Cursor<'_>) -> Read {
                 target: Target::Schema(schema),
                 ..Action::new("DROP SCHEMA … CASCADE", None)
             });
-            return (Block::May, schema.map(|action| vec![action]));
+            return (Placement::InTransaction, schema.map(|action| vec![action]));
         }
-        "trigger" => return (Block::May, on_table("DROP TRIGGER", cursor)),
-        "rule" => return (Block::May, on_table("DROP RULE", cursor)),
-        "policy" => return (Block::May, on_table("DROP POLICY", cursor)),
+        "trigger" => return (Placement::InTransaction, on_table("DROP TRIGGER", cursor)),
+        "rule" => return (Placement::InTransaction, on_table("DROP RULE", cursor)),
+        "policy" => return (Placement::InTransaction, on_table("DROP POLICY", cursor)),
         "database" | "tablespace" | "subscription" => {
-            return (Block::MustNot, Some(Vec::new()));
+            return (Placement::OutsideTransaction, Some(Vec::new()));
         }
-        // With CASCADE anything may go with it.
+        // With CASCADE, any dependent relation can be dropped, too.
         "schema" | "role" | "user" | "function" | "procedure" | "type" | "domain" | "extension"
         | "publication" | "server" | "aggregate"
             if !cascade =>
         {
-            return (Block::May, Some(Vec::new()));
+            return (Placement::InTransaction, Some(Vec::new()));
         }
-        _ => return (Block::May, None),
+        _ => return (Placement::InTransaction, None),
     };
-    (Block::May, all(name, cursor.names()))
+    (Placement::InTransaction, all(name, cursor.names()))
 }
 
 fn reindex(mut cursor: Cursor<'_>) -> Read {
@@ -242,19 +250,32 @@ fn reindex(mut cursor: Cursor<'_>) -> Read {
     let name = match (what.as_str(), concurrently) {
         ("index", true) => "REINDEX INDEX CONCURRENTLY",
         ("table", true) => "REINDEX TABLE CONCURRENTLY",
-        ("index", false) => return (Block::May, one("REINDEX INDEX", cursor.name())),
-        ("table", false) => return (Block::May, one("REINDEX TABLE", cursor.name())),
+        ("index", false) => {
+            return (
+                Placement::InTransaction,
+                one("REINDEX INDEX", cursor.name()),
+            );
+        }
+        ("table", false) => {
+            return (
+                Placement::InTransaction,
+                one("REINDEX TABLE", cursor.name()),
+            );
+        }
         ("schema", false) => {
             let schema = cursor.identifier().map(|schema| Action {
                 target: Target::Schema(schema),
                 ..Action::new("REINDEX SCHEMA", None)
             });
-            return (Block::MustNot, schema.map(|action| vec![action]));
+            return (
+                Placement::OutsideTransaction,
+                schema.map(|action| vec![action]),
+            );
         }
-        (_, true) => return (Block::Concurrently, None),
-        _ => return (Block::MustNot, None),
+        (_, true) => return (Placement::Concurrently, None),
+        _ => return (Placement::OutsideTransaction, None),
     };
-    (Block::Concurrently, one(name, cursor.name()))
+    (Placement::Concurrently, one(name, cursor.name()))
 }
 
 fn vacuum(mut cursor: Cursor<'_>) -> Read {
@@ -275,9 +296,12 @@ fn vacuum(mut cursor: Cursor<'_>) -> Read {
     let name = if full { "VACUUM FULL" } else { "VACUUM" };
     if names.is_empty() {
         // Every table of the database.
-        return (Block::MustNot, Some(vec![Action::new(name, None)]));
+        return (
+            Placement::OutsideTransaction,
+            Some(vec![Action::new(name, None)]),
+        );
     }
-    (Block::MustNot, all(name, names))
+    (Placement::OutsideTransaction, all(name, names))
 }
 
 fn cluster(mut cursor: Cursor<'_>) -> Read {
@@ -285,9 +309,9 @@ fn cluster(mut cursor: Cursor<'_>) -> Read {
         cursor.eat(&["verbose"]);
     }
     match cursor.name() {
-        Some(table) => (Block::May, one("CLUSTER", Some(table))),
+        Some(table) => (Placement::InTransaction, one("CLUSTER", Some(table))),
         None => (
-            Block::MustNot,
+            Placement::OutsideTransaction,
             Some(vec![Action::new("CLUSTER (all)", None)]),
         ),
     }
@@ -316,7 +340,7 @@ fn comment(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     } else if cursor.eat(&["index"]) {
         one("COMMENT ON INDEX", cursor.name())
     } else if cursor.eat(&["column"]) {
-        // The last part is the column's own name.
+        // The last part is the column's name.
         let mut parts = vec![cursor.identifier()?];
         while cursor.eat_symbol('.') {
             parts.push(cursor.identifier()?);

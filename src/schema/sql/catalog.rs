@@ -1,8 +1,8 @@
-//! Relations, columns and constraints by name, and who has locks on them.
+//! Relations, columns and constraints by name, and the holders and waiters of their locks.
 //!
-//! Nothing here locks a relation but the catalogs themselves: names are found by joins, since a cast to `regclass` in the
-//! output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and their like open what they are about, and
-//! so wait behind whoever has locked it.
+//! These queries lock no relations except the catalogs themselves: names are found by joins, because a cast to
+//! `regclass` in the output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and the like open the
+//! relation, and so wait for conflicting locks on it.
 
 use std::fmt::Write as _;
 
@@ -18,7 +18,7 @@ use crate::postgres::sql::seconds;
 use crate::postgres::sql::text;
 use crate::postgres::table_name::TableName;
 
-/// The condition under which `c`, of `pg_class`, and `n`, of `pg_namespace`, are what is called so.
+/// The condition under which `c` of `pg_class` and `n` of `pg_namespace` are the relation of this name.
 pub(super) fn is_named(name: &TableName) -> String {
     let by_schema = match name.schema() {
         Some(schema) => format!(
@@ -43,43 +43,43 @@ pub(super) fn with_t(name: &TableName) -> String {
     )
 }
 
-/// What a relation is to the one that was asked about.
+/// The relationship of a relation to the one that was queried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kin {
+pub(crate) enum Relationship {
     Itself,
-    /// A partition or inheritance child, at any depth; of an index, that of a partition.
+    /// A partition or inheritance child, at any depth; for an index, the index of a partition.
     Below,
     Parent,
     Default,
     Index,
-    /// What an index is of.
+    /// The table of an index.
     TableOfIndex,
     Referenced,
     Referencing,
     Sequence,
 }
 
-/// A relation that takes part.
+/// A relation from the catalogs, related to the one that was queried.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Relation {
-    pub(crate) kin: Kin,
+pub(crate) struct CatalogRelation {
+    pub(crate) relationship: Relationship,
     pub(crate) oid: u32,
     pub(crate) schema: String,
     pub(crate) name: String,
     pub(crate) kind: char,
     pub(crate) is_partition: bool,
-    /// An estimate; `None` where the server has none.
+    /// The server's estimate; `None` without one.
     pub(crate) rows: Option<u64>,
 }
 
-impl Relation {
+impl CatalogRelation {
     pub(crate) fn table_name(&self) -> TableName {
         TableName::in_schema(&self.schema, &self.name)
     }
 }
 
-/// A relation and those that statements about it lock too.
-pub(crate) fn family(name: &TableName) -> String {
+/// A relation and the relations that statements about it also lock.
+pub(crate) fn related_relations(name: &TableName) -> String {
     let t = with_t(name);
     format!(
         "WITH RECURSIVE {t}, \
@@ -89,7 +89,7 @@ pub(crate) fn family(name: &TableName) -> String {
          ON i.inhparent OPERATOR(pg_catalog.=) b.oid), \
          up AS (SELECT i.inhparent AS oid FROM pg_catalog.pg_inherits AS i \
          WHERE i.inhrelid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t)), \
-         f AS (SELECT 'itself' AS kin, t.oid FROM t \
+         f AS (SELECT 'itself' AS relationship, t.oid FROM t \
          UNION ALL SELECT 'below', b.oid FROM below AS b UNION ALL SELECT 'parent', up.oid FROM up \
          UNION ALL SELECT 'default', p.partdefid FROM pg_catalog.pg_partitioned_table AS p \
          WHERE p.partdefid OPERATOR(pg_catalog.<>) '0'::pg_catalog.oid \
@@ -107,11 +107,11 @@ pub(crate) fn family(name: &TableName) -> String {
          WHERE d.deptype OPERATOR(pg_catalog.=) ANY (ARRAY['a', 'i']::pg_catalog.\"char\"[]) \
          AND d.classid OPERATOR(pg_catalog.=) '1259'::pg_catalog.oid AND d.refclassid OPERATOR(pg_catalog.=) '1259'::pg_catalog.oid \
          AND d.refobjid OPERATOR(pg_catalog.=) ANY (SELECT t.oid FROM t)) \
-         SELECT f.kin, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, GREATEST(c.reltuples::pg_catalog.int8, \
+         SELECT f.relationship, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, GREATEST(c.reltuples::pg_catalog.int8, \
          pg_catalog.pg_stat_get_live_tuples(c.oid)) AS tuples FROM f \
          JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) f.oid \
          JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
-         WHERE f.kin OPERATOR(pg_catalog.<>) 'sequence' OR c.relkind OPERATOR(pg_catalog.=) 'S' \
+         WHERE f.relationship OPERATOR(pg_catalog.<>) 'sequence' OR c.relkind OPERATOR(pg_catalog.=) 'S' \
          ORDER BY c.oid USING OPERATOR(pg_catalog.<)"
     )
 }
@@ -119,7 +119,7 @@ pub(crate) fn family(name: &TableName) -> String {
 /// Every table, view and materialized view of a schema.
 pub(crate) fn of_schema(schema: &str) -> String {
     format!(
-        "SELECT 'itself' AS kin, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, \
+        "SELECT 'itself' AS relationship, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, \
          GREATEST(c.reltuples::pg_catalog.int8, pg_catalog.pg_stat_get_live_tuples(c.oid)) AS tuples \
          FROM pg_catalog.pg_class AS c \
          JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
@@ -129,22 +129,22 @@ pub(crate) fn of_schema(schema: &str) -> String {
     )
 }
 
-pub(crate) fn relations(reply: &[SimpleQueryMessage]) -> Vec<Relation> {
+pub(crate) fn read_relations(reply: &[SimpleQueryMessage]) -> Vec<CatalogRelation> {
     let read = |row| {
-        let kin = match text(row, "kin")?.as_str() {
-            "itself" => Kin::Itself,
-            "below" => Kin::Below,
-            "parent" => Kin::Parent,
-            "default" => Kin::Default,
-            "index" => Kin::Index,
-            "table" => Kin::TableOfIndex,
-            "referenced" => Kin::Referenced,
-            "referencing" => Kin::Referencing,
-            "sequence" => Kin::Sequence,
+        let relationship = match text(row, "relationship")?.as_str() {
+            "itself" => Relationship::Itself,
+            "below" => Relationship::Below,
+            "parent" => Relationship::Parent,
+            "default" => Relationship::Default,
+            "index" => Relationship::Index,
+            "table" => Relationship::TableOfIndex,
+            "referenced" => Relationship::Referenced,
+            "referencing" => Relationship::Referencing,
+            "sequence" => Relationship::Sequence,
             _ => return None,
         };
-        Some(Relation {
-            kin,
+        Some(CatalogRelation {
+            relationship,
             oid: parsed(row, "oid")?,
             schema: text(row, "nspname")?,
             name: text(row, "relname")?,
@@ -156,8 +156,7 @@ pub(crate) fn relations(reply: &[SimpleQueryMessage]) -> Vec<Relation> {
     rows(reply).filter_map(read).collect()
 }
 
-/// How many bytes the relations have, where it can be said without waiting longer than this many milliseconds: it takes
-/// ACCESS SHARE on each.
+/// The size of the relations in bytes. It takes ACCESS SHARE on each, and fails after a wait of this many milliseconds.
 pub(crate) fn size(oids: &[u32], lock_timeout: i32) -> String {
     let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
     format!(
@@ -168,12 +167,12 @@ pub(crate) fn size(oids: &[u32], lock_timeout: i32) -> String {
     )
 }
 
-pub(crate) fn bytes(reply: &[SimpleQueryMessage]) -> u64 {
+pub(crate) fn read_size(reply: &[SimpleQueryMessage]) -> u64 {
     rows(reply).find_map(|row| parsed(row, "size")).unwrap_or(0)
 }
 
-/// Everybody but this backend who holds or awaits a lock on one of the relations.
-pub(crate) fn holders(oids: &[u32]) -> String {
+/// All other backends that hold or wait for a lock on one of the relations.
+pub(crate) fn holders_and_waiters(oids: &[u32]) -> String {
     let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
     format!(
         "SELECT l.relation, l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
@@ -193,8 +192,8 @@ pub(crate) fn holders(oids: &[u32]) -> String {
     )
 }
 
-/// Reads the reply of [`holders`]: the relation's oid with each. `named` says what a relation is called.
-pub(crate) fn who(
+/// Reads the reply of [`holders_and_waiters`], each with the relation's oid. `named` returns the name of a relation.
+pub(crate) fn read_holders_and_waiters(
     reply: &[SimpleQueryMessage],
     named: impl Fn(u32) -> String,
 ) -> Vec<(u32, Blocker)> {
@@ -218,22 +217,22 @@ pub(crate) fn who(
     rows(reply).filter_map(read).collect()
 }
 
-/// The locks on relations that this very backend holds: those of the users', catalogs left out. A relation that the
-/// transaction has dropped has no name in it any more.
+/// The locks that this backend holds on relations, except on catalogs. A relation that the transaction has dropped has
+/// no name.
 pub(crate) const OWN_LOCKS: &str = "SELECT l.relation, n.nspname, c.relname, l.mode FROM pg_catalog.pg_locks AS l \
      LEFT JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) l.relation \
      LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
      WHERE pg_catalog.texteq(l.locktype, 'relation') AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
      AND l.granted AND l.relation OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid";
 
-/// A lock of one's own.
+/// A lock that the backend itself holds.
 pub(crate) struct OwnLock {
     pub(crate) oid: u32,
     pub(crate) name: Option<TableName>,
     pub(crate) mode: LockMode,
 }
 
-pub(crate) fn own_locks(reply: &[SimpleQueryMessage]) -> Vec<OwnLock> {
+pub(crate) fn read_own_locks(reply: &[SimpleQueryMessage]) -> Vec<OwnLock> {
     let read = |row| {
         let name = text(row, "nspname").zip(text(row, "relname"));
         Some(OwnLock {
@@ -245,7 +244,7 @@ pub(crate) fn own_locks(reply: &[SimpleQueryMessage]) -> Vec<OwnLock> {
     rows(reply).filter_map(read).collect()
 }
 
-/// What relations are called.
+/// The names of relations.
 pub(crate) fn names_of(oids: &[u32]) -> String {
     let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
     format!(
@@ -256,7 +255,7 @@ pub(crate) fn names_of(oids: &[u32]) -> String {
     )
 }
 
-pub(crate) fn names(reply: &[SimpleQueryMessage]) -> Vec<(u32, TableName)> {
+pub(crate) fn read_names(reply: &[SimpleQueryMessage]) -> Vec<(u32, TableName)> {
     let read = |row| {
         let name = TableName::in_schema(text(row, "nspname")?, text(row, "relname")?);
         Some((parsed(row, "oid")?, name))
@@ -268,12 +267,12 @@ pub(crate) fn names(reply: &[SimpleQueryMessage]) -> Vec<(u32, TableName)> {
 pub(crate) const VERSION: &str =
     "SELECT pg_catalog.current_setting('server_version_num') AS version";
 
-pub(crate) fn major(reply: &[SimpleQueryMessage]) -> Option<u32> {
+pub(crate) fn read_major_version(reply: &[SimpleQueryMessage]) -> Option<u32> {
     let number: u32 = parsed(rows(reply).next()?, "version")?;
     Some(number / 10_000)
 }
 
-/// Whether one of these functions is volatile, and whether the type is a domain whose values are checked.
+/// Whether one of these functions is volatile, and whether the type is a domain with constraints.
 pub(crate) fn new_column(ty: &str, calls: &[String]) -> String {
     let mut names = String::new();
     for (n, call) in calls.iter().enumerate() {
@@ -292,13 +291,13 @@ pub(crate) fn new_column(ty: &str, calls: &[String]) -> String {
     )
 }
 
-/// The first of the two alone.
+/// Whether one of these functions is volatile.
 pub(crate) fn volatile(calls: &[String]) -> String {
     new_column("pg_catalog.int4", calls)
 }
 
-/// Two answers of yes or no.
-pub(crate) fn two(reply: &[SimpleQueryMessage], first: &str, second: &str) -> (bool, bool) {
+/// Reads two boolean columns.
+pub(crate) fn read_two(reply: &[SimpleQueryMessage], first: &str, second: &str) -> (bool, bool) {
     let row = rows(reply).next();
     (
         row.is_some_and(|row| is_true(row, first)),
@@ -308,11 +307,11 @@ pub(crate) fn two(reply: &[SimpleQueryMessage], first: &str, second: &str) -> (b
 
 /// A column's type before and after.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Types {
+pub(crate) struct ColumnTypes {
     pub(crate) old: u32,
     pub(crate) old_modifier: i32,
     pub(crate) new: u32,
-    /// A cast that leaves the bytes as they are.
+    /// Whether there is a cast that leaves the stored values unchanged.
     pub(crate) is_binary: bool,
 }
 
@@ -330,9 +329,9 @@ pub(crate) fn new_type(table: &TableName, column: &str, ty: &str) -> String {
     )
 }
 
-pub(crate) fn types(reply: &[SimpleQueryMessage]) -> Option<Types> {
+pub(crate) fn read_types(reply: &[SimpleQueryMessage]) -> Option<ColumnTypes> {
     let row = rows(reply).next()?;
-    Some(Types {
+    Some(ColumnTypes {
         old: parsed(row, "old")?,
         old_modifier: parsed(row, "old_modifier")?,
         new: parsed(row, "new")?,
@@ -340,9 +339,9 @@ pub(crate) fn types(reply: &[SimpleQueryMessage]) -> Option<Types> {
     })
 }
 
-/// Whether a column has no NULLs by its definition, and whether a valid CHECK says nothing but that.
+/// Whether a column is defined as NOT NULL, and whether it has a valid CHECK that implies this and nothing else.
 ///
-/// The CHECK is recognized by the beginning of its expression's tree: to have it written out would lock the table.
+/// The CHECK is recognized by its expression tree, because deparsing it would lock the table.
 pub(crate) fn not_null(table: &TableName, column: &str) -> String {
     format!(
         "WITH {} SELECT a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
@@ -358,7 +357,7 @@ pub(crate) fn not_null(table: &TableName, column: &str) -> String {
     )
 }
 
-/// Whether a DETACH PARTITION CONCURRENTLY of the partition was begun and not ended.
+/// Whether a DETACH PARTITION CONCURRENTLY of the partition is pending.
 pub(crate) fn is_detach_pending(partition: &TableName) -> String {
     format!(
         "WITH {} SELECT EXISTS (SELECT FROM t JOIN pg_catalog.pg_inherits AS i ON i.inhrelid OPERATOR(pg_catalog.=) t.oid \
@@ -371,12 +370,12 @@ pub(crate) fn finalize(parent: &TableName, partition: &TableName) -> String {
     format!("ALTER TABLE {parent} DETACH PARTITION {partition} FINALIZE")
 }
 
-pub(crate) fn yes(reply: &[SimpleQueryMessage]) -> bool {
+pub(crate) fn is_yes(reply: &[SimpleQueryMessage]) -> bool {
     rows(reply).any(|row| is_true(row, "yes"))
 }
 
-/// Whether a row `k` of `pg_constraint` is a CHECK that its column itself is not NULL, and no more: as the server keeps
-/// it, since what shows it as SQL opens the table.
+/// Whether a row `k` of `pg_constraint` is a CHECK that its column is not NULL, and nothing else. It tests the stored
+/// expression tree, because the functions that deparse it open the table.
 pub(super) fn proves_not_null(k: &str) -> String {
     format!(
         "COALESCE({k}.contype OPERATOR(pg_catalog.=) 'c' \
@@ -385,7 +384,7 @@ pub(super) fn proves_not_null(k: &str) -> String {
     )
 }
 
-/// Whether a column of the index can be NULL.
+/// Whether a column of the index is nullable.
 pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
     format!(
         "WITH {} SELECT EXISTS (SELECT FROM pg_catalog.pg_class AS i \
@@ -399,8 +398,8 @@ pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
     )
 }
 
-/// Whether a constraint is a foreign key, and whether it is a key that one refers to. With `column`, whether that of any
-/// constraint of the column.
+/// Whether the constraint is a foreign key, and whether it is a key that a foreign key references. With `column`,
+/// whether any constraint of the column is.
 pub(crate) fn constraint(table: &TableName, name: Option<&str>, column: Option<&str>) -> String {
     let named = name.map_or_else(String::new, |name| {
         format!(
@@ -434,10 +433,10 @@ pub(crate) fn has_valid_check(oid: u32) -> String {
     )
 }
 
-/// The partitions directly below a table.
+/// The direct partitions of a table.
 pub(crate) fn partitions(oid: u32) -> String {
     format!(
-        "SELECT 'below' AS kin, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, NULL AS tuples \
+        "SELECT 'below' AS relationship, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, NULL AS tuples \
          FROM pg_catalog.pg_inherits AS i JOIN pg_catalog.pg_class AS c ON c.oid OPERATOR(pg_catalog.=) i.inhrelid \
          JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
          WHERE i.inhparent OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid AND c.relispartition \

@@ -1,4 +1,4 @@
-//! Indexes: which there are, who builds one, and the statements that build and drop them.
+//! Queries of a table's indexes and their builds, and the statements that build and drop indexes.
 
 use tokio_postgres::SimpleQueryMessage;
 
@@ -11,7 +11,7 @@ use crate::postgres::sql::rows;
 use crate::postgres::sql::text;
 use crate::postgres::table_name::TableName;
 
-/// One column of an index: quoted already, or the caller's own SQL.
+/// One column of an index: a quoted name, or the caller's SQL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) sql: String,
@@ -35,9 +35,9 @@ impl Part {
     }
 }
 
-/// What an index shall be.
+/// The definition of an index to build.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Definition {
+pub(crate) struct IndexDefinition {
     pub(crate) name: String,
     pub(crate) unique: bool,
     pub(crate) method: Option<String>,
@@ -46,8 +46,8 @@ pub(crate) struct Definition {
     pub(crate) predicate: Option<String>,
 }
 
-impl Definition {
-    /// Whether it is more than columns by their names.
+impl IndexDefinition {
+    /// Whether the definition has more than column names.
     pub(crate) fn has_sql(&self) -> bool {
         let plain =
             |part: &Part| (part.column.as_deref()).is_some_and(|name| part.sql == identifier(name));
@@ -66,7 +66,7 @@ impl Definition {
         } else {
             format!(" INCLUDE ({})", columns(&self.include))
         };
-        // Behind a line's end, so that a comment in the caller's text ends.
+        // The line break ends a comment at the end of the caller's text.
         let predicate = match &self.predicate {
             Some(predicate) => format!(" WHERE ({predicate}\n)"),
             None => String::new(),
@@ -82,7 +82,7 @@ impl Definition {
         self.sql("CONCURRENTLY ", "", table)
     }
 
-    /// Of a partitioned table itself, without its partitions: not valid until each has one attached.
+    /// The index of a partitioned table alone. It is invalid until an index of each partition is attached.
     pub(crate) fn on_only(&self, table: &TableName) -> String {
         self.sql("", "ONLY ", table)
     }
@@ -96,13 +96,14 @@ pub(crate) fn drop_plainly(index: &TableName) -> String {
     format!("DROP INDEX IF EXISTS {index}")
 }
 
-/// Whether an index is what the definition would make of the table, by making it of an empty one that is gone with the
-/// transaction: expressions, predicates, operator classes and orders are the caller's SQL, and only the server reads them.
+/// Whether an index is the same as the definition would build. It builds the definition on an empty temporary table
+/// that the transaction drops: expressions, predicates, operator classes and orders are the caller's SQL, which only
+/// the server can parse.
 ///
-/// Nobody waits for it, and it waits for no more than who has the table under ACCESS EXCLUSIVE.
+/// It blocks no other session, and waits only for a holder of ACCESS EXCLUSIVE on the table.
 pub(crate) fn is_same(
     index: u32,
-    wanted: &Definition,
+    wanted: &IndexDefinition,
     table: &TableName,
     lock_timeout: i32,
 ) -> String {
@@ -136,7 +137,7 @@ pub(crate) fn is_same(
     )
 }
 
-/// Renames an index, if it is the one of that oid: the division fails otherwise, and the batch with it.
+/// Renames an index if it has that oid. Otherwise the division fails, and the batch with it.
 pub(crate) fn rename_if(index: &TableName, name: &str, oid: u32) -> String {
     format!(
         "ALTER INDEX {index} RENAME TO {}; SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM pg_catalog.pg_class AS c \
@@ -160,7 +161,7 @@ pub(crate) struct Index {
     pub(crate) is_unique: bool,
     pub(crate) has_predicate: bool,
     pub(crate) method: String,
-    /// The key's columns, `None` for expressions.
+    /// The columns of the key, `None` for expressions.
     pub(crate) key: Vec<Option<String>>,
     pub(crate) included: usize,
     /// The index of the parent that it is attached to.
@@ -168,7 +169,7 @@ pub(crate) struct Index {
 }
 
 /// The indexes of a table.
-pub(crate) fn of_table(oid: u32) -> String {
+pub(crate) fn indexes_of(oid: u32) -> String {
     format!(
         "SELECT i.oid, i.relname, i.relkind, x.indisvalid AND x.indisready AND x.indislive AS valid, x.indisunique, \
          x.indpred IS NOT NULL AS predicate, am.amname, \
@@ -185,7 +186,7 @@ pub(crate) fn of_table(oid: u32) -> String {
     )
 }
 
-pub(crate) fn indexes(reply: &[SimpleQueryMessage]) -> Vec<Index> {
+pub(crate) fn read_indexes(reply: &[SimpleQueryMessage]) -> Vec<Index> {
     let read = |row| {
         let key = text(row, "key")?;
         Some(Index {
@@ -196,7 +197,7 @@ pub(crate) fn indexes(reply: &[SimpleQueryMessage]) -> Vec<Index> {
             is_unique: is_true(row, "indisunique"),
             has_predicate: is_true(row, "predicate"),
             method: text(row, "amname")?,
-            // A name with a line's end in it is read as two; then it is another index than the one asked for.
+            // A name with a line break is read as two names. The index then counts as different.
             key: (key.split('\n'))
                 .map(|part| part.strip_prefix('c').map(str::to_owned))
                 .collect(),
@@ -207,10 +208,10 @@ pub(crate) fn indexes(reply: &[SimpleQueryMessage]) -> Vec<Index> {
     rows(reply).filter_map(read).collect()
 }
 
-/// The other backends that build an index of the table just now.
+/// The other backends that currently build an index of the table.
 ///
-/// Who may not see another role's progress sees only that there is one, without the table: it counts where that backend
-/// has the table locked as a build does (PostgreSQL's source, `pg_stat_get_progress_info`).
+/// A role that may not see another role's progress sees a row without the table. Such a row counts if the backend holds
+/// a lock on the table in the mode of an index build (PostgreSQL's source, `pg_stat_get_progress_info`).
 pub(crate) fn builders(table: u32) -> String {
     format!(
         "SELECT p.pid FROM pg_catalog.pg_stat_progress_create_index AS p \
@@ -223,13 +224,13 @@ pub(crate) fn builders(table: u32) -> String {
     )
 }
 
-pub(crate) fn pids(reply: &[SimpleQueryMessage]) -> Vec<i32> {
+pub(crate) fn read_pids(reply: &[SimpleQueryMessage]) -> Vec<i32> {
     rows(reply).filter_map(|row| parsed(row, "pid")).collect()
 }
 
-/// How far a build is.
+/// The progress of a build.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Progress {
+pub(crate) struct BuildProgress {
     pub(crate) pid: i32,
     pub(crate) phase: String,
     pub(crate) blocks: (u64, u64),
@@ -246,7 +247,7 @@ pub(crate) fn progress(pid: i32) -> String {
     )
 }
 
-pub(crate) fn progressed(reply: &[SimpleQueryMessage]) -> Option<Progress> {
+pub(crate) fn read_progress(reply: &[SimpleQueryMessage]) -> Option<BuildProgress> {
     let row = rows(reply).next()?;
     let pair = |done, total| {
         (
@@ -254,7 +255,7 @@ pub(crate) fn progressed(reply: &[SimpleQueryMessage]) -> Option<Progress> {
             parsed(row, total).unwrap_or(0),
         )
     };
-    Some(Progress {
+    Some(BuildProgress {
         pid: parsed(row, "pid")?,
         phase: text(row, "phase")?,
         blocks: pair("blocks_done", "blocks_total"),

@@ -1,15 +1,15 @@
-//! What schema changes ask and send: catalogs read without locking what they are about, and the statements of the
-//! recipes.
+//! The SQL of schema changes: catalog queries that do not lock the relations they describe, and the statements of the
+//! procedures.
 
 pub(crate) mod catalog;
 pub(crate) mod index;
-pub(crate) mod once;
-pub(crate) mod recipe;
-pub(crate) mod run;
+pub(crate) mod migrate_once;
+pub(crate) mod procedure;
+pub(crate) mod session_settings;
 
 use crate::postgres::sql::identifier;
 
-/// A list of quoted names.
+/// The quoted names, separated by commas.
 fn columns<S: AsRef<str>>(names: &[S]) -> String {
     let quoted: Vec<_> = names.iter().map(|name| identifier(name.as_ref())).collect();
     quoted.join(", ")

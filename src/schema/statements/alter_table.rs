@@ -1,9 +1,9 @@
 //! The forms of ALTER TABLE.
 //!
-//! The mode on the table itself is decided by `AlterTableGetLockLevel` in `src/backend/commands/tablecmds.c`; what other
-//! tables take part is spread over that file.
+//! `AlterTableGetLockLevel` in `src/backend/commands/tablecmds.c` decides the mode on the table itself. The code that
+//! locks other tables is spread over that file.
 
-use super::{LockMode, LockedRelation, StatementLock, TableWork, one};
+use super::{LockMode, LockedRelation, StatementLock, TableWork, optional};
 
 statements! {
     in_transaction_block: true;

@@ -1,6 +1,6 @@
-//! CREATE, ALTER, DROP and the like, of all but indexes and but the forms of ALTER TABLE.
+//! CREATE, ALTER, DROP and other definition statements, except for indexes and the forms of ALTER TABLE.
 
-use super::{LockMode, LockedRelation, StatementLock, TableWork, one};
+use super::{LockMode, LockedRelation, StatementLock, TableWork, optional};
 
 statements! {
     in_transaction_block: true;

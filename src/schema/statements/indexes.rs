@@ -1,6 +1,6 @@
-//! Statements about indexes that may stand in a transaction block.
+//! Index statements that can run in a transaction block.
 
-use super::{LockMode, LockedRelation, StatementLock, TableWork, one};
+use super::{LockMode, LockedRelation, StatementLock, TableWork, optional};
 
 statements! {
     in_transaction_block: true;

@@ -1,14 +1,14 @@
-//! Which statement takes which lock on what, as data.
+//! The table of which statement takes which lock on what.
 //!
-//! A file for each kind of statement. Every row is executed against a live server, and what it takes is read there
-//! (`tests/it/lock_modes`): a row without its check fails the suite, and so does a table locked without a row.
+//! There is one file for each kind of statement. The tests in `tests/it/lock_modes` execute every row on a live server
+//! and read the locks there: a row without a test fails the suite, and so does a locked relation without a row.
 
 use std::fmt;
 
 use crate::mode::{LockMode, RowLock};
 
-/// `"statement" { on: mode work; … }`, a lock a line, each with what differs from most: `rows` and the row lock it takes
-/// too, `since` and `until` a major version, a note.
+/// `"statement" { on: mode work; … }`, one lock per line, with optional parts: `rows` and the row lock that the
+/// statement takes as well, `since` and `until` a major version, a note.
 macro_rules! statements {
     (
         in_transaction_block: $in_block:literal;
@@ -23,11 +23,11 @@ macro_rules! statements {
                 on: LockedRelation::$on,
                 mode: LockMode::$mode,
                 work: TableWork::$work,
-                row_lock: one(&[$(RowLock::$row)?]),
-                since: one(&[$($since)?]),
-                until: one(&[$($until)?]),
+                row_lock: optional(&[$(RowLock::$row)?]),
+                since: optional(&[$($since)?]),
+                until: optional(&[$($until)?]),
                 in_transaction_block: $in_block,
-                note: one(&[$($note)?]),
+                note: optional(&[$($note)?]),
             },
         )+)+];
     };
@@ -36,28 +36,30 @@ macro_rules! statements {
 mod alter_table;
 mod definitions;
 mod indexes;
-mod outside;
+mod non_transactional;
 mod queries;
 mod relation;
 
 pub use relation::{LockedRelation, TableWork};
 
-/// One lock that a statement takes: on what, in which mode, and what it does meanwhile.
+/// One lock that a statement takes: on which relation, in which mode, and what the statement does while it holds the
+/// lock.
 ///
-/// A statement that locks several relations has several. They are held until the transaction ends, but for those of
-/// statements that run in transactions of their own ([`in_transaction_block`](Self::in_transaction_block) is `false`).
+/// A statement that locks several relations has several entries. The locks are held until the transaction ends, except
+/// those of statements that run their own transactions ([`in_transaction_block`](Self::in_transaction_block) is
+/// `false`).
 ///
-/// It is said of ordinary tables. A statement that goes down to partitions or inheritance children locks them in the mode
-/// of the table it names, where no row says otherwise. Several forms of ALTER TABLE in one statement take the strongest
-/// of their locks, and ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take what ALTER TABLE does. EXPLAIN
-/// and PREPARE take the locks of the statement behind them on the tables that it names.
+/// The entries describe ordinary tables. A statement that recurses to partitions or inheritance children locks them in
+/// the mode of the table it names, unless a row says otherwise. Several forms of ALTER TABLE in one statement take the
+/// strongest of their locks. ALTER VIEW, ALTER MATERIALIZED VIEW and ALTER FOREIGN TABLE take the same locks as ALTER
+/// TABLE. EXPLAIN and PREPARE take the locks of the statement they contain on the tables that it names.
 ///
-/// Where PostgreSQL's documentation says otherwise (of tables that refer to a partition which is detached, it says SHARE)
-/// it is what the servers do.
+/// The table follows the servers where PostgreSQL's documentation differs: it documents SHARE on the tables that refer
+/// to a detached partition.
 ///
 /// # The table
 ///
-/// As of PostgreSQL 14 to 18, every row executed on a server of the versions that the suite runs on.
+/// It describes PostgreSQL 14 to 18. Every row is executed on the server versions that the test suite runs on.
 ///
 #[doc = include_str!("table.md")]
 ///
@@ -66,12 +68,12 @@ pub use relation::{LockedRelation, TableWork};
 /// ```
 /// use lockkeeper::{LockMode, StatementLock};
 ///
-/// // What would ADD FOREIGN KEY keep waiting?
+/// // What would ADD FOREIGN KEY block?
 /// for lock in StatementLock::of("alter table add foreign key") {
 ///     println!("{lock} blocks {}", lock.mode().blocks());
 /// }
 ///
-/// // What cannot run beside a write?
+/// // What cannot run concurrently with a write?
 /// let builds = StatementLock::all().filter(|lock| lock.mode().conflicts_with(LockMode::RowExclusive));
 /// assert!(builds.map(StatementLock::statement).any(|statement| statement == "CREATE INDEX"));
 /// ```
@@ -89,23 +91,23 @@ pub struct StatementLock {
 }
 
 impl StatementLock {
-    /// The whole table, the locks of a statement together.
+    /// All entries; those of one statement are adjacent.
     pub fn all() -> impl Iterator<Item = &'static Self> {
         [
             queries::ALL,
             definitions::ALL,
             indexes::ALL,
             alter_table::ALL,
-            outside::ALL,
+            non_transactional::ALL,
         ]
         .into_iter()
         .flatten()
     }
 
-    /// The locks of the statements whose names begin with these words, whatever their case and with or without the `…`
-    /// that stands for names: `alter table add` finds `ALTER TABLE … ADD COLUMN` and more.
+    /// The locks of the statements whose names begin with these words, ignoring case and the `…` that stands for names:
+    /// `alter table add` finds `ALTER TABLE … ADD COLUMN` and more.
     ///
-    /// It looks for names, it does not read SQL: `ALTER TABLE orders` finds nothing.
+    /// This searches statement names and does not parse SQL: `ALTER TABLE orders` finds nothing.
     pub fn of(statement: &str) -> impl Iterator<Item = &'static Self> + use<> {
         let wanted: Vec<String> = words(statement).map(str::to_uppercase).collect();
         Self::all().filter(move |lock| {
@@ -114,49 +116,50 @@ impl StatementLock {
         })
     }
 
-    /// The locks of this mode.
+    /// The locks that have this mode.
     pub fn with_mode(mode: LockMode) -> impl Iterator<Item = &'static Self> {
         Self::all().filter(move |lock| lock.mode == mode)
     }
 
-    /// The statement's name, with `…` for what the user chooses and the condition that makes the difference in brackets:
-    /// `ALTER TABLE … ADD COLUMN (volatile default)`.
+    /// The statement's name, with `…` for names and values, and in parentheses the condition under which the entry
+    /// applies: `ALTER TABLE … ADD COLUMN (volatile default)`.
     #[must_use]
     pub fn statement(&self) -> &'static str {
         self.statement
     }
 
-    /// What is locked.
+    /// The locked relation, by its role in the statement.
     #[must_use]
     pub fn on(&self) -> LockedRelation {
         self.on
     }
 
-    /// How strongly: the strongest mode the statement takes there.
+    /// The strongest mode in which the statement locks that relation.
     #[must_use]
     pub fn mode(&self) -> LockMode {
         self.mode
     }
 
-    /// How much of the relation the statement goes through while it has the lock.
+    /// How much of the relation the statement processes while it holds the lock.
     #[must_use]
     pub fn work(&self) -> TableWork {
         self.work
     }
 
-    /// The lock it takes on the rows it touches as well; `None` where it locks no rows that others could see.
+    /// The lock that the statement also takes on rows; `None` if it locks no rows that are visible to other
+    /// transactions.
     #[must_use]
     pub fn row_lock(&self) -> Option<RowLock> {
         self.row_lock
     }
 
-    /// The first major version that takes this lock; `None` where all of 14 to 18 do.
+    /// The first major version that takes this lock; `None` if all of 14 to 18 do.
     #[must_use]
     pub fn since(&self) -> Option<u32> {
         self.since
     }
 
-    /// The last major version that takes this lock; `None` where 18 still does.
+    /// The last major version that takes this lock; `None` if 18 still does.
     #[must_use]
     pub fn until(&self) -> Option<u32> {
         self.until
@@ -169,14 +172,14 @@ impl StatementLock {
             && self.until.is_none_or(|until| major <= until)
     }
 
-    /// Whether the statement may stand between BEGIN and COMMIT. What may not ends and begins transactions itself, and
-    /// can leave something half done behind when it fails.
+    /// Whether the statement can run in a transaction block. A statement that cannot commits and begins transactions
+    /// itself, and can leave partial work behind when it fails.
     #[must_use]
     pub fn in_transaction_block(&self) -> bool {
         self.in_transaction_block
     }
 
-    /// What else there is to know about it.
+    /// A remark on the lock.
     #[must_use]
     pub fn note(&self) -> Option<&'static str> {
         self.note
@@ -196,10 +199,10 @@ impl fmt::Display for StatementLock {
     }
 }
 
-/// What an optional part of a row was given.
-const fn one<T: Copy>(given: &[T]) -> Option<T> {
+/// The value of an optional part of a row.
+const fn optional<T: Copy>(given: &[T]) -> Option<T> {
     match given {
-        [one] => Some(*one),
+        [value] => Some(*value),
         _ => None,
     }
 }
@@ -222,13 +225,13 @@ mod tests {
     }
 
     #[test]
-    fn a_row_is_there_once_and_a_statement_in_one_place() {
+    fn rows_are_unique_and_statements_contiguous() {
         let mut seen = HashSet::new();
         let all: Vec<_> = StatementLock::all().collect();
         for locks in all.chunk_by(|a, b| a.statement == b.statement) {
             assert!(
                 seen.insert((locks[0].statement, None)),
-                "{}: not in one place",
+                "{}: not contiguous",
                 locks[0]
             );
         }
@@ -251,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn majors_are_told_apart() {
+    fn major_versions_are_distinguished() {
         let grant: Vec<_> = StatementLock::of("grant").collect();
         assert!(!grant.is_empty());
         assert!(
@@ -273,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn statements_are_found_by_their_first_words() {
+    fn statements_are_found_by_their_leading_words() {
         assert_eq!(names(StatementLock::of("  truncate\n")).len(), 3);
         assert_eq!(
             names(StatementLock::of("Alter Table … add  foreign KEY")),
@@ -296,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mode_has_its_statements() {
+    fn every_mode_has_statements() {
         let mut found = 0;
         for mode in LockMode::ALL {
             let locks: Vec<_> = StatementLock::with_mode(mode).collect();
@@ -308,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_for_people() {
+    fn display_is_one_line() {
         let line = StatementLock::of("DROP INDEX")
             .next()
             .map(ToString::to_string);
@@ -352,11 +355,14 @@ mod tests {
         table
     }
 
-    /// With `LOCKKEEPER_WRITE_DOCS=1` the file is written instead.
+    /// With `LOCKKEEPER_WRITE_DOCS=1` the test writes the file instead.
     #[test]
     fn the_table_in_the_docs_is_the_data() {
         if std::env::var("LOCKKEEPER_WRITE_DOCS").is_ok_and(|value| value == "1") {
-            let file = concat!(env!("CARGO_MANIFEST_DIR"), "/src/mode/statements/table.md");
+            let file = concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/src/schema/statements/table.md"
+            );
             std::fs::write(file, table() + "\n").expect("the sources can be written");
             return;
         }

@@ -1,6 +1,6 @@
-//! Statements that read and write rows, explicit locks, and what else leaves a table's definition as it is.
+//! Statements that read or write rows, explicit locks, and other statements that do not change a table's definition.
 
-use super::{LockMode, LockedRelation, RowLock, StatementLock, TableWork, one};
+use super::{LockMode, LockedRelation, RowLock, StatementLock, TableWork, optional};
 
 statements! {
     in_transaction_block: true;

@@ -1,14 +1,14 @@
-//! What a statement locks, seen from the statement, and what it does there.
+//! The role of a locked relation in a statement, and how much of it the statement processes.
 
 use std::fmt;
 
-/// What a statement locks, by the part it has in the statement.
+/// A relation that a statement locks, by its role in the statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum LockedRelation {
     /// The table that the statement names or changes.
     Table,
-    /// A table that it only reads.
+    /// A table that the statement only reads.
     Source,
     /// The table that a foreign key of the table refers to.
     Referenced,
@@ -18,11 +18,11 @@ pub enum LockedRelation {
     Parent,
     /// A partition.
     Partition,
-    /// The default partition of the parent, where it has one.
+    /// The default partition of the parent, if it has one.
     DefaultPartition,
-    /// An inheritance child that is no partition.
+    /// An inheritance child that is not a partition.
     Child,
-    /// An index. A query locks every index of its tables when it is planned, used or not.
+    /// An index. When a query is planned, it locks every index of its tables, even unused ones.
     Index,
     /// The index of a partition.
     PartitionIndex,
@@ -54,18 +54,18 @@ impl fmt::Display for LockedRelation {
     }
 }
 
-/// How much of a relation a statement goes through while it has its lock: what the length of the lock depends on, besides
-/// the rest of the transaction.
+/// How much of a relation a statement processes while it holds the lock. The duration of the lock depends on this, and
+/// on the rest of the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TableWork {
-    /// Nothing that grows with it: catalogs are changed, or nothing at all.
+    /// Nothing that depends on the relation's size: at most, catalogs are changed.
     Brief,
-    /// The rows that the query asks for.
+    /// The rows that the query selects.
     Rows,
-    /// All of it is read, to check it or to build an index.
+    /// The whole relation is read, to check it or to build an index.
     Scan,
-    /// All of it is written anew.
+    /// The whole relation is rewritten.
     Rewrite,
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
 use crate::connection::sql::server::{SERVER, Server, server};
-use crate::connection::sql::{Ask, Preparable};
+use crate::connection::sql::{PreparedName, Probe};
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::{Message, is_true, literal, parsed, rows, set_local};
 
@@ -58,14 +58,14 @@ impl Begin {
 
     /// The statement that is worth preparing for it: transactions that set the same settings can begin with one. `None`
     /// where nothing is set.
-    pub(crate) fn preparable(&self) -> Option<Preparable> {
+    pub(crate) fn prepared_name(&self) -> Option<PreparedName> {
         let shape = self
             .all_settings()
             .iter()
             .enumerate()
             .map(|(n, (_, value))| u8::from(value.is_some()) << n)
             .sum();
-        (shape > 0).then_some(Preparable::Begin(shape))
+        (shape > 0).then_some(PreparedName::Begin(shape))
     }
 
     /// `BEGIN …; `
@@ -134,11 +134,11 @@ impl Value<'_> {
 }
 
 /// Begins a transaction and says on what: one message.
-pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> Message {
-    let (Ask::Prepare(statement) | Ask::Execute(statement)) = ask else {
+pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
+    let (Probe::Prepare(statement) | Probe::Execute(statement)) = probe else {
         let mut sql = begin.message();
         let _ = write!(sql, "SELECT {FRESH}{PID}");
-        if let Ask::All { .. } = ask {
+        if let Probe::Full { .. } = probe {
             sql.push_str(", pg_catalog.pg_is_in_recovery() AS recovery");
             sql.push_str(SERVER);
         }
@@ -146,7 +146,7 @@ pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> Message {
     };
     // What is set by the statement is not set before it.
     let mut sql = begin.message_bare();
-    if let Ask::Prepare(_) = ask {
+    if let Probe::Prepare(_) = probe {
         let _ = write!(sql, "PREPARE {statement} (");
         for n in 0..begin.settings().count() {
             sql.push_str(if n > 0 { ", " } else { "" });
@@ -169,8 +169,8 @@ pub(crate) fn begin_transaction(begin: &Begin, ask: &Ask) -> Message {
         }
     }
     sql.push(')');
-    match ask {
-        Ask::Execute(_) => Message::of(2, sql),
+    match probe {
+        Probe::Execute(_) => Message::of(2, sql),
         _ => sql.into(),
     }
 }
@@ -181,7 +181,7 @@ pub(crate) struct Begun {
     pub(crate) pid: i32,
     /// False where the connection came with an open transaction, which BEGIN only warns of.
     pub(crate) fresh: bool,
-    /// What a first message on a connection asks beside; not of a standby.
+    /// What a first message on a connection asks in addition; not of a standby.
     pub(crate) server: Option<Server>,
 }
 
@@ -235,8 +235,8 @@ mod tests {
             read_only: Some(true),
             ..Begin::default()
         };
-        let prepare = begin_transaction(&begin, &Ask::Prepare("p".into())).text;
-        let execute = begin_transaction(&begin, &Ask::Execute("p".into())).text;
+        let prepare = begin_transaction(&begin, &Probe::Prepare("p".into())).text;
+        let execute = begin_transaction(&begin, &Probe::Execute("p".into())).text;
         assert_eq!(execute, "BEGIN READ ONLY; EXECUTE p ('2000', 'o''clock')");
         assert!(
             prepare.starts_with("BEGIN READ ONLY; PREPARE p (pg_catalog.text, pg_catalog.text) AS SELECT")

@@ -51,9 +51,13 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Makes and starts a cluster with `settings` besides the usual ones.
-    pub(crate) fn start(settings: &[(&str, &str)]) -> Result<Cluster, SetupError> {
-        let cluster = Cluster::empty(Installation::find()?)?;
+    /// Makes and starts a cluster with `settings` besides the usual ones. `report` gets a line of text for each step.
+    pub(crate) fn start(
+        settings: &[(&str, &str)],
+        report: &dyn Fn(&str),
+    ) -> Result<Cluster, SetupError> {
+        let cluster = Cluster::empty(Installation::find(report)?)?;
+        report("creating a throw-away cluster …");
         let mut args: Vec<OsString> = vec!["-D".into(), cluster.data().into()];
         for arg in [
             "--username=postgres",
@@ -72,7 +76,13 @@ impl Cluster {
         )?;
         cluster.configure(SETTINGS)?;
         cluster.configure(settings)?;
-        cluster.launch_first()
+        report("starting its server …");
+        let cluster = cluster.launch_first()?;
+        report(&format!(
+            "PostgreSQL {} is ready on port {}",
+            cluster.installation.major, cluster.port
+        ));
+        Ok(cluster)
     }
 
     /// A folder for a cluster, with nothing in it.

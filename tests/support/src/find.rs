@@ -22,9 +22,21 @@ pub(crate) struct Installation {
 
 impl Installation {
     /// The PostgreSQL for private clusters of this process, found (or fetched) once.
-    pub(crate) fn find() -> Result<Installation, SetupError> {
+    /// `report` gets a line of text for each step.
+    pub(crate) fn find(report: &dyn Fn(&str)) -> Result<Installation, SetupError> {
         static FOUND: OnceLock<Result<Installation, SetupError>> = OnceLock::new();
-        FOUND.get_or_init(look).clone()
+        FOUND
+            .get_or_init(|| {
+                report("searching for an installed PostgreSQL …");
+                let found = search(report)?;
+                report(&format!(
+                    "found PostgreSQL {} in {}",
+                    found.major,
+                    found.bin.display()
+                ));
+                Ok(found)
+            })
+            .clone()
     }
 
     pub(crate) fn program(&self, name: &str) -> PathBuf {
@@ -54,7 +66,7 @@ fn parse_major(value: Option<OsString>) -> Result<Option<u32>, SetupError> {
         })
 }
 
-fn look() -> Result<Installation, SetupError> {
+fn search(report: &dyn Fn(&str)) -> Result<Installation, SetupError> {
     let account = Account::for_servers()?;
     let demanded = demanded_major()?;
 
@@ -84,7 +96,7 @@ fn look() -> Result<Installation, SetupError> {
     }
 
     let wanted = demanded.unwrap_or(*MAJORS.end());
-    let fetched = npm::install(wanted, account).and_then(|bin| {
+    let fetched = npm::install(wanted, account, report).and_then(|bin| {
         major_of(&bin, account)
             .map(|major| Installation {
                 bin: bin.clone(),

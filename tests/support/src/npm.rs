@@ -21,8 +21,13 @@ const VERSIONS: [(u32, &str); 5] = [
     (18, "18.4.0-beta.17"),
 ];
 
-/// The `bin` folder of a server of this major, fetched unless a former run has done so.
-pub(crate) fn install(major: u32, account: Account) -> Result<PathBuf, SetupError> {
+/// The `bin` folder of a server of this major, fetched unless a former run has done so. `report` gets a line of text
+/// before it is.
+pub(crate) fn install(
+    major: u32,
+    account: Account,
+    report: &dyn Fn(&str),
+) -> Result<PathBuf, SetupError> {
     let (_, version) = VERSIONS
         .iter()
         .find(|(of, _)| *of == major)
@@ -52,6 +57,10 @@ pub(crate) fn install(major: u32, account: Account) -> Result<PathBuf, SetupErro
         return Ok(bin);
     }
 
+    report(&format!(
+        "PostgreSQL {major} is not installed: fetching it with npm into {}, once …",
+        cache.display()
+    ));
     sweep(&cache);
     let nanos = UNIX_EPOCH
         .elapsed()

@@ -47,7 +47,18 @@ impl Server {
     #[track_caller]
     #[must_use]
     pub fn shared() -> &'static Server {
-        match Server::try_shared() {
+        Server::shared_with_progress(|_| {})
+    }
+
+    /// As [`shared`](Self::shared), and passes a line of text to `report` before each step of the start: a server that
+    /// has to be fetched first takes a while. A server that has been started before is not reported.
+    ///
+    /// # Panics
+    ///
+    /// With the text of the [`SetupError`], when there is none.
+    #[track_caller]
+    pub fn shared_with_progress(report: impl Fn(&str)) -> &'static Server {
+        match Server::start_shared(&report) {
             Ok(server) => server,
             Err(error) => panic!("{error}"),
         }
@@ -59,11 +70,18 @@ impl Server {
     ///
     /// The same one at each call of the process: no server was found, or it does not start or answer.
     pub fn try_shared() -> Result<&'static Server, SetupError> {
+        Server::start_shared(&|_| {})
+    }
+
+    fn start_shared(report: &dyn Fn(&str)) -> Result<&'static Server, SetupError> {
         static SHARED: OnceLock<Result<Server, SetupError>> = OnceLock::new();
         SHARED
             .get_or_init(|| match env::var("DATABASE_URL") {
-                Ok(url) if !url.is_empty() => Server::external(url),
-                _ => Server::start(&[]),
+                Ok(url) if !url.is_empty() => {
+                    report("connecting to the server of DATABASE_URL …");
+                    Server::external(url)
+                }
+                _ => Ok(Server::private(Cluster::start(&[], report)?)),
             })
             .as_ref()
             .map_err(Clone::clone)
@@ -75,7 +93,7 @@ impl Server {
     ///
     /// No PostgreSQL was found, or it does not start (the text has the end of its log).
     pub fn start(settings: &[(&str, &str)]) -> Result<Server, SetupError> {
-        Ok(Server::private(Cluster::start(settings)?))
+        Ok(Server::private(Cluster::start(settings, &|_| {})?))
     }
 
     pub(crate) fn private(cluster: Cluster) -> Server {

@@ -1,0 +1,238 @@
+//! Whether the server is one on which advisory locks mean what they say. Asked once for a server.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::IsolationLevel;
+
+use super::Advisory;
+use super::sql;
+use crate::advisory::sql::{Locks, TryLockOutcome};
+use crate::connection::sql::Probe;
+use crate::connection::sql::server;
+use crate::connection::sql::server::Server;
+use crate::connection::{Connections, LockScope, OnAbandon, Session};
+use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind};
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
+use crate::postgres::sql::{is_true, rows};
+use crate::transaction;
+
+/// A second connection to compare with.
+const SECOND: Duration = Duration::from_secs(1);
+/// One question to a pooler, which may have no backend to answer it.
+const QUESTION: Duration = Duration::from_millis(500);
+/// Sets of locks this large are compared with the room in the lock table first.
+const WORTH_COUNTING: usize = 128;
+/// How often two sessions are compared before they count as kept apart.
+const COMPARISONS: usize = 3;
+
+/// Checks, the first time on a server, that the locks just granted to `session` are there.
+///
+/// An engine whose lock functions do nothing shows nothing in `pg_locks`. One that locks and does not show it is told
+/// apart by a second session, which must be refused what the first one holds.
+///
+/// # Errors
+/// `NoAdvisoryLocks`.
+pub(super) async fn check_locking(
+    session: &Session,
+    scope: LockScope,
+    server: Option<&Server>,
+    locks: Locks<'_>,
+) -> Result<(), Error> {
+    let Some(server) = server else { return Ok(()) };
+    let capabilities = session.connections().capabilities();
+    if capabilities.locks(scope, &server.identity) {
+        return Ok(());
+    }
+    let reply = session.message(&sql::shown_in_pg_locks(locks)).await?;
+    let shown = rows(&reply).any(|row| is_true(row, "shown"));
+    if !shown && !excludes_a_second(session.connections(), locks.keys).await? {
+        return Err(Error::new(ErrorKind::NoAdvisoryLocks)
+            .with_key(&locks.keys[0])
+            .with_detail(
+                "the server granted one exclusive lock to two sessions; it must not be relied on, use row locks on this \
+                 engine",
+            ));
+    }
+    capabilities.learn_locks(scope, &server.identity);
+    Ok(())
+}
+
+/// Whether a second session is refused a key that the first one holds. `false` where there is no second one: what
+/// cannot be shown to lock is not relied on.
+async fn excludes_a_second(
+    connections: &Arc<Connections>,
+    keys: &[LockKey],
+) -> Result<bool, Error> {
+    let Ok(second) = connections.check_out(&Deadline::after(SECOND)).await else {
+        return Ok(false);
+    };
+    let locks = Locks {
+        keys: &keys[..1],
+        mode: AdvisoryMode::Exclusive,
+    };
+    // Whatever the session's default isolation is: the verdict is about the lock alone.
+    let begin = transaction::sql::Begin {
+        isolation: Some(IsolationLevel::ReadCommitted),
+        ..transaction::sql::Begin::default()
+    };
+    let sql = sql::begin_and_try(&begin, locks, &Probe::Full { login_pid: None });
+    let (second, answer) = second.send(sql, OnAbandon::rollback()).await;
+    let tried = sql::tried(&answer?);
+    let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
+    answer?;
+    second.return_to_pool();
+    Ok(tried.is_some_and(|tried| tried.verdict == TryLockOutcome::Busy))
+}
+
+impl Advisory {
+    /// Checks that session locks may be taken through the pooler that `session` goes through.
+    ///
+    /// Two clients that are both open, and are both served by one backend, prove that the pooler gives a server session
+    /// to whoever has a statement to run; so does one client that is served by two backends.
+    ///
+    /// # Errors
+    /// `TransactionPooler`, where that is proven, and where there is no second connection to find out with.
+    pub(super) async fn check_pooler(&self, session: &Session, key: &LockKey) -> Result<(), Error> {
+        let capabilities = self.connections.capabilities();
+        let keeps = match capabilities.keeps_sessions() {
+            Some(keeps) => keeps,
+            None => {
+                let keeps = self
+                    .pooler_keeps_sessions(session)
+                    .await
+                    .map_err(|error| error.with_key(key))?;
+                capabilities.learn_keeps_sessions(keeps);
+                keeps
+            }
+        };
+        if keeps {
+            return Ok(());
+        }
+        Err(refused(key).with_detail(
+            "the pooler gives one server session to several clients, which would share the lock or lose it; use a \
+             transaction lock, connect to the server directly, or set the pooler to session mode",
+        ))
+    }
+
+    async fn pooler_keeps_sessions(&self, first: &Session) -> Result<bool, Error> {
+        let pid_of = async |session: &Session| {
+            let reply = session.message(server::BACKEND_PID).await?;
+            Ok::<_, Error>(server::backend_pid(&reply))
+        };
+        for _ in 0..COMPARISONS {
+            let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
+                return Err(undetermined());
+            };
+            // A pooler that takes its backends in turn gives another one to the next statement.
+            let before = within(pid_of(first)).await.ok_or_else(undetermined)??;
+            for _ in 0..COMPARISONS {
+                if within(pid_of(first)).await.ok_or_else(undetermined)?? != before {
+                    second.return_to_pool();
+                    return Ok(false);
+                }
+            }
+            // One that prefers those just used gives the same one to the next client.
+            // In a transaction the second client keeps its backend while the first is asked again.
+            let begin = transaction::sql::begin_transaction(
+                &transaction::sql::Begin::default(),
+                &Probe::Minimal,
+            );
+            let Some((second, answer)) = within(second.send(begin, OnAbandon::rollback())).await
+            else {
+                return Err(undetermined());
+            };
+            let session_locks = transaction::sql::begun(&answer?).map(|begun| begun.pid);
+            let after = within(pid_of(first)).await;
+            let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
+            answer?;
+            second.return_to_pool();
+            // No answer: the first client had no backend of its own any more, and there was none to be had.
+            let Some(after) = after else { return Ok(false) };
+            let after = after?;
+            if before != after || before == session_locks || after == session_locks {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Refuses a set of locks for which the server has no room, before it takes the room of others: one session can
+    /// fill the lock table of the whole server, and then nobody can log in.
+    ///
+    /// # Errors
+    /// `OutOfLocks`, nothing taken.
+    pub(super) async fn check_lock_table_capacity(
+        &self,
+        keys: &[LockKey],
+        deadline: &Deadline,
+    ) -> Result<(), Error> {
+        if !is_worth_counting(keys) {
+            return Ok(());
+        }
+        let mut dead = 0;
+        loop {
+            let session = self.connections.check_out(deadline).await?;
+            match check_capacity_on(&session, keys).await {
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionLost
+                        && dead <= self.connections.most() =>
+                {
+                    dead += 1
+                }
+                Err(error) if error.kind() != ErrorKind::OutOfLocks => return Err(error),
+                answer => {
+                    session.return_to_pool();
+                    return answer;
+                }
+            }
+        }
+    }
+}
+
+/// Whether a set is so large that counting what is taken is worth its while.
+pub(super) fn is_worth_counting(keys: &[LockKey]) -> bool {
+    keys.len() >= WORTH_COUNTING
+}
+
+/// Compares a set of locks with what is free in the lock table.
+///
+/// # Errors
+/// `OutOfLocks`, and the connection's.
+pub(super) async fn check_capacity_on(session: &Session, keys: &[LockKey]) -> Result<(), Error> {
+    let reply = session.message(server::LOCK_TABLE).await?;
+    let Some(table) = server::lock_table(&reply) else {
+        return Ok(());
+    };
+    let wanted = u64::try_from(keys.len()).unwrap_or(u64::MAX);
+    if table.taken.saturating_add(wanted) <= table.capacity {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::OutOfLocks)
+        .with_key(&keys[0])
+        .with_detail(format!(
+            "{wanted} locks do not fit beside the {} that are taken in the server's lock table, which is made for {} \
+             (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
+             instance one for the whole set, or raise max_locks_per_transaction",
+            table.taken, table.capacity
+        )))
+}
+
+/// Bounds one question to a pooler, which may have no backend to answer it.
+async fn within<F: Future>(question: F) -> Option<F::Output> {
+    tokio::time::timeout(QUESTION, question).await.ok()
+}
+
+/// Not proven either way, so nothing to be learnt for the next time.
+fn undetermined() -> Error {
+    Error::new(ErrorKind::TransactionPooler).with_detail(
+        "a pooler stands between, and no second connection was to be had to find out whether it keeps one server session \
+         for each client; use a transaction lock or larger pools",
+    )
+}
+
+fn refused(key: &LockKey) -> Error {
+    Error::new(ErrorKind::TransactionPooler).with_key(key)
+}

@@ -1,0 +1,192 @@
+//! The options that all schema changes share: timeouts, deadline, pauses, a callback.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::report::ChangeAttempt;
+use crate::backoff::Backoff;
+use crate::deadline::Deadline;
+use crate::error::Error;
+
+/// The default wait of each attempt for its locks. A reader that queues behind an attempt waits as long.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
+/// The default time in which attempts are repeated.
+const DEADLINE: Duration = Duration::from_secs(300);
+/// The shortest pause, in multiples of the lock timeout. Sessions that queued behind an attempt finish long before the
+/// next one, and the table is blocked for less than a tenth of the time.
+const MIN_PAUSE_FACTOR: u32 = 10;
+/// The longest time that jitter adds to a pause.
+const MAX_JITTER: Duration = Duration::from_secs(10);
+
+pub(super) type OnAttempt = Arc<dyn Fn(&ChangeAttempt) + Send + Sync>;
+
+#[derive(Clone)]
+pub(super) struct ChangeOptions {
+    pub(super) lock_timeout: Duration,
+    /// `None` if the caller has not set it.
+    pub(super) deadline: Option<Duration>,
+    pub(super) statement_timeout: Option<Duration>,
+    pub(super) on_attempt: Option<OnAttempt>,
+}
+
+impl Default for ChangeOptions {
+    fn default() -> Self {
+        Self {
+            lock_timeout: LOCK_TIMEOUT,
+            deadline: None,
+            statement_timeout: None,
+            on_attempt: None,
+        }
+    }
+}
+
+impl ChangeOptions {
+    pub(super) fn deadline(&self) -> Deadline {
+        Deadline::after(self.deadline.unwrap_or(DEADLINE))
+    }
+
+    /// The same options, with this deadline if the caller has not set one.
+    pub(super) fn or_deadline(&self, deadline: Duration) -> Self {
+        Self {
+            deadline: Some(self.deadline.unwrap_or(deadline)),
+            ..self.clone()
+        }
+    }
+
+    /// The same options, with the remaining time of a deadline.
+    pub(super) fn until(&self, deadline: &Deadline) -> Self {
+        Self {
+            deadline: Some(deadline.remaining()),
+            ..self.clone()
+        }
+    }
+
+    /// Refuses timeouts of zero, which PostgreSQL takes as no limit.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        let timeouts = [
+            ("lock_timeout", Some(self.lock_timeout)),
+            ("statement_timeout", self.statement_timeout),
+        ];
+        for (name, value) in timeouts {
+            if value.is_some_and(|value| value.is_zero()) {
+                return Err(Error::config(format!(
+                    "{name} is 0, which PostgreSQL takes to mean no limit; at least 1 ms"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The pause after attempt number `attempt`, counted from 1.
+    pub(super) fn pause(&self, attempt: u32, random: u64) -> Duration {
+        let least = self.lock_timeout.saturating_mul(MIN_PAUSE_FACTOR);
+        let jitter = Backoff::new(least, MAX_JITTER.max(least));
+        least.saturating_add(jitter.delay(attempt.saturating_sub(1), random))
+    }
+
+    pub(super) fn report(&self, attempt: &ChangeAttempt) {
+        if let Some(on_attempt) = &self.on_attempt {
+            on_attempt(attempt);
+        }
+    }
+}
+
+impl fmt::Debug for ChangeOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChangeOptions")
+            .field("lock_timeout", &self.lock_timeout)
+            .field("deadline", &self.deadline)
+            .field("statement_timeout", &self.statement_timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The setters of the shared options, for a type with a field `options`.
+macro_rules! change_options {
+    ($type:ty) => {
+        /// Timeouts, deadline and attempts.
+        impl $type {
+            /// How long one attempt may wait for its locks; 100 ms by default, rounded up to whole milliseconds.
+            /// Readers and writers that queue behind the attempt can wait as long. Zero, which PostgreSQL takes to mean
+            /// no limit, is refused.
+            pub fn lock_timeout(mut self, timeout: std::time::Duration) -> Self {
+                self.options.lock_timeout = timeout;
+                self
+            }
+
+            /// The time after the first attempt until which attempts are repeated; 5 minutes by default, an hour for
+            /// changes that build an index. No attempt begins and no pause ends after it.
+            pub fn deadline(mut self, deadline: std::time::Duration) -> Self {
+                self.options.deadline = Some(deadline);
+                self
+            }
+
+            /// How long one statement may take, including its time after it has got its locks. By default the setting
+            /// of the server and the role applies, and a statement outside of a transaction has no limit.
+            pub fn statement_timeout(mut self, timeout: std::time::Duration) -> Self {
+                self.options.statement_timeout = Some(timeout);
+                self
+            }
+
+            /// Calls `f` at the end of each attempt, with its blockers and the pause that follows. `f` must not block.
+            pub fn on_attempt(
+                mut self,
+                f: impl Fn(&crate::schema::ChangeAttempt) + Send + Sync + 'static,
+            ) -> Self {
+                self.options.on_attempt = Some(std::sync::Arc::new(f));
+                self
+            }
+        }
+    };
+}
+
+pub(super) use change_options;
+
+/// Implements `.await` for a type with `async fn run(self)`.
+macro_rules! into_future {
+    ($type:ty => $output:ty) => {
+        /// Awaiting the value runs it, as `run` does.
+        impl std::future::IntoFuture for $type {
+            type Output = Result<$output, crate::error::Error>;
+            type IntoFuture =
+                std::pin::Pin<Box<dyn std::future::Future<Output = Self::Output> + Send>>;
+
+            fn into_future(self) -> Self::IntoFuture {
+                Box::pin(self.run())
+            }
+        }
+    };
+}
+
+pub(super) use into_future;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_is_at_least_ten_timeouts_plus_jitter() {
+        let options = ChangeOptions::default();
+        assert_eq!(options.pause(1, 0), Duration::from_secs(1));
+        assert!(options.pause(1, u64::MAX) < Duration::from_secs(2));
+        assert!(options.pause(1, u64::MAX) > Duration::from_millis(1900));
+        assert!(options.pause(3, u64::MAX) > Duration::from_millis(4900));
+        assert!(options.pause(u32::MAX, u64::MAX) < Duration::from_secs(11));
+        let long = ChangeOptions {
+            lock_timeout: Duration::from_secs(5),
+            ..ChangeOptions::default()
+        };
+        assert!(long.pause(9, 1 << 63) >= Duration::from_secs(75));
+    }
+
+    #[test]
+    fn zero_timeouts_are_refused() {
+        let options = ChangeOptions {
+            lock_timeout: Duration::ZERO,
+            ..ChangeOptions::default()
+        };
+        assert!(options.check().is_err());
+        assert!(ChangeOptions::default().check().is_ok());
+    }
+}
