@@ -333,7 +333,8 @@ impl Keeper {
         &self,
         policy: crate::resolver::watchdog::WatchdogPolicy,
     ) -> Result<crate::resolver::watchdog::Watchdog, Error> {
-        let policy = policy.or_zombies_of(&application_name(&self.inner.application, None));
+        let policy =
+            policy.default_zombie_application(&application_name(&self.inner.application, None));
         self.monitor().watchdog(policy)
     }
 }

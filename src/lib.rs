@@ -157,9 +157,10 @@ pub use key::compat;
 pub use mode::{AdvisoryMode, LockMode, ParseModeError, RowLock};
 #[cfg(feature = "monitor")]
 pub use monitor::{
-    AdvisoryLockEntry, Changes, Deadlocks, Effect, Health, InvalidIndexes, LockTable, Monitor,
-    PreparedTransactions, Reading, Recovery, RecoveryCheck, RecoveryCriterion, Settings,
-    SettingsFinding, SettingsFindingKind, Severity, Trend, Waits, Watch, WatchUpdate,
+    AdvisoryLockEntry, Deadlocks, Effect, Health, InvalidIndexes, LockTableUsage, Monitor,
+    ObservedValue, PreparedTransactions, Recovery, RecoveryCheck, RecoveryCriterion,
+    SettingsFinding, SettingsFindingKind, SettingsReport, Severity, SnapshotDiff, Trend,
+    WaitSummary, Watch, WatchUpdate,
 };
 pub use postgres::TableName;
 #[cfg(feature = "resolver")]

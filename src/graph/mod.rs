@@ -37,7 +37,7 @@
 //! # JSON
 //!
 //! With the feature `serde`, [`Snapshot`], [`LockTree`], [`Backend`] and [`Edge`] are `Serialize`, and so is
-//! [`AdvisoryLockEntry`](crate::AdvisoryLockEntry) ([`Health`](crate::Health#json) and [`Settings`](crate::Settings)
+//! [`AdvisoryLockEntry`](crate::AdvisoryLockEntry) ([`Health`](crate::Health#json) and [`SettingsReport`](crate::SettingsReport)
 //! have documents of their own). In JSON, `null` means unknown or absent; times are RFC 3339 in UTC by the server's
 //! clock, durations are milliseconds. Statements are without their literals. Fields may be added. If a field changes
 //! its meaning or is removed, `version` is incremented.

@@ -1,4 +1,4 @@
-//! Who holds, or wants, an advisory lock.
+//! The holders and waiters of advisory locks.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,10 +10,10 @@ use crate::graph::{Backend, BackendId, LockObject};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 
-/// A session, or a prepared transaction, that holds an advisory lock or waits for it: a row of `pg_locks`.
+/// A session or prepared transaction that holds an advisory lock or waits for it: a row of `pg_locks`.
 ///
-/// A session lock that was taken several times is one row; so are a session lock and a transaction lock of one session in
-/// one mode.
+/// A session lock that was taken several times is one row. A session lock and a transaction lock that one session holds
+/// in one mode are one row too.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdvisoryLockEntry {
     key: LockKey,
@@ -25,39 +25,39 @@ pub struct AdvisoryLockEntry {
 }
 
 impl AdvisoryLockEntry {
-    /// The lock, with its name where this process has used it or the application has
-    /// [given](super::Monitor::names) it.
+    /// The lock's key, with its name if this process has used it or the application has [given](super::Monitor::names)
+    /// it.
     #[must_use]
     pub fn key(&self) -> &LockKey {
         &self.key
     }
 
-    /// The mode it is held or wanted in.
+    /// The mode it is held or requested in.
     #[must_use]
     pub fn mode(&self) -> AdvisoryMode {
         self.mode
     }
 
-    /// Whether it is held; `false` for one who waits for it.
+    /// Whether the lock is held; `false` for a waiter.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.held
     }
 
-    /// For how long it has been waited for; `None` for a holder.
+    /// How long the session has waited for it; `None` for a holder.
     #[must_use]
     pub fn wait_age(&self) -> Option<Duration> {
         self.wait_age
     }
 
-    /// Who holds it, or waits for it, with the call site in its `application_name` where it uses this crate.
+    /// The session that holds it or waits for it. Its `application_name` carries the call site if it uses this crate.
     #[must_use]
     pub fn backend(&self) -> &Backend {
         &self.backend
     }
 
-    /// For how long the session has been idle outside of any transaction; `None` for one that is not, or whose state the
-    /// role may not see.
+    /// How long the session has been idle outside of any transaction; `None` if it is not idle, or if its state is
+    /// hidden from the role.
     #[must_use]
     pub fn idle_for(&self) -> Option<Duration> {
         self.backend
@@ -65,10 +65,11 @@ impl AdvisoryLockEntry {
             .filter(|_| self.backend.state() == Some("idle"))
     }
 
-    /// Whether a guard or a transaction of this process, alive while this was asked, has the session that holds it.
+    /// Whether a guard or transaction of this process that was alive during the query owns the session that holds the
+    /// lock.
     ///
-    /// Sessions are told apart by process id, so that it may be true for one of another server too; never false for a
-    /// live guard's.
+    /// Sessions are identified by process id, so it may also be true for a session of another server. It is never false
+    /// for a live guard.
     #[must_use]
     pub fn is_guarded(&self) -> bool {
         self.guarded

@@ -1,32 +1,32 @@
-//! The numbers to watch and to be woken by.
+//! The numbers to monitor and to alert on.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use crate::graph::{Backend, BackendId, Relation, Snapshot, TreeNode};
-use crate::monitor::sql::health::Numbers;
+use crate::monitor::sql::health::HealthReply;
 use crate::postgres::timestamp::Age;
 
 /// How many root blockers `Display` names.
-const NAMED: usize = 3;
+const MAX_NAMED_ROOTS: usize = 3;
 
-/// A value that the role which looked may not be allowed to see in full.
+/// A value that the observing role may not be allowed to see in full.
 ///
-/// A role sees the state and the times of its own sessions, those of others only with the privileges of
+/// A role sees the state and the times of its own sessions. It sees those of other roles only with the privileges of
 /// `pg_read_all_stats` or `pg_monitor`: `GRANT pg_read_all_stats TO "role"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Reading<T> {
-    /// All that there is was seen.
+pub enum ObservedValue<T> {
+    /// Everything was visible.
     Known(T),
-    /// Something was hidden: this was seen, and there may be more, or older ones.
+    /// Part of it was hidden: this was visible, and there may be more or older ones.
     AtLeast(T),
-    /// Something was hidden, and nothing seen. It says nothing.
+    /// Part of it was hidden, and nothing was visible. The value is unknown.
     Hidden,
 }
 
-impl<T> Reading<T> {
-    /// The value, if all was seen.
+impl<T> ObservedValue<T> {
+    /// The value, if everything was visible.
     #[must_use]
     pub fn known(&self) -> Option<&T> {
         match self {
@@ -35,7 +35,7 @@ impl<T> Reading<T> {
         }
     }
 
-    /// What was seen, all of it or not; `None` where all is hidden.
+    /// What was visible, complete or not; `None` if everything is hidden.
     #[must_use]
     pub fn seen(&self) -> Option<&T> {
         match self {
@@ -44,15 +44,15 @@ impl<T> Reading<T> {
         }
     }
 
-    /// Whether all was seen.
+    /// Whether everything was visible.
     #[must_use]
     pub fn is_known(&self) -> bool {
         matches!(self, Self::Known(_))
     }
 }
 
-impl<T> Reading<Option<T>> {
-    /// Of something that was looked for where some may be hidden.
+impl<T> ObservedValue<Option<T>> {
+    /// The result of a search in which some sessions may have been hidden.
     fn of(found: Option<T>, hidden: bool) -> Self {
         match (found, hidden) {
             (found, false) => Self::Known(found),
@@ -62,13 +62,13 @@ impl<T> Reading<Option<T>> {
     }
 }
 
-/// How a server is doing with its locks: [`Monitor::health`](super::Monitor::health).
+/// The state of a server's locks: [`Monitor::health`](super::Monitor::health).
 ///
-/// Waits, sessions, prepared transactions and the lock table are the whole server's; deadlocks, INVALID indexes and
-/// advisory locks those of the database the look was made from.
+/// Waits, sessions, prepared transactions and the lock table cover the whole server. Deadlocks, INVALID indexes and
+/// advisory locks are those of the database that the query was sent to.
 ///
-/// `Display` gives a few lines for people. With the feature `metrics`, `record` hands the numbers to the application's
-/// metrics.
+/// `Display` writes a few lines for people. With the feature `metrics`, `record` passes the numbers to the
+/// application's metrics recorder.
 ///
 /// # JSON
 ///
@@ -78,13 +78,13 @@ impl<T> Reading<Option<T>> {
 /// | field | what it is |
 /// |---|---|
 /// | `version` | 1 |
-/// | `taken_at`, `took_ms`, `database` | when and where it was looked, and for how long |
-/// | `lock_waiters`, `longest_wait_ms` | `null` where nobody waits |
+/// | `taken_at`, `took_ms`, `database` | when and in which database the sample was taken, and how long that took |
+/// | `lock_waiters`, `longest_wait_ms` | numbers; the second is `null` if no session waits |
 /// | `root_blockers` | an array: `pid` or `prepared`, and how many sessions it `blocks` |
 /// | `cycles`, `hidden_sessions` | numbers |
-/// | `oldest_transaction`, `oldest_idle_in_transaction` | a `reading` (`known`, `at_least`, `hidden`) and its `value`: a backend; `null` where there is none or it is hidden |
-/// | `deadlocks` | their `count`, and `since` when; `null` where the server does not count |
-/// | `lock_table` | `entries`, and the `capacity` it is made for |
+/// | `oldest_transaction`, `oldest_idle_in_transaction` | a `reading` (`known`, `at_least`, `hidden`) and its `value`: a backend; `null` if there is none or it is hidden |
+/// | `deadlocks` | their `count`, and `since` when; `null` if the server does not count them |
+/// | `lock_table` | `entries`, and the `capacity` it is sized for |
 /// | `prepared_transactions` | their `count`, and `oldest_ms` |
 /// | `invalid_indexes` | a `reading` and its `value`: their `count`, and the `first` of them |
 /// | `advisory_locks_held` | a number |
@@ -116,28 +116,28 @@ pub struct Health {
     roots: Vec<(BackendId, usize)>,
     cycles: usize,
     hidden_sessions: usize,
-    oldest_transaction: Reading<Option<Backend>>,
-    idle_in_transaction: Reading<Option<Backend>>,
+    oldest_transaction: ObservedValue<Option<Backend>>,
+    idle_in_transaction: ObservedValue<Option<Backend>>,
     deadlocks: Option<Deadlocks>,
-    lock_table: LockTable,
+    lock_table: LockTableUsage,
     prepared: PreparedTransactions,
-    invalid_indexes: Reading<InvalidIndexes>,
+    invalid_indexes: ObservedValue<InvalidIndexes>,
     advisory_locks: u64,
 }
 
 impl Health {
-    pub(super) fn new(numbers: Numbers, took: Duration) -> Self {
-        let hidden = numbers.hidden_sessions > 0;
-        let snapshot = numbers.seen.snapshot(took);
+    pub(super) fn new(reply: HealthReply, elapsed: Duration) -> Self {
+        let hidden = reply.hidden_sessions > 0;
+        let snapshot = reply.seen.snapshot(elapsed);
         let now = snapshot.taken_at();
         let tree = snapshot.tree();
         let is_root = |node: &TreeNode<'_>| !node.is_in_cycle();
         let indexes = InvalidIndexes {
-            count: numbers.invalid_total,
-            first: numbers.invalid,
+            count: reply.invalid_total,
+            first: reply.invalid,
         };
         Self {
-            database: numbers.database,
+            database: reply.database,
             waiters: snapshot.waiters().len(),
             longest_wait: snapshot
                 .edges()
@@ -150,39 +150,39 @@ impl Health {
                 .map(|node| (node.backend().id().clone(), node.blocked_count()))
                 .collect(),
             cycles: tree.cycles().len(),
-            hidden_sessions: numbers.hidden_sessions,
-            oldest_transaction: Reading::of(numbers.oldest_transaction, hidden),
-            idle_in_transaction: Reading::of(numbers.idle_in_transaction, hidden),
-            deadlocks: numbers.deadlocks.map(|count| Deadlocks {
+            hidden_sessions: reply.hidden_sessions,
+            oldest_transaction: ObservedValue::of(reply.oldest_transaction, hidden),
+            idle_in_transaction: ObservedValue::of(reply.idle_in_transaction, hidden),
+            deadlocks: reply.deadlocks.map(|count| Deadlocks {
                 count,
-                since: numbers.deadlocks_since,
+                since: reply.deadlocks_since,
                 seen_at: now,
             }),
-            lock_table: LockTable {
-                entries: numbers.lock_entries,
-                capacity: numbers.lock_capacity,
+            lock_table: LockTableUsage {
+                entries: reply.lock_entries,
+                capacity: reply.lock_capacity,
             },
             prepared: PreparedTransactions {
-                count: numbers.prepared,
-                oldest: numbers.oldest_prepared,
+                count: reply.prepared,
+                oldest: reply.oldest_prepared,
             },
-            invalid_indexes: match (indexes.count, numbers.invalid_unsure) {
-                (_, 0) => Reading::Known(indexes),
-                (0, _) => Reading::Hidden,
-                _ => Reading::AtLeast(indexes),
+            invalid_indexes: match (indexes.count, reply.invalid_unsure) {
+                (_, 0) => ObservedValue::Known(indexes),
+                (0, _) => ObservedValue::Hidden,
+                _ => ObservedValue::AtLeast(indexes),
             },
-            advisory_locks: numbers.advisory,
+            advisory_locks: reply.advisory,
             snapshot,
         }
     }
 
-    /// Who waited for whom in this look: what the first numbers are from.
+    /// Which session waited for which in this sample: the numbers about waits are computed from it.
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
 
-    /// The name of the database the look was made from.
+    /// The name of the database that the query was sent to.
     #[must_use]
     pub fn database(&self) -> &str {
         &self.database
@@ -194,48 +194,48 @@ impl Health {
         self.waiters
     }
 
-    /// For how long the one among them has waited that has waited longest; `None` where nobody waits.
+    /// The longest current wait; `None` if no session is waiting.
     #[must_use]
     pub fn longest_wait(&self) -> Option<Duration> {
         self.longest_wait
     }
 
-    /// Those who are in the way of others and wait for no lock themselves, with the number of sessions that could not
-    /// go on before they do: first the one that keeps most waiting. Sessions that wait in a circle are in
+    /// The sessions that block others and wait for no lock themselves, each with the number of sessions that cannot
+    /// continue before it does, most blocked sessions first. Sessions that wait in a cycle are counted by
     /// [`cycles`](Self::cycles) instead.
     #[must_use]
     pub fn root_blockers(&self) -> &[(BackendId, usize)] {
         &self.roots
     }
 
-    /// In how many circles sessions wait for one another: deadlocks that the server has not ended yet.
+    /// How many wait cycles there are: deadlocks that the server has not ended yet.
     #[must_use]
     pub fn cycles(&self) -> usize {
         self.cycles
     }
 
-    /// How many sessions there are of which the role may see neither state nor times (or which hide them themselves,
-    /// by `track_activities`). Where there are any, the two readings below do not say all.
+    /// How many sessions there are whose state and times are hidden from the role, or not recorded because of their own
+    /// `track_activities`. If there are any, the two observations below are not complete.
     #[must_use]
     pub fn hidden_sessions(&self) -> usize {
         self.hidden_sessions
     }
 
-    /// The session whose transaction has been open for longest, [`Backend::transaction_age`]: what VACUUM and
-    /// `CREATE INDEX CONCURRENTLY` wait for. Autovacuum's own are left out. `Known(None)` where no transaction is open.
+    /// The session with the oldest open transaction, [`Backend::transaction_age`]: VACUUM and `CREATE INDEX
+    /// CONCURRENTLY` wait for it. Transactions of autovacuum are excluded. `Known(None)` if no transaction is open.
     #[must_use]
-    pub fn oldest_transaction(&self) -> &Reading<Option<Backend>> {
+    pub fn oldest_transaction(&self) -> &ObservedValue<Option<Backend>> {
         &self.oldest_transaction
     }
 
     /// The session that has been idle in its transaction for longest, [`Backend::state_age`]: it keeps its locks and
-    /// does nothing. `Known(None)` where there is none.
+    /// does nothing. `Known(None)` if there is none.
     #[must_use]
-    pub fn oldest_idle_in_transaction(&self) -> &Reading<Option<Backend>> {
+    pub fn oldest_idle_in_transaction(&self) -> &ObservedValue<Option<Backend>> {
         &self.idle_in_transaction
     }
 
-    /// The deadlocks that the server has ended in this database; `None` where it does not count (`track_counts`).
+    /// The deadlocks that the server has ended in this database; `None` if it does not count them (`track_counts`).
     #[must_use]
     pub fn deadlocks(&self) -> Option<Deadlocks> {
         self.deadlocks
@@ -243,28 +243,29 @@ impl Health {
 
     /// How full the server's lock table is.
     #[must_use]
-    pub fn lock_table(&self) -> LockTable {
+    pub fn lock_table(&self) -> LockTableUsage {
         self.lock_table
     }
 
-    /// The prepared transactions, which hold their locks without any session.
+    /// The prepared transactions, which hold their locks without a session.
     #[must_use]
     pub fn prepared_transactions(&self) -> PreparedTransactions {
         self.prepared
     }
 
-    /// The INVALID indexes of this database that nobody is at work on: what a failed `CREATE INDEX CONCURRENTLY` leaves
-    /// behind, which costs writes and serves no query, or an index of a partitioned table that lacks partitions.
+    /// The INVALID indexes of this database that no session is building or dropping. A failed `CREATE INDEX
+    /// CONCURRENTLY` leaves such an index behind, which slows writes and serves no query; the index of a partitioned
+    /// table that lacks partitions is INVALID too.
     ///
-    /// Of an index that is being built the progress is hidden without `pg_read_all_stats`; INVALID indexes of a table
-    /// on which somebody hidden builds one are not counted, and on a standby none.
+    /// The progress of an index build is hidden without `pg_read_all_stats`. INVALID indexes of a table on which a
+    /// hidden session builds an index are not counted. On a standby none is counted.
     #[must_use]
-    pub fn invalid_indexes(&self) -> &Reading<InvalidIndexes> {
+    pub fn invalid_indexes(&self) -> &ObservedValue<InvalidIndexes> {
         &self.invalid_indexes
     }
 
-    /// How many advisory locks are held in this database: rows of `pg_locks`, in which a lock taken several times by
-    /// one session counts once.
+    /// How many advisory locks are held in this database: rows of `pg_locks`, in which a lock that one session has
+    /// taken several times counts once.
     #[must_use]
     pub fn advisory_locks_held(&self) -> u64 {
         self.advisory_locks
@@ -280,14 +281,14 @@ pub struct Deadlocks {
 }
 
 impl Deadlocks {
-    /// How many, since the statistics began.
+    /// How many deadlocks, since the statistics began.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// When the statistics were last reset (`pg_stat_database.stats_reset`); `None` if they never were, by hand or by a
-    /// crash of the server.
+    /// When the statistics were last reset (`pg_stat_database.stats_reset`), by hand or by a crash of the server;
+    /// `None` if they never were.
     #[must_use]
     pub fn since(&self) -> Option<SystemTime> {
         self.since
@@ -307,35 +308,35 @@ impl fmt::Display for Deadlocks {
     }
 }
 
-/// How full the server's lock table is, the one all sessions share.
+/// How full the server's lock table is, which all sessions share.
 ///
-/// It is made for `max_locks_per_transaction` objects for each process the server may have (`max_connections`,
-/// autovacuum, background workers, walsenders) and each prepared transaction it may keep. When it is full, whoever
-/// needs one more lock fails with *out of shared memory*, and nobody can log in. The server has some memory in
-/// reserve, so that it may hold more than 100 % for a while.
+/// The table is sized for `max_locks_per_transaction` objects for each process the server may have (`max_connections`,
+/// autovacuum, background workers, walsenders) and each prepared transaction it may keep. When it is full, a session
+/// that needs one more lock fails with *out of shared memory*, and no client can log in. The server has some memory in
+/// reserve, so usage may exceed 100 % for a while.
 ///
-/// The usual weak locks of statements on tables (up to 16 for each session, more from version 18 on) take the *fast
-/// path* and need no room in it; they are not counted.
+/// The usual weak locks that statements take on tables (up to 16 for each session, more since version 18) use the *fast
+/// path* and occupy no entry; they are not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LockTable {
+pub struct LockTableUsage {
     entries: u64,
     capacity: u64,
 }
 
-impl LockTable {
-    /// Objects that are locked or waited for in it, each of them once.
+impl LockTableUsage {
+    /// The objects in it that are locked or waited for, each counted once.
     #[must_use]
     pub fn entries(&self) -> u64 {
         self.entries
     }
 
-    /// How many it is made for.
+    /// How many objects it is sized for.
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
 
-    /// Entries by capacity: 1.0 is full.
+    /// Entries divided by capacity: 1.0 is full.
     #[must_use]
     pub fn fill(&self) -> f64 {
         self.entries as f64 / self.capacity.max(1) as f64
@@ -343,7 +344,7 @@ impl LockTable {
 }
 
 /// `lock table: 312 of 15168 entries (2 %)`
-impl fmt::Display for LockTable {
+impl fmt::Display for LockTableUsage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -355,7 +356,7 @@ impl fmt::Display for LockTable {
     }
 }
 
-/// Transactions that were prepared for a two-phase commit and wait for its second phase.
+/// Transactions that were prepared for a two-phase commit and await its second phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PreparedTransactions {
     count: u64,
@@ -369,7 +370,7 @@ impl PreparedTransactions {
         self.count
     }
 
-    /// For how long the oldest has been prepared; `None` where there are none.
+    /// How long ago the oldest was prepared; `None` if there is none.
     #[must_use]
     pub fn oldest(&self) -> Option<Duration> {
         self.oldest
@@ -425,7 +426,7 @@ impl fmt::Display for InvalidIndexes {
     }
 }
 
-/// A few lines, each with what it is about.
+/// A few labelled lines.
 impl fmt::Display for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.waits(f)?;
@@ -446,9 +447,9 @@ impl fmt::Display for Health {
         writeln!(f, ", {} advisory locks held", self.advisory_locks)?;
         writeln!(f, "{}", self.prepared)?;
         match &self.invalid_indexes {
-            Reading::Known(indexes) => writeln!(f, "{indexes}"),
-            Reading::AtLeast(indexes) => writeln!(f, "at least {indexes}"),
-            Reading::Hidden => writeln!(
+            ObservedValue::Known(indexes) => writeln!(f, "{indexes}"),
+            ObservedValue::AtLeast(indexes) => writeln!(f, "at least {indexes}"),
+            ObservedValue::Hidden => writeln!(
                 f,
                 "INVALID indexes unknown: somebody may be at work on them"
             ),
@@ -466,16 +467,16 @@ impl Health {
         if let Some(age) = self.longest_wait {
             write!(f, ", the longest for {}", Age(age))?;
         }
-        for (at, (id, blocks)) in self.roots.iter().take(NAMED).enumerate() {
+        for (at, (id, blocks)) in self.roots.iter().take(MAX_NAMED_ROOTS).enumerate() {
             let before = if at == 0 { "; root blockers: " } else { ", " };
             write!(f, "{before}{id} (blocks {blocks})")?;
         }
-        if self.roots.len() > NAMED {
-            write!(f, " and {} more", self.roots.len() - NAMED)?;
+        if self.roots.len() > MAX_NAMED_ROOTS {
+            write!(f, " and {} more", self.roots.len() - MAX_NAMED_ROOTS)?;
         }
         if self.cycles > 0 {
             let s = if self.cycles == 1 { "" } else { "s" };
-            write!(f, "; {} circle{s}", self.cycles)?;
+            write!(f, "; {} cycle{s}", self.cycles)?;
         }
         writeln!(f)
     }
@@ -484,18 +485,20 @@ impl Health {
 fn session(
     f: &mut fmt::Formatter<'_>,
     what: &str,
-    reading: &Reading<Option<Backend>>,
+    observed: &ObservedValue<Option<Backend>>,
     hidden: usize,
 ) -> fmt::Result {
     write!(f, "{what}: ")?;
-    match reading.seen() {
+    match observed.seen() {
         Some(Some(backend)) => write!(f, "{backend}")?,
         Some(None) => f.write_str("none")?,
         None => f.write_str("unknown")?,
     }
-    match reading {
-        Reading::Known(_) => writeln!(f),
-        Reading::AtLeast(_) => writeln!(f, ", or one of {hidden} sessions hidden from this role"),
-        Reading::Hidden => writeln!(f, ", {hidden} sessions hidden from this role"),
+    match observed {
+        ObservedValue::Known(_) => writeln!(f),
+        ObservedValue::AtLeast(_) => {
+            writeln!(f, ", or one of {hidden} sessions hidden from this role")
+        }
+        ObservedValue::Hidden => writeln!(f, ", {hidden} sessions hidden from this role"),
     }
 }

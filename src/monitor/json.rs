@@ -1,16 +1,16 @@
-//! [`Health`] and [`Settings`] as documents for programs. Their fields are documented at the types.
+//! [`Health`] and [`SettingsReport`] as JSON documents. Their fields are documented at the types.
 
 use std::collections::BTreeMap;
 
 use serde::{Serialize, Serializer};
 
-use super::health::{Health, Reading};
-use super::settings::{Effect, Settings, SettingsFinding, Severity};
+use super::health::{Health, ObservedValue};
+use super::settings::{Effect, SettingsFinding, SettingsReport, Severity};
 use crate::graph::json::{BackendIdJson, RelationJson, millis};
 use crate::graph::{Backend, BackendId};
 use crate::postgres::timestamp::rfc3339;
 
-/// Goes up when a field of either changes its meaning, or goes away. New fields do not count.
+/// Incremented when a field of either document changes its meaning or is removed. New fields do not count.
 const VERSION: u32 = 1;
 
 impl Serialize for Health {
@@ -27,12 +27,12 @@ impl Serialize for Health {
             root_blockers: self
                 .root_blockers()
                 .iter()
-                .map(|(id, blocks)| Root::new(id, *blocks))
+                .map(|(id, blocks)| RootDocument::new(id, *blocks))
                 .collect(),
             cycles: self.cycles(),
             hidden_sessions: self.hidden_sessions(),
-            oldest_transaction: Read::new(self.oldest_transaction(), Option::as_ref),
-            oldest_idle_in_transaction: Read::new(
+            oldest_transaction: ObservedDocument::new(self.oldest_transaction(), Option::as_ref),
+            oldest_idle_in_transaction: ObservedDocument::new(
                 self.oldest_idle_in_transaction(),
                 Option::as_ref,
             ),
@@ -48,7 +48,7 @@ impl Serialize for Health {
                 count: prepared.count(),
                 oldest_ms: prepared.oldest().map(millis),
             },
-            invalid_indexes: Read::new(self.invalid_indexes(), |indexes| {
+            invalid_indexes: ObservedDocument::new(self.invalid_indexes(), |indexes| {
                 Some(IndexesDocument {
                     count: indexes.count(),
                     first: indexes.first().iter().map(RelationJson::new).collect(),
@@ -68,26 +68,26 @@ struct HealthDocument<'a> {
     database: &'a str,
     lock_waiters: usize,
     longest_wait_ms: Option<f64>,
-    root_blockers: Vec<Root<'a>>,
+    root_blockers: Vec<RootDocument<'a>>,
     cycles: usize,
     hidden_sessions: usize,
-    oldest_transaction: Read<&'a Backend>,
-    oldest_idle_in_transaction: Read<&'a Backend>,
+    oldest_transaction: ObservedDocument<&'a Backend>,
+    oldest_idle_in_transaction: ObservedDocument<&'a Backend>,
     deadlocks: Option<DeadlocksDocument>,
     lock_table: LockTableDocument,
     prepared_transactions: PreparedDocument,
-    invalid_indexes: Read<IndexesDocument<'a>>,
+    invalid_indexes: ObservedDocument<IndexesDocument<'a>>,
     advisory_locks_held: u64,
 }
 
 #[derive(Serialize)]
-struct Root<'a> {
+struct RootDocument<'a> {
     #[serde(flatten)]
     id: BackendIdJson<'a>,
     blocks: usize,
 }
 
-impl<'a> Root<'a> {
+impl<'a> RootDocument<'a> {
     fn new(id: &'a BackendId, blocks: usize) -> Self {
         Self {
             id: id.into(),
@@ -96,22 +96,22 @@ impl<'a> Root<'a> {
     }
 }
 
-/// A [`Reading`].
+/// A [`ObservedValue`] value.
 #[derive(Serialize)]
-struct Read<T> {
+struct ObservedDocument<T> {
     reading: &'static str,
     value: Option<T>,
 }
 
-impl<T> Read<T> {
-    fn new<'a, V>(reading: &'a Reading<V>, value: impl FnOnce(&'a V) -> Option<T>) -> Self {
+impl<T> ObservedDocument<T> {
+    fn new<'a, V>(observed: &'a ObservedValue<V>, value: impl FnOnce(&'a V) -> Option<T>) -> Self {
         Self {
-            reading: match reading {
-                Reading::Known(_) => "known",
-                Reading::AtLeast(_) => "at_least",
-                Reading::Hidden => "hidden",
+            reading: match observed {
+                ObservedValue::Known(_) => "known",
+                ObservedValue::AtLeast(_) => "at_least",
+                ObservedValue::Hidden => "hidden",
             },
-            value: reading.seen().and_then(value),
+            value: observed.seen().and_then(value),
         }
     }
 }
@@ -140,7 +140,7 @@ struct IndexesDocument<'a> {
     first: Vec<RelationJson<'a>>,
 }
 
-impl Serialize for Settings {
+impl Serialize for SettingsReport {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         SettingsDocument {
             version: VERSION,
@@ -164,7 +164,7 @@ struct SettingsDocument<'a> {
 
 impl Serialize for SettingsFinding {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        FindingDocument {
+        SettingsFindingDocument {
             name: self.name(),
             severity: match self.severity() {
                 Severity::Note => "note",
@@ -186,7 +186,7 @@ impl Serialize for SettingsFinding {
 }
 
 #[derive(Serialize)]
-struct FindingDocument<'a> {
+struct SettingsFindingDocument<'a> {
     name: &'a str,
     severity: &'static str,
     value: &'a str,

@@ -4,41 +4,43 @@ use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 
-use super::health::{Health, Reading};
+use super::health::{Health, ObservedValue};
 
-/// What stands for a number that the role may not see.
+/// The value of a metric that is hidden from the role.
 const UNKNOWN: f64 = f64::NAN;
 
 impl Health {
-    /// Hands the numbers to the application's recorder of the [`metrics`](https://docs.rs/metrics) facade; without one
-    /// it does nothing. Call it after each [`Monitor::health`](crate::Monitor::health), for instance every 15 seconds.
+    /// Passes the numbers to the application's recorder of the [`metrics`](https://docs.rs/metrics) facade; without a
+    /// recorder it does nothing. Call it after each [`Monitor::health`](crate::Monitor::health), for instance every 15
+    /// seconds.
     ///
-    /// Every metric has one label, `database`: the name of the [database](Self::database) the look was made from, so
-    /// that two keepers of one process do not overwrite each other's. The server-wide ones are the same from each of a
-    /// server's databases: take the maximum, not the sum.
+    /// Every metric has one label, `database`: the name of the [database](Self::database) that the query was sent to.
+    /// So two keepers of one process do not overwrite each other's metrics. The server-wide metrics are the same from
+    /// each database of a server: take the maximum, not the sum.
     ///
     /// | gauge | unit | what |
     /// |---|---|---|
-    /// | `lockkeeper_lock_waiters` | sessions | that wait for a lock, server-wide |
-    /// | `lockkeeper_lock_wait_longest_seconds` | seconds | the longest of these waits; 0 where nobody waits |
-    /// | `lockkeeper_root_blockers` | sessions | that are in the way and wait for nobody |
-    /// | `lockkeeper_root_blocker_blocks_most` | sessions | that the worst of them keeps waiting |
-    /// | `lockkeeper_lock_cycles` | circles | in which sessions wait for one another |
-    /// | `lockkeeper_hidden_sessions` | sessions | of which the role may not see how old their transactions are |
-    /// | `lockkeeper_transaction_oldest_seconds` | seconds | the oldest open transaction, server-wide |
-    /// | `lockkeeper_idle_in_transaction_oldest_seconds` | seconds | the longest that a session has been idle in its transaction |
-    /// | `lockkeeper_lock_table_entries`, `lockkeeper_lock_table_capacity` | objects | the lock table of the server |
-    /// | `lockkeeper_prepared_transactions` | transactions | prepared ones, server-wide |
-    /// | `lockkeeper_prepared_transaction_oldest_seconds` | seconds | the oldest of these |
-    /// | `lockkeeper_invalid_indexes` | indexes | INVALID ones of the database |
-    /// | `lockkeeper_advisory_locks_held` | locks | of the database |
+    /// | `lockkeeper_lock_waiters` | sessions | waiting for a lock, server-wide |
+    /// | `lockkeeper_lock_wait_longest_seconds` | seconds | the longest of these waits; 0 if no session waits |
+    /// | `lockkeeper_root_blockers` | sessions | that block others and wait for no lock themselves |
+    /// | `lockkeeper_root_blocker_blocks_most` | sessions | blocked by the worst of them |
+    /// | `lockkeeper_lock_cycles` | cycles | of sessions that wait for one another |
+    /// | `lockkeeper_hidden_sessions` | sessions | whose transaction age is hidden from the role |
+    /// | `lockkeeper_transaction_oldest_seconds` | seconds | the age of the oldest open transaction, server-wide |
+    /// | `lockkeeper_idle_in_transaction_oldest_seconds` | seconds | the longest time that a session has been idle in its transaction |
+    /// | `lockkeeper_lock_table_entries`, `lockkeeper_lock_table_capacity` | objects | in the server's lock table, and those it is sized for |
+    /// | `lockkeeper_prepared_transactions` | transactions | prepared, server-wide |
+    /// | `lockkeeper_prepared_transaction_oldest_seconds` | seconds | the age of the oldest of these |
+    /// | `lockkeeper_invalid_indexes` | indexes | INVALID in the database |
+    /// | `lockkeeper_advisory_locks_held` | locks | held in the database |
     ///
-    /// And one counter, `lockkeeper_deadlocks_total`: deadlocks of the database since its statistics were reset, set to
-    /// the server's own count. It does not go back when that does; where the server does not count, it is not touched.
+    /// There is one counter, `lockkeeper_deadlocks_total`: the deadlocks of the database since its statistics were
+    /// reset, set to the server's own count. It does not decrease when the server's count does. If the server does not
+    /// count deadlocks, the counter is not updated.
     ///
-    /// A reading that is [hidden](crate::Reading::Hidden) is NaN, never 0; one that is
-    /// [not all](crate::Reading::AtLeast) is what was seen: `lockkeeper_hidden_sessions` above 0 tells that ages may be
-    /// higher.
+    /// An observation that is [hidden](crate::ObservedValue::Hidden) is NaN, never 0. One that is
+    /// [incomplete](crate::ObservedValue::AtLeast) is what was visible: if `lockkeeper_hidden_sessions` is above 0, the real
+    /// ages may be higher.
     pub fn record(&self) {
         describe();
         let database = self.database();
@@ -46,8 +48,9 @@ impl Health {
             gauge!(name, "database" => database.to_owned()).set(value);
         };
         let age = |age: Option<Duration>| age.unwrap_or_default().as_secs_f64();
-        let oldest = |reading: &Reading<_>, of: fn(&crate::graph::Backend) -> Option<Duration>| {
-            reading.seen().map_or(UNKNOWN, |backend: &Option<_>| {
+        let oldest = |observed: &ObservedValue<_>,
+                      of: fn(&crate::graph::Backend) -> Option<Duration>| {
+            observed.seen().map_or(UNKNOWN, |backend: &Option<_>| {
                 age(backend.as_ref().and_then(of))
             })
         };
@@ -102,7 +105,7 @@ impl Health {
     }
 }
 
-/// Each time, since the recorder may be another one.
+/// Called each time, because the recorder may have been replaced.
 fn describe() {
     let seconds = [
         (
@@ -137,7 +140,7 @@ fn describe() {
         ),
         (
             "lockkeeper_lock_cycles",
-            "Circles in which sessions wait for one another",
+            "Cycles in which sessions wait for one another",
         ),
         (
             "lockkeeper_hidden_sessions",

@@ -1,7 +1,7 @@
-//! Looking at the server: who is there, who waits for whom, and who holds which advisory lock.
+//! Observing the server: its sessions, which session waits for which, and which session holds which advisory lock.
 
 mod advisory;
-mod doctor;
+pub(crate) mod database_filter;
 mod health;
 #[cfg(feature = "serde")]
 mod json;
@@ -9,8 +9,9 @@ mod json;
 mod metrics;
 pub(crate) mod recovery;
 mod settings;
+mod settings_check;
 mod sql;
-pub(crate) mod waits;
+pub(crate) mod wait_summary;
 mod watch;
 
 use std::collections::HashMap;
@@ -19,28 +20,30 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use advisory::AdvisoryLockEntry;
-pub use health::{Deadlocks, Health, InvalidIndexes, LockTable, PreparedTransactions, Reading};
+pub use health::{
+    Deadlocks, Health, InvalidIndexes, LockTableUsage, ObservedValue, PreparedTransactions,
+};
 pub use recovery::{Recovery, RecoveryCheck, RecoveryCriterion, Trend};
-pub use settings::{Effect, Settings, SettingsFinding, SettingsFindingKind, Severity};
-pub use waits::Waits;
-pub use watch::{Changes, Watch, WatchUpdate};
+pub use settings::{Effect, SettingsFinding, SettingsFindingKind, SettingsReport, Severity};
+pub use wait_summary::WaitSummary;
+pub use watch::{SnapshotDiff, Watch, WatchUpdate};
 
 use crate::connection::Connections;
 use crate::error::{Error, ErrorKind};
 use crate::graph::sql::{self as graph, LockSample};
 use crate::graph::{Backend, Edge, LockTree, Snapshot};
 use crate::key::{KeyId, LockKey, names};
-use sql::health as numbers;
+use sql::health as health_sql;
 
-/// Looks at the server's sessions and locks: [`Keeper::monitor`](crate::Keeper::monitor).
+/// Observes the server's sessions and locks: [`Keeper::monitor`](crate::Keeper::monitor).
 ///
-/// Every look is one message on the connection beside the pool, or on one of the pool's where there is none, and takes
-/// no lock that somebody would wait for. It sees the whole server; the names of tables only in the database it is
+/// Each query is one message on the side connection, or on a connection of the pool if there is none. It takes no lock
+/// that another session could wait for. It covers the whole server, but table names only of the database it is
 /// connected to.
 ///
-/// A role without `pg_read_all_stats` sees of other roles' sessions who is in whose way, in which modes and for how
-/// long, and `application_name` (with the call site of those who use this crate). The rest is `None`, which
-/// means *unknown*: [`Backend::is_hidden`].
+/// A role without `pg_read_all_stats` sees, of the sessions of other roles, which session blocks which, in which lock
+/// modes and for how long, and the `application_name`, which carries the call site of sessions that use this crate. All
+/// other fields are `None`, which means *unknown*: [`Backend::is_hidden`].
 ///
 /// # Examples
 ///
@@ -68,8 +71,8 @@ impl Monitor {
         }
     }
 
-    /// Names under which advisory locks are shown, besides those that this process has used itself: the server knows
-    /// numbers only.
+    /// Adds names under which advisory locks are shown. Names that this process has used are known already; the server
+    /// itself knows only numbers.
     ///
     /// # Examples
     ///
@@ -92,28 +95,28 @@ impl Monitor {
         self
     }
 
-    /// Every process of the server that `pg_stat_activity` shows, this look's own too.
+    /// Every process of the server that `pg_stat_activity` shows, including the session that runs this query.
     ///
     /// # SQL
     /// One message: the server's clock, and `pg_stat_activity`.
     ///
     /// # Errors
-    /// The connection's: no connection was to be had, or it was lost, or the server took too long to answer.
+    /// Those of the connection: none was available, it was lost, or the server took too long to answer.
     ///
     /// # Cancel safety
-    /// May be dropped at any point: nothing is changed on the server. The connection it was asked on is closed.
+    /// May be dropped at any point: nothing is changed on the server. The connection that was used is closed.
     pub async fn activity(&self) -> Result<Vec<Backend>, Error> {
-        let (seen, _) = self.look(&graph::activity()).await?;
+        let (seen, _) = self.sample(&graph::activity()).await?;
         Ok(seen.backends)
     }
 
-    /// Who waits for whom, in every database of the server: what [`blocking`](Self::blocking) and
-    /// [`lock_tree`](Self::lock_tree) are made from.
+    /// Which session waits for which, in every database of the server. [`blocking`](Self::blocking) and
+    /// [`lock_tree`](Self::lock_tree) are built from it.
     ///
     /// # SQL
-    /// One message: the server's clock, and one statement over `pg_locks`, `pg_blocking_pids` for those who wait,
-    /// `pg_stat_activity`, `pg_prepared_xacts`, and `pg_class` for the names. Where nobody waits, it reads the lock
-    /// table and nothing else.
+    /// One message: the server's clock, and one statement over `pg_locks`, `pg_blocking_pids` for the waiting sessions,
+    /// `pg_stat_activity`, `pg_prepared_xacts`, and `pg_class` for the names. If no session waits, it reads only the
+    /// lock table.
     ///
     /// # Errors
     /// As [`activity`](Self::activity).
@@ -121,15 +124,15 @@ impl Monitor {
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn snapshot(&self) -> Result<Snapshot, Error> {
-        let (seen, took) = self.look(&graph::wait_graph(None)).await?;
-        Ok(seen.snapshot(took))
+        let (seen, elapsed) = self.sample(&graph::wait_graph(None)).await?;
+        Ok(seen.snapshot(elapsed))
     }
 
-    /// The same of a few sessions: those of these process ids that wait, who is in their way, who is in the way of
+    /// A snapshot limited to a few sessions: those of these process ids that wait, their blockers, the blockers of
     /// these, and so on.
     ///
     /// # SQL
-    /// As [`snapshot`](Self::snapshot), but `pg_blocking_pids` is asked about those waits only.
+    /// As [`snapshot`](Self::snapshot), but `pg_blocking_pids` is called only for those waits.
     ///
     /// # Errors
     /// As [`activity`](Self::activity).
@@ -137,11 +140,11 @@ impl Monitor {
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn snapshot_of(&self, pids: &[i32]) -> Result<Snapshot, Error> {
-        let (seen, took) = self.look(&graph::wait_graph(Some(pids))).await?;
-        Ok(seen.snapshot(took))
+        let (seen, elapsed) = self.sample(&graph::wait_graph(Some(pids))).await?;
+        Ok(seen.snapshot(elapsed))
     }
 
-    /// Every pair of a session that waits for a lock and one that is in its way.
+    /// Every pair of a session that waits for a lock and a session that blocks it.
     ///
     /// # SQL
     /// As [`snapshot`](Self::snapshot).
@@ -155,7 +158,8 @@ impl Monitor {
         Ok(self.snapshot().await?.edges().to_vec())
     }
 
-    /// Who waits for whom as a forest, root blockers first. The tree is built here, not by the server.
+    /// Which session waits for which, as a forest with the root blockers first. The tree is built by this crate, not by
+    /// the server.
     ///
     /// # SQL
     /// As [`snapshot`](Self::snapshot).
@@ -169,7 +173,7 @@ impl Monitor {
         Ok(self.snapshot().await?.tree())
     }
 
-    /// Every advisory lock of the database that is held or awaited, by whomever: sorted by key, holders before waiters.
+    /// Every advisory lock of the database that any session holds or waits for, sorted by key, holders before waiters.
     ///
     /// # SQL
     /// One message: the server's clock, and one statement over `pg_locks`, `pg_stat_activity` and
@@ -181,15 +185,15 @@ impl Monitor {
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn advisory_locks(&self) -> Result<Vec<AdvisoryLockEntry>, Error> {
-        let (seen, _) = self.look(&graph::advisory_locks()).await?;
+        let (seen, _) = self.sample(&graph::advisory_locks()).await?;
         Ok(advisory::entries(seen))
     }
 
-    /// The advisory locks that look forgotten: held by a session that has been idle, outside of any transaction, for at
-    /// least this long, and that no guard of this process owns.
+    /// The advisory locks that are probably forgotten: the holder has been idle, outside of any transaction, for at
+    /// least `age`, and no guard of this process owns the lock.
     ///
-    /// Guards of other processes are not known here: choose an age beyond which none of them rests. A holder whose
-    /// state the role may not see is never among them.
+    /// Guards of other processes are not known here: choose an age that none of them reaches while idle. A holder whose
+    /// state is hidden from the role is never included.
     ///
     /// # SQL
     /// As [`advisory_locks`](Self::advisory_locks).
@@ -209,14 +213,14 @@ impl Monitor {
         Ok(entries)
     }
 
-    /// The numbers to watch: who waits and for how long, how old transactions get, how full the lock table is, and what
-    /// was left behind.
+    /// The numbers to monitor: how many sessions wait and for how long, the oldest transactions, how full the lock
+    /// table is, and what was left behind.
     ///
     /// # SQL
-    /// One message, made to be sent every few seconds: what [`snapshot`](Self::snapshot) sends; one row of numbers
-    /// from `pg_locks`, `pg_prepared_xacts`, `pg_stat_database` and `pg_stat_activity`; the INVALID indexes from
-    /// `pg_index`, without those that `pg_stat_progress_create_index` or a lock shows to be at work; two rows of
-    /// `pg_stat_activity`.
+    /// One message, cheap enough to be sent every few seconds: what [`snapshot`](Self::snapshot) sends; one row of
+    /// numbers from `pg_locks`, `pg_prepared_xacts`, `pg_stat_database` and `pg_stat_activity`; the INVALID indexes
+    /// from `pg_index`, without those that are being built or dropped according to `pg_stat_progress_create_index` or a
+    /// lock; two rows of `pg_stat_activity`.
     ///
     /// # Errors
     /// As [`activity`](Self::activity).
@@ -225,26 +229,26 @@ impl Monitor {
     /// As [`activity`](Self::activity).
     pub async fn health(&self) -> Result<Health, Error> {
         let started = Instant::now();
-        let reply = self.connections.ask(&numbers::health()).await?;
-        let took = started.elapsed();
-        let numbers =
-            numbers::numbers(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("health"))?;
-        Ok(Health::new(numbers, took))
+        let reply = self.connections.ask(&health_sql::query()).await?;
+        let elapsed = started.elapsed();
+        let reply =
+            health_sql::read(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("health"))?;
+        Ok(Health::new(reply, elapsed))
     }
 
-    /// The server's settings and this role's privileges as they concern locks, with what to mend.
+    /// The server's settings and this role's privileges as far as they concern locks, with recommended fixes.
     ///
-    /// The values are those that the application's own connections see: asked on one of the pool's, as the pool gives
-    /// it, with what the role, the database, the connection string and the pool's hooks have set. The privileges are
-    /// those of the role that looks, which is the side connection's where there is one.
+    /// The values are those that the application's own connections see: they are read on a connection of the pool, as
+    /// the pool returns it, with everything that the role, the database, the connection string and the pool's hooks
+    /// have set. The privileges are those of the role that monitors: the role of the side connection if there is one.
     ///
     /// # SQL
-    /// One message on a connection of the pool: `pg_settings`, and where the server and this connection are. One on
-    /// the connection that looks: the role's privileges, and how full the lock table is. Where a pooler stands
-    /// between, two more on two connections of the pool. Nothing is set.
+    /// One message on a connection of the pool: `pg_settings`, and which server, database and role it is connected to.
+    /// One message on the connection that monitors: the role's privileges, and how full the lock table is. If a pooler
+    /// stands between the pool and the server, two more messages on two connections of the pool. No setting is changed.
     ///
     /// # Errors
-    /// As [`activity`](Self::activity); without a connection of the pool the settings are not known.
+    /// As [`activity`](Self::activity); the settings cannot be read without a connection of the pool.
     ///
     /// # Cancel safety
     /// As [`activity`](Self::activity).
@@ -259,23 +263,23 @@ impl Monitor {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn settings(&self) -> Result<Settings, Error> {
+    pub async fn settings(&self) -> Result<SettingsReport, Error> {
         settings::examine(&self.connections).await
     }
 
-    /// The connections it asks on.
+    /// The connections that the queries are sent on.
     #[cfg(feature = "resolver")]
     pub(crate) fn connections(&self) -> &Arc<Connections> {
         &self.connections
     }
 
-    async fn look(&self, sql: &str) -> Result<(LockSample, Duration), Error> {
+    async fn sample(&self, sql: &str) -> Result<(LockSample, Duration), Error> {
         let started = Instant::now();
         let reply = self.connections.ask(sql).await?;
-        let took = started.elapsed();
+        let elapsed = started.elapsed();
         let seen = graph::read_sample(&reply, &|key| self.named(key))
             .ok_or_else(|| unreadable("locks"))?;
-        Ok((seen, took))
+        Ok((seen, elapsed))
     }
 
     fn named(&self, key: LockKey) -> LockKey {

@@ -1,18 +1,20 @@
-//! Whether it is over.
+//! Deciding when an incident is over.
 
 use std::fmt;
 use std::time::Duration;
 
 use super::Monitor;
-use super::waits::{Databases, Waits};
+use super::database_filter::DatabaseFilter;
+use super::wait_summary::WaitSummary;
 use crate::deadline::Deadline;
 use crate::error::Error;
 use crate::graph::Snapshot;
 
-/// Checks are not worth more often than that.
-const SHORTEST: Duration = Duration::from_millis(10);
+/// More frequent checks would show nothing more.
+const MIN_INTERVAL: Duration = Duration::from_millis(10);
 
-/// When an incident counts as over: nobody waits for a lock, or nobody for long, so many checks in a row.
+/// When an incident counts as over: in a number of consecutive checks no session waits for a lock, or none waits for
+/// long.
 ///
 /// # Examples
 ///
@@ -29,31 +31,31 @@ pub struct RecoveryCriterion {
     checks: u32,
 }
 
-/// How the waits have changed from one check to the next.
+/// How the waits have changed since the previous check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Trend {
-    /// There was no check before.
+    /// There was no previous check.
     First,
-    /// Fewer sessions wait than before, or as many and the one that had waited longest has gone on.
+    /// Fewer sessions wait than before, or as many and the longest wait has ended.
     Falling,
-    /// As many wait as before, and they are the same.
+    /// As many sessions wait as before, and the longest wait has not ended.
     Steady,
-    /// More wait than before.
+    /// More sessions wait than before.
     Rising,
 }
 
-/// What one check has found.
+/// The result of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecoveryCheck {
-    waits: Waits,
+    waits: WaitSummary,
     trend: Trend,
     falling: u32,
     met: u32,
     recovered: bool,
 }
 
-/// Whether waits fall from check to check, and whether it is over: [`Monitor::recovery`].
+/// Whether waits decrease from check to check, and whether the incident is over: [`Monitor::recovery`].
 ///
 /// # Examples
 ///
@@ -77,21 +79,21 @@ pub struct RecoveryCheck {
 #[derive(Clone, Debug)]
 pub struct Recovery {
     monitor: Monitor,
-    course: Course,
+    tracker: RecoveryTracker,
 }
 
-/// The checks so far.
+/// The state of a series of checks.
 #[derive(Clone, Debug)]
-pub(crate) struct Course {
+pub(crate) struct RecoveryTracker {
     criterion: RecoveryCriterion,
-    databases: Databases,
-    last: Option<Waits>,
+    databases: DatabaseFilter,
+    last: Option<WaitSummary>,
     falling: u32,
     met: u32,
 }
 
 impl RecoveryCriterion {
-    /// Nobody waits for a lock. Three checks in a row, where [`checks`](Self::checks) does not say otherwise.
+    /// No session waits for a lock, in three consecutive checks unless [`checks`](Self::checks) is called.
     #[must_use]
     pub fn no_waits() -> Self {
         Self {
@@ -100,8 +102,8 @@ impl RecoveryCriterion {
         }
     }
 
-    /// Nobody has waited for that long: short waits are daily business. Three checks in a row, where
-    /// [`checks`](Self::checks) does not say otherwise.
+    /// No session has waited for as long as `longest`: short waits are normal. In three consecutive checks unless
+    /// [`checks`](Self::checks) is called.
     #[must_use]
     pub fn waits_shorter_than(longest: Duration) -> Self {
         Self {
@@ -110,20 +112,20 @@ impl RecoveryCriterion {
         }
     }
 
-    /// In how many checks in a row it has to hold; at least one.
+    /// In how many consecutive checks it has to hold; at least one.
     #[must_use]
     pub fn checks(mut self, checks: u32) -> Self {
         self.checks = checks;
         self
     }
 
-    /// Whether it holds in one moment.
+    /// Whether it holds for one sample.
     #[must_use]
-    pub fn is_met_by(&self, waits: &Waits) -> bool {
+    pub fn is_met_by(&self, waits: &WaitSummary) -> bool {
         match (self.shorter_than, waits.longest()) {
             _ if waits.is_empty() => true,
             (None, _) => false,
-            // Who has begun to wait just now has not waited for long.
+            // A session that has just begun to wait has not waited for long.
             (Some(_), None) => true,
             (Some(bound), Some(longest)) => longest < bound,
         }
@@ -158,31 +160,31 @@ impl fmt::Display for RecoveryCriterion {
 }
 
 impl RecoveryCheck {
-    /// How much was waited.
+    /// The lock waits in this check.
     #[must_use]
-    pub fn waits(&self) -> &Waits {
+    pub fn waits(&self) -> &WaitSummary {
         &self.waits
     }
 
-    /// How that has changed since the check before.
+    /// How the waits have changed since the previous check.
     #[must_use]
     pub fn trend(&self) -> Trend {
         self.trend
     }
 
-    /// In how many checks in a row, up to this one, waits have fallen.
+    /// In how many consecutive checks, up to this one, the waits have decreased.
     #[must_use]
     pub fn falling_for(&self) -> u32 {
         self.falling
     }
 
-    /// In how many checks in a row, up to this one, the criterion was met.
+    /// In how many consecutive checks, up to this one, the criterion was met.
     #[must_use]
     pub fn met_for(&self) -> u32 {
         self.met
     }
 
-    /// Whether it was met in as many as it asks for: it is over.
+    /// Whether the criterion was met in as many checks as it requires: the incident is over.
     #[must_use]
     pub fn is_recovered(&self) -> bool {
         self.recovered
@@ -210,54 +212,54 @@ impl fmt::Display for RecoveryCheck {
 }
 
 impl Monitor {
-    /// Checks whether waits fall, and tells when the criterion has been met for long enough.
+    /// Checks whether waits decrease, and whether the criterion has been met in enough checks.
     ///
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) for a criterion that no check could meet.
     pub fn recovery(&self, criterion: RecoveryCriterion) -> Result<Recovery, Error> {
         Ok(Recovery {
             monitor: self.clone(),
-            course: Course::new(criterion, Databases::default())?,
+            tracker: RecoveryTracker::new(criterion, DatabaseFilter::default())?,
         })
     }
 }
 
 impl Recovery {
-    /// Looks at the server and counts what it sees as the next check.
+    /// Takes a snapshot and counts it as the next check.
     ///
     /// # SQL
     /// As [`Monitor::snapshot`].
     ///
     /// # Errors
-    /// As [`Monitor::snapshot`]. A look that fails is no check: nothing is known of it, so that the row of checks that met
-    /// the criterion begins anew.
+    /// As [`Monitor::snapshot`]. A snapshot that fails is not a check. Since the waits are then unknown, the
+    /// consecutive checks that met the criterion are counted from zero again.
     ///
     /// # Cancel safety
-    /// As [`Monitor::snapshot`]; dropped before it is done it has counted nothing.
+    /// As [`Monitor::snapshot`]. A call that is dropped before it completes has counted nothing.
     pub async fn check(&mut self) -> Result<RecoveryCheck, Error> {
         match self.monitor.snapshot().await {
             Ok(snapshot) => Ok(self.observe(&snapshot)),
             Err(error) => {
-                self.course.interrupt();
+                self.tracker.interrupt();
                 Err(error)
             }
         }
     }
 
-    /// Counts a snapshot, such as one of [`Monitor::watch`], as the next check. Nothing is sent.
+    /// Counts a snapshot, such as one of [`Monitor::watch`], as the next check. Nothing is sent to the server.
     pub fn observe(&mut self, snapshot: &Snapshot) -> RecoveryCheck {
-        self.course.observe(snapshot)
+        self.tracker.observe(snapshot)
     }
 
-    /// Checks every `interval`, 10 milliseconds at least, until it is over, for `within` at most; gives the last check.
-    /// Looks that fail are passed over while there is time.
+    /// Checks every `interval`, at least 10 milliseconds, until the incident is over or `within` has elapsed, and
+    /// returns the last check. Snapshots that fail are ignored while time is left.
     ///
     /// # SQL
-    /// As [`check`](Self::check), over and over.
+    /// As [`check`](Self::check), repeatedly.
     ///
     /// # Errors
-    /// Those of the last look, where that failed and the time is over; [`Config`](crate::ErrorKind::Config) for an interval
-    /// that is too short.
+    /// Those of the last snapshot if it failed and the time has elapsed; [`Config`](crate::ErrorKind::Config) for an
+    /// interval that is too short.
     ///
     /// # Cancel safety
     /// As [`check`](Self::check).
@@ -266,9 +268,9 @@ impl Recovery {
         interval: Duration,
         within: Duration,
     ) -> Result<RecoveryCheck, Error> {
-        if interval < SHORTEST {
+        if interval < MIN_INTERVAL {
             return Err(Error::config(format!(
-                "a check every {interval:?}: at least {SHORTEST:?}"
+                "a check every {interval:?}: at least {MIN_INTERVAL:?}"
             )));
         }
         let deadline = Deadline::after(within);
@@ -284,8 +286,11 @@ impl Recovery {
     }
 }
 
-impl Course {
-    pub(crate) fn new(criterion: RecoveryCriterion, databases: Databases) -> Result<Self, Error> {
+impl RecoveryTracker {
+    pub(crate) fn new(
+        criterion: RecoveryCriterion,
+        databases: DatabaseFilter,
+    ) -> Result<Self, Error> {
         criterion.check()?;
         Ok(Self {
             criterion,
@@ -297,19 +302,19 @@ impl Course {
     }
 
     pub(crate) fn observe(&mut self, snapshot: &Snapshot) -> RecoveryCheck {
-        self.count(Waits::among(snapshot, &self.databases))
+        self.count(WaitSummary::among(snapshot, &self.databases))
     }
 
-    /// Nothing is known of this check.
+    /// Counts a check whose result is unknown.
     pub(crate) fn interrupt(&mut self) {
         self.met = 0;
         self.falling = 0;
     }
 
-    fn count(&mut self, waits: Waits) -> RecoveryCheck {
+    fn count(&mut self, waits: WaitSummary) -> RecoveryCheck {
         let trend = match self.last {
             None => Trend::First,
-            Some(last) if waits.have_fallen_since(&last) => Trend::Falling,
+            Some(last) if waits.has_fallen_since(&last) => Trend::Falling,
             Some(last) if waits.sessions() > last.sessions() => Trend::Rising,
             Some(_) => Trend::Steady,
         };
@@ -338,11 +343,13 @@ mod tests {
     use super::*;
     use crate::error::ErrorKind;
 
-    fn course(criterion: RecoveryCriterion) -> Course {
-        Course::new(criterion, Databases::default()).expect("a criterion that can be met")
+    fn tracker(criterion: RecoveryCriterion) -> RecoveryTracker {
+        RecoveryTracker::new(criterion, DatabaseFilter::default())
+            .expect("a criterion that can be met")
     }
 
-    /// So many sessions wait, the first for so many seconds, each for one less than the one before.
+    /// A snapshot in which `sessions` wait, the first for `longest` seconds, each other for one second less than the
+    /// one before.
     fn waiting(sessions: i32, longest: u64) -> Snapshot {
         let edges = (0..sessions).map(|n| {
             let less = Duration::from_secs(n.unsigned_abs().into());
@@ -352,10 +359,10 @@ mod tests {
     }
 
     #[test]
-    fn it_is_over_after_so_many_checks_in_a_row() {
-        let mut course = course(RecoveryCriterion::no_waits().checks(2));
+    fn recovery_needs_consecutive_checks() {
+        let mut tracker = tracker(RecoveryCriterion::no_waits().checks(2));
         let found: Vec<_> = [(2, 9), (0, 0), (1, 1), (0, 0), (0, 0)]
-            .map(|(sessions, longest)| course.observe(&waiting(sessions, longest)))
+            .map(|(sessions, longest)| tracker.observe(&waiting(sessions, longest)))
             .iter()
             .map(|check| (check.trend(), check.met_for(), check.is_recovered()))
             .collect();
@@ -372,19 +379,19 @@ mod tests {
     }
 
     #[test]
-    fn short_waits_can_be_nothing_to_worry_about() {
+    fn short_waits_may_meet_the_criterion() {
         let short = RecoveryCriterion::waits_shorter_than(Duration::from_secs(3)).checks(1);
-        let mut course = course(short);
-        assert!(!course.observe(&waiting(2, 3)).is_recovered());
-        assert!(course.observe(&waiting(5, 2)).is_recovered());
-        assert!(course.observe(&waiting(0, 0)).is_recovered());
+        let mut tracker = tracker(short);
+        assert!(!tracker.observe(&waiting(2, 3)).is_recovered());
+        assert!(tracker.observe(&waiting(5, 2)).is_recovered());
+        assert!(tracker.observe(&waiting(0, 0)).is_recovered());
     }
 
     #[test]
-    fn falling_is_counted_and_a_stuck_queue_is_steady() {
-        let mut course = course(RecoveryCriterion::no_waits());
+    fn falling_checks_are_counted_and_a_stuck_queue_is_steady() {
+        let mut tracker = tracker(RecoveryCriterion::no_waits());
         let found: Vec<_> = [(5, 9), (4, 10), (3, 11), (3, 12), (3, 4)]
-            .map(|(sessions, longest)| course.observe(&waiting(sessions, longest)))
+            .map(|(sessions, longest)| tracker.observe(&waiting(sessions, longest)))
             .iter()
             .map(|check| (check.trend(), check.falling_for()))
             .collect();
@@ -395,22 +402,22 @@ mod tests {
                 (Trend::Falling, 1),
                 (Trend::Falling, 2),
                 (Trend::Steady, 0),
-                // Others wait than did.
+                // The longest wait has ended; other sessions wait.
                 (Trend::Falling, 1),
             ]
         );
     }
 
     #[test]
-    fn what_was_not_seen_was_not_met() {
-        let mut course = course(RecoveryCriterion::no_waits().checks(2));
-        assert_eq!(course.observe(&waiting(0, 0)).met_for(), 1);
-        course.interrupt();
-        assert!(!course.observe(&waiting(0, 0)).is_recovered());
+    fn an_unknown_check_resets_the_count() {
+        let mut tracker = tracker(RecoveryCriterion::no_waits().checks(2));
+        assert_eq!(tracker.observe(&waiting(0, 0)).met_for(), 1);
+        tracker.interrupt();
+        assert!(!tracker.observe(&waiting(0, 0)).is_recovered());
     }
 
     #[test]
-    fn criteria_that_no_check_can_meet_are_refused() {
+    fn a_criterion_that_no_check_can_meet_is_refused() {
         for criterion in [
             RecoveryCriterion::no_waits().checks(0),
             RecoveryCriterion::waits_shorter_than(Duration::ZERO),

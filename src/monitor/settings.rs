@@ -1,39 +1,39 @@
-//! What of the server's set-up is in the way of safe locking, and what mends it.
+//! Which of the server's settings and privileges are unsafe for locking, and what fixes them.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{doctor, unreadable};
+use super::{settings_check, unreadable};
 use crate::connection::sql::server::{BACKEND_PID, backend_pid};
 use crate::connection::{Connections, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
-use crate::monitor::sql::settings::{self as sql, Place, Setting};
+use crate::monitor::sql::settings::{self as sql, PoolSession, SettingRow};
 
 /// How long to wait for a connection of the pool.
-const SPARE: Duration = Duration::from_secs(5);
-/// How long for an answer on it; a pooler may have no backend to ask.
-const ANSWER: Duration = Duration::from_secs(5);
-/// The same for a second connection, to compare with.
-const SECOND: Duration = Duration::from_secs(1);
+const CHECKOUT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for a reply on it; a pooler may have no server connection available.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for a second connection to compare with.
+const SECOND_CHECKOUT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the application's connections see of the server's settings, and what is to be mended:
+/// The server's settings as the application's connections see them, and what should be changed:
 /// [`Monitor::settings`](super::Monitor::settings).
 ///
-/// `Display` lists the findings, worst first. With the feature `serde` it is `Serialize`: in JSON `version` (1), `role`,
-/// `database`, `values`, an object of the settings that were looked at, as `SHOW` writes them, and `findings`, an array.
-/// A finding has `name`, `severity` (`note`, `advice`, `warning`), `value`, `why`, the `statement` that mends it and its
-/// `effect` (`immediate`, `new_connections`, `reload`, `restart`), both `null` where no statement does.
+/// `Display` lists the findings, worst first. With the feature `serde` it is `Serialize`: in JSON it has `version` (1),
+/// `role`, `database`, `values`, an object of the settings that were read, as `SHOW` writes them, and `findings`, an
+/// array. A finding has `name`, `severity` (`note`, `advice`, `warning`), `value`, `why`, the `statement` that fixes it
+/// and its `effect` (`immediate`, `new_connections`, `reload`, `restart`), both `null` if no statement does.
 #[derive(Clone, Debug)]
-pub struct Settings {
-    place: Place,
-    values: Vec<Setting>,
+pub struct SettingsReport {
+    session: PoolSession,
+    values: Vec<SettingRow>,
     findings: Vec<SettingsFinding>,
 }
 
-impl Settings {
-    /// What is to be mended or to be known, worst first. Nothing on a server that is set up well.
+impl SettingsReport {
+    /// What should be changed or known, worst first. Empty for a server that is configured well.
     #[must_use]
     pub fn findings(&self) -> &[SettingsFinding] {
         &self.findings
@@ -45,14 +45,14 @@ impl Settings {
         self.findings.iter().find(|finding| finding.kind == kind)
     }
 
-    /// The value of one of the settings that were looked at, as `SHOW` writes it: `1s`, `off`.
+    /// The value of one of the settings that were read, as `SHOW` writes it: `1s`, `off`.
     #[must_use]
     pub fn value(&self, setting: &str) -> Option<&str> {
         let found = self.values.iter().find(|value| value.name == setting);
         found.map(|setting| &*setting.shown)
     }
 
-    /// The settings that were looked at, each with its value as `SHOW` writes it.
+    /// The settings that were read, each with its value as `SHOW` writes it.
     pub fn values(&self) -> impl Iterator<Item = (&str, &str)> {
         let values = self.values.iter();
         values.map(|setting| (&*setting.name, &*setting.shown))
@@ -61,18 +61,18 @@ impl Settings {
     /// The role the pool's connections log in as.
     #[must_use]
     pub fn role(&self) -> &str {
-        &self.place.role
+        &self.session.role
     }
 
-    /// The database they are connected to.
+    /// The database that the pool's connections are connected to.
     #[must_use]
     pub fn database(&self) -> &str {
-        &self.place.database
+        &self.session.database
     }
 }
 
-/// A finding each line; `nothing to mend` where there is none.
-impl fmt::Display for Settings {
+/// One line for each finding; `nothing to mend` if there is none.
+impl fmt::Display for SettingsReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.findings.is_empty() {
             return f.write_str("nothing to mend\n");
@@ -83,7 +83,7 @@ impl fmt::Display for Settings {
     }
 }
 
-/// Something about the server, or the way to it, that is to be mended or to be known.
+/// A property of the server, or of the connection to it, that should be changed or known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SettingsFinding {
     pub(super) kind: SettingsFindingKind,
@@ -91,7 +91,7 @@ pub struct SettingsFinding {
     pub(super) name: &'static str,
     pub(super) value: String,
     pub(super) why: String,
-    pub(super) mend: Option<(String, Effect)>,
+    pub(super) fix: Option<(String, Effect)>,
 }
 
 impl SettingsFinding {
@@ -119,24 +119,25 @@ impl SettingsFinding {
         &self.value
     }
 
-    /// What follows from it, for people.
+    /// The consequence, as a text for people.
     #[must_use]
     pub fn why(&self) -> &str {
         &self.why
     }
 
-    /// The statement that mends it, with all names quoted, to be run on its own (`ALTER SYSTEM` does not run in a
-    /// transaction) by whoever has the right to: `None` where no statement does, which is then in [`why`](Self::why).
-    /// Where the server's provider does not let anybody run `ALTER SYSTEM`, it is the value to be given there.
+    /// The statement that fixes it, with all names quoted. A role with the necessary privileges must run it on its own:
+    /// `ALTER SYSTEM` does not run in a transaction. `None` if no statement fixes it; [`why`](Self::why) then says what
+    /// does. If the server's provider does not permit `ALTER SYSTEM`, set the value through the provider's own
+    /// configuration.
     #[must_use]
     pub fn statement(&self) -> Option<&str> {
-        self.mend.as_ref().map(|(statement, _)| &**statement)
+        self.fix.as_ref().map(|(statement, _)| &**statement)
     }
 
     /// When the statement takes effect.
     #[must_use]
     pub fn effect(&self) -> Option<Effect> {
-        self.mend.as_ref().map(|(_, effect)| *effect)
+        self.fix.as_ref().map(|(_, effect)| *effect)
     }
 }
 
@@ -151,7 +152,7 @@ impl fmt::Display for SettingsFinding {
             ..
         } = self;
         write!(f, "{severity}: {name} = {}: {why}", value.escape_debug())?;
-        match &self.mend {
+        match &self.fix {
             Some((statement, effect)) => write!(f, " (mend with: {statement}; {effect})"),
             None => Ok(()),
         }
@@ -176,13 +177,14 @@ pub enum SettingsFindingKind {
     ClientConnectionCheckInterval,
     /// `max_locks_per_transaction` is below its default of 64, or the lock table is more than half full.
     MaxLocksPerTransaction,
-    /// The role that looks does not see the sessions of others in full.
+    /// The sessions of other roles are not fully visible to the role that monitors.
     ReadAllStats,
-    /// The role that looks may not cancel or terminate the sessions of others.
+    /// The role that monitors may not cancel or terminate the sessions of other roles.
     SignalBackend,
-    /// A pooler stands between the pool and the server: the backend is not the one that was told at login.
+    /// A pooler stands between the pool and the server: the backend's process id differs from the one announced at
+    /// login.
     Pooler,
-    /// The pool leads to a standby.
+    /// The pool is connected to a standby.
     Standby,
 }
 
@@ -190,11 +192,11 @@ pub enum SettingsFindingKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Severity {
-    /// To be known.
+    /// Informational.
     Note,
-    /// Better otherwise.
+    /// A recommended change.
     Advice,
-    /// Locks will be held or awaited for too long, or trouble will not be seen, as it is.
+    /// As configured, locks may be held or waited for too long, or problems go unreported.
     Warning,
 }
 
@@ -208,15 +210,15 @@ impl fmt::Display for Severity {
     }
 }
 
-/// When a statement that mends something takes effect.
+/// When the statement that fixes a finding takes effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Effect {
-    /// At once, everywhere.
+    /// At once, for all sessions.
     Immediate,
-    /// For connections opened from then on: the pool's are to be closed.
+    /// For connections opened afterwards: the pool's connections have to be closed.
     NewConnections,
-    /// When the server reads its configuration again: `SELECT pg_reload_conf()`.
+    /// When the server reloads its configuration: `SELECT pg_reload_conf()`.
     Reload,
     /// When the server is restarted.
     Restart,
@@ -233,43 +235,48 @@ impl fmt::Display for Effect {
     }
 }
 
-/// What is known of a pooler in between.
+/// What is known about a pooler between the pool and the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pooler {
-    /// None was seen.
+    /// No pooler was detected.
     Direct,
-    /// There is one; whether it keeps one server session for each client is not known.
+    /// There is a pooler; whether it keeps one server session for each client is not known.
     Unknown,
-    /// It does.
+    /// There is a pooler, and it keeps one server session for each client.
     KeepsSessions,
-    /// It does not: proven.
+    /// There is a pooler, and it was proven not to keep one server session for each client.
     SharesSessions,
 }
 
-/// Asks, and judges.
-pub(super) async fn examine(connections: &Arc<Connections>) -> Result<Settings, Error> {
-    let reply = connections.ask(&sql::looker()).await?;
-    let looker = sql::read_looker(&reply).ok_or_else(|| unreadable("privileges"))?;
-    let (session, place, values) = see(connections).await?;
-    let pooler = pooler(connections, session, place.pid).await;
-    let findings = doctor::findings(&place, &values, &looker, pooler);
-    Ok(Settings {
-        place,
+/// Reads the settings and privileges, and judges them.
+pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsReport, Error> {
+    let reply = connections.ask(&sql::monitoring_role()).await?;
+    let role = sql::read_monitoring_role(&reply).ok_or_else(|| unreadable("privileges"))?;
+    let (session, pool_session, values) = read_settings(connections).await?;
+    let pooler = pooler(connections, session, pool_session.pid).await;
+    let findings = settings_check::findings(&pool_session, &values, &role, pooler);
+    Ok(SettingsReport {
+        session: pool_session,
         values,
         findings,
     })
 }
 
-/// On the first connection of the pool that is alive.
-async fn see(connections: &Arc<Connections>) -> Result<(Session, Place, Vec<Setting>), Error> {
+/// Reads them on the first connection of the pool that is alive.
+async fn read_settings(
+    connections: &Arc<Connections>,
+) -> Result<(Session, PoolSession, Vec<SettingRow>), Error> {
     let mut dead = 0;
     loop {
-        let session = connections.check_out(&Deadline::after(SPARE)).await?;
-        // Cancel safety: reads only; unanswered, its connection is closed.
-        match tokio::time::timeout(ANSWER, session.message(sql::SEEN)).await {
+        let session = connections
+            .check_out(&Deadline::after(CHECKOUT_TIMEOUT))
+            .await?;
+        // Cancel safety: reads only; if the reply is not received, the connection is closed.
+        match tokio::time::timeout(REPLY_TIMEOUT, session.message(sql::SETTINGS)).await {
             Ok(Ok(reply)) => {
-                let (place, values) = sql::seen(&reply).ok_or_else(|| unreadable("settings"))?;
-                return Ok((session, place, values));
+                let (pool_session, values) =
+                    sql::read_settings(&reply).ok_or_else(|| unreadable("settings"))?;
+                return Ok((session, pool_session, values));
             }
             Ok(Err(error)) => {
                 let error = Error::from(error);
@@ -281,13 +288,13 @@ async fn see(connections: &Arc<Connections>) -> Result<(Session, Place, Vec<Sett
             Err(_) => {
                 return Err(Error::new(ErrorKind::ConnectionLost)
                     .with_detail("no answer about the settings on a connection of the pool")
-                    .with_waited(ANSWER));
+                    .with_waited(REPLY_TIMEOUT));
             }
         }
     }
 }
 
-/// Gives the session back, after what it can tell of a pooler.
+/// Finds out what the session shows about a pooler, and returns it to the pool.
 async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Pooler {
     let direct = first.login_pid().is_none_or(|login| login == pid);
     let known = connections.capabilities().keeps_sessions();
@@ -299,10 +306,13 @@ async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Poo
             (false, _) => Pooler::SharesSessions,
         };
     }
-    // Two clients that are both connected, with one backend between them, or one with two: it gives a server session to
-    // whoever has something to run. The contrary proves nothing.
-    let compared = tokio::time::timeout(ANSWER, async {
-        let second = connections.check_out(&Deadline::after(SECOND)).await.ok()?;
+    // Two connected clients that share one backend, or one client with two backends, prove that the pooler assigns a
+    // server session to a client only while that runs something. The opposite observation proves nothing.
+    let compared = tokio::time::timeout(REPLY_TIMEOUT, async {
+        let second = connections
+            .check_out(&Deadline::after(SECOND_CHECKOUT_TIMEOUT))
+            .await
+            .ok()?;
         let beside = pid_of(&second).await;
         let after = pid_of(&first).await;
         second.return_to_pool();

@@ -7,7 +7,7 @@ use crate::graph::{Backend, Edge, EdgeKind, LockObject, Snapshot};
 use crate::graph::{Visibility, Wait};
 use crate::mode::LockMode;
 
-/// A client's session, all of which can be seen.
+/// A client's session, all of whose fields are visible.
 pub(crate) fn backend(pid: i32) -> Backend {
     Backend {
         visibility: Visibility::Full,
@@ -22,7 +22,7 @@ pub(crate) fn backend(pid: i32) -> Backend {
     }
 }
 
-/// `waiter` has waited for `blocker` for so long.
+/// `waiter` has waited for `blocker` for `age`.
 pub(crate) fn edge(waiter: i32, blocker: i32, age: Duration) -> Edge {
     Edge {
         wait: Arc::new(Wait {

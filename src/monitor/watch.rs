@@ -1,4 +1,4 @@
-//! Looking again and again, and what has changed in between.
+//! Snapshots at an interval, and the changes between them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,39 +11,40 @@ use futures_core::Stream;
 use tokio::time::{Instant, Sleep};
 
 use super::Monitor;
-use super::waits::Waits;
+use super::wait_summary::WaitSummary;
 use crate::error::Error;
 use crate::graph::{Backend, BackendId, Edge, LockObject, Snapshot};
 use crate::mode::LockMode;
 
-/// Ten looks a second cost a server nothing that could be measured, and more would tell nobody more.
-const SHORTEST: Duration = Duration::from_millis(100);
+/// Ten snapshots a second cost a server nothing measurable; more would show nothing more.
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// One look of a [`Watch`], and what has changed since the one before.
+/// One snapshot of a [`Watch`], and the changes since the previous one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WatchUpdate {
     snapshot: Snapshot,
-    changes: Changes,
+    changes: SnapshotDiff,
 }
 
-/// What has changed between two snapshots.
+/// The changes between two snapshots.
 ///
-/// Waits are told apart by who waits, for what, in which mode and since when, root blockers by their session and its
-/// transaction: a process id that comes again is somebody else.
+/// A wait is identified by its session, lock, mode and start; a root blocker by its session and transaction. So a
+/// process id that is used again is a different session.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Changes {
+pub struct SnapshotDiff {
     new_waits: Vec<Edge>,
     ended_waits: Vec<Edge>,
     new_roots: Vec<Backend>,
     ended_roots: Vec<Backend>,
 }
 
-/// Looks at who waits for whom in intervals: [`Monitor::watch`].
+/// Takes a snapshot at an interval: [`Monitor::watch`].
 ///
-/// A [`Stream`] that never ends. The first look is at once; one that takes longer than the interval is followed by a
-/// whole interval. What cannot be seen (the server restarts, no connection is to be had) is an item too, and the next
-/// look is made all the same; changes are then those since the last snapshot that there was.
-#[must_use = "a stream looks at nothing unless it is polled"]
+/// This is a [`Stream`] that never ends. The first snapshot is taken at once. A snapshot that takes longer than the
+/// interval is followed by a whole interval. A snapshot that fails, because the server restarts or no connection is
+/// available, is an item too, and the next one is taken as usual. Its changes are those since the last successful
+/// snapshot.
+#[must_use = "a stream takes no snapshot unless it is polled"]
 pub struct Watch {
     monitor: Monitor,
     interval: Duration,
@@ -52,26 +53,27 @@ pub struct Watch {
 }
 
 enum State {
-    Looking(
+    Sampling(
         Pin<Box<dyn Future<Output = Result<Snapshot, Error>> + Send>>,
         Instant,
     ),
-    Resting(Pin<Box<Sleep>>),
-    /// Before the first poll: timers need a runtime, which there may not be yet.
-    New,
+    Sleeping(Pin<Box<Sleep>>),
+    /// Before the first poll: a timer needs a runtime, and there may not be one yet.
+    Idle,
 }
 
 impl Monitor {
-    /// Looks at who waits for whom every `interval`, 100 milliseconds at least, and says what has changed.
+    /// Takes a snapshot every `interval`, at least 100 milliseconds, and reports the changes.
     ///
     /// # SQL
-    /// As [`snapshot`](Self::snapshot), at each look. Nothing is sent before the stream is polled.
+    /// As [`snapshot`](Self::snapshot), at each interval. Nothing is sent before the stream is polled.
     ///
     /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) for an interval that is too short. Looks that fail are items of the stream.
+    /// [`Config`](crate::ErrorKind::Config) for an interval that is too short. Snapshots that fail are items of the
+    /// stream.
     ///
     /// # Cancel safety
-    /// The stream may be dropped at any point, and no item is lost when a `next()` on it is.
+    /// The stream may be dropped at any point. Dropping a `next()` on it loses no item.
     ///
     /// # Examples
     ///
@@ -84,43 +86,43 @@ impl Monitor {
     ///     match update {
     ///         Ok(update) if update.changes().is_empty() => {}
     ///         Ok(update) => println!("{update}"),
-    ///         Err(error) => println!("cannot look: {error}"),
+    ///         Err(error) => println!("cannot take a snapshot: {error}"),
     ///     }
     /// }
     /// # Ok(())
     /// # }
     /// ```
     pub fn watch(&self, interval: Duration) -> Result<Watch, Error> {
-        if interval < SHORTEST {
+        if interval < MIN_INTERVAL {
             return Err(Error::config(format!(
-                "a watch every {interval:?}: at least {SHORTEST:?}"
+                "a watch every {interval:?}: at least {MIN_INTERVAL:?}"
             )));
         }
         Ok(Watch {
             monitor: self.clone(),
             interval,
             last: None,
-            state: State::New,
+            state: State::Idle,
         })
     }
 }
 
 impl WatchUpdate {
-    /// Who waits for whom.
+    /// Which session waits for which.
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
 
-    /// What has changed since the last one; of the first, everything that there is.
+    /// The changes since the previous snapshot; for the first one, everything in it.
     #[must_use]
-    pub fn changes(&self) -> &Changes {
+    pub fn changes(&self) -> &SnapshotDiff {
         &self.changes
     }
 }
 
-impl Changes {
-    /// What has changed from one to another.
+impl SnapshotDiff {
+    /// The changes from one snapshot to another.
     #[must_use]
     pub fn between(before: &Snapshot, after: &Snapshot) -> Self {
         let (waits_before, waits_after) = (waits(before), waits(after));
@@ -133,7 +135,7 @@ impl Changes {
         }
     }
 
-    /// Of a first snapshot.
+    /// The changes of a first snapshot.
     fn first(after: &Snapshot) -> Self {
         Self {
             new_waits: only_in(&waits(after), &BTreeMap::new()),
@@ -142,31 +144,31 @@ impl Changes {
         }
     }
 
-    /// Waits that have begun: of each, one pair of the waiter and somebody in its way.
+    /// Waits that have begun, each with one pair of the waiter and a blocker.
     #[must_use]
     pub fn new_waits(&self) -> &[Edge] {
         &self.new_waits
     }
 
-    /// Waits that have ended, as they were last seen.
+    /// Waits that have ended, in their last observed state.
     #[must_use]
     pub fn ended_waits(&self) -> &[Edge] {
         &self.ended_waits
     }
 
-    /// Those who have become root blockers.
+    /// Sessions that have become root blockers.
     #[must_use]
     pub fn new_roots(&self) -> &[Backend] {
         &self.new_roots
     }
 
-    /// Those who are none any more, as they were last seen.
+    /// Root blockers that stopped blocking since the previous snapshot, in their last observed state.
     #[must_use]
     pub fn ended_roots(&self) -> &[Backend] {
         &self.ended_roots
     }
 
-    /// Whether nothing has.
+    /// Whether nothing has changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.new_waits.is_empty()
@@ -176,15 +178,15 @@ impl Changes {
     }
 }
 
-/// A line of what is waited, then one for each change: `+ pid 12 waits …`, `- pid 11 (…) is in nobody's way any more`.
+/// A summary of the waits, then a line for each change: `+ pid 12 waits …`, `- pid 11 (…) is in nobody's way any more`.
 impl fmt::Display for WatchUpdate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}", Waits::of(&self.snapshot))?;
+        writeln!(f, "{}", WaitSummary::of(&self.snapshot))?;
         self.changes.fmt(f)
     }
 }
 
-impl fmt::Display for Changes {
+impl fmt::Display for SnapshotDiff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for root in &self.new_roots {
             writeln!(f, "+ {root} is in the way of others")?;
@@ -209,16 +211,16 @@ impl Stream for Watch {
         let this = self.get_mut();
         loop {
             match &mut this.state {
-                State::New => this.look(),
-                State::Resting(sleep) => {
+                State::Idle => this.start_sample(),
+                State::Sleeping(sleep) => {
                     ready!(sleep.as_mut().poll(cx));
-                    this.look();
+                    this.start_sample();
                 }
-                State::Looking(look, began) => {
-                    let seen = ready!(look.as_mut().poll(cx));
-                    let rest = this.interval.checked_sub(began.elapsed());
-                    let rest = tokio::time::sleep(rest.unwrap_or(this.interval));
-                    this.state = State::Resting(Box::pin(rest));
+                State::Sampling(sample, started) => {
+                    let seen = ready!(sample.as_mut().poll(cx));
+                    let pause = this.interval.checked_sub(started.elapsed());
+                    let pause = tokio::time::sleep(pause.unwrap_or(this.interval));
+                    this.state = State::Sleeping(Box::pin(pause));
                     return Poll::Ready(Some(seen.map(|snapshot| this.update(snapshot))));
                 }
             }
@@ -227,16 +229,16 @@ impl Stream for Watch {
 }
 
 impl Watch {
-    fn look(&mut self) {
+    fn start_sample(&mut self) {
         let monitor = self.monitor.clone();
-        let look = async move { monitor.snapshot().await };
-        self.state = State::Looking(Box::pin(look), Instant::now());
+        let sample = async move { monitor.snapshot().await };
+        self.state = State::Sampling(Box::pin(sample), Instant::now());
     }
 
     fn update(&mut self, snapshot: Snapshot) -> WatchUpdate {
         let changes = match &self.last {
-            Some(last) => Changes::between(last, &snapshot),
-            None => Changes::first(&snapshot),
+            Some(last) => SnapshotDiff::between(last, &snapshot),
+            None => SnapshotDiff::first(&snapshot),
         };
         self.last = Some(snapshot.clone());
         WatchUpdate { snapshot, changes }
@@ -259,7 +261,7 @@ type WaitId<'a> = (
     Option<SystemTime>,
 );
 
-/// Each wait once, with one of its edges, a hard one if there is one.
+/// Each wait once, with one of its edges, preferably a hard one.
 fn waits(snapshot: &Snapshot) -> BTreeMap<WaitId<'_>, &Edge> {
     let mut waits: BTreeMap<WaitId<'_>, &Edge> = BTreeMap::new();
     for edge in snapshot.edges() {
@@ -316,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn what_begins_ends_and_stays() {
+    fn waits_and_roots_begin_end_and_stay() {
         let before = snapshot(
             vec![],
             vec![edge(2, 1, SECOND), edge(3, 1, SECOND), edge(3, 2, SECOND)],
@@ -325,37 +327,37 @@ mod tests {
             vec![],
             vec![edge(3, 1, SECOND), edge(5, 4, SECOND), edge(5, 1, SECOND)],
         );
-        let changes = Changes::between(&before, &after);
+        let changes = SnapshotDiff::between(&before, &after);
         assert_eq!(waiters(changes.new_waits()), [5, 5], "for two objects");
         assert_eq!(waiters(changes.ended_waits()), [2, 3]);
         assert_eq!(pids(changes.new_roots()), [4]);
         assert!(changes.ended_roots().is_empty());
-        assert!(Changes::between(&after, &after).is_empty());
-        let first = Changes::first(&before);
+        assert!(SnapshotDiff::between(&after, &after).is_empty());
+        let first = SnapshotDiff::first(&before);
         assert_eq!(pids(first.new_roots()), [1]);
         assert!(first.ended_waits().is_empty());
     }
 
     #[test]
-    fn the_same_process_id_is_somebody_else() {
+    fn a_reused_process_id_is_a_different_session() {
         let with = |start: u64| {
             let mut root = backend(1);
             root.transaction_start =
                 SystemTime::UNIX_EPOCH.checked_add(SECOND * u32::try_from(start).expect("small"));
             snapshot(vec![root], vec![edge(2, 1, SECOND)])
         };
-        let changes = Changes::between(&with(1), &with(2));
+        let changes = SnapshotDiff::between(&with(1), &with(2));
         assert_eq!(
             (pids(changes.new_roots()), pids(changes.ended_roots())),
             (vec![1], vec![1])
         );
         assert!(changes.new_waits().is_empty());
-        // Waiting again, for the same.
+        // The same session waits for the same lock again.
         let (before, after) = (
             snapshot(vec![], vec![edge(2, 1, SECOND)]),
             snapshot(vec![], vec![edge(2, 1, 2 * SECOND)]),
         );
-        let changes = Changes::between(&before, &after);
+        let changes = SnapshotDiff::between(&before, &after);
         assert_eq!(
             (changes.new_waits().len(), changes.ended_waits().len()),
             (1, 1)

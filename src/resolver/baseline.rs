@@ -1,12 +1,12 @@
-//! How it was before anything was done.
+//! The state of the server before a run.
 
 use std::fmt;
 
 use crate::graph::{Backend, Snapshot};
 
-/// The server as it was before a run did anything: for those who ask afterwards what was changed, and why.
+/// The state of the server before a run did anything, as evidence of what was changed and why.
 ///
-/// Statements are in it with their literals; `Debug` and `Display` show none of them.
+/// It contains statements with their literals; `Debug` and `Display` show none of them.
 #[derive(Clone, Debug)]
 pub struct Baseline {
     pub(super) activity: Vec<Backend>,
@@ -30,13 +30,13 @@ impl Baseline {
         &self.activity
     }
 
-    /// Who waited for whom.
+    /// Which session waited for which.
     #[must_use]
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
     }
 
-    /// The settings about locks, timeouts and connections, as they are for the session that looked.
+    /// The settings about locks, timeouts and connections, as the monitoring session has them.
     #[must_use]
     pub fn settings(&self) -> &[Setting] {
         &self.settings
@@ -62,7 +62,7 @@ impl Setting {
         self.unit.as_deref()
     }
 
-    /// Where it comes from: `default`, `configuration file`, `session`, …
+    /// The origin of the value: `default`, `configuration file`, `session`, …
     #[must_use]
     pub fn source(&self) -> Option<&str> {
         self.source.as_deref()

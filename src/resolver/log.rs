@@ -1,4 +1,4 @@
-//! What a run has done.
+//! The log of a run.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::baseline::Baseline;
 use super::plan::Plan;
 use crate::graph::Backend;
-use crate::monitor::waits::Waits;
+use crate::monitor::wait_summary::WaitSummary;
 use crate::postgres::timestamp::Age;
 use crate::resolver::signal::SignalOutcome;
 
@@ -14,7 +14,7 @@ use crate::resolver::signal::SignalOutcome;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Action {
-    /// The baseline was kept: nothing was changed before.
+    /// The baseline was recorded, before anything was changed.
     Baseline,
     /// The application was told to pause heavy jobs.
     ShedLoad,
@@ -26,33 +26,33 @@ pub enum Action {
     Terminate,
     /// A root blocker was left alone.
     LeaveAlone,
-    /// The server was looked at.
-    Look,
+    /// A snapshot of the server was taken.
+    Sample,
     /// The application was told that it may resume heavy jobs, or that the run has given up.
     ResumeLoad,
 }
 
-/// What came of it.
+/// The result of an action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StepOutcome {
-    /// Nothing was done: it is what would have been.
+    /// Nothing was done: this is what would have been.
     DryRun,
     /// It was done.
     Done,
-    /// The root blocker is in nobody's way any more.
+    /// The root blocker blocks no other session any more.
     Helped,
-    /// It is in the way still.
+    /// It still blocks others.
     DidNotHelp,
     /// No signal was sent.
     NotSignalled(SignalOutcome),
     /// It was left alone, for this reason.
     LeftAlone(Box<str>),
-    /// The application's hook panicked, and the run went on.
+    /// The application's hook panicked, and the run continued.
     HookPanicked,
-    /// The application's hook took too long, and the run went on.
+    /// The application's hook took too long, and the run continued.
     HookSlow,
-    /// The server could not be asked.
+    /// The query to the server failed.
     Failed(Box<str>),
 }
 
@@ -60,46 +60,46 @@ pub enum StepOutcome {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RunEnd {
-    /// It is over: the criterion holds.
+    /// The incident is over: the criterion holds.
     Recovered,
     /// It was a dry run.
     DryRun,
-    /// Those that are left in the way must not be touched, or nothing helped with them.
+    /// The remaining root blockers must not be signalled, or nothing helped.
     NothingLeftToDo,
     /// As many signals were sent as the policy allows.
-    MostSignals,
-    /// The time that the policy gives is over.
+    MaxSignals,
+    /// The policy's deadline has passed.
     Deadline,
 }
 
-/// A row of a [`RunLog`].
+/// An entry of a [`RunLog`].
 #[derive(Clone, Debug)]
-pub struct LogRow {
+pub struct RunLogEntry {
     pub(super) after: Duration,
     pub(super) action: Action,
     pub(super) target: Option<Backend>,
     pub(super) why: Box<str>,
     pub(super) outcome: StepOutcome,
-    pub(super) before: Option<Waits>,
-    pub(super) waits: Option<Waits>,
+    pub(super) waits_before: Option<WaitSummary>,
+    pub(super) waits_after: Option<WaitSummary>,
 }
 
-/// Everything that a run has done, in order, and how it was before.
+/// Everything that a run has done, in order, and the state of the server before it.
 ///
-/// Each row is a `tracing` event of level `INFO` and target `lockkeeper::resolver` too, at the time.
+/// Each entry is also a `tracing` event of level `INFO` and target `lockkeeper::resolver`, emitted when it is written.
 #[derive(Clone, Debug)]
 pub struct RunLog {
     pub(super) plan: Plan,
     pub(super) baseline: Baseline,
-    pub(super) rows: Vec<LogRow>,
+    pub(super) entries: Vec<RunLogEntry>,
     pub(super) end: RunEnd,
-    pub(super) took: Duration,
+    pub(super) elapsed: Duration,
     pub(super) signals: u32,
-    pub(super) waits: Waits,
+    pub(super) waits: WaitSummary,
 }
 
-impl LogRow {
-    /// How long after the run began it was written.
+impl RunLogEntry {
+    /// How long after the start of the run the entry was written.
     #[must_use]
     pub fn after(&self) -> Duration {
         self.after
@@ -111,40 +111,43 @@ impl LogRow {
         self.action
     }
 
-    /// To whom, as it was seen then.
+    /// The session or prepared transaction that it concerns, as it was observed then.
     #[must_use]
     pub fn target(&self) -> Option<&Backend> {
         self.target.as_ref()
     }
 
-    /// Why.
+    /// The reason.
     #[must_use]
     pub fn why(&self) -> &str {
         &self.why
     }
 
-    /// What came of it.
+    /// The result.
     #[must_use]
     pub fn outcome(&self) -> &StepOutcome {
         &self.outcome
     }
 
-    /// How much was waited before.
+    /// The lock waits before it.
     #[must_use]
-    pub fn waits_before(&self) -> Option<&Waits> {
-        self.before.as_ref()
+    pub fn waits_before(&self) -> Option<&WaitSummary> {
+        self.waits_before.as_ref()
     }
 
-    /// How much was waited afterwards.
+    /// The lock waits after it.
     #[must_use]
-    pub fn waits_after(&self) -> Option<&Waits> {
-        self.waits.as_ref()
+    pub fn waits_after(&self) -> Option<&WaitSummary> {
+        self.waits_after.as_ref()
     }
 
-    /// Whether fewer waited afterwards, or for less long. `None` where that is not known, or nothing was done.
+    /// Whether fewer sessions waited afterwards, or for less long. `None` if that is not known, or nothing was done.
     #[must_use]
     pub fn waits_fell(&self) -> Option<bool> {
-        Some(self.waits?.have_fallen_since(self.before.as_ref()?))
+        Some(
+            self.waits_after?
+                .has_fallen_since(self.waits_before.as_ref()?),
+        )
     }
 }
 
@@ -155,7 +158,7 @@ impl RunLog {
         &self.plan
     }
 
-    /// How it was before.
+    /// The state of the server before the run.
     #[must_use]
     pub fn baseline(&self) -> &Baseline {
         &self.baseline
@@ -163,8 +166,8 @@ impl RunLog {
 
     /// What was done, in order.
     #[must_use]
-    pub fn rows(&self) -> &[LogRow] {
-        &self.rows
+    pub fn entries(&self) -> &[RunLogEntry] {
+        &self.entries
     }
 
     /// Why it has ended.
@@ -173,7 +176,7 @@ impl RunLog {
         &self.end
     }
 
-    /// Whether the criterion held at its end: nobody waits, or as the policy says.
+    /// Whether the criterion held at the end: no session waits, or as the policy defines it.
     #[must_use]
     pub fn is_recovered(&self) -> bool {
         self.end == RunEnd::Recovered
@@ -185,63 +188,63 @@ impl RunLog {
         self.signals
     }
 
-    /// How long it took.
+    /// How long the run took.
     #[must_use]
-    pub fn took(&self) -> Duration {
-        self.took
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
     }
 
-    /// How much was waited when it was last looked at.
+    /// The lock waits in the last snapshot.
     #[must_use]
-    pub fn waits(&self) -> &Waits {
+    pub fn waits(&self) -> &WaitSummary {
         &self.waits
     }
 }
 
-/// The rows while a run is under way.
-pub(super) struct Notes {
-    pub(super) began: Instant,
-    pub(super) rows: Vec<LogRow>,
+/// The log while a run is in progress.
+pub(super) struct RunLogBuilder {
+    pub(super) started: Instant,
+    pub(super) entries: Vec<RunLogEntry>,
 }
 
-impl Notes {
+impl RunLogBuilder {
     pub(super) fn new() -> Self {
         Self {
-            began: Instant::now(),
-            rows: Vec::new(),
+            started: Instant::now(),
+            entries: Vec::new(),
         }
     }
 
-    /// Writes a row, and tells of it.
-    pub(super) fn write(
+    /// Appends an entry, and emits its `tracing` event.
+    pub(super) fn push(
         &mut self,
         action: Action,
         target: Option<&Backend>,
         why: impl Into<Box<str>>,
         outcome: StepOutcome,
-        waits: (Option<Waits>, Option<Waits>),
+        waits: (Option<WaitSummary>, Option<WaitSummary>),
     ) {
-        let row = LogRow {
-            after: self.began.elapsed(),
+        let entry = RunLogEntry {
+            after: self.started.elapsed(),
             action,
             target: target.cloned(),
             why: why.into(),
             outcome,
-            before: waits.0,
-            waits: waits.1,
+            waits_before: waits.0,
+            waits_after: waits.1,
         };
         tracing::info!(
             target: "lockkeeper::resolver",
-            action = ?row.action,
-            pid = row.target.as_ref().and_then(Backend::pid),
-            session = row.target.as_ref().map(tracing::field::display),
-            why = %row.why,
-            outcome = %row.outcome,
-            waiting_before = row.before.map(|waits| waits.sessions()),
-            waiting_after = row.waits.map(|waits| waits.sessions()),
-            "resolver: {row}"
+            action = ?entry.action,
+            pid = entry.target.as_ref().and_then(Backend::pid),
+            session = entry.target.as_ref().map(tracing::field::display),
+            why = %entry.why,
+            outcome = %entry.outcome,
+            waiting_before = entry.waits_before.map(|waits| waits.sessions()),
+            waiting_after = entry.waits_after.map(|waits| waits.sessions()),
+            "resolver: {entry}"
         );
-        self.rows.push(row);
+        self.entries.push(entry);
     }
 }
 
@@ -254,7 +257,7 @@ impl fmt::Display for Action {
             Self::Cancel => "cancel",
             Self::Terminate => "terminate",
             Self::LeaveAlone => "leave alone",
-            Self::Look => "look",
+            Self::Sample => "sample",
             Self::ResumeLoad => "resume load",
         })
     }
@@ -282,7 +285,7 @@ impl fmt::Display for RunEnd {
             Self::Recovered => "recovered",
             Self::DryRun => "dry run, nothing was done",
             Self::NothingLeftToDo => "not recovered, and nothing left that may be done",
-            Self::MostSignals => "not recovered, as many signals sent as the policy allows",
+            Self::MaxSignals => "not recovered, as many signals sent as the policy allows",
             Self::Deadline => "not recovered in the time that the policy gives",
         })
     }
@@ -290,7 +293,7 @@ impl fmt::Display for RunEnd {
 
 /// `+12.0s cancel pid 4711 (billing src/pay.rs:42): keeps 3 sessions waiting, runs a statement: it is in nobody's way any more; 3 sessions
 /// wait, … → nobody waits`
-impl fmt::Display for LogRow {
+impl fmt::Display for RunLogEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "+{} {}", Age(self.after), self.action)?;
         if let Some(target) = &self.target {
@@ -303,7 +306,7 @@ impl fmt::Display for LogRow {
             write!(f, ": {}", self.why)?;
         }
         write!(f, ": {}", self.outcome)?;
-        match (&self.before, &self.waits) {
+        match (&self.waits_before, &self.waits_after) {
             (Some(before), Some(after)) => write!(f, "; {before} → {after}"),
             (Some(waits), None) | (None, Some(waits)) => write!(f, "; {waits}"),
             (None, None) => Ok(()),
@@ -311,12 +314,12 @@ impl fmt::Display for LogRow {
     }
 }
 
-/// The plan, a line for each row, and how it ended.
+/// The plan, a line for each entry, and how the run ended.
 impl fmt::Display for RunLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.plan.fmt(f)?;
-        for row in &self.rows {
-            writeln!(f, "{row}")?;
+        for entry in &self.entries {
+            writeln!(f, "{entry}")?;
         }
         let signals = match self.signals {
             0 => "no signal".to_owned(),
@@ -327,7 +330,7 @@ impl fmt::Display for RunLog {
             f,
             "{} after {}, {signals} sent; {}",
             self.end,
-            Age(self.took),
+            Age(self.elapsed),
             self.waits
         )
     }

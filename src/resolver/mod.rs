@@ -1,24 +1,24 @@
-//! Clearing a pile-up of lock waits, in the safest order: what a [`Resolver`] may do, would do, and has done.
+//! Clearing a pile-up of lock waits in the safest order: what a [`Resolver`] may do, would do, and has done.
 
 mod baseline;
-mod load;
+mod escalation;
+mod load_hook;
 mod log;
 mod pattern;
-mod place;
 mod plan;
 mod policy;
-mod protect;
 mod protection;
+mod protection_rules;
 mod run;
 mod signal;
 mod sql;
-mod treatment;
+mod target_status;
 pub mod watchdog;
 
 pub use baseline::{Baseline, Setting};
-pub use load::LoadChange;
-pub use log::{Action, LogRow, RunEnd, RunLog, StepOutcome};
-pub use plan::{Plan, PlannedRoot, Step, Verdict};
+pub use load_hook::LoadChange;
+pub use log::{Action, RunEnd, RunLog, RunLogEntry, StepOutcome};
+pub use plan::{Decision, Plan, PlannedRoot, Step};
 pub use policy::ResolverPolicy;
 pub use protection::Protection;
 pub use signal::SignalOutcome;
@@ -29,37 +29,39 @@ use crate::connection;
 use crate::error::Error;
 use crate::graph::{Backend, LockTree};
 use crate::monitor::Monitor;
-use protect::Known;
+use protection_rules::SessionFacts;
 
-/// Clears a pile-up of lock waits in the safest order: [`Monitor::resolver`], [`Keeper::resolver`](crate::Keeper::resolver).
+/// Clears a pile-up of lock waits in the safest order: [`Monitor::resolver`],
+/// [`Keeper::resolver`](crate::Keeper::resolver).
 ///
-/// It deals with root blockers, those that are in the way of others and wait for no lock themselves, one at a time and
-/// first with the one that keeps most sessions waiting:
+/// It resolves the root blockers, which block others and wait for no lock themselves, one at a time, the one that
+/// blocks most sessions first:
 ///
-/// - One that **runs a statement** is left to finish first ([`wait`](ResolverPolicy::wait)); then its statement is
-///   cancelled; then its session is terminated. After each step it waits to see whether that helped
-///   ([`settle`](ResolverPolicy::settle)), and takes the next one only if it did not.
-/// - One that is **idle in its transaction** has nothing to be cancelled. Its session is terminated, once it has been idle for
-///   [`idle_grace`](ResolverPolicy::idle_grace).
-/// - A **prepared transaction** has no session; the plan says which statement ends it, for somebody to run who knows that
-///   its transaction manager will not.
-/// - A **circle** of waits is left to the server.
-/// - What this role **cannot see** is left alone, with the GRANT that would show it.
+/// - One that **runs a statement** is first left to finish ([`wait`](ResolverPolicy::wait)); then its statement is
+///   cancelled; then its session is terminated. After each step the resolver waits for the effect
+///   ([`settle`](ResolverPolicy::settle)), and takes the next step only if there was none.
+/// - One that is **idle in its transaction** has no statement to cancel. Its session is terminated after it has been
+///   idle for [`idle_grace`](ResolverPolicy::idle_grace).
+/// - A **prepared transaction** has no session. The plan has the statement that ends it; run that only if you know that
+///   the transaction manager will not.
+/// - A **cycle** of waits is left to the server.
+/// - A session whose activity is **hidden** from this role is left alone; the plan has the GRANT that would show it.
 ///
-/// # Who is left alone
+/// # Which sessions are left alone
 ///
 /// Always: replication (walsenders, logical workers, the startup process), backups, autovacuum to prevent wraparound,
-/// commits that wait for a synchronous standby, the server's own processes, and the session that asks. Other autovacuum workers are cancelled, as the server does
-/// itself, and never terminated. Unless the policy says otherwise: sessions of other roles that are superusers, migrations and
-/// index builds, sessions that guards and transactions of this process have, and what the policy
-/// [protects](ResolverPolicy::protect) by name.
+/// commits that wait for a synchronous standby, the server's own processes, and the session that sends the signals.
+/// Other autovacuum workers are cancelled, as the server itself does, and never terminated. Unless the policy allows
+/// them: sessions of other roles that are superusers, migrations and index builds, and sessions that guards and
+/// transactions of this process own. In addition, sessions that the policy [protects](ResolverPolicy::protect) by name.
 ///
-/// A migration is a session whose statement (the last one, where it is idle in its transaction) changes the schema or
-/// writes to a table that is called like one in which migrations are noted (`schema_migrations`), that holds the advisory
-/// lock of a program that does, or that is called like one. A migration that has gone on to write other rows in the same
-/// transaction looks like any other writer: give its programs a name, or a [key](ResolverPolicy::migration_key).
+/// A session is a migration if its statement (the last one, if it is idle in its transaction) changes the schema or
+/// writes to a table with a name that is typical of migration bookkeeping (`schema_migrations`), if it holds the
+/// advisory lock of a migration program, or if its name is that of such a program. A migration that has continued to
+/// write other rows in the same transaction cannot be told from any other writer: give its programs a name, or a
+/// [key](ResolverPolicy::migration_key).
 ///
-/// Whom a signal is for is checked again by the statement that sends it: see [`Monitor::cancel`].
+/// The statement that sends a signal checks again that it is sent to the intended session: see [`Monitor::cancel`].
 ///
 /// # Examples
 ///
@@ -67,7 +69,7 @@ use protect::Known;
 /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
 /// use lockkeeper::ResolverPolicy;
 ///
-/// // What would it do?
+/// // Show what it would do.
 /// let resolver = keeper.resolver(ResolverPolicy::new());
 /// println!("{}", resolver.run().await?);
 ///
@@ -86,7 +88,7 @@ pub struct Resolver {
 }
 
 impl Monitor {
-    /// Clears a pile-up of lock waits as a policy says. Nothing is sent before it is [run](Resolver::run).
+    /// Clears a pile-up of lock waits as a policy defines. Nothing is sent before [`run`](Resolver::run) is called.
     #[must_use = "does nothing until it is run"]
     pub fn resolver(&self, policy: ResolverPolicy) -> Resolver {
         Resolver {
@@ -99,16 +101,16 @@ impl Monitor {
 impl Resolver {
     /// What it would do about a tree, and why. Nothing is sent.
     ///
-    /// A tree does not show whose sessions are superusers', nor who takes a backup, builds an index or holds a migration's
-    /// lock without its statement saying so. That is looked up by [`run`](Self::run), a dry run too, whose
-    /// [plan](RunLog::plan) has it.
+    /// A tree does not show which sessions are superusers', nor which take a backup, build an index or hold a
+    /// migration's lock unless their statement shows it. [`run`](Self::run) reads that from the server, in a dry run
+    /// too; its [plan](RunLog::plan) includes it.
     #[must_use]
     pub fn plan(&self, tree: &LockTree) -> Plan {
-        let known = Known {
-            own: own(tree),
-            ..Known::default()
+        let facts = SessionFacts {
+            own_sessions: own_sessions_in(tree),
+            ..SessionFacts::default()
         };
-        Plan::new(&self.policy, &known, tree).without_surroundings()
+        Plan::new(&self.policy, &facts, tree).mark_from_tree_only()
     }
 
     /// What it may do.
@@ -117,45 +119,45 @@ impl Resolver {
         &self.policy
     }
 
-    /// Does what the policy says, or, in a dry run, only finds out what it would do.
+    /// Executes the policy, or, in a dry run, only finds out what it would do.
     ///
-    /// First a baseline is kept (who is there, who waits for whom, settings), then the application is told to
-    /// [shed load](ResolverPolicy::shed_load), then the root blockers are dealt with, until the
-    /// [criterion](ResolverPolicy::recovered_when) holds, nothing is left that may be done, or the policy's bounds are
-    /// reached. What fails on the way is noted in the log, and tried again until the deadline.
+    /// First it records a baseline: the sessions, their waits and the settings. Then the application is asked to [shed
+    /// load](ResolverPolicy::shed_load). Then the root blockers are resolved, until the
+    /// [criterion](ResolverPolicy::recovered_when) holds, nothing is left that may be done, or a limit of the policy is
+    /// reached. Failures are logged, and the failed query is repeated until the deadline.
     ///
     /// # SQL
     /// The messages of [`Monitor::activity`], [`Monitor::advisory_locks`] and one over `pg_settings` at the beginning;
-    /// then [`Monitor::snapshot`] at each look, one over `pg_stat_activity`, `pg_roles` and the views of progress
-    /// before each decision, and for each signal the one of [`Monitor::cancel`].
+    /// then [`Monitor::snapshot`] after each poll interval, one message over `pg_stat_activity`, `pg_roles` and the
+    /// progress views before each decision, and for each signal the one of [`Monitor::cancel`].
     ///
     /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) for a policy that cannot work, naming what is wrong, before anything is sent.
-    /// Those of [`Monitor::activity`], where not even the baseline could be had; nothing was done then.
+    /// [`Config`](crate::ErrorKind::Config) for an invalid policy, naming what is wrong, before anything is sent. Those
+    /// of [`Monitor::activity`] if the baseline could not be recorded; nothing was done then.
     ///
     /// # Cancel safety
-    /// May be dropped at any point. A signal under way may or may not be sent, and no other is. Where load was shed, the
-    /// hook is told [`GaveUp`](LoadChange::GaveUp).
+    /// May be dropped at any point. A signal in progress may or may not be sent, and no other is. If load was shed, the
+    /// hook is called with [`GaveUp`](LoadChange::GaveUp).
     pub async fn run(&self) -> Result<RunLog, Error> {
         self.policy.check()?;
         run::run(&self.monitor, &self.policy).await
     }
 }
 
-/// Why one session must not be signalled, if so: what a policy says, and what the server and this process know now.
-pub(super) async fn left_alone(
+/// Why one session must not be signalled, if so, given the policy and the current facts of the server and this process.
+pub(super) async fn check_protection(
     monitor: &Monitor,
     policy: &ResolverPolicy,
     backend: &Backend,
 ) -> Result<Option<Protection>, Error> {
-    let mut known = run::known(monitor, policy).await?;
-    let own = backend.pid().filter(|pid| connection::is_own_backend(*pid));
-    known.own.extend(own);
-    Ok(protect::of(policy, &known, backend))
+    let mut facts = run::session_facts(monitor, policy).await?;
+    let own_sessions = backend.pid().filter(|pid| connection::is_own_backend(*pid));
+    facts.own_sessions.extend(own_sessions);
+    Ok(protection_rules::protection_of(policy, &facts, backend))
 }
 
-/// Those who take part in a tree and whom a guard or a transaction of this process has.
-fn own(tree: &LockTree) -> HashSet<i32> {
+/// The sessions of a tree that a guard or transaction of this process owns.
+fn own_sessions_in(tree: &LockTree) -> HashSet<i32> {
     let backends = tree.snapshot().backends().iter();
     backends
         .filter_map(Backend::pid)

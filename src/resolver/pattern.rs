@@ -1,8 +1,8 @@
-//! Patterns of names, as shells have them.
+//! Name patterns with shell wildcards.
 
 use std::sync::Arc;
 
-/// A pattern in which `*` stands for any characters and `?` for any one; upper and lower case are the same.
+/// A pattern in which `*` matches any characters and `?` any one character. It is case-insensitive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pattern {
     text: Arc<str>,
@@ -17,38 +17,38 @@ impl Pattern {
         }
     }
 
-    /// As it was given.
+    /// The pattern as it was given.
     pub(super) fn text(&self) -> &Arc<str> {
         &self.text
     }
 
     pub(super) fn matches(&self, name: &str) -> bool {
         let (pattern, name) = (&self.folded, fold(name));
-        let (mut at, mut place) = (0, 0);
-        // Where the last star stands, and how much of the name it stands for: if what follows does not match, it stands
-        // for one character more. Only the last one has to be tried again, so that it takes no more than the product.
+        let (mut pattern_at, mut name_at) = (0, 0);
+        // The position of the last star, and how much of the name it matches. On a mismatch behind it, it matches one
+        // character more. Only the last star has to be retried, so the cost is at most the product of the lengths.
         let mut star: Option<(usize, usize)> = None;
-        while place < name.len() {
-            match pattern.get(at) {
+        while name_at < name.len() {
+            match pattern.get(pattern_at) {
                 Some('*') => {
-                    star = Some((at, place));
-                    at += 1;
+                    star = Some((pattern_at, name_at));
+                    pattern_at += 1;
                 }
-                Some(c) if *c == '?' || *c == name[place] => {
-                    at += 1;
-                    place += 1;
+                Some(c) if *c == '?' || *c == name[name_at] => {
+                    pattern_at += 1;
+                    name_at += 1;
                 }
                 _ => match &mut star {
                     Some((before, taken)) => {
                         *taken += 1;
-                        at = *before + 1;
-                        place = *taken;
+                        pattern_at = *before + 1;
+                        name_at = *taken;
                     }
                     None => return false,
                 },
             }
         }
-        pattern[at..].iter().all(|c| *c == '*')
+        pattern[pattern_at..].iter().all(|c| *c == '*')
     }
 }
 

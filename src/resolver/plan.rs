@@ -1,21 +1,21 @@
-//! What is to be done about whom, and why: pure.
+//! What to do about each root blocker, and why. Pure logic.
 
 use std::fmt;
 use std::time::Duration;
 
 use super::policy::ResolverPolicy;
-use super::protect::{self, Known};
+use super::protection_rules::{self, SessionFacts};
 use crate::graph::{Backend, LockTree, TreeNode};
-use crate::monitor::Waits;
+use crate::monitor::WaitSummary;
 use crate::postgres::timestamp::Age;
 use crate::resolver::protection::Protection;
-use crate::resolver::sql::signal::{self, Lacking};
+use crate::resolver::sql::signal::{self, MissingPrivilege};
 
-/// What is done about a root blocker, one after another, each only where what came before has not helped.
+/// A step against a root blocker. Each step is taken only if the previous one did not help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Step {
-    /// Leave it so long to finish, or to go on.
+    /// Wait this long for it to finish or to continue.
     Wait(Duration),
     /// Cancel its statement: `pg_cancel_backend`.
     Cancel,
@@ -23,56 +23,56 @@ pub enum Step {
     Terminate,
 }
 
-/// What is to be done about one root blocker.
+/// What to do about one root blocker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Verdict {
-    /// These steps, as far as they are needed.
+pub enum Decision {
+    /// Take these steps, as far as they are needed.
     Act(
-        /// In their order.
+        /// In order.
         Vec<Step>,
     ),
     /// It is left alone.
     LeaveAlone(Protection),
-    /// This role cannot see what it does, so it is left alone.
+    /// What it does is hidden from this role, so it is left alone.
     Hidden {
-        /// The GRANT, or what else is lacking, that would show it.
+        /// The GRANT, or whatever else is missing, that would show it.
         grant: Box<str>,
     },
-    /// It is a prepared transaction, which has no session to be signalled.
+    /// It is a prepared transaction, which has no session to signal.
     ByHand {
-        /// The statement that ends it, for somebody who knows that nobody else will.
+        /// The statement that ends it. Run it only if you know that nothing else will.
         statement: Option<Box<str>>,
     },
-    /// It is part of a circle: if that is a deadlock, the server ends it when the longest wait in it reaches
+    /// It is part of a cycle. If that is a deadlock, the server ends it when the longest wait in it reaches
     /// `deadlock_timeout`.
     LeftToTheServer,
-    /// The policy does not let anything be done that would help.
+    /// The policy does not allow what would help.
     NotAllowed {
-        /// What would have to be allowed.
+        /// The option that would have to be set.
         option: &'static str,
     },
     /// It is in a database that the policy does not name.
     OtherDatabase,
-    /// It had ended when it was looked at.
+    /// It had ended when it was observed.
     Gone,
 }
 
-/// One root blocker, and what is to be done about it.
+/// One root blocker, and what to do about it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedRoot {
     backend: Backend,
     blocks: usize,
     why: String,
-    verdict: Verdict,
+    decision: Decision,
 }
 
-/// What a [`Resolver`](super::Resolver) would do, and why: a root blocker after another, first the one that keeps most
-/// sessions waiting.
+/// What a [`Resolver`](super::Resolver) would do, and why: one root blocker after another, the one that blocks most
+/// sessions first.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     roots: Vec<PlannedRoot>,
-    waits: Waits,
+    waits: WaitSummary,
     execute: bool,
     /// Whether it was made from the tree alone.
     from_tree_only: bool,
@@ -95,7 +95,7 @@ impl fmt::Display for Step {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Act(steps) => {
@@ -129,106 +129,107 @@ impl fmt::Display for Verdict {
 }
 
 impl PlannedRoot {
-    /// Who is in the way.
+    /// The root blocker.
     #[must_use]
     pub fn backend(&self) -> &Backend {
         &self.backend
     }
 
-    /// How many sessions could not go on before this one does.
+    /// How many sessions cannot continue before this one does.
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// What is to be done about it.
+    /// What to do about it.
     #[must_use]
-    pub fn verdict(&self) -> &Verdict {
-        &self.verdict
+    pub fn decision(&self) -> &Decision {
+        &self.decision
     }
 
-    /// Why, in a sentence.
+    /// The reason, in a sentence.
     #[must_use]
     pub fn why(&self) -> &str {
         &self.why
     }
 
-    /// The steps, where there are any.
+    /// The steps, if there are any.
     #[must_use]
     pub fn steps(&self) -> &[Step] {
-        match &self.verdict {
-            Verdict::Act(steps) => steps,
+        match &self.decision {
+            Decision::Act(steps) => steps,
             _ => &[],
         }
     }
 }
 
 impl Plan {
-    pub(super) fn new(policy: &ResolverPolicy, known: &Known, tree: &LockTree) -> Self {
-        let concerned = tree.roots().filter(|root| concerns(policy, *root));
-        let roots = concerned.map(|root| {
-            let verdict = if root.is_in_cycle() {
-                Verdict::LeftToTheServer
+    pub(super) fn new(policy: &ResolverPolicy, facts: &SessionFacts, tree: &LockTree) -> Self {
+        let included = tree.roots().filter(|root| includes(policy, *root));
+        let roots = included.map(|root| {
+            let decision = if root.is_in_cycle() {
+                Decision::LeftToTheServer
             } else {
-                verdict(policy, known, root.backend())
+                decision(policy, facts, root.backend())
             };
             PlannedRoot {
                 why: why(root.backend(), root.blocked_count()),
                 backend: root.backend().clone(),
                 blocks: root.blocked_count(),
-                verdict,
+                decision,
             }
         });
         Self {
             roots: roots.collect(),
-            waits: Waits::among(tree.snapshot(), &policy.databases),
+            waits: WaitSummary::among(tree.snapshot(), &policy.databases),
             execute: policy.execute,
             from_tree_only: false,
         }
     }
 
-    /// The same, of which it is said that it was made from the tree alone.
-    pub(super) fn without_surroundings(self) -> Self {
+    /// The same plan, marked as made from the tree alone.
+    pub(super) fn mark_from_tree_only(self) -> Self {
         Self {
             from_tree_only: true,
             ..self
         }
     }
 
-    /// The root blockers, first the one that keeps most sessions waiting.
+    /// The root blockers, the one that blocks most sessions first.
     #[must_use]
     pub fn roots(&self) -> &[PlannedRoot] {
         &self.roots
     }
 
-    /// How much is waited.
+    /// The lock waits.
     #[must_use]
-    pub fn waits(&self) -> &Waits {
+    pub fn waits(&self) -> &WaitSummary {
         &self.waits
     }
 
-    /// Whether there is anything that would be done.
+    /// Whether the plan has no step to take.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.roots.iter().all(|root| root.steps().is_empty())
     }
 
-    /// Whether it was made from a tree alone: whose sessions are superusers', and who takes a backup or builds an index
-    /// without saying so, is only found out by [`run`](super::Resolver::run), before anything is done.
+    /// Whether it was made from a tree alone. Only [`run`](super::Resolver::run) reads from the server, before it does
+    /// anything, which sessions are superusers', and which take a backup or build an index although their statement
+    /// does not show it.
     #[must_use]
     pub fn is_from_tree_only(&self) -> bool {
         self.from_tree_only
     }
 }
 
-/// A line of what is waited, and two for each root blocker.
+/// A summary of the waits, and two lines for each root blocker.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = if self.execute { "" } else { " (dry run)" };
         writeln!(f, "plan{how}: {}", self.waits)?;
         for (n, root) in self.roots.iter().enumerate() {
             writeln!(f, "{}. {}", n + 1, root.backend)?;
-            writeln!(f, "   {}: {}", root.why, root.verdict)?;
+            writeln!(f, "   {}: {}", root.why, root.decision)?;
         }
         if self.from_tree_only && !self.is_empty() {
             writeln!(
@@ -240,74 +241,78 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Whether it, or one of those it keeps waiting, is in a database that the policy names.
-fn concerns(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
-    let mut left = vec![root];
-    while let Some(node) = left.pop() {
-        if policy.databases.has(node.backend().database()) {
+/// Whether a root blocker, or a session that it blocks, is in a database that the policy names.
+fn includes(policy: &ResolverPolicy, root: TreeNode<'_>) -> bool {
+    let mut unvisited = vec![root];
+    while let Some(node) = unvisited.pop() {
+        if policy.databases.includes(node.backend().database()) {
             return true;
         }
-        left.extend(node.children());
+        unvisited.extend(node.children());
     }
     false
 }
 
-/// What can be done about a session that is in the way and waits for nobody.
-pub(super) fn verdict(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> Verdict {
-    if !policy.databases.has(backend.database()) {
-        return Verdict::OtherDatabase;
+/// What to do about a session that blocks others and waits for no lock.
+pub(super) fn decision(
+    policy: &ResolverPolicy,
+    facts: &SessionFacts,
+    backend: &Backend,
+) -> Decision {
+    if !policy.databases.includes(backend.database()) {
+        return Decision::OtherDatabase;
     }
     if backend.pid().is_none() {
         let statement = backend
             .prepared_transaction()
             .map(|gid| signal::rollback_prepared(gid).into());
-        return Verdict::ByHand { statement };
+        return Decision::ByHand { statement };
     }
     if backend.is_gone() {
-        return Verdict::Gone;
+        return Decision::Gone;
     }
-    if let Some(protection) = protect::of(policy, known, backend) {
-        return Verdict::LeaveAlone(protection);
+    if let Some(protection) = protection_rules::protection_of(policy, facts, backend) {
+        return Decision::LeaveAlone(protection);
     }
     // Unknown is not idle.
     let (Some(state), false) = (backend.state(), backend.is_hidden()) else {
-        let around = &known.surroundings;
-        let lacking = Lacking {
+        let sessions = &facts.sessions;
+        let missing = MissingPrivilege {
             role: "pg_read_all_stats",
-            is_member: around.reads_all,
+            is_member: sessions.is_stats_member,
         };
-        let me = around.me.as_deref().unwrap_or("this role");
-        return Verdict::Hidden {
-            grant: signal::grant(&[lacking], me, around.version).into(),
+        let role = sessions.role.as_deref().unwrap_or("this role");
+        return Decision::Hidden {
+            grant: signal::grant(&[missing], role, sessions.version).into(),
         };
     };
-    let left = |grace: Duration| grace.saturating_sub(backend.state_age().unwrap_or_default());
+    let remaining = |grace: Duration| grace.saturating_sub(backend.state_age().unwrap_or_default());
     let terminate = |grace: Duration| {
-        if policy.may_terminate {
-            Verdict::Act(vec![Step::Wait(left(grace)), Step::Terminate])
+        if policy.allow_terminate {
+            Decision::Act(vec![Step::Wait(remaining(grace)), Step::Terminate])
         } else {
-            Verdict::NotAllowed {
-                option: "may_terminate(true)",
+            Decision::NotAllowed {
+                option: "allow_terminate(true)",
             }
         }
     };
     match state {
         "active" | "fastpath function call" => {
             let mut steps = vec![Step::Wait(policy.wait), Step::Cancel];
-            if policy.may_terminate && backend.backend_type() != Some("autovacuum worker") {
+            if policy.allow_terminate && backend.backend_type() != Some("autovacuum worker") {
                 steps.push(Step::Terminate);
             }
-            Verdict::Act(steps)
+            Decision::Act(steps)
         }
         "idle" => match policy.idle_session_grace {
             Some(grace) => terminate(grace),
-            None => Verdict::NotAllowed {
+            None => Decision::NotAllowed {
                 option: "idle_session_grace",
             },
         },
         state if state.starts_with("idle in transaction") => terminate(policy.idle_grace),
-        // `disabled`: the server does not keep track of what it does.
-        _ => Verdict::NotAllowed {
+        // `disabled`: the server does not track what the session does.
+        _ => Decision::NotAllowed {
             option: "track_activities = on, to see what it does",
         },
     }
@@ -348,52 +353,52 @@ mod tests {
         backend
     }
 
-    fn of(policy: &ResolverPolicy, backend: &Backend) -> Verdict {
-        verdict(policy, &Known::default(), backend)
+    fn of(policy: &ResolverPolicy, backend: &Backend) -> Decision {
+        decision(policy, &SessionFacts::default(), backend)
     }
 
     #[test]
-    fn never_a_kill_first() {
+    fn a_termination_is_never_the_first_step() {
         let policy = ResolverPolicy::new().wait(30 * SECOND);
         assert_eq!(
             of(&policy, &in_state("active", 999)),
-            Verdict::Act(vec![Step::Wait(30 * SECOND), Step::Cancel, Step::Terminate])
+            Decision::Act(vec![Step::Wait(30 * SECOND), Step::Cancel, Step::Terminate])
         );
-        let policy = policy.may_terminate(false);
+        let policy = policy.allow_terminate(false);
         assert_eq!(
             of(&policy, &in_state("active", 999)),
-            Verdict::Act(vec![Step::Wait(30 * SECOND), Step::Cancel])
+            Decision::Act(vec![Step::Wait(30 * SECOND), Step::Cancel])
         );
     }
 
     #[test]
-    fn idle_in_transaction_is_only_terminated_after_its_own_grace() {
+    fn idle_in_transaction_is_terminated_only_after_its_own_grace() {
         let policy = ResolverPolicy::new().idle_grace(60 * SECOND);
         for state in ["idle in transaction", "idle in transaction (aborted)"] {
             assert_eq!(
                 of(&policy, &in_state(state, 45)),
-                Verdict::Act(vec![Step::Wait(15 * SECOND), Step::Terminate])
+                Decision::Act(vec![Step::Wait(15 * SECOND), Step::Terminate])
             );
         }
         assert!(matches!(
             of(
-                &policy.may_terminate(false),
+                &policy.allow_terminate(false),
                 &in_state("idle in transaction", 99)
             ),
-            Verdict::NotAllowed { .. }
+            Decision::NotAllowed { .. }
         ));
     }
 
     #[test]
-    fn an_idle_session_is_only_touched_if_told_to() {
+    fn an_idle_session_is_terminated_only_if_allowed() {
         let policy = ResolverPolicy::new();
         assert!(matches!(
             of(&policy, &in_state("idle", 9999)),
-            Verdict::NotAllowed { .. }
+            Decision::NotAllowed { .. }
         ));
         assert_eq!(
             of(&policy.idle_session_grace(SECOND), &in_state("idle", 9)),
-            Verdict::Act(vec![Step::Wait(Duration::ZERO), Step::Terminate])
+            Decision::Act(vec![Step::Wait(Duration::ZERO), Step::Terminate])
         );
     }
 
@@ -404,7 +409,7 @@ mod tests {
         let policy = ResolverPolicy::new();
         assert_eq!(
             of(&policy, &worker),
-            Verdict::Act(vec![Step::Wait(policy.wait), Step::Cancel])
+            Decision::Act(vec![Step::Wait(policy.wait), Step::Cancel])
         );
     }
 
@@ -413,28 +418,28 @@ mod tests {
         let mut hidden = Backend::unknown(1.into());
         hidden.visibility = Visibility::Hidden;
         hidden.application_name = Some("app".into());
-        let known = Known {
-            surroundings: crate::resolver::sql::sessions::Surroundings {
-                me: Some("o\"ps".into()),
+        let facts = SessionFacts {
+            sessions: crate::resolver::sql::sessions::ServerSessions {
+                role: Some("o\"ps".into()),
                 ..Default::default()
             },
-            ..Known::default()
+            ..SessionFacts::default()
         };
         assert_eq!(
-            verdict(&ResolverPolicy::new(), &known, &hidden),
-            Verdict::Hidden {
+            decision(&ResolverPolicy::new(), &facts, &hidden),
+            Decision::Hidden {
                 grant: "GRANT pg_read_all_stats TO \"o\"\"ps\"".into()
             }
         );
         let off = in_state("disabled", 0);
         assert!(matches!(
             of(&ResolverPolicy::new(), &off),
-            Verdict::NotAllowed { .. }
+            Decision::NotAllowed { .. }
         ));
     }
 
     #[test]
-    fn a_plan_says_who_and_why() {
+    fn a_plan_names_each_root_and_the_reason() {
         let mut prepared = Backend::unknown(BackendId::Prepared(Some(Arc::from("it's"))));
         prepared.visibility = Visibility::Full;
         let mut queued = edge(4, 9, SECOND);
@@ -450,8 +455,8 @@ mod tests {
             ],
         )
         .tree();
-        let plan =
-            Plan::new(&ResolverPolicy::new(), &Known::default(), &tree).without_surroundings();
+        let plan = Plan::new(&ResolverPolicy::new(), &SessionFacts::default(), &tree)
+            .mark_from_tree_only();
         assert!(plan.is_from_tree_only() && !plan.is_empty());
         let text = plan.to_string();
         assert!(
@@ -472,22 +477,22 @@ mod tests {
         assert_eq!(blocked[0], 2);
         let empty = Plan::new(
             &ResolverPolicy::new(),
-            &Known::default(),
+            &SessionFacts::default(),
             &snapshot(vec![], vec![]).tree(),
         );
         assert!(empty.is_empty() && empty.to_string().contains("nobody waits"));
     }
 
     #[test]
-    fn another_database_is_not_dealt_with() {
+    fn another_database_is_left_alone() {
         let policy = ResolverPolicy::new().database("here");
         let mut there = in_state("active", 9);
         there.database = Some("there".into());
-        assert_eq!(of(&policy, &there), Verdict::OtherDatabase);
+        assert_eq!(of(&policy, &there), Decision::OtherDatabase);
         there.database = Some("here".into());
-        assert!(matches!(of(&policy, &there), Verdict::Act(_)));
+        assert!(matches!(of(&policy, &there), Decision::Act(_)));
 
-        // One elsewhere is shown where it keeps somebody here waiting.
+        // A root blocker elsewhere is listed if it blocks a session here.
         let mut with = |database: &str| {
             let mut waiter = backend(2);
             waiter.database = Some(database.into());
@@ -495,7 +500,7 @@ mod tests {
             snapshot(vec![there.clone(), waiter], vec![edge(2, 1, SECOND)]).tree()
         };
         for (database, roots) in [("here", 1), ("there", 0)] {
-            let plan = Plan::new(&policy, &Known::default(), &with(database));
+            let plan = Plan::new(&policy, &SessionFacts::default(), &with(database));
             assert_eq!(plan.roots().len(), roots);
             assert!(plan.is_empty());
         }

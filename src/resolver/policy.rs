@@ -7,16 +7,16 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::key::LockKey;
 use crate::monitor::RecoveryCriterion;
-use crate::monitor::waits::Databases;
+use crate::monitor::database_filter::DatabaseFilter;
 use crate::resolver::pattern::Pattern;
 
-use super::load::LoadChange;
+use super::load_hook::LoadChange;
 
-/// Looks are not worth more often than that.
-const SHORTEST_POLL: Duration = Duration::from_millis(10);
+/// More frequent polling would show nothing more.
+const MIN_POLL: Duration = Duration::from_millis(10);
 
-/// Programs that take backups over a connection like any other.
-const BACKUPS: [&str; 9] = [
+/// Programs that take backups over an ordinary connection.
+const BACKUP_PROGRAMS: [&str; 9] = [
     "pg_dump*",
     "pg_basebackup*",
     "pg_receivewal*",
@@ -29,7 +29,7 @@ const BACKUPS: [&str; 9] = [
 ];
 
 /// Programs that change schemas.
-const MIGRATIONS: [&str; 9] = [
+const MIGRATION_PROGRAMS: [&str; 9] = [
     "*migrat*",
     "*flyway*",
     "*liquibase*",
@@ -41,7 +41,8 @@ const MIGRATIONS: [&str; 9] = [
     "pg_restore*",
 ];
 
-/// What a [`Resolver`](super::Resolver) may do, when, and to whom: nothing, unless told to [`execute`](Self::execute).
+/// What a [`Resolver`](super::Resolver) may do, when, and to which sessions: nothing unless [`execute`](Self::execute)
+/// is set.
 ///
 /// # Examples
 ///
@@ -65,18 +66,18 @@ pub struct ResolverPolicy {
     pub(super) settle: Duration,
     pub(super) poll: Duration,
     pub(super) deadline: Duration,
-    pub(super) most_signals: u32,
-    pub(super) may_terminate: bool,
-    pub(super) patterns: Vec<Pattern>,
-    pub(super) backups: Vec<Pattern>,
-    pub(super) migration_names: Vec<Pattern>,
+    pub(super) max_signals: u32,
+    pub(super) allow_terminate: bool,
+    pub(super) protected_applications: Vec<Pattern>,
+    pub(super) backup_programs: Vec<Pattern>,
+    pub(super) migration_programs: Vec<Pattern>,
     pub(super) migration_keys: Vec<LockKey>,
-    pub(super) migrations: bool,
-    pub(super) superusers: bool,
-    pub(super) own_sessions: bool,
-    pub(super) databases: Databases,
+    pub(super) allow_migrations: bool,
+    pub(super) allow_superusers: bool,
+    pub(super) allow_own_sessions: bool,
+    pub(super) databases: DatabaseFilter,
     pub(super) criterion: RecoveryCriterion,
-    pub(super) hook: Option<Arc<dyn Fn(LoadChange) + Send + Sync>>,
+    pub(super) load_callback: Option<Arc<dyn Fn(LoadChange) + Send + Sync>>,
     pub(super) hook_timeout: Duration,
 }
 
@@ -87,7 +88,7 @@ impl Default for ResolverPolicy {
 }
 
 impl ResolverPolicy {
-    /// Looks and says what it would do, and does nothing.
+    /// A dry run: reports what it would do, and does nothing.
     #[must_use]
     pub fn new() -> Self {
         let patterns = |texts: &[&str]| texts.iter().map(|text| Pattern::new(text)).collect();
@@ -99,23 +100,23 @@ impl ResolverPolicy {
             settle: Duration::from_secs(5),
             poll: Duration::from_millis(500),
             deadline: Duration::from_secs(15 * 60),
-            most_signals: 10,
-            may_terminate: true,
-            patterns: Vec::new(),
-            backups: patterns(&BACKUPS),
-            migration_names: patterns(&MIGRATIONS),
+            max_signals: 10,
+            allow_terminate: true,
+            protected_applications: Vec::new(),
+            backup_programs: patterns(&BACKUP_PROGRAMS),
+            migration_programs: patterns(&MIGRATION_PROGRAMS),
             migration_keys: Vec::new(),
-            migrations: false,
-            superusers: false,
-            own_sessions: false,
-            databases: Databases::default(),
+            allow_migrations: false,
+            allow_superusers: false,
+            allow_own_sessions: false,
+            databases: DatabaseFilter::default(),
             criterion: RecoveryCriterion::no_waits(),
-            hook: None,
+            load_callback: None,
             hook_timeout: Duration::from_secs(5),
         }
     }
 
-    /// Whether [`run`](super::Resolver::run) does what the plan says. It does not by default: it is a dry run, which
+    /// Whether [`run`](super::Resolver::run) does what the plan says. By default it does not: it is a dry run, which
     /// sends no signal and calls no hook.
     #[must_use]
     pub fn execute(mut self, execute: bool) -> Self {
@@ -123,15 +124,15 @@ impl ResolverPolicy {
         self
     }
 
-    /// How long a root blocker that works is left to finish, from when it is first dealt with, before its statement is
-    /// cancelled; 30 seconds by default.
+    /// How long a root blocker that runs a statement is left to finish before the statement is cancelled, counted from
+    /// when the resolver starts with it; 30 seconds by default.
     #[must_use]
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self
     }
 
-    /// For how long a root blocker must have been idle in its transaction before its session is terminated, which is the
+    /// How long a root blocker must have been idle in its transaction before its session is terminated, which is the
     /// only thing that ends such a transaction; 60 seconds by default.
     #[must_use]
     pub fn idle_grace(mut self, grace: Duration) -> Self {
@@ -139,114 +140,116 @@ impl ResolverPolicy {
         self
     }
 
-    /// For how long a session that is idle, outside of any transaction, and keeps others waiting with a session-level
-    /// advisory lock must have been idle before it is terminated. `None`, the default, is never: it may be meant so.
+    /// How long a session that blocks others with a session-level advisory lock must have been idle, outside of any
+    /// transaction, before it is terminated. `None`, the default, is never: it may be intended.
     #[must_use]
     pub fn idle_session_grace(mut self, grace: impl Into<Option<Duration>>) -> Self {
         self.idle_session_grace = grace.into();
         self
     }
 
-    /// How long after a signal to wait for what comes of it before the next step; 5 seconds by default.
+    /// How long to wait for the effect of a signal before the next step; 5 seconds by default.
     #[must_use]
     pub fn settle(mut self, settle: Duration) -> Self {
         self.settle = settle;
         self
     }
 
-    /// How often to look meanwhile; every 500 milliseconds by default, 10 at least.
+    /// How often to take a snapshot; every 500 milliseconds by default, 10 at least.
     #[must_use]
     pub fn poll(mut self, poll: Duration) -> Self {
         self.poll = poll;
         self
     }
 
-    /// How long a run may take in all; 15 minutes by default.
+    /// The maximum duration of a run; 15 minutes by default.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// How many signals a run may send in all; 10 by default.
+    /// The maximum number of signals that a run sends; 10 by default.
     #[must_use]
-    pub fn most_signals(mut self, signals: u32) -> Self {
-        self.most_signals = signals;
+    pub fn max_signals(mut self, signals: u32) -> Self {
+        self.max_signals = signals;
         self
     }
 
-    /// Whether sessions may be terminated where a cancel did not help, or could not; they may by default.
+    /// Whether sessions may be terminated if a cancel did not help or is not possible; allowed by default.
     #[must_use]
-    pub fn may_terminate(mut self, may: bool) -> Self {
-        self.may_terminate = may;
+    pub fn allow_terminate(mut self, allow: bool) -> Self {
+        self.allow_terminate = allow;
         self
     }
 
-    /// Leaves sessions alone whose `application_name` matches: `*` stands for any characters, `?` for any one, case does
-    /// not matter. In addition to those that are always left alone.
+    /// Leaves sessions alone whose `application_name` matches the pattern, in addition to those that are always left
+    /// alone. `*` matches any characters, `?` any one character; case is ignored.
     #[must_use]
     pub fn protect(mut self, pattern: impl AsRef<str>) -> Self {
-        self.patterns.push(Pattern::new(pattern.as_ref()));
+        self.protected_applications
+            .push(Pattern::new(pattern.as_ref()));
         self
     }
 
-    /// An advisory lock that a program holds while it changes the schema: its holder is a migration. Known without being
-    /// told are keys with `migrat` in their name, where this process knows it, goose's, and with the feature `compat` those
-    /// that Rails, sqlx, golang-migrate and Flyway use by default. Advisory locks of other databases than the monitor's
-    /// are not looked at.
+    /// An advisory lock that a program holds while it changes the schema: its holder is a migration. These keys are
+    /// known without this call: those with `migrat` in their name, if this process knows the name; that of goose; and
+    /// with the feature `compat` those that Rails, sqlx, golang-migrate and Flyway use by default. Advisory locks of
+    /// databases other than the monitor's are not considered.
     #[must_use]
     pub fn migration_key(mut self, key: impl Into<LockKey>) -> Self {
         self.migration_keys.push(key.into());
         self
     }
 
-    /// Whether migrations and index builds may be signalled; they may not by default.
+    /// Whether migrations and index builds may be signalled; not allowed by default.
     #[must_use]
-    pub fn touch_migrations(mut self, may: bool) -> Self {
-        self.migrations = may;
+    pub fn allow_migrations(mut self, allow: bool) -> Self {
+        self.allow_migrations = allow;
         self
     }
 
-    /// Whether sessions of superusers other than the resolver's own role may be signalled; they may not by default.
+    /// Whether sessions of superusers other than the resolver's own role may be signalled; not allowed by default.
     #[must_use]
-    pub fn touch_superusers(mut self, may: bool) -> Self {
-        self.superusers = may;
+    pub fn allow_superusers(mut self, allow: bool) -> Self {
+        self.allow_superusers = allow;
         self
     }
 
-    /// Whether sessions that a guard or a transaction of this process has may be signalled; they may not by default.
+    /// Whether sessions that a guard or transaction of this process owns may be signalled; not allowed by default.
     #[must_use]
-    pub fn touch_own_sessions(mut self, may: bool) -> Self {
-        self.own_sessions = may;
+    pub fn allow_own_sessions(mut self, allow: bool) -> Self {
+        self.allow_own_sessions = allow;
         self
     }
 
-    /// Deals with root blockers in this database only, and counts only those who wait in it; with several calls, in these.
-    /// All of the server's by default.
+    /// Resolves only root blockers in this database, and counts only sessions that wait in it. Several calls name
+    /// several databases. By default all databases of the server are included.
     #[must_use]
     pub fn database(mut self, name: impl Into<String>) -> Self {
         self.databases.0.push(name.into().into());
         self
     }
 
-    /// When it is over: the run stops, and the load that was shed is resumed. Nobody waits, in three looks in a row, by
-    /// default.
+    /// When the incident is over: the run stops, and the load that was shed is resumed. By default, when no session
+    /// waits in three consecutive snapshots.
     #[must_use]
     pub fn recovered_when(mut self, criterion: RecoveryCriterion) -> Self {
         self.criterion = criterion;
         self
     }
 
-    /// Is told to pause heavy jobs before anything else is done, and to resume them when it is over.
+    /// A hook that pauses the application's heavy jobs before anything else is done, and resumes them when the incident
+    /// is over.
     ///
-    /// Called with [`LoadChange::Shed`] once, and then once with [`LoadChange::Resume`] when the criterion of
-    /// [`recovered_when`](Self::recovered_when) holds, or with [`LoadChange::GaveUp`] when the run ends in another way, a
-    /// dropped future too. It runs on a thread where blocking does no harm; a panic is contained and noted in the log, and
-    /// the run goes on without it when it takes longer than the [`hook_timeout`](Self::hook_timeout). In a dry run it
-    /// is not called.
+    /// It is called with [`LoadChange::Shed`] once, and then once with [`LoadChange::Resume`] when the criterion of
+    /// [`recovered_when`](Self::recovered_when) holds, or with [`LoadChange::GaveUp`] when the run ends in another way,
+    /// including when its future is dropped. It runs on a thread on which blocking is permitted. A panic is contained
+    /// and logged. If the hook takes longer than the [`hook_timeout`](Self::hook_timeout), the run continues without
+    /// it. It is not called in a dry run.
     #[must_use]
     pub fn shed_load(mut self, hook: impl Fn(LoadChange) + Send + Sync + 'static) -> Self {
-        self.hook = Some(Arc::new(hook));
+        self.load_callback = Some(Arc::new(hook));
         self
     }
 
@@ -257,19 +260,19 @@ impl ResolverPolicy {
         self
     }
 
-    /// Whether a session of this database is dealt with.
-    pub(super) fn concerns_database(&self, name: Option<&str>) -> bool {
-        self.databases.has(name)
+    /// Whether sessions of this database are included.
+    pub(super) fn includes_database(&self, name: Option<&str>) -> bool {
+        self.databases.includes(name)
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        if self.poll < SHORTEST_POLL {
+        if self.poll < MIN_POLL {
             return Err(Error::config(format!(
-                "a resolver that looks every {:?}: at least {SHORTEST_POLL:?}",
+                "a resolver that looks every {:?}: at least {MIN_POLL:?}",
                 self.poll
             )));
         }
-        if self.most_signals == 0 && self.execute {
+        if self.max_signals == 0 && self.execute {
             return Err(Error::config(
                 "a resolver that may send 0 signals: at least 1, or leave out execute(true)",
             ));
@@ -291,10 +294,10 @@ impl fmt::Debug for ResolverPolicy {
             .field("idle_grace", &self.idle_grace)
             .field("settle", &self.settle)
             .field("deadline", &self.deadline)
-            .field("most_signals", &self.most_signals)
-            .field("may_terminate", &self.may_terminate)
+            .field("max_signals", &self.max_signals)
+            .field("allow_terminate", &self.allow_terminate)
             .field("criterion", &self.criterion)
-            .field("sheds_load", &self.hook.is_some())
+            .field("sheds_load", &self.load_callback.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -311,11 +314,11 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_work_is_refused() {
+    fn an_invalid_policy_is_refused() {
         let policy = ResolverPolicy::new;
         for policy in [
             policy().poll(Duration::from_millis(9)),
-            policy().execute(true).most_signals(0),
+            policy().execute(true).max_signals(0),
             policy().deadline(Duration::ZERO),
             policy().recovered_when(RecoveryCriterion::no_waits().checks(0)),
         ] {

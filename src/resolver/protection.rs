@@ -1,4 +1,4 @@
-//! Sessions that are left alone, and why.
+//! The sessions that are left alone, and why.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,31 +7,31 @@ use std::sync::Arc;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Protection {
-    /// It is the session that looks and signals.
-    Oneself,
-    /// It is the connection beside the pool of some [`Keeper`](crate::Keeper), which holds nothing anybody waits for.
+    /// It is the session that monitors and sends the signals.
+    SignallingSession,
+    /// It is the side connection of a [`Keeper`](crate::Keeper), which holds nothing that other sessions wait for.
     SideConnection,
-    /// A guard or a transaction of this process, alive now, has it.
+    /// A live guard or transaction of this process owns it.
     OwnSession,
-    /// It sends the write-ahead log to a standby, an archive or a subscriber, or applies what it is sent.
+    /// It sends the write-ahead log to a standby, an archive or a subscriber, or applies what it receives.
     Replication,
     /// It takes a backup.
     Backup,
-    /// It is an autovacuum that has to be done before transaction ids run out; it would only begin again.
+    /// It is an autovacuum that has to complete before transaction ids run out; it would only start again.
     WraparoundVacuum,
-    /// It is an autovacuum worker: to be cancelled, as the server does itself when one is in the way, and never
-    /// terminated.
+    /// It is an autovacuum worker. It may be cancelled, as the server itself does when one blocks another session, but
+    /// is never terminated.
     Autovacuum,
     /// It is another of the server's own processes, such as the checkpointer or a background worker.
     ServerProcess,
-    /// Its transaction has committed and waits for a synchronous standby to have it. A signal would not undo that, but
-    /// tell its client so before the standby has it.
+    /// Its transaction has committed and waits for a synchronous standby to receive it. A signal would not undo the
+    /// commit, but would report it to the client before the standby has it.
     Committing,
-    /// It is of a superuser, and not of the role that signals.
+    /// It belongs to a superuser other than the role that signals.
     Superuser,
     /// It changes the schema, or holds the lock of a program that does.
     Migration,
-    /// It builds an index, or writes a table anew (CLUSTER, VACUUM FULL).
+    /// It builds an index, or rewrites a table (CLUSTER, VACUUM FULL).
     IndexBuild,
     /// Its `application_name` matches this pattern of the policy.
     Application(Arc<str>),
@@ -40,7 +40,7 @@ pub enum Protection {
 impl fmt::Display for Protection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = match self {
-            Self::Oneself => "it is the session that looks",
+            Self::SignallingSession => "it is the session that looks",
             Self::SideConnection => "it is a keeper's side connection",
             Self::OwnSession => "a guard or a transaction of this process has it",
             Self::Replication => "it is replication",
@@ -60,8 +60,8 @@ impl fmt::Display for Protection {
     }
 }
 
-/// What kind of backend it is, where that alone protects it.
-pub(crate) fn of_kind(backend_type: &str) -> Option<Protection> {
+/// The protection that the backend type alone gives.
+pub(crate) fn of_backend_type(backend_type: &str) -> Option<Protection> {
     match backend_type {
         "client backend" | "autovacuum worker" => None,
         "walsender" | "walreceiver" | "startup" | "slotsync worker" => {
@@ -79,8 +79,8 @@ mod tests {
 
     #[test]
     fn only_clients_and_autovacuum_are_ever_signalled() {
-        assert_eq!(of_kind("client backend"), None);
-        assert_eq!(of_kind("autovacuum worker"), None);
+        assert_eq!(of_backend_type("client backend"), None);
+        assert_eq!(of_backend_type("autovacuum worker"), None);
         for kind in [
             "walsender",
             "walreceiver",
@@ -89,7 +89,11 @@ mod tests {
             "logical replication parallel worker",
             "logical replication launcher",
         ] {
-            assert_eq!(of_kind(kind), Some(Protection::Replication), "{kind}");
+            assert_eq!(
+                of_backend_type(kind),
+                Some(Protection::Replication),
+                "{kind}"
+            );
         }
         for kind in [
             "checkpointer",
@@ -98,7 +102,11 @@ mod tests {
             "pg_cron launcher",
             "",
         ] {
-            assert_eq!(of_kind(kind), Some(Protection::ServerProcess), "{kind}");
+            assert_eq!(
+                of_backend_type(kind),
+                Some(Protection::ServerProcess),
+                "{kind}"
+            );
         }
     }
 }

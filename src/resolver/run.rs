@@ -1,32 +1,32 @@
-//! Doing it: one root blocker at a time, a look after each step.
+//! Executing a policy: one root blocker at a time, with a snapshot after each step.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::baseline::{Baseline, Setting};
-use super::load::{LoadChange, Shedder, Told};
-use super::log::{Action, Notes, RunEnd, RunLog, StepOutcome};
-use super::place::{Identity, Place, fate, place};
-use super::plan::{self, Plan, Step, Verdict};
+use super::escalation::EscalationState;
+use super::load_hook::{HookResult, LoadChange, LoadHook};
+use super::log::{Action, RunEnd, RunLog, RunLogBuilder, StepOutcome};
+use super::plan::{self, Decision, Plan, Step};
 use super::policy::ResolverPolicy;
-use super::protect::Known;
-use super::treatment::Treatment;
+use super::protection_rules::SessionFacts;
+use super::target_status::{TargetId, TargetStatus, step_outcome, target_status};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::graph::{Backend, LockTree};
 use crate::monitor::Monitor;
-use crate::monitor::recovery::Course;
-use crate::monitor::waits::Waits;
+use crate::monitor::recovery::RecoveryTracker;
+use crate::monitor::wait_summary::WaitSummary;
 use crate::postgres::timestamp::Age;
 use crate::resolver::signal::SignalOutcome;
 use crate::resolver::sql::sessions;
-use crate::resolver::sql::signal::{Signal, Spared};
+use crate::resolver::sql::signal::{Exclusions, Signal};
 
-/// How it goes on.
-enum Next {
-    /// With whoever is in the way now.
+/// What to do after a step.
+enum NextStep {
+    /// Choose among the current root blockers.
     Others,
-    /// With the same one.
+    /// Continue with the same root blocker.
     Same,
     End(RunEnd),
 }
@@ -34,48 +34,48 @@ enum Next {
 struct Run<'a> {
     monitor: &'a Monitor,
     policy: &'a ResolverPolicy,
-    notes: Notes,
-    course: Course,
+    log: RunLogBuilder,
+    recovery: RecoveryTracker,
     deadline: Deadline,
     signals: u32,
-    /// At the last look.
-    waits: Waits,
-    /// Whether that met the criterion, and whether it is over.
-    calm: bool,
+    /// In the last snapshot.
+    waits: WaitSummary,
+    /// Whether the last snapshot met the criterion, and whether enough snapshots in a row did.
+    criterion_met: bool,
     recovered: bool,
-    /// Those with whom nothing more is to be done.
-    settled: HashSet<Identity>,
-    /// Those of whom the log says why they are left alone.
-    noted: HashSet<Identity>,
-    /// Once load is shed.
-    shedder: Option<Shedder>,
+    /// Root blockers that nothing more is to be done about.
+    finished: HashSet<TargetId>,
+    /// Root blockers for which the log already has the reason why they are left alone.
+    logged: HashSet<TargetId>,
+    /// Set once load is shed.
+    load_hook: Option<LoadHook>,
 }
 
 pub(super) async fn run(monitor: &Monitor, policy: &ResolverPolicy) -> Result<RunLog, Error> {
-    let course = Course::new(policy.criterion, policy.databases.clone())?;
+    let recovery = RecoveryTracker::new(policy.criterion, policy.databases.clone())?;
     let deadline = Deadline::after(policy.deadline);
-    let notes = Notes::new();
+    let log = RunLogBuilder::new();
     let baseline = Baseline {
         activity: monitor.activity().await?,
         snapshot: monitor.snapshot().await?,
         settings: settings(monitor).await?,
     };
     let tree = baseline.snapshot.tree();
-    let known = known_of(monitor, policy, &tree).await?;
-    let plan = Plan::new(policy, &known, &tree);
+    let facts = facts_for(monitor, policy, &tree).await?;
+    let plan = Plan::new(policy, &facts, &tree);
     let mut run = Run {
         monitor,
         policy,
-        notes,
-        course,
+        log,
+        recovery,
         deadline,
         signals: 0,
         waits: *plan.waits(),
-        calm: false,
+        criterion_met: false,
         recovered: false,
-        settled: HashSet::new(),
-        noted: HashSet::new(),
-        shedder: None,
+        finished: HashSet::new(),
+        logged: HashSet::new(),
+        load_hook: None,
     };
     let why = format!(
         "{} sessions, {} edges and {} settings kept",
@@ -83,18 +83,18 @@ pub(super) async fn run(monitor: &Monitor, policy: &ResolverPolicy) -> Result<Ru
         baseline.snapshot.edges().len(),
         baseline.settings.len()
     );
-    run.note(Action::Baseline, None, why, StepOutcome::Done);
+    run.log_action(Action::Baseline, None, why, StepOutcome::Done);
     let end = if policy.execute {
         run.execute().await
     } else {
-        run.say(&plan);
+        run.log_dry_run(&plan);
         RunEnd::DryRun
     };
     let log = RunLog {
         plan,
         baseline,
-        took: run.notes.began.elapsed(),
-        rows: run.notes.rows,
+        elapsed: run.log.started.elapsed(),
+        entries: run.log.entries,
         end,
         signals: run.signals,
         waits: run.waits,
@@ -111,11 +111,11 @@ pub(super) async fn run(monitor: &Monitor, policy: &ResolverPolicy) -> Result<Ru
 }
 
 impl Run<'_> {
-    /// A dry run: what would be done with those who are in the way now.
-    fn say(&mut self, plan: &Plan) {
+    /// Logs what a run that is no dry run would do about the current root blockers.
+    fn log_dry_run(&mut self, plan: &Plan) {
         for root in plan.roots() {
-            match root.verdict() {
-                Verdict::Act(steps) => {
+            match root.decision() {
+                Decision::Act(steps) => {
                     for step in steps {
                         let action = match step {
                             Step::Wait(_) => Action::Wait,
@@ -123,10 +123,10 @@ impl Run<'_> {
                             Step::Terminate => Action::Terminate,
                         };
                         let why = format!("{}: {step}", root.why());
-                        self.note(action, Some(root.backend()), why, StepOutcome::DryRun);
+                        self.log_action(action, Some(root.backend()), why, StepOutcome::DryRun);
                     }
                 }
-                verdict => self.leave(root.backend(), root.why(), verdict),
+                decision => self.log_left_alone(root.backend(), root.why(), decision),
             }
         }
     }
@@ -135,157 +135,163 @@ impl Run<'_> {
         if !self.waits.is_empty() {
             self.shed_load().await;
         }
-        let end = self.work().await;
-        if let Some(mut shedder) = self.shedder.take() {
+        let end = self.resolve_roots().await;
+        if let Some(mut load_hook) = self.load_hook.take() {
             let (change, why) = match end {
                 RunEnd::Recovered => (LoadChange::Resume, "it is over: heavy jobs may go on"),
                 _ => (LoadChange::GaveUp, "it is not over, and the run ends"),
             };
-            let told = shedder.tell(change).await;
-            self.note(Action::ResumeLoad, None, why, outcome_of(told));
+            let result = load_hook.call(change).await;
+            self.log_action(Action::ResumeLoad, None, why, hook_outcome(result));
         }
         end
     }
 
-    /// Once: at the beginning, or before the first one is dealt with where nobody waited then.
+    /// Called once: at the beginning, or before the first root blocker is resolved if no session waited then.
     async fn shed_load(&mut self) {
-        if self.shedder.is_some() {
+        if self.load_hook.is_some() {
             return;
         }
-        let Some(hook) = self.policy.hook.clone() else {
+        let Some(hook) = self.policy.load_callback.clone() else {
             return;
         };
-        // Cancel safety: dropped with the run, it tells that this has given up.
-        let shedder = Shedder::new(hook, self.policy.hook_timeout);
-        let told = self.shedder.insert(shedder).tell(LoadChange::Shed).await;
+        // Cancel safety: if the run is dropped, so is the hook, which then tells the application that the run gave up.
+        let load_hook = LoadHook::new(hook, self.policy.hook_timeout);
+        let result = self
+            .load_hook
+            .insert(load_hook)
+            .call(LoadChange::Shed)
+            .await;
         let why = "heavy jobs are to pause";
-        self.note(Action::ShedLoad, None, why, outcome_of(told));
+        self.log_action(Action::ShedLoad, None, why, hook_outcome(result));
     }
 
-    async fn work(&mut self) -> RunEnd {
+    async fn resolve_roots(&mut self) -> RunEnd {
         let mut idle_since: Option<Instant> = None;
         loop {
-            let Some(tree) = self.look().await else {
+            let Some(tree) = self.sample().await else {
                 return RunEnd::Deadline;
             };
             if self.recovered {
                 return RunEnd::Recovered;
             }
-            match self.choose(&tree).await {
+            match self.next_root(&tree).await {
                 Ok(Some(root)) => {
                     idle_since = None;
                     self.shed_load().await;
-                    if let Next::End(end) = self.treat(root).await {
+                    if let NextStep::End(end) = self.resolve_root(root).await {
                         return end;
                     }
-                    // What comes next is seen by a look that is none too soon after the last one.
+                    // The next snapshot is taken only after a pause, like any other.
                 }
-                Ok(None) if self.calm => idle_since = None,
+                Ok(None) if self.criterion_met => idle_since = None,
                 Ok(None) => {
-                    // The server may be about to end a deadlock, or somebody to finish.
+                    // The server may be about to end a deadlock, or a session may be about to finish.
                     let since = idle_since.get_or_insert_with(Instant::now);
                     if since.elapsed() >= self.policy.settle {
                         return RunEnd::NothingLeftToDo;
                     }
                 }
-                Err(error) => self.failed(&error),
+                Err(error) => self.log_failure(&error),
             }
             self.pause().await;
         }
     }
 
-    /// The one to be dealt with next; notes why others are left alone.
-    async fn choose(&mut self, tree: &LockTree) -> Result<Option<Backend>, Error> {
+    /// The next root blocker to resolve. Logs why others are left alone.
+    async fn next_root(&mut self, tree: &LockTree) -> Result<Option<Backend>, Error> {
         if tree.is_empty() {
             return Ok(None);
         }
-        let known = known_of(self.monitor, self.policy, tree).await?;
-        let plan = Plan::new(self.policy, &known, tree);
+        let facts = facts_for(self.monitor, self.policy, tree).await?;
+        let plan = Plan::new(self.policy, &facts, tree);
         for root in plan.roots() {
-            if self.settled.contains(&Identity::of(root.backend())) {
+            if self.finished.contains(&TargetId::of(root.backend())) {
                 continue;
             }
-            match root.verdict() {
-                Verdict::Act(_) => return Ok(Some(root.backend().clone())),
-                verdict => self.leave(root.backend(), root.why(), verdict),
+            match root.decision() {
+                Decision::Act(_) => return Ok(Some(root.backend().clone())),
+                decision => self.log_left_alone(root.backend(), root.why(), decision),
             }
         }
         Ok(None)
     }
 
-    /// Deals with one root blocker until it is none any more, or nothing is left to be done about it.
-    async fn treat(&mut self, first: Backend) -> Next {
-        let who = Identity::of(&first);
-        let began = Instant::now();
+    /// Escalates against one root blocker until it blocks no more, or nothing is left to be done about it.
+    async fn resolve_root(&mut self, first: Backend) -> NextStep {
+        let target_id = TargetId::of(&first);
+        let started = Instant::now();
         let before = self.waits;
         let mut seen = first;
-        let mut course = Treatment::default();
+        let mut escalation = EscalationState::default();
         loop {
-            let Some(tree) = self.look().await else {
-                return Next::End(RunEnd::Deadline);
+            let Some(tree) = self.sample().await else {
+                return NextStep::End(RunEnd::Deadline);
             };
-            let place = place(&tree, &who);
-            if !course.waited && !matches!(place, Place::Root(_)) {
-                let why = format!("left to finish for {}", Age(began.elapsed()));
+            let status = target_status(&tree, &target_id);
+            if !escalation.waited && !matches!(status, TargetStatus::RootBlocker(_)) {
+                let why = format!("left to finish for {}", Age(started.elapsed()));
                 let waits = (Some(before), Some(self.waits));
-                self.notes
-                    .write(Action::Wait, Some(&seen), why, fate(&place), waits);
+                self.log
+                    .push(Action::Wait, Some(&seen), why, step_outcome(&status), waits);
             }
-            let Place::Root(backend) = place else {
+            let TargetStatus::RootBlocker(backend) = status else {
                 return self.next();
             };
             if self.recovered {
-                return Next::End(RunEnd::Recovered);
+                return NextStep::End(RunEnd::Recovered);
             }
             seen = *backend;
-            let verdict = match known_of(self.monitor, self.policy, &tree).await {
-                Ok(known) => plan::verdict(self.policy, &known, &seen),
+            let decision = match facts_for(self.monitor, self.policy, &tree).await {
+                Ok(facts) => plan::decision(self.policy, &facts, &seen),
                 Err(error) => {
-                    self.failed(&error);
+                    self.log_failure(&error);
                     self.pause().await;
                     continue;
                 }
             };
-            let Verdict::Act(steps) = &verdict else {
-                self.leave(&seen, "it has gone on to something else", &verdict);
-                self.settled.insert(who);
-                return Next::Others;
+            let Decision::Act(steps) = &decision else {
+                self.log_left_alone(&seen, "it has gone on to something else", &decision);
+                self.finished.insert(target_id);
+                return NextStep::Others;
             };
-            if let Some(left) = course.left_to_wait(steps, began.elapsed(), self.policy) {
-                self.sleep(left.min(self.policy.poll)).await;
+            if let Some(remaining) =
+                escalation.remaining_wait(steps, started.elapsed(), self.policy)
+            {
+                self.sleep(remaining.min(self.policy.poll)).await;
                 continue;
             }
-            if !course.waited {
-                course.waited = true;
-                let why = format!("left to finish for {}", Age(began.elapsed()));
+            if !escalation.waited {
+                escalation.waited = true;
+                let why = format!("left to finish for {}", Age(started.elapsed()));
                 let waits = (Some(before), Some(self.waits));
                 let outcome = StepOutcome::DidNotHelp;
-                self.notes
-                    .write(Action::Wait, Some(&seen), why, outcome, waits);
+                self.log
+                    .push(Action::Wait, Some(&seen), why, outcome, waits);
             }
-            let Some(signal) = course.next_signal(steps) else {
-                let verdict = "nothing that may be done has helped";
-                self.leave_because(&seen, verdict);
-                self.settled.insert(who);
-                return Next::Others;
+            let Some(signal) = escalation.next_signal(steps) else {
+                let decision = "nothing that may be done has helped";
+                self.log_abandoned(&seen, decision);
+                self.finished.insert(target_id);
+                return NextStep::Others;
             };
-            match self.send(signal, &seen, &who, &mut course).await {
-                Next::Same => {}
+            match self.send(signal, &seen, &target_id, &mut escalation).await {
+                NextStep::Same => {}
                 next => return next,
             }
         }
     }
 
-    /// Signals, and waits to see what comes of it.
+    /// Sends a signal and waits for its effect.
     async fn send(
         &mut self,
         signal: Signal,
         target: &Backend,
-        who: &Identity,
-        course: &mut Treatment,
-    ) -> Next {
-        if self.signals >= self.policy.most_signals {
-            return Next::End(RunEnd::MostSignals);
+        target_id: &TargetId,
+        escalation: &mut EscalationState,
+    ) -> NextStep {
+        if self.signals >= self.policy.max_signals {
+            return NextStep::End(RunEnd::MaxSignals);
         }
         let action = match signal {
             Signal::Cancel => Action::Cancel,
@@ -293,104 +299,106 @@ impl Run<'_> {
         };
         let why = match signal {
             Signal::Cancel => "it has not finished by itself",
-            Signal::Terminate if course.is_quick() => "no signal meets one of its statements",
-            Signal::Terminate if course.cancelled => "a cancel has not helped",
+            Signal::Terminate if escalation.is_too_quick() => {
+                "no signal meets one of its statements"
+            }
+            Signal::Terminate if escalation.cancelled => "a cancel has not helped",
             Signal::Terminate => "it is idle, so that there is nothing to cancel",
         };
-        let spared = Spared {
-            superusers: !self.policy.superusers,
-            builds: !self.policy.migrations,
-            // It may be about to commit; idle, it has a grace.
-            finished: !course.is_quick(),
+        let exclusions = Exclusions {
+            superusers: !self.policy.allow_superusers,
+            builds: !self.policy.allow_migrations,
+            // A session that has just become idle may be about to commit; an idle one has a grace of its own.
+            finished: !escalation.is_too_quick(),
         };
         let before = self.waits;
-        let outcome = match self.monitor.signal(signal, target, spared).await {
+        let outcome = match self.monitor.signal(signal, target, exclusions).await {
             Ok(outcome) => outcome,
             Err(error) => {
                 // It may have been sent.
                 self.signals += 1;
                 let outcome = StepOutcome::Failed(error.to_string().into());
-                self.notes
-                    .write(action, Some(target), why, outcome, (Some(before), None));
+                self.log
+                    .push(action, Some(target), why, outcome, (Some(before), None));
                 self.pause().await;
-                return Next::Same;
+                return NextStep::Same;
             }
         };
         if !outcome.is_signalled() {
             let again = match outcome {
                 SignalOutcome::Gone => true,
                 SignalOutcome::Changed(_) | SignalOutcome::NothingRuns => {
-                    course.missed(signal);
+                    escalation.record_miss(signal);
                     true
                 }
                 _ => false,
             };
             let outcome = StepOutcome::NotSignalled(outcome);
-            self.notes
-                .write(action, Some(target), why, outcome, (Some(before), None));
+            self.log
+                .push(action, Some(target), why, outcome, (Some(before), None));
             if again {
                 self.pause().await;
-                return Next::Same;
+                return NextStep::Same;
             }
-            self.settled.insert(who.clone());
-            return Next::Others;
+            self.finished.insert(target_id.clone());
+            return NextStep::Others;
         }
         self.signals += 1;
         match signal {
-            Signal::Cancel => course.cancelled = true,
-            Signal::Terminate => course.terminated = true,
+            Signal::Cancel => escalation.cancelled = true,
+            Signal::Terminate => escalation.terminated = true,
         }
         let sent = Instant::now();
         loop {
-            let Some(tree) = self.look().await else {
+            let Some(tree) = self.sample().await else {
                 let outcome = StepOutcome::Failed("the time was over before it was seen".into());
-                self.notes
-                    .write(action, Some(target), why, outcome, (Some(before), None));
-                return Next::End(RunEnd::Deadline);
+                self.log
+                    .push(action, Some(target), why, outcome, (Some(before), None));
+                return NextStep::End(RunEnd::Deadline);
             };
-            let place = place(&tree, who);
-            let is_root = matches!(place, Place::Root(_));
+            let status = target_status(&tree, target_id);
+            let is_root = matches!(status, TargetStatus::RootBlocker(_));
             if is_root && sent.elapsed() < self.policy.settle && !self.recovered {
                 self.pause().await;
                 continue;
             }
             let waits = (Some(before), Some(self.waits));
-            self.notes
-                .write(action, Some(target), why, fate(&place), waits);
+            self.log
+                .push(action, Some(target), why, step_outcome(&status), waits);
             return if is_root && !self.recovered {
-                Next::Same
+                NextStep::Same
             } else {
                 self.next()
             };
         }
     }
 
-    fn next(&self) -> Next {
+    fn next(&self) -> NextStep {
         if self.recovered {
-            Next::End(RunEnd::Recovered)
+            NextStep::End(RunEnd::Recovered)
         } else {
-            Next::Others
+            NextStep::Others
         }
     }
 
-    /// Who waits for whom now; tries again until it can be seen. `None` when the time is over.
-    async fn look(&mut self) -> Option<LockTree> {
-        let mut noted = false;
+    /// Takes a snapshot, and repeats that until one succeeds. `None` when the deadline has passed.
+    async fn sample(&mut self) -> Option<LockTree> {
+        let mut logged = false;
         while !self.deadline.has_passed() {
             // A server that does not answer is not waited for beyond the deadline.
             let seen = self.monitor.snapshot();
             match self.deadline.bound(Duration::ZERO, seen).await? {
                 Ok(snapshot) => {
-                    let check = self.course.observe(&snapshot);
+                    let check = self.recovery.observe(&snapshot);
                     self.waits = *check.waits();
-                    self.calm = check.met_for() > 0;
+                    self.criterion_met = check.met_for() > 0;
                     self.recovered = check.is_recovered();
                     return Some(snapshot.tree());
                 }
                 Err(error) => {
-                    self.course.interrupt();
-                    if !std::mem::replace(&mut noted, true) {
-                        self.failed(&error);
+                    self.recovery.interrupt();
+                    if !std::mem::replace(&mut logged, true) {
+                        self.log_failure(&error);
                     }
                     self.pause().await;
                 }
@@ -407,26 +415,26 @@ impl Run<'_> {
         tokio::time::sleep(time.min(self.deadline.remaining())).await;
     }
 
-    fn failed(&mut self, error: &Error) {
+    fn log_failure(&mut self, error: &Error) {
         let outcome = StepOutcome::Failed(error.to_string().into());
-        self.notes
-            .write(Action::Look, None, "", outcome, (None, None));
+        self.log
+            .push(Action::Sample, None, "", outcome, (None, None));
     }
 
-    /// Notes once why somebody is left alone.
-    fn leave(&mut self, backend: &Backend, why: &str, verdict: &Verdict) {
-        if self.noted.insert(Identity::of(backend)) {
-            let outcome = StepOutcome::LeftAlone(verdict.to_string().into());
-            self.note(Action::LeaveAlone, Some(backend), why, outcome);
+    /// Logs, once for each root blocker, why it is left alone.
+    fn log_left_alone(&mut self, backend: &Backend, why: &str, decision: &Decision) {
+        if self.logged.insert(TargetId::of(backend)) {
+            let outcome = StepOutcome::LeftAlone(decision.to_string().into());
+            self.log_action(Action::LeaveAlone, Some(backend), why, outcome);
         }
     }
 
-    fn leave_because(&mut self, backend: &Backend, why: &str) {
+    fn log_abandoned(&mut self, backend: &Backend, why: &str) {
         let outcome = StepOutcome::LeftAlone(why.into());
-        self.note(Action::LeaveAlone, Some(backend), "", outcome);
+        self.log_action(Action::LeaveAlone, Some(backend), "", outcome);
     }
 
-    fn note(
+    fn log_action(
         &mut self,
         action: Action,
         target: Option<&Backend>,
@@ -434,47 +442,50 @@ impl Run<'_> {
         outcome: StepOutcome,
     ) {
         let waits = (Some(self.waits), None);
-        self.notes.write(action, target, why, outcome, waits);
+        self.log.push(action, target, why, outcome, waits);
     }
 }
 
-fn outcome_of(told: Told) -> StepOutcome {
-    match told {
-        Told::Done => StepOutcome::Done,
-        Told::Panicked => StepOutcome::HookPanicked,
-        Told::Slow => StepOutcome::HookSlow,
+fn hook_outcome(result: HookResult) -> StepOutcome {
+    match result {
+        HookResult::Done => StepOutcome::Done,
+        HookResult::Panicked => StepOutcome::HookPanicked,
+        HookResult::Slow => StepOutcome::HookSlow,
     }
 }
 
-/// What is known of those who take part, besides who waits for whom.
-async fn known_of(
+/// What is known about the sessions of a tree besides their waits.
+async fn facts_for(
     monitor: &Monitor,
     policy: &ResolverPolicy,
     tree: &LockTree,
-) -> Result<Known, Error> {
-    let mut known = known(monitor, policy).await?;
-    known.own = super::own(tree);
-    Ok(known)
+) -> Result<SessionFacts, Error> {
+    let mut facts = session_facts(monitor, policy).await?;
+    facts.own_sessions = super::own_sessions_in(tree);
+    Ok(facts)
 }
 
-/// The same, but for what this process has.
-pub(super) async fn known(monitor: &Monitor, policy: &ResolverPolicy) -> Result<Known, Error> {
-    let reply = monitor.connections().ask(sessions::LOOK).await?;
-    let around = sessions::surroundings(&reply).ok_or_else(|| {
+/// The same without the sessions that this process owns.
+pub(super) async fn session_facts(
+    monitor: &Monitor,
+    policy: &ResolverPolicy,
+) -> Result<SessionFacts, Error> {
+    let reply = monitor.connections().ask(sessions::SESSIONS).await?;
+    let sessions = sessions::read_sessions(&reply).ok_or_else(|| {
         Error::new(ErrorKind::Database)
             .with_detail("the server's answer about its sessions cannot be read")
     })?;
-    let advisory = if policy.migrations {
+    let advisory = if policy.allow_migrations {
         Vec::new()
     } else {
         monitor.advisory_locks().await?
     };
-    Ok(Known::new(policy, around, &advisory))
+    Ok(SessionFacts::new(policy, sessions, &advisory))
 }
 
 async fn settings(monitor: &Monitor) -> Result<Vec<Setting>, Error> {
-    let reply = monitor.connections().ask(sessions::SETTINGS).await?;
-    let settings = sessions::settings(&reply).map(|(name, value, unit, source)| Setting {
+    let reply = monitor.connections().ask(sessions::LOCK_SETTINGS).await?;
+    let settings = sessions::read_settings(&reply).map(|(name, value, unit, source)| Setting {
         name: name.into(),
         value: value.into(),
         unit: unit.map(Into::into),

@@ -1,4 +1,4 @@
-//! Cancelling and terminating one session, safely.
+//! Cancelling or terminating exactly the session that was observed.
 
 use std::fmt;
 
@@ -6,37 +6,36 @@ use super::Monitor;
 use super::protection::{self, Protection};
 use crate::error::Error;
 use crate::graph::Backend;
-use crate::resolver::sql::signal::{self, Sent, Signal, Spared};
+use crate::resolver::sql::signal::{self, Exclusions, Signal, SignalReply};
 
-/// What came of asking the server to signal a session.
+/// The result of asking the server to signal a session.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SignalOutcome {
-    /// The signal was sent. The backend acts on it as soon as it can, which is at once when it waits for a lock or for
+    /// The signal was sent. The backend acts on it as soon as it can, which is at once while it waits for a lock or for
     /// its client.
     Signalled,
-    /// The session has ended. Its process id may be another backend's by now, which was not touched.
+    /// The session has ended. Its process id may now be that of another backend, which was not signalled.
     Gone,
-    /// The session lives, but is not in the state any more in which it was seen: what was in the way has ended or gone
-    /// on.
+    /// The session exists, but it is no longer in the observed state: what blocked others has ended or continued.
     Changed(
         /// What is different.
         Box<str>,
     ),
-    /// There is no statement to be cancelled: the session waits for its client. Only terminating it would end its
+    /// There is no statement to cancel: the session waits for its client. Only terminating it would end its
     /// transaction.
     NothingRuns,
-    /// This role may not signal that session, or may not see enough of it to be sure whom it would signal.
+    /// This role may not signal that session, or sees too little of it to be sure which session it would signal.
     NotPermitted {
-        /// The GRANT that would help, what gives effect to one that there is, or that none would.
+        /// The GRANT that would permit it, or what makes an existing grant effective, or that no GRANT would.
         needs: Box<str>,
     },
-    /// It is one of those sessions that are left alone.
+    /// The session is one of those that are left alone.
     Protected(Protection),
-    /// It is no session but a prepared transaction, which has no backend to be signalled.
+    /// It is not a session but a prepared transaction, which has no backend to signal.
     Prepared {
-        /// The statement that ends it, for somebody who knows that its transaction manager will not: a transaction that
-        /// was prepared may have been promised to others.
+        /// The statement that ends it. Run it only if you know that the transaction manager will not: a prepared
+        /// transaction may have been promised to other participants.
         by_hand: Option<Box<str>>,
     },
 }
@@ -69,25 +68,26 @@ impl fmt::Display for SignalOutcome {
 }
 
 impl Monitor {
-    /// Cancels the statement that a session runs, in the transaction that it was seen in: `pg_cancel_backend`.
+    /// Cancels the statement that a session runs in the observed transaction: `pg_cancel_backend`.
     ///
-    /// The signal is sent by the statement that compares process id, start of the backend and start of its transaction
-    /// with what was seen, and only while a statement runs. So a process id that is another backend's by now is safe, and
-    /// so is the session once that transaction has ended. Replication, base backups, a session whose last statement has
-    /// begun a backup (`pg_backup_start`), autovacuum to prevent wraparound, a commit that
-    /// waits for a synchronous standby, the server's own processes and the connection that asks are never signalled.
+    /// One statement compares the process id, the start of the backend and the start of its transaction with the
+    /// observed values and sends the signal, and only while a statement runs. So another backend that now has the
+    /// process id is not signalled, nor is the session once that transaction has ended. These are never signalled:
+    /// replication, base backups, a session whose last statement has begun a backup (`pg_backup_start`), autovacuum to
+    /// prevent wraparound, a commit that waits for a synchronous standby, the server's own processes, and the
+    /// connection that sends the signal.
     ///
     /// A session that is idle in a transaction runs no statement: see [`terminate`](Self::terminate).
     ///
     /// # SQL
-    /// A probe, which finds a connection that answers, so that nothing is sent twice; then one statement over
-    /// `pg_stat_activity`, `pg_roles` and the views of progress, with the signal in it.
+    /// A probe that finds a responsive connection, so that the signal is not sent twice; then one statement over
+    /// `pg_stat_activity`, `pg_roles` and the progress views that includes the signal.
     ///
     /// # Errors
-    /// As [`activity`](Self::activity). That no signal was sent is no error.
+    /// As [`activity`](Self::activity). It is not an error if no signal was sent.
     ///
     /// # Cancel safety
-    /// Dropped before it is done, the signal may or may not be sent.
+    /// If the call is dropped before it completes, the signal may or may not be sent.
     ///
     /// # Examples
     ///
@@ -102,14 +102,14 @@ impl Monitor {
     /// # }
     /// ```
     pub async fn cancel(&self, backend: &Backend) -> Result<SignalOutcome, Error> {
-        self.signal(Signal::Cancel, backend, Spared::default())
+        self.signal(Signal::Cancel, backend, Exclusions::default())
             .await
     }
 
     /// Ends a session, and so its transaction: `pg_terminate_backend`.
     ///
-    /// As safe as [`cancel`](Self::cancel); and where the session was seen idle, in a transaction or not, it is signalled
-    /// only if it has been since. Autovacuum workers are never terminated.
+    /// As safe as [`cancel`](Self::cancel). A session that was observed idle, in a transaction or not, is signalled
+    /// only if it has been idle ever since. Autovacuum workers are never terminated.
     ///
     /// # SQL
     /// As [`cancel`](Self::cancel).
@@ -120,7 +120,7 @@ impl Monitor {
     /// # Cancel safety
     /// As [`cancel`](Self::cancel).
     pub async fn terminate(&self, backend: &Backend) -> Result<SignalOutcome, Error> {
-        self.signal(Signal::Terminate, backend, Spared::default())
+        self.signal(Signal::Terminate, backend, Exclusions::default())
             .await
     }
 
@@ -128,7 +128,7 @@ impl Monitor {
         &self,
         signal: Signal,
         backend: &Backend,
-        spared: Spared,
+        exclusions: Exclusions,
     ) -> Result<SignalOutcome, Error> {
         let Some(pid) = backend.pid() else {
             return Ok(SignalOutcome::Prepared {
@@ -140,33 +140,46 @@ impl Monitor {
         if backend.is_gone() {
             return Ok(SignalOutcome::Gone);
         }
-        let sql = signal::send(signal, backend, pid, spared);
+        let sql = signal::statement(signal, backend, pid, exclusions);
         let reply = self.connections().ask_once(&sql).await?;
-        let outcome = outcome(signal, spared, backend, signal::sent(&reply).as_ref());
+        let outcome = outcome(
+            signal,
+            exclusions,
+            backend,
+            signal::read_reply(&reply).as_ref(),
+        );
+        // Not of target `lockkeeper::resolver`, which has one event for each entry of a `RunLog`.
         match &outcome {
             SignalOutcome::Signalled => {
-                tracing::info!(pid, ?signal, "signalled a session");
+                tracing::info!(target: "lockkeeper::monitor::signal", pid, ?signal, "signalled a session");
             }
-            _ => tracing::debug!(pid, ?signal, %outcome, "no signal sent"),
+            _ => {
+                tracing::debug!(target: "lockkeeper::monitor::signal", pid, ?signal, %outcome, "no signal sent");
+            }
         }
         Ok(outcome)
     }
 }
 
-/// What the server's answer means: what is most certain first.
-fn outcome(signal: Signal, spared: Spared, seen: &Backend, sent: Option<&Sent>) -> SignalOutcome {
-    let Some(sent) = sent else {
+/// The meaning of the server's reply, the most certain conclusion first.
+fn outcome(
+    signal: Signal,
+    exclusions: Exclusions,
+    seen: &Backend,
+    reply: Option<&SignalReply>,
+) -> SignalOutcome {
+    let Some(reply) = reply else {
         return SignalOutcome::Gone;
     };
-    if sent.signalled {
+    if reply.signalled {
         return SignalOutcome::Signalled;
     }
-    if let Some(protection) = protection(spared, sent) {
+    if let Some(protection) = protection(exclusions, reply) {
         return SignalOutcome::Protected(protection);
     }
-    if sent.hidden {
+    if reply.hidden {
         return SignalOutcome::NotPermitted {
-            needs: sent.lacks.as_deref().unwrap_or_default().into(),
+            needs: reply.needs.as_deref().unwrap_or_default().into(),
         };
     }
     if seen.backend_start().is_none() {
@@ -174,53 +187,53 @@ fn outcome(signal: Signal, spared: Spared, seen: &Backend, sent: Option<&Sent>) 
             "it was hidden when it was seen, and is not any more".into(),
         );
     }
-    if !sent.same_backend {
+    if !reply.same_backend {
         return SignalOutcome::Gone;
     }
-    if !sent.same_transaction {
+    if !reply.same_transaction {
         return SignalOutcome::Changed("it is not in the transaction that it was seen in".into());
     }
-    if let Some(needs) = &sent.lacks {
+    if let Some(needs) = &reply.needs {
         return SignalOutcome::NotPermitted {
             needs: needs.as_str().into(),
         };
     }
-    if !sent.same_state {
+    if !reply.same_state {
         return match signal {
             Signal::Cancel => SignalOutcome::NothingRuns,
             Signal::Terminate => {
-                let state = sent.state.as_deref().unwrap_or("unknown");
+                let state = reply.state.as_deref().unwrap_or("unknown");
                 SignalOutcome::Changed(format!("it has gone on since, and is {state} now").into())
             }
         };
     }
-    // All was as it should be, and the server found no process: it has ended in between.
+    // All conditions held, but the server found no process: it ended in between.
     SignalOutcome::Gone
 }
 
-fn protection(spared: Spared, sent: &Sent) -> Option<Protection> {
-    if sent.oneself {
-        return Some(Protection::Oneself);
+fn protection(exclusions: Exclusions, reply: &SignalReply) -> Option<Protection> {
+    if reply.own_session {
+        return Some(Protection::SignallingSession);
     }
-    if sent.side {
+    if reply.side {
         return Some(Protection::SideConnection);
     }
-    if sent.committing {
+    if reply.committing {
         return Some(Protection::Committing);
     }
-    if sent.backup {
+    if reply.backup {
         return Some(Protection::Backup);
     }
-    if sent.wraparound {
+    if reply.wraparound {
         return Some(Protection::WraparoundVacuum);
     }
-    if let Some(kind) = &sent.other_kind {
-        return protection::of_kind(kind).or(Some(Protection::Autovacuum));
+    if let Some(kind) = &reply.other_kind {
+        return protection::of_backend_type(kind).or(Some(Protection::Autovacuum));
     }
-    if sent.builds && spared.builds {
+    if reply.builds && exclusions.builds {
         return Some(Protection::IndexBuild);
     }
-    (sent.superuser && spared.superusers).then_some(Protection::Superuser)
+    (reply.superuser && exclusions.superusers).then_some(Protection::Superuser)
 }
 
 #[cfg(test)]
@@ -236,15 +249,15 @@ mod tests {
         }
     }
 
-    fn sent() -> Sent {
-        Sent {
+    fn reply() -> SignalReply {
+        SignalReply {
             signalled: false,
             same_backend: true,
             same_transaction: true,
             same_state: true,
             state: Some("active".into()),
             hidden: false,
-            oneself: false,
+            own_session: false,
             side: false,
             other_kind: None,
             wraparound: false,
@@ -252,59 +265,64 @@ mod tests {
             committing: false,
             builds: false,
             superuser: false,
-            lacks: None,
+            needs: None,
         }
     }
 
-    fn of(sent: &Sent) -> SignalOutcome {
-        outcome(Signal::Terminate, Spared::default(), &seen(), Some(sent))
+    fn of(reply: &SignalReply) -> SignalOutcome {
+        outcome(
+            Signal::Terminate,
+            Exclusions::default(),
+            &seen(),
+            Some(reply),
+        )
     }
 
     #[test]
-    fn an_answer_says_what_kept_the_signal_back() {
+    fn a_reply_says_why_no_signal_was_sent() {
         assert_eq!(
-            outcome(Signal::Cancel, Spared::default(), &seen(), None),
+            outcome(Signal::Cancel, Exclusions::default(), &seen(), None),
             SignalOutcome::Gone
         );
-        let other = Sent {
+        let other = SignalReply {
             same_backend: false,
             same_transaction: false,
-            ..sent()
+            ..reply()
         };
         assert_eq!(of(&other), SignalOutcome::Gone);
-        let ended = Sent {
+        let ended = SignalReply {
             same_transaction: false,
-            lacks: Some("GRANT x".into()),
-            ..sent()
+            needs: Some("GRANT x".into()),
+            ..reply()
         };
         assert!(matches!(of(&ended), SignalOutcome::Changed(_)));
-        let moved = Sent {
+        let moved = SignalReply {
             same_state: false,
-            ..sent()
+            ..reply()
         };
         assert!(matches!(of(&moved), SignalOutcome::Changed(what) if what.contains("active")));
         assert_eq!(
-            outcome(Signal::Cancel, Spared::default(), &seen(), Some(&moved)),
+            outcome(Signal::Cancel, Exclusions::default(), &seen(), Some(&moved)),
             SignalOutcome::NothingRuns
         );
-        let forbidden = Sent {
-            lacks: Some("GRANT x".into()),
-            ..sent()
+        let not_permitted = SignalReply {
+            needs: Some("GRANT x".into()),
+            ..reply()
         };
-        assert_eq!(of(&forbidden).to_string(), "not permitted: GRANT x");
+        assert_eq!(of(&not_permitted).to_string(), "not permitted: GRANT x");
     }
 
     #[test]
-    fn what_is_always_protected_and_what_only_if_asked_for() {
-        let vacuum = Sent {
+    fn some_protections_always_apply_and_others_only_if_requested() {
+        let vacuum = SignalReply {
             other_kind: Some("autovacuum worker".into()),
-            ..sent()
+            ..reply()
         };
         assert_eq!(
             of(&vacuum),
             SignalOutcome::Protected(Protection::Autovacuum)
         );
-        let wraparound = Sent {
+        let wraparound = SignalReply {
             wraparound: true,
             ..vacuum
         };
@@ -312,26 +330,26 @@ mod tests {
             of(&wraparound),
             SignalOutcome::Protected(Protection::WraparoundVacuum)
         );
-        let build = Sent {
+        let build = SignalReply {
             builds: true,
             superuser: true,
             signalled: false,
-            ..sent()
+            ..reply()
         };
-        let spared = Spared {
+        let exclusions = Exclusions {
             superusers: true,
-            ..Spared::default()
+            ..Exclusions::default()
         };
         assert_eq!(
-            outcome(Signal::Cancel, spared, &seen(), Some(&build)),
+            outcome(Signal::Cancel, exclusions, &seen(), Some(&build)),
             SignalOutcome::Protected(Protection::Superuser)
         );
-        let spared = Spared {
+        let exclusions = Exclusions {
             builds: true,
-            ..spared
+            ..exclusions
         };
         assert_eq!(
-            outcome(Signal::Cancel, spared, &seen(), Some(&build)),
+            outcome(Signal::Cancel, exclusions, &seen(), Some(&build)),
             SignalOutcome::Protected(Protection::IndexBuild)
         );
     }

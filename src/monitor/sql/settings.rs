@@ -1,14 +1,14 @@
-//! Settings and privileges: the server's side of [`crate::Monitor::settings`], and what mends them.
+//! Settings and privileges: the SQL of [`crate::Monitor::settings`], and of the fixes.
 
 use tokio_postgres::SimpleQueryMessage;
 
-use super::health::{FILL, TABLE};
+use super::health::{LOCK_TABLE_USAGE, SHARED_LOCKS};
 use crate::postgres::sql::{identifier, is_true, literal, parsed, rows, text};
 
-/// Settings as the session that asks sees them, and where it is.
+/// The settings in force for the session that runs this query, and its role, database and server.
 ///
-/// Those in `pg_settings` are the values in force, however they came to be; `source` says which of all places won.
-pub(crate) const SEEN: &str = "SELECT SESSION_USER AS place, pg_catalog.current_database() AS database, \
+/// `pg_settings` has the values in force, regardless of their origin; `source` says which origin takes precedence.
+pub(crate) const SETTINGS: &str = "SELECT SESSION_USER AS role, pg_catalog.current_database() AS database, \
      pg_catalog.pg_is_in_recovery() AS standby, pg_catalog.pg_backend_pid() AS pid; \
      SELECT s.name AS setting, s.setting AS value, s.source, pg_catalog.current_setting(s.name) AS shown \
      FROM pg_catalog.pg_settings AS s WHERE s.name OPERATOR(pg_catalog.=) ANY \
@@ -17,39 +17,41 @@ pub(crate) const SEEN: &str = "SELECT SESSION_USER AS place, pg_catalog.current_
 
 /// One setting.
 #[derive(Clone, Debug)]
-pub(crate) struct Setting {
+pub(crate) struct SettingRow {
     pub(crate) name: String,
-    /// In the setting's own unit, which is not told with it.
+    /// In the setting's own unit, which is not part of it.
     pub(crate) value: String,
-    /// As `SHOW` writes it, unit and all.
+    /// As `SHOW` writes it, with the unit.
     pub(crate) shown: String,
-    /// Where the value comes from, in the words of `pg_settings.source`.
+    /// The origin of the value, as `pg_settings.source` names it.
     pub(crate) source: String,
 }
 
-/// The session that was asked.
+/// The session of the pool that the settings were read on.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
-    /// The role it logged in as, whose settings it got.
+pub(crate) struct PoolSession {
+    /// The role it logged in as, whose settings it has.
     pub(crate) role: String,
     pub(crate) database: String,
     pub(crate) standby: bool,
     pub(crate) pid: i32,
 }
 
-/// Reads the answer to [`SEEN`].
-pub(crate) fn seen(reply: &[SimpleQueryMessage]) -> Option<(Place, Vec<Setting>)> {
+/// Reads the reply to [`SETTINGS`].
+pub(crate) fn read_settings(
+    reply: &[SimpleQueryMessage],
+) -> Option<(PoolSession, Vec<SettingRow>)> {
     let mut rows = rows(reply);
     let first = rows.next()?;
-    let place = Place {
-        role: text(first, "place")?,
+    let session = PoolSession {
+        role: text(first, "role")?,
         database: text(first, "database")?,
         standby: is_true(first, "standby"),
         pid: parsed(first, "pid")?,
     };
     let settings = rows
         .map(|row| {
-            Some(Setting {
+            Some(SettingRow {
                 name: text(row, "setting")?,
                 value: text(row, "value")?,
                 shown: text(row, "shown")?,
@@ -57,24 +59,24 @@ pub(crate) fn seen(reply: &[SimpleQueryMessage]) -> Option<(Place, Vec<Setting>)
             })
         })
         .collect::<Option<Vec<_>>>()?;
-    Some((place, settings))
+    Some((session, settings))
 }
 
-/// What the role that asks may do, and how full the lock table is. `USAGE` is what the server asks for itself, of
-/// `CURRENT_USER`: membership with the privileges at hand, not by SET ROLE only.
-pub(crate) fn looker() -> String {
+/// The privileges of the current role, and how full the lock table is. The server itself checks `USAGE` of
+/// `CURRENT_USER`: membership whose privileges are inherited, not only available by SET ROLE.
+pub(crate) fn monitoring_role() -> String {
     format!(
-        "WITH {TABLE} SELECT CURRENT_USER AS looker, \
+        "WITH {SHARED_LOCKS} SELECT CURRENT_USER AS role, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_read_all_stats', 'USAGE') AS reads, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_signal_backend', 'USAGE') AS signals, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_read_all_stats', 'MEMBER') AS may_read, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_signal_backend', 'MEMBER') AS may_signal, \
          (SELECT r.rolinherit FROM pg_catalog.pg_roles AS r WHERE pg_catalog.nameeq(r.rolname, CURRENT_USER)) AS inherits, \
-         pg_catalog.current_setting('server_version_num') AS version, {FILL}"
+         pg_catalog.current_setting('server_version_num') AS version, {LOCK_TABLE_USAGE}"
     )
 }
 
-/// What a role has of another's privileges.
+/// How a role has the privileges of another role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Membership {
     None,
@@ -83,13 +85,13 @@ pub(crate) enum Membership {
     Full,
 }
 
-/// The role that looks.
+/// The role that monitors.
 #[derive(Clone, Debug)]
-pub(crate) struct Looker {
-    pub(crate) role: String,
+pub(crate) struct MonitoringRole {
+    pub(crate) name: String,
     pub(crate) reads_all_stats: Membership,
     pub(crate) signals: Membership,
-    /// Whether it has the privileges of what it is granted, where the grant says nothing else.
+    /// Whether it inherits the privileges of the roles granted to it, unless a grant says otherwise.
     pub(crate) inherits: bool,
     /// 150018 for 15.18.
     pub(crate) version: u32,
@@ -98,8 +100,8 @@ pub(crate) struct Looker {
     pub(crate) capacity: u64,
 }
 
-/// Reads the answer to [`looker`].
-pub(crate) fn read_looker(reply: &[SimpleQueryMessage]) -> Option<Looker> {
+/// Reads the reply to [`monitoring_role`].
+pub(crate) fn read_monitoring_role(reply: &[SimpleQueryMessage]) -> Option<MonitoringRole> {
     let row = rows(reply).next()?;
     let membership = |has: &str, is_member: &str| match (is_true(row, has), is_true(row, is_member))
     {
@@ -107,8 +109,8 @@ pub(crate) fn read_looker(reply: &[SimpleQueryMessage]) -> Option<Looker> {
         (false, true) => Membership::Uninherited,
         (false, false) => Membership::None,
     };
-    Some(Looker {
-        role: text(row, "looker")?,
+    Some(MonitoringRole {
+        name: text(row, "role")?,
         reads_all_stats: membership("reads", "may_read"),
         signals: membership("signals", "may_signal"),
         inherits: is_true(row, "inherits"),
@@ -118,12 +120,12 @@ pub(crate) fn read_looker(reply: &[SimpleQueryMessage]) -> Option<Looker> {
     })
 }
 
-/// For the whole server.
+/// Changes a setting for the whole server.
 pub(crate) fn alter_system(setting: &str, value: &str) -> String {
     format!("ALTER SYSTEM SET {setting} = {}", literal(value))
 }
 
-/// For the sessions of a role, in one database or in all.
+/// Changes a setting for the sessions of a role, in one database or in all.
 pub(crate) fn alter_role(role: &str, database: Option<&str>, setting: &str, value: &str) -> String {
     let database = database.map_or_else(String::new, |database| {
         format!(" IN DATABASE {}", identifier(database))
@@ -135,16 +137,16 @@ pub(crate) fn alter_role(role: &str, database: Option<&str>, setting: &str, valu
     )
 }
 
-/// Membership in one of the server's own roles.
+/// Grants membership in a predefined role.
 ///
-/// Whether a member has the privileges is the grant's from version 16 on, and the member's before (PostgreSQL's
-/// documentation, `GRANT`, `CREATE ROLE`).
-pub(crate) fn grant(privileges: &str, has: Membership, looker: &Looker) -> String {
-    let role = identifier(&looker.role);
-    let inherits = looker.inherits && has == Membership::None;
+/// Whether a member inherits the privileges is a property of the grant since version 16, and of the member before
+/// (PostgreSQL's documentation, `GRANT`, `CREATE ROLE`).
+pub(crate) fn grant(privileges: &str, has: Membership, member: &MonitoringRole) -> String {
+    let role = identifier(&member.name);
+    let inherits = member.inherits && has == Membership::None;
     match (inherits, has) {
         (true, _) => format!("GRANT {privileges} TO {role}"),
-        (false, _) if looker.version >= 160_000 => {
+        (false, _) if member.version >= 160_000 => {
             format!("GRANT {privileges} TO {role} WITH INHERIT TRUE")
         }
         (false, Membership::None) => format!("GRANT {privileges} TO {role}"),

@@ -1,4 +1,4 @@
-//! The SQL of the resolver: signals, and what else is known of the sessions they are for.
+//! The SQL of the resolver: signals, and what is known about the sessions they are sent to.
 
 pub(crate) mod sessions;
 pub(crate) mod signal;

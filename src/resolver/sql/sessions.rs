@@ -1,4 +1,4 @@
-//! What is known of sessions besides who waits for whom: what they must not be interrupted in.
+//! What is known about sessions besides their waits: what they must not be interrupted in.
 
 use std::collections::HashSet;
 
@@ -6,8 +6,8 @@ use tokio_postgres::SimpleQueryMessage;
 
 use crate::postgres::sql::{is_true, parsed, rows, text};
 
-/// Who asks, of which sessions it cannot be seen what they do, and which ones are whose and at what.
-pub(crate) const LOOK: &str = "SELECT CURRENT_USER AS me, pg_catalog.current_database() AS here, \
+/// The role and the backend that run this query, and which sessions are superusers', take a backup or build an index.
+pub(crate) const SESSIONS: &str = "SELECT CURRENT_USER AS role, pg_catalog.current_database() AS database, \
      pg_catalog.pg_backend_pid() AS own, pg_catalog.current_setting('server_version_num') AS version, \
      pg_catalog.pg_has_role('pg_read_all_stats'::pg_catalog.name, 'MEMBER'::pg_catalog.text) AS is_member; \
      SELECT a.pid, r.rolsuper AND NOT pg_catalog.nameeq(r.rolname, CURRENT_USER) AS superuser, \
@@ -18,35 +18,35 @@ pub(crate) const LOOK: &str = "SELECT CURRENT_USER AS me, pg_catalog.current_dat
      WHERE b.pid OPERATOR(pg_catalog.=) a.pid) AS builds FROM pg_catalog.pg_stat_activity AS a \
      JOIN pg_catalog.pg_roles AS r ON r.oid OPERATOR(pg_catalog.=) a.usesysid";
 
-/// What [`LOOK`] brought.
+/// The reply to [`SESSIONS`].
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Surroundings {
-    /// The role that asks.
-    pub(crate) me: Option<Box<str>>,
-    /// It is a member of `pg_read_all_stats`.
-    pub(crate) reads_all: bool,
+pub(crate) struct ServerSessions {
+    /// The role that runs the query.
+    pub(crate) role: Option<Box<str>>,
+    /// The role is a member of `pg_read_all_stats`.
+    pub(crate) is_stats_member: bool,
     pub(crate) version: u32,
-    /// The database it is connected to.
-    pub(crate) here: Option<Box<str>>,
-    /// The backend that answered.
-    pub(crate) own: Option<i32>,
+    /// The database that the query runs in.
+    pub(crate) database: Option<Box<str>>,
+    /// The backend that runs the query.
+    pub(crate) own_pid: Option<i32>,
     /// Sessions of superusers other than that role.
     pub(crate) superusers: HashSet<i32>,
     pub(crate) backups: HashSet<i32>,
-    /// Sessions that build an index, or write a table anew.
+    /// Sessions that build an index, or rewrite a table.
     pub(crate) builds: HashSet<i32>,
 }
 
-pub(crate) fn surroundings(reply: &[SimpleQueryMessage]) -> Option<Surroundings> {
+pub(crate) fn read_sessions(reply: &[SimpleQueryMessage]) -> Option<ServerSessions> {
     let mut rows = rows(reply);
     let first = rows.next()?;
-    let mut found = Surroundings {
-        me: text(first, "me").map(Into::into),
-        reads_all: is_true(first, "is_member"),
+    let mut found = ServerSessions {
+        role: text(first, "role").map(Into::into),
+        is_stats_member: is_true(first, "is_member"),
         version: parsed(first, "version").unwrap_or(0),
-        here: text(first, "here").map(Into::into),
-        own: parsed(first, "own"),
-        ..Surroundings::default()
+        database: text(first, "database").map(Into::into),
+        own_pid: parsed(first, "own"),
+        ..ServerSessions::default()
     };
     for row in rows {
         let Some(pid) = parsed(row, "pid") else {
@@ -65,9 +65,9 @@ pub(crate) fn surroundings(reply: &[SimpleQueryMessage]) -> Option<Surroundings>
     Some(found)
 }
 
-/// The settings that decide how long somebody waits for a lock, and what is known of it afterwards. By name, so that
-/// nothing secret is among them.
-pub(crate) const SETTINGS: &str = "SELECT s.name, s.setting, s.unit, s.source FROM pg_catalog.pg_settings AS s \
+/// The settings that decide how long a session waits for a lock, and what is recorded about it. They are listed by
+/// name, so that no secret is among them.
+pub(crate) const LOCK_SETTINGS: &str = "SELECT s.name, s.setting, s.unit, s.source FROM pg_catalog.pg_settings AS s \
      WHERE s.name OPERATOR(pg_catalog.=) ANY ('{autovacuum,client_connection_check_interval,deadlock_timeout,\
      default_transaction_isolation,idle_in_transaction_session_timeout,idle_session_timeout,lock_timeout,\
      log_lock_waits,log_line_prefix,max_connections,max_locks_per_transaction,max_prepared_transactions,\
@@ -75,8 +75,8 @@ pub(crate) const SETTINGS: &str = "SELECT s.name, s.setting, s.unit, s.source FR
      tcp_keepalives_interval,tcp_user_timeout,track_activities,track_activity_query_size,transaction_timeout}'\
      ::pg_catalog.text[]) ORDER BY s.name USING OPERATOR(pg_catalog.<)";
 
-/// One row of [`SETTINGS`]: name, value, unit, source.
-pub(crate) fn settings(
+/// The rows of [`LOCK_SETTINGS`]: name, value, unit, source.
+pub(crate) fn read_settings(
     reply: &[SimpleQueryMessage],
 ) -> impl Iterator<Item = (String, String, Option<String>, Option<String>)> {
     rows(reply).filter_map(|row| {

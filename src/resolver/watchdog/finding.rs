@@ -1,4 +1,4 @@
-//! What a watchdog has found.
+//! The findings of a watchdog.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,20 +11,20 @@ use crate::monitor::AdvisoryLockEntry;
 use crate::postgres::timestamp::Age;
 use crate::resolver::signal::SignalOutcome;
 
-/// What is wrong.
+/// The kind of problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum FindingKind {
-    /// A session holds advisory locks, has been idle outside of any transaction for long, and no live guard of this
-    /// process has it.
+    /// A session holds advisory locks, has been idle outside of any transaction for long, and is not owned by a live
+    /// guard of this process.
     LeakedLock,
-    /// A session keeps others waiting and is idle in its transaction.
+    /// A session blocks others and is idle in its transaction.
     IdleBlocker,
-    /// A session waits for a lock for longer than its client would: that may be gone.
+    /// A session has waited for a lock for longer than its client would: the client may be gone.
     ZombieWaiter,
 }
 
-/// Something a watchdog has found, and what came of clearing it.
+/// A problem that a watchdog has found, and the outcome of clearing it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finding {
     kind: FindingKind,
@@ -35,7 +35,7 @@ pub struct Finding {
     pub(super) cleared: Option<SignalOutcome>,
 }
 
-/// What tells a finding from others, for as long as it lasts.
+/// Identifies a finding for as long as it persists.
 pub(super) type FindingId = (
     FindingKind,
     BackendId,
@@ -44,13 +44,13 @@ pub(super) type FindingId = (
 );
 
 impl Finding {
-    /// What is wrong.
+    /// The kind of problem.
     #[must_use]
     pub fn kind(&self) -> FindingKind {
         self.kind
     }
 
-    /// Whose session it is.
+    /// The session that it concerns.
     #[must_use]
     pub fn backend(&self) -> &Backend {
         &self.backend
@@ -62,20 +62,20 @@ impl Finding {
         &self.keys
     }
 
-    /// How many sessions it keeps waiting.
+    /// How many sessions it blocks.
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// For how long it has been idle, or has waited.
+    /// How long it has been idle, or has waited.
     #[must_use]
     pub fn age(&self) -> Duration {
         self.age
     }
 
-    /// What came of clearing it; `None` where the policy only asks for reports, and where the server could not be asked or
-    /// the watchdog was stopped before.
+    /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed, or if
+    /// the watchdog was stopped first.
     #[must_use]
     pub fn cleared(&self) -> Option<&SignalOutcome> {
         self.cleared.as_ref()
@@ -131,11 +131,14 @@ impl fmt::Display for Finding {
 }
 
 /// The sessions with leaked locks, each once.
-pub(super) fn leaks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> Vec<Finding> {
+pub(super) fn leaked_locks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> Vec<Finding> {
     let mut found: BTreeMap<BackendId, Finding> = BTreeMap::new();
     for entry in leaks {
         let backend = entry.backend();
-        if !policy.spared.concerns_database(backend.database()) {
+        if !policy
+            .protection_policy
+            .includes_database(backend.database())
+        {
             continue;
         }
         let finding = found
@@ -153,16 +156,20 @@ pub(super) fn leaks(policy: &WatchdogPolicy, leaks: Vec<AdvisoryLockEntry>) -> V
     found.into_values().collect()
 }
 
-/// Those who are idle in the way of others, and those who wait for too long. `is_own` says of a process id whether a live
-/// guard or transaction of this process has it.
-pub(super) fn in_snapshot(
+/// The idle sessions that block others, and the sessions that have waited for too long. `is_own` returns whether a live
+/// guard or transaction of this process owns the session with a process id.
+pub(super) fn blockers_and_zombies(
     policy: &WatchdogPolicy,
     snapshot: &Snapshot,
     is_own: impl Fn(i32) -> bool,
 ) -> Vec<Finding> {
     let mut found = Vec::new();
     let backends = snapshot.backends().iter();
-    for backend in backends.filter(|backend| policy.spared.concerns_database(backend.database())) {
+    for backend in backends.filter(|backend| {
+        policy
+            .protection_policy
+            .includes_database(backend.database())
+    }) {
         let is_idle = backend
             .state()
             .is_some_and(|state| state.starts_with("idle in transaction"));
@@ -187,7 +194,7 @@ pub(super) fn in_snapshot(
         if let (Some(bound), Some(waited), Some(pid)) = (policy.zombies.age, waited, backend.pid())
             && waited >= bound
             && !is_own(pid)
-            && is_suspect(policy, backend)
+            && may_be_zombie(policy, backend)
         {
             found.push(finding(FindingKind::ZombieWaiter, waited));
         }
@@ -195,9 +202,13 @@ pub(super) fn in_snapshot(
     found
 }
 
-fn is_suspect(policy: &WatchdogPolicy, backend: &Backend) -> bool {
+fn may_be_zombie(policy: &WatchdogPolicy, backend: &Backend) -> bool {
     let name = backend.application_name().unwrap_or_default();
-    policy.waiters.is_empty() || policy.waiters.iter().any(|pattern| pattern.matches(name))
+    policy.zombie_applications.is_empty()
+        || policy
+            .zombie_applications
+            .iter()
+            .any(|pattern| pattern.matches(name))
 }
 
 #[cfg(test)]
@@ -215,7 +226,7 @@ mod tests {
     }
 
     fn found(policy: &WatchdogPolicy, snapshot: &Snapshot) -> Vec<(FindingKind, i32)> {
-        let found = in_snapshot(policy, snapshot, |pid| pid == 9);
+        let found = blockers_and_zombies(policy, snapshot, |pid| pid == 9);
         let found = found.iter();
         found
             .filter_map(|finding| Some((finding.kind(), finding.backend().pid()?)))
@@ -223,22 +234,22 @@ mod tests {
     }
 
     #[test]
-    fn only_who_is_idle_in_the_way_of_others_for_long() {
+    fn only_sessions_that_block_others_and_are_idle_for_long_are_idle_blockers() {
         let policy = WatchdogPolicy::new().idle_blockers(60 * SECOND);
-        let scene = |seconds, edges| snapshot(vec![idle(1, seconds), idle(5, 99)], edges);
+        let observed = |seconds, edges| snapshot(vec![idle(1, seconds), idle(5, 99)], edges);
         let waits = || vec![edge(2, 1, SECOND)];
         assert_eq!(
-            found(&policy, &scene(60, waits())),
+            found(&policy, &observed(60, waits())),
             [(FindingKind::IdleBlocker, 1)]
         );
-        assert_eq!(found(&policy, &scene(59, waits())), []);
-        assert_eq!(found(&policy, &scene(60, vec![])), []);
+        assert_eq!(found(&policy, &observed(59, waits())), []);
+        assert_eq!(found(&policy, &observed(60, vec![])), []);
         let off = policy.idle_blockers(None);
-        assert_eq!(found(&off, &scene(60, waits())), []);
+        assert_eq!(found(&off, &observed(60, waits())), []);
     }
 
     #[test]
-    fn who_waits_for_too_long_and_is_not_alive_here() {
+    fn only_long_waiters_that_this_process_does_not_own_are_zombies() {
         let policy = WatchdogPolicy::new().zombie_waiters(600 * SECOND);
         let mut other = backend(3);
         other.application_name = Some("billing src/pay.rs:42".into());
@@ -253,9 +264,9 @@ mod tests {
         );
         let zombie = FindingKind::ZombieWaiter;
         assert_eq!(found(&policy, &snapshot), [(zombie, 2), (zombie, 3)]);
-        let named = policy.or_zombies_of("billing");
+        let named = policy.default_zombie_application("billing");
         assert_eq!(found(&named, &snapshot), [(zombie, 3)]);
-        let first = in_snapshot(&named, &snapshot, |_| false).remove(0);
+        let first = blockers_and_zombies(&named, &snapshot, |_| false).remove(0);
         let text = first.to_string();
         assert!(
             text.starts_with("zombie: pid 3 (billing src/pay.rs:42")

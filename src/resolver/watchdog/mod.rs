@@ -1,4 +1,4 @@
-//! A background task that reports what is wrong with locks, and clears it only if told to.
+//! A background task that reports problems with locks, and clears them only if the policy allows it.
 
 mod finding;
 mod policy;
@@ -16,49 +16,50 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 use super::Monitor;
-use super::left_alone;
+use super::check_protection;
 use super::signal::SignalOutcome;
 use crate::connection;
 use crate::connection::task::{self, Task};
 use crate::deadline::Deadline;
 use crate::error::Error;
-use crate::resolver::sql::signal::{Signal, Spared};
+use crate::resolver::sql::signal::{Exclusions, Signal};
 use finding::FindingId;
-use policy::Sink;
+use policy::FindingCallback;
 
-/// Findings that wait for a slow callback; more are dropped.
+/// The maximum number of findings that are queued for a slow callback; more are dropped.
 const QUEUE: usize = 64;
-/// For how long one look hands out what it has found, where more than that wait.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long an end waits for the callback to have been given all.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the findings of one sample may take to be queued.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a stop waits for the callback to receive the queued findings.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A background task that looks for leaked advisory locks, sessions idle in the way of others, and waits that nobody waits
-/// out: [`Monitor::watchdog`], [`Keeper::watchdog`](crate::Keeper::watchdog).
+/// A background task that finds leaked advisory locks, idle sessions that block others, and lock waits that will never
+/// end: [`Monitor::watchdog`], [`Keeper::watchdog`](crate::Keeper::watchdog). It only reports them unless the policy
+/// allows it to act.
 ///
-/// It ends with this handle: at once where that is dropped, and in an orderly way by [`stop`](Self::stop). Looks that
-/// fail, for a restart of the server too, are followed by the next one as usual.
+/// It ends with this handle: at once when the handle is dropped, and in an orderly way by [`stop`](Self::stop). After a
+/// sample that fails, for example because the server restarts, the next one is taken as usual.
 ///
-/// # What is cleared, if told to
+/// # What is cleared, if allowed
 ///
-/// | finding | how | again checked in the same statement |
+/// | finding | how | checked again in the same statement |
 /// |---|---|---|
 /// | leaked advisory lock | the session is terminated | that it is the same session, outside of a transaction, idle since the same moment |
 /// | idle blocker | the session is terminated | that it is the same session and transaction, idle since the same moment |
-/// | zombie waiter | its statement is cancelled | that it is the same session and transaction, and runs something |
+/// | zombie waiter | its statement is cancelled | that it is the same session and transaction, and runs a statement |
 ///
-/// Left alone are those whom a [`Resolver`](crate::Resolver) leaves alone; the finding says so.
+/// Sessions that a [`Resolver`](crate::Resolver) leaves alone are left alone here too; the finding says so.
 #[must_use = "the watchdog ends when its handle is dropped"]
 #[derive(Debug)]
 pub struct Watchdog {
-    looking: Task,
-    telling: Option<Task>,
+    sampling: Task,
+    reporting: Option<Task>,
     counts: Arc<Counts>,
 }
 
 #[derive(Debug, Default)]
 struct Counts {
-    looks: AtomicU64,
+    samples: AtomicU64,
     failures: AtomicU64,
 }
 
@@ -66,12 +67,12 @@ impl Monitor {
     /// Starts a watchdog.
     ///
     /// # SQL
-    /// As [`leaks`](Self::leaks) and [`snapshot`](Self::snapshot) at each look, as far as the policy asks for them; where
-    /// something is to be cleared, one message over `pg_stat_activity`, `pg_roles` and the views of progress, and that
-    /// of [`terminate`](Self::terminate) or [`cancel`](Self::cancel).
+    /// As [`leaks`](Self::leaks) and [`snapshot`](Self::snapshot) at each interval, as far as the policy requires them.
+    /// To clear a finding, one message over `pg_stat_activity`, `pg_roles` and the progress views, and that of
+    /// [`terminate`](Self::terminate) or [`cancel`](Self::cancel).
     ///
     /// # Errors
-    /// [`Config`](crate::ErrorKind::Config) for a policy that cannot work, and outside of a Tokio runtime.
+    /// [`Config`](crate::ErrorKind::Config) for an invalid policy, and outside of a Tokio runtime.
     ///
     /// # Examples
     ///
@@ -88,93 +89,93 @@ impl Monitor {
     /// ```
     pub fn watchdog(&self, policy: WatchdogPolicy) -> Result<Watchdog, Error> {
         policy.check()?;
-        let (sender, telling) = match policy.sink.clone() {
-            Some(sink) => {
+        let (sender, reporting) = match policy.callback.clone() {
+            Some(callback) => {
                 let (sender, queue) = mpsc::channel(QUEUE);
-                // It ends when the one that looks has.
-                let telling = Task::start(|_| tell(queue, sink))?;
-                (Some(sender), Some(telling))
+                // This task ends when the sampling task, which owns the sender, has ended.
+                let reporting = Task::start(|_| run_callback(queue, callback))?;
+                (Some(sender), Some(reporting))
             }
             None => (None, None),
         };
         let counts = Arc::new(Counts::default());
-        let dog = Dog {
+        let task = WatchdogTask {
             monitor: self.clone(),
             policy,
             sender,
-            told: HashMap::new(),
+            reported: HashMap::new(),
             counts: Arc::clone(&counts),
         };
         Ok(Watchdog {
-            looking: Task::start(|stop| dog.run(stop))?,
-            telling,
+            sampling: Task::start(|stop| task.run(stop))?,
+            reporting,
             counts,
         })
     }
 }
 
 impl Watchdog {
-    /// Ends it: a look under way is broken off, a signal under way is seen through, what was found is handed out, for
-    /// 10 seconds at most, and the task is gone when this returns.
+    /// Ends the watchdog. A sample in progress is aborted, a signal in progress is completed, and the findings so far
+    /// are passed to the callback, for at most 10 seconds. The task has ended when this returns.
     ///
     /// # Cancel safety
-    /// May be dropped at any point; the watchdog ends all the same.
+    /// May be dropped at any point; the watchdog ends nevertheless.
     pub async fn stop(mut self) {
-        self.looking.stop().await;
-        if let Some(telling) = &mut self.telling {
-            let told = tokio::time::timeout(LAST_WORDS, telling.stop()).await;
-            if told.is_err() {
+        self.sampling.stop().await;
+        if let Some(reporting) = &mut self.reporting {
+            let reported = tokio::time::timeout(FLUSH_TIMEOUT, reporting.stop()).await;
+            if reported.is_err() {
                 tracing::warn!("on_finding is too slow, findings are dropped");
             }
         }
     }
 
-    /// Whether it looks: until the runtime it was started in ends.
+    /// Whether it is running: until the runtime that it was started in ends.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.looking.is_running()
+        self.sampling.is_running()
     }
 
-    /// How many looks it has had.
+    /// How many samples it has completed.
     #[must_use]
-    pub fn looks(&self) -> u64 {
-        self.counts.looks.load(Ordering::Relaxed)
+    pub fn samples(&self) -> u64 {
+        self.counts.samples.load(Ordering::Relaxed)
     }
 
-    /// How many looks have failed.
+    /// How many samples have failed.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.counts.failures.load(Ordering::Relaxed)
     }
 }
 
-/// The one that looks.
-struct Dog {
+/// The task that samples the server and clears findings.
+struct WatchdogTask {
     monitor: Monitor,
     policy: WatchdogPolicy,
     sender: Option<mpsc::Sender<Finding>>,
-    /// What lasts of what was told, and what had come of it.
-    told: HashMap<FindingId, Option<SignalOutcome>>,
+    /// The reported findings that persist, and the outcome of clearing them.
+    reported: HashMap<FindingId, Option<SignalOutcome>>,
     counts: Arc<Counts>,
 }
 
-impl Dog {
+impl WatchdogTask {
     async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut failing = false;
         loop {
             let found = tokio::select! {
-                // Cancel safety: a look changes nothing, and may be broken off at any point.
+                // Cancel safety: a sample changes nothing, and may be dropped at any point.
                 _ = stop.wait_for(|stop| *stop) => return,
-                found = self.look() => found,
+                found = self.find() => found,
             };
-            // Not broken off: who was signalled is told of.
-            let look = match found {
-                Ok(found) => self.deal_with(found, &mut stop).await,
+            // Not cancelled by a stop: a session that was signalled has to be reported.
+            let result = match found {
+                Ok(found) => self.handle(found, &mut stop).await,
                 Err(error) => Err(error),
             };
-            match look {
+            match result {
                 Ok(()) => {
-                    self.counts.looks.fetch_add(1, Ordering::Relaxed);
+                    self.counts.samples.fetch_add(1, Ordering::Relaxed);
                     failing = false;
                 }
                 Err(error) => {
@@ -191,49 +192,49 @@ impl Dog {
         }
     }
 
-    async fn look(&self) -> Result<Vec<Finding>, Error> {
+    async fn find(&self) -> Result<Vec<Finding>, Error> {
         let mut found = Vec::new();
         if let Some(age) = self.policy.leaks.age {
             let leaks = self.monitor.leaks(age).await?;
-            found.extend(finding::leaks(&self.policy, leaks));
+            found.extend(finding::leaked_locks(&self.policy, leaks));
         }
         if self.policy.idle.age.is_some() || self.policy.zombies.age.is_some() {
             let snapshot = self.monitor.snapshot().await?;
             let own = connection::is_own_backend;
-            found.extend(finding::in_snapshot(&self.policy, &snapshot, own));
+            found.extend(finding::blockers_and_zombies(&self.policy, &snapshot, own));
         }
         Ok(found)
     }
 
-    /// Clears what is to be cleared, and tells of each finding as soon as that is done. Asked to stop, it clears no more;
-    /// one that cannot be cleared keeps it from none of the others.
-    async fn deal_with(
+    /// Clears the findings that the policy says to clear, and reports each as soon as that is done. After a stop is
+    /// requested it clears no more. A finding that cannot be cleared does not prevent the others from being cleared.
+    async fn handle(
         &mut self,
         found: Vec<Finding>,
         stop: &mut watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        let patience = Deadline::after(PATIENCE);
+        let deadline = Deadline::after(REPORT_TIMEOUT);
         let mut failed = None;
-        let mut told = HashMap::new();
+        let mut reported = HashMap::new();
         for mut finding in found {
-            if self.clears(finding.kind()) && !*stop.borrow() {
+            if self.should_clear(finding.kind()) && !*stop.borrow() {
                 match self.clear(&finding, stop).await {
                     Ok(outcome) => finding.cleared = outcome,
                     Err(error) => failed = Some(error),
                 }
             }
-            let before = self.told.remove(&finding.id());
-            told.insert(finding.id(), finding.cleared.clone());
+            let before = self.reported.remove(&finding.id());
+            reported.insert(finding.id(), finding.cleared.clone());
             if before.is_none_or(|outcome| outcome != finding.cleared) {
-                self.tell(finding, &patience).await;
+                self.report(finding, &deadline).await;
             }
         }
-        // What has passed is forgotten.
-        self.told = told;
+        // Findings that no longer hold are forgotten.
+        self.reported = reported;
         failed.map_or(Ok(()), Err)
     }
 
-    fn clears(&self, kind: FindingKind) -> bool {
+    fn should_clear(&self, kind: FindingKind) -> bool {
         match kind {
             FindingKind::LeakedLock => self.policy.leaks.clear,
             FindingKind::IdleBlocker => self.policy.idle.clear,
@@ -241,7 +242,7 @@ impl Dog {
         }
     }
 
-    /// `None` where it was asked to stop before it had signalled.
+    /// `None` if a stop was requested before it had signalled.
     async fn clear(
         &self,
         finding: &Finding,
@@ -250,7 +251,7 @@ impl Dog {
         let backend = finding.backend();
         let protection = tokio::select! {
             _ = stop.wait_for(|stop| *stop) => return Ok(None),
-            protection = left_alone(&self.monitor, &self.policy.spared, backend) => protection?,
+            protection = check_protection(&self.monitor, &self.policy.protection_policy, backend) => protection?,
         };
         if let Some(protection) = protection {
             return Ok(Some(SignalOutcome::Protected(protection)));
@@ -259,16 +260,16 @@ impl Dog {
             FindingKind::LeakedLock | FindingKind::IdleBlocker => Signal::Terminate,
             FindingKind::ZombieWaiter => Signal::Cancel,
         };
-        let spared = Spared {
+        let exclusions = Exclusions {
             superusers: true,
             builds: true,
-            ..Spared::default()
+            ..Exclusions::default()
         };
-        let sent = self.monitor.signal(signal, backend, spared).await?;
-        Ok(Some(sent))
+        let outcome = self.monitor.signal(signal, backend, exclusions).await?;
+        Ok(Some(outcome))
     }
 
-    async fn tell(&self, finding: Finding, patience: &Deadline) {
+    async fn report(&self, finding: Finding, deadline: &Deadline) {
         tracing::warn!(
             target: "lockkeeper::watchdog",
             kind = ?finding.kind(),
@@ -280,25 +281,25 @@ impl Dog {
         let Some(sender) = &self.sender else {
             return;
         };
-        let told = patience.bound(Duration::ZERO, sender.send(finding)).await;
-        if told.is_none_or(|told| told.is_err()) {
+        let reported = deadline.bound(Duration::ZERO, sender.send(finding)).await;
+        if reported.is_none_or(|reported| reported.is_err()) {
             tracing::warn!("on_finding is too slow, a finding is dropped");
         }
     }
 }
 
-impl fmt::Debug for Dog {
+impl fmt::Debug for WatchdogTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dog").finish_non_exhaustive()
+        f.debug_struct("WatchdogTask").finish_non_exhaustive()
     }
 }
 
-/// One after another, on a thread where blocking does no harm.
-async fn tell(mut queue: mpsc::Receiver<Finding>, sink: Sink) {
+/// Calls the callback with one finding after another, on a thread on which blocking is permitted.
+async fn run_callback(mut queue: mpsc::Receiver<Finding>, callback: FindingCallback) {
     while let Some(finding) = queue.recv().await {
-        let sink = Arc::clone(&sink);
+        let callback = Arc::clone(&callback);
         let called =
-            task::blocking(move || catch_unwind(AssertUnwindSafe(|| sink(&finding))).is_ok());
+            task::blocking(move || catch_unwind(AssertUnwindSafe(|| callback(&finding))).is_ok());
         if !called.await.unwrap_or(false) {
             tracing::error!("on_finding panicked; later findings are handed to it all the same");
         }
@@ -315,7 +316,7 @@ mod tests {
     use crate::monitor::testing::{backend, edge, snapshot};
 
     #[tokio::test]
-    async fn more_findings_of_one_look_than_may_wait_are_told_to_a_quick_callback() {
+    async fn more_findings_of_one_sample_than_the_queue_holds_reach_a_quick_callback() {
         let manager = Manager::new(tokio_postgres::Config::new(), tokio_postgres::NoTls);
         let pool = Pool::builder(manager).build().expect("nothing is opened");
         let policy = WatchdogPolicy::new();
@@ -327,27 +328,28 @@ mod tests {
         });
         let edges = (1..=200).map(|pid| edge(pid + 1000, pid, Duration::ZERO));
         let seen = snapshot(backends.collect(), edges.collect());
-        let found = finding::in_snapshot(&policy, &seen, |_| false);
+        let found = finding::blockers_and_zombies(&policy, &seen, |_| false);
         assert_eq!(found.len(), 200);
 
-        let told = Arc::new(Mutex::new(0));
-        let count = Arc::clone(&told);
-        let sink: Sink = Arc::new(move |_| *count.lock().expect("nobody panics") += 1);
+        let reported = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&reported);
+        let callback: FindingCallback =
+            Arc::new(move |_| *count.lock().expect("nobody panics") += 1);
         let (sender, queue) = mpsc::channel(QUEUE);
-        let telling = tokio::spawn(tell(queue, sink));
-        let mut dog = Dog {
+        let reporting = tokio::spawn(run_callback(queue, callback));
+        let mut task = WatchdogTask {
             monitor: Monitor::new(connection::Connections::new(pool, None, None)),
             policy,
             sender: Some(sender),
-            told: HashMap::new(),
+            reported: HashMap::new(),
             counts: Arc::default(),
         };
         let (_stop, mut stopped) = watch::channel(false);
-        dog.deal_with(found, &mut stopped)
+        task.handle(found, &mut stopped)
             .await
             .expect("nothing is asked");
-        drop(dog);
-        telling.await.expect("no panic");
-        assert_eq!(*told.lock().expect("nobody panics"), 200);
+        drop(task);
+        reporting.await.expect("no panic");
+        assert_eq!(*reported.lock().expect("nobody panics"), 200);
     }
 }

@@ -1,4 +1,4 @@
-//! What a watchdog looks for, and whether it does something about it.
+//! What a watchdog reports, and whether it clears it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,22 +10,22 @@ use crate::key::LockKey;
 use crate::resolver::ResolverPolicy;
 use crate::resolver::pattern::Pattern;
 
-/// A long call site behind it cuts an application's name, but not to less than that (test
+/// An application's name is truncated if a long call site follows it, but never to less than this (test
 /// `a_long_prefix_gives_way_to_the_path`).
-const KEPT: usize = 24;
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+const MIN_APPLICATION_PREFIX: usize = 24;
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What an application does with a finding.
-pub(super) type Sink = Arc<dyn Fn(&Finding) + Send + Sync>;
+/// The application's callback for findings.
+pub(super) type FindingCallback = Arc<dyn Fn(&Finding) + Send + Sync>;
 
-/// From which age on something is reported, and whether it is cleared then.
+/// The age from which on a problem is reported, and whether it is then cleared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rule {
+pub(super) struct FindingRule {
     pub(super) age: Option<Duration>,
     pub(super) clear: bool,
 }
 
-impl Rule {
+impl FindingRule {
     const fn reported_from(seconds: u64) -> Self {
         Self {
             age: Some(Duration::from_secs(seconds)),
@@ -34,7 +34,7 @@ impl Rule {
     }
 }
 
-/// What a [`Watchdog`](super::Watchdog) looks for, and how often. It reports, and changes nothing unless told to.
+/// What a [`Watchdog`](super::Watchdog) reports, and how often it checks. It changes nothing unless it is allowed to.
 ///
 /// # Examples
 ///
@@ -52,13 +52,13 @@ impl Rule {
 #[derive(Clone)]
 pub struct WatchdogPolicy {
     pub(super) interval: Duration,
-    pub(super) leaks: Rule,
-    pub(super) idle: Rule,
-    pub(super) zombies: Rule,
-    pub(super) waiters: Vec<Pattern>,
-    /// Who is left alone is the same as for a resolver.
-    pub(super) spared: ResolverPolicy,
-    pub(super) sink: Option<Sink>,
+    pub(super) leaks: FindingRule,
+    pub(super) idle: FindingRule,
+    pub(super) zombies: FindingRule,
+    pub(super) zombie_applications: Vec<Pattern>,
+    /// Which sessions are left alone, and in which databases: as for a resolver.
+    pub(super) protection_policy: ResolverPolicy,
+    pub(super) callback: Option<FindingCallback>,
 }
 
 impl Default for WatchdogPolicy {
@@ -68,29 +68,29 @@ impl Default for WatchdogPolicy {
 }
 
 impl WatchdogPolicy {
-    /// Reports all that it knows to look for, every 10 seconds.
+    /// Reports every kind of finding, every 10 seconds, and clears none.
     #[must_use]
     pub fn new() -> Self {
         Self {
             interval: Duration::from_secs(10),
-            leaks: Rule::reported_from(5 * 60),
-            idle: Rule::reported_from(60),
-            zombies: Rule::reported_from(10 * 60),
-            waiters: Vec::new(),
-            spared: ResolverPolicy::new(),
-            sink: None,
+            leaks: FindingRule::reported_from(5 * 60),
+            idle: FindingRule::reported_from(60),
+            zombies: FindingRule::reported_from(10 * 60),
+            zombie_applications: Vec::new(),
+            protection_policy: ResolverPolicy::new(),
+            callback: None,
         }
     }
 
-    /// How often to look; every 10 seconds by default, 100 milliseconds at least.
+    /// The interval between samples; 10 seconds by default, 100 milliseconds at least.
     #[must_use]
     pub fn every(mut self, interval: Duration) -> Self {
         self.interval = interval;
         self
     }
 
-    /// For how long a session must have been idle, outside of any transaction, for the advisory locks that it holds to be
-    /// leaked, where no live guard of this process has it; 5 minutes by default, `None` for never. See
+    /// How long a session must have been idle, outside of any transaction, for the advisory locks that it holds to
+    /// count as leaked, unless a live guard of this process owns it; 5 minutes by default, `None` for never. See
     /// [`Monitor::leaks`](crate::Monitor::leaks): guards of other processes are not known here.
     #[must_use]
     pub fn leaked_locks(mut self, age: impl Into<Option<Duration>>) -> Self {
@@ -98,64 +98,66 @@ impl WatchdogPolicy {
         self
     }
 
-    /// Whether sessions with leaked locks are terminated; they are not by default.
+    /// Whether sessions with leaked locks are terminated; not by default.
     #[must_use]
     pub fn clear_leaked_locks(mut self, clear: bool) -> Self {
         self.leaks.clear = clear;
         self
     }
 
-    /// For how long a session that keeps others waiting must have been idle in its transaction; 1 minute by default,
-    /// `None` for never.
+    /// How long a session that blocks others must have been idle in its transaction to be reported; 1 minute by
+    /// default, `None` for never.
     #[must_use]
     pub fn idle_blockers(mut self, age: impl Into<Option<Duration>>) -> Self {
         self.idle.age = age.into();
         self
     }
 
-    /// Whether such sessions are terminated; they are not by default.
+    /// Whether such sessions are terminated; not by default.
     #[must_use]
     pub fn clear_idle_blockers(mut self, clear: bool) -> Self {
         self.idle.clear = clear;
         self
     }
 
-    /// How long a session must have waited for a lock to be taken for one whose client is gone; 10 minutes by default,
-    /// `None` for never.
+    /// How long a session must have waited for a lock for its client to count as gone; 10 minutes by default, `None`
+    /// for never.
     ///
-    /// The server does not tell whether a client is still there: a session that waits for a lock does not look at its
-    /// connection, unless `client_connection_check_interval` is set, and then the server ends it itself. So what is found is
-    /// a wait that is longer than any that the application would sit out: give the bound of its own timeouts, and more
-    /// for a slow network. Sessions that a guard or a transaction of this process has are alive, and not among them.
+    /// The server does not show whether a client is still connected. A session that waits for a lock does not check its
+    /// connection unless `client_connection_check_interval` is set; if it is, the server itself ends the session. So a
+    /// zombie is a wait that is longer than any client of the application would tolerate: give the limit of the
+    /// application's own timeouts, plus a margin for a slow network. Sessions that a guard or transaction of this
+    /// process owns are alive, and are never zombies.
     #[must_use]
     pub fn zombie_waiters(mut self, age: impl Into<Option<Duration>>) -> Self {
         self.zombies.age = age.into();
         self
     }
 
-    /// Whether the statements of such waiters are cancelled, which takes them out of the queue; a client that is there
-    /// after all gets an error it can deal with. They are not by default.
+    /// Whether the statements of such waiters are cancelled, which removes them from the lock queue; not by default. A
+    /// client that is still connected gets an error that it can handle.
     #[must_use]
     pub fn clear_zombie_waiters(mut self, clear: bool) -> Self {
         self.zombies.clear = clear;
         self
     }
 
-    /// Looks for zombies only among sessions whose `application_name` matches: `*` stands for any characters, `?` for any
-    /// one. With several calls, one of them. A [`Keeper`](crate::Keeper) looks among those that bear its own
-    /// [application](crate::KeeperBuilder::application), where this is not called, since it knows how long they wait; a
-    /// [`Monitor`](crate::Monitor) among all.
+    /// Limits zombie waiters to sessions whose `application_name` matches the pattern: `*` matches any characters, `?`
+    /// any one character. With several calls, one of the patterns has to match. Without this call, a
+    /// [`Keeper`](crate::Keeper) considers the sessions with its own [application](crate::KeeperBuilder::application),
+    /// since it knows how long they wait, and a [`Monitor`](crate::Monitor) considers all.
     #[must_use]
     pub fn zombie_application(mut self, pattern: impl AsRef<str>) -> Self {
-        self.waiters.push(Pattern::new(pattern.as_ref()));
+        self.zombie_applications
+            .push(Pattern::new(pattern.as_ref()));
         self
     }
 
-    /// Never clears sessions whose `application_name` matches, in addition to those that a
+    /// Never clears sessions whose `application_name` matches the pattern, in addition to those that a
     /// [`Resolver`](crate::Resolver) leaves alone: replication, backups, migrations, superusers, this process' own.
     #[must_use]
     pub fn protect(mut self, pattern: impl AsRef<str>) -> Self {
-        self.spared = self.spared.protect(pattern);
+        self.protection_policy = self.protection_policy.protect(pattern);
         self
     }
 
@@ -163,43 +165,46 @@ impl WatchdogPolicy {
     /// [`ResolverPolicy::migration_key`](crate::ResolverPolicy::migration_key).
     #[must_use]
     pub fn migration_key(mut self, key: impl Into<LockKey>) -> Self {
-        self.spared = self.spared.migration_key(key);
+        self.protection_policy = self.protection_policy.migration_key(key);
         self
     }
 
-    /// Looks for sessions in this database only; with several calls, in these. All of the server's by default, but
-    /// advisory locks of other databases are never looked at.
+    /// Considers only sessions in this database. Several calls name several databases. By default all databases of the
+    /// server are included, but advisory locks of other databases are never considered.
     #[must_use]
     pub fn database(mut self, name: impl Into<String>) -> Self {
-        self.spared = self.spared.database(name);
+        self.protection_policy = self.protection_policy.database(name);
         self
     }
 
-    /// Is given each [`Finding`] once, and again when something else came of clearing it.
+    /// A callback that receives each [`Finding`] once, and again when the outcome of clearing it changes.
     ///
-    /// It is called on a thread where blocking does no harm, one finding after another: while it is slow, up to 64 wait,
-    /// a look with more waits 5 seconds for it, and the rest is dropped; a panic is contained. Each is also one `tracing` event of level `WARN` and target
-    /// `lockkeeper::watchdog`.
+    /// It is called on a thread on which blocking is permitted, with one finding after another. While it is slow, up to
+    /// 64 findings are queued; a sample with more waits up to 5 seconds for it, and drops the rest. A panic is
+    /// contained. Each finding is also a `tracing` event of level `WARN` and target `lockkeeper::watchdog`.
     #[must_use]
     pub fn on_finding(mut self, f: impl Fn(&Finding) + Send + Sync + 'static) -> Self {
-        self.sink = Some(Arc::new(f));
+        self.callback = Some(Arc::new(f));
         self
     }
 
-    /// Where nothing was said of it, looks for zombies among the sessions of a keeper with this `application_name`.
-    pub(crate) fn or_zombies_of(self, application_name: &str) -> Self {
-        if self.waiters.is_empty() {
-            let kept: String = application_name.chars().take(KEPT).collect();
-            self.zombie_application(format!("{kept}*"))
+    /// Limits zombie waiters to the sessions of a keeper with this `application_name`, unless a limit is set.
+    pub(crate) fn default_zombie_application(self, application_name: &str) -> Self {
+        if self.zombie_applications.is_empty() {
+            let prefix: String = application_name
+                .chars()
+                .take(MIN_APPLICATION_PREFIX)
+                .collect();
+            self.zombie_application(format!("{prefix}*"))
         } else {
             self
         }
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        if self.interval < SHORTEST_INTERVAL {
+        if self.interval < MIN_INTERVAL {
             return Err(Error::config(format!(
-                "a watchdog every {:?}: at least {SHORTEST_INTERVAL:?}",
+                "a watchdog every {:?}: at least {MIN_INTERVAL:?}",
                 self.interval
             )));
         }
@@ -247,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_work_is_refused() {
+    fn an_invalid_policy_is_refused() {
         let policy = WatchdogPolicy::new;
         for policy in [
             policy().every(Duration::from_millis(99)),

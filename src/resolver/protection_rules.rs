@@ -1,4 +1,4 @@
-//! Who is left alone: pure, from what was seen and what the policy says.
+//! The rules for which sessions are left alone, given what was observed and the policy. Pure logic.
 
 use std::collections::HashSet;
 
@@ -11,14 +11,14 @@ use crate::key::compat;
 use crate::monitor::AdvisoryLockEntry;
 use crate::postgres::statement::{self, StatementKind};
 use crate::resolver::protection::{self, Protection};
-use crate::resolver::sql::sessions::Surroundings;
+use crate::resolver::sql::sessions::ServerSessions;
 
-/// The key under which goose changes schemas: one number for all databases.
-const GOOSE: i64 = 4_097_083_626;
+/// The advisory lock that goose holds during a migration: one number for all databases.
+const GOOSE_KEY: i64 = 4_097_083_626;
 
-/// What the tables are called in which programs note the migrations that they have made (`schema_migrations`,
-/// `_sqlx_migrations`, `flyway_schema_history`, …), or a part of it.
-const BOOKS: [&str; 6] = [
+/// Names, or parts of the names, of the tables in which programs record the migrations they have run
+/// (`schema_migrations`, `_sqlx_migrations`, `flyway_schema_history`, …).
+const MIGRATION_TABLES: [&str; 6] = [
     "migration",
     "schema_history",
     "schema_version",
@@ -27,51 +27,55 @@ const BOOKS: [&str; 6] = [
     "goose_db_version",
 ];
 
-/// What is known besides who waits for whom.
+/// What is known about sessions besides their waits.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Known {
-    pub(super) surroundings: Surroundings,
+pub(super) struct SessionFacts {
+    pub(super) sessions: ServerSessions,
     /// Sessions that hold an advisory lock of a program that changes schemas.
     pub(super) migrating: HashSet<i32>,
-    /// Sessions that a guard or a transaction of this process has.
-    pub(super) own: HashSet<i32>,
+    /// Sessions that a guard or transaction of this process owns.
+    pub(super) own_sessions: HashSet<i32>,
 }
 
-impl Known {
-    /// From the server's answers, and what this process has.
+impl SessionFacts {
+    /// From the server's replies; `own_sessions` is added by the caller.
     pub(super) fn new(
         policy: &ResolverPolicy,
-        surroundings: Surroundings,
+        sessions: ServerSessions,
         advisory: &[AdvisoryLockEntry],
     ) -> Self {
-        let keys = migration_keys(policy, surroundings.here.as_deref());
+        let keys = migration_keys(policy, sessions.database.as_deref());
         let held = advisory.iter().filter(|entry| entry.is_held());
         let migrating = held
-            .filter(|entry| is_of_migration(entry.key(), &keys))
+            .filter(|entry| is_migration_key(entry.key(), &keys))
             .filter_map(|entry| entry.backend().pid())
             .collect();
         Self {
-            surroundings,
+            sessions,
             migrating,
-            own: HashSet::new(),
+            own_sessions: HashSet::new(),
         }
     }
 }
 
 /// Why a session must not be signalled, if so.
-pub(super) fn of(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> Option<Protection> {
+pub(super) fn protection_of(
+    policy: &ResolverPolicy,
+    facts: &SessionFacts,
+    backend: &Backend,
+) -> Option<Protection> {
     let pid = backend.pid()?;
     let name = backend.application_name().unwrap_or_default();
     let statement = backend.statement().unwrap_or_default();
-    let around = &known.surroundings;
-    if around.own == Some(pid) {
-        return Some(Protection::Oneself);
+    let sessions = &facts.sessions;
+    if sessions.own_pid == Some(pid) {
+        return Some(Protection::SignallingSession);
     }
     if name == SIDE_NAME {
         return Some(Protection::SideConnection);
     }
     if let Some(kind) = backend.backend_type()
-        && let Some(protection) = protection::of_kind(kind)
+        && let Some(protection) = protection::of_backend_type(kind)
     {
         return Some(protection);
     }
@@ -86,24 +90,29 @@ pub(super) fn of(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> O
     let named = |patterns: &[crate::resolver::pattern::Pattern]| {
         patterns.iter().any(|pattern| pattern.matches(name))
     };
-    if around.backups.contains(&pid) || named(&policy.backups) || begins_backup(statement) {
+    if sessions.backups.contains(&pid) || named(&policy.backup_programs) || starts_backup(statement)
+    {
         return Some(Protection::Backup);
     }
-    if let Some(pattern) = policy.patterns.iter().find(|pattern| pattern.matches(name)) {
+    if let Some(pattern) = policy
+        .protected_applications
+        .iter()
+        .find(|pattern| pattern.matches(name))
+    {
         return Some(Protection::Application(pattern.text().clone()));
     }
-    if !policy.own_sessions && known.own.contains(&pid) {
+    if !policy.allow_own_sessions && facts.own_sessions.contains(&pid) {
         return Some(Protection::OwnSession);
     }
-    if !policy.superusers && around.superusers.contains(&pid) {
+    if !policy.allow_superusers && sessions.superusers.contains(&pid) {
         return Some(Protection::Superuser);
     }
-    if !policy.migrations {
-        if around.builds.contains(&pid) || builds_index(statement) {
+    if !policy.allow_migrations {
+        if sessions.builds.contains(&pid) || builds_index(statement) {
             return Some(Protection::IndexBuild);
         }
-        let migrates = known.migrating.contains(&pid)
-            || named(&policy.migration_names)
+        let migrates = facts.migrating.contains(&pid)
+            || named(&policy.migration_programs)
             || changes_schema(statement);
         if migrates && backend.backend_type() != Some("autovacuum worker") {
             return Some(Protection::Migration);
@@ -112,11 +121,11 @@ pub(super) fn of(policy: &ResolverPolicy, known: &Known, backend: &Backend) -> O
     None
 }
 
-/// Whether a statement changes the schema, or notes that it was changed: often the last one of a migration's
-/// transaction. Of a session that is idle in its transaction it is the last one, which has
-/// its locks still.
+/// Whether a statement changes the schema, or records that it was changed, which is often the last statement of a
+/// migration's transaction. For a session that is idle in its transaction `sql` is its last statement, whose locks it
+/// still holds.
 ///
-/// What an application does to its own temporary tables is none; what only empties or locks a table is none.
+/// Changes to temporary tables do not count, nor do statements that only empty or lock a table.
 fn changes_schema(sql: &str) -> bool {
     match statement::kind(sql) {
         StatementKind::AlterTable
@@ -144,10 +153,10 @@ fn changes_schema(sql: &str) -> bool {
                 });
                 !matches!(words.next().as_deref(), Some("temp" | "temporary"))
             }
-            // The table is named soon: `INSERT INTO x.y`, `UPDATE ONLY x.y`.
+            // The table's name is among the first words: `INSERT INTO x.y`, `UPDATE ONLY x.y`.
             "insert" | "update" | "delete" => words
                 .take(4)
-                .any(|word| BOOKS.iter().any(|book| word.contains(book))),
+                .any(|word| MIGRATION_TABLES.iter().any(|table| word.contains(table))),
             _ => false,
         }
     })
@@ -162,13 +171,14 @@ fn builds_index(sql: &str) -> bool {
     )
 }
 
-/// The functions with which programs begin a backup that they then copy themselves; 14 has the older name.
-fn begins_backup(sql: &str) -> bool {
+/// Whether it calls a function that begins a backup which the program then copies itself; version 14 has the older
+/// name.
+fn starts_backup(sql: &str) -> bool {
     let sql = sql.to_ascii_lowercase();
     sql.contains("pg_backup_start(") || sql.contains("pg_start_backup(")
 }
 
-fn is_of_migration(key: &LockKey, keys: &[LockKey]) -> bool {
+fn is_migration_key(key: &LockKey, keys: &[LockKey]) -> bool {
     let named = [key.namespace(), key.name()];
     let mut named = named.into_iter().flatten().map(str::to_lowercase);
     named.any(|name| name.contains("migrat")) || keys.iter().any(|known| known.same_lock(key))
@@ -176,7 +186,7 @@ fn is_of_migration(key: &LockKey, keys: &[LockKey]) -> bool {
 
 fn migration_keys(policy: &ResolverPolicy, database: Option<&str>) -> Vec<LockKey> {
     let mut keys = policy.migration_keys.clone();
-    keys.push(LockKey::from(GOOSE));
+    keys.push(LockKey::from(GOOSE_KEY));
     #[cfg(feature = "compat")]
     if let Some(database) = database {
         keys.extend([
@@ -197,19 +207,19 @@ mod tests {
     use crate::graph::RawStatement;
     use crate::monitor::testing::backend;
 
-    fn said(sql: &str) -> Backend {
+    fn with_statement(sql: &str) -> Backend {
         let mut backend = backend(7);
         backend.statement = Some(RawStatement(sql.into()));
         backend
     }
 
-    fn default_of(backend: &Backend) -> Option<Protection> {
-        of(&ResolverPolicy::new(), &Known::default(), backend)
+    fn default_protection(backend: &Backend) -> Option<Protection> {
+        protection_of(&ResolverPolicy::new(), &SessionFacts::default(), backend)
     }
 
     #[test]
     fn an_ordinary_session_is_not_protected() {
-        assert_eq!(default_of(&backend(7)), None);
+        assert_eq!(default_protection(&backend(7)), None);
         for sql in [
             "UPDATE t SET a = 'alter table x'",
             "SELECT 1 -- drop table t",
@@ -224,12 +234,12 @@ mod tests {
             "SELECT count(*) FROM schema_migrations",
             "INSERT INTO t VALUES ('migration')",
         ] {
-            assert_eq!(default_of(&said(sql)), None, "{sql}");
+            assert_eq!(default_protection(&with_statement(sql)), None, "{sql}");
         }
     }
 
     #[test]
-    fn migrations_are_known_by_what_they_say_hold_and_are_called() {
+    fn migrations_are_known_by_statement_lock_and_name() {
         for sql in [
             "ALTER TABLE t ADD x int",
             "/* v17 */ alter table t add x int",
@@ -246,7 +256,11 @@ mod tests {
             "UPDATE alembic_version SET version_num='ae1027a6acf'",
             "DELETE FROM ONLY public.\"__EFMigrationsHistory\"",
         ] {
-            assert_eq!(default_of(&said(sql)), Some(Protection::Migration), "{sql}");
+            assert_eq!(
+                default_protection(&with_statement(sql)),
+                Some(Protection::Migration),
+                "{sql}"
+            );
         }
         for sql in [
             "CREATE INDEX CONCURRENTLY ON t (a)",
@@ -254,34 +268,34 @@ mod tests {
             "REINDEX TABLE t",
         ] {
             assert_eq!(
-                default_of(&said(sql)),
+                default_protection(&with_statement(sql)),
                 Some(Protection::IndexBuild),
                 "{sql}"
             );
         }
         let mut named = backend(7);
         named.application_name = Some("orders db-Migrate".into());
-        assert_eq!(default_of(&named), Some(Protection::Migration));
-        let known = Known {
+        assert_eq!(default_protection(&named), Some(Protection::Migration));
+        let facts = SessionFacts {
             migrating: [7].into(),
-            ..Known::default()
+            ..SessionFacts::default()
         };
         let policy = ResolverPolicy::new();
         assert_eq!(
-            of(&policy, &known, &backend(7)),
+            protection_of(&policy, &facts, &backend(7)),
             Some(Protection::Migration)
         );
-        let policy = policy.touch_migrations(true);
-        assert_eq!(of(&policy, &known, &named), None);
+        let policy = policy.allow_migrations(true);
+        assert_eq!(protection_of(&policy, &facts, &named), None);
     }
 
     #[test]
     fn keys_of_migrations() {
         let policy = ResolverPolicy::new().migration_key((1, 2));
         let keys = migration_keys(&policy, Some("app"));
-        let is = |key: LockKey| is_of_migration(&key, &keys);
+        let is = |key: LockKey| is_migration_key(&key, &keys);
         assert!(is("schema-migrations".into()) && is(("Migrations", "v1").into()));
-        assert!(is((1, 2).into()) && is(GOOSE.into()));
+        assert!(is((1, 2).into()) && is(GOOSE_KEY.into()));
         assert!(!is("invoice:42".into()) && !is(7.into()));
         #[cfg(feature = "compat")]
         {
@@ -289,54 +303,60 @@ mod tests {
             assert!(is(own.expect("one number").into()));
             let other = compat::rails_migrations("other").as_i64();
             assert!(!is(other.expect("one number").into()));
-            assert!(compat::goose().same_lock(&GOOSE.into()));
+            assert!(compat::goose().same_lock(&GOOSE_KEY.into()));
         }
     }
 
-    /// What the server's own autovacuum says of itself (PostgreSQL's source, `autovac_report_activity`).
+    /// The statement that the server's autovacuum reports (PostgreSQL's source, `autovac_report_activity`).
     #[test]
     fn wraparound_and_other_vacuums() {
-        let mut worker = said("autovacuum: VACUUM public.t (to prevent wraparound)");
+        let mut worker = with_statement("autovacuum: VACUUM public.t (to prevent wraparound)");
         worker.backend_type = Some("autovacuum worker".into());
-        assert_eq!(default_of(&worker), Some(Protection::WraparoundVacuum));
-        let all = ResolverPolicy::new()
-            .touch_migrations(true)
-            .touch_superusers(true)
-            .touch_own_sessions(true);
         assert_eq!(
-            of(&all, &Known::default(), &worker),
+            default_protection(&worker),
             Some(Protection::WraparoundVacuum)
         );
-        let mut worker = said("autovacuum: VACUUM public.t");
+        let all = ResolverPolicy::new()
+            .allow_migrations(true)
+            .allow_superusers(true)
+            .allow_own_sessions(true);
+        assert_eq!(
+            protection_of(&all, &SessionFacts::default(), &worker),
+            Some(Protection::WraparoundVacuum)
+        );
+        let mut worker = with_statement("autovacuum: VACUUM public.t");
         worker.backend_type = Some("autovacuum worker".into());
-        assert_eq!(default_of(&worker), None);
-        // A client that says so is one all the same.
-        let said = said("SELECT '(to prevent wraparound)'");
-        assert_eq!(default_of(&said), None);
+        assert_eq!(default_protection(&worker), None);
+        // A client with that text in its statement is an ordinary client.
+        let client = with_statement("SELECT '(to prevent wraparound)'");
+        assert_eq!(default_protection(&client), None);
     }
 
     #[test]
-    fn backups_replication_superusers_and_oneself() {
-        let known = Known {
-            surroundings: Surroundings {
-                own: Some(7),
+    fn backups_replication_superusers_and_the_signalling_session() {
+        let facts = SessionFacts {
+            sessions: ServerSessions {
+                own_pid: Some(7),
                 superusers: [8].into(),
                 backups: [9].into(),
                 builds: [10].into(),
-                ..Surroundings::default()
+                ..ServerSessions::default()
             },
             migrating: HashSet::new(),
-            own: [11].into(),
+            own_sessions: [11].into(),
         };
         let policy = ResolverPolicy::new().protect("payroll *");
         for (pid, expected) in [
-            (7, Protection::Oneself),
+            (7, Protection::SignallingSession),
             (8, Protection::Superuser),
             (9, Protection::Backup),
             (10, Protection::IndexBuild),
             (11, Protection::OwnSession),
         ] {
-            assert_eq!(of(&policy, &known, &backend(pid)), Some(expected));
+            assert_eq!(
+                protection_of(&policy, &facts, &backend(pid)),
+                Some(expected)
+            );
         }
         for (name, expected) in [
             ("pg_dump", Protection::Backup),
@@ -346,15 +366,25 @@ mod tests {
         ] {
             let mut named = backend(20);
             named.application_name = Some(name.into());
-            assert_eq!(of(&policy, &known, &named), Some(expected), "{name}");
+            assert_eq!(
+                protection_of(&policy, &facts, &named),
+                Some(expected),
+                "{name}"
+            );
         }
         let mut committing = backend(20);
         committing.wait_event = Some("SyncRep".into());
-        assert_eq!(default_of(&committing), Some(Protection::Committing));
+        assert_eq!(
+            default_protection(&committing),
+            Some(Protection::Committing)
+        );
         let mut sender = backend(20);
         sender.backend_type = Some("walsender".into());
-        assert_eq!(of(&policy, &known, &sender), Some(Protection::Replication));
-        let backup = said("SELECT pg_catalog.pg_backup_start('nightly')");
-        assert_eq!(default_of(&backup), Some(Protection::Backup));
+        assert_eq!(
+            protection_of(&policy, &facts, &sender),
+            Some(Protection::Replication)
+        );
+        let backup = with_statement("SELECT pg_catalog.pg_backup_start('nightly')");
+        assert_eq!(default_protection(&backup), Some(Protection::Backup));
     }
 }

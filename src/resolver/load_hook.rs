@@ -1,4 +1,4 @@
-//! Telling the application to take load off the server, and when it may put it back.
+//! Asks the application to reduce its load on the server, and tells it when it may resume.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,68 +15,71 @@ use crate::connection::task;
 pub enum LoadChange {
     /// Pause them: a run begins.
     Shed,
-    /// Resume them: it is over.
+    /// Resume them: the incident is over.
     Resume,
-    /// The run has ended, and it is not over: whether to resume them is for the application to decide.
+    /// The run has ended, but the incident is not over. The application decides whether to resume them.
     GaveUp,
 }
 
-/// What became of a call.
+/// The result of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
+pub(super) enum HookResult {
     Done,
     Panicked,
-    /// It has not come back in time, and may yet.
+    /// It has not returned in time, and may return later.
     Slow,
 }
 
-type Hook = Arc<dyn Fn(LoadChange) + Send + Sync>;
+type LoadCallback = Arc<dyn Fn(LoadChange) + Send + Sync>;
 
-/// The hook for the length of one run. Dropped before it is over, it tells that the run has given up.
-pub(super) struct Shedder {
+/// The hook for the duration of one run. If it is dropped before the run has ended, it reports that the run gave up.
+pub(super) struct LoadHook {
     calls: mpsc::UnboundedSender<(LoadChange, oneshot::Sender<bool>)>,
     timeout: Duration,
-    ended: bool,
+    finished: bool,
 }
 
-impl Shedder {
-    pub(super) fn new(hook: Hook, timeout: Duration) -> Self {
+impl LoadHook {
+    pub(super) fn new(hook: LoadCallback, timeout: Duration) -> Self {
         let (calls, queue) = mpsc::unbounded_channel();
-        // It ends by itself, when all was told that there is to tell.
-        let _ = task::run_in_background(tell(hook, queue));
+        // The task ends by itself after the last call.
+        let _ = task::run_in_background(run_calls(hook, queue));
         Self {
             calls,
             timeout,
-            ended: false,
+            finished: false,
         }
     }
 
-    /// Tells, one call after another however long each takes, and waits for it to come back, but not for long.
-    pub(super) async fn tell(&mut self, change: LoadChange) -> Told {
-        self.ended = change != LoadChange::Shed;
+    /// Queues a call behind the earlier ones, and waits for it to return, for as long as `timeout`.
+    pub(super) async fn call(&mut self, change: LoadChange) -> HookResult {
+        self.finished = change != LoadChange::Shed;
         let (answer, answered) = oneshot::channel();
         if self.calls.send((change, answer)).is_err() {
-            return Told::Panicked;
+            return HookResult::Panicked;
         }
         match tokio::time::timeout(self.timeout, answered).await {
-            Ok(Ok(true)) => Told::Done,
-            Ok(_) => Told::Panicked,
-            Err(_) => Told::Slow,
+            Ok(Ok(true)) => HookResult::Done,
+            Ok(_) => HookResult::Panicked,
+            Err(_) => HookResult::Slow,
         }
     }
 }
 
-impl Drop for Shedder {
+impl Drop for LoadHook {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.finished {
             let (answer, _) = oneshot::channel();
-            // Where the task has ended, so has the runtime, and nobody is there to be told.
+            // If the task has ended, so has the runtime, and there is nothing left to call.
             drop(self.calls.send((LoadChange::GaveUp, answer)));
         }
     }
 }
 
-async fn tell(hook: Hook, mut queue: mpsc::UnboundedReceiver<(LoadChange, oneshot::Sender<bool>)>) {
+async fn run_calls(
+    hook: LoadCallback,
+    mut queue: mpsc::UnboundedReceiver<(LoadChange, oneshot::Sender<bool>)>,
+) {
     while let Some((change, answer)) = queue.recv().await {
         let hook = Arc::clone(&hook);
         let called =
@@ -85,7 +88,7 @@ async fn tell(hook: Hook, mut queue: mpsc::UnboundedReceiver<(LoadChange, onesho
         if !done {
             tracing::error!(?change, "shed_load panicked");
         }
-        // An error says that nobody waits for it any more.
+        // An error means that the caller no longer waits for the result.
         answer.send(done).ok();
     }
 }
@@ -101,28 +104,28 @@ mod tests {
     async fn calls_come_in_order_and_panics_are_contained() {
         let (sender, receiver) = channel();
         let sender = Mutex::new(sender);
-        let mut shedder = Shedder::new(
+        let mut load_hook = LoadHook::new(
             Arc::new(move |change| {
                 let sender = sender.lock().expect("nobody panics with it");
                 sender.send(change).expect("the test listens");
                 drop(sender);
-                assert_ne!(change, LoadChange::Shed, "as it was told to");
+                assert_ne!(change, LoadChange::Shed, "the hook fails on purpose");
             }),
             Duration::from_secs(30),
         );
-        assert_eq!(shedder.tell(LoadChange::Shed).await, Told::Panicked);
-        assert_eq!(shedder.tell(LoadChange::Resume).await, Told::Done);
-        drop(shedder);
-        let told: Vec<_> = receiver.try_iter().collect();
-        assert_eq!(told, [LoadChange::Shed, LoadChange::Resume]);
+        assert_eq!(load_hook.call(LoadChange::Shed).await, HookResult::Panicked);
+        assert_eq!(load_hook.call(LoadChange::Resume).await, HookResult::Done);
+        drop(load_hook);
+        let received: Vec<_> = receiver.try_iter().collect();
+        assert_eq!(received, [LoadChange::Shed, LoadChange::Resume]);
     }
 
     #[tokio::test]
-    async fn a_slow_one_is_not_waited_for_and_an_end_is_told() {
+    async fn a_slow_call_is_not_waited_for_and_a_drop_is_reported() {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let (go, gate) = channel::<()>();
         let gate = Mutex::new(gate);
-        let mut shedder = Shedder::new(
+        let mut load_hook = LoadHook::new(
             Arc::new(move |change| {
                 if change == LoadChange::Shed {
                     gate.lock().expect("nobody panics").recv().ok();
@@ -131,8 +134,8 @@ mod tests {
             }),
             Duration::from_millis(10),
         );
-        assert_eq!(shedder.tell(LoadChange::Shed).await, Told::Slow);
-        drop(shedder);
+        assert_eq!(load_hook.call(LoadChange::Shed).await, HookResult::Slow);
+        drop(load_hook);
         go.send(()).expect("it waits");
         assert_eq!(receiver.recv().await, Some(LoadChange::Shed));
         assert_eq!(receiver.recv().await, Some(LoadChange::GaveUp));

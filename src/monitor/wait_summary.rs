@@ -1,32 +1,33 @@
-//! How much is waited, in numbers that can be compared.
+//! The lock waits of a snapshot, as numbers that can be compared.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use super::database_filter::DatabaseFilter;
 use crate::graph::{BackendId, Snapshot};
 use crate::postgres::timestamp::Age;
 
-/// How many sessions wait for a lock in one moment, and how long by then.
+/// How many sessions wait for a lock at one moment, and the longest of these waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Waits {
+pub struct WaitSummary {
     sessions: usize,
     longest: Option<Duration>,
 }
 
-impl Waits {
-    /// Of a snapshot.
+impl WaitSummary {
+    /// The waits of a snapshot.
     #[must_use]
     pub fn of(snapshot: &Snapshot) -> Self {
-        Self::among(snapshot, &Databases::default())
+        Self::among(snapshot, &DatabaseFilter::default())
     }
 
-    /// Of those who wait in some databases.
-    pub(crate) fn among(snapshot: &Snapshot, databases: &Databases) -> Self {
+    /// The waits of sessions in some databases.
+    pub(crate) fn among(snapshot: &Snapshot, databases: &DatabaseFilter) -> Self {
         let mut waiters: BTreeMap<&BackendId, Option<Duration>> = BTreeMap::new();
         for edge in snapshot.edges() {
             let backend = snapshot.backend(edge.waiter());
-            if databases.has(backend.and_then(|backend| backend.database())) {
+            if databases.includes(backend.and_then(|backend| backend.database())) {
                 let longest = waiters.entry(edge.waiter()).or_default();
                 *longest = (*longest).max(edge.wait_age());
             }
@@ -43,28 +44,28 @@ impl Waits {
         self.sessions
     }
 
-    /// For how long the one that has waited longest has; `None` where nobody waits, or where all have begun just now.
+    /// How long the longest wait has lasted; `None` if no session waits, or if all waits have just begun.
     #[must_use]
     pub fn longest(&self) -> Option<Duration> {
         self.longest
     }
 
-    /// Whether nobody waits.
+    /// Whether no session waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.sessions == 0
     }
 
-    /// Whether they are less than they were: fewer sessions wait, or the one that had waited longest does not any more.
+    /// Whether the waits have decreased: fewer sessions wait, or as many and the longest wait has ended.
     #[must_use]
-    pub fn have_fallen_since(&self, before: &Self) -> bool {
+    pub fn has_fallen_since(&self, before: &Self) -> bool {
         self.sessions < before.sessions
             || (self.sessions == before.sessions && self.longest < before.longest)
     }
 }
 
 /// `3 sessions wait, the longest for 12.0s` or `nobody waits`.
-impl fmt::Display for Waits {
+impl fmt::Display for WaitSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.sessions {
             0 => return f.write_str("nobody waits"),
@@ -79,17 +80,6 @@ impl fmt::Display for Waits {
     }
 }
 
-/// Databases to which something is limited, by their names; all of them where none is named.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Databases(pub(crate) Vec<Box<str>>);
-
-impl Databases {
-    /// Whether a session of this database belongs to it. One whose database is not known, only where all do.
-    pub(crate) fn has(&self, database: Option<&str>) -> bool {
-        self.0.is_empty() || database.is_some_and(|name| self.0.iter().any(|one| **one == *name))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::testing::{backend, edge, snapshot};
@@ -98,7 +88,7 @@ mod tests {
     #[test]
     fn a_session_counts_once_with_its_longest_wait() {
         let seconds = Duration::from_secs;
-        let found = Waits::of(&snapshot(
+        let found = WaitSummary::of(&snapshot(
             vec![],
             vec![
                 edge(2, 1, seconds(5)),
@@ -108,13 +98,13 @@ mod tests {
         ));
         assert_eq!((found.sessions(), found.longest()), (2, Some(seconds(7))));
         assert_eq!(found.to_string(), "2 sessions wait, the longest for 7.0s");
-        let none = Waits::of(&snapshot(vec![], vec![]));
-        assert!(none.is_empty() && none.have_fallen_since(&found));
-        assert!(!found.have_fallen_since(&none) && !found.have_fallen_since(&found));
+        let none = WaitSummary::of(&snapshot(vec![], vec![]));
+        assert!(none.is_empty() && none.has_fallen_since(&found));
+        assert!(!found.has_fallen_since(&none) && !found.has_fallen_since(&found));
     }
 
     #[test]
-    fn only_those_of_the_databases_count() {
+    fn only_sessions_of_the_databases_count() {
         let mut here = backend(2);
         here.database = Some("here".into());
         let mut there = backend(3);
@@ -127,8 +117,8 @@ mod tests {
                 edge(4, 1, Duration::ZERO),
             ],
         );
-        let among = Databases(vec!["here".into()]);
-        assert_eq!(Waits::among(&snapshot, &among).sessions(), 1);
-        assert_eq!(Waits::of(&snapshot).sessions(), 3);
+        let among = DatabaseFilter(vec!["here".into()]);
+        assert_eq!(WaitSummary::among(&snapshot, &among).sessions(), 1);
+        assert_eq!(WaitSummary::of(&snapshot).sessions(), 3);
     }
 }

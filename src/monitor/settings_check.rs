@@ -1,45 +1,47 @@
-//! The doctor's rules: from values to findings.
+//! The rules that turn settings and privileges into findings.
 
 use super::settings::{Effect, Pooler, SettingsFinding, SettingsFindingKind, Severity};
-use crate::monitor::sql::settings::{self as sql, Looker, Membership, Place, Setting};
+use crate::monitor::sql::settings::{
+    self as sql, Membership, MonitoringRole, PoolSession, SettingRow,
+};
 
-/// Milliseconds: a deadlock stands for this long before the server looks for it.
+/// Milliseconds: the server waits this long before it checks for a deadlock.
 const SLOW_DETECTION: u64 = 2_000;
-const HASTY_DETECTION: u64 = 100;
+const FAST_DETECTION: u64 = 100;
 /// The default of `max_locks_per_transaction`.
-const USUAL_LOCKS: u64 = 64;
+const DEFAULT_LOCKS: u64 = 64;
 
-/// Who may change a setting, and so which statement does.
+/// Which roles may change a setting (`pg_settings.context`), and so which statement does.
 #[derive(Clone, Copy)]
-enum Scope {
-    /// Anybody, for a role.
-    Role,
+enum SettingContext {
+    /// Any role, for itself.
+    User,
     /// Superusers, for the server or for a role.
-    Either,
-    /// The server's, at a reload or a restart.
+    Superuser,
+    /// Only the whole server, by a reload or a restart.
     Server(Effect),
 }
 
-/// Worst first.
+/// The findings, worst first.
 pub(super) fn findings(
-    place: &Place,
-    values: &[Setting],
-    looker: &Looker,
+    session: &PoolSession,
+    values: &[SettingRow],
+    role: &MonitoringRole,
     pooler: Pooler,
 ) -> Vec<SettingsFinding> {
-    let doctor = Doctor { place, values };
+    let check = SettingsCheck { session, values };
     let mut findings: Vec<_> = [
-        doctor.deadlock_timeout(),
-        doctor.lock_timeout(),
-        doctor.log_lock_waits(),
-        doctor.log_line_prefix(),
-        doctor.idle_in_transaction(),
-        doctor.connection_check(),
-        doctor.locks_per_transaction(looker),
-        reads_all_stats(looker),
-        signals(looker),
-        in_between(pooler),
-        standby(place),
+        check.deadlock_timeout(),
+        check.lock_timeout(),
+        check.log_lock_waits(),
+        check.log_line_prefix(),
+        check.idle_in_transaction(),
+        check.connection_check(),
+        check.locks_per_transaction(role),
+        stats_privilege(role),
+        signal_privilege(role),
+        pooler_finding(pooler),
+        standby(session),
     ]
     .into_iter()
     .flatten()
@@ -48,19 +50,19 @@ pub(super) fn findings(
     findings
 }
 
-struct Doctor<'a> {
-    place: &'a Place,
-    values: &'a [Setting],
+struct SettingsCheck<'a> {
+    session: &'a PoolSession,
+    values: &'a [SettingRow],
 }
 
-impl Doctor<'_> {
+impl SettingsCheck<'_> {
     fn deadlock_timeout(&self) -> Option<SettingsFinding> {
         let (severity, why) = match self.number("deadlock_timeout")? {
-            0..HASTY_DETECTION => (
+            0..FAST_DETECTION => (
                 Severity::Advice,
                 "the server looks for deadlocks after each short wait, which costs all sessions when many wait",
             ),
-            HASTY_DETECTION..=SLOW_DETECTION => return None,
+            FAST_DETECTION..=SLOW_DETECTION => return None,
             _ => (
                 Severity::Warning,
                 "a deadlock stands for as long, with all who wait behind it, and log_lock_waits tells of longer waits \
@@ -68,7 +70,14 @@ impl Doctor<'_> {
             ),
         };
         let kind = SettingsFindingKind::DeadlockTimeout;
-        self.finding(kind, severity, "deadlock_timeout", why, "1s", Scope::Either)
+        self.finding(
+            kind,
+            severity,
+            "deadlock_timeout",
+            why,
+            "1s",
+            SettingContext::Superuser,
+        )
     }
 
     fn lock_timeout(&self) -> Option<SettingsFinding> {
@@ -84,7 +93,7 @@ impl Doctor<'_> {
             }
             _ => return None,
         };
-        let right = if deadlock < 5_000 {
+        let recommended = if deadlock < 5_000 {
             "10s".to_owned()
         } else {
             format!("{}ms", deadlock.saturating_mul(2))
@@ -95,8 +104,8 @@ impl Doctor<'_> {
             Severity::Warning,
             "lock_timeout",
             why,
-            &right,
-            Scope::Role,
+            &recommended,
+            SettingContext::User,
         )
     }
 
@@ -110,23 +119,23 @@ impl Doctor<'_> {
             "log_lock_waits",
             "the server's log says nothing of long waits for locks, so that afterwards nobody knows who waited for whom",
             "on",
-            Scope::Either,
+            SettingContext::Superuser,
         )
     }
 
     fn log_line_prefix(&self) -> Option<SettingsFinding> {
         let prefix = &self.get("log_line_prefix")?.value;
-        // Logs in CSV and JSON have no prefix, and the name in a field of its own.
+        // Logs in CSV and JSON have no prefix; the name is in a field of its own.
         let destinations = &self.get("log_destination")?.value;
         let prefixed = destinations.split(',').any(|destination| {
             let destination = destination.trim();
             !destination.eq_ignore_ascii_case("csvlog")
                 && !destination.eq_ignore_ascii_case("jsonlog")
         });
-        if !prefixed || shows_application(prefix) {
+        if !prefixed || includes_application_name(prefix) {
             return None;
         }
-        let right = match prefix.trim_end() {
+        let recommended = match prefix.trim_end() {
             "" => "%m [%p] %a ".to_owned(),
             prefix => format!("{prefix} %a "),
         };
@@ -136,8 +145,8 @@ impl Doctor<'_> {
             "log_line_prefix",
             "without %a the log's lines about deadlocks and waits do not say at which line of which program, which is what \
              application_name carries",
-            &right,
-            Scope::Server(Effect::Reload),
+            &recommended,
+            SettingContext::Server(Effect::Reload),
         )
     }
 
@@ -152,7 +161,7 @@ impl Doctor<'_> {
             name,
             "a session that stands idle in its transaction keeps its locks for as long as its client lives",
             "5min",
-            Scope::Role,
+            SettingContext::User,
         )
     }
 
@@ -168,24 +177,24 @@ impl Doctor<'_> {
             "a backend whose client was killed runs, and waits for locks, to the end of its statement, and keeps what it \
              holds until then",
             "10s",
-            Scope::Role,
+            SettingContext::User,
         )
     }
 
-    fn locks_per_transaction(&self, looker: &Looker) -> Option<SettingsFinding> {
+    fn locks_per_transaction(&self, role: &MonitoringRole) -> Option<SettingsFinding> {
         let name = "max_locks_per_transaction";
         let number = self.number(name)?;
-        let (right, why) = if looker.entries.saturating_mul(2) > looker.capacity {
+        let (recommended, why) = if role.entries.saturating_mul(2) > role.capacity {
             let why = format!(
                 "the lock table has {} of {} entries in use; when it is full, statements fail with \"out of shared \
                  memory\", and nobody can log in",
-                looker.entries, looker.capacity
+                role.entries, role.capacity
             );
-            (number.saturating_mul(2).max(USUAL_LOCKS), why)
-        } else if number < USUAL_LOCKS {
+            (number.saturating_mul(2).max(DEFAULT_LOCKS), why)
+        } else if number < DEFAULT_LOCKS {
             let why = "the lock table is smaller than usual, and shared by all: a dump, or a query over many partitions, \
                        can fill it";
-            (USUAL_LOCKS, why.to_owned())
+            (DEFAULT_LOCKS, why.to_owned())
         } else {
             return None;
         };
@@ -194,16 +203,16 @@ impl Doctor<'_> {
             Severity::Warning,
             name,
             &why,
-            &right.to_string(),
-            Scope::Server(Effect::Restart),
+            &recommended.to_string(),
+            SettingContext::Server(Effect::Restart),
         )
     }
 
-    fn get(&self, name: &str) -> Option<&Setting> {
+    fn get(&self, name: &str) -> Option<&SettingRow> {
         self.values.iter().find(|setting| setting.name == name)
     }
 
-    /// Of those in milliseconds or without a unit.
+    /// The value of a setting in milliseconds or without a unit.
     fn number(&self, name: &str) -> Option<u64> {
         self.get(name)?.value.parse().ok()
     }
@@ -214,14 +223,14 @@ impl Doctor<'_> {
         severity: Severity,
         name: &'static str,
         why: &str,
-        right: &str,
-        scope: Scope,
+        recommended: &str,
+        context: SettingContext,
     ) -> Option<SettingsFinding> {
         let setting = self.get(name)?;
-        let mend = self.mend(setting, right, scope);
-        let why = match mend {
+        let fix = self.fix(setting, recommended, context);
+        let why = match fix {
             Ok(_) => why.to_owned(),
-            Err(where_to) => format!("{why}; {where_to}, {right} for instance"),
+            Err(where_to) => format!("{why}; {where_to}, {recommended} for instance"),
         };
         Some(SettingsFinding {
             kind,
@@ -229,45 +238,48 @@ impl Doctor<'_> {
             name,
             value: setting.shown.clone(),
             why,
-            mend: mend.ok(),
+            fix: fix.ok(),
         })
     }
 
-    /// The statement that wins over where the value comes from (PostgreSQL's source, the order of `GucSource`), or
-    /// where it has to be changed by hand.
-    fn mend(
+    /// The statement that overrides the source of the value (PostgreSQL's source, the order of `GucSource`), or where
+    /// it has to be changed by hand.
+    fn fix(
         &self,
-        setting: &Setting,
-        right: &str,
-        scope: Scope,
+        setting: &SettingRow,
+        recommended: &str,
+        context: SettingContext,
     ) -> Result<(String, Effect), &'static str> {
-        let Place { role, database, .. } = self.place;
+        let PoolSession { role, database, .. } = self.session;
         let name = &setting.name;
         let of_role = |database| {
-            let statement = sql::alter_role(role, database, name, right);
+            let statement = sql::alter_role(role, database, name, recommended);
             Ok((statement, Effect::NewConnections))
         };
-        let of_server = |effect| Ok((sql::alter_system(name, right), effect));
-        match (&*setting.source, scope) {
+        let of_server = |effect| Ok((sql::alter_system(name, recommended), effect));
+        match (&*setting.source, context) {
             ("client" | "session", _) => Err(
                 "the connection itself sets it, by its connection string or a statement of the application's: change it \
                  there",
             ),
-            ("database user", Scope::Role | Scope::Either) => of_role(Some(database)),
-            ("user" | "database" | "global", Scope::Either) | (_, Scope::Role) => of_role(None),
+            ("database user", SettingContext::User | SettingContext::Superuser) => {
+                of_role(Some(database))
+            }
+            ("user" | "database" | "global", SettingContext::Superuser)
+            | (_, SettingContext::User) => of_role(None),
             ("command line" | "environment variable", _) => Err(
                 "it is given on the server's command line: change it where the server is started",
             ),
-            (_, Scope::Either) => of_server(Effect::Reload),
-            (_, Scope::Server(effect)) => of_server(effect),
+            (_, SettingContext::Superuser) => of_server(Effect::Reload),
+            (_, SettingContext::Server(effect)) => of_server(effect),
         }
     }
 }
 
-fn reads_all_stats(looker: &Looker) -> Option<SettingsFinding> {
+fn stats_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
     privilege(
-        looker,
-        looker.reads_all_stats,
+        role,
+        role.reads_all_stats,
         SettingsFindingKind::ReadAllStats,
         Severity::Warning,
         "pg_read_all_stats",
@@ -275,10 +287,10 @@ fn reads_all_stats(looker: &Looker) -> Option<SettingsFinding> {
     )
 }
 
-fn signals(looker: &Looker) -> Option<SettingsFinding> {
+fn signal_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
     privilege(
-        looker,
-        looker.signals,
+        role,
+        role.signals,
         SettingsFindingKind::SignalBackend,
         Severity::Advice,
         "pg_signal_backend",
@@ -287,7 +299,7 @@ fn signals(looker: &Looker) -> Option<SettingsFinding> {
 }
 
 fn privilege(
-    looker: &Looker,
+    role: &MonitoringRole,
     has: Membership,
     kind: SettingsFindingKind,
     severity: Severity,
@@ -299,7 +311,7 @@ fn privilege(
         Membership::Uninherited => "not inherited by",
         Membership::None => "not granted to",
     };
-    let why = if has == Membership::None && !looker.inherits && looker.version < 160_000 {
+    let why = if has == Membership::None && !role.inherits && role.version < 160_000 {
         format!("{why}; the role is NOINHERIT, which is to be mended next")
     } else {
         why.to_owned()
@@ -308,13 +320,13 @@ fn privilege(
         kind,
         severity,
         name,
-        value: format!("{value} {}", crate::postgres::sql::identifier(&looker.role)),
+        value: format!("{value} {}", crate::postgres::sql::identifier(&role.name)),
         why,
-        mend: Some((sql::grant(name, has, looker), Effect::Immediate)),
+        fix: Some((sql::grant(name, has, role), Effect::Immediate)),
     })
 }
 
-fn in_between(pooler: Pooler) -> Option<SettingsFinding> {
+fn pooler_finding(pooler: Pooler) -> Option<SettingsFinding> {
     let (severity, value, why) = match pooler {
         Pooler::Direct => return None,
         Pooler::SharesSessions => (
@@ -341,12 +353,12 @@ fn in_between(pooler: Pooler) -> Option<SettingsFinding> {
         name: "pooler",
         value: value.to_owned(),
         why: why.to_owned(),
-        mend: None,
+        fix: None,
     })
 }
 
-fn standby(place: &Place) -> Option<SettingsFinding> {
-    place.standby.then(|| SettingsFinding {
+fn standby(session: &PoolSession) -> Option<SettingsFinding> {
+    session.standby.then(|| SettingsFinding {
         kind: SettingsFindingKind::Standby,
         severity: Severity::Note,
         name: "standby",
@@ -354,12 +366,12 @@ fn standby(place: &Place) -> Option<SettingsFinding> {
         why: "advisory locks are refused here, since they would exclude nobody on the primary; what mends roles is to \
               be run on the primary"
             .to_owned(),
-        mend: None,
+        fix: None,
     })
 }
 
 /// Whether a `log_line_prefix` has `%a`, which may be padded: `%-20a`. `%%` stands for itself.
-fn shows_application(prefix: &str) -> bool {
+fn includes_application_name(prefix: &str) -> bool {
     let mut rest = prefix;
     while let Some((_, escape)) = rest.split_once('%') {
         let escape = escape.trim_start_matches('-');
@@ -377,8 +389,8 @@ fn shows_application(prefix: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn setting(name: &str, value: &str, source: &str) -> Setting {
-        Setting {
+    fn setting(name: &str, value: &str, source: &str) -> SettingRow {
+        SettingRow {
             name: name.to_owned(),
             value: value.to_owned(),
             shown: value.to_owned(),
@@ -386,8 +398,8 @@ mod tests {
         }
     }
 
-    fn place() -> Place {
-        Place {
+    fn session() -> PoolSession {
+        PoolSession {
             role: "The \"App\"".to_owned(),
             database: "shop".to_owned(),
             standby: false,
@@ -395,9 +407,9 @@ mod tests {
         }
     }
 
-    fn looker() -> Looker {
-        Looker {
-            role: "The \"App\"".to_owned(),
+    fn role() -> MonitoringRole {
+        MonitoringRole {
+            name: "The \"App\"".to_owned(),
             reads_all_stats: Membership::Full,
             signals: Membership::Full,
             inherits: true,
@@ -407,11 +419,11 @@ mod tests {
         }
     }
 
-    fn found(values: &[Setting]) -> Vec<SettingsFinding> {
-        findings(&place(), values, &looker(), Pooler::Direct)
+    fn found(values: &[SettingRow]) -> Vec<SettingsFinding> {
+        findings(&session(), values, &role(), Pooler::Direct)
     }
 
-    /// Of one setting that comes from somewhere.
+    /// The fix for one setting whose value has this source.
     fn statement(name: &str, value: &str, source: &str) -> Option<String> {
         let mut values = vec![setting(name, value, source)];
         if name == "lock_timeout" {
@@ -426,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn what_mends_wins_over_where_the_value_comes_from() {
+    fn a_fix_overrides_the_source_of_the_value() {
         let role = r#"ALTER ROLE "The ""App""" SET lock_timeout = '10s'"#;
         let here = r#"ALTER ROLE "The ""App""" IN DATABASE "shop" SET lock_timeout = '10s'"#;
         for source in [
@@ -451,14 +463,14 @@ mod tests {
         }
         let server = "ALTER SYSTEM SET log_lock_waits = 'on'";
         let role = r#"ALTER ROLE "The ""App""" SET log_lock_waits = 'on'"#;
-        for (source, mends) in [
+        for (source, fix) in [
             ("default", Some(server)),
             ("configuration file", Some(server)),
             ("user", Some(role)),
             ("command line", None),
             ("session", None),
         ] {
-            assert_eq!(statement("log_lock_waits", "off", source).as_deref(), mends);
+            assert_eq!(statement("log_lock_waits", "off", source).as_deref(), fix);
         }
         let name = "max_locks_per_transaction";
         assert_eq!(statement(name, "10", "command line"), None);
@@ -469,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_statement_mends_says_where_to() {
+    fn a_finding_without_a_statement_names_the_place_to_change() {
         let finding = &found(&[setting("log_lock_waits", "off", "command line")])[0];
         assert!(finding.why().contains("where the server is started"));
         assert!(
@@ -479,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn timeouts_have_a_range() {
+    fn timeouts_outside_their_range_are_found() {
         let at = |deadlock: &str, lock: &str| {
             let values = [
                 setting("deadlock_timeout", deadlock, "default"),
@@ -509,10 +521,10 @@ mod tests {
     #[test]
     fn a_prefix_is_read_as_the_server_reads_it() {
         for shows in ["%a", "%m [%p] %-20a", "%%%a", "%q%10a "] {
-            assert!(shows_application(shows), "{shows}");
+            assert!(includes_application_name(shows), "{shows}");
         }
         for silent in ["", "%m [%p] ", "100%%a", "%", "%-", "a%", "%ä%"] {
-            assert!(!shows_application(silent), "{silent}");
+            assert!(!includes_application_name(silent), "{silent}");
         }
         let with = |destination| {
             found(&[
@@ -529,20 +541,20 @@ mod tests {
     }
 
     #[test]
-    fn a_grant_is_of_use_only_where_it_is_inherited() {
+    fn a_grant_to_a_role_that_does_not_inherit_says_so() {
         use Membership::{None, Uninherited};
         let statement = |signals, inherits, version| {
-            let looker = Looker {
+            let role = MonitoringRole {
                 signals,
                 inherits,
                 version,
-                ..looker()
+                ..role()
             };
-            let findings = findings(&place(), &[], &looker, Pooler::Direct);
+            let findings = findings(&session(), &[], &role, Pooler::Direct);
             findings[0].statement().map(str::to_owned)
         };
         let role = r#""The ""App""""#;
-        for (has, inherits, version, mends) in [
+        for (has, inherits, version, fix) in [
             (
                 None,
                 true,
@@ -580,18 +592,18 @@ mod tests {
                 format!("GRANT pg_signal_backend TO {role} WITH INHERIT TRUE"),
             ),
         ] {
-            assert_eq!(statement(has, inherits, version), Some(mends));
+            assert_eq!(statement(has, inherits, version), Some(fix));
         }
     }
 
     #[test]
-    fn a_full_table_is_worse_than_a_small_one() {
+    fn a_full_lock_table_needs_more_than_the_default() {
         let values = [setting("max_locks_per_transaction", "128", "default")];
-        let full = Looker {
+        let full = MonitoringRole {
             entries: 51,
-            ..looker()
+            ..role()
         };
-        let findings = findings(&place(), &values, &full, Pooler::Direct);
+        let findings = findings(&session(), &values, &full, Pooler::Direct);
         assert_eq!(
             findings[0].statement(),
             Some("ALTER SYSTEM SET max_locks_per_transaction = '256'")
