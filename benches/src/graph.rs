@@ -121,7 +121,7 @@ async fn look(monitor: &Monitor, plain: &Client, outcome: &mut Outcome) -> Resul
         return Err(format!("{} wait, {seen} were seen", outcome.waiters).into());
     }
     outcome.edges = snapshot.edges().len();
-    let took = snapshot.took();
+    let took = snapshot.duration();
     outcome.server.push(took.as_secs_f64() * 1e3);
     let ours = all.saturating_sub(took);
     outcome.ours.push(ours.as_secs_f64() * 1e3);

@@ -175,7 +175,12 @@ async fn what_queries_that_people_paste_show_of_a_scene() {
     let roots: Vec<_> = tree
         .roots()
         .filter(|root| !root.is_in_cycle())
-        .map(|root| (stage.name(root.backend().pid().unwrap()), root.blocks()))
+        .map(|root| {
+            (
+                stage.name(root.backend().pid().unwrap()),
+                root.blocked_count(),
+            )
+        })
         .collect();
     assert_eq!((soft, roots), (3, vec![('A', 4), ('F', 2)]));
     assert!(tree.cycles().len() == 1 && tree.cycles()[0].is_deadlock());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use lockkeeper::incident::{Cause, Quality};
+use lockkeeper::incident::{Cause, Completeness};
 use lockkeeper::tokio_postgres::{Client, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, TransactionOptions};
 use lockkeeper_testkit::IncidentScene;
@@ -40,7 +40,11 @@ async fn deadlock(reported: &IncidentScene, ours: Steps, theirs: Steps) -> Incid
     let incident = reported.after(1).await.remove(0);
     assert_eq!(incident.kind(), IncidentKind::Deadlock, "{incident}");
     assert_eq!(incident.sqlstate(), Some("40P01"));
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     assert_eq!(incident.cycle().len(), 2, "{incident}");
     incident
 }
@@ -88,7 +92,11 @@ async fn time_out(reported: &IncidentScene, sql: &str) -> Incident {
     ran.await.unwrap_err();
     let incident = reported.after(before + 1).await.remove(before);
     assert_eq!(incident.kind(), IncidentKind::LockTimeout, "{incident}");
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     incident
 }
 
@@ -221,7 +229,11 @@ async fn order_inversion_in_a_savepoint() {
     });
     ran.unwrap();
     let incident = reported.after(1).await.remove(0);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     is(&incident, Cause::OrderInversion);
 }
 
@@ -294,7 +306,11 @@ async fn order_inversion_of_three() {
         ran.await.unwrap().unwrap();
     }
     let incident = reported.after(1).await.remove(0);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     assert_eq!(incident.cycle().len(), 3, "{incident}");
     assert_eq!(incident.participants().len(), 3, "{incident}");
     is(&incident, Cause::OrderInversion);
@@ -523,5 +539,5 @@ async fn what_was_not_seen_is_not_explained() {
     assert_eq!(incident.diagnosis().cause(), Cause::Unknown, "{incident}");
     assert!(!incident.diagnosis().is_certain());
     assert_eq!(incident.diagnosis().fix(), None);
-    assert!(incident.missing().any(|why| why.contains("switched off")));
+    assert!(incident.caveats().any(|why| why.contains("switched off")));
 }

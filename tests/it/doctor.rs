@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool};
-use lockkeeper::{Effect, Keeper, Settings, SettingsFinding, SettingsFindingKind, Severity};
+use lockkeeper::{Effect, Keeper, SettingsFinding, SettingsFindingKind, SettingsReport, Severity};
 use lockkeeper_testkit::{
     GIVE_UP_AFTER, PoolMode, Scene, Server, eventually, poll_times_and_drop, pool_of,
     until_connected,
@@ -36,12 +36,12 @@ fn start(settings: &[(&str, &str)]) -> Server {
 }
 
 /// What is found over a new pool.
-async fn examine(config: &Config) -> Settings {
+async fn examine(config: &Config) -> SettingsReport {
     let keeper = Keeper::new(pool_of(config.clone(), 2));
     keeper.monitor().settings().await.unwrap()
 }
 
-fn kinds(settings: &Settings) -> BTreeSet<SettingsFindingKind> {
+fn kinds(settings: &SettingsReport) -> BTreeSet<SettingsFindingKind> {
     settings
         .findings()
         .iter()
@@ -49,7 +49,7 @@ fn kinds(settings: &Settings) -> BTreeSet<SettingsFindingKind> {
         .collect()
 }
 
-fn names(settings: &Settings) -> Vec<&str> {
+fn names(settings: &SettingsReport) -> Vec<&str> {
     settings
         .findings()
         .iter()
@@ -372,7 +372,7 @@ async fn planted_functions_are_not_run() {
     monitor.health().await.unwrap();
 }
 
-fn pooler(settings: &Settings) -> Option<(Severity, &str)> {
+fn pooler(settings: &SettingsReport) -> Option<(Severity, &str)> {
     let finding = settings.finding(SettingsFindingKind::Pooler)?;
     assert_eq!((finding.statement(), finding.effect()), (None, None));
     Some((finding.severity(), finding.value()))
@@ -474,7 +474,7 @@ async fn a_standby_is_named_as_one() {
     primary.batch_execute(build).await.unwrap_err();
     eventually("the index does not arrive", async || {
         let health = keeper.monitor().health().await.unwrap();
-        health.invalid_indexes() == &lockkeeper::Reading::Hidden
+        health.invalid_indexes() == &lockkeeper::ObservedValue::Hidden
     })
     .await;
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use lockkeeper::graph::BackendId;
-use lockkeeper::{Health, Keeper, LockKey, Monitor, Reading};
+use lockkeeper::{Health, Keeper, LockKey, Monitor, ObservedValue};
 use lockkeeper_testkit::{
     GIVE_UP_AFTER, Running, Scene, Server, Session, connect, eventually, pid_of,
     poll_times_and_drop,
@@ -75,8 +75,11 @@ async fn a_quiet_server_is_healthy() {
     assert_eq!((health.lock_waiters(), health.longest_wait()), (0, None));
     assert_eq!((health.root_blockers(), health.cycles()), (&[][..], 0));
     assert_eq!(health.hidden_sessions(), 0);
-    assert_eq!(health.oldest_transaction(), &Reading::Known(None));
-    assert_eq!(health.oldest_idle_in_transaction(), &Reading::Known(None));
+    assert_eq!(health.oldest_transaction(), &ObservedValue::Known(None));
+    assert_eq!(
+        health.oldest_idle_in_transaction(),
+        &ObservedValue::Known(None)
+    );
     let deadlocks = health.deadlocks().unwrap();
     assert_eq!(deadlocks.count(), 0);
     let prepared = health.prepared_transactions();
@@ -162,7 +165,7 @@ async fn trouble_is_told_in_numbers() {
     assert_eq!(oldest.as_ref().unwrap().pid(), Some(root.pid));
     let idle = health.oldest_idle_in_transaction().known().unwrap();
     assert_eq!(idle.as_ref().unwrap().pid(), Some(root.pid));
-    assert!(idle.as_ref().unwrap().in_state().unwrap() < GIVE_UP_AFTER);
+    assert!(idle.as_ref().unwrap().state_age().unwrap() < GIVE_UP_AFTER);
     // Held, not awaited.
     assert_eq!(health.advisory_locks_held(), 1);
     let text = health.to_string();
@@ -182,7 +185,10 @@ async fn trouble_is_told_in_numbers() {
     let health = alone.monitor.health().await.unwrap();
     assert_eq!((health.lock_waiters(), health.cycles()), (4, 1));
     assert_eq!(health.root_blockers(), &roots[1..]);
-    assert_eq!(health.oldest_idle_in_transaction(), &Reading::Known(None));
+    assert_eq!(
+        health.oldest_idle_in_transaction(),
+        &ObservedValue::Known(None)
+    );
     for waiting in waiting {
         waiting.abort();
     }
@@ -224,7 +230,7 @@ async fn deadlocks_and_prepared_transactions_are_counted() {
     assert_eq!(prepared.count(), 2);
     assert!(prepared.oldest().unwrap() < GIVE_UP_AFTER);
     // They are no session's.
-    assert_eq!(health.oldest_transaction(), &Reading::Known(None));
+    assert_eq!(health.oldest_transaction(), &ObservedValue::Known(None));
     let text = health.to_string();
     assert!(
         text.contains("\n2 prepared transactions, the oldest for "),
@@ -331,8 +337,10 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
             // Hidden from a role without privileges, it is left open whether `plain`, on the same table, is its work.
             let health = stranger.health().await.unwrap();
             match health.invalid_indexes() {
-                Reading::Known(_) => assert_eq!(invalid(&health), left, "{work} after {keeps}"),
-                Reading::AtLeast(indexes) => {
+                ObservedValue::Known(_) => {
+                    assert_eq!(invalid(&health), left, "{work} after {keeps}")
+                }
+                ObservedValue::AtLeast(indexes) => {
                     assert!(
                         work.starts_with("CREATE") || work.starts_with("REINDEX"),
                         "{work}"
@@ -405,8 +413,8 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
     let monitor = looking_as(scene, &role);
     let health = monitor.health().await.unwrap();
     assert!(health.hidden_sessions() >= 2);
-    assert_eq!(health.oldest_transaction(), &Reading::Hidden);
-    assert_eq!(health.oldest_idle_in_transaction(), &Reading::Hidden);
+    assert_eq!(health.oldest_transaction(), &ObservedValue::Hidden);
+    assert_eq!(health.oldest_idle_in_transaction(), &ObservedValue::Hidden);
     // What everybody may see.
     assert!(health.lock_waiters() >= 1 && health.longest_wait().is_some());
     let blocker = BackendId::Pid(pid_of_holder(scene).await);
@@ -428,7 +436,7 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
         health.oldest_transaction(),
         health.oldest_idle_in_transaction(),
     ] {
-        let Reading::AtLeast(Some(backend)) = reading else {
+        let ObservedValue::AtLeast(Some(backend)) = reading else {
             panic!("{reading:?}");
         };
         assert_eq!((backend.pid(), reading.is_known()), (Some(own_pid), false));

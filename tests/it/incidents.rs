@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use lockkeeper::incident::{Cause, Quality};
+use lockkeeper::incident::{Cause, Completeness};
 use lockkeeper::tokio_postgres::{self, Client, NoTls};
 use lockkeeper::{Error, ErrorKind, IncidentKind, Keeper, TransactionOptions};
 use lockkeeper_testkit::{GIVE_UP_AFTER, IncidentScene, Skip, assert_error, eventually, in_time};
@@ -106,7 +106,11 @@ async fn a_deadlock_names_both_statements_both_call_sites_the_relation_and_the_r
     assert_eq!(incidents.len(), 1);
     let incident = &incidents[0];
     assert_eq!(incident.kind(), IncidentKind::Deadlock);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     assert_eq!(incident.diagnosis().cause(), Cause::OrderInversion);
     assert_eq!(incident.participants().len(), 2);
     for participant in incident.participants() {
@@ -170,7 +174,11 @@ async fn the_other_side_may_be_anybody() {
     connection.await.unwrap().unwrap();
 
     let incident = reported.after(1).await.remove(0);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     let other = incident
         .participants()
         .iter()
@@ -206,7 +214,11 @@ async fn without_a_side_connection_the_pool_is_asked() {
     );
     assert_eq!(attempts.unwrap(), 2);
     let incident = reported.after(1).await.remove(0);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     reported.scene.nothing_left().await;
 }
 
@@ -228,7 +240,7 @@ async fn without_any_look_both_sides_are_known_by_their_journals() {
         let sites = incident.participants().iter().filter_map(|p| p.call_site());
         assert_eq!(sites.count(), 2, "{incident}");
         assert_eq!(incident.cycle().len(), 2, "{incident}");
-        assert!(incident.missing().next().is_some(), "{incident}");
+        assert!(incident.caveats().next().is_some(), "{incident}");
     }
 }
 
@@ -603,7 +615,7 @@ async fn a_side_connection_that_fails_holds_up_nothing() {
         let incident = reported.after(1).await.remove(0);
         assert_eq!(incident.kind(), IncidentKind::Deadlock);
         assert!(incident.victim().statement().is_some());
-        let missing: Vec<_> = incident.missing().collect();
+        let missing: Vec<_> = incident.caveats().collect();
         assert!(
             missing
                 .iter()
@@ -631,7 +643,11 @@ async fn a_side_connection_that_died_is_opened_again() {
         );
         assert_eq!(attempts.unwrap(), 2);
         let incident = reported.after(round).await.remove(round - 1);
-        assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+        assert_eq!(
+            incident.completeness(),
+            Completeness::Complete,
+            "{incident}"
+        );
         let killed = reported
             .scene
             .observer

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _};
-use lockkeeper::{Changes, ErrorKind, RecoveryCriterion, Trend};
+use lockkeeper::{ErrorKind, RecoveryCriterion, SnapshotDiff, Trend};
 use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Server, assert_error, keeper_as};
 
 const OFTEN: Duration = Duration::from_millis(100);
@@ -44,7 +44,7 @@ async fn waits_that_begin_and_end_are_told() {
     let changes = update.changes();
     assert_eq!(changes.ended_waits()[0].waiter().pid(), Some(waiter.pid));
     assert_eq!(changes.ended_roots()[0].pid(), Some(holder.pid));
-    assert_eq!(*changes, Changes::between(&before, update.snapshot()));
+    assert_eq!(*changes, SnapshotDiff::between(&before, update.snapshot()));
     let text = update.to_string();
     assert!(
         text.starts_with("nobody waits") && text.contains("waits no more"),

@@ -90,7 +90,7 @@ async fn oneself_and_the_servers_own_are_left_alone() {
             ground.monitor.terminate(backend).await.unwrap(),
         ] {
             match outcome {
-                SignalOutcome::Protected(Protection::Oneself) => own += 1,
+                SignalOutcome::Protected(Protection::SignallingSession) => own += 1,
                 SignalOutcome::Protected(_) | SignalOutcome::Gone => {}
                 // An autovacuum worker may be cancelled, and other keepers' connections come and go.
                 other => assert_eq!(backend.backend_type(), Some("autovacuum worker"), "{other}"),

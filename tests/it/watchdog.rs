@@ -35,9 +35,9 @@ async fn next(findings: &mut UnboundedReceiver<Finding>) -> Finding {
 
 /// So many more looks.
 async fn looks(watchdog: &Watchdog, more: u64) {
-    let before = watchdog.looks();
+    let before = watchdog.samples();
     eventually("it does not look", async || {
-        watchdog.looks() >= before + more
+        watchdog.samples() >= before + more
     })
     .await;
 }
@@ -280,7 +280,7 @@ async fn dropped_it_ends_too() {
     for _ in 0..3 {
         let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
         // At once, and after looks.
-        if watchdog.looks() == 0 {
+        if watchdog.samples() == 0 {
             looks(&watchdog, 1).await;
         }
         drop(watchdog);

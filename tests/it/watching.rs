@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use lockkeeper::incident::Quality;
+use lockkeeper::incident::Completeness;
 use lockkeeper::tokio_postgres::{self, NoTls};
 use lockkeeper::{Error, Incident, IncidentKind, Keeper, TransactionOptions};
 use lockkeeper_testkit::{
@@ -153,7 +153,11 @@ async fn statements_after_the_one_that_failed_do_not_hide_its_evidence() {
         ran.await.unwrap();
         survivor.await.unwrap();
         let incident = reported.after(1).await.remove(0);
-        assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+        assert_eq!(
+            incident.completeness(),
+            Completeness::Complete,
+            "{incident}"
+        );
         let statement = incident.victim().statement().unwrap();
         assert!(statement.starts_with("UPDATE"), "{incident}");
         let mut lines = incident.victim().journal().iter();
@@ -186,7 +190,11 @@ async fn an_answer_that_the_driver_refuses_does_not_hide_what_the_server_refused
     ran.await.unwrap_err();
     let incident = reported.after(1).await.remove(0);
     assert_eq!(incident.kind(), IncidentKind::LockTimeout);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     let statement = incident.victim().statement().unwrap();
     assert!(statement.starts_with("UPDATE"), "{incident}");
     holder.batch_execute("ROLLBACK").await.unwrap();
@@ -241,7 +249,11 @@ async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_f
     survivor.await.unwrap();
     eventually("no report", async || !incidents.lock().unwrap().is_empty()).await;
     let incident = incidents.lock().unwrap().remove(0);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     let statement = incident.victim().statement().unwrap();
     assert!(statement.starts_with("UPDATE"), "{incident}");
 }
@@ -277,7 +289,11 @@ async fn a_commit_that_waits_is_seen() {
     let (ran, ()) = tokio::join!(ran, survivor);
     ran.unwrap();
     let incident = reported.after(1).await.remove(0);
-    assert_eq!(incident.quality(), Quality::Complete, "{incident}");
+    assert_eq!(
+        incident.completeness(),
+        Completeness::Complete,
+        "{incident}"
+    );
     assert_eq!(incident.victim().statement(), Some("COMMIT"), "{incident}");
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use lockkeeper::graph::{Backend, TreeNode};
-use lockkeeper::{AdvisoryLockEntry, Reading};
+use lockkeeper::{AdvisoryLockEntry, ObservedValue};
 use ratatui::Frame;
 use ratatui::buffer::Buffer;
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -43,7 +43,7 @@ pub(crate) fn draw(frame: &mut Frame<'_>, app: &mut App) {
 fn heading(app: &App) -> Line<'static> {
     let mut line = Line::from(vec![Span::from(" locktop ").bold().reversed()]);
     if let Some(look) = &app.look {
-        let took = look.health.snapshot().took();
+        let took = look.health.snapshot().duration();
         line.push_span(format!(
             " {}, seen in {took:.1?}",
             plain(look.health.database())
@@ -75,7 +75,7 @@ fn numbers(look: Option<&Look>) -> Paragraph<'static> {
         health.lock_table().fill() > 0.5,
         false,
         health.prepared_transactions().count() > 0,
-        !matches!(health.invalid_indexes(), Reading::Known(none) if none.count() == 0),
+        !matches!(health.invalid_indexes(), ObservedValue::Known(none) if none.count() == 0),
     ];
     let text = health.to_string();
     let lines: Vec<_> = text
@@ -123,8 +123,8 @@ fn tree_line(depth: usize, node: &TreeNode<'_>) -> Line<'static> {
     }
     // Infallible: writing to a String.
     let _ = write!(text, "{}", node.backend().id());
-    if node.blocks() > 0 {
-        let _ = write!(text, " blocks {}", node.blocks());
+    if node.blocked_count() > 0 {
+        let _ = write!(text, " blocks {}", node.blocked_count());
     }
     if let Some(edge) = node.edge() {
         if let Some(waited) = edge.wait_age() {
@@ -245,7 +245,7 @@ fn who(backend: &Backend) -> String {
         text.push_str(" (state hidden)");
     } else if let Some(state) = backend.state() {
         let _ = write!(text, " ({state}");
-        if let Some(lasts) = backend.in_state() {
+        if let Some(lasts) = backend.state_age() {
             let _ = write!(text, " {}", age(lasts));
         }
         text.push(')');

@@ -37,12 +37,12 @@ async fn prepared_transactions_are_roots_without_a_pid() {
     );
     assert_eq!(prepared.database(), Some(stage.scene.database.name()));
     assert_eq!(prepared.user(), stage.scene.database.config().get_user());
-    assert!(prepared.in_transaction().unwrap() < GIVE_UP_AFTER);
+    assert!(prepared.transaction_age().unwrap() < GIVE_UP_AFTER);
     assert_eq!(
         (prepared.state(), prepared.application_name()),
         (None, None)
     );
-    assert_eq!(snapshot.blocked_by(&id), 2);
+    assert_eq!(snapshot.blocked_count(&id), 2);
     let text = snapshot.tree().to_string();
     assert!(
         text.contains(&format!("prepared transaction \"{gid}\" (user ")),
@@ -204,7 +204,7 @@ async fn five_hundred_sessions_are_seen_at_once() {
             panic!("{tree}");
         };
         assert_eq!(root.backend().pid(), Some(a.pid));
-        assert_eq!((root.blocks(), root.children().count()), (500, 500));
+        assert_eq!((root.blocked_count(), root.children().count()), (500, 500));
         assert!(
             root.children()
                 .all(|child| child.edge().is_some_and(|edge| !edge.is_soft()))

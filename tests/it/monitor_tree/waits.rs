@@ -41,7 +41,7 @@ async fn a_chain_and_another_tree() {
 
     let (before, asked) = (SystemTime::now(), Instant::now());
     let snapshot = stage.monitor.snapshot().await.unwrap();
-    let took = snapshot.took();
+    let took = snapshot.duration();
     assert!(took > Duration::ZERO && took <= asked.elapsed(), "{took:?}");
     let off = snapshot
         .taken_at()
@@ -54,7 +54,7 @@ async fn a_chain_and_another_tree() {
         stage.edges(&snapshot),
         expected(["B held by A", "C held by B", "D held by H"])
     );
-    assert_eq!(snapshot.blocked_by(&a.pid.into()), 2);
+    assert_eq!(snapshot.blocked_count(&a.pid.into()), 2);
 
     let edge = stage.edge(&snapshot, &b);
     assert!(
@@ -85,10 +85,10 @@ async fn a_chain_and_another_tree() {
     assert!(root.statement().unwrap().contains("secret-a"));
     assert!(!root.is_hidden() && !root.is_gone());
     for age in [
-        root.in_state(),
-        root.in_transaction(),
-        root.since_statement(),
-        root.connected_for(),
+        root.state_age(),
+        root.transaction_age(),
+        root.statement_age(),
+        root.connection_age(),
     ] {
         assert!(age.unwrap() < GIVE_UP_AFTER, "{age:?}");
     }

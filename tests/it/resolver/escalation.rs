@@ -36,7 +36,7 @@ async fn a_dry_run_changes_nothing() {
         actions(&log),
         [(Action::Wait, pid), (Action::Terminate, pid)]
     );
-    for row in &log.rows()[1..] {
+    for row in &log.entries()[1..] {
         assert_eq!(*row.outcome(), StepOutcome::DryRun);
     }
     let text = log.to_string();
@@ -48,7 +48,10 @@ async fn a_dry_run_changes_nothing() {
     assert!(called.lock().unwrap().is_empty());
     // The baseline is of that time.
     let baseline = log.baseline();
-    assert_eq!(baseline.snapshot().blocked_by(&pile.holder.pid.into()), 2);
+    assert_eq!(
+        baseline.snapshot().blocked_count(&pile.holder.pid.into()),
+        2
+    );
     assert!(baseline.activity().iter().any(|b| b.pid() == pid));
     let setting = |name: &str| {
         let mut settings = baseline.settings().iter();
@@ -99,7 +102,7 @@ async fn who_finishes_is_waited_for() {
         .unwrap();
     let log = run.await.unwrap().unwrap();
     assert!(log.is_recovered() && log.signals() == 0, "{log}");
-    for row in log.rows() {
+    for row in log.entries() {
         if row.action() == Action::Wait {
             assert_eq!(*row.outcome(), StepOutcome::Helped, "{log}");
         }
@@ -133,11 +136,11 @@ async fn a_statement_is_cancelled_when_waiting_did_not_help() {
         "{log}"
     );
     assert!(log.is_recovered() && log.signals() == 1, "{log}");
-    let cancel = &log.rows()[3];
+    let cancel = &log.entries()[3];
     assert_eq!(*cancel.outcome(), StepOutcome::Helped);
     assert_eq!(cancel.waits_before().unwrap().sessions(), 2);
     assert_eq!(cancel.waits_fell(), Some(true), "{log}");
-    let waited = &log.rows()[2];
+    let waited = &log.entries()[2];
     assert_eq!(*waited.outcome(), StepOutcome::DidNotHelp);
     assert!(waited.after() >= 50 * TICK);
     assert_eq!(
@@ -160,7 +163,7 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
     let working = pile.holder.start(stubborn);
     ground.until_in_state(pile.holder.pid, "active").await;
     let policy = policy(&ground).wait(50 * TICK).execute(true);
-    let polite = policy.clone().may_terminate(false).settle(50 * TICK);
+    let polite = policy.clone().allow_terminate(false).settle(50 * TICK);
     let polite = resolver(&ground, polite);
     let log = polite.run().await.unwrap();
     let pid = Some(pile.holder.pid);
@@ -174,7 +177,7 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
         "{log}"
     );
     assert_eq!(*log.end(), RunEnd::NothingLeftToDo);
-    assert_eq!(*log.rows()[2].outcome(), StepOutcome::DidNotHelp);
+    assert_eq!(*log.entries()[2].outcome(), StepOutcome::DidNotHelp);
 
     // The cancel does not help for all of that time, and the termination has to within it.
     let log = resolver(&ground, policy.settle(GIVE_UP_AFTER / 3))
@@ -219,8 +222,8 @@ async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its
         [(Action::Wait, pid), (Action::Terminate, pid)],
         "{log}"
     );
-    let target = log.rows()[2].target().unwrap();
-    assert!(target.in_state().unwrap() >= 10 * TICK, "{log}");
+    let target = log.entries()[2].target().unwrap();
+    assert!(target.state_age().unwrap() >= 10 * TICK, "{log}");
     assert!(log.is_recovered(), "{log}");
     ground.until_gone(pile.holder.pid).await;
     pile.all_go_on().await;
@@ -257,11 +260,11 @@ async fn one_root_blocker_after_another() {
     // As many signals as are allowed, and no more.
     let again = PileUp::new(&ground).await;
     let _other = other_pile(&ground).await;
-    let policy = policy(&ground).most_signals(1).execute(true);
+    let policy = policy(&ground).max_signals(1).execute(true);
     let log = resolver(&ground, policy).run().await.unwrap();
     assert_eq!(
         (log.end(), log.signals()),
-        (&RunEnd::MostSignals, 1),
+        (&RunEnd::MaxSignals, 1),
         "{log}"
     );
     again.all_go_on().await;

@@ -85,7 +85,7 @@ fn actions(log: &RunLog) -> Vec<(Action, Option<i32>)> {
         let statement = target.and_then(Backend::statement);
         statement.is_some_and(|sql| sql.contains("v = 'w'"))
     };
-    log.rows()
+    log.entries()
         .iter()
         .filter(|row| row.action() != Action::Baseline && !has_waited(row.target()))
         .map(|row| {
@@ -96,7 +96,7 @@ fn actions(log: &RunLog) -> Vec<(Action, Option<i32>)> {
 }
 
 fn left_alone(log: &RunLog, pid: i32) -> String {
-    let rows = log.rows().iter();
+    let rows = log.entries().iter();
     let mut rows = rows.filter(|row| row.target().and_then(|target| target.pid()) == Some(pid));
     let row = rows.next().unwrap_or_else(|| panic!("{log}"));
     assert_eq!(row.action(), Action::LeaveAlone, "{log}");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lockkeeper::resolver::{RunEnd, StepOutcome, Verdict};
+use lockkeeper::resolver::{Decision, RunEnd, StepOutcome};
 use lockkeeper::{Monitor, Protection, SignalOutcome};
 use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Session, eventually, keeper_as, quoted};
 
@@ -92,7 +92,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     assert!(left_alone(&log, builder.pid).contains("builds an index"));
     assert!(!building.is_finished());
     // With leave it is cancelled.
-    let log = resolver(&ground, eager.touch_migrations(true).settle(GIVE_UP_AFTER))
+    let log = resolver(&ground, eager.allow_migrations(true).settle(GIVE_UP_AFTER))
         .run()
         .await
         .unwrap();
@@ -128,8 +128,11 @@ async fn oneself_is_left_alone() {
     let root = roots
         .find(|root| root.backend().pid() == Some(pid))
         .unwrap();
-    assert_eq!(*root.verdict(), Verdict::LeaveAlone(Protection::OwnSession));
-    let allowed = eager.touch_own_sessions(true).settle(GIVE_UP_AFTER);
+    assert_eq!(
+        *root.decision(),
+        Decision::LeaveAlone(Protection::OwnSession)
+    );
+    let allowed = eager.allow_own_sessions(true).settle(GIVE_UP_AFTER);
     let log = resolver(&ground, allowed).run().await.unwrap();
     assert!(log.is_recovered() && log.signals() == 1, "{log}");
     waiting.await.unwrap().unwrap();
@@ -162,10 +165,10 @@ async fn prepared_transactions_and_cycles_are_for_others() {
     let statement = format!("ROLLBACK PREPARED '{gid}'");
     assert!(log.to_string().contains(&statement), "{log}");
     let root = &log.plan().roots()[0];
-    let by_hand = Verdict::ByHand {
+    let by_hand = Decision::ByHand {
         statement: Some(statement.as_str().into()),
     };
-    assert!(format!("{:?}", root.verdict()) == format!("{by_hand:?}"));
+    assert!(format!("{:?}", root.decision()) == format!("{by_hand:?}"));
     ground.observer.batch_execute(&statement).await.unwrap();
     waiting.await.unwrap().unwrap();
 
@@ -220,7 +223,7 @@ async fn roles() {
     ground.observer.batch_execute(&grant).await.unwrap();
     // Now it sees, and may not signal.
     let log = monitor.resolver(quick.clone()).run().await.unwrap();
-    let refused = log.rows().iter().find_map(|row| match row.outcome() {
+    let refused = log.entries().iter().find_map(|row| match row.outcome() {
         StepOutcome::NotSignalled(SignalOutcome::NotPermitted { needs, .. }) => Some(needs.clone()),
         _ => None,
     });
@@ -248,11 +251,11 @@ async fn roles() {
         "{log}"
     );
     pile.is_untouched().await;
-    let told = monitor.resolver(quick.touch_superusers(true));
+    let told = monitor.resolver(quick.allow_superusers(true));
     let log = told.run().await.unwrap();
     assert!(log.to_string().contains("only a superuser"), "{log}");
     pile.is_untouched().await;
-    let log = resolver(&ground, eager.touch_superusers(true))
+    let log = resolver(&ground, eager.allow_superusers(true))
         .run()
         .await
         .unwrap();

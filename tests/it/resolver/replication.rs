@@ -22,8 +22,8 @@ async fn replication_and_a_running_backup_are_left_alone() {
     let eager = policy(&ground)
         .wait(Duration::ZERO)
         .idle_grace(Duration::ZERO)
-        .touch_migrations(true)
-        .touch_superusers(true)
+        .allow_migrations(true)
+        .allow_superusers(true)
         .settle(TICK)
         .execute(true);
 
@@ -171,8 +171,8 @@ async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
     ground.until_waiting(waiter.pid).await;
     let eager = policy(&ground)
         .wait(Duration::ZERO)
-        .touch_migrations(true)
-        .touch_superusers(true)
+        .allow_migrations(true)
+        .allow_superusers(true)
         .settle(TICK)
         .execute(true);
     let log = resolver(&ground, eager).run().await.unwrap();

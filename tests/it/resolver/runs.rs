@@ -60,7 +60,7 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
     });
     let log = resolver(&ground, panics).run().await.unwrap();
     assert!(log.is_recovered(), "{log}");
-    assert_eq!(*log.rows()[1].outcome(), StepOutcome::HookPanicked);
+    assert_eq!(*log.entries()[1].outcome(), StepOutcome::HookPanicked);
     assert_eq!(soon(&mut told).await, Some(LoadChange::Shed));
     assert_eq!(soon(&mut told).await, Some(LoadChange::Resume));
     pile.all_go_on().await;
@@ -238,8 +238,8 @@ async fn every_step_is_an_event_and_shows_no_literal() {
         .lines()
         .filter(|line| line.contains("lockkeeper::resolver"))
         .collect();
-    assert_eq!(events.len(), log.rows().len() + 1, "{told}");
-    for (event, row) in events.iter().zip(log.rows()) {
+    assert_eq!(events.len(), log.entries().len() + 1, "{told}");
+    for (event, row) in events.iter().zip(log.entries()) {
         assert!(event.contains(" INFO "), "{event}");
         assert!(event.contains(&row.to_string()), "{event}");
     }
@@ -264,7 +264,7 @@ async fn with_nobody_waiting_there_is_nothing_to_do() {
         .execute(true);
     let log = resolver(&ground, policy).run().await.unwrap();
     assert!(log.is_recovered() && log.signals() == 0, "{log}");
-    assert_eq!(log.rows().len(), 1, "{log}");
+    assert_eq!(log.entries().len(), 1, "{log}");
     assert!(idle.is_alive().await);
 }
 

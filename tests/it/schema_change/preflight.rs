@@ -68,7 +68,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
         );
         let who = &lock.blockers()[0];
         assert_eq!(who.application_name(), Some("everything"));
-        assert!(who.in_transaction().is_some() && who.is_holder());
+        assert!(who.transaction_age().is_some() && who.is_holder());
         assert!(!preflight.is_clear() && preflight.unrecognized().is_empty());
         assert!(preflight.to_string().contains("everything"), "{preflight}");
 

@@ -35,7 +35,7 @@ async fn a_timeout_names_the_key_the_wait_and_the_holder() {
                 assert!(blocker.is_holder(), "{what}");
                 assert_eq!(blocker.mode(), AdvisoryMode::Exclusive, "{what}");
                 assert_eq!(blocker.state(), Some(state), "{what}");
-                assert!(blocker.in_state().is_some(), "{what}");
+                assert!(blocker.state_age().is_some(), "{what}");
                 assert!(blocker.user().is_some(), "{what}");
                 assert_eq!(blocker.prepared_transaction(), None, "{what}");
                 let name = blocker.application_name().unwrap();
@@ -137,8 +137,8 @@ async fn a_role_without_privileges_is_told_what_it_may_see_and_nothing_wrong() {
         let name = blocker.application_name().unwrap();
         assert!(name.contains("tests/it/timeouts/blockers.rs:"), "{name}");
         assert_eq!(blocker.state(), None);
-        assert_eq!(blocker.in_state(), None);
-        assert_eq!(blocker.in_transaction(), None);
+        assert_eq!(blocker.state_age(), None);
+        assert_eq!(blocker.transaction_age(), None);
         if let Some(user) = blocker.user() {
             let own = scene.database.config();
             assert_eq!(Some(user), own.get_user());

@@ -103,7 +103,7 @@ async fn health_is_recorded_under_the_documented_names() {
         .unwrap();
     assert_eq!(
         value("transaction_oldest_seconds"),
-        oldest.in_transaction().unwrap().as_secs_f64()
+        oldest.transaction_age().unwrap().as_secs_f64()
     );
     assert!(value("idle_in_transaction_oldest_seconds") > 0.0);
 }
