@@ -75,7 +75,7 @@ impl Keeper {
 
     /// Several advisory locks, to be acquired together: sorted, without repeats, all or none, under one total wait.
     ///
-    /// Two callers that want overlapping sets never wait for each other in a circle, whatever order they name them in.
+    /// Two callers that want overlapping sets never wait for each other in a cycle, whatever order they name them in.
     #[track_caller]
     pub fn advisory_locks<K: Into<LockKey>>(
         &self,

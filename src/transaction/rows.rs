@@ -36,7 +36,7 @@ impl Tx {
     /// Eight workers that each change 4 of 40 rows in an order of their own, on a machine of two cores with the server
     /// beside them: 10 commits a second, and 1360 with this call before; where one UPDATE joins its rows with a list, 34
     /// and 1845 (the benchmark `rows`). What costs is not the victim's second run, but the `deadlock_timeout`, a second,
-    /// for which all of a circle stand still until the server has found it.
+    /// for which all of a cycle stand still until the server has found it.
     ///
     /// The lock is `FOR NO KEY UPDATE`, what an UPDATE takes that leaves the key alone: foreign keys that refer to the
     /// rows go on being checked. [`mode`](LockRows::mode) takes another one; take `FOR UPDATE` before a DELETE, since a

@@ -14,7 +14,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 
 /// The least pause after a deadlock. A row's lock is not handed over to the one who waits for it: who comes back at once
-/// can take it before the one who was woken, and close the circle again.
+/// can take it before the one who was woken, and close the cycle again.
 const AFTER_DEADLOCK: Duration = Duration::from_millis(2);
 
 /// How often a transaction is run, and how long between.

@@ -140,7 +140,7 @@ fn tree_line(depth: usize, node: &TreeNode<'_>) -> Line<'static> {
     }
     let mut about = String::from("  ");
     if node.is_in_cycle() {
-        about.push_str("in a circle; ");
+        about.push_str("in a cycle; ");
     }
     about.push_str(&who(node.backend()));
     let colour = match (node.edge(), node.is_in_cycle()) {
