@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lockkeeper::Monitor;
 use lockkeeper::graph::{BackendId, Edge, EdgeKind, LockTree, Snapshot, TreeNode};
-use lockkeeper_testkit::{NINE_ROWS, Running, Scene, Session, until_waiting};
+use lockkeeper_testkit::{NINE_ROWS, Running, Scene, Session};
 
 /// A scene with named sessions, of which the shared server's other sessions are told apart.
 struct Stage {
@@ -62,10 +62,6 @@ impl Stage {
     async fn waits(&mut self, actor: &Session, sql: &str) {
         let waiting = actor.start_waiting(&self.scene.observer, sql).await;
         self.waits.push(waiting);
-    }
-
-    async fn waiting(&self, pid: i32) {
-        until_waiting(&self.scene.observer, pid).await;
     }
 
     fn name(&self, id: &BackendId) -> String {

@@ -141,7 +141,9 @@ async fn a_lost_guard_ends_quietly() {
 async fn a_guard_that_is_lost_during_commit_does_not_know_its_outcome() {
     let scene = Scene::new(2).await;
     let proxy = Proxy::before(scene.database.server());
-    let keeper = Keeper::new(proxy.pool(&scene.database.config(), 2));
+    // Nothing but the test's own transactions is to end with COMMIT.
+    let pool = proxy.pool(&scene.database.config(), 2);
+    let keeper = Keeper::builder(pool).watch(false).build();
     scene.run("CREATE TABLE note (id int)").await;
     for (fault, applied) in [
         (Fault::CutBefore, 0),

@@ -154,7 +154,9 @@ async fn cut_during_commit_it_is_never_applied_twice() {
         .await
         .unwrap();
     let proxy = Proxy::before(scene.database.server());
-    let keeper = Keeper::new(proxy.pool(&scene.database.config(), 2));
+    // Nothing but the test's own transactions is to end with COMMIT.
+    let pool = proxy.pool(&scene.database.config(), 2);
+    let keeper = Keeper::builder(pool).watch(false).build();
     for (fault, applied) in [
         (Some(Fault::CutBefore), 0),
         (Some(Fault::Reset), 0),
