@@ -215,7 +215,7 @@ async fn hooks_are_not_run_when_the_outcome_is_unknown() {
 }
 
 #[tokio::test]
-async fn hooks_run_whoever_holds_the_transaction() {
+async fn hooks_run_for_every_owner_of_the_transaction() {
     let scene = rows(1).await;
     let done = Done::default();
     let keeper = &scene.keeper;
