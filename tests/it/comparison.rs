@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use lockkeeper::graph::Snapshot;
 use lockkeeper_testkit::{NINE_ROWS, Running, Scene, Server, Session};
 
-/// Who waits, and who is said to be in the way.
+/// The waiter, and the session that is shown to block it.
 type Edges = BTreeSet<(char, char)>;
 
 /// On one object, whatever is locked.
@@ -19,19 +19,19 @@ const SAME_OBJECT: &str = "
     AND w.classid IS NOT DISTINCT FROM b.classid AND w.objid IS NOT DISTINCT FROM b.objid
     AND w.objsubid IS NOT DISTINCT FROM b.objsubid AND w.pid <> b.pid";
 
-/// Everybody who has to do with the object.
+/// All sessions that hold or want the object.
 fn self_join() -> String {
     format!(
         "SELECT DISTINCT w.pid, b.pid FROM pg_locks w JOIN pg_locks b ON {SAME_OBJECT} WHERE NOT w.granted"
     )
 }
 
-/// Those who hold something of it.
+/// The sessions that hold it.
 fn self_join_of_holders() -> String {
     format!("{} AND b.granted", self_join())
 }
 
-/// From those who block and do not wait down to those who wait for them, over any list of edges.
+/// From sessions that block and do not wait down to those that wait for them, over any list of edges.
 fn recursive(edges: &str) -> String {
     format!(
         "WITH RECURSIVE edge (waiter, blocker) AS ({edges}),
@@ -205,7 +205,7 @@ async fn what_queries_that_people_paste_show_of_a_scene() {
     assert_eq!(mistakes(&of_pids, &truth), (0, 2));
 }
 
-/// Of those who queue for one lock each waits for all before it, so that there are very many ways down.
+/// Each session that queues for a lock waits for all before it, so that there are very many ways down.
 #[tokio::test]
 async fn a_recursive_query_over_a_queue_shows_every_way_through_it() {
     let server = Server::start(&[("deadlock_timeout", "10min")]).unwrap();

@@ -107,7 +107,7 @@ async fn the_lock_costs_no_message_more() {
     }
 }
 
-/// How many others of the group run, and whether somebody ran beside one who should be alone.
+/// How many others of the group run, and whether one of them ran beside a member that should be alone.
 #[derive(Default)]
 struct Watch {
     running: AtomicU32,
@@ -253,8 +253,8 @@ async fn locked_out(scene: &Scene) {
     until_group(scene, false, 1).await;
 }
 
-/// Somebody who begins to wait before all those it meets is the victim each time: the server breaks the deadlock that it
-/// finds first, by ending who has found it.
+/// A transaction that begins to wait before all others it meets is the victim each time: the server ends the session
+/// whose check finds the deadlock first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_would_lose_each_time_loses_twice_in_a_group() {
     for in_group in [false, true] {
@@ -279,7 +279,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
                         over.notified().await;
                     }
                     loser_pid.store(tx.backend_pid().unwrap(), Ordering::Relaxed);
-                    // When it looks, the other one waits too.
+                    // When its check runs, the other one waits too.
                     tx.batch_execute("SET LOCAL deadlock_timeout = '2s'")
                         .await?;
                     tx.execute("UPDATE t SET n = n + 1 WHERE id = 1", &[])
@@ -287,7 +287,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
                     holds.notify_one();
                     tokio::select! {
                         () = ready.notified() => {}
-                        // Alone, nobody comes.
+                        // While it is alone, no other member comes.
                         () = locked_out(&scene) => {}
                     }
                     tx.execute("UPDATE t SET n = n + 1 WHERE id = 2", &[])
@@ -324,7 +324,7 @@ async fn who_would_lose_each_time_loses_twice_in_a_group() {
                         .await?;
                     Ok::<_, Error>(())
                 });
-                // In the group the last of them finds nobody to meet, and waits for nobody.
+                // In the group the last of them meets no other transaction, and waits for none.
                 tokio::select! {
                     answer = survives => {
                         answer.unwrap();
@@ -577,7 +577,7 @@ async fn who_runs_alone_reads_what_the_others_have_committed() {
     }
 }
 
-/// More transactions than connections, some of whom run alone: nobody waits for a connection that is not to come.
+/// More transactions than connections, some of which run alone: none waits for a connection that does not come.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_small_pool_does_not_stand_still() {
     for pool_size in 1..=3 {
@@ -638,7 +638,7 @@ async fn the_groups_key_is_held_and_cannot_be_taken_otherwise() {
         })
         .await
         .unwrap();
-    // Whoever takes the key beside keeps the group out.
+    // A session that takes the key by itself keeps the group out.
     let guard = scene.keeper.advisory_lock(GROUP).acquire().await.unwrap();
     assert_eq!(guard.mode(), AdvisoryMode::Exclusive);
     guard.rollback().await;

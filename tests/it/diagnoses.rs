@@ -18,8 +18,8 @@ const THREE: &str = "UPDATE account SET balance = 1 WHERE id = 3";
 /// A transaction's two statements: the second waits.
 type Steps = [&'static str; 2];
 
-/// Deadlocks a keeper's transaction with somebody else's, and gives the report. Each has done its first step before
-/// either does its second; the other one, who looks for no deadlock, waits second. The closure's second attempt does
+/// Deadlocks a keeper's transaction with another session's, and gives the incident. Each has done its first step before
+/// either does its second; the other one, which has no deadlock check, waits second. The closure's second attempt does
 /// nothing.
 async fn deadlock(reported: &IncidentScene, ours: Steps, theirs: Steps) -> Incident {
     let client = reported.stranger(&format!("BEGIN; {}", theirs[0])).await;
@@ -100,8 +100,8 @@ async fn time_out(reported: &IncidentScene, sql: &str) -> Incident {
     incident
 }
 
-/// One whose statement goes on by itself.
-fn goes_on(client: Client, sql: &'static str) -> JoinHandle<Client> {
+/// A session whose statement runs by itself.
+fn running(client: Client, sql: &'static str) -> JoinHandle<Client> {
     tokio::spawn(async move {
         let _ended = client.batch_execute(sql).await;
         client
@@ -275,7 +275,7 @@ async fn order_inversion_with_a_statement_through_the_bare_client() {
         other.statement().unwrap().ends_with("WHERE id = ?"),
         "{incident}"
     );
-    // What is not known to have waited is not said to have.
+    // What is not known to have waited is not reported to have.
     let marks: Vec<_> = other.journal().iter().map(|line| line.mark()).collect();
     assert_eq!(marks, [None], "{incident}");
 }
@@ -326,7 +326,7 @@ async fn lock_upgrade_of_a_row() {
 }
 
 /// A writer's lock on the table does not conflict with another writer's, but with what both want then. The server finds
-/// it at once, so there is no look.
+/// it at once, so there is no sample.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lock_upgrade_of_a_table() {
     let reported = scene("").await;
@@ -395,7 +395,7 @@ async fn an_index_build_against_a_writer() {
     let reported = scene("").await;
     let writer = reported.stranger(&format!("BEGIN; {ONE}")).await;
     let build = reported.stranger("").await;
-    let build = goes_on(build, "CREATE INDEX ON account (balance)");
+    let build = running(build, "CREATE INDEX ON account (balance)");
     reported.scene.until_lock_waiters(1).await;
     let incident = time_out(&reported, TWO).await;
     is(&incident, Cause::LockQueue);
@@ -405,10 +405,10 @@ async fn an_index_build_against_a_writer() {
     let build = reported
         .stranger("BEGIN; CREATE INDEX ON account (balance)")
         .await;
-    let build = goes_on(build, "CREATE INDEX ON account (note); SELECT pg_sleep(0)");
+    let build = running(build, "CREATE INDEX ON account (note); SELECT pg_sleep(0)");
     let build = build.await.unwrap();
     let cancel = build.cancel_token();
-    let build = goes_on(build, "REINDEX TABLE account; SELECT pg_sleep(600)");
+    let build = running(build, "REINDEX TABLE account; SELECT pg_sleep(600)");
     let incident = time_out(&reported, TWO).await;
     is(&incident, Cause::IndexBuild);
     cancel.cancel_query(NoTls).await.unwrap();
@@ -429,7 +429,7 @@ async fn a_holder_that_is_busy() {
     let reported = scene("").await;
     let holder = reported.stranger(&format!("BEGIN; {ONE}")).await;
     let cancel = holder.cancel_token();
-    let holder = goes_on(holder, "SELECT pg_sleep(600)");
+    let holder = running(holder, "SELECT pg_sleep(600)");
     let incident = time_out(&reported, ONE).await;
     is(&incident, Cause::RunningHolder);
     says(&incident, "pg_sleep");
@@ -443,7 +443,7 @@ async fn the_queue_behind_a_strong_lock() {
     let reported = scene("").await;
     let reader = reported.stranger("BEGIN; SELECT FROM account").await;
     let alter = reported.stranger("").await;
-    let alter = goes_on(alter, "ALTER TABLE account ADD COLUMN more int");
+    let alter = running(alter, "ALTER TABLE account ADD COLUMN more int");
     reported.scene.until_lock_waiters(1).await;
     let incident = time_out(&reported, "SELECT FROM account").await;
     is(&incident, Cause::LockQueue);
@@ -466,7 +466,7 @@ async fn a_cycle_through_the_queue_is_no_deadlock() {
         }
         Ok::<_, Error>(())
     });
-    let alter = goes_on(alter, "ALTER TABLE account ADD COLUMN more int");
+    let alter = running(alter, "ALTER TABLE account ADD COLUMN more int");
     reported.scene.until_lock_waiters(1).await;
     let (ran, ()) = tokio::join!(ran, async {
         reported.scene.until_lock_waiters(2).await;
@@ -510,10 +510,10 @@ async fn behind_the_deadlock_of_others() {
     let reported = scene("").await;
     let one = reported.stranger(&format!("BEGIN; {ONE}")).await;
     let two = reported.stranger(&format!("BEGIN; {TWO}; {THREE}")).await;
-    let one = goes_on(one, TWO);
+    let one = running(one, TWO);
     reported.scene.until_lock_waiters(1).await;
     let cancel = two.cancel_token();
-    let two = goes_on(two, ONE);
+    let two = running(two, ONE);
     reported.scene.until_lock_waiters(2).await;
     let incident = time_out(&reported, THREE).await;
     is(&incident, Cause::BehindDeadlock);

@@ -307,7 +307,7 @@ async fn the_values_are_those_of_the_applications_connections() {
     let settings = Keeper::new(hooked).monitor().settings().await.unwrap();
     assert_eq!(names(&settings), ["idle_in_transaction_session_timeout"]);
     assert_eq!(settings.findings()[0].statement(), None);
-    // And the privileges are those of the one who looks.
+    // And the privileges are those of the role that asks.
     observer
         .batch_execute("REVOKE pg_monitor FROM ops")
         .await
@@ -462,7 +462,7 @@ async fn a_standby_is_named_as_one() {
         (finding.kind(), finding.severity(), finding.value()),
         (SettingsFindingKind::Standby, Severity::Note, "in recovery")
     );
-    // Health works there too; whether an INVALID index is somebody's work on the primary is not to be known.
+    // Health works there too; whether an INVALID index is being built on the primary cannot be known.
     let health = keeper.monitor().health().await.unwrap();
     assert!(health.invalid_indexes().is_known());
     let primary = database.connect().await;

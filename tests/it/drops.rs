@@ -1,4 +1,4 @@
-//! Guards and calls that end without anybody's saying so: by panic, early return, abort, timeout, the end of a
+//! Guards and calls that end without being told to: by panic, early return, abort, timeout, the end of a
 //! runtime, on any thread.
 
 use std::panic::AssertUnwindSafe;
@@ -17,13 +17,13 @@ use lockkeeper_testkit::{
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 
-/// Free in every scene, and held by somebody else in every scene.
+/// Free in every scene, and held by another session in every scene.
 const KEY: i64 = 600;
 const BUSY: i64 = 601;
 
 /// A statement that outlasts every test.
 const SLEEP: &str = "SELECT pg_sleep(60)";
-/// More rows than anybody reads.
+/// More rows than are ever read.
 const STREAM: &str = "SELECT repeat('x', 1000), generate_series(1, 100000000)";
 
 /// What a task is in the middle of when it ends.
@@ -265,8 +265,8 @@ async fn blocked_by_its_client(scene: &Scene) -> i64 {
     row.get(0)
 }
 
-/// Goes into the middle of each call and ends it there; then nobody runs anything, nothing is locked but what somebody
-/// else holds, and the pool is whole.
+/// Goes into the middle of each call and ends it there; then no statement runs, nothing is locked but what another
+/// session holds, and the pool is whole.
 async fn ends_by(
     how: &str,
     middles: impl IntoIterator<Item = Middle>,
@@ -283,7 +283,7 @@ async fn ends_by(
     hold().await;
     for middle in middles {
         let what = format!("{middle:?} ended by {how}");
-        // For those who are to stand in line in the process, two others of the keeper wait at the server.
+        // For a call that is to stand in line in the process, two others of the keeper wait at the server.
         let crowd = if middle == WaitingInLine { 2 } else { 0 };
         let crowd: Vec<_> = (0..crowd)
             .map(|_| {
@@ -462,7 +462,7 @@ async fn a_runtime_that_shuts_down_leaves_nothing() {
     }
 }
 
-/// The server does not look at a connection while a statement runs on it: it has to be told.
+/// The server does not read a connection while a statement runs on it: it has to be told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_runtime_that_shuts_down_in_a_long_statement_leaves_nothing() {
     for shutdown in [
@@ -549,7 +549,7 @@ async fn guards_dropped_on_a_plain_thread_release_and_return_their_connections()
 
 /// Outside of `block_on` a current-thread runtime does nothing, but what was queued goes out with its next step.
 #[test]
-fn guards_dropped_beside_an_idle_current_thread_runtime_release_when_it_goes_on() {
+fn guards_dropped_beside_an_idle_current_thread_runtime_release_when_it_continues() {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     let scene = runtime.block_on(Scene::new(2));
     let guards = runtime.block_on(async {
@@ -675,7 +675,7 @@ fn guards_dropped_while_a_plain_thread_unwinds_release() {
     runtime.block_on(scene.nothing_left());
 }
 
-/// The caller keeps a stream of rows that nobody reads, and with it the connection busy, after the guard has gone.
+/// The caller keeps a stream of rows that is not read, and with it the connection busy, after the guard has gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_of_rows_that_outlives_its_guard_does_not_keep_the_lock() {
     let scene = Scene::new(2).await;

@@ -147,7 +147,7 @@ async fn a_standby_grants_nothing_until_it_is_promoted() {
         .unwrap();
     assert!(row.get::<_, bool>(0));
 
-    // Even while somebody holds the key there: the answer is not that it is busy.
+    // Even while a session holds the key there: the answer is not that it is busy.
     for held in [false, true, false] {
         if held {
             lock_by_sql(&scene.observer, "k").await;
@@ -165,7 +165,7 @@ async fn a_standby_grants_nothing_until_it_is_promoted() {
         }
         scene.nothing_left().await;
     }
-    // Other work goes on.
+    // Other work is possible.
     let one = scene.keeper.transaction(async |tx| {
         let row = tx.query_one("SELECT 1", &[]).await?;
         Ok::<i32, Error>(row.get(0))
@@ -435,7 +435,7 @@ BEGIN
 END $do$;
 "#;
 
-/// Sets the traps, on the path of everybody who connects from now on; the observer does not see them.
+/// Sets the traps, on the path of all sessions that connect from now on; the observer does not see them.
 async fn set_traps(scene: &Scene, for_whom: &str) {
     scene.observer.batch_execute(TRAPS).await.unwrap();
     let database = scene.database.name();

@@ -43,7 +43,7 @@ impl Alone {
 
 /// A monitor of a role, over a side connection. Its pool is of the same role: a question that the side connection does not
 /// answer in time is asked there.
-fn looking_as(scene: &Scene, role: &str) -> Monitor {
+fn monitor_as(scene: &Scene, role: &str) -> Monitor {
     let mut config = scene.database.config();
     config.user(role);
     let keeper = Keeper::builder(scene.database.pool_as(role, 2))
@@ -76,10 +76,7 @@ async fn a_quiet_server_is_healthy() {
     assert_eq!((health.root_blockers(), health.cycles()), (&[][..], 0));
     assert_eq!(health.hidden_sessions(), 0);
     assert_eq!(health.oldest_transaction(), &ObservedValue::Known(None));
-    assert_eq!(
-        health.oldest_idle_in_transaction(),
-        &ObservedValue::Known(None)
-    );
+    assert_eq!(health.oldest_idle_in_transaction(), &ObservedValue::Known(None));
     let deadlocks = health.deadlocks().unwrap();
     assert_eq!(deadlocks.count(), 0);
     let prepared = health.prepared_transactions();
@@ -160,7 +157,7 @@ async fn trouble_is_told_in_numbers() {
         (BackendId::Pid(other.pid), 1),
     ];
     assert_eq!(health.root_blockers(), roots);
-    // Not the sessions that wait, though theirs is a transaction too, nor this look's own.
+    // Not the sessions that wait, though theirs is a transaction too, nor that of this sample.
     let oldest = health.oldest_transaction().known().unwrap();
     assert_eq!(oldest.as_ref().unwrap().pid(), Some(root.pid));
     let idle = health.oldest_idle_in_transaction().known().unwrap();
@@ -185,10 +182,7 @@ async fn trouble_is_told_in_numbers() {
     let health = alone.monitor.health().await.unwrap();
     assert_eq!((health.lock_waiters(), health.cycles()), (4, 1));
     assert_eq!(health.root_blockers(), &roots[1..]);
-    assert_eq!(
-        health.oldest_idle_in_transaction(),
-        &ObservedValue::Known(None)
-    );
+    assert_eq!(health.oldest_idle_in_transaction(), &ObservedValue::Known(None));
     for waiting in waiting {
         waiting.abort();
     }
@@ -273,7 +267,7 @@ async fn the_lock_table_counts_objects_that_are_in_it() {
 }
 
 #[tokio::test]
-async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
+async fn invalid_indexes_are_named_unless_a_session_works_on_them() {
     let scene = Scene::new(2).await;
     let observer = &scene.observer;
     let monitor = scene.monitor();
@@ -296,7 +290,7 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
         "CREATE ROLE {role} LOGIN; ALTER TABLE t OWNER TO {role}; ALTER TABLE empty OWNER TO {role}; GRANT ALL ON SCHEMA public TO {role}"
     );
     observer.batch_execute(&sql).await.unwrap();
-    let stranger = looking_as(&scene, &role);
+    let stranger = monitor_as(&scene, &role);
     assert_eq!(invalid(&stranger.health().await.unwrap()), left);
 
     // What waits for an old transaction in the middle of its work.
@@ -337,9 +331,7 @@ async fn invalid_indexes_are_named_unless_somebody_is_at_work_on_them() {
             // Hidden from a role without privileges, it is left open whether `plain`, on the same table, is its work.
             let health = stranger.health().await.unwrap();
             match health.invalid_indexes() {
-                ObservedValue::Known(_) => {
-                    assert_eq!(invalid(&health), left, "{work} after {keeps}")
-                }
+                ObservedValue::Known(_) => assert_eq!(invalid(&health), left, "{work} after {keeps}"),
                 ObservedValue::AtLeast(indexes) => {
                     assert!(
                         work.starts_with("CREATE") || work.starts_with("REINDEX"),
@@ -393,7 +385,7 @@ async fn many_invalid_indexes_are_counted_and_some_named() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
-    // Of its own: everybody's looks would be told of the session that hides itself.
+    // A server of its own: other tests would see the session that is hidden.
     let alone = Alone::new(&[]).await;
     let scene = &alone.scene;
     let role = format!("stranger_{}", scene.database.name());
@@ -410,12 +402,12 @@ async fn what_a_role_may_not_see_is_unknown_and_never_nothing() {
 
     let mut config = scene.database.config();
     config.user(&role);
-    let monitor = looking_as(scene, &role);
+    let monitor = monitor_as(scene, &role);
     let health = monitor.health().await.unwrap();
     assert!(health.hidden_sessions() >= 2);
     assert_eq!(health.oldest_transaction(), &ObservedValue::Hidden);
     assert_eq!(health.oldest_idle_in_transaction(), &ObservedValue::Hidden);
-    // What everybody may see.
+    // What every role may see.
     assert!(health.lock_waiters() >= 1 && health.longest_wait().is_some());
     let blocker = BackendId::Pid(pid_of_holder(scene).await);
     assert!(health.root_blockers().contains(&(blocker, 1)));
@@ -479,7 +471,7 @@ async fn pid_of_holder(scene: &Scene) -> i32 {
 
 /// Wherever it is dropped, nothing is left of it and the next one is answered.
 #[tokio::test]
-async fn a_look_at_health_may_be_dropped_anywhere() {
+async fn a_sample_of_health_may_be_dropped_anywhere() {
     for side in [false, true] {
         let scene = Scene::new(1).await;
         let monitor = if side {
@@ -488,7 +480,7 @@ async fn a_look_at_health_may_be_dropped_anywhere() {
             scene.keeper.monitor()
         };
         for polls in 0.. {
-            assert!(polls < 100, "a look has no end");
+            assert!(polls < 100, "a sample has no end");
             let health = poll_times_and_drop(monitor.health(), polls).await;
             let settings = poll_times_and_drop(monitor.settings(), polls).await;
             // What was dropped gives the pool's only connection back in the background.

@@ -173,7 +173,9 @@ async fn hooks_of_a_dropped_transaction_are_not_run() {
 async fn hooks_are_not_run_when_the_outcome_is_unknown() {
     let scene = rows(1).await;
     let proxy = Proxy::before(scene.database.server());
-    let keeper = lockkeeper::Keeper::new(proxy.pool(&scene.database.config(), 2));
+    // Nothing but the test's own transactions is to end with COMMIT.
+    let pool = proxy.pool(&scene.database.config(), 2);
+    let keeper = Keeper::builder(pool).watch(false).build();
     let done = Done::default();
     for way in ["transaction", "guard", "session"] {
         proxy.fault("COMMIT", Fault::CutAnswer);
@@ -213,7 +215,7 @@ async fn hooks_are_not_run_when_the_outcome_is_unknown() {
 }
 
 #[tokio::test]
-async fn hooks_run_whoever_holds_the_transaction() {
+async fn hooks_run_for_every_owner_of_the_transaction() {
     let scene = rows(1).await;
     let done = Done::default();
     let keeper = &scene.keeper;

@@ -1,4 +1,4 @@
-//! What is reported of deadlocks, lock timeouts and long waits, and that reporting never gets in the way.
+//! What is reported of deadlocks, lock timeouts and long waits, and that reporting holds up nothing.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -66,9 +66,9 @@ async fn write_two(
 const ONE: &str = "UPDATE account SET balance = balance + 7711 WHERE id = 1";
 const TWO: &str = "UPDATE account SET balance = balance - 7712 WHERE id = 2";
 
-/// Takes row 2 and then waits for row 1, as somebody who does not use this crate; commits at once when it has both.
+/// Takes row 2 and then waits for row 1, as a session that does not use the library; commits at once when it has both.
 async fn stranger(client: Client, meeting: &Meeting) {
-    // It never looks for deadlocks itself, so that the other one is the victim.
+    // It has no deadlock check itself, so that the other one is the victim.
     client
         .batch_execute("SET deadlock_timeout = '1h'; BEGIN")
         .await
@@ -222,9 +222,9 @@ async fn without_a_side_connection_the_pool_is_asked() {
     reported.scene.nothing_left().await;
 }
 
-/// All of the pool is in use, nobody can look: both sides' own journals and the server's DETAIL are left.
+/// All of the pool is in use, and no sample can be taken: both sides' own journals and the server's DETAIL are left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_any_look_both_sides_are_known_by_their_journals() {
+async fn without_a_sample_both_sides_are_known_by_their_journals() {
     for watch in [true, false] {
         let reported = IncidentScene::with(2, |builder, _| builder.watch(watch)).await;
         let meeting = Meeting::new();
@@ -268,7 +268,7 @@ async fn a_deadlock_of_advisory_locks_names_them() {
     reported.scene.nothing_left().await;
 }
 
-/// A `lock_timeout` below `deadlock_timeout` ends the wait before the server looks for a deadlock.
+/// A `lock_timeout` below `deadlock_timeout` ends the wait before the server's deadlock check.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadlock_that_a_lock_timeout_hides_is_found() {
     let reported = IncidentScene::new(4).await;
@@ -299,7 +299,7 @@ async fn a_deadlock_that_a_lock_timeout_hides_is_found() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
     let reported = IncidentScene::new(3).await;
-    // The server has looked for a deadlock by then.
+    // The server's deadlock check has run by then.
     reported.scene.set("deadlock_timeout", "1s").await;
     let holder = reported.scene.database.connect().await;
     holder
@@ -346,7 +346,7 @@ async fn a_lock_timeout_names_the_holder_and_the_error_carries_the_report() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_wait_is_reported_once_while_it_goes_on() {
+async fn a_long_wait_is_reported_once_while_it_lasts() {
     let reported = IncidentScene::with(3, |builder, database| {
         builder
             .side_connection(database.config(), NoTls)
@@ -367,9 +367,9 @@ async fn a_long_wait_is_reported_once_while_it_goes_on() {
     let incident = reported.after(1).await.remove(0);
     assert_eq!(incident.kind(), IncidentKind::LongWait);
     assert!(!waiter.is_finished());
-    // Several looks later it is still one report.
+    // Several samples later it is still one report.
     let backend = incident.victim().pid().unwrap();
-    eventually("no later look", async || {
+    eventually("no later sample", async || {
         let sql =
             "SELECT clock_timestamp() - query_start > '2 s' FROM pg_stat_activity WHERE pid = $1";
         let row = reported
@@ -426,7 +426,7 @@ async fn a_long_wait_for_an_advisory_lock_is_one_wait() {
     reported.scene.nothing_left().await;
 }
 
-/// Item by item: statements of ours, of somebody else, in the page, in `Debug`, in errors.
+/// Item by item: statements of ours, of another session, in the page, in `Debug`, in errors.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn literals_are_shown_only_when_asked_for() {
     for show in [false, true] {
@@ -451,9 +451,9 @@ async fn literals_are_shown_only_when_asked_for() {
         );
         assert_eq!(attempts.unwrap(), 2);
         let incident = reported.after(1).await.remove(0);
-        let said = format!("{incident}\n{incident:?}");
-        assert_eq!(said.contains("secret"), show, "{said}");
-        assert_eq!(said.contains("7711"), show, "{said}");
+        let shown = format!("{incident}\n{incident:?}");
+        assert_eq!(shown.contains("secret"), show, "{shown}");
+        assert_eq!(shown.contains("7711"), show, "{shown}");
     }
 }
 
@@ -512,7 +512,7 @@ async fn a_role_without_privileges_gets_the_same_report_with_what_is_hidden_mark
     assert!(incident.to_string().contains("hidden"), "{incident}");
 }
 
-/// In other languages the server says the same: with looks, and with nothing but its DETAIL.
+/// The server's other languages make no difference: with samples, and with nothing but its DETAIL.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_report_is_the_same_in_other_languages() {
     let mut expected = None;
@@ -567,7 +567,7 @@ async fn the_report_is_the_same_in_other_languages() {
                 incident.kind(),
                 incident.diagnosis().cause()
             ));
-            // The CONTEXT names the relation where no look does.
+            // The CONTEXT names the relation where no sample does.
             facts.push(incident.to_string().contains("account").to_string());
             let expected = expected.get_or_insert_with(|| facts.clone());
             assert_eq!(&facts, expected, "{locale}, watching: {watch}\n{incident}");
@@ -575,14 +575,14 @@ async fn the_report_is_the_same_in_other_languages() {
     }
 }
 
-/// However the side connection fails, transactions go on as they would, and the report says what is missing.
+/// However the side connection fails, transactions run as they would, and the report says what is missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_side_connection_that_fails_holds_up_nothing() {
-    // Nobody listens there.
+    // Nothing listens there.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let refused = closed.local_addr().unwrap().port();
     drop(closed);
-    // Somebody listens there, and never answers.
+    // The port is listened on, and never answered.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let silent_port = silent.local_addr().unwrap().port();
     for port in [refused, silent_port] {
@@ -597,7 +597,7 @@ async fn a_side_connection_that_fails_holds_up_nothing() {
         })
         .await;
         let meeting = Meeting::new();
-        // Most of it is the time after which the server looks for a deadlock.
+        // Most of it is the server's deadlock_timeout.
         let (attempts, ()) = tokio::time::timeout(Duration::from_secs(12), async {
             tokio::join!(
                 write_two(
@@ -742,7 +742,7 @@ async fn an_idle_watcher_asks_nothing() {
     };
     quick_ones().await;
     eventually("not opened beforehand", async || asked().await.is_some()).await;
-    // On a busy machine a quick statement may be a slow one, which is looked at: such a round says nothing.
+    // On a busy machine a quick statement may be a slow one, which is sampled: such a round shows nothing.
     let mut idle = None;
     for _ in 0..30 {
         // Until nothing is asked any more about the round before.
@@ -772,7 +772,7 @@ async fn an_idle_watcher_asks_nothing() {
             .map_err(Error::from)
     });
     slow.await.unwrap();
-    eventually("a slow statement is not looked at", async || {
+    eventually("a slow statement is not sampled", async || {
         asked().await.is_some_and(|asked| asked != idle)
     })
     .await;

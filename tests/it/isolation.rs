@@ -97,13 +97,13 @@ async fn sections_lose_no_update_whatever_the_default_isolation() {
         }
         pids.sort_unstable();
         pids.dedup();
-        assert!(pids.len() > 1, "one backend races with nobody");
+        assert!(pids.len() > 1, "one backend alone has no race");
         assert_eq!(counter(&scene).await, TASKS * ROUNDS, "{level}");
         scene.nothing_left().await;
     }
 }
 
-/// A guard is not repeated, so its serialization failures come out. Under REPEATABLE READ there is none: nobody writes
+/// A guard is not repeated, so its serialization failures come out. Under REPEATABLE READ there is none: no other transaction writes
 /// beside it. Under SERIALIZABLE the server can see one where there was none: it gives the lock on while the last
 /// holder's read locks are still there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -288,7 +288,7 @@ async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
                 guard.batch_execute("BEGIN").await.unwrap();
                 drop(guard);
                 scene.nothing_left().await;
-                assert_eq!(scene.next_pid().await, pid, "the connection goes on");
+                assert_eq!(scene.next_pid().await, pid, "the connection is kept");
                 assert_eq!(
                     scene.show("default_transaction_isolation").await,
                     "read committed"
@@ -343,7 +343,7 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
             (&by_default, TransactionOptions::new()),
             (&asked_for, TransactionOptions::new().isolation(level)),
         ] {
-            // Free or held: nobody waits for a lock that is refused.
+            // Free or held: a lock that is refused is not waited for.
             for held in [false, true] {
                 if held {
                     lock_by_sql(&scene.observer, "counter").await;
@@ -379,7 +379,7 @@ async fn one_more_lock_is_refused_in_a_transaction_that_has_its_snapshot() {
                         assert!(tx.advisory_lock("z").try_acquire().await?);
                         assert_eq!(scene.advisory_locks().await, 2);
                     }
-                    // It goes on.
+                    // The transaction continues.
                     tx.execute("UPDATE counter SET n = n + 1", &[]).await?;
                     Ok::<_, Error>(())
                 });

@@ -132,7 +132,7 @@ async fn every_form_is_a_lock_of_its_own_and_found_again_in_pg_locks() {
             };
             assert!(found.same_lock(key), "{key} is shown as {found}");
             assert_eq!((*holder, &**mode), (pid, "ExclusiveLock"));
-            // It keeps out nobody but those who want the very same.
+            // It keeps out only callers of the very same key.
             let mut others = keys.clone();
             others.remove(n);
             for (wanted, free) in [(vec![key.clone()], false), (others, true)] {
@@ -389,7 +389,7 @@ async fn another_program_shares_a_lock_by_the_sql_expression() {
 /// A keeper whose pool cannot connect: whatever it answers, nothing was sent.
 fn keeper_without_a_server() -> Keeper {
     let mut config = tokio_postgres::Config::new();
-    // The discard port of the local host: nobody listens there.
+    // The discard port of the local host: nothing listens there.
     config
         .host("127.0.0.1")
         .port(9)
@@ -472,7 +472,7 @@ async fn two_names_with_one_number_are_refused_while_one_is_held_and_after() {
 
     // The names are known to the whole process, not to one keeper.
     assert_refused_everywhere(&keeper_without_a_server(), &refused, &known).await;
-    // The first name goes on as before, and the number itself is no name.
+    // The first name still works, and the number itself is no name.
     drop(keeper.advisory_lock(&known).acquire().await.unwrap());
     let number = LockKey::from(known.as_i64().unwrap());
     drop(keeper.advisory_lock(number).acquire().await.unwrap());

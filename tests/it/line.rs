@@ -103,7 +103,7 @@ async fn the_next_in_line_gets_the_connection_with_the_lock_under_its_own_name()
     scene.nothing_left().await;
 }
 
-/// What somebody has set on a connection is not for the next one.
+/// What was set on a connection is not for the next one.
 #[tokio::test]
 async fn a_connection_that_was_used_goes_back_to_the_pool() {
     let scene = Scene::new(4).await;
@@ -190,7 +190,7 @@ async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
     scene.nothing_left().await;
 }
 
-/// A guard whose connection has ended is still somebody's, but its lock is free.
+/// A guard whose connection has ended still has its owner, but its lock is free.
 #[tokio::test]
 async fn a_guard_that_has_lost_its_lock_does_not_hold_up_the_line() {
     let scene = Scene::new(4).await;
@@ -233,7 +233,7 @@ async fn a_place_that_is_given_up_at_any_point_goes_to_the_next() {
 
 /// Dropped while the session is on its way to it.
 #[tokio::test]
-async fn a_session_that_nobody_takes_is_unlocked() {
+async fn a_session_that_is_not_taken_is_unlocked() {
     let scene = Scene::new(4).await;
     took_it_once(&scene, 7).await;
     for _ in 0..20 {
@@ -249,7 +249,7 @@ async fn a_session_that_nobody_takes_is_unlocked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_is_left_over_when_waiters_come_and_go() {
+async fn no_waiter_is_left_over_when_waiters_come_and_go() {
     let scene = Scene::new(4).await;
     // A login takes longer than most of them have.
     scene.pool_is_whole_within(GIVE_UP_AFTER).await;
@@ -295,7 +295,7 @@ async fn prepare(scene: &Scene, key: i64) {
     guard.unwrap().release().await.unwrap();
 }
 
-/// A line that never ends goes round on one connection; somebody waits for the pool's.
+/// A line that never ends uses one connection in turns, while another task waits for a connection of the pool.
 #[tokio::test]
 async fn a_line_does_not_keep_the_pools_connection_from_others() {
     let scene = Scene::new(1).await;
@@ -351,9 +351,9 @@ fn a_guard_dropped_beside_its_idle_runtime_is_handed_over() {
     runtime.block_on(scene.nothing_left());
 }
 
-/// Its future is alive, and whoever has it is busy with something else.
+/// Its future is alive, and its owner is busy with something else.
 #[tokio::test]
-async fn a_release_that_nobody_polls_to_its_end_reaches_the_next() {
+async fn a_release_that_is_not_polled_to_its_end_reaches_the_next() {
     let scene = Scene::new(4).await;
     prepare(&scene, 11).await;
     let lock = scene.keeper.advisory_lock(11).session();
@@ -367,8 +367,8 @@ async fn a_release_that_nobody_polls_to_its_end_reaches_the_next() {
     scene.nothing_left().await;
 }
 
-/// The connection on which the lock was to be handed over has fallen silent, and the server has given it up: whoever it
-/// was to go to looks for itself.
+/// The connection on which the lock was to be handed over has fallen silent, and the server has given it up: the next in line
+/// tries the lock by itself.
 #[tokio::test]
 async fn a_hand_over_that_is_never_answered_does_not_hold_up_the_next() {
     let scene = Scene::new(1).await;

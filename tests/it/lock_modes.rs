@@ -16,7 +16,7 @@ use observe::{Seen, Watcher, row_lock_on, scene};
 /// Statements with a test of their own instead of a line in the cases.
 const ALONE: [(&str, &str); 1] = [(
     "VACUUM (cutting off empty pages)",
-    "vacuum_cuts_off_empty_pages_only_where_nobody_is",
+    "vacuum_cuts_off_empty_pages_only_where_no_lock_is",
 )];
 
 /// Whether it was not locked already; any other failure than that panics.
@@ -92,7 +92,7 @@ async fn a_waiter_for_a_row_says_which_lock_it_wants() {
     assert_eq!(
         row.get::<_, i64>(0),
         0,
-        "a row lock that nobody waits for is not in pg_locks"
+        "a row lock without a waiter is not in pg_locks"
     );
     for wanted in RowLock::ALL {
         let waiter = database.connect().await;
@@ -242,7 +242,7 @@ async fn statements_about_tablespaces_take_what_the_table_says() {
     assert_eq!(found, 3);
 }
 
-/// Executes each of these statements in a transaction that is rolled back, beside the strongest locks that it is said to
+/// Executes each of these statements in a transaction that is rolled back, beside the strongest locks that it is documented to
 /// go together with: nothing stronger is taken, not for a moment. Answers how many this major version knows.
 async fn check_in_block(database: &Database, which: impl Fn(&Case) -> bool) -> usize {
     let major = database.server().major();
@@ -290,7 +290,7 @@ async fn check_in_block(database: &Database, which: impl Fn(&Case) -> bool) -> u
     executed
 }
 
-/// For each table of the case the mode that goes together with what the statement is said to take there, and with nothing
+/// For each table of the case the mode that goes together with what the statement is documented to take there, and with nothing
 /// stronger.
 fn beside<'a>(case: &'a Case, major: u32, watcher: &Watcher) -> Vec<(&'a str, LockMode)> {
     let goes_with = |says: Option<LockMode>, held: LockMode| {
@@ -378,7 +378,7 @@ async fn compare_rows(
     }
 }
 
-/// What is said of all statements together, and in notes.
+/// What is documented for all statements together, and in notes.
 #[tokio::test]
 async fn what_the_notes_say() {
     use LockMode::{AccessExclusive, AccessShare, RowExclusive, ShareUpdateExclusive};

@@ -24,16 +24,11 @@ async fn scene(pool_size: usize, rows: u32) -> Scene {
     scene
 }
 
-/// The rows of `t` that somebody has locked against `FOR NO KEY UPDATE`.
+/// The rows of `t` that are locked against `FOR NO KEY UPDATE`.
 async fn locked(client: &Client) -> Vec<i64> {
     let sql = "SELECT id FROM t WHERE id NOT IN (SELECT id FROM t FOR NO KEY UPDATE SKIP LOCKED) ORDER BY id";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
-}
-
-/// Waits until some backend of the database waits for a lock.
-async fn somebody_waits(scene: &Scene) {
-    eventually("nobody waits", async || scene.lock_waiters().await > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,7 +63,7 @@ async fn rows_are_locked_in_the_order_of_their_keys() {
                 .await
                 .unwrap()
         });
-        somebody_waits(&scene).await;
+        scene.until_lock_waiters(1).await;
         // All before the one it waits for, none behind it.
         let expected: Vec<i64> = [50, 60].into_iter().chain(100..=150).collect();
         assert_eq!(locked(&scene.observer).await, expected, "without {off}");
@@ -245,7 +240,7 @@ async fn what_is_locked_by_others_is_waited_for_refused_or_skipped() {
     );
     assert!(late.is_retryable(), "{late}");
 
-    // Foreign keys go on, unless asked otherwise.
+    // Foreign keys are not blocked, unless asked otherwise.
     let share = in_transaction(keeper, async |tx| {
         tx.lock_rows("t", "id", [2_i64])
             .mode(RowLock::KeyShare)
@@ -290,7 +285,7 @@ async fn a_row_deleted_while_it_is_waited_for_is_left_out() {
             .unwrap();
         tx.lock_rows("t", "id", [3_i64, 2, 1]).await.unwrap()
     });
-    somebody_waits(&scene).await;
+    scene.until_lock_waiters(1).await;
     holder.batch_execute("COMMIT").await.unwrap();
     assert_eq!(task.await.unwrap(), [1, 3]);
     scene.nothing_left().await;
@@ -389,7 +384,7 @@ async fn what_cannot_be_is_refused() {
         ErrorKind::Config,
         r#"ids of type &str do not fit the key "id" of "t""#,
     );
-    // Of a type that is said without asking: the server has no operator for the two.
+    // Of a type that is named without asking: the server has no operator for the two.
     scene
         .observer
         .batch_execute("ALTER TABLE t ADD COLUMN name text")

@@ -66,7 +66,7 @@ async fn of_many_one_runs_it_while_the_others_wait_beside_its_index_build() {
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
-/// Between a look whether it is done and the lock it can become done.
+/// Between the check whether it is done and the lock it can become done.
 #[tokio::test]
 async fn however_short_it_is_it_runs_once() {
     let scene = Scene::new(2).await;
@@ -152,7 +152,7 @@ async fn a_dropped_or_killed_one_is_taken_over() {
         });
         assert!(poll_times_and_drop(once, polls).await.is_none());
     }
-    // A backend that is killed meanwhile: not noted as done, and said so.
+    // A backend that is killed meanwhile: not noted as done, which is reported.
     let observer = scene.database.connect().await;
     let lost = schema
         .migrate_once("k", async |migration| {
@@ -178,7 +178,7 @@ async fn a_dropped_or_killed_one_is_taken_over() {
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
-/// Who has lost the lock stops, since somebody else has it by now.
+/// A process that has lost the lock stops, since another one has it by now.
 #[tokio::test]
 async fn it_is_stopped_once_the_lock_is_lost() {
     let scene = Scene::new(3).await;

@@ -63,8 +63,8 @@ impl Load {
         load
     }
 
-    /// Others went on meanwhile, and none of their statements took long.
-    async fn went_on(&self, step: &str) {
+    /// The load was served meanwhile, and none of its statements took long.
+    async fn was_served(&self, step: &str) {
         let before = self.done.load(Ordering::Relaxed);
         eventually("the load stands still", async || {
             self.done.load(Ordering::Relaxed) > before + 8
@@ -100,28 +100,28 @@ async fn a_million_rows_change_under_readers_and_writers() {
         .deadline(Duration::from_secs(300));
 
     schema.add_column("big", "filled", "int").await.unwrap();
-    load.went_on("add_column").await;
+    load.was_served("add_column").await;
     let filled = scene
         .keeper
         .backfill("big", "id")
         .set("filled = coalesce(filled, 0) + 1");
     let filled = filled.run().await.unwrap();
     assert_eq!(filled.rows_changed(), u64::try_from(ROWS).unwrap());
-    load.went_on("backfill").await;
+    load.was_served("backfill").await;
     schema.create_index("big", ["filled"]).await.unwrap();
-    load.went_on("create_index").await;
+    load.was_served("create_index").await;
     schema
         .add_check("big", "filled_once", "filled = 1")
         .await
         .unwrap();
-    load.went_on("add_check").await;
+    load.was_served("add_check").await;
     schema.set_not_null("big", "filled").await.unwrap();
-    load.went_on("set_not_null").await;
+    load.was_served("set_not_null").await;
     schema
         .add_foreign_key("big", ["customer"], "customer", ["id"])
         .await
         .unwrap();
-    load.went_on("add_foreign_key").await;
+    load.was_served("add_foreign_key").await;
     load.end().await;
 
     // The check was validated: no row is left out, none done twice.

@@ -1,4 +1,4 @@
-//! Shared and exclusive: who keeps out whom, and that a mode is never changed silently.
+//! Shared and exclusive: which mode excludes which, and that a mode is never changed silently.
 
 use std::time::Duration;
 
@@ -223,7 +223,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
         let second = try_lock(&scene, &"k".into(), session, AdvisoryMode::Shared).await;
         assert!(second.is_none(), "it passed the writer");
     }
-    // A bounded wait says who is in the way: the one that queues, not the reader that would share.
+    // A bounded wait names the blocker: the session that queues, not the reader that would share.
     let lock = scene
         .keeper
         .advisory_lock("k")
@@ -258,7 +258,7 @@ fn assert_says_the_mode(error: &Error, key: &LockKey) {
 }
 
 #[tokio::test]
-async fn asking_a_guard_for_the_other_mode_is_an_error_and_the_transaction_goes_on() {
+async fn asking_a_guard_for_the_other_mode_is_an_error_and_the_transaction_continues() {
     let scene = Scene::new(2).await;
     let keeper = &scene.keeper;
     let key = LockKey::from("k");

@@ -287,7 +287,7 @@ async fn incidents() -> Vec<Incident> {
     let second = Arc::clone(&other);
     keeper
         .transaction_with(once, async |tx| {
-            // Room for a look on a slow machine.
+            // Room for a sample on a slow machine.
             tx.batch_execute("SET LOCAL deadlock_timeout = '3s'")
                 .await?;
             tx.batch_execute(&update(1)).await?;

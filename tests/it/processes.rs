@@ -282,7 +282,7 @@ async fn a_process_killed_while_it_waits_in_a_transaction_leaves_the_queue() {
     kill_a_waiter("wait in a transaction").await;
 }
 
-/// A server looks at a connection in the middle of a statement only where it was told to.
+/// A server checks a connection in the middle of a statement only where it is configured to.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_killed_in_a_long_statement_is_noticed_where_the_server_checks_connections() {
     let scene = Scene::new(1).await;
@@ -323,9 +323,9 @@ async fn processes_exclude_one_another() {
     scene.nothing_left().await;
 }
 
-/// A backfill goes on where a killed process has left it.
+/// A backfill continues where a killed process has left it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_backfill_of_a_killed_process_is_gone_on_with_by_the_next() {
+async fn the_backfill_of_a_killed_process_is_continued_by_the_next() {
     let scene = Scene::new(1).await;
     let create = "CREATE TABLE counted (id int PRIMARY KEY, n int NOT NULL DEFAULT 0); \
                   INSERT INTO counted SELECT i FROM generate_series(1, 20000) AS i";

@@ -47,7 +47,7 @@ async fn waits_that_begin_and_end_are_told() {
     assert_eq!(*changes, SnapshotDiff::between(&before, update.snapshot()));
     let text = update.to_string();
     assert!(
-        text.starts_with("nobody waits") && text.contains("waits no more"),
+        text.starts_with("no session waits") && text.contains("waits no more"),
         "{text}"
     );
 }
@@ -56,7 +56,7 @@ async fn waits_that_begin_and_end_are_told() {
 async fn a_next_that_is_dropped_loses_nothing() {
     let ground = MonitorScene::new().await;
     let mut watch = ground.monitor.watch(OFTEN).unwrap();
-    // Polled once and dropped, over and over: the look goes on where it was.
+    // Polled once and dropped, over and over: the sample continues where it was.
     let mut items = 0;
     while items < 2 {
         match watch.next().now_or_never() {
@@ -105,7 +105,7 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
     assert_error(&error, ErrorKind::Pool, "no connection from the pool");
     assert!(recovery.check().await.is_err());
     server.restart();
-    // Those who waited are gone, and are told so.
+    // The waiters are gone, and are told so.
     let update = loop {
         if let Ok(update) = watch.next().await.unwrap() {
             break update;
@@ -181,7 +181,7 @@ async fn what_cannot_work_is_refused() {
         .await
         .unwrap_err();
     assert_error(&error, ErrorKind::Config, "a check every 0ns");
-    // The longest there is: it looks once.
+    // The longest there is: it samples once.
     let mut watch = monitor.watch(Duration::MAX).unwrap();
     watch.next().await.unwrap().unwrap();
     assert!(watch.next().now_or_never().is_none());

@@ -179,7 +179,7 @@ async fn its_retries_have_the_same_deadline_and_budget() {
     assert!((2..100).contains(&ran), "{ran} runs");
     assert!(started.elapsed() < Duration::from_secs(10));
 
-    // A hundred retries in a row, whoever has them, and then one for five that succeed.
+    // A hundred retries in a row, of all transactions together, and then one for five that succeed.
     let keeper = Keeper::new(scene.pool.clone());
     let options = TransactionOptions::new().attempts(41).retry_if(stale);
     for (more, left) in [(40, 60), (40, 20), (20, 0), (0, 0)] {
@@ -418,8 +418,8 @@ async fn nowait_is_not_retried_and_a_lock_timeout_is() {
         };
         let asks = async {
             if held == "queued" {
-                // Somebody is the next already.
-                eventually("nobody waits", async || {
+                // Another session is the next already.
+                eventually("no session waits", async || {
                     let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                                AND wait_event_type = 'Lock'";
                     let row = scene.observer.query_one(sql, &[]).await.unwrap();
@@ -578,7 +578,7 @@ async fn with_all_options_it_may_be_dropped_at_any_point() {
                 assert_eq!((n, hooks), (1, 1));
                 break;
             }
-            // Dropped in COMMIT it is committed, and nobody is told.
+            // Dropped in COMMIT it is committed, and the caller is not told.
             None => assert!(
                 n <= 1 && hooks == 0,
                 "{polls} polls: {n} times, {hooks} hooks"

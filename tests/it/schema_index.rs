@@ -32,7 +32,7 @@ async fn builder(scene: &Scene, table: &str) -> i32 {
          AND phase LIKE 'waiting for%'"
     );
     let mut found = None;
-    eventually("nobody builds", async || {
+    eventually("no build is running", async || {
         let rows = scene.observer.query(&sql, &[]).await.unwrap();
         found = rows.first().map(|row| row.get(0));
         found.is_some()
@@ -42,7 +42,7 @@ async fn builder(scene: &Scene, table: &str) -> i32 {
 }
 
 /// A transaction that every concurrent build of the table has to wait for.
-async fn in_the_way(scene: &Scene, table: &str) -> Client {
+async fn blocker_of(scene: &Scene, table: &str) -> Client {
     let client = scene.database.connect().await;
     let sql = format!("BEGIN; UPDATE {table} SET a = a WHERE id = 1");
     client.batch_execute(&sql).await.unwrap();
@@ -270,7 +270,7 @@ async fn what_failed_builds_have_left_is_dropped_first() {
     assert_eq!(indexes(&scene, "t").await, valid(&["other", "wanted"]));
 }
 
-/// DROP INDEX looks the name up again once it has waited, and another session may have built a valid index under it.
+/// DROP INDEX resolves the name again once it has waited, and another session may have built a valid index under it.
 #[tokio::test]
 async fn a_valid_index_that_took_the_name_meanwhile_is_not_dropped() {
     let scene = scene_with_a_failed_build().await;
@@ -390,7 +390,7 @@ async fn a_killed_or_cancelled_build_is_cleaned_up_and_repeated() {
     let scene = Scene::with_side_connection(4).await;
     scene.table("t", 1000).await;
     for by in ["pg_cancel_backend", "pg_terminate_backend"] {
-        let in_the_way = in_the_way(&scene, "t").await;
+        let in_the_way = blocker_of(&scene, "t").await;
         let schema = scene.keeper.schema();
         let building = tokio::spawn(schema.create_index("t", ["a"]).run());
         let pid = builder(&scene, "t").await;
@@ -420,7 +420,7 @@ async fn a_killed_or_cancelled_build_is_cleaned_up_and_repeated() {
 async fn another_sessions_build_is_left_alone_and_waited_for() {
     let scene = Scene::with_side_connection(4).await;
     scene.table("t", 1000).await;
-    let blocking = in_the_way(&scene, "t").await;
+    let blocking = blocker_of(&scene, "t").await;
     let other = scene.session().await;
     let others = other.start("CREATE INDEX CONCURRENTLY t_a_idx ON t (a)");
     assert_eq!(builder(&scene, "t").await, other.pid);
@@ -485,7 +485,7 @@ async fn a_build_of_another_role_is_seen_too() {
         .unwrap();
     let pool = scene.database.pool_as(&role, 3);
     let keeper = lockkeeper::Keeper::new(pool.clone());
-    let blocking = in_the_way(&scene, "t").await;
+    let blocking = blocker_of(&scene, "t").await;
     let other = scene.session().await;
     let others = other.start("CREATE INDEX CONCURRENTLY t_a_idx ON t (a)");
     assert_eq!(builder(&scene, "t").await, other.pid);
@@ -542,7 +542,7 @@ async fn many_at_once() {
 async fn progress_is_told_and_a_dropped_build_is_cancelled() {
     let scene = Scene::with_side_connection(4).await;
     scene.table("t", 1000).await;
-    let blocking = in_the_way(&scene, "t").await;
+    let blocking = blocker_of(&scene, "t").await;
     let blocking_pid = pid_of(&blocking).await;
     let told = Arc::new(Mutex::new(Vec::new()));
     let also = Arc::clone(&told);
@@ -559,13 +559,13 @@ async fn progress_is_told_and_a_dropped_build_is_cancelled() {
     .await;
     let first = told.lock().unwrap()[0].clone();
     assert_eq!(first.pid(), pid);
-    eventually("nobody is waited for", async || {
+    eventually("it waits for no session", async || {
         (told.lock().unwrap().iter()).any(|one| one.waits_for() == Some(blocking_pid))
     })
     .await;
     assert!(first.to_string().starts_with(first.phase()));
     building.abort();
-    eventually("the build goes on", async || {
+    eventually("the build still runs", async || {
         scene.is_true("NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())",
         )
         .await
@@ -589,7 +589,7 @@ async fn dropped_at_any_poll_it_can_be_begun_again() {
     let schema = scene.keeper.schema();
     for polls in 0..200 {
         let done = poll_times_and_drop(schema.create_index("t", ["a"]).run(), polls).await;
-        eventually("the build goes on", async || {
+        eventually("the build still runs", async || {
             let condition = "NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database()) \
                              AND NOT EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass)";
             scene.is_true(condition).await

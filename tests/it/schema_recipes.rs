@@ -272,7 +272,7 @@ async fn a_primary_key_is_added() {
 
 /// Dropped anywhere, and begun again: the same end.
 #[tokio::test]
-async fn recipes_dropped_half_way_go_on() {
+async fn recipes_dropped_half_way_continue() {
     let scene = Scene::with_side_connection(4).await;
     let schema = scene.keeper.schema();
     for polls in [
@@ -281,7 +281,7 @@ async fn recipes_dropped_half_way_go_on() {
         let name = format!("t{polls}");
         scene.table(&name, 50).await;
         drop(poll_times_and_drop(schema.add_primary_key(&name, ["id"]).run(), polls).await);
-        eventually("something goes on", async || {
+        eventually("a statement still runs", async || {
             let condition = format!(
                 "NOT EXISTS (SELECT FROM pg_locks WHERE relation = '{name}'::regclass) \
                  AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())"
@@ -404,7 +404,7 @@ async fn a_column_is_added_without_a_rewrite() {
         rows(&scene, "SELECT count(*) FROM t WHERE chance IS NULL").await,
         100
     );
-    // Said again while there is something left to do; and what is left is that.
+    // Asked for again while something is left to do: that is what is done.
     let report = schema
         .add_column("t", "chance", "float8")
         .default("random()")
@@ -552,7 +552,7 @@ async fn a_name_that_is_taken_by_something_else_is_refused() {
     ] {
         assert_error(&outcome.unwrap_err(), ErrorKind::Config, text);
     }
-    // The same said otherwise is the same.
+    // The same in other words is the same.
     for same in [
         schema
             .add_check("t", "small", "(a) < 10 /* as ever */")
@@ -576,7 +576,7 @@ async fn a_name_that_is_taken_by_something_else_is_refused() {
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
-/// What is not said is looked for along the search_path of the pool's connections.
+/// A name without a schema is resolved along the search_path of the pool's connections.
 #[tokio::test]
 async fn another_schema_on_the_search_path() {
     let scene = Scene::with_side_connection(4).await;

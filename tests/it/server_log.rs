@@ -169,7 +169,7 @@ async fn check(database: &Database, observer: &Client, logs: &Logs, locale: &str
     };
     use LogEventKind as Kind;
 
-    // A row that somebody has.
+    // A row that another transaction has locked.
     a.run("BEGIN; UPDATE t SET v = 'a' WHERE id = 1").await;
     let wait = b.waits(observer, STATEMENT).await;
     let event = check_same(
@@ -235,7 +235,7 @@ async fn check(database: &Database, observer: &Client, logs: &Logs, locale: &str
         .unwrap();
     wait.await.unwrap().unwrap();
 
-    // Timeouts, and those who do not wait.
+    // Timeouts, and statements that do not wait.
     a.run("BEGIN; UPDATE t SET v = 'a' WHERE id = 1; LOCK TABLE u")
         .await;
     b.run("SET lock_timeout = '250ms'").await;

@@ -258,7 +258,7 @@ async fn settings_of_a_session_are_the_same_inside_and_after_every_use() {
                 assert_as_before(&before, inside, &what);
             }
             let object = scene.pool.get().await.unwrap();
-            assert_eq!(pid_of(&object).await, pid, "{what}: the connection goes on");
+            assert_eq!(pid_of(&object).await, pid, "{what}: the connection is kept");
             let after = settings_of(&object).await;
             assert_eq!(difference(&before, &after), [""; 0], "{what}: after");
         }
@@ -352,7 +352,7 @@ async fn settings_are_the_same_inside_when_the_lock_was_waited_for() {
             let (inside, ()) = tokio::join!(waiting, releasing);
             assert_as_before(&before, inside, &what);
             let object = scene.pool.get().await.unwrap();
-            assert_eq!(pid_of(&object).await, pid, "{what}: the connection goes on");
+            assert_eq!(pid_of(&object).await, pid, "{what}: the connection is kept");
             assert_eq!(
                 difference(&before, &settings_of(&object).await),
                 [""; 0],
@@ -560,7 +560,7 @@ async fn an_application_name_with_a_backslash_comes_back_as_it_was() {
             assert_eq!(
                 pid_of(&object).await,
                 pid,
-                "{name} {way}: the connection goes on"
+                "{name} {way}: the connection is kept"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! Signals go to the session that was seen, or to nobody.
+//! Signals go to the session that was seen, or to none.
 
 use lockkeeper::graph::BackendId;
 use lockkeeper::{Protection, ResolverPolicy, SignalOutcome};
@@ -118,7 +118,7 @@ async fn who_has_begun_a_backup_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_prepared_transaction_is_for_somebody_to_end_by_hand() {
+async fn a_prepared_transaction_is_to_be_ended_by_hand() {
     let ground = MonitorScene::new().await;
     let gid = format!("it's {}", ground.database.name());
     let session = ground.session().await;
@@ -166,7 +166,7 @@ async fn what_a_role_lacks_is_said() {
             other => panic!("{other}"),
         }
     };
-    // It does what it says, statement by statement, as somebody would who reads it.
+    // The text is followed statement by statement, as a reader would.
     assert_eq!(
         *needs(victim.pid).await,
         *format!("GRANT pg_read_all_stats, pg_signal_backend TO {quoted}")

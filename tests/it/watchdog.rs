@@ -13,7 +13,7 @@ use tokio_postgres::NoTls;
 const OFTEN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(20);
 
-/// Looks for nothing, often, and only in this database: the server is shared with other tests.
+/// Checks for nothing, often, and only in this database: the server is shared with other tests.
 fn policy(ground: &MonitorScene) -> WatchdogPolicy {
     WatchdogPolicy::new()
         .every(OFTEN)
@@ -33,10 +33,10 @@ async fn next(findings: &mut UnboundedReceiver<Finding>) -> Finding {
     in_time("nothing is found", findings.recv()).await.unwrap()
 }
 
-/// So many more looks.
-async fn looks(watchdog: &Watchdog, more: u64) {
+/// Waits for so many more checks.
+async fn checks(watchdog: &Watchdog, more: u64) {
     let before = watchdog.samples();
-    eventually("it does not look", async || {
+    eventually("it does not check", async || {
         watchdog.samples() >= before + more
     })
     .await;
@@ -69,7 +69,7 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
     assert!(found.age() >= TICK && found.cleared().is_none());
     assert!(found.to_string().contains("\"forgotten\""), "{found}");
     // Told once, and the guard never.
-    looks(&watchdog, 4).await;
+    checks(&watchdog, 4).await;
     assert!(findings.try_recv().is_err());
     assert!(leaker.is_alive().await);
     watchdog.stop().await;
@@ -82,13 +82,13 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
     assert_eq!(found.backend().pid(), Some(leaker.pid));
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
     ground.until_gone(leaker.pid).await;
-    looks(&watchdog, 2).await;
+    checks(&watchdog, 2).await;
     watchdog.stop().await;
     assert!(guard.release().await.is_ok());
 }
 
 #[tokio::test]
-async fn who_idles_in_the_way_of_others_is_told_and_cleared_if_told_to() {
+async fn an_idle_blocker_is_reported_and_cleared_if_told_to() {
     let ground = MonitorScene::new().await;
     let idle = ground.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
@@ -97,15 +97,15 @@ async fn who_idles_in_the_way_of_others_is_told_and_cleared_if_told_to() {
         .run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2")
         .await;
     let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
-    looks(&watchdog, 2).await;
-    assert!(findings.try_recv().is_err(), "it is in nobody's way");
+    checks(&watchdog, 2).await;
+    assert!(findings.try_recv().is_err(), "it blocks no session");
     let waiter = ground.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
     let found = next(&mut findings).await;
     assert_eq!(found.kind(), FindingKind::IdleBlocker);
     assert_eq!((found.backend().pid(), found.blocks()), (Some(idle.pid), 1));
     assert_eq!(found.cleared(), None);
-    looks(&watchdog, 3).await;
+    checks(&watchdog, 3).await;
     assert!(findings.try_recv().is_err(), "it is told once");
     assert!(idle.is_alive().await);
     watchdog.stop().await;
@@ -140,7 +140,7 @@ async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
             tokio::task::yield_now().await;
         }
     };
-    in_time("nobody is ended", any_gone).await;
+    in_time("no session is ended", any_gone).await;
     watchdog.stop().await;
     let mut told = Vec::new();
     while let Some(finding) = findings.recv().await {
@@ -171,7 +171,7 @@ async fn those_whom_a_resolver_leaves_alone_are_only_told() {
         found.cleared(),
         Some(&SignalOutcome::Protected(Protection::Migration))
     );
-    looks(&watchdog, 3).await;
+    checks(&watchdog, 3).await;
     assert!(findings.try_recv().is_err(), "the same is not told again");
     migration.run("COMMIT").await;
     waiting.await.unwrap().unwrap();
@@ -195,13 +195,13 @@ async fn those_whom_a_resolver_leaves_alone_are_only_told() {
 }
 
 #[tokio::test]
-async fn a_wait_that_nobody_waits_out_is_taken_from_the_queue() {
+async fn a_wait_without_a_client_is_taken_from_the_queue() {
     let ground = MonitorScene::new().await;
     let holder = ground.session().await;
     holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
     let mut config = ground.database.config();
     config.application_name("test src/gone.rs:7");
-    // Its client is gone: the socket is closed, and nobody cancels.
+    // Its client is gone: the socket is closed, and nothing cancels the wait.
     let gone = Session::connect(&config).await;
     let waiting = gone.start("UPDATE t SET v = 'w' WHERE id = 1");
     ground.until_waiting(gone.pid).await;
@@ -233,7 +233,7 @@ async fn a_wait_that_nobody_waits_out_is_taken_from_the_queue() {
     assert_eq!(found.backend().pid(), Some(gone_pid), "{found}");
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled));
     ground.until_gone(gone_pid).await;
-    looks(&watchdog, 3).await;
+    checks(&watchdog, 3).await;
     assert!(findings.try_recv().is_err());
     watchdog.stop().await;
     holder.run("COMMIT").await;
@@ -246,11 +246,11 @@ async fn it_survives_a_restart_and_ends_with_its_handle() {
     let server = Server::start(&[]).unwrap();
     let ground = MonitorScene::on(&server).await;
     let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
-    looks(&watchdog, 1).await;
+    checks(&watchdog, 1).await;
     server.stop();
-    eventually("no look fails", async || watchdog.failures() > 0).await;
+    eventually("no check fails", async || watchdog.failures() > 0).await;
     server.restart();
-    looks(&watchdog, 2).await;
+    checks(&watchdog, 2).await;
     assert!(watchdog.is_running());
     let observer = ground.database.connect().await;
     let idle = ground.session().await;
@@ -279,15 +279,15 @@ async fn dropped_it_ends_too() {
     let ground = MonitorScene::new().await;
     for _ in 0..3 {
         let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
-        // At once, and after looks.
+        // At once, and after some checks.
         if watchdog.samples() == 0 {
-            looks(&watchdog, 1).await;
+            checks(&watchdog, 1).await;
         }
         drop(watchdog);
         let rest = async { while findings.recv().await.is_some() {} };
         in_time("something is left of it", rest).await;
     }
-    // A stop that nobody waits for.
+    // A stop that is not awaited.
     let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
     let mut stop = Box::pin(watchdog.stop());
     assert!(futures::poll!(&mut stop).is_pending());

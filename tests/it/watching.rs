@@ -1,4 +1,4 @@
-//! Whose evidence a report has, and what watching costs those who are watched.
+//! Whose evidence an incident has, and what sampling costs the transactions that are sampled.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 const ONE: &str = "UPDATE account SET balance = balance + 1 WHERE id = 1";
 const TWO: &str = "UPDATE account SET balance = balance + 1 WHERE id = 2";
 
-/// A stranger who holds row 2, waits for row 1 once somebody waits for row 2, and commits when it has both.
+/// A stranger who holds row 2, waits for row 1 once a session waits for row 2, and commits when it has both.
 async fn survivor(reported: &IncidentScene) -> tokio::task::JoinHandle<()> {
     let client = reported.scene.database.connect().await;
     let sql = format!("SET deadlock_timeout = '1h'; BEGIN; {TWO}");
@@ -127,7 +127,7 @@ async fn a_session_guard_is_not_taken_for_the_transaction_that_ran_on_it() {
     drop(guard);
 }
 
-/// An error that is looked into before it is passed on, and statements that are sent together.
+/// An error that is inspected before it is passed on, and statements that are sent together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn statements_after_the_one_that_failed_do_not_hide_its_evidence() {
     for together in [false, true] {
@@ -203,24 +203,24 @@ async fn an_answer_that_the_driver_refuses_does_not_hide_what_the_server_refused
 
 /// Delivers what is held once the side connection has been used for it. A loop of its own: a transaction's closure calls
 /// it.
-async fn looked_at(side: &Proxy, held: &Proxy) {
+async fn until_sampled(side: &Proxy, held: &Proxy) {
     let mut questions = 0;
     let started = Instant::now();
     while started.elapsed() < GIVE_UP_AFTER {
-        let (said, _) = side.heard();
-        questions += said.iter().filter(|said| said.contains("pg_locks")).count();
-        // One look at what failed may have been on its way, which is two such questions.
+        let (heard, _) = side.heard();
+        questions += heard.iter().filter(|sql| sql.contains("pg_locks")).count();
+        // One sample of what failed may have been on its way, which is two such questions.
         if questions > 2 {
             return held.deliver();
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    panic!("it is not looked at");
+    panic!("it is not sampled");
 }
 
-/// The statement after the one that failed runs for so long that it is looked at itself.
+/// The statement after the one that failed runs for so long that it is sampled itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_failed() {
+async fn samples_of_the_next_statement_do_not_replace_those_of_the_one_that_failed() {
     let reported = IncidentScene::new(1).await;
     let direct = reported.scene.database.config();
     let proxy = Proxy::before(reported.scene.database.server());
@@ -240,7 +240,7 @@ async fn looks_at_the_next_statement_are_not_in_place_of_those_at_the_one_that_f
             proxy.fault("SELECT 2", Fault::Hold);
             drop(side.heard());
             let (refused, ()) =
-                tokio::join!(tx.batch_execute("SELECT 2"), looked_at(&side, &proxy));
+                tokio::join!(tx.batch_execute("SELECT 2"), until_sampled(&side, &proxy));
             refused.unwrap_err();
         }
         Ok::<_, Error>(failed?)
@@ -308,14 +308,14 @@ async fn debug_of_transactions_and_guards_shows_no_statement() {
         .await
         .unwrap();
     guard.batch_execute("SELECT 'secret'").await.unwrap();
-    let said = guard.transaction(async |tx| {
+    let shown = guard.transaction(async |tx| {
         tx.batch_execute("SELECT 'secret'").await?;
         Ok::<_, Error>(format!("{tx:?}"))
     });
-    let said = said.await.unwrap();
-    assert!(!said.contains("secret"), "{said}");
-    let said = format!("{guard:?}");
-    assert!(!said.contains("secret"), "{said}");
+    let shown = shown.await.unwrap();
+    assert!(!shown.contains("secret"), "{shown}");
+    let shown = format!("{guard:?}");
+    assert!(!shown.contains("secret"), "{shown}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -357,7 +357,7 @@ async fn a_long_wait_says_which_attempt_it_is() {
 
 /// Where there is no side connection, a question that fails costs no connection of the pool.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_look_that_fails_closes_no_connection_of_the_pool() {
+async fn a_sample_that_fails_closes_no_connection_of_the_pool() {
     let mut reported = IncidentScene::with(1, |builder, _| builder).await;
     let database = &reported.scene.database;
     let role = format!("{}_blind", database.name());
@@ -377,7 +377,7 @@ async fn a_look_that_fails_closes_no_connection_of_the_pool() {
     let options = TransactionOptions::new()
         .attempts(1)
         .lock_timeout(Duration::from_millis(1200));
-    // Of those who have asked something.
+    // Of sessions that have asked something.
     let pids = async || {
         let sql = "SELECT array_agg(pid ORDER BY pid) FROM pg_stat_activity WHERE usename = $1 AND query <> ''";
         let row = reported
@@ -404,13 +404,13 @@ async fn a_look_that_fails_closes_no_connection_of_the_pool() {
     assert_eq!(
         seen.len(),
         2,
-        "the transaction's, and the one that looked: {seen:?}"
+        "the transaction's, and the sampler's: {seen:?}"
     );
 }
 
-/// However many statements there are to look at, they are looked at together.
+/// However many slow statements there are, one sample is taken of all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn slow_statements_are_looked_at_together() {
+async fn slow_statements_are_sampled_together() {
     const SLOW: u8 = 16;
     let reported = IncidentScene::new(1).await;
     let proxy = Proxy::before(reported.scene.database.server());
@@ -442,13 +442,13 @@ async fn slow_statements_are_looked_at_together() {
     while let Some(done) = slow.join_next().await {
         done.unwrap();
     }
-    let (said, _) = proxy.heard();
-    let looks = said.iter().filter(|said| said.contains("pg_locks")).count();
-    assert!(looks >= 5, "{looks}");
+    let (heard, _) = proxy.heard();
+    let samples = heard.iter().filter(|sql| sql.contains("pg_locks")).count();
+    assert!(samples >= 5, "{samples}");
     let took = began.elapsed();
     assert!(
-        looks as f64 <= 15.0 * took.as_secs_f64(),
-        "{looks} looks in {took:?}"
+        samples as f64 <= 15.0 * took.as_secs_f64(),
+        "{samples} samples in {took:?}"
     );
 }
 

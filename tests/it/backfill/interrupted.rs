@@ -82,7 +82,7 @@ async fn backends_killed_at_any_moment_leave_each_row_changed_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dropped_at_any_poll_it_goes_on_where_it_was() {
+async fn dropped_at_any_poll_it_continues_where_it_was() {
     let scene = scene(3, 400).await;
     let mut dropped = 0;
     for polls in 0.. {
@@ -115,7 +115,7 @@ async fn dropped_at_any_poll_it_goes_on_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_violated_constraint_ends_the_run_and_the_next_goes_on_behind_the_last_batch() {
+async fn a_violated_constraint_ends_the_run_and_the_next_continues_behind_the_last_batch() {
     let scene = scene(2, 1000).await;
     scene
         .observer

@@ -129,7 +129,7 @@ async fn keys_of_several_columns_and_partitions_and_odd_names() {
     );
 }
 
-/// Two sessions that write values differently go on with each other's checkpoint.
+/// Two sessions that write values differently continue from each other's checkpoint.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_is_read_as_it_was_written() {
     let scene = Scene::new(1).await;
@@ -201,7 +201,7 @@ async fn a_checkpoint_is_read_as_it_was_written() {
 
 /// What is behind a key is something else where the keys' order has become another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_is_ordered_otherwise_is_no_place_to_go_on_from() {
+async fn a_key_that_is_ordered_otherwise_is_no_place_to_continue_from() {
     let scene = Scene::new(2).await;
     let steps = async |n| {
         let backfill = counted(&scene.keeper).batch_rows(7..=7).wait(GIVE_UP_AFTER);

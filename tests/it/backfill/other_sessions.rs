@@ -12,7 +12,7 @@ use super::{all_are, checkpoint, counted, number, scene, telling};
 
 /// Writers that add to random rows while it runs: none waits for long, and nothing of theirs is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn writers_go_on_meanwhile() {
+async fn writers_are_served_meanwhile() {
     const ROWS: i64 = 60_000;
     let scene = scene(4, 60_000).await;
     let stop = Arc::new(AtomicBool::new(false));
@@ -71,7 +71,7 @@ async fn writers_go_on_meanwhile() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_pauses_while_somebody_waits_for_the_table() {
+async fn it_pauses_while_a_session_waits_for_the_table() {
     let scene = scene(3, 200).await;
     let holder = scene.database.connect().await;
     let changer = scene.database.connect().await;
@@ -157,9 +157,9 @@ async fn a_schema_change_in_the_middle_goes_first() {
     all_are(&scene, 1).await;
 }
 
-/// On a table with hot rows somebody always waits: it steps aside, but not for ever.
+/// On a table with hot rows there is always a waiter: it pauses, but not for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_steps_aside_for_those_who_wait_for_rows() {
+async fn it_pauses_for_sessions_that_wait_for_rows() {
     let scene = scene(3, 500).await;
     let holder = scene.database.connect().await;
     let waiter = scene.database.connect().await;
@@ -190,12 +190,12 @@ async fn it_steps_aside_for_those_who_wait_for_rows() {
 
 /// Who had to wait for a batch has its row before the next one, which is smaller.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_batch_that_was_in_the_way_is_followed_by_a_smaller_one() {
+async fn a_batch_that_blocked_is_followed_by_a_smaller_one() {
     let scene = scene(3, 400).await;
     scene
         .observer
         .batch_execute(
-            // Until somebody waits for it, however long they need to come.
+            // Until a session waits for it, however long that takes to come.
             "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN FOR i IN 1..600 LOOP \
                  EXIT WHEN EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))); \
                  PERFORM pg_sleep(0.05); END LOOP; RETURN NEW; END'; \

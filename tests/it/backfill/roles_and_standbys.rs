@@ -42,9 +42,9 @@ async fn a_role_without_privileges_is_told_what_it_needs() {
     scene.observer.batch_execute(&drop_role).await.unwrap();
 }
 
-/// Triggers of a table run as those who write to it: one that anybody may have made is none for checkpoints.
+/// Triggers of a table run as the role that writes to it: a table that any role may have made is none for checkpoints.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_checkpoints_table_of_somebody_else_is_not_written_to() {
+async fn a_checkpoints_table_of_another_role_is_not_written_to() {
     let scene = scene(2, 100).await;
     let role = format!("mallory_{}", scene.database.name());
     scene
@@ -142,7 +142,7 @@ async fn it_pauses_while_a_standby_is_behind() {
     }
     assert!(last.unwrap().is_done());
 
-    // Who may not see it says so, and goes on.
+    // A role that may not see it reports that, and continues.
     follower
         .batch_execute("SELECT pg_wal_replay_pause()")
         .await

@@ -234,7 +234,7 @@ const CALLS: &[(&str, Call)] = &[
             let guard = keeper.advisory_lock(KEY).session().acquire().await?;
             tokio::select! {
                 () = guard.lost() => panic!("lost"),
-                // A call that goes on for a while, to be dropped in.
+                // A call that takes a while, to be dropped in.
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
             }
             guard.release().await
@@ -344,10 +344,10 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
             let what = format!("{name}, aborted after {after} ms");
             assert_no_trace(&scene, Some(holder.pid), CLEANED_UP_WITHIN, &what).await;
             took.push(dropped.elapsed());
-            // What looking alone takes.
-            let looked = Instant::now();
+            // How long the checks alone take.
+            let checked = Instant::now();
             assert_no_trace(&scene, Some(holder.pid), CLEANED_UP_WITHIN, &what).await;
-            calm.push(looked.elapsed());
+            calm.push(checked.elapsed());
         }
         (took, calm)
     });
@@ -361,7 +361,7 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
     let (took, calm) = (median(took), median(calm));
     assert!(
         took < Duration::from_secs(1) + 2 * calm,
-        "half of the calls took longer than {took:?} to end, where {calm:?} is what looking takes"
+        "half of the calls took longer than {took:?} to end, where the checks alone take {calm:?}"
     );
 }
 
@@ -385,7 +385,7 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
         for polls in 0..MOST_POLLS {
             let outcome = poll_times_and_drop(call(keeper.clone()), polls).await;
             let what = format!("{name}, dropped after {polls} polls");
-            let complaint = format!("{what}: somebody else waits or holds");
+            let complaint = format!("{what}: another session waits or holds");
             eventually_within(CLEANED_UP_WITHIN, &complaint, async || {
                 // Between two slices a waiter is neither here nor there.
                 let locks = locks(&scene).await;

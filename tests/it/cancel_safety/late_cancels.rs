@@ -23,7 +23,7 @@ async fn give_up_and_end(end: &str) {
     let holder = scene.holder(KEY).await;
     let waits = async || {
         let waits = async || !scene.waiters(KEY).await.is_empty();
-        eventually_within(CLEANED_UP_WITHIN, "nobody waits", waits).await;
+        eventually_within(CLEANED_UP_WITHIN, "no session waits", waits).await;
     };
     let own = keeper.advisory_lock(AFTER);
     if end == "release" {
@@ -59,7 +59,7 @@ async fn give_up_and_end(end: &str) {
     scene.nothing_left().await;
 }
 
-/// A cancel request that is late must not hit whoever has the connection by then.
+/// A cancel request that is late must not hit the task that has the connection by then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_cancel_never_hits_the_next_borrower() {
     join_all(["drop", "rollback", "commit", "release"].map(give_up_and_end)).await;

@@ -14,7 +14,7 @@ use futures::{SinkExt, TryStreamExt};
 use lockkeeper::{Error, ErrorKind, Keeper, XactGuard};
 use lockkeeper_testkit::{Scene, eventually_within};
 
-/// What the calls ask for, and what is held by somebody else in a busy scene.
+/// What the calls ask for, and what another session holds in a busy scene.
 const KEY: i64 = 71;
 
 /// Free in every scene; sorted before and after [`KEY`].
@@ -72,7 +72,7 @@ async fn locks(scene: &Scene) -> Vec<(i32, bool)> {
     rows.iter().map(|row| (row.get(0), row.get(1))).collect()
 }
 
-/// Asserts that a call which was dropped (or is over) has left nothing: `holder` alone holds a lock, nobody waits, no
+/// Asserts that a call which was dropped (or is over) has left nothing: `holder` alone holds a lock, no session waits, no
 /// transaction is open, the next borrower and all others are served at once.
 async fn assert_no_trace(scene: &Scene, holder: Option<i32>, within: Duration, what: &str) {
     let borrower = async {

@@ -8,7 +8,7 @@ use lockkeeper_testkit::{Fault, assert_error, terminate};
 
 use super::{COMMIT, Counts, Lab, MARK, add, insert, resolving};
 
-/// The connection is lost while COMMIT waits; then it goes on, or its backend ends.
+/// The connection is lost while COMMIT waits; then it continues, or its backend ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_in_progress_is_asked_for_until_it_is_decided() {
     for commits in [true, false] {
@@ -120,7 +120,7 @@ async fn the_outcome_is_asked_for_even_where_the_pool_is_busy() {
         async {
             begun.notified().await;
             let others = (0..20).map(|_| async {
-                // Whoever has had one stands in line again.
+                // A task that has had one queues again.
                 while !done.load(Ordering::Relaxed) {
                     let object = lab.pool.get().await.unwrap();
                     object.batch_execute("SELECT pg_sleep(0.1)").await.unwrap();
@@ -134,7 +134,7 @@ async fn the_outcome_is_asked_for_even_where_the_pool_is_busy() {
     assert_eq!(counts.runs(), 1);
 }
 
-/// Connections that have gone silent, as after a failover that nobody has told their sockets of.
+/// Connections that have gone silent, as after a failover that their sockets were not told of.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_stays_silent_is_not_waited_for() {
     let lab = Lab::new(2).await;

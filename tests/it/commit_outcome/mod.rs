@@ -93,7 +93,7 @@ impl Lab {
         }
     }
 
-    /// COMMIT of whoever inserts waits until the observer lets it.
+    /// COMMIT of a transaction that inserts waits until the observer lets it.
     async fn hold_commits(&self) {
         self.observer
             .batch_execute(&format!(
@@ -125,7 +125,7 @@ impl Lab {
         found.unwrap()
     }
 
-    /// Somebody has asked for the outcome, and it is not decided.
+    /// Waits until the outcome has been asked for, while it is not decided.
     async fn asked(&self) {
         let asked = async || {
             self.count(
@@ -135,7 +135,7 @@ impl Lab {
             .await
                 > 0
         };
-        eventually("nobody asks for the outcome", asked).await;
+        eventually("the outcome is not asked for", asked).await;
     }
 
     async fn count(&self, from: &str) -> i64 {

@@ -69,7 +69,7 @@ impl Restarted {
         let kill = format!("COPY (SELECT 1) TO PROGRAM 'kill -9 {pid}'");
         drop(self.lab.observer.batch_execute(&kill).await);
         let ended = async || self.lab.observer.is_closed();
-        eventually("the server goes on", ended).await;
+        eventually("the server is still there", ended).await;
         let started = Instant::now();
         loop {
             // One that connects before the postmaster has noticed is thrown out again.

@@ -9,7 +9,7 @@ use tokio_postgres::{AsyncMessage, IsolationLevel, NoTls};
 
 use super::{COMMIT, Counts, Lab, add, resolving};
 
-/// Whoever may connect may ask.
+/// A role that may connect may ask.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_role_without_privileges_finds_out_too() {
     let lab = Lab::new(2).await;
@@ -142,16 +142,16 @@ async fn failures_of_the_transaction_itself_are_the_same_with_the_option() {
         assert_eq!(seen[0], seen[1], "{sql}");
     }
     // The question itself fails: the server's word for it is the source.
-    let nobody = format!("nobody_{}", lab.database.name());
+    let role = format!("nobody_{}", lab.database.name());
     lab.observer
         .batch_execute(&format!(
-            "CREATE ROLE {nobody} LOGIN; GRANT ALL ON t TO {nobody}; \
+            "CREATE ROLE {role} LOGIN; GRANT ALL ON t TO {role}; \
              REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"
         ))
         .await
         .unwrap();
     let mut direct = lab.database.config();
-    direct.user(&nobody);
+    direct.user(&role);
     let keeper = Keeper::new(lab.proxy.pool(&direct, 1));
     let error = keeper
         .transaction_with(resolving(), async |tx| {
@@ -164,7 +164,7 @@ async fn failures_of_the_transaction_itself_are_the_same_with_the_option() {
     drop(keeper);
     lab.settled().await;
     assert_eq!(lab.count("t").await, 1);
-    let sql = format!("DROP OWNED BY {nobody}; DROP ROLE {nobody}");
+    let sql = format!("DROP OWNED BY {role}; DROP ROLE {role}");
     lab.observer.batch_execute(&sql).await.unwrap();
     lab.pool_is_whole().await;
 }

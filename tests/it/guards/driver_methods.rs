@@ -127,15 +127,15 @@ macro_rules! use_every_method {
     }};
 }
 
-/// Tries a few times whether a connection goes on. One whose plain client was given to the caller has only some
+/// Tries a few times whether a connection is kept. One whose plain client was given to the caller has only some
 /// milliseconds for the answer that tells its state, which not every machine always has.
-async fn keeps_its_connection(mut goes_on: impl AsyncFnMut() -> bool) {
+async fn keeps_its_connection(mut is_kept: impl AsyncFnMut() -> bool) {
     for _ in 0..5 {
-        if goes_on().await {
+        if is_kept().await {
             return;
         }
     }
-    panic!("the connection does not go on");
+    panic!("the connection is never kept");
 }
 
 async fn delete_notes(scene: &Scene) {
@@ -155,7 +155,7 @@ async fn a_transaction_guard_offers_the_drivers_methods_inside_its_transaction()
     assert_eq!(notes(&scene).await, [0; 0], "not before the commit");
     guard.commit().await.unwrap();
     assert_eq!(notes(&scene).await, [1, 2, 3, 4, 5, 6, 7]);
-    assert_eq!(scene.next_pid().await, pid, "the connection goes on");
+    assert_eq!(scene.next_pid().await, pid, "the connection is kept");
 
     // And a drop undoes all of it.
     delete_notes(&scene).await;
@@ -183,7 +183,7 @@ async fn a_transaction_offers_the_drivers_methods() {
         .await
         .unwrap();
     assert_eq!(notes(&scene).await, [1, 2, 3, 4, 5, 6, 7]);
-    assert_eq!(scene.next_pid().await, pid, "the connection goes on");
+    assert_eq!(scene.next_pid().await, pid, "the connection is kept");
     scene.nothing_left().await;
 }
 

@@ -74,7 +74,7 @@ async fn a_held_key_is_busy_for_every_scope_and_another_key_is_free() {
                 && pids[0] != pids[2],
             "{pids:?}"
         );
-        // B goes on using its connection, so that the one which gets the key next is another one than A's.
+        // B still uses its connection, so that the one which gets the key next is another one than A's.
         drop(session_other);
         drop((xact, session));
         let waits = keeper.advisory_lock("k").wait(Duration::from_secs(5));
@@ -157,7 +157,7 @@ async fn the_next_holder_sees_what_the_last_one_committed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_goes_on() {
+async fn a_dropped_guard_frees_its_key_at_once_and_its_connection_is_kept() {
     let scene = Scene::new(1).await;
     let client = scene.database.connect().await;
     for scope in ["transaction", "session", "several", "shared session"] {

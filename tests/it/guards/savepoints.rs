@@ -63,7 +63,7 @@ async fn savepoints_nest_and_a_failing_one_leaves_the_outer_usable() {
     scene.nothing_left().await;
 }
 
-/// A lock that is gone with a savepoint is taken again when it is asked for again, whoever set the savepoint.
+/// A lock that is gone with a savepoint is taken again when it is asked for again, by whatever call the savepoint was set.
 #[tokio::test]
 async fn a_lock_lost_with_a_savepoint_is_not_taken_to_be_held() {
     let scene = Scene::new(2).await;
@@ -88,10 +88,7 @@ async fn a_lock_lost_with_a_savepoint_is_not_taken_to_be_held() {
         .unwrap();
     assert!(!scene.is_held("plain").await);
     guard.advisory_lock("plain").await.unwrap();
-    assert!(
-        scene.is_held("plain").await,
-        "said to be held, and is not held"
-    );
+    assert!(scene.is_held("plain").await, "shown as held, and not held");
     guard.rollback().await;
     scene.nothing_left().await;
 }

@@ -172,7 +172,7 @@ async fn commit_of_an_aborted_transaction_is_an_error() {
                             ErrorKind::Database,
                             "a statement inside the savepoint failed",
                         );
-                        // The savepoint was rolled back, so the rest can go on: it fails again, outside.
+                        // The savepoint was rolled back, so the rest can be run: it fails again, outside.
                         drop(tx.query("SELECT 1/0", &[]).await);
                     }
                 }

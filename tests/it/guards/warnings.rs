@@ -103,7 +103,7 @@ async fn normal_use_writes_no_warning_to_the_servers_log() {
     }
     unlock_by_sql(&holder, "k").await;
     scene.nothing_left().await;
-    // And tries whose answer nobody waits for.
+    // And tries whose answer is not awaited.
     for _ in 0..10 {
         for millis in [0, 1, 2] {
             let limit = Duration::from_millis(millis);
@@ -231,7 +231,7 @@ async fn a_commit_that_fails_by_itself_writes_no_warning_either() {
     guard.execute(duplicate, &[]).await.unwrap();
     unique(guard.commit().await.unwrap_err());
     assert!(!scene.is_held("k").await);
-    assert_eq!(Some(scene.next_pid().await), pid, "the connection goes on");
+    assert_eq!(Some(scene.next_pid().await), pid, "the connection is kept");
 
     let error = scene.keeper.transaction(async |tx| {
         tx.execute(duplicate, &[]).await?;

@@ -49,7 +49,7 @@ struct Relation {
     pages: i64,
 }
 
-/// Looks on, from a connection of its own.
+/// Watches, from a connection of its own.
 pub(super) struct Watcher {
     pub(super) observer: Client,
     relations: Vec<Relation>,

@@ -14,7 +14,7 @@ use super::compare;
 use super::observe::{Seen, Watcher, scene};
 
 /// A server on which a session with `synchronous_commit = on` waits in each commit for a standby that does not exist.
-/// It has written its commit by then and holds its locks still; a cancel ends the wait, and the statement goes on
+/// It has written its commit by then and holds its locks still; a cancel ends the wait, and the statement continues
 /// (`SyncRepWaitForLSN` in `src/backend/replication/syncrep.c`).
 fn server_that_holds_up_commits() -> Server {
     Server::start(&[
@@ -64,7 +64,7 @@ async fn step_through(database: &Database, watcher: &Watcher, sql: &str) -> (See
     (seen, commits)
 }
 
-/// The mode that a statement asks for when it is in the way of another lock of that relation.
+/// The mode that a statement asks for when another lock of that relation blocks it.
 async fn asks_for(
     database: &Database,
     watcher: &Watcher,
@@ -209,7 +209,7 @@ pub(super) async fn leave_half_way(database: &Database) {
 /// VACUUM does not wait for the lock it cuts empty pages off under: that it needs ACCESS EXCLUSIVE shows in that the
 /// weakest of locks keeps it from doing so.
 #[tokio::test]
-async fn vacuum_cuts_off_empty_pages_only_where_nobody_is() {
+async fn vacuum_cuts_off_empty_pages_only_where_no_lock_is() {
     let database = Server::shared().database().await;
     let (reader, client) = (database.connect().await, database.connect().await);
     client

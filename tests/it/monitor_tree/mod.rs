@@ -1,4 +1,4 @@
-//! The monitor's picture of who waits for whom, against scenes that are known.
+//! The monitor's picture of which session waits for which, against scenes that are known.
 
 mod objects;
 mod sessions;

@@ -67,7 +67,7 @@ async fn rarer_objects_are_named_too() {
             && object.to_string().ends_with(" of pg_catalog.pg_namespace"),
         "{object}"
     );
-    // A unique key that somebody is about to take: no row to line up for.
+    // A unique key that another transaction is about to take: there is no row to queue for.
     stage.waits(&c, "INSERT INTO t VALUES (100, 'c')").await;
     let snapshot = stage.monitor.snapshot().await.unwrap();
     let edge = stage.edge(&snapshot, &c);
@@ -75,7 +75,7 @@ async fn rarer_objects_are_named_too() {
         matches!(edge.object(), LockObject::Transaction(_)) && edge.row().is_none(),
         "{edge}"
     );
-    // An index build waits for those who may write.
+    // An index build waits for transactions that may write.
     stage
         .waits(&d, "CREATE INDEX CONCURRENTLY ON \"T 2\" (id)")
         .await;

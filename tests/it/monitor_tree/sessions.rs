@@ -18,7 +18,7 @@ async fn prepared_transactions_are_roots_without_a_pid() {
         "BEGIN; UPDATE t SET v = 'a' WHERE id = 1; PREPARE TRANSACTION '{gid}'"
     ))
     .await;
-    // In nobody's way.
+    // It blocks no session.
     a.run(&format!(
         "BEGIN; SELECT FROM t; PREPARE TRANSACTION '{gid}-reads'"
     ))
@@ -116,7 +116,7 @@ async fn a_role_without_privileges_sees_who_and_where_and_the_rest_as_hidden() {
 
     let mut config = stage.scene.database.config();
     config.user(&role).password("secret");
-    // A look that is not answered in time is taken on the pool's, which is of the same role.
+    // A question that is not answered in time is asked on the pool's connection, which is of the same role.
     let keeper = Keeper::builder(stage.scene.database.pool_as(&role, 2))
         .side_connection(config, NoTls)
         .build();
@@ -198,7 +198,7 @@ async fn five_hundred_sessions_are_seen_at_once() {
         let snapshot = tree.snapshot();
         best = best.min(all);
         assert_eq!(snapshot.waiters().len(), 500);
-        // Everybody is behind everybody who came before.
+        // Each is behind all that came before.
         assert_eq!(snapshot.edges().len(), 500 * 501 / 2);
         let [root] = tree.roots().collect::<Vec<_>>()[..] else {
             panic!("{tree}");
@@ -219,7 +219,7 @@ async fn five_hundred_sessions_are_seen_at_once() {
 
 /// Wherever a question is dropped, nothing is left of it and the next one is answered.
 #[tokio::test]
-async fn looks_may_be_dropped_anywhere() {
+async fn samples_may_be_dropped_anywhere() {
     for side in [false, true] {
         let scene = Scene::new(1).await;
         let builder = Keeper::builder(scene.pool.clone());
@@ -232,7 +232,7 @@ async fn looks_may_be_dropped_anywhere() {
         };
         let monitor = keeper.monitor();
         for polls in 0.. {
-            assert!(polls < 100, "a look has no end");
+            assert!(polls < 100, "a sample has no end");
             let tree = poll_times_and_drop(monitor.lock_tree(), polls).await;
             let locks = poll_times_and_drop(monitor.advisory_locks(), polls).await;
             let activity = poll_times_and_drop(monitor.activity(), polls).await;

@@ -270,8 +270,8 @@ async fn a_session_that_holds_one_lock_and_queues_for_a_stronger_one() {
     stage.done().await;
 }
 
-/// Every transaction takes its rows in the same order, so that nobody can ever be in a deadlock. But their waits are
-/// short, and others are so many that asking who blocks whom takes a while, in which these begin and end.
+/// Every transaction takes its rows in the same order, so that no deadlock is possible. But their waits are
+/// short, and others are so many that asking which session blocks which takes a while, in which these begin and end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_deadlock_is_seen_where_there_is_none() {
     let settings = [("max_connections", "300"), ("deadlock_timeout", "10min")];

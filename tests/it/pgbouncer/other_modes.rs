@@ -57,7 +57,7 @@ async fn session_guards_work_behind_a_session_pooler() {
         }
     });
     let waits = async || !behind.scene.waiters("k").await.is_empty();
-    eventually("nobody waits", waits).await;
+    eventually("no session waits", waits).await;
     dropped.abort();
     drop(dropped.await);
     let gone = async || behind.scene.waiters("k").await.is_empty();
@@ -69,7 +69,7 @@ async fn session_guards_work_behind_a_session_pooler() {
             lock.session().acquire().await
         }
     });
-    eventually("nobody waits", waits).await;
+    eventually("no session waits", waits).await;
     guard.release().await.unwrap();
     let guard = waiter.await.unwrap().unwrap();
     assert_eq!(

@@ -453,7 +453,7 @@ async fn many_tasks_share_one_backend() {
     behind.nothing_left().await;
 }
 
-/// What cannot run in a transaction needs settings of the session, which the pooler would give to somebody else: none is
+/// What cannot run in a transaction needs settings of the session, which the pooler would give to another client: none is
 /// left, not by what is refused either.
 #[tokio::test]
 async fn schema_changes_in_transactions_work_and_others_leave_no_setting() {

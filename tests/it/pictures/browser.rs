@@ -13,8 +13,8 @@ pub(crate) enum Scheme {
     Dark,
 }
 
-/// Looks at the page from outside and writes down what it sees, as JSON.
-const LOOK: &str = include_str!("look.js");
+/// Reads the page from outside and writes down what it finds, as JSON.
+const READ: &str = include_str!("look.js");
 
 /// What the page shows, and what the browser had to say about it.
 pub(crate) struct Seen {
@@ -42,7 +42,7 @@ pub(crate) fn open(page: &str, scheme: Scheme, folder: &Path) -> Result<Seen, Sk
     let wrapper = format!(
         "<!DOCTYPE html><meta charset=\"utf-8\"><style>:root {{ color-scheme: light dark }} \
          iframe {{ width: 1400px; height: 900px; border: 0 }}</style>\
-         <pre id=\"facts\"></pre><iframe srcdoc=\"{attribute}\"></iframe><script>{LOOK}</script>"
+         <pre id=\"facts\"></pre><iframe srcdoc=\"{attribute}\"></iframe><script>{READ}</script>"
     );
     let name = format!("{scheme:?}");
     let file = folder.join(format!("{name}.html"));

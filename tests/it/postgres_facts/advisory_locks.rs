@@ -176,7 +176,7 @@ async fn locks_are_of_one_database() {
     assert_eq!(free, ["t"]);
 }
 
-/// A queued writer is in the way of new readers, though nobody holds the lock exclusively yet.
+/// A queued writer blocks new readers, though no session holds the lock exclusively yet.
 #[tokio::test]
 async fn try_fails_while_a_conflicting_waiter_is_queued() {
     let database = database().await;

@@ -339,7 +339,7 @@ async fn nowait_is_told_from_a_lock_timeout_by_the_routine() {
         client.batch_execute("ROLLBACK").await.unwrap();
         holder.batch_execute("ROLLBACK").await.unwrap();
     }
-    // Somebody waits for the row already, and holds the right to be the next.
+    // Another session waits for the row already, and holds the right to be the next.
     holder
         .batch_execute("BEGIN; UPDATE t SET n = 1")
         .await

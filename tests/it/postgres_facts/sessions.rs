@@ -56,7 +56,7 @@ async fn the_driver_sends_a_simple_query_at_the_first_poll() {
     assert_eq!(advisory(&observer, pid, true).await, 2);
 }
 
-/// A statement whose client has gone away goes on waiting, and a cancel request ends it.
+/// A statement whose client has gone away keeps waiting, and a cancel request ends it.
 #[tokio::test]
 async fn a_waiter_without_a_client_stays_queued_until_it_is_cancelled() {
     let database = database().await;

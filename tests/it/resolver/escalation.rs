@@ -70,7 +70,7 @@ async fn a_dry_run_changes_nothing() {
         "the side connection's own"
     );
     pile.holder.run("COMMIT").await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -108,7 +108,7 @@ async fn who_finishes_is_waited_for() {
         }
     }
     working.await.unwrap().unwrap();
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -151,7 +151,7 @@ async fn a_statement_is_cancelled_when_waiting_did_not_help() {
     assert_eq!(error.code().unwrap().code(), "57014");
     // Its session lives.
     pile.holder.run("ROLLBACK").await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -196,7 +196,7 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
     assert!(log.is_recovered() && log.signals() == 2, "{log}");
     assert!(working.await.unwrap().is_err());
     ground.until_gone(pile.holder.pid).await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -226,7 +226,7 @@ async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its
     assert!(target.state_age().unwrap() >= 10 * TICK, "{log}");
     assert!(log.is_recovered(), "{log}");
     ground.until_gone(pile.holder.pid).await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -255,7 +255,7 @@ async fn one_root_blocker_after_another() {
     );
     assert!(log.is_recovered());
     waiting.await.unwrap().unwrap();
-    first.all_go_on().await;
+    first.all_finish().await;
 
     // As many signals as are allowed, and no more.
     let again = PileUp::new(&ground).await;
@@ -267,10 +267,10 @@ async fn one_root_blocker_after_another() {
         (&RunEnd::MaxSignals, 1),
         "{log}"
     );
-    again.all_go_on().await;
+    again.all_finish().await;
 }
 
-/// Somebody idle in a transaction with one waiter, on another row, for as long as they are kept.
+/// A session that is idle in a transaction with one waiter, on another row, for as long as they are kept.
 async fn other_pile(ground: &MonitorScene) -> (Session, Session) {
     let other = ground.session().await;
     other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 3").await;

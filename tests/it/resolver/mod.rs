@@ -19,7 +19,7 @@ const TICK: Duration = Duration::from_millis(20);
 fn policy(ground: &MonitorScene) -> ResolverPolicy {
     ResolverPolicy::new()
         .database(ground.database.name())
-        // Who has waited and writes now is in the next one's way for a moment, which on a slow machine is a long one.
+        // A session that has waited, and writes now, blocks the next one for a moment, which on a slow machine is a long one.
         .wait(GIVE_UP_AFTER)
         .idle_grace(10 * TICK)
         .settle(GIVE_UP_AFTER)
@@ -32,7 +32,7 @@ fn resolver(ground: &MonitorScene, policy: ResolverPolicy) -> Resolver {
     ground.monitor.resolver(policy)
 }
 
-/// Somebody who has the row 1, and two who wait for it.
+/// A session that holds row 1, and two that wait for it.
 struct PileUp {
     holder: Session,
     waits: Vec<JoinHandle<Result<(), tokio_postgres::Error>>>,
@@ -59,7 +59,7 @@ impl PileUp {
         Self::behind(ground, holder).await
     }
 
-    async fn all_go_on(self) {
+    async fn all_finish(self) {
         for wait in self.waits {
             wait.await.unwrap().unwrap();
         }
@@ -76,10 +76,10 @@ impl PileUp {
     }
 }
 
-/// What was done to whom, without the baseline.
+/// What was done to which session, without the baseline.
 ///
-/// Nor with those who have waited: each is in the way of the next one for as long as its own statement takes, which on a
-/// slow machine is seen.
+/// Nor with sessions that have waited: each blocks the next one for as long as its own statement takes, which shows on a
+/// slow machine.
 fn actions(log: &RunLog) -> Vec<(Action, Option<i32>)> {
     let has_waited = |target: Option<&Backend>| {
         let statement = target.and_then(Backend::statement);

@@ -16,7 +16,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
         .idle_grace(Duration::ZERO)
         .settle(TICK)
         .execute(true);
-    // By what it has said.
+    // By the statements it has run.
     let migration = ground.session().await;
     migration.run("BEGIN; ALTER TABLE t ADD w int").await;
     let reader = ground.session().await;
@@ -46,7 +46,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     pile.holder
         .run("COMMIT; SELECT pg_advisory_unlock_all()")
         .await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 
     // By a name that the policy gives.
     let named = ground.session().await;
@@ -65,7 +65,7 @@ async fn migrations_index_builds_and_patterns_are_left_alone() {
     assert!(left_alone(&log, pile.holder.pid).contains("backup"));
     pile.is_untouched().await;
     pile.holder.run("ROLLBACK").await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 
     // An index build that waits for an old transaction is no root; one that others wait for is left alone.
     let function = "CREATE FUNCTION slow(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS \
@@ -234,7 +234,7 @@ async fn roles() {
     let log = monitor.resolver(eager.clone()).run().await.unwrap();
     assert!(log.is_recovered(), "{log}");
     ground.until_gone(pile.holder.pid).await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 
     // Who may signal reaches no superuser, and does not try.
     let pile = PileUp::behind(&ground, Session::connect(&boss).await).await;
@@ -260,6 +260,6 @@ async fn roles() {
         .await
         .unwrap();
     assert!(log.is_recovered(), "{log}");
-    pile.all_go_on().await;
+    pile.all_finish().await;
     ground.drop_roles().await;
 }

@@ -8,7 +8,7 @@ use lockkeeper_testkit::{GIVE_UP_AFTER, MonitorScene, Server, eventually, eventu
 
 use super::{PileUp, TICK, left_alone, policy, resolver};
 
-/// A standby that streams, a base backup that runs, and a walsender that stands in the way of others.
+/// A standby that streams, a base backup that runs, and a walsender that blocks other sessions.
 #[tokio::test]
 async fn replication_and_a_running_backup_are_left_alone() {
     let name = "replication_and_a_running_backup_are_left_alone";
@@ -74,7 +74,7 @@ async fn replication_and_a_running_backup_are_left_alone() {
         senders.push((backend.pid(), backend.backend_start()));
     }
     assert_eq!(senders.len(), 2 + usize::from(backup.is_some()));
-    // All are there still, and go on.
+    // All of them are still there, and work.
     sender.run("COMMIT");
     waiting.await.unwrap().unwrap();
     let after = ground.monitor.activity().await.unwrap();
@@ -136,10 +136,10 @@ async fn a_commit_that_waits_for_a_standby_is_left_alone() {
         .await
         .unwrap();
     committing.await.unwrap().unwrap();
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
-/// A real one: the server ends other autovacuums itself when somebody waits for them, and never this.
+/// A real one: the server ends other autovacuums itself when a session waits for them, and never this.
 #[tokio::test]
 async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
     let server = Server::start(&[

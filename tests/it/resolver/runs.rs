@@ -45,7 +45,7 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
         _ = &mut run => panic!("it ended"),
         called = soon(&mut entering) => assert_eq!(called, Some(())),
     }
-    // It goes on without the hook.
+    // The run continues without the hook.
     let ended = tokio::time::timeout(10 * TICK, &mut run).await;
     assert!(ended.is_err(), "it ended");
     drop(run);
@@ -63,10 +63,10 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
     assert_eq!(*log.entries()[1].outcome(), StepOutcome::HookPanicked);
     assert_eq!(soon(&mut told).await, Some(LoadChange::Shed));
     assert_eq!(soon(&mut told).await, Some(LoadChange::Resume));
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
-/// Nobody waits when the baseline is taken, and somebody does before the run has seen enough of the calm.
+/// No session waits when the baseline is taken, and some do before the run has seen enough of the calm.
 #[tokio::test]
 async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
     let ground = MonitorScene::new().await;
@@ -96,10 +96,10 @@ async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
         *called.lock().unwrap(),
         [LoadChange::Shed, LoadChange::Resume]
     );
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
-/// Backends that stand still, as in a server that has no time for them; until told to go on.
+/// Backends that stand still, as in a server that has no time for them, until they are continued.
 struct Stopped<'a>(&'a MonitorScene, Vec<i32>);
 
 impl<'a> Stopped<'a> {
@@ -140,14 +140,14 @@ async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
     assert_eq!(told.recv().await, Some(LoadChange::Shed));
     let stopped = Stopped::all_but(&ground, &[pile.holder.pid]).await;
     let ended = tokio::time::timeout(GIVE_UP_AFTER, run).await;
-    let looked = tokio::time::timeout(GIVE_UP_AFTER, ground.monitor.activity()).await;
+    let activity = tokio::time::timeout(GIVE_UP_AFTER, ground.monitor.activity()).await;
     stopped.signal("CONT").await;
     let log = ended.expect("it does not end").unwrap().unwrap();
     assert_eq!((log.end(), log.signals()), (&RunEnd::Deadline, 0), "{log}");
-    assert!(looked.is_ok(), "a look does not end");
+    assert!(activity.is_ok(), "a sample does not end");
     pile.is_untouched().await;
     pile.holder.run("COMMIT").await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -162,7 +162,7 @@ async fn dropped_at_any_point_a_run_leaves_no_transaction() {
     assert!(polls > 4, "{polls}");
     pile.is_untouched().await;
     pile.holder.run("COMMIT").await;
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
@@ -176,7 +176,7 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
     let mut polls = 0;
     loop {
         if pile.holder.client.is_closed() {
-            pile.all_go_on().await;
+            pile.all_finish().await;
             pile = PileUp::new(&ground).await;
         }
         let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
@@ -187,7 +187,7 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
         let resolver = resolver(&ground, eager);
         let log = poll_times_and_drop(resolver.run(), polls).await;
         drop(resolver);
-        // Until nobody has the hook any more.
+        // Until the hook is dropped.
         let mut changes = Vec::new();
         let all = async {
             while let Some(change) = told.recv().await {
@@ -250,11 +250,11 @@ async fn every_step_is_an_event_and_shows_no_literal() {
     for text in [told, log.to_string(), format!("{log:?}")] {
         assert!(!text.contains("'h'"), "{text}");
     }
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
-async fn with_nobody_waiting_there_is_nothing_to_do() {
+async fn without_a_waiter_there_is_nothing_to_do() {
     let ground = MonitorScene::new().await;
     let idle = ground.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
@@ -307,11 +307,11 @@ async fn a_plan_needs_no_server() {
     let seen = seen_by(&ground.monitor, pile.holder.pid).await;
     ground.monitor.cancel(&seen).await.unwrap();
     assert!(working.await.unwrap().is_err());
-    pile.all_go_on().await;
+    pile.all_finish().await;
 }
 
 #[tokio::test]
-async fn a_run_goes_on_after_a_restart_of_the_server() {
+async fn a_run_continues_after_a_restart_of_the_server() {
     let server = Server::start(&[]).unwrap();
     let mut ground = MonitorScene::on(&server).await;
     let proxy = Proxy::before(&server);

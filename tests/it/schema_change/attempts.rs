@@ -42,7 +42,7 @@ async fn a_statement_and_a_batch() {
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }
 
-/// Readers of the partition itself would wait behind it for as long as somebody is in it.
+/// Readers of the partition itself would wait behind it for as long as a transaction uses it.
 #[tokio::test]
 async fn a_detach_gives_way_to_readers_of_the_partition() {
     let scene = Scene::with_side_connection(4).await;
@@ -119,7 +119,7 @@ async fn it_gives_way_until_the_table_is_free_and_says_who_was_there() {
         assert!(attempt.pause().unwrap() >= millis(1500));
     }
     let seen = failed.iter().flat_map(|one| one.blockers()).next();
-    let seen = seen.unwrap_or_else(|| panic!("nobody was seen: {report}"));
+    let seen = seen.unwrap_or_else(|| panic!("no blocker was seen: {report}"));
     assert_eq!(seen.pid(), Some(holder_pid));
     assert_eq!(seen.application_name(), Some("the reader"));
     assert_eq!(seen.state(), Some("idle in transaction"));
@@ -287,7 +287,7 @@ async fn dropped_at_any_poll_it_leaves_nothing() {
                 .lock_timeout(millis(50))
                 .deadline(GIVE_UP_AFTER);
             let done = poll_times_and_drop(change.run(), polls).await;
-            eventually("somebody waits for the table", async || {
+            eventually("a session still waits for the table", async || {
                 scene.is_true("NOT EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass AND NOT granted)").await
             })
             .await;
@@ -389,7 +389,7 @@ async fn a_role_without_rights_learns_so_at_once() {
     assert_eq!(error.sqlstate().unwrap().code(), "42501", "{error}");
     let holder = scene.database.connect().await;
     holder.batch_execute("BEGIN; SELECT FROM t").await.unwrap();
-    // Who is in the way it may see, and what they do it may not.
+    // It may see which session blocks, and not what it does.
     let preflight = schema.preflight("ALTER TABLE t ADD c int").await.unwrap();
     let blocker = preflight.blockers().next().unwrap();
     assert_eq!(blocker.pid(), Some(pid_of(&holder).await));

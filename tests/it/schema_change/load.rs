@@ -65,10 +65,10 @@ impl Load {
     }
 }
 
-/// The longest that others waited for the table is bounded by the timeout, although a long transaction is in the way for
+/// The longest that others waited for the table is bounded by the timeout, although a long transaction blocks for
 /// many times as long: waits as the server counts them, so that a slow machine makes no difference.
 #[tokio::test]
-async fn under_load_nobody_waits_longer_than_the_timeout() {
+async fn under_load_no_session_waits_longer_than_the_timeout() {
     let scene = Scene::with_side_connection(4).await;
     scene.table("busy", 100_000).await;
     scene
@@ -108,7 +108,7 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
     let started = Instant::now();
     let changing = tokio::spawn(change.run());
     let mut longest_wait = 0.0_f64;
-    // Until somebody was seen to wait, or there is nobody.
+    // Until a wait was seen, or there is none.
     while failed.load(Ordering::Relaxed) < 6
         || longest_wait == 0.0 && failed.load(Ordering::Relaxed) < 30
     {
@@ -144,9 +144,9 @@ async fn under_load_nobody_waits_longer_than_the_timeout() {
     assert!(held > timeout * 50, "{held:?}");
     assert!(
         longest_wait > 0.0,
-        "nobody ever queued, so this shows nothing"
+        "no session ever queued, so this shows nothing"
     );
-    assert!(longest_wait < 2.5, "somebody waited {longest_wait} s");
+    assert!(longest_wait < 2.5, "a session waited {longest_wait} s");
     assert!(longest < held, "the longest statement took {longest:?}");
     scene.nothing_left_within(GIVE_UP_AFTER).await;
 }

@@ -4,7 +4,7 @@ use lockkeeper::{ErrorKind, LockMode, TableWork};
 use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, assert_error, eventually, in_time, pid_of};
 
 #[tokio::test]
-async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
+async fn preflight_names_the_blockers_and_never_waits() {
     let scene = Scene::with_side_connection(4).await;
     scene.table("t", 100).await;
     scene
@@ -114,7 +114,7 @@ async fn preflight_says_who_is_in_the_way_and_waits_for_nobody() {
             .unwrap_err();
         assert_error(&error, ErrorKind::Config, r#"no table "nowhere""#);
     };
-    in_time("preflight waits for nobody", asking).await;
+    in_time("preflight waits", asking).await;
     holder.batch_execute("ROLLBACK").await.unwrap();
     waiting.await.unwrap().unwrap();
     let weak = scene.database.connect().await;
@@ -182,7 +182,7 @@ async fn a_dry_run_takes_what_preflight_says() {
             Err(error) => panic!("{sql}: {error} {:?}", std::error::Error::source(&error)),
         };
         for (relation, mode) in taken.locks() {
-            // What is new, and indexes that go with their table, are nobody's to wait for.
+            // There is no wait for what is new, nor for indexes that go with their table.
             let name = relation.name();
             let goes_along = name == "i" || name.ends_with("idx") || name.ends_with("pkey");
             if goes_along || name == "new" {

@@ -67,14 +67,14 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     assert!(!other.is_lost() && !again.is_lost());
     assert!(
         scene.is_held(709).await,
-        "somebody else's lock was released"
+        "the other session's lock was released"
     );
     other.release().await.unwrap();
     again.release().await.unwrap();
     scene.nothing_left().await;
 }
 
-/// All of the pool's idle connections were ended while nobody looked.
+/// All of the pool's idle connections were ended while they were not used.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_died_in_the_pool_are_replaced() {
     let scene = Scene::new(4).await;
@@ -141,7 +141,9 @@ async fn a_lost_guard_ends_quietly() {
 async fn a_guard_that_is_lost_during_commit_does_not_know_its_outcome() {
     let scene = Scene::new(2).await;
     let proxy = Proxy::before(scene.database.server());
-    let keeper = Keeper::new(proxy.pool(&scene.database.config(), 2));
+    // Nothing but the test's own transactions is to end with COMMIT.
+    let pool = proxy.pool(&scene.database.config(), 2);
+    let keeper = Keeper::builder(pool).watch(false).build();
     scene.run("CREATE TABLE note (id int)").await;
     for (fault, applied) in [
         (Fault::CutBefore, 0),
@@ -250,7 +252,7 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_that_somebody_unlocked_by_hand_is_reported_as_lost() {
+async fn a_lock_that_was_unlocked_by_hand_is_reported_as_lost() {
     let scene = Scene::new(2).await;
     for keys in [vec![717], vec![716, 717], vec![717, 718]] {
         for unlock in [
@@ -260,7 +262,7 @@ async fn a_lock_that_somebody_unlocked_by_hand_is_reported_as_lost() {
             let locks = scene.keeper.advisory_locks(keys.clone()).session();
             let guard = locks.acquire().await.unwrap();
             guard.client().batch_execute(unlock).await.unwrap();
-            // Somebody else may have it by now, who is not to be disturbed.
+            // Another session may have it by now, and must not be disturbed.
             let other = take(&scene.keeper, 717).await;
             let error = guard.release().await.unwrap_err();
             assert_error_in(

@@ -127,7 +127,7 @@ async fn a_transaction_left_open_keeps_neither_the_lock_nor_the_connection() {
     }
     let sql = "SELECT count(*) FROM note";
     let notes: i64 = scene.observer.query_one(sql, &[]).await.unwrap().get(0);
-    assert_eq!(notes, 0, "committed by nobody");
+    assert_eq!(notes, 0, "it was committed");
 }
 
 /// The guard's own transaction after one that was left open.

@@ -109,7 +109,7 @@ async fn one_busy_key_and_none_is_taken() {
     scene.nothing_left().await;
 }
 
-/// The same inside a transaction that goes on afterwards, and so would keep what it got.
+/// The same inside a transaction that continues afterwards, and so would keep what it got.
 #[tokio::test]
 async fn one_busy_key_and_none_is_taken_inside_a_transaction() {
     let scene = Scene::new(2).await;
@@ -181,7 +181,7 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
 
         // Waited for, in vain and not.
         lock_by_sql(&holder, &keys[1]).await;
-        // Fewer in vain: who is in the way of how many is asked after the end, which has to be told in two seconds.
+        // Fewer in vain: the blockers are asked for after the end, which has to be told in two seconds.
         let some = &keys[..1000];
         let error = acquire(&scene.keeper, some, scope, Duration::from_millis(600))
             .await
@@ -212,7 +212,7 @@ async fn three_thousand_keys_of_both_spaces_are_one_set() {
     scene.nothing_left().await;
 }
 
-/// The connection that the pool gives is in somebody's transaction: that one is not committed on the way.
+/// The connection that the pool gives is in a transaction that other code left open: it is not committed on the way.
 #[tokio::test]
 async fn a_connection_left_in_a_transaction_is_not_committed_for_its_owner() {
     let scene = Scene::new(1).await;

@@ -82,7 +82,7 @@ async fn opposite_orders_never_deadlock() {
     assert_eq!(row.get::<_, i64>(0), 0);
 }
 
-/// Locks taken one by one in opposite orders are a deadlock. The server finds it, however long it takes to look.
+/// Locks taken one by one in opposite orders are a deadlock. The server finds it, whatever its `deadlock_timeout`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_taken_one_by_one_in_opposite_orders_end_as_a_deadlock() {
     for timeout in ["100ms", "3s"] {

@@ -79,7 +79,7 @@ async fn the_holders_call_site_is_the_line_that_asked_for_the_lock() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_prepared_transaction_in_the_way_is_named_without_a_pid() {
+async fn a_prepared_transaction_that_blocks_is_named_without_a_pid() {
     let scene = warm(2).await;
     let key = LockKey::from(514);
     let client = scene.database.connect().await;

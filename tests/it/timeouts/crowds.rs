@@ -42,7 +42,7 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
         })
         .await;
     }
-    // With no connection left to look with it is in time all the same.
+    // Without a connection to ask on it is in time all the same.
     let rest = join_all((0..3).map(|_| scene.pool.get())).await;
     for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
         time(
@@ -105,7 +105,7 @@ async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
     scene.nothing_left().await;
 }
 
-/// What somebody else's work on a pool takes.
+/// How long other work on a pool takes.
 async fn other_work(pool: &Pool) -> Duration {
     let asked = Instant::now();
     let object = pool.get().await.unwrap();
@@ -114,11 +114,11 @@ async fn other_work(pool: &Pool) -> Duration {
     asked.elapsed()
 }
 
-/// One hundred tasks under one key on a pool of eight, and somebody else's work on the same pool meanwhile.
+/// One hundred tasks under one key on a pool of eight, and other work on the same pool meanwhile.
 async fn a_hundred_tasks(scope: Scope) {
     let scene = warm(8).await;
     let key = LockKey::from(518);
-    // What the same work takes while nobody is under the key.
+    // How long the same work takes while the key is free.
     let mut calm = Vec::new();
     for _ in 0..20 {
         calm.push(other_work(&scene.pool).await);

@@ -12,7 +12,7 @@ use lockkeeper_testkit::{
 
 use super::{SCOPES, Scope, ms, take};
 
-/// The waiter's own backend is stopped by somebody: the wait is over, and the next one's goes on.
+/// The waiter's own backend is stopped: the wait is over, and the next one is granted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_waiter_whose_backend_is_stopped_says_so() {
     let scene = Scene::new(3).await;
@@ -54,7 +54,7 @@ async fn a_waiter_whose_backend_is_stopped_says_so() {
     }
 }
 
-/// Deadlocks are found, though waits of other kinds are too short for the server to look for them.
+/// Deadlocks are found, though waits of other kinds are too short for the server's deadlock check.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_transactions_that_wait_for_each_other_are_told_of_the_deadlock() {
     let apart = [0, 300, 700, 1_200].into_iter().map(|apart| async move {

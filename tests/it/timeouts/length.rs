@@ -83,7 +83,7 @@ async fn sections_time_out_by_the_keepers_wait() {
     assert!(tried.await.unwrap().is_none());
 }
 
-/// Several keys, each held by somebody else, and one of them released while the others are waited for.
+/// Several keys, each held by another session, and one of them released while the others are waited for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_keys_share_one_total_wait() {
     let scene = warm(3).await;

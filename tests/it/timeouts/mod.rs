@@ -66,7 +66,7 @@ async fn take(keeper: &Keeper, scope: Scope, key: LockKey, wait: Duration) -> Re
 #[track_caller]
 fn timed_out(outcome: Result<Guard, Error>) -> Error {
     let Err(error) = outcome else {
-        panic!("granted what somebody else holds");
+        panic!("granted what another session holds");
     };
     assert_error(&error, ErrorKind::LockTimeout, " after ");
     error

@@ -103,7 +103,7 @@ async fn a_transaction_that_idles_for_too_long_is_lost_before_commit() {
     scene.nothing_left().await;
 }
 
-/// A side connection that is refused, or that nobody answers: all goes on without it.
+/// A side connection that is refused, or never answered: everything works without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_side_connection_that_cannot_be_opened_is_no_matter() {
     let scene = Scene::with_two_rows(4).await;
@@ -154,7 +154,9 @@ async fn cut_during_commit_it_is_never_applied_twice() {
         .await
         .unwrap();
     let proxy = Proxy::before(scene.database.server());
-    let keeper = Keeper::new(proxy.pool(&scene.database.config(), 2));
+    // Nothing but the test's own transactions is to end with COMMIT.
+    let pool = proxy.pool(&scene.database.config(), 2);
+    let keeper = Keeper::builder(pool).watch(false).build();
     for (fault, applied) in [
         (Some(Fault::CutBefore), 0),
         (Some(Fault::Reset), 0),
@@ -216,7 +218,7 @@ async fn cut_during_commit_it_is_never_applied_twice() {
             scene.nothing_left().await;
         }
     }
-    // And the pool behind the proxy goes on.
+    // And the pool behind the proxy still works.
     for _ in 0..4 {
         keeper
             .transaction(async |tx| {
@@ -275,9 +277,9 @@ async fn a_backend_that_ends_during_commit_has_not_committed() {
     }
 }
 
-/// Dropped while COMMIT waits for its answer: it goes on, and the connection comes back.
+/// Dropped while COMMIT waits for its answer: COMMIT continues, and the connection comes back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_that_is_dropped_goes_on() {
+async fn a_commit_that_is_dropped_continues() {
     let scene = Scene::with_two_rows(1).await;
     scene
         .observer

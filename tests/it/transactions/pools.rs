@@ -135,7 +135,7 @@ async fn nothing_of_ours_runs_in_a_transaction_that_others_left_open() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// What a try gets inside somebody's open transaction is not in the way of the next try.
+/// What a try gets inside a transaction that was left open does not block the next try.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dirty_connection_does_not_make_a_free_lock_busy() {
     let scene = Scene::new(4).await;

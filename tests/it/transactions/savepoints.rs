@@ -156,7 +156,7 @@ async fn a_deadlock_inside_a_savepoint_retries_the_whole() {
     scene.nothing_left().await;
 }
 
-/// However far it got: dropped, all of it is undone and the transaction goes on.
+/// However far it got: dropped, all of it is undone and the transaction continues.
 #[tokio::test]
 async fn a_savepoint_dropped_in_the_middle_is_rolled_back() {
     let scene = Scene::with_two_rows(1).await;

@@ -56,7 +56,7 @@ async fn a_swallowed_error_is_never_a_silent_rollback() {
                         drop(sink.finish().await);
                     }
                     "dropped" => {
-                        // Its error arrives when nobody is there any more.
+                        // Its error arrives when the future is gone.
                         let sleep = tx.batch_execute("SELECT pg_sleep(0.05); SELECT 1/0");
                         assert!(sleep.now_or_never().is_none());
                     }

@@ -1,4 +1,4 @@
-//! The account that servers run under when the tests run as root, whom PostgreSQL and PgBouncer refuse.
+//! The account that servers run under when the tests run as root, which PostgreSQL and PgBouncer refuse.
 
 use std::io;
 use std::os::unix::fs::chown;
@@ -9,12 +9,12 @@ use std::sync::OnceLock;
 
 use crate::error::SetupError;
 
-/// Whom the server processes run as.
+/// The account that the server processes run under.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Account {
     /// The user who runs the tests.
     Own,
-    /// Somebody else, because the tests run as root.
+    /// Another account, because the tests run as root.
     Other { uid: u32, gid: u32 },
 }
 

@@ -58,7 +58,7 @@ impl PgBouncer {
             tries += 1;
             match launch(&program, server, mode, database, settings) {
                 Ok(bouncer) => return Ok(bouncer),
-                // Somebody else may have taken the port since.
+                // Another process may have taken the port since.
                 Err(error) if tries == 3 => panic!("{error}"),
                 Err(_) => {}
             }

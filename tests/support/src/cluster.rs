@@ -128,7 +128,7 @@ impl Cluster {
             tries += 1;
             self.port = free_port()?;
             match self.launch() {
-                // Somebody else took the port since.
+                // Another process took the port since.
                 Err(_) if tries < 5 && self.log().contains("could not bind") => {
                     fs::remove_file(self.log_file()).ok();
                 }
@@ -258,7 +258,7 @@ impl Drop for Cluster {
     }
 }
 
-/// A port of 127.0.0.1 that nobody listens on just now.
+/// A port of 127.0.0.1 that is free just now.
 pub(crate) fn free_port() -> Result<u16, SetupError> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())

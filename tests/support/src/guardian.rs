@@ -5,7 +5,7 @@
 //! shell then ends the registered processes and removes the folder.
 //!
 //! Invariant: no server process can escape. A process registers itself by making `pids/<pid>` *before* it becomes the
-//! server; the shell first renames `pids`, so that whoever comes later cannot register and gives up.
+//! server; the shell first renames `pids`, so that a process that comes later cannot register and gives up.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -29,7 +29,7 @@ dir=$1
 while read -r _; do :; done
 mv "$dir/pids" "$dir/ending"
 
-# A dead process that nobody has reaped yet still answers `kill -0`; where there is a /proc, it says so.
+# A dead process that has not been reaped yet still answers `kill -0`; where there is a /proc, it says so.
 alive() {
     kill -0 "$1" || return 1
     [ -r "/proc/$1/stat" ] || return 0

@@ -114,7 +114,7 @@ pub fn keeper_as(database: &Database, config: Config) -> Keeper {
 
 /// A session as a monitor sees it now.
 pub async fn seen_by(monitor: &Monitor, pid: i32) -> Backend {
-    let activity = monitor.activity().await.expect("a look at the server");
+    let activity = monitor.activity().await.expect("an answer of the server");
     let found = activity.iter().find(|backend| backend.pid() == Some(pid));
     found.expect("a backend of this pid").clone()
 }

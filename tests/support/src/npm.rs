@@ -178,7 +178,7 @@ fn cache_folder(account: Account) -> Result<PathBuf, SetupError> {
             .filter(|path| path.is_absolute())
     };
     let places = if account.is_root() {
-        // Root's own folders are closed to the server's account, and a known name in /tmp is open to everybody.
+        // Root's own folders are closed to the server's account, and a known name in /tmp is open to every account.
         vec![
             PathBuf::from("/var/cache/lockkeeper"),
             PathBuf::from("/opt/lockkeeper"),
