@@ -1,16 +1,16 @@
 //! The tree as a diagram: Mermaid, DOT and HTML.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use crate::picture::{
     Arrow, Collapsed, Diagram, HtmlCell, HtmlPage, HtmlRow, HtmlSection, HtmlTable, Node,
-    NodeStyle, TextLine, html_page, select, transitive_reduction,
+    NodeStyle, TextLine, html_page,
 };
 use crate::postgres::statement::redact;
 use crate::postgres::timestamp::rfc3339;
 
 use super::render::plural;
-use super::{Backend, BackendId, Edge, LockObject, LockTree, TreeNode};
+use super::{Backend, Edge, LockObject, LockTree, TreeNode};
 use crate::postgres::timestamp::Age;
 
 /// How many cycles are listed above the diagram.
@@ -111,49 +111,26 @@ impl LockTree {
 
     fn diagram(&self) -> Diagram {
         let (roots, children) = self.forest();
-        let selection = select(roots, children);
         let mut cycle_edges = HashSet::new();
         for edge in self.cycles().iter().flat_map(|cycle| cycle.edges()) {
             cycle_edges.insert((edge.waiter(), edge.blocker()));
         }
-        let positions: HashMap<&BackendId, usize> = selection
-            .nodes
-            .iter()
-            .enumerate()
-            .map(|(position, at)| (self.node(*at).backend().id(), position))
-            .collect();
-        let mut diagram = Diagram {
-            sessions_left_out: selection.collapsed.iter().map(|group| group.total).sum(),
-            ..Diagram::default()
-        };
-        for (position, at) in selection.nodes.iter().enumerate() {
-            let node = self.node(*at);
-            let edge = node.edge();
-            let parent = edge.and_then(|edge| positions.get(edge.blocker()).copied());
-            diagram.nodes.push(diagram_node(&node, *at, parent));
-            let mut linked = HashSet::new();
-            for edge in edge.into_iter().chain(node.other_edges()) {
-                if let Some(&blocker) = positions.get(edge.blocker())
-                    && linked.insert(blocker)
-                {
+        Diagram::from_forest(
+            roots,
+            children,
+            |at| diagram_node(&self.node(at), at),
+            |at| {
+                let node = self.node(at);
+                let edges = node.edge().into_iter().chain(node.other_edges());
+                let arrows = edges.filter_map(|edge| {
                     let in_cycle = cycle_edges.contains(&(edge.waiter(), edge.blocker()));
-                    diagram
-                        .arrows
-                        .push(arrow(edge, position, blocker, in_cycle));
-                }
-            }
-        }
-        let parents: Vec<_> = diagram.nodes.iter().map(|node| node.parent).collect();
-        diagram.arrows_left_out = transitive_reduction(&mut diagram.arrows, |arrow| {
-            arrow.in_cycle || parents[arrow.waiter] == Some(arrow.blocker)
-        });
-        for group in &selection.collapsed {
-            let parent = group
-                .parent
-                .and_then(|at| positions.get(self.node(at).backend().id()).copied());
-            add_collapsed(&mut diagram, group, parent);
-        }
-        diagram
+                    let blocker = self.snapshot().position(edge.blocker())?;
+                    Some(arrow(edge, at, blocker, in_cycle))
+                });
+                arrows.collect()
+            },
+            collapsed_node,
+        )
     }
 
     fn table(&self) -> HtmlTable {
@@ -191,7 +168,7 @@ fn row_id(position: usize) -> String {
     format!("s{position}")
 }
 
-fn diagram_node(node: &TreeNode<'_>, at: usize, parent: Option<usize>) -> Node {
+fn diagram_node(node: &TreeNode<'_>, at: usize) -> Node {
     let backend = node.backend();
     let mut lines = Vec::new();
     // A line of its own: it has no end that could be cut off.
@@ -226,7 +203,7 @@ fn diagram_node(node: &TreeNode<'_>, at: usize, parent: Option<usize>) -> Node {
         },
         in_cycle: node.is_in_cycle(),
         hidden: backend.is_hidden() || backend.is_gone() && backend.pid().is_some(),
-        parent,
+        parent: None,
         row: Some(row_id(at)),
     }
 }
@@ -243,7 +220,8 @@ fn arrow(edge: &Edge, waiter: usize, blocker: usize, in_cycle: bool) -> Arrow {
     }
 }
 
-fn add_collapsed(diagram: &mut Diagram, group: &Collapsed, parent: Option<usize>) {
+/// The name, lines and hint of a collapsed node.
+fn collapsed_node(group: &Collapsed, parent: &str) -> (String, Vec<TextLine>, String) {
     let what = if group.parent.is_some() {
         "more session"
     } else {
@@ -258,25 +236,9 @@ fn add_collapsed(diagram: &mut Diagram, group: &Collapsed, parent: Option<usize>
             plural(behind, "session")
         )));
     }
-    if let Some(parent) = parent {
-        let blocker = &diagram.nodes[parent].name;
-        let verb = if group.direct == 1 { "waits" } else { "wait" };
-        diagram.arrows.push(Arrow {
-            waiter: diagram.nodes.len(),
-            blocker: parent,
-            label: String::new(),
-            hint: format!("{name} {verb} for {blocker}"),
-            soft: false,
-            in_cycle: false,
-        });
-    }
-    diagram.nodes.push(Node {
-        name,
-        lines,
-        style: NodeStyle::Collapsed,
-        parent,
-        ..Node::default()
-    });
+    let verb = if group.direct == 1 { "waits" } else { "wait" };
+    let hint = format!("{name} {verb} for {parent}");
+    (name, lines, hint)
 }
 
 fn cells(node: &TreeNode<'_>) -> Vec<HtmlCell> {

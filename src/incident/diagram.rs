@@ -1,10 +1,8 @@
 //! The report as a diagram: Mermaid, DOT and HTML.
 
-use std::collections::HashSet;
-
 use crate::picture::{
     Arrow, Diagram, HtmlCell, HtmlPage, HtmlRow, HtmlSection, HtmlTable, Node, NodeStyle, TextLine,
-    html_page, select, transitive_reduction,
+    html_page,
 };
 
 use super::{Incident, IncidentEdge, JournalMark, Participant, wording};
@@ -122,54 +120,26 @@ impl Incident {
                 None => roots.push(at),
             }
         }
-        let selection = select(&roots, &children);
-        let node_of = |at: usize| selection.nodes.iter().position(|node| *node == at);
-        let mut diagram = Diagram {
-            sessions_left_out: selection.collapsed.iter().map(|group| group.total).sum(),
-            ..Diagram::default()
-        };
-        for (position, at) in selection.nodes.iter().enumerate() {
-            let participant = &self.participants()[*at];
-            let parent = parents[*at].and_then(node_of);
-            diagram.nodes.push(self.node(participant, *at, parent));
-            let mut linked = HashSet::new();
-            for edge in self.edges_of(*at) {
-                if let Some(blocker) = self.position(edge.blocker()).and_then(node_of)
-                    && linked.insert(blocker)
-                {
-                    diagram.arrows.push(self.arrow(edge, position, blocker));
-                }
-            }
-        }
-        let parents: Vec<_> = diagram.nodes.iter().map(|node| node.parent).collect();
-        diagram.arrows_left_out = transitive_reduction(&mut diagram.arrows, |arrow| {
-            arrow.in_cycle || parents[arrow.waiter] == Some(arrow.blocker)
-        });
-        for group in &selection.collapsed {
-            let s = if group.total == 1 { "" } else { "s" };
-            let name = format!("{} more session{s}", group.total);
-            let parent = group.parent.and_then(node_of);
-            if let Some(blocker) = parent {
-                diagram.arrows.push(Arrow {
-                    waiter: diagram.nodes.len(),
-                    blocker,
-                    label: String::new(),
-                    hint: format!("{name} behind {}", diagram.nodes[blocker].name),
-                    soft: false,
-                    in_cycle: false,
-                });
-            }
-            diagram.nodes.push(Node {
-                name,
-                style: NodeStyle::Collapsed,
-                parent,
-                ..Node::default()
-            });
-        }
-        diagram
+        Diagram::from_forest(
+            &roots,
+            &children,
+            |at| self.node(&self.participants()[at], at),
+            |at| {
+                let arrows = self
+                    .edges_of(at)
+                    .filter_map(|edge| Some(arrow(edge, at, self.position(edge.blocker())?)));
+                arrows.collect()
+            },
+            |group, parent| {
+                let s = if group.total == 1 { "" } else { "s" };
+                let name = format!("{} more session{s}", group.total);
+                let hint = format!("{name} behind {parent}");
+                (name, Vec::new(), hint)
+            },
+        )
     }
 
-    fn node(&self, participant: &Participant, at: usize, parent: Option<usize>) -> Node {
+    fn node(&self, participant: &Participant, at: usize) -> Node {
         let mut lines = Vec::new();
         lines.extend(wording::call_site(participant).map(TextLine::keeping_end));
         lines.extend(state(participant).map(TextLine::new));
@@ -195,26 +165,8 @@ impl Incident {
             in_cycle: members.any(|member| member == participant.id()),
             hidden: participant.is_hidden()
                 || participant.seen_after().is_none() && !participant.is_in_this_process(),
-            parent,
+            parent: None,
             row: Some(format!("s{at}")),
-        }
-    }
-
-    fn arrow(&self, edge: &IncidentEdge, waiter: usize, blocker: usize) -> Arrow {
-        let mode = edge.mode_held().or_else(|| edge.mode_queued());
-        Arrow {
-            waiter,
-            blocker,
-            label: mode.map(str::to_owned).unwrap_or_default(),
-            hint: format!(
-                "{} {} on {}: {}",
-                edge.waiter(),
-                waited(edge),
-                wording::object(edge),
-                blocker_mode(edge)
-            ),
-            soft: edge.is_soft(),
-            in_cycle: edge.is_in_cycle(),
         }
     }
 
@@ -307,6 +259,24 @@ impl Incident {
             }
         }
         Some(text)
+    }
+}
+
+fn arrow(edge: &IncidentEdge, waiter: usize, blocker: usize) -> Arrow {
+    let mode = edge.mode_held().or_else(|| edge.mode_queued());
+    Arrow {
+        waiter,
+        blocker,
+        label: mode.map(str::to_owned).unwrap_or_default(),
+        hint: format!(
+            "{} {} on {}: {}",
+            edge.waiter(),
+            waited(edge),
+            wording::object(edge),
+            blocker_mode(edge)
+        ),
+        soft: edge.is_soft(),
+        in_cycle: edge.is_in_cycle(),
     }
 }
 

@@ -12,9 +12,12 @@ mod svg;
 mod text;
 mod transitive_reduction;
 
+use std::collections::{HashMap, HashSet};
+
 pub(crate) use html::{HtmlCell, HtmlPage, HtmlRow, HtmlSection, HtmlTable, html_page};
-pub(crate) use select::{Collapsed, select};
-pub(crate) use transitive_reduction::transitive_reduction;
+pub(crate) use select::Collapsed;
+use select::select;
+use transitive_reduction::transitive_reduction;
 
 /// Nodes and arrows to draw.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +101,75 @@ pub(crate) struct Arrow {
 }
 
 impl Diagram {
+    /// Draws the first nodes of a forest of `children.len()` nodes; see [`select`].
+    ///
+    /// `node` makes a node, without its parent. `arrows` gives the arrows of a waiter, first the one to its parent, with
+    /// positions in the forest. `collapsed` gives the name and lines of a collapsed node, and the hint of its arrow to
+    /// the node with the given name.
+    pub(crate) fn from_forest(
+        roots: &[usize],
+        children: &[Vec<usize>],
+        node: impl Fn(usize) -> Node,
+        arrows: impl Fn(usize) -> Vec<Arrow>,
+        collapsed: impl Fn(&Collapsed, &str) -> (String, Vec<TextLine>, String),
+    ) -> Self {
+        let selection = select(roots, children);
+        let nodes = selection.nodes.iter().enumerate();
+        let positions: HashMap<usize, usize> =
+            nodes.map(|(position, at)| (*at, position)).collect();
+        let mut diagram = Self {
+            nodes: selection.nodes.iter().map(|at| node(*at)).collect(),
+            sessions_left_out: selection.collapsed.iter().map(|group| group.total).sum(),
+            ..Self::default()
+        };
+        for (position, at) in selection.nodes.iter().enumerate() {
+            for child in &children[*at] {
+                if let Some(child) = positions.get(child) {
+                    diagram.nodes[*child].parent = Some(position);
+                }
+            }
+            let mut linked = HashSet::new();
+            for arrow in arrows(*at) {
+                if let Some(&blocker) = positions.get(&arrow.blocker)
+                    && linked.insert(blocker)
+                {
+                    diagram.arrows.push(Arrow {
+                        waiter: position,
+                        blocker,
+                        ..arrow
+                    });
+                }
+            }
+        }
+        let parents: Vec<_> = diagram.nodes.iter().map(|node| node.parent).collect();
+        diagram.arrows_left_out = transitive_reduction(&mut diagram.arrows, |arrow| {
+            arrow.in_cycle || parents[arrow.waiter] == Some(arrow.blocker)
+        });
+        for group in &selection.collapsed {
+            let parent = group.parent.map(|at| positions[&at]);
+            let parent_name = parent.map_or("", |parent| &*diagram.nodes[parent].name);
+            let (name, lines, hint) = collapsed(group, parent_name);
+            if let Some(blocker) = parent {
+                diagram.arrows.push(Arrow {
+                    waiter: diagram.nodes.len(),
+                    blocker,
+                    label: String::new(),
+                    hint,
+                    soft: false,
+                    in_cycle: false,
+                });
+            }
+            diagram.nodes.push(Node {
+                name,
+                lines,
+                style: NodeStyle::Collapsed,
+                parent,
+                ..Node::default()
+            });
+        }
+        diagram
+    }
+
     /// The text of a Mermaid flowchart.
     pub(crate) fn mermaid(&self) -> String {
         mermaid::write(self)

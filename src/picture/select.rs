@@ -11,10 +11,10 @@ const MAX_DEPTH: usize = 10;
 
 /// The part of a forest that is drawn.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Selection {
+pub(super) struct Selection {
     /// Nodes of the forest, each after its parent.
-    pub(crate) nodes: Vec<usize>,
-    pub(crate) collapsed: Vec<Collapsed>,
+    pub(super) nodes: Vec<usize>,
+    pub(super) collapsed: Vec<Collapsed>,
 }
 
 /// Nodes of the forest that become one node of the diagram.
@@ -29,7 +29,7 @@ pub(crate) struct Collapsed {
 }
 
 /// Selects the first nodes of a forest of `children.len()` nodes. Roots and children must be in order of importance.
-pub(crate) fn select(roots: &[usize], children: &[Vec<usize>]) -> Selection {
+pub(super) fn select(roots: &[usize], children: &[Vec<usize>]) -> Selection {
     let sizes = sizes(roots, children);
     let mut selection = Selection::default();
     let share = (MAX_NODES / roots.len().max(1)).max(MIN_PER_ROOT);

@@ -8,7 +8,7 @@ use super::Arrow;
 /// implied if a nearer blocker of the waiter waits for the same blocker. Arrows for which `keep` is true stay.
 ///
 /// Every waiter keeps at least one arrow: cycles aside, to the blocker that none of its other blockers waits for.
-pub(crate) fn transitive_reduction(
+pub(super) fn transitive_reduction(
     arrows: &mut Vec<Arrow>,
     keep: impl Fn(&Arrow) -> bool,
 ) -> usize {

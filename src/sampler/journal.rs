@@ -6,7 +6,7 @@ use super::statement_log::StatementLog;
 use crate::incident;
 
 /// The journal up to this time.
-pub(super) fn of(log: &StatementLog, until: Instant) -> incident::Journal {
+pub(super) fn from_log(log: &StatementLog, until: Instant) -> incident::Journal {
     let (statements, dropped) = log.statements();
     incident::Journal {
         pid: log.pid(),

@@ -167,7 +167,7 @@ impl Sampler {
             occurred: SystemTime::now()
                 .checked_sub(now.saturating_duration_since(ended))
                 .unwrap_or_else(SystemTime::now),
-            victim: journal::of(log, ended),
+            victim: journal::from_log(log, ended),
             attempt: failed.attempt,
             attempts: failed.attempts,
             outcome: match failed.pause {
@@ -210,13 +210,13 @@ impl Sampler {
             .filter_map(|pid| {
                 let log = self.transactions.of_backend(pid, at)?;
                 // Later statements are not part of the incident, least of all its COMMIT.
-                Some(journal::of(&log, at))
+                Some(journal::from_log(&log, at))
             })
             .collect()
     }
 
     /// Notes why sampling fails.
-    fn sampling_error(&self, why: &str) {
+    fn note_sampling_error(&self, why: &str) {
         tracing::debug!(why, "the sampler cannot look");
         let sampling_error = format!("the server could not be looked at: {why}");
         *lock(&self.sampling_error) = Some(sampling_error.into());
@@ -266,11 +266,11 @@ async fn run(guard: TaskGuard, transactions: Arc<ActiveTransactions>) {
     if let Some(sampler) = guard.0.upgrade() {
         // Opened early, because later there may be no connection available.
         if sampler.connections.has_side() {
-            sampler.sampling_error("the side connection is still being opened");
+            sampler.note_sampling_error("the side connection is still being opened");
         }
         match sampler.connections.open_side().await {
             Ok(()) => *lock(&sampler.sampling_error) = None,
-            Err(error) => sampler.sampling_error(&sampling::error_chain(&error)),
+            Err(error) => sampler.note_sampling_error(&sampling::error_chain(&error)),
         }
     }
     loop {

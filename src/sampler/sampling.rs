@@ -30,7 +30,7 @@ const MAX_RELATIONS: usize = 1024;
 struct DueStatement {
     /// The number of its transaction, and its own.
     key: (u64, u64),
-    journal: Arc<StatementLog>,
+    log: Arc<StatementLog>,
     pid: i32,
 }
 
@@ -45,7 +45,7 @@ impl Sampler {
                     self.failed_samples.store(0, Ordering::Relaxed);
                 }
                 Err(error) => {
-                    self.sampling_error(&error_chain(&error));
+                    self.note_sampling_error(&error_chain(&error));
                     // Do not retry at once, but with growing pauses: the server may have no connection to spare.
                     let failures = if error.kind() == ErrorKind::Pool {
                         // All connections of the pool are in use. That may change soon, and costs the server nothing.
@@ -64,12 +64,12 @@ impl Sampler {
         let now = Instant::now();
         let plans = lock(&self.plans);
         live.iter()
-            .filter_map(|(number, journal)| {
-                let running = journal.running()?;
+            .filter_map(|(number, log)| {
+                let running = log.running()?;
                 let plan = plans.get(&(*number, running.number));
                 // A statement that has begun since has no plan yet.
                 Some(plan.map_or_else(
-                    || SamplePlan::new(&running, journal.lock_timeout).next(),
+                    || SamplePlan::new(&running, log.lock_timeout).next(),
                     SamplePlan::next,
                 ))
             })
@@ -88,15 +88,15 @@ impl Sampler {
         let mut plans = lock(&self.plans);
         let (mut due, mut others) = (Vec::new(), Vec::new());
         let mut failed = HashSet::new();
-        for (number, journal) in live {
-            failed.extend(journal.failure().map(|failing| (number, failing.number)));
-            let (Some(running), Some(pid)) = (journal.running(), journal.pid()) else {
+        for (number, log) in live {
+            failed.extend(log.failure().map(|failing| (number, failing.number)));
+            let (Some(running), Some(pid)) = (log.running(), log.pid()) else {
                 continue;
             };
             let key = (number, running.number);
             let plan = plans
                 .entry(key)
-                .or_insert_with(|| SamplePlan::new(&running, journal.lock_timeout));
+                .or_insert_with(|| SamplePlan::new(&running, log.lock_timeout));
             plan.ran = now;
             let list = if plan.next() <= now {
                 &mut due
@@ -105,7 +105,7 @@ impl Sampler {
             } else {
                 continue;
             };
-            list.push(DueStatement { key, journal, pid });
+            list.push(DueStatement { key, log, pid });
         }
         // One sample serves all waiters, and one query all running statements, so that many statements do not mean many
         // queries.
@@ -134,7 +134,7 @@ impl Sampler {
             Some(waiting) => plan.waiting(
                 now,
                 now.checked_sub(waiting.waited).unwrap_or(now),
-                [waiting.deadlock_timeout, due.journal.lock_timeout]
+                [waiting.deadlock_timeout, due.log.lock_timeout]
                     .into_iter()
                     .flatten(),
             ),
@@ -236,10 +236,10 @@ impl Sampler {
         if columns.is_empty() {
             return Ok(None);
         }
-        let Some(question) = sql::row_key(row, &columns) else {
+        let Some(query_text) = sql::row_key(row, &columns) else {
             return Ok(None);
         };
-        let reply = self.query(&question).await?;
+        let reply = self.query(&query_text).await?;
         Ok(sql::key_values(&reply).map(|values| RowKey::new(columns.iter().cloned().zip(values))))
     }
 
@@ -262,12 +262,12 @@ impl Sampler {
                 (plan.samples(), plan.last_sampled())
             };
             let now = Instant::now();
-            let others = self.others(&due.journal, &samples, None, seen.unwrap_or(now));
-            let (attempt, attempts) = due.journal.attempt.get().copied().unwrap_or((1, 1));
+            let others = self.others(&due.log, &samples, None, seen.unwrap_or(now));
+            let (attempt, attempts) = due.log.attempt.get().copied().unwrap_or((1, 1));
             let evidence = Evidence {
                 trigger: IncidentTrigger::LongWait,
                 occurred: SystemTime::now(),
-                victim: journal::of(&due.journal, now),
+                victim: journal::from_log(&due.log, now),
                 attempt,
                 attempts,
                 outcome: Outcome::StillWaiting,
