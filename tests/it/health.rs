@@ -76,7 +76,10 @@ async fn a_quiet_server_is_healthy() {
     assert_eq!((health.root_blockers(), health.cycles()), (&[][..], 0));
     assert_eq!(health.hidden_sessions(), 0);
     assert_eq!(health.oldest_transaction(), &ObservedValue::Known(None));
-    assert_eq!(health.oldest_idle_in_transaction(), &ObservedValue::Known(None));
+    assert_eq!(
+        health.oldest_idle_in_transaction(),
+        &ObservedValue::Known(None)
+    );
     let deadlocks = health.deadlocks().unwrap();
     assert_eq!(deadlocks.count(), 0);
     let prepared = health.prepared_transactions();
@@ -182,7 +185,10 @@ async fn trouble_is_told_in_numbers() {
     let health = alone.monitor.health().await.unwrap();
     assert_eq!((health.lock_waiters(), health.cycles()), (4, 1));
     assert_eq!(health.root_blockers(), &roots[1..]);
-    assert_eq!(health.oldest_idle_in_transaction(), &ObservedValue::Known(None));
+    assert_eq!(
+        health.oldest_idle_in_transaction(),
+        &ObservedValue::Known(None)
+    );
     for waiting in waiting {
         waiting.abort();
     }
@@ -331,7 +337,9 @@ async fn invalid_indexes_are_named_unless_a_session_works_on_them() {
             // Hidden from a role without privileges, it is left open whether `plain`, on the same table, is its work.
             let health = stranger.health().await.unwrap();
             match health.invalid_indexes() {
-                ObservedValue::Known(_) => assert_eq!(invalid(&health), left, "{work} after {keeps}"),
+                ObservedValue::Known(_) => {
+                    assert_eq!(invalid(&health), left, "{work} after {keeps}")
+                }
                 ObservedValue::AtLeast(indexes) => {
                     assert!(
                         work.starts_with("CREATE") || work.starts_with("REINDEX"),
