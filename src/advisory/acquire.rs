@@ -4,19 +4,15 @@ use std::time::Duration;
 
 use super::preconditions::check_locking;
 use super::server_waiter_limit::Permit;
-use super::sql;
-use super::{Advisory, LockRequest};
+use super::{Advisory, LockRequest, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
-use crate::connection::sql::PreparedName;
-use crate::connection::sql::Probe;
-use crate::connection::sql::server;
-use crate::connection::sql::server::Server;
+use crate::connection::sql::server::{self, Server};
+use crate::connection::sql::{PreparedName, Probe};
 use crate::connection::{LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::Message;
-use crate::postgres::sql::{is_true, rows};
+use crate::postgres::sql::{Message, is_true, rows};
 use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by

@@ -4,8 +4,7 @@ use super::acquire::{ANSWER, FINAL_TRY_AFTER_QUEUE, no_answer, slice, standby, t
 use super::local_queue::{Entry, Handoff, HeadTicket, Woken};
 use super::preconditions::check_locking;
 use super::server_waiter_limit::Permit;
-use super::sql;
-use super::{Advisory, LockRequest, SessionGuard};
+use super::{Advisory, LockRequest, SessionGuard, sql};
 use crate::advisory::sql::{Locks, Names, TryLockOutcome, TryLockRow};
 use crate::connection::sql::Probe;
 use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};

@@ -4,9 +4,8 @@ use std::future::IntoFuture;
 use std::pin::Pin;
 use std::time::Duration;
 
-use super::LockRequest;
 use super::preconditions::{check_capacity_on, check_locking, is_worth_counting};
-use super::sql;
+use super::{LockRequest, sql};
 use crate::advisory::sql::{Timeouts, TryLockOutcome};
 use crate::connection::sql::server::Server;
 use crate::connection::{LockScope, PendingStatement, Sent, Session};

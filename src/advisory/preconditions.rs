@@ -5,12 +5,10 @@ use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
 
-use super::Advisory;
-use super::sql;
+use super::{Advisory, sql};
 use crate::advisory::sql::{Locks, TryLockOutcome};
 use crate::connection::sql::Probe;
-use crate::connection::sql::server;
-use crate::connection::sql::server::Server;
+use crate::connection::sql::server::{self, Server};
 use crate::connection::{Connections, LockScope, OnAbandon, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};

@@ -2,14 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::SessionGuard;
 use super::local_queue::NextWaiter;
-use super::sql;
+use super::{SessionGuard, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
 use crate::connection::{AfterReply, OnAbandon, Reply, ReplyHandler, Session};
 use crate::key::LockKey;
-use crate::postgres::sql::Message;
-use crate::postgres::sql::{is_true, rows};
+use crate::postgres::sql::{Message, is_true, rows};
 
 /// The end of a guard: what is sent, and what the reply leaves to be done.
 pub(super) struct ReleasePlan {

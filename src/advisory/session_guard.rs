@@ -2,10 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::LockRequest;
 use super::local_queue::HeadTicket;
 use super::release::{ReleasePlan, is_unlocked};
-use super::sql;
+use super::{LockRequest, sql};
 use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
 use crate::connection::{OnAbandon, Session, query_methods, run_shielded};

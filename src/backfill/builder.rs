@@ -9,8 +9,7 @@ use super::name::MAX_NAME_BYTES;
 use super::run::Run;
 use super::{BackfillProgress, BackfillStream};
 use crate::error::Error;
-use crate::postgres::TableName;
-use crate::postgres::name_flaw;
+use crate::postgres::{TableName, name_flaw};
 use crate::schema::Env;
 use crate::transaction::Policy;
 

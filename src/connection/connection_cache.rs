@@ -6,9 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Session;
-use crate::connection::sql::PreparedName;
-use crate::connection::sql::Probe;
 use crate::connection::sql::server::Server;
+use crate::connection::sql::{PreparedName, Probe};
 use crate::error::Failure;
 
 /// Connections remembered at most: pools are smaller, but their connections come and go.

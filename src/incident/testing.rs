@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::call_site::CallSite;
-use crate::graph::{Backend, BackendId, LockObject, LockRow, Relation, RowId, assemble};
-use crate::graph::{RawStatement, Visibility};
+use crate::graph::{
+    Backend, BackendId, LockObject, LockRow, RawStatement, Relation, RowId, Visibility, assemble,
+};
 use crate::mode::LockMode;
 
 use super::{

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::graph::{Backend, Edge, EdgeKind, LockObject, Snapshot};
-use crate::graph::{Visibility, Wait};
+use crate::graph::{Backend, Edge, EdgeKind, LockObject, Snapshot, Visibility, Wait};
 use crate::mode::LockMode;
 
 /// A client's session, all of whose fields are visible.

@@ -6,9 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::plan::{RECHECK_INTERVAL, SamplePlan};
-use super::sql;
 use super::statement_log::StatementLog;
-use super::{CHECK_INTERVAL, KEEP_SAMPLES, Sampler, journal, lock};
+use super::{CHECK_INTERVAL, KEEP_SAMPLES, Sampler, journal, lock, sql};
 use crate::connection::Reply;
 use crate::error::{Error, ErrorKind};
 use crate::graph::{self, RowId, Snapshot};

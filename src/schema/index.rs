@@ -14,8 +14,7 @@ use super::statement_poll::OnProgress;
 use super::table::Table;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, ErrorKind, is_already_there};
-use crate::postgres::TableName;
-use crate::postgres::name_flaw;
+use crate::postgres::{TableName, name_flaw};
 use crate::schema::sql::catalog;
 use crate::schema::sql::index::{self, Index, IndexDefinition, Part};
 

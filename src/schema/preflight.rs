@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-use super::lint;
 use super::plan::{LockPlan, PlannedLock};
-use super::{Env, ddl};
+use super::{Env, ddl, lint};
 use crate::blocker::Blocker;
 use crate::error::Error;
 use crate::mode::LockMode;

@@ -9,8 +9,7 @@ use tokio::sync::Notify;
 use super::progress::IndexProgress;
 use crate::blocker::Blocker;
 use crate::connection::Connections;
-use crate::graph;
-use crate::graph::{Backend, BackendId, Snapshot};
+use crate::graph::{self, Backend, BackendId, Snapshot};
 use crate::mode::AdvisoryMode;
 use crate::schema::sql::index;
 

@@ -1,9 +1,8 @@
 //! COMMIT and ROLLBACK, and what is left to be done when they fail.
 
-use super::Tx;
 use super::commit_outcome::{CommitOutcome, look_up};
-use super::sql;
 use super::tx::End;
+use super::{Tx, sql};
 use crate::connection::{OnAbandon, Sent, Session};
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 

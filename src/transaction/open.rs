@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::sql;
-use super::{BoxFuture, Open, Tx};
+use super::{BoxFuture, Open, Tx, sql};
 use crate::call_site::CallSite;
 use crate::connection::{Connections, OnAbandon};
 use crate::deadline::Deadline;

@@ -9,8 +9,7 @@ use tokio_postgres::types::{ToSql, Type};
 use super::Tx;
 use crate::error::{Error, Failure, classify, is_undefined_function};
 use crate::mode::RowLock;
-use crate::postgres::TableName;
-use crate::postgres::name_flaw;
+use crate::postgres::{TableName, name_flaw};
 use crate::transaction::sql::rows::{Busy, lock};
 
 /// Rows to be locked, described; from [`Tx::lock_rows`]. Awaited, it locks them.

@@ -1,7 +1,6 @@
 //! A part of a transaction that can fail by itself.
 
-use super::sql;
-use super::{AsyncFunc, Tx};
+use super::{AsyncFunc, Tx, sql};
 use crate::error::Error;
 
 impl Tx {

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use super::HeldLock;
 use super::hooks::Hooks;
-use super::sql;
+use super::{HeldLock, sql};
 use crate::call_site::CallSite;
 use crate::connection::{Observation, OnAbandon, Session, query_methods};
 use crate::error::Error;

@@ -8,10 +8,8 @@ use crate::advisory::sql::blockers;
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::Message;
-use crate::postgres::sql::literal;
-use crate::transaction::sql::Begin;
-use crate::transaction::sql::FRESH;
+use crate::postgres::sql::{Message, literal};
+use crate::transaction::sql::{Begin, FRESH};
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
 pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {

@@ -11,13 +11,8 @@ use crate::connection::sql::server::{SERVER, Server, server};
 use crate::connection::sql::{Probe, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::Message;
-use crate::postgres::sql::literal;
-use crate::postgres::sql::parsed;
-use crate::postgres::sql::rows;
-use crate::postgres::sql::text;
-use crate::transaction::sql::Begin;
-use crate::transaction::sql::{FRESH, PID};
+use crate::postgres::sql::{Message, literal, parsed, rows, text};
+use crate::transaction::sql::{Begin, FRESH, PID};
 
 /// What a `try` answered, read before anything else is known of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

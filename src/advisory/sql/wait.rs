@@ -8,8 +8,7 @@ use super::release::set_application_name;
 use super::try_lock::{Names, Timeouts, try_in_transaction};
 use crate::advisory::sql::blockers;
 use crate::deadline::timeout_millis;
-use crate::postgres::sql::literal;
-use crate::postgres::sql::set_local;
+use crate::postgres::sql::{literal, set_local};
 use crate::transaction::sql::Begin;
 
 /// [`try_in_transaction`] for several locks: in a savepoint, so that those which were granted can be returned when one

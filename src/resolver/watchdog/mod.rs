@@ -15,9 +15,8 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use super::Monitor;
-use super::check_protection;
 use super::signal::SignalOutcome;
+use super::{Monitor, check_protection};
 use crate::connection;
 use crate::connection::task::{self, Task};
 use crate::deadline::Deadline;

@@ -10,12 +10,7 @@ use tokio_postgres::SimpleQueryMessage;
 
 use crate::blocker::Blocker;
 use crate::mode::{AdvisoryMode, LockMode};
-use crate::postgres::sql::is_true;
-use crate::postgres::sql::literal;
-use crate::postgres::sql::parsed;
-use crate::postgres::sql::rows;
-use crate::postgres::sql::seconds;
-use crate::postgres::sql::text;
+use crate::postgres::sql::{is_true, literal, parsed, rows, seconds, text};
 use crate::postgres::table_name::TableName;
 
 /// The condition under which `c` of `pg_class` and `n` of `pg_namespace` are the relation of this name.

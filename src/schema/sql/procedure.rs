@@ -4,12 +4,7 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::catalog::proves_not_null;
 use super::columns;
-use crate::postgres::sql::identifier;
-use crate::postgres::sql::is_true;
-use crate::postgres::sql::literal;
-use crate::postgres::sql::parsed;
-use crate::postgres::sql::rows;
-use crate::postgres::sql::text;
+use crate::postgres::sql::{identifier, is_true, literal, parsed, rows, text};
 use crate::postgres::table_name::TableName;
 
 pub(crate) fn add_check(table: &TableName, name: &str, expression: &str) -> String {

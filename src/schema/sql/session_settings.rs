@@ -3,10 +3,7 @@
 use tokio_postgres::SimpleQueryMessage;
 
 use crate::deadline::timeout_millis;
-use crate::postgres::sql::literal;
-use crate::postgres::sql::parsed;
-use crate::postgres::sql::rows;
-use crate::postgres::sql::text;
+use crate::postgres::sql::{literal, parsed, rows, text};
 use std::time::Duration;
 
 /// The settings that a session had before.
