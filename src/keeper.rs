@@ -25,8 +25,8 @@ const APPLICATION: &str = "lockkeeper";
 
 /// Advisory locks and deadlock-aware transactions over the application's own pool.
 ///
-/// Cheap to clone, and to be shared: one for each pool. Waiters for one key line up inside a keeper before they take a
-/// connection, so two keepers over one pool know less than one.
+/// Cheap to clone. Waiters for the same key queue inside the keeper before they take a connection. Share one keeper per
+/// pool: separate keepers cannot see each other's waiters.
 #[derive(Clone)]
 pub struct Keeper {
     inner: Arc<Inner>,
@@ -303,7 +303,7 @@ impl Keeper {
     }
 }
 
-/// Looking at the server.
+/// Reading the state of the server.
 #[cfg(feature = "monitor")]
 impl Keeper {
     /// Looks at the server's sessions and locks, over the [side connection](KeeperBuilder::side_connection) where
@@ -323,9 +323,10 @@ impl Keeper {
         self.monitor().resolver(policy)
     }
 
-    /// Starts a task that reports leaked advisory locks, sessions idle in the way of others and waits that nobody waits
-    /// out, and clears them only if told to: as [`Monitor::watchdog`](crate::Monitor::watchdog) of its [`monitor`](Self::monitor), but looks for
-    /// the last among sessions that bear its [application](KeeperBuilder::application).
+    /// Starts a task that reports leaked advisory locks, idle sessions that block others, and lock waits that will never
+    /// end. It only reports them unless the policy allows it to act. As [`Monitor::watchdog`](crate::Monitor::watchdog)
+    /// of its [`monitor`](Self::monitor), with the waits searched among sessions of this keeper's
+    /// [application](KeeperBuilder::application).
     ///
     /// # Errors
     /// As [`Monitor::watchdog`](crate::Monitor::watchdog).
@@ -383,7 +384,7 @@ impl fmt::Debug for Keeper {
 }
 
 /// Configures a [`Keeper`].
-#[must_use = "a builder makes no keeper until it is built"]
+#[must_use = "call `.build()` to create the keeper"]
 pub struct KeeperBuilder {
     pool: Pool,
     side: Option<SideConnection>,

@@ -55,7 +55,7 @@
 //! | feature | adds |
 //! |---|---|
 //! | `incidents` (default) | deadlocks, lock timeouts and long waits, explained: `Error::incident`, `KeeperBuilder::on_incident`, `graph` |
-//! | `monitor` | looking at the server: `Keeper::monitor`, lock tree, held and leaked locks, health, settings |
+//! | `monitor` | reading the state of the server: `Keeper::monitor`, lock tree, held and leaked locks, health, settings |
 //! | `resolver` | acting on sessions: `Keeper::resolver`, `Keeper::watchdog`, `Monitor::cancel`; brings `monitor` |
 //! | `schema` | schema changes and backfills: `Keeper::schema`, `Keeper::backfill`, `StatementLock` |
 //! | `server-log` | reading the server's own log: `server_log` |
