@@ -47,7 +47,7 @@ async fn waits_that_begin_and_end_are_told() {
     assert_eq!(*changes, SnapshotDiff::between(&before, update.snapshot()));
     let text = update.to_string();
     assert!(
-        text.starts_with("no session waits") && text.contains("waits no more"),
+        text.starts_with("nobody waits") && text.contains("waits no more"),
         "{text}"
     );
 }
