@@ -142,7 +142,7 @@ impl Advisory {
             else {
                 return Err(undetermined());
             };
-            let session_locks = transaction::sql::begun(&answer?).map(|begun| begun.pid);
+            let second_pid = transaction::sql::begun(&answer?).map(|begun| begun.pid);
             let after = within(pid_of(first)).await;
             let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
             answer?;
@@ -150,7 +150,7 @@ impl Advisory {
             // No answer: the first client had no backend of its own any more, and there was none to be had.
             let Some(after) = after else { return Ok(false) };
             let after = after?;
-            if before != after || before == session_locks || after == session_locks {
+            if before != after || before == second_pid || after == second_pid {
                 return Ok(false);
             }
         }

@@ -1,6 +1,6 @@
 //! The life of one pooled connection.
 //!
-//! This is the only room that knows the pool, and the only one that cancels, discards or spawns. Its one rule: a
+//! This is the only module that takes connections from the pool, uses the driver's cancel, discards or spawns. Its one rule: a
 //! connection goes back to the pool by [`Session::return_to_pool`] and in no other way, and that is called only after the
 //! server has answered that nothing of ours is left on it. Whatever else happens to a [`Session`] (an error, a panic,
 //! a dropped future, a runtime that shuts down), its `Drop` takes the connection out of the pool and closes it, which
@@ -320,7 +320,9 @@ impl RunningStatement<'_> {
         sql: &str,
         result: Result<Statement, tokio_postgres::Error>,
     ) -> Result<Statement, tokio_postgres::Error> {
-        if let (Ok(statement), Some(pending)) = (&result, self.pending.take()) {
+        if let Ok(statement) = &result
+            && let Some(pending) = self.pending.take()
+        {
             pending.end_with(StatementEnd::Prepared(sql, statement));
         }
         self.end(result)

@@ -52,7 +52,7 @@ use sql::health as health_sql;
 /// let tree = keeper.monitor().lock_tree().await?;
 /// println!("{tree}");
 /// for root in tree.roots() {
-///     println!("{} keeps {} sessions waiting", root.backend().id(), root.blocks());
+///     println!("{} keeps {} sessions waiting", root.backend().id(), root.blocked_count());
 /// }
 /// # Ok(())
 /// # }

@@ -73,7 +73,7 @@ pub(crate) struct Sampler {
     /// For each statement, by the number of its transaction and its own. A statement that fails may be followed by
     /// others before its failure is reported.
     plans: Mutex<HashMap<(u64, u64), SamplePlan>>,
-    /// The columns of primary primary_keys, by the relation's oid.
+    /// The columns of primary keys, by the relation's oid.
     primary_keys: Mutex<HashMap<u32, Arc<[String]>>>,
     /// The earliest time of the next sample.
     next_sample: Mutex<Instant>,

@@ -19,7 +19,7 @@ use crate::sampler::sql::WaitingBackend;
 const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// How many rows' keys are read for one sample.
 const MAX_ROWS: usize = 4;
-/// How long sampling rests after a sample, in multiples of the sample's duration: a server in sampling_error has other work to
+/// How long sampling rests after a sample, in multiples of the sample's duration: a server in trouble has other work to
 /// do.
 const REST_FACTOR: u32 = 5;
 /// How many relations' primary keys are cached.

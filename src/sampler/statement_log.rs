@@ -51,7 +51,7 @@ struct LogState {
 }
 
 impl LogState {
-    /// Drops statements after the first half until at max `max` are left. Statements that run or are about to run
+    /// Drops statements after the first half until at most `max` are left. Statements that run or are about to run
     /// stay, however many were sent together, and so does the statement that failed.
     fn trim(&mut self, max: usize) {
         let failed = self.failure.map(|failing| failing.number);
@@ -314,7 +314,7 @@ fn is_same(one: &Statement, other: &Statement) -> bool {
     std::ptr::eq(one.params(), other.params()) && std::ptr::eq(one.columns(), other.columns())
 }
 
-/// At max [`MAX_STATEMENT_BYTES`] bytes of a text.
+/// At most [`MAX_STATEMENT_BYTES`] bytes of a text.
 fn cut(text: &str) -> Arc<str> {
     let mut end = text.len().min(MAX_STATEMENT_BYTES);
     while !text.is_char_boundary(end) {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::incident::Completeness;
 use lockkeeper::tokio_postgres::{self, NoTls};
-use lockkeeper::{Error, Incident, IncidentKind, Keeper, TransactionOptions};
+use lockkeeper::{Error, ErrorKind, Incident, IncidentKind, Keeper, TransactionOptions};
 use lockkeeper_testkit::{
     Fault, GIVE_UP_AFTER, IncidentScene, PoolMode, Proxy, eventually, until_blocking,
 };
@@ -549,4 +549,33 @@ async fn a_row_is_named_by_its_key_after_the_key_was_renamed() {
     }
     assert_eq!(keys[0].as_deref(), Some("id = 1"));
     assert_eq!(keys[2].as_deref(), Some("number = 1"));
+}
+
+/// Preparing a statement takes locks too. The wait that ends it is sampled, and the report has the samples.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepare_that_fails_is_the_statement_that_waited() {
+    let reported = IncidentScene::new(3).await;
+    let holder = reported.scene.database.connect().await;
+    holder
+        .batch_execute("BEGIN; LOCK TABLE account")
+        .await
+        .unwrap();
+    let options = TransactionOptions::new()
+        .attempts(1)
+        .lock_timeout(Duration::from_secs(1));
+    let failed = reported.keeper().transaction_with(options, async |tx| {
+        tx.prepare("SELECT balance FROM account").await?;
+        Ok::<_, Error>(())
+    });
+    let error = failed.await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error}");
+    holder.batch_execute("ROLLBACK").await.unwrap();
+
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.edges().len(), 1, "{incident}");
+    let journal = incident.victim().journal();
+    assert_eq!(journal.len(), 1, "{incident}");
+    assert!(journal[0].failed(), "{incident}");
+    assert_eq!(journal[0].text(), Some("SELECT balance FROM account"));
+    reported.scene.nothing_left().await;
 }

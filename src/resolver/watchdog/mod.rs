@@ -124,7 +124,7 @@ impl Watchdog {
         if let Some(reporting) = &mut self.reporting {
             let reported = tokio::time::timeout(FLUSH_TIMEOUT, reporting.stop()).await;
             if reported.is_err() {
-                tracing::warn!("on_finding is too slow, findings are dropped");
+                tracing::warn!(target: "lockkeeper::watchdog", "on_finding is too slow, findings are dropped");
             }
         }
     }
@@ -282,7 +282,7 @@ impl WatchdogTask {
         };
         let reported = deadline.bound(Duration::ZERO, sender.send(finding)).await;
         if reported.is_none_or(|reported| reported.is_err()) {
-            tracing::warn!("on_finding is too slow, a finding is dropped");
+            tracing::warn!(target: "lockkeeper::watchdog", "on_finding is too slow, a finding is dropped");
         }
     }
 }
@@ -300,7 +300,7 @@ async fn run_callback(mut queue: mpsc::Receiver<Finding>, callback: FindingCallb
         let called =
             task::blocking(move || catch_unwind(AssertUnwindSafe(|| callback(&finding))).is_ok());
         if !called.await.unwrap_or(false) {
-            tracing::error!("on_finding panicked; later findings are handed to it all the same");
+            tracing::error!(target: "lockkeeper::watchdog", "on_finding panicked; later findings are handed to it all the same");
         }
     }
 }
