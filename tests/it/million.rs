@@ -47,6 +47,7 @@ impl Load {
                     let took = u64::try_from(began.elapsed().as_millis()).unwrap();
                     longest.fetch_max(took, Ordering::Relaxed);
                     done.fetch_add(1, Ordering::Relaxed);
+                    // The pace of the load.
                     tokio::time::sleep(Duration::from_millis(2)).await;
                 }
             });

@@ -163,6 +163,7 @@ async fn work(task: &str, keeper: Keeper) -> Result<(), Error> {
                         let section = keeper.with_advisory_lock(KEY, async |tx| {
                             let row = tx.query_one("SELECT n FROM counter", &[]).await?;
                             let n: i32 = row.get(0);
+                            // Room for another process to read the same number, were it let in.
                             tokio::time::sleep(Duration::from_millis(1)).await;
                             tx.execute("UPDATE counter SET n = $1", &[&(n + 1)]).await?;
                             Ok::<_, Error>(())

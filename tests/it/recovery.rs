@@ -11,14 +11,14 @@ const OFTEN: Duration = Duration::from_millis(100);
 #[tokio::test]
 async fn waits_that_begin_and_end_are_told() {
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
-    let mut watch = ground.monitor.watch(OFTEN).unwrap();
+    let scene = MonitorScene::on(&server).await;
+    let mut watch = scene.monitor.watch(OFTEN).unwrap();
     let first = watch.next().await.unwrap().unwrap();
     assert!(first.changes().is_empty() && first.snapshot().is_empty());
 
-    let holder = ground.session().await;
+    let holder = scene.session().await;
     holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
     let update = loop {
         let update = watch.next().await.unwrap().unwrap();
@@ -54,8 +54,8 @@ async fn waits_that_begin_and_end_are_told() {
 
 #[tokio::test]
 async fn a_next_that_is_dropped_loses_nothing() {
-    let ground = MonitorScene::new().await;
-    let mut watch = ground.monitor.watch(OFTEN).unwrap();
+    let scene = MonitorScene::new().await;
+    let mut watch = scene.monitor.watch(OFTEN).unwrap();
     // Polled once and dropped, over and over: the sample continues where it was.
     let mut items = 0;
     while items < 2 {
@@ -72,17 +72,17 @@ async fn a_next_that_is_dropped_loses_nothing() {
 #[tokio::test]
 async fn a_watch_and_a_recovery_survive_a_restart() {
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
-    let mut watch = ground.monitor.watch(OFTEN).unwrap();
-    let mut recovery = ground
+    let scene = MonitorScene::on(&server).await;
+    let mut watch = scene.monitor.watch(OFTEN).unwrap();
+    let mut recovery = scene
         .monitor
         .recovery(RecoveryCriterion::no_waits().checks(2))
         .unwrap();
-    let holder = ground.session().await;
+    let holder = scene.session().await;
     holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.until_waiting(waiter.pid).await;
+    scene.until_waiting(waiter.pid).await;
     assert_eq!(
         watch
             .next()
@@ -120,22 +120,22 @@ async fn a_watch_and_a_recovery_survive_a_restart() {
 #[tokio::test]
 async fn a_recovery_is_seen_coming() {
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
-    let holder = ground.session().await;
+    let scene = MonitorScene::on(&server).await;
+    let holder = scene.session().await;
     holder
         .run("BEGIN; UPDATE t SET v = 'h' WHERE id IN (1, 2)")
         .await;
     let mut waits = Vec::new();
     let mut waiters = Vec::new();
     for id in [1, 2] {
-        let waiter = ground.session().await;
+        let waiter = scene.session().await;
         waits.push(waiter.start(&format!("UPDATE t SET v = 'w' WHERE id = {id}")));
-        ground.until_waiting(waiter.pid).await;
+        scene.until_waiting(waiter.pid).await;
         waiters.push(waiter);
     }
     let criterion = RecoveryCriterion::no_waits().checks(2);
-    let mut recovery = ground.monitor.recovery(criterion).unwrap();
-    let mut short = ground
+    let mut recovery = scene.monitor.recovery(criterion).unwrap();
+    let mut short = scene
         .monitor
         .recovery(RecoveryCriterion::waits_shorter_than(10 * GIVE_UP_AFTER).checks(1))
         .unwrap();
@@ -145,8 +145,8 @@ async fn a_recovery_is_seen_coming() {
     assert!(short.check().await.unwrap().is_recovered());
     let check = recovery.check().await.unwrap();
     assert_eq!((check.trend(), check.met_for()), (Trend::Steady, 0));
-    let seen = ground.seen(waiters[0].pid).await;
-    assert!(ground.monitor.cancel(&seen).await.unwrap().is_signalled());
+    let seen = scene.seen(waiters[0].pid).await;
+    assert!(scene.monitor.cancel(&seen).await.unwrap().is_signalled());
     assert!(waits.remove(0).await.unwrap().is_err());
     let check = recovery.check().await.unwrap();
     assert_eq!(
@@ -160,14 +160,14 @@ async fn a_recovery_is_seen_coming() {
         (check.falling_for(), check.met_for(), check.is_recovered()),
         (2, 1, false)
     );
-    let snapshot = ground.monitor.snapshot().await.unwrap();
+    let snapshot = scene.monitor.snapshot().await.unwrap();
     assert!(recovery.observe(&snapshot).is_recovered());
 }
 
 #[tokio::test]
 async fn what_cannot_work_is_refused() {
-    let ground = MonitorScene::new().await;
-    let monitor = keeper_as(&ground.database, ground.database.config()).monitor();
+    let scene = MonitorScene::new().await;
+    let monitor = keeper_as(&scene.database, scene.database.config()).monitor();
     for interval in [Duration::ZERO, Duration::from_millis(99)] {
         let error = monitor.watch(interval).unwrap_err();
         assert_error(&error, ErrorKind::Config, "at least 100ms");

@@ -452,7 +452,7 @@ async fn another_sessions_build_is_left_alone_and_waited_for() {
     assert!(!others.is_finished());
     let same = tokio::spawn(schema.create_index("t", ["a"]).run());
     let dropping = tokio::spawn(schema.drop_index("t_a_idx").run());
-    // They wait without a snapshot and without a lock, so that the other build cannot wait for them.
+    // They wait without a snapshot and without a lock, so that the other build cannot wait for them: whenever it is seen.
     for _ in 0..20 {
         let condition =
             "EXISTS (SELECT FROM pg_locks WHERE relation = 't'::regclass AND NOT granted)";

@@ -14,13 +14,13 @@ const OFTEN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(20);
 
 /// Checks for nothing, often, and only in this database: the server is shared with other tests.
-fn policy(ground: &MonitorScene) -> WatchdogPolicy {
+fn policy(scene: &MonitorScene) -> WatchdogPolicy {
     WatchdogPolicy::new()
         .every(OFTEN)
         .leaked_locks(None)
         .idle_blockers(None)
         .zombie_waiters(None)
-        .database(ground.database.name())
+        .database(scene.database.name())
 }
 
 fn start(keeper: &Keeper, policy: WatchdogPolicy) -> (Watchdog, UnboundedReceiver<Finding>) {
@@ -44,8 +44,8 @@ async fn checks(watchdog: &Watchdog, more: u64) {
 
 #[tokio::test]
 async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
-    let ground = MonitorScene::new().await;
-    let guard = ground
+    let scene = MonitorScene::new().await;
+    let guard = scene
         .keeper
         .advisory_lock("kept")
         .session()
@@ -54,11 +54,11 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
         .unwrap();
     let key = LockKey::from("forgotten");
     let lock = format!("SELECT pg_advisory_lock({})", key.as_i64().unwrap());
-    let leaker = ground.session().await;
+    let leaker = scene.session().await;
     leaker.run(&lock).await;
-    let named = ground.monitor.clone().names([key.clone()]);
+    let named = scene.monitor.clone().names([key.clone()]);
     let (sender, mut findings) = unbounded_channel();
-    let reports = policy(&ground)
+    let reports = policy(&scene)
         .leaked_locks(TICK)
         .on_finding(move |finding: &Finding| drop(sender.send(finding.clone())));
     let watchdog = named.watchdog(reports).unwrap();
@@ -74,14 +74,14 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
     assert!(leaker.is_alive().await);
     watchdog.stop().await;
 
-    let clears = policy(&ground)
+    let clears = policy(&scene)
         .leaked_locks(2 * TICK)
         .clear_leaked_locks(true);
-    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let (watchdog, mut findings) = start(&scene.keeper, clears);
     let found = next(&mut findings).await;
     assert_eq!(found.backend().pid(), Some(leaker.pid));
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
-    ground.until_gone(leaker.pid).await;
+    scene.until_gone(leaker.pid).await;
     checks(&watchdog, 2).await;
     watchdog.stop().await;
     assert!(guard.release().await.is_ok());
@@ -89,17 +89,17 @@ async fn a_leaked_lock_is_told_by_name_and_a_live_guard_is_none() {
 
 #[tokio::test]
 async fn an_idle_blocker_is_reported_and_cleared_if_told_to() {
-    let ground = MonitorScene::new().await;
-    let idle = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let idle = scene.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
-    let harmless = ground.session().await;
+    let harmless = scene.session().await;
     harmless
         .run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2")
         .await;
-    let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+    let (watchdog, mut findings) = start(&scene.keeper, policy(&scene).idle_blockers(TICK));
     checks(&watchdog, 2).await;
     assert!(findings.try_recv().is_err(), "it blocks no session");
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
     let found = next(&mut findings).await;
     assert_eq!(found.kind(), FindingKind::IdleBlocker);
@@ -110,30 +110,30 @@ async fn an_idle_blocker_is_reported_and_cleared_if_told_to() {
     assert!(idle.is_alive().await);
     watchdog.stop().await;
 
-    let clears = policy(&ground)
+    let clears = policy(&scene)
         .idle_blockers(2 * TICK)
         .clear_idle_blockers(true);
-    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let (watchdog, mut findings) = start(&scene.keeper, clears);
     let found = next(&mut findings).await;
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled), "{found}");
     waiting.await.unwrap().unwrap();
-    ground.until_gone(idle.pid).await;
+    scene.until_gone(idle.pid).await;
     assert!(harmless.is_alive().await);
     drop(watchdog);
 }
 
 #[tokio::test]
 async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
-    let ground = MonitorScene::new().await;
+    let scene = MonitorScene::new().await;
     let mut leakers = Vec::new();
     for key in 0..20 {
-        let leaker = ground.session().await;
+        let leaker = scene.session().await;
         let lock = format!("SELECT pg_advisory_lock({key})");
         leaker.run(&lock).await;
         leakers.push(leaker);
     }
-    let clears = policy(&ground).leaked_locks(TICK).clear_leaked_locks(true);
-    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let clears = policy(&scene).leaked_locks(TICK).clear_leaked_locks(true);
+    let (watchdog, mut findings) = start(&scene.keeper, clears);
     // In the middle of its work, as soon as the first one is gone.
     let any_gone = async {
         while leakers.iter().all(|leaker| !leaker.client.is_closed()) {
@@ -157,15 +157,13 @@ async fn whom_it_has_ended_it_has_told_of_when_it_stops() {
 
 #[tokio::test]
 async fn those_whom_a_resolver_leaves_alone_are_only_told() {
-    let ground = MonitorScene::new().await;
-    let migration = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let migration = scene.session().await;
     migration.run("BEGIN; ALTER TABLE t ADD w int").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("SELECT FROM t");
-    let clears = policy(&ground)
-        .idle_blockers(TICK)
-        .clear_idle_blockers(true);
-    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let clears = policy(&scene).idle_blockers(TICK).clear_idle_blockers(true);
+    let (watchdog, mut findings) = start(&scene.keeper, clears);
     let found = next(&mut findings).await;
     assert_eq!(
         found.cleared(),
@@ -177,12 +175,12 @@ async fn those_whom_a_resolver_leaves_alone_are_only_told() {
     waiting.await.unwrap().unwrap();
 
     // A transaction of this process, which idles while the application computes.
-    let guard = ground.keeper.advisory_lock("k").acquire().await.unwrap();
+    let guard = scene.keeper.advisory_lock("k").acquire().await.unwrap();
     guard
         .execute("UPDATE t SET v = 'h' WHERE id = 1", &[])
         .await
         .unwrap();
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
     let found = next(&mut findings).await;
     assert_eq!(
@@ -196,23 +194,23 @@ async fn those_whom_a_resolver_leaves_alone_are_only_told() {
 
 #[tokio::test]
 async fn a_wait_without_a_client_is_taken_from_the_queue() {
-    let ground = MonitorScene::new().await;
-    let holder = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let holder = scene.session().await;
     holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
-    let mut config = ground.database.config();
+    let mut config = scene.database.config();
     config.application_name("test src/gone.rs:7");
     // Its client is gone: the socket is closed, and nothing cancels the wait.
     let gone = Session::connect(&config).await;
     let waiting = gone.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.until_waiting(gone.pid).await;
+    scene.until_waiting(gone.pid).await;
     waiting.abort();
     // Another program's session waits as long, and is none of this keeper's.
-    let other = ground.session().await;
+    let other = scene.session().await;
     let others = other.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.until_waiting(other.pid).await;
+    scene.until_waiting(other.pid).await;
     // Nor is one that is alive in this process.
     let transaction = {
-        let keeper = ground.keeper.clone();
+        let keeper = scene.keeper.clone();
         tokio::spawn(async move {
             keeper
                 .transaction(async |tx| {
@@ -224,15 +222,15 @@ async fn a_wait_without_a_client_is_taken_from_the_queue() {
     };
     let gone_pid = gone.pid;
     drop(gone);
-    let clears = policy(&ground)
+    let clears = policy(&scene)
         .zombie_waiters(5 * TICK)
         .clear_zombie_waiters(true);
-    let (watchdog, mut findings) = start(&ground.keeper, clears);
+    let (watchdog, mut findings) = start(&scene.keeper, clears);
     let found = next(&mut findings).await;
     assert_eq!(found.kind(), FindingKind::ZombieWaiter);
     assert_eq!(found.backend().pid(), Some(gone_pid), "{found}");
     assert_eq!(found.cleared(), Some(&SignalOutcome::Signalled));
-    ground.until_gone(gone_pid).await;
+    scene.until_gone(gone_pid).await;
     checks(&watchdog, 3).await;
     assert!(findings.try_recv().is_err());
     watchdog.stop().await;
@@ -244,18 +242,18 @@ async fn a_wait_without_a_client_is_taken_from_the_queue() {
 #[tokio::test]
 async fn it_survives_a_restart_and_ends_with_its_handle() {
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
-    let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+    let scene = MonitorScene::on(&server).await;
+    let (watchdog, mut findings) = start(&scene.keeper, policy(&scene).idle_blockers(TICK));
     checks(&watchdog, 1).await;
     server.stop();
     eventually("no check fails", async || watchdog.failures() > 0).await;
     server.restart();
     checks(&watchdog, 2).await;
     assert!(watchdog.is_running());
-    let observer = ground.database.connect().await;
-    let idle = ground.session().await;
+    let observer = scene.database.connect().await;
+    let idle = scene.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
     let found = next(&mut findings).await;
     assert_eq!(found.backend().pid(), Some(idle.pid));
@@ -266,7 +264,7 @@ async fn it_survives_a_restart_and_ends_with_its_handle() {
     idle.run("COMMIT").await;
     waiting.await.unwrap().unwrap();
     // With the keeper goes the last one who has a connection.
-    drop(ground);
+    drop(scene);
     eventually("a connection is left", async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lockkeeper side connection'";
         observer.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0
@@ -276,9 +274,9 @@ async fn it_survives_a_restart_and_ends_with_its_handle() {
 
 #[tokio::test]
 async fn dropped_it_ends_too() {
-    let ground = MonitorScene::new().await;
+    let scene = MonitorScene::new().await;
     for _ in 0..3 {
-        let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+        let (watchdog, mut findings) = start(&scene.keeper, policy(&scene).idle_blockers(TICK));
         // At once, and after some checks.
         if watchdog.samples() == 0 {
             checks(&watchdog, 1).await;
@@ -288,7 +286,7 @@ async fn dropped_it_ends_too() {
         in_time("something is left of it", rest).await;
     }
     // A stop that is not awaited.
-    let (watchdog, mut findings) = start(&ground.keeper, policy(&ground).idle_blockers(TICK));
+    let (watchdog, mut findings) = start(&scene.keeper, policy(&scene).idle_blockers(TICK));
     let mut stop = Box::pin(watchdog.stop());
     assert!(futures::poll!(&mut stop).is_pending());
     drop(stop);
@@ -298,17 +296,17 @@ async fn dropped_it_ends_too() {
 
 #[tokio::test]
 async fn a_callback_that_panics_is_given_the_next_one_too() {
-    let ground = MonitorScene::new().await;
+    let scene = MonitorScene::new().await;
     let (sender, mut told) = unbounded_channel();
-    let reports = policy(&ground)
+    let reports = policy(&scene)
         .leaked_locks(TICK)
         .on_finding(move |finding| {
             sender.send(finding.backend().pid()).unwrap();
             panic!("as it was told to");
         });
-    let watchdog = ground.keeper.watchdog(reports).unwrap();
+    let watchdog = scene.keeper.watchdog(reports).unwrap();
     for _ in 0..2 {
-        let leaker = ground.session().await;
+        let leaker = scene.session().await;
         leaker.run("SELECT pg_advisory_lock_shared(5)").await;
         let pid = in_time("nothing is told", told.recv()).await;
         assert_eq!(pid, Some(Some(leaker.pid)));
@@ -321,8 +319,8 @@ async fn a_callback_that_panics_is_given_the_next_one_too() {
 fn bad_policies_and_a_missing_runtime_are_refused() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let keeper = runtime.block_on(async {
-        let ground = MonitorScene::new().await;
-        let database = &ground.database;
+        let scene = MonitorScene::new().await;
+        let database = &scene.database;
         Keeper::builder(database.pool(1))
             .side_connection(database.config(), NoTls)
             .build()

@@ -19,7 +19,6 @@ const KEY: i64 = 71;
 
 /// Free in every scene; sorted before and after [`KEY`].
 const BEFORE: i64 = 70;
-
 const AFTER: i64 = 72;
 
 /// More polls than any call needs.

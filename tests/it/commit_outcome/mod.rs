@@ -19,7 +19,6 @@ const HOLD: i64 = 4711;
 
 /// How the messages end that are cut.
 const COMMIT: &str = "COMMIT";
-
 const MARK: &str = "AS c";
 
 /// What a transaction has done.

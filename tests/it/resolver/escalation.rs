@@ -11,21 +11,21 @@ use super::{PileUp, TICK, actions, left_alone, policy, resolver};
 
 #[tokio::test]
 async fn a_dry_run_changes_nothing() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
     let called = Arc::new(Mutex::new(Vec::new()));
     let calls = Arc::clone(&called);
-    let policy = policy(&ground)
+    let policy = policy(&scene)
         .wait(Duration::ZERO)
         .idle_grace(Duration::ZERO)
         .shed_load(move |change| calls.lock().unwrap().push(change));
-    let resolver = resolver(&ground, policy);
+    let resolver = resolver(&scene, policy);
     // Where the side connection is not open in time, one of the pool's is asked.
     eventually("there is no side connection", async || {
-        drop(ground.monitor.activity().await);
+        drop(scene.monitor.activity().await);
         let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() \
                    AND application_name = 'lockkeeper side connection' AND state = 'idle')";
-        ground.observer.query_one(sql, &[]).await.unwrap().get(0)
+        scene.observer.query_one(sql, &[]).await.unwrap().get(0)
     })
     .await;
     let log = resolver.run().await.unwrap();
@@ -75,10 +75,10 @@ async fn a_dry_run_changes_nothing() {
 
 #[tokio::test]
 async fn who_finishes_is_waited_for() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
     // It works until the gate opens, which is when the run has begun.
-    ground
+    scene
         .observer
         .batch_execute("CREATE TABLE gate ()")
         .await
@@ -86,16 +86,16 @@ async fn who_finishes_is_waited_for() {
     let working = pile.holder.start(
         "DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.01); END LOOP; END $$; COMMIT",
     );
-    ground.until_in_state(pile.holder.pid, "active").await;
+    scene.until_in_state(pile.holder.pid, "active").await;
     let (sender, mut begun) = tokio::sync::mpsc::unbounded_channel();
-    let patient = policy(&ground)
+    let patient = policy(&scene)
         .wait(4 * GIVE_UP_AFTER)
         .shed_load(move |change| sender.send(change).unwrap())
         .execute(true);
-    let resolver = resolver(&ground, patient);
+    let resolver = resolver(&scene, patient);
     let run = tokio::spawn(async move { resolver.run().await });
     assert_eq!(begun.recv().await, Some(LoadChange::Shed));
-    ground
+    scene
         .observer
         .batch_execute("INSERT INTO gate DEFAULT VALUES")
         .await
@@ -113,17 +113,17 @@ async fn who_finishes_is_waited_for() {
 
 #[tokio::test]
 async fn a_statement_is_cancelled_when_waiting_did_not_help() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
     let working = pile.holder.start("SELECT pg_sleep(600)");
-    ground.until_in_state(pile.holder.pid, "active").await;
+    scene.until_in_state(pile.holder.pid, "active").await;
     let called = Arc::new(Mutex::new(Vec::new()));
     let calls = Arc::clone(&called);
-    let policy = policy(&ground)
+    let policy = policy(&scene)
         .wait(50 * TICK)
         .shed_load(move |change| calls.lock().unwrap().push(change))
         .execute(true);
-    let log = resolver(&ground, policy).run().await.unwrap();
+    let log = resolver(&scene, policy).run().await.unwrap();
     let pid = Some(pile.holder.pid);
     assert_eq!(
         actions(&log),
@@ -156,15 +156,15 @@ async fn a_statement_is_cancelled_when_waiting_did_not_help() {
 
 #[tokio::test]
 async fn a_session_is_terminated_when_a_cancel_did_not_help() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
     let stubborn = "DO $$ BEGIN LOOP BEGIN PERFORM pg_sleep(600); \
                     EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$";
     let working = pile.holder.start(stubborn);
-    ground.until_in_state(pile.holder.pid, "active").await;
-    let policy = policy(&ground).wait(50 * TICK).execute(true);
+    scene.until_in_state(pile.holder.pid, "active").await;
+    let policy = policy(&scene).wait(50 * TICK).execute(true);
     let polite = policy.clone().allow_terminate(false).settle(50 * TICK);
-    let polite = resolver(&ground, polite);
+    let polite = resolver(&scene, polite);
     let log = polite.run().await.unwrap();
     let pid = Some(pile.holder.pid);
     assert_eq!(
@@ -180,7 +180,7 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
     assert_eq!(*log.entries()[2].outcome(), StepOutcome::DidNotHelp);
 
     // The cancel does not help for all of that time, and the termination has to within it.
-    let log = resolver(&ground, policy.settle(GIVE_UP_AFTER / 3))
+    let log = resolver(&scene, policy.settle(GIVE_UP_AFTER / 3))
         .run()
         .await
         .unwrap();
@@ -195,24 +195,24 @@ async fn a_session_is_terminated_when_a_cancel_did_not_help() {
     );
     assert!(log.is_recovered() && log.signals() == 2, "{log}");
     assert!(working.await.unwrap().is_err());
-    ground.until_gone(pile.holder.pid).await;
+    scene.until_gone(pile.holder.pid).await;
     pile.all_finish().await;
 }
 
 #[tokio::test]
 async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its_grace() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
-    let patient = policy(&ground)
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
+    let patient = policy(&scene)
         .idle_grace(2 * GIVE_UP_AFTER)
         .deadline(20 * TICK)
         .execute(true);
-    let log = resolver(&ground, patient).run().await.unwrap();
+    let log = resolver(&scene, patient).run().await.unwrap();
     assert_eq!(*log.end(), RunEnd::Deadline, "{log}");
     assert_eq!(log.signals(), 0);
     pile.is_untouched().await;
     // It has just done something: the grace begins anew.
-    let log = resolver(&ground, policy(&ground).execute(true))
+    let log = resolver(&scene, policy(&scene).execute(true))
         .run()
         .await
         .unwrap();
@@ -225,20 +225,20 @@ async fn one_that_idles_in_its_transaction_is_only_terminated_and_only_after_its
     let target = log.entries()[2].target().unwrap();
     assert!(target.state_age().unwrap() >= 10 * TICK, "{log}");
     assert!(log.is_recovered(), "{log}");
-    ground.until_gone(pile.holder.pid).await;
+    scene.until_gone(pile.holder.pid).await;
     pile.all_finish().await;
 }
 
 #[tokio::test]
 async fn one_root_blocker_after_another() {
-    let ground = MonitorScene::new().await;
-    let first = PileUp::new(&ground).await;
-    let other = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let first = PileUp::new(&scene).await;
+    let other = scene.session().await;
     other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 2");
-    ground.until_waiting(waiter.pid).await;
-    let log = resolver(&ground, policy(&ground).execute(true))
+    scene.until_waiting(waiter.pid).await;
+    let log = resolver(&scene, policy(&scene).execute(true))
         .run()
         .await
         .unwrap();
@@ -258,10 +258,10 @@ async fn one_root_blocker_after_another() {
     first.all_finish().await;
 
     // As many signals as are allowed, and no more.
-    let again = PileUp::new(&ground).await;
-    let _other = other_pile(&ground).await;
-    let policy = policy(&ground).max_signals(1).execute(true);
-    let log = resolver(&ground, policy).run().await.unwrap();
+    let again = PileUp::new(&scene).await;
+    let _other = other_pile(&scene).await;
+    let policy = policy(&scene).max_signals(1).execute(true);
+    let log = resolver(&scene, policy).run().await.unwrap();
     assert_eq!(
         (log.end(), log.signals()),
         (&RunEnd::MaxSignals, 1),
@@ -271,30 +271,30 @@ async fn one_root_blocker_after_another() {
 }
 
 /// A session that is idle in a transaction with one waiter, on another row, for as long as they are kept.
-async fn other_pile(ground: &MonitorScene) -> (Session, Session) {
-    let other = ground.session().await;
+async fn other_pile(scene: &MonitorScene) -> (Session, Session) {
+    let other = scene.session().await;
     other.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 3").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     drop(waiter.start("UPDATE t SET v = 'w' WHERE id = 3"));
-    ground.until_waiting(waiter.pid).await;
+    scene.until_waiting(waiter.pid).await;
     (other, waiter)
 }
 
 #[tokio::test]
 async fn an_idle_sessions_lock_is_only_cleared_if_told_to() {
-    let ground = MonitorScene::new().await;
-    let holder = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let holder = scene.session().await;
     holder.run("SELECT pg_advisory_lock(77)").await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("SELECT pg_advisory_lock(77)");
-    ground.until_waiting(waiter.pid).await;
-    let eager = policy(&ground).settle(TICK).execute(true);
-    let log = resolver(&ground, eager.clone()).run().await.unwrap();
+    scene.until_waiting(waiter.pid).await;
+    let eager = policy(&scene).settle(TICK).execute(true);
+    let log = resolver(&scene, eager.clone()).run().await.unwrap();
     assert!(left_alone(&log, holder.pid).contains("idle_session_grace"));
     assert!(holder.is_alive().await);
     let told = eager.idle_session_grace(TICK).settle(GIVE_UP_AFTER);
-    let log = resolver(&ground, told).run().await.unwrap();
+    let log = resolver(&scene, told).run().await.unwrap();
     assert!(log.is_recovered() && log.signals() == 1, "{log}");
     waiting.await.unwrap().unwrap();
-    ground.until_gone(holder.pid).await;
+    scene.until_gone(holder.pid).await;
 }

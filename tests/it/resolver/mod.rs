@@ -16,9 +16,9 @@ use tokio::task::JoinHandle;
 const TICK: Duration = Duration::from_millis(20);
 
 /// Quick, and of this database only: the server is shared with other tests.
-fn policy(ground: &MonitorScene) -> ResolverPolicy {
+fn policy(scene: &MonitorScene) -> ResolverPolicy {
     ResolverPolicy::new()
-        .database(ground.database.name())
+        .database(scene.database.name())
         // A session that has waited, and writes now, blocks the next one for a moment, which on a slow machine is a long one.
         .wait(GIVE_UP_AFTER)
         .idle_grace(10 * TICK)
@@ -28,8 +28,8 @@ fn policy(ground: &MonitorScene) -> ResolverPolicy {
         .recovered_when(RecoveryCriterion::no_waits().checks(2))
 }
 
-fn resolver(ground: &MonitorScene, policy: ResolverPolicy) -> Resolver {
-    ground.monitor.resolver(policy)
+fn resolver(scene: &MonitorScene, policy: ResolverPolicy) -> Resolver {
+    scene.monitor.resolver(policy)
 }
 
 /// A session that holds row 1, and two that wait for it.
@@ -39,24 +39,24 @@ struct PileUp {
 }
 
 impl PileUp {
-    async fn behind(ground: &MonitorScene, holder: Session) -> Self {
-        let waiters = [ground.session().await, ground.session().await];
-        Self::of(ground, holder, waiters).await
+    async fn behind(scene: &MonitorScene, holder: Session) -> Self {
+        let waiters = [scene.session().await, scene.session().await];
+        Self::of(scene, holder, waiters).await
     }
 
-    async fn of(ground: &MonitorScene, holder: Session, waiters: [Session; 2]) -> Self {
+    async fn of(scene: &MonitorScene, holder: Session, waiters: [Session; 2]) -> Self {
         holder.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
         let mut waits = Vec::new();
         for waiter in waiters {
             waits.push(waiter.start("UPDATE t SET v = 'w' WHERE id = 1"));
-            ground.until_waiting(waiter.pid).await;
+            scene.until_waiting(waiter.pid).await;
         }
         Self { holder, waits }
     }
 
-    async fn new(ground: &MonitorScene) -> Self {
-        let holder = ground.session().await;
-        Self::behind(ground, holder).await
+    async fn new(scene: &MonitorScene) -> Self {
+        let holder = scene.session().await;
+        Self::behind(scene, holder).await
     }
 
     async fn all_finish(self) {

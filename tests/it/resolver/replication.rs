@@ -13,13 +13,13 @@ use super::{PileUp, TICK, left_alone, policy, resolver};
 async fn replication_and_a_running_backup_are_left_alone() {
     let name = "replication_and_a_running_backup_are_left_alone";
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
+    let scene = MonitorScene::on(&server).await;
     let standby = match server.standby() {
         Ok(standby) => standby,
         Err(skip) => return skip.report(name),
     };
-    let backup = BaseBackup::start(&ground).await;
-    let eager = policy(&ground)
+    let backup = BaseBackup::start(&scene).await;
+    let eager = policy(&scene)
         .wait(Duration::ZERO)
         .idle_grace(Duration::ZERO)
         .allow_migrations(true)
@@ -28,15 +28,15 @@ async fn replication_and_a_running_backup_are_left_alone() {
         .execute(true);
 
     // A walsender with a database runs statements like any session, and holds their locks.
-    let mut sender = WalSender::connect(&server, ground.database.name());
+    let mut sender = WalSender::connect(&server, scene.database.name());
     sender.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1");
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("UPDATE t SET v = 'w' WHERE id = 1");
-    ground.until_waiting(waiter.pid).await;
-    let snapshot = ground.monitor.snapshot().await.unwrap();
+    scene.until_waiting(waiter.pid).await;
+    let snapshot = scene.monitor.snapshot().await.unwrap();
     let root = snapshot.roots()[0].clone();
     assert_eq!(root.backend_type(), Some("walsender"));
-    let log = resolver(&ground, eager).run().await.unwrap();
+    let log = resolver(&scene, eager).run().await.unwrap();
     assert!(
         left_alone(&log, root.pid().unwrap()).contains("replication"),
         "{log}"
@@ -50,11 +50,11 @@ async fn replication_and_a_running_backup_are_left_alone() {
     // The standby may have been at its beginning still, or lost its connection and have another one now.
     eventually("the standby does not stream", async || {
         let sql = "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'";
-        ground.observer.query_one(sql, &[]).await.unwrap().get(0)
+        scene.observer.query_one(sql, &[]).await.unwrap().get(0)
     })
     .await;
     let mut senders = Vec::new();
-    for backend in ground.monitor.activity().await.unwrap() {
+    for backend in scene.monitor.activity().await.unwrap() {
         let backup = backup
             .as_ref()
             .is_some_and(|backup| backend.pid() == Some(backup.pid));
@@ -62,8 +62,8 @@ async fn replication_and_a_running_backup_are_left_alone() {
             continue;
         }
         for outcome in [
-            ground.monitor.cancel(&backend).await.unwrap(),
-            ground.monitor.terminate(&backend).await.unwrap(),
+            scene.monitor.cancel(&backend).await.unwrap(),
+            scene.monitor.terminate(&backend).await.unwrap(),
         ] {
             let expected = match backup {
                 true => Protection::Backup,
@@ -77,7 +77,7 @@ async fn replication_and_a_running_backup_are_left_alone() {
     // All of them are still there, and work.
     sender.run("COMMIT");
     waiting.await.unwrap().unwrap();
-    let after = ground.monitor.activity().await.unwrap();
+    let after = scene.monitor.activity().await.unwrap();
     for (pid, start) in senders {
         let mut same = after
             .iter()
@@ -101,36 +101,36 @@ async fn a_commit_that_waits_for_a_standby_is_left_alone() {
         ("synchronous_commit", "local"),
     ])
     .unwrap();
-    let ground = MonitorScene::on(&server).await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::on(&server).await;
+    let pile = PileUp::new(&scene).await;
     let committing = pile
         .holder
         .start("SET LOCAL synchronous_commit = on; COMMIT");
     eventually("it does not wait for the standby", async || {
-        ground.seen(pile.holder.pid).await.wait_event() == Some("SyncRep")
+        scene.seen(pile.holder.pid).await.wait_event() == Some("SyncRep")
     })
     .await;
-    let eager = policy(&ground)
+    let eager = policy(&scene)
         .wait(Duration::ZERO)
         .settle(TICK)
         .execute(true);
-    let log = resolver(&ground, eager).run().await.unwrap();
+    let log = resolver(&scene, eager).run().await.unwrap();
     assert!(
         left_alone(&log, pile.holder.pid).contains("synchronous standby"),
         "{log}"
     );
-    let seen = ground.seen(pile.holder.pid).await;
+    let seen = scene.seen(pile.holder.pid).await;
     for outcome in [
-        ground.monitor.cancel(&seen).await.unwrap(),
-        ground.monitor.terminate(&seen).await.unwrap(),
+        scene.monitor.cancel(&seen).await.unwrap(),
+        scene.monitor.terminate(&seen).await.unwrap(),
     ] {
         assert_eq!(outcome, SignalOutcome::Protected(Protection::Committing));
     }
     assert!(!committing.is_finished());
     // It is told when there is none to wait for any more.
     let release = "ALTER SYSTEM SET synchronous_standby_names = ''";
-    ground.observer.batch_execute(release).await.unwrap();
-    ground
+    scene.observer.batch_execute(release).await.unwrap();
+    scene
         .observer
         .batch_execute("SELECT pg_reload_conf()")
         .await
@@ -147,45 +147,45 @@ async fn an_autovacuum_to_prevent_wraparound_is_left_alone() {
         ("autovacuum_naptime", "1s"),
     ])
     .unwrap();
-    let ground = MonitorScene::on(&server).await;
+    let scene = MonitorScene::on(&server).await;
     // One to prevent wraparound comes all the same where others are switched off, which would be in its place.
     let slowly = "INSERT INTO t SELECT n, repeat('x', 1000) FROM generate_series(10, 5000) n; \
         ALTER TABLE t SET (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1, \
         autovacuum_freeze_max_age = 100000, autovacuum_enabled = false)";
-    ground.observer.batch_execute(slowly).await.unwrap();
+    scene.observer.batch_execute(slowly).await.unwrap();
     let age = "DO $$ BEGIN FOR n IN 1..110000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$";
-    ground.observer.batch_execute(age).await.unwrap();
+    scene.observer.batch_execute(age).await.unwrap();
     let mut worker = 0;
     eventually_within(4 * GIVE_UP_AFTER, "no autovacuum comes", async || {
         let sql = "SELECT a.pid FROM pg_stat_activity a JOIN pg_locks l USING (pid) \
                    WHERE a.backend_type = 'autovacuum worker' AND l.relation = 't'::regclass \
                    AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted \
                    AND a.query LIKE '%(to prevent wraparound)'";
-        let row = ground.observer.query_opt(sql, &[]).await.unwrap();
+        let row = scene.observer.query_opt(sql, &[]).await.unwrap();
         worker = row.map_or(0, |row| row.get(0));
         worker != 0
     })
     .await;
-    let waiter = ground.session().await;
+    let waiter = scene.session().await;
     let waiting = waiter.start("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE");
-    ground.until_waiting(waiter.pid).await;
-    let eager = policy(&ground)
+    scene.until_waiting(waiter.pid).await;
+    let eager = policy(&scene)
         .wait(Duration::ZERO)
         .allow_migrations(true)
         .allow_superusers(true)
         .settle(TICK)
         .execute(true);
-    let log = resolver(&ground, eager).run().await.unwrap();
+    let log = resolver(&scene, eager).run().await.unwrap();
     assert!(left_alone(&log, worker).contains("wraparound"), "{log}");
     assert_eq!(
         (log.end(), log.signals()),
         (&RunEnd::NothingLeftToDo, 0),
         "{log}"
     );
-    let seen = ground.seen(worker).await;
+    let seen = scene.seen(worker).await;
     for outcome in [
-        ground.monitor.cancel(&seen).await.unwrap(),
-        ground.monitor.terminate(&seen).await.unwrap(),
+        scene.monitor.cancel(&seen).await.unwrap(),
+        scene.monitor.terminate(&seen).await.unwrap(),
     ] {
         assert_eq!(
             outcome,
@@ -203,15 +203,15 @@ struct BaseBackup {
 }
 
 impl BaseBackup {
-    async fn start(ground: &MonitorScene) -> Option<Self> {
+    async fn start(scene: &MonitorScene) -> Option<Self> {
         let sql = "SELECT setting FROM pg_config WHERE name = 'BINDIR'";
-        let row = ground.observer.query_one(sql, &[]).await.unwrap();
+        let row = scene.observer.query_one(sql, &[]).await.unwrap();
         let program = std::path::Path::new(&row.get::<_, String>(0)).join("pg_basebackup");
         if !program.is_file() {
             return None;
         }
-        let folder = std::env::temp_dir().join(format!("{}-backup", ground.database.name()));
-        let server = ground.database.server();
+        let folder = std::env::temp_dir().join(format!("{}-backup", scene.database.name()));
+        let server = scene.database.server();
         let child = std::process::Command::new(program)
             .args([
                 "-h",
@@ -231,7 +231,7 @@ impl BaseBackup {
         let mut pid = None;
         eventually("no backup runs", async || {
             let sql = "SELECT pid FROM pg_stat_progress_basebackup WHERE backup_streamed > 0";
-            let row = ground.observer.query_opt(sql, &[]).await.unwrap();
+            let row = scene.observer.query_opt(sql, &[]).await.unwrap();
             pid = row.map(|row| row.get(0));
             pid.is_some()
         })

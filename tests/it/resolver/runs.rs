@@ -20,9 +20,9 @@ async fn soon<T>(told: &mut UnboundedReceiver<T>) -> Option<T> {
 
 #[tokio::test]
 async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
-    let policy = policy(&ground).hook_timeout(TICK).execute(true);
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
+    let policy = policy(&scene).hook_timeout(TICK).execute(true);
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
     let (entered, mut entering) = tokio::sync::mpsc::unbounded_channel();
     let (go, gate) = std::sync::mpsc::channel::<()>();
@@ -39,7 +39,7 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
             tell.send(change).unwrap();
         });
     // Dropped on the way.
-    let slow = resolver(&ground, slow);
+    let slow = resolver(&scene, slow);
     let mut run = Box::pin(slow.run());
     tokio::select! {
         _ = &mut run => panic!("it ended"),
@@ -58,7 +58,7 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
         sender.send(change).unwrap();
         panic!("as it was told to");
     });
-    let log = resolver(&ground, panics).run().await.unwrap();
+    let log = resolver(&scene, panics).run().await.unwrap();
     assert!(log.is_recovered(), "{log}");
     assert_eq!(*log.entries()[1].outcome(), StepOutcome::HookPanicked);
     assert_eq!(soon(&mut told).await, Some(LoadChange::Shed));
@@ -69,24 +69,24 @@ async fn the_hook_can_panic_and_be_slow_and_is_told_of_the_end() {
 /// No session waits when the baseline is taken, and some do before the run has seen enough of the calm.
 #[tokio::test]
 async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
-    let ground = MonitorScene::new().await;
+    let scene = MonitorScene::new().await;
     let called = Arc::new(Mutex::new(Vec::new()));
     let calls = Arc::clone(&called);
-    let policy = policy(&ground)
+    let policy = policy(&scene)
         .recovered_when(RecoveryCriterion::no_waits().checks(100))
         .shed_load(move |change| calls.lock().unwrap().push(change))
         .execute(true);
     // The pile-up is to come before the run has seen enough: there is little left to do for it then.
-    let holder = ground.session().await;
-    let waiters = [ground.session().await, ground.session().await];
+    let holder = scene.session().await;
+    let waiters = [scene.session().await, scene.session().await];
     let (told, _logging) = CapturedLog::start();
-    let calm = resolver(&ground, policy);
+    let calm = resolver(&scene, policy);
     let run = tokio::spawn(async move { calm.run().await });
     eventually("no baseline is kept", async || {
         told.text().contains("settings kept")
     })
     .await;
-    let pile = PileUp::of(&ground, holder, waiters).await;
+    let pile = PileUp::of(&scene, holder, waiters).await;
     let log = run.await.unwrap().unwrap();
     assert!(log.plan().waits().is_empty() && log.is_recovered(), "{log}");
     assert!(log.signals() > 0, "{log}");
@@ -103,12 +103,12 @@ async fn load_is_shed_before_a_pile_up_that_comes_later_is_dealt_with() {
 struct Stopped<'a>(&'a MonitorScene, Vec<i32>);
 
 impl<'a> Stopped<'a> {
-    async fn all_but(ground: &'a MonitorScene, spared: &[i32]) -> Self {
+    async fn all_but(scene: &'a MonitorScene, spared: &[i32]) -> Self {
         let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() \
                    AND pid <> pg_backend_pid() AND pid <> ALL ($1)";
-        let rows = ground.observer.query(sql, &[&spared]).await.unwrap();
+        let rows = scene.observer.query(sql, &[&spared]).await.unwrap();
         let pids = rows.iter().map(|row| row.get(0)).collect();
-        let stopped = Self(ground, pids);
+        let stopped = Self(scene, pids);
         stopped.signal("STOP").await;
         stopped
     }
@@ -125,22 +125,22 @@ impl<'a> Stopped<'a> {
 async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
     // Of its own: a backend may be stopped while it holds what all others need.
     let server = Server::start(&[]).unwrap();
-    let ground = MonitorScene::on(&server).await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::on(&server).await;
+    let pile = PileUp::new(&scene).await;
     // A connection of the pool, which is asked where the other one does not answer.
-    drop(ground.keeper.advisory_lock("k").acquire().await.unwrap());
+    drop(scene.keeper.advisory_lock("k").acquire().await.unwrap());
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
-    let patient = policy(&ground)
+    let patient = policy(&scene)
         .idle_grace(4 * GIVE_UP_AFTER)
         .deadline(50 * TICK)
         .shed_load(move |change| sender.send(change).unwrap())
         .execute(true);
-    let patient = resolver(&ground, patient);
+    let patient = resolver(&scene, patient);
     let run = tokio::spawn(async move { patient.run().await });
     assert_eq!(told.recv().await, Some(LoadChange::Shed));
-    let stopped = Stopped::all_but(&ground, &[pile.holder.pid]).await;
+    let stopped = Stopped::all_but(&scene, &[pile.holder.pid]).await;
     let ended = tokio::time::timeout(GIVE_UP_AFTER, run).await;
-    let activity = tokio::time::timeout(GIVE_UP_AFTER, ground.monitor.activity()).await;
+    let activity = tokio::time::timeout(GIVE_UP_AFTER, scene.monitor.activity()).await;
     stopped.signal("CONT").await;
     let log = ended.expect("it does not end").unwrap().unwrap();
     assert_eq!((log.end(), log.signals()), (&RunEnd::Deadline, 0), "{log}");
@@ -152,9 +152,9 @@ async fn a_server_that_does_not_answer_is_not_waited_for_beyond_the_deadline() {
 
 #[tokio::test]
 async fn dropped_at_any_point_a_run_leaves_no_transaction() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
-    let dry = resolver(&ground, policy(&ground));
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
+    let dry = resolver(&scene, policy(&scene));
     let mut polls = 0;
     while poll_times_and_drop(dry.run(), polls).await.is_none() {
         polls += 1;
@@ -167,24 +167,24 @@ async fn dropped_at_any_point_a_run_leaves_no_transaction() {
 
 #[tokio::test]
 async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
-    let ground = MonitorScene::new().await;
-    let harmless = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let harmless = scene.session().await;
     harmless
         .run("BEGIN; UPDATE t SET v = 'h' WHERE id = 2")
         .await;
-    let mut pile = PileUp::new(&ground).await;
+    let mut pile = PileUp::new(&scene).await;
     let mut polls = 0;
     loop {
         if pile.holder.client.is_closed() {
             pile.all_finish().await;
-            pile = PileUp::new(&ground).await;
+            pile = PileUp::new(&scene).await;
         }
         let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
-        let eager = policy(&ground)
+        let eager = policy(&scene)
             .idle_grace(Duration::ZERO)
             .shed_load(move |change| sender.send(change).unwrap())
             .execute(true);
-        let resolver = resolver(&ground, eager);
+        let resolver = resolver(&scene, eager);
         let log = poll_times_and_drop(resolver.run(), polls).await;
         drop(resolver);
         // Until the hook is dropped.
@@ -215,7 +215,7 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
     eventually("a transaction is left open", async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                    AND application_name = 'lockkeeper side connection' AND xact_start IS NOT NULL";
-        let row = ground.observer.query_one(sql, &[]).await.unwrap();
+        let row = scene.observer.query_one(sql, &[]).await.unwrap();
         row.get::<_, i64>(0) == 0
     })
     .await;
@@ -224,11 +224,11 @@ async fn dropped_at_any_point_a_run_that_acts_tells_the_hook_of_its_end() {
 
 #[tokio::test]
 async fn every_step_is_an_event_and_shows_no_literal() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
     let (told, logging) = CapturedLog::start();
     let log = {
-        let resolver = resolver(&ground, policy(&ground).execute(true));
+        let resolver = resolver(&scene, policy(&scene).execute(true));
         resolver.run().await.unwrap()
     };
     assert!(log.is_recovered(), "{log}");
@@ -255,14 +255,14 @@ async fn every_step_is_an_event_and_shows_no_literal() {
 
 #[tokio::test]
 async fn without_a_waiter_there_is_nothing_to_do() {
-    let ground = MonitorScene::new().await;
-    let idle = ground.session().await;
+    let scene = MonitorScene::new().await;
+    let idle = scene.session().await;
     idle.run("BEGIN; UPDATE t SET v = 'h' WHERE id = 1").await;
-    let policy = policy(&ground)
+    let policy = policy(&scene)
         .idle_grace(Duration::ZERO)
         .shed_load(|_| panic!("it is called"))
         .execute(true);
-    let log = resolver(&ground, policy).run().await.unwrap();
+    let log = resolver(&scene, policy).run().await.unwrap();
     assert!(log.is_recovered() && log.signals() == 0, "{log}");
     assert_eq!(log.entries().len(), 1, "{log}");
     assert!(idle.is_alive().await);
@@ -270,7 +270,7 @@ async fn without_a_waiter_there_is_nothing_to_do() {
 
 #[tokio::test]
 async fn bad_policies_are_refused_before_anything_is_sent() {
-    let ground = MonitorScene::new().await;
+    let scene = MonitorScene::new().await;
     let no_checks = RecoveryCriterion::no_waits().checks(0);
     for (policy, text) in [
         (ResolverPolicy::new().poll(Duration::ZERO), "at least 10ms"),
@@ -280,20 +280,20 @@ async fn bad_policies_are_refused_before_anything_is_sent() {
         ),
         (ResolverPolicy::new().recovered_when(no_checks), "0 checks"),
     ] {
-        let error = ground.monitor.resolver(policy).run().await.unwrap_err();
+        let error = scene.monitor.resolver(policy).run().await.unwrap_err();
         assert_error(&error, ErrorKind::Config, text);
     }
 }
 
 #[tokio::test]
 async fn a_plan_needs_no_server() {
-    let ground = MonitorScene::new().await;
-    let pile = PileUp::new(&ground).await;
+    let scene = MonitorScene::new().await;
+    let pile = PileUp::new(&scene).await;
     let working = pile.holder.start("SELECT pg_sleep(600)");
-    ground.until_in_state(pile.holder.pid, "active").await;
-    let tree = ground.monitor.lock_tree().await.unwrap();
-    let policy = policy(&ground).wait(10 * TICK);
-    let plan = resolver(&ground, policy).plan(&tree);
+    scene.until_in_state(pile.holder.pid, "active").await;
+    let tree = scene.monitor.lock_tree().await.unwrap();
+    let policy = policy(&scene).wait(10 * TICK);
+    let plan = resolver(&scene, policy).plan(&tree);
     let mut roots = plan.roots().iter();
     let root = roots
         .find(|root| root.backend().pid() == Some(pile.holder.pid))
@@ -304,8 +304,8 @@ async fn a_plan_needs_no_server() {
     );
     assert_eq!(root.blocks(), 2);
     assert!(plan.is_from_tree_only() && plan.to_string().contains("before any step"));
-    let seen = seen_by(&ground.monitor, pile.holder.pid).await;
-    ground.monitor.cancel(&seen).await.unwrap();
+    let seen = seen_by(&scene.monitor, pile.holder.pid).await;
+    scene.monitor.cancel(&seen).await.unwrap();
     assert!(working.await.unwrap().is_err());
     pile.all_finish().await;
 }
@@ -313,17 +313,17 @@ async fn a_plan_needs_no_server() {
 #[tokio::test]
 async fn a_run_continues_after_a_restart_of_the_server() {
     let server = Server::start(&[]).unwrap();
-    let mut ground = MonitorScene::on(&server).await;
+    let mut scene = MonitorScene::on(&server).await;
     let proxy = Proxy::before(&server);
-    let side = proxy.config(&ground.database.config());
-    ground.monitor = keeper_as(&ground.database, side).monitor();
-    let pile = PileUp::new(&ground).await;
+    let side = proxy.config(&scene.database.config());
+    scene.monitor = keeper_as(&scene.database, side).monitor();
+    let pile = PileUp::new(&scene).await;
     let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
-    let patient = policy(&ground)
+    let patient = policy(&scene)
         .idle_grace(4 * GIVE_UP_AFTER)
         .shed_load(move |change| sender.send(change).unwrap())
         .execute(true);
-    let resolver = resolver(&ground, patient);
+    let resolver = resolver(&scene, patient);
     let run = tokio::spawn(async move { resolver.run().await });
     assert_eq!(told.recv().await, Some(LoadChange::Shed));
     proxy.refuse(true);

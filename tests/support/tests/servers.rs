@@ -1,8 +1,6 @@
 //! The servers do what their documentation says.
 
-use std::time::Duration;
-
-use lockkeeper_testkit::{PoolMode, Server, Skip};
+use lockkeeper_testkit::{PoolMode, Server, Skip, until_closed, until_connected, until_true};
 
 #[tokio::test]
 async fn a_database_of_its_own() {
@@ -59,10 +57,12 @@ async fn settings_log_and_restart() {
     assert!(server.log().contains("a word for the log"));
 
     server.kill();
+    until_closed(&client).await;
     assert!(client.batch_execute("SELECT 1").await.is_err());
     server.restart();
     let client = database.connect().await;
     server.stop();
+    until_closed(&client).await;
     assert!(client.batch_execute("SELECT 1").await.is_err());
     server.restart();
     database.connect().await;
@@ -89,26 +89,11 @@ async fn a_hot_standby() {
 
     let mut config = standby.config();
     config.dbname(database.name());
-    let (client, connection) = config
-        .connect(tokio_postgres::NoTls)
-        .await
-        .expect("the standby answers");
-    tokio::spawn(connection);
-    for _ in 0..500 {
-        let row = client
-            .query_one(
-                "SELECT pg_is_in_recovery(), to_regclass('seen') IS NOT NULL",
-                &[],
-            )
-            .await
-            .expect("the standby can be asked");
-        assert!(row.get::<_, bool>(0));
-        if row.get(1) {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("the table never came: {}", standby.log());
+    let client = until_connected(&config).await;
+    let is_standby = client.query_one("SELECT pg_is_in_recovery()", &[]).await;
+    assert!(is_standby.expect("an answer").get::<_, bool>(0));
+    let seen = "SELECT to_regclass('seen') IS NOT NULL";
+    until_true(&client, "the table never came", seen, &[]).await;
 }
 
 #[tokio::test]
