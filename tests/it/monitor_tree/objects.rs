@@ -12,12 +12,12 @@ use super::{Stage, expected};
 async fn objects_of_another_database_have_no_name_here() {
     let mut stage = Stage::with_table().await;
     let other = stage.scene.database.server().database().await;
-    let [a, b] = stage.actors().await;
+    // All before the lock: a session that begins may read the locked catalog, and would wait for it.
+    let [a, b, c] = stage.actors().await;
     // The other database has one with this number too.
     a.run("BEGIN; LOCK TABLE pg_language; SELECT pg_advisory_xact_lock(77)")
         .await;
     stage.waits(&b, "SELECT FROM pg_language").await;
-    let c = stage.actor().await;
     stage.waits(&c, "SELECT pg_advisory_lock(77)").await;
     let keeper = Keeper::new(other.pool(1));
     let snapshot = keeper.monitor().snapshot().await.unwrap();
