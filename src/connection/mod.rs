@@ -70,7 +70,7 @@ pub(crate) struct Session {
     /// Somebody has run something on it, beyond what takes and returns its locks.
     used: AtomicBool,
     /// A statement has failed at some time, or its end is not known.
-    may_have_failed_flag: AtomicBool,
+    failed_or_unknown: AtomicBool,
     /// The transaction or the guard on it, where somebody observes it.
     observation: Option<Observation>,
     /// The server's error since which nothing has succeeded.
@@ -119,7 +119,7 @@ impl Session {
 
     /// Notes that a statement has failed.
     pub(crate) fn mark_failed(&self) {
-        self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        self.failed_or_unknown.store(true, Ordering::Relaxed);
     }
 
     /// Has another runtime see to what nobody waits for.
@@ -162,7 +162,7 @@ impl Session {
 
     /// Whether a failed statement can have gone by unseen, or seen and swallowed: then COMMIT may be a rollback.
     fn may_have_failed(&self) -> bool {
-        self.may_have_failed_flag.load(Ordering::Relaxed)
+        self.failed_or_unknown.load(Ordering::Relaxed)
             || self.untracked.load(Ordering::Relaxed)
             || self.unanswered.load(Ordering::Relaxed) > 0
     }
@@ -215,7 +215,7 @@ impl Session {
         let Some(error) = error else {
             return self.remember_failure(None);
         };
-        self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        self.failed_or_unknown.store(true, Ordering::Relaxed);
         // 25P02 only says that there was an error before: that one is kept.
         if classify(error) == Failure::Aborted && self.failure().is_some() {
             return;
@@ -269,7 +269,7 @@ impl Session {
     /// first poll.
     pub(crate) fn queue(&self, sql: &str) {
         // Nobody will see whether it fails.
-        self.may_have_failed_flag.store(true, Ordering::Relaxed);
+        self.failed_or_unknown.store(true, Ordering::Relaxed);
         drop(request::poll_once(std::pin::pin!(
             self.client().batch_execute(sql)
         )));

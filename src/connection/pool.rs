@@ -139,7 +139,7 @@ impl Connections {
             untracked: AtomicBool::new(false),
             cancel_pending: AtomicBool::new(false),
             used: AtomicBool::new(false),
-            may_have_failed_flag: AtomicBool::new(false),
+            failed_or_unknown: AtomicBool::new(false),
             observation: None,
             failure: Mutex::new(None),
         })

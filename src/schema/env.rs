@@ -11,7 +11,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, OpenPlain, Tx};
+use crate::transaction::{OpenPlain, Tx};
 
 /// The part of a keeper that all its schema changes and backfills share.
 #[derive(Clone, Debug)]
@@ -50,15 +50,7 @@ impl Env {
     ///
     /// Cancel safety: dropped, the transaction is rolled back in the background.
     pub(crate) async fn open(&self, begin: &Begin) -> Result<Tx, Error> {
-        let deadline = Deadline::after(self.lock_wait);
-        transaction::open(
-            self.connections(),
-            &deadline,
-            begin,
-            self.call_site,
-            self.lock_wait,
-        )
-        .await
+        self.opener(begin).begin().await
     }
 
     pub(crate) fn lock(&self, key: LockKey) -> AdvisoryLock {

@@ -17,8 +17,6 @@ mod tx;
 pub use async_func::AsyncFunc;
 pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;
-#[cfg(feature = "schema")]
-pub(crate) use open::open;
 pub use options::{NoRetry, RetryIf, TransactionOptions};
 #[cfg(feature = "incidents")]
 pub(crate) use report::{FailedAttempt, Reporter};

@@ -19,66 +19,61 @@ pub(crate) struct OpenPlain {
 
 impl Open for OpenPlain {
     fn open(&self, _: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
-        Box::pin(async {
-            let deadline = Deadline::after(self.lock_wait);
-            let opening = open(
-                &self.connections,
-                &deadline,
-                &self.begin,
-                self.call_site,
-                self.lock_wait,
-            );
-            opening.await.map(Some)
-        })
+        Box::pin(async { self.begin().await.map(Some) })
     }
 }
 
-/// Begins a transaction on a connection that is alive and clean. One message, one round trip.
-///
-/// Cancel safety: dropped, the transaction is rolled back in the background.
-pub(crate) async fn open(
-    connections: &Arc<Connections>,
-    deadline: &Deadline,
-    begin: &sql::Begin,
-    call_site: Option<CallSite>,
-    lock_wait: Duration,
-) -> Result<Tx, Error> {
-    let cache = connections.cache();
-    let statement = begin.prepared_name();
-    let mut stale = 0;
-    loop {
-        let session = connections.check_out(deadline).await?;
-        let probe = cache.probe(&session, statement);
-        // On any error the session is dropped and so closed: what state it came in is not known.
-        let (mut session, answer) = session
-            .send(sql::begin_transaction(begin, &probe), OnAbandon::rollback())
-            .await;
-        let error = match answer {
-            Ok(reply) => match sql::begun(&reply) {
-                Some(begun) if begun.fresh => {
-                    let server = begun.server.as_ref();
-                    cache.learn_reply(&session, &probe, statement, begun.pid, server);
-                    session.identify(begun.pid, begin.application_name.as_deref());
-                    return Ok(Tx::new(session, call_site, lock_wait, begin.lock_timeout));
-                }
-                _ => Error::new(ErrorKind::Pool)
-                    .with_detail("the pool gave connections with transactions left open on them; they were closed"),
-            },
-            // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
-            // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
-            Err(error) => match classify(&error) {
-                Failure::ConnectionLost => error.into(),
-                failure if failure.is_of_the_connection() => {
-                    cache.learn_failure(failure);
-                    error.into()
-                }
-                _ => return Err(error.into()),
-            },
-        };
-        stale += 1;
-        if stale > connections.most() {
-            return Err(error);
+impl OpenPlain {
+    /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
+    ///
+    /// Cancel safety: dropped, the transaction is rolled back in the background.
+    pub(crate) async fn begin(&self) -> Result<Tx, Error> {
+        let deadline = Deadline::after(self.lock_wait);
+        let (connections, begin) = (&self.connections, &self.begin);
+        let cache = connections.cache();
+        let statement = begin.prepared_name();
+        let mut stale = 0;
+        loop {
+            let session = connections.check_out(&deadline).await?;
+            let probe = cache.probe(&session, statement);
+            // On any error the session is dropped and so closed: what state it came in is not known.
+            let (mut session, answer) = session
+                .send(sql::begin_transaction(begin, &probe), OnAbandon::rollback())
+                .await;
+            let error = match answer {
+                Ok(reply) => match sql::begun(&reply) {
+                    Some(begun) if begun.fresh => {
+                        let server = begun.server.as_ref();
+                        cache.learn_reply(&session, &probe, statement, begun.pid, server);
+                        session.identify(begun.pid, begin.application_name.as_deref());
+                        return Ok(Tx::new(
+                            session,
+                            self.call_site,
+                            self.lock_wait,
+                            begin.lock_timeout,
+                        ));
+                    }
+                    _ => Error::new(ErrorKind::Pool).with_detail(
+                        "the pool gave connections with transactions left open on them; they were \
+                         closed",
+                    ),
+                },
+                // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
+                // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
+                Err(error) => match classify(&error) {
+                    Failure::ConnectionLost => error.into(),
+                    failure if failure.is_of_the_connection() => {
+                        cache.learn_failure(failure);
+                        error.into()
+                    }
+                    _ => return Err(error.into()),
+                },
+            };
+            stale += 1;
+            if stale > connections.most() {
+                return Err(error);
+            }
+            tracing::debug!(%error, "a pool connection could not be used, taking another");
         }
-        tracing::debug!(%error, "a pool connection could not be used, taking another");
     }
 }
