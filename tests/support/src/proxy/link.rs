@@ -43,6 +43,12 @@ struct Answers {
     last: Option<(Fault, u64)>,
 }
 
+impl Answers {
+    fn is_last_asked(&self) -> bool {
+        self.last.is_some_and(|(_, last)| self.asked >= last)
+    }
+}
+
 /// What a reader has for its writer.
 enum Parcel {
     Bytes(Instant, Vec<u8>),
@@ -200,6 +206,10 @@ impl Link {
         self.shared.count_flight(&self.answered);
         self.shared.count_up(message.bytes.len());
         let asks = message.asks_for_an_answer();
+        if self.answers().is_last_asked() {
+            // The client may be faster than the cut: what it sends after its last answer stays here.
+            return Some(());
+        }
         let fault = {
             let mut rules = self.shared.rules();
             if rules.generation != self.generation {
@@ -219,6 +229,8 @@ impl Link {
                 return None;
             }
             Some(Fault::CutDuring) => {
+                // The server may be faster than the cut: its answer stays here.
+                self.stalled.store(true, Ordering::SeqCst);
                 up.send(self.bytes(message)).ok()?;
                 up.send(self.end()).ok()?;
                 return None;
