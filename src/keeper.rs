@@ -11,7 +11,7 @@ use tokio_postgres::{Config, Socket};
 use crate::advisory::{Advisory, AdvisoryLock, LockedBy, OpenLocked};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
 use crate::call_site::{CallSite, application_name};
-use crate::connection::{Connections, SideConfig, SideConnection};
+use crate::connection::{Connections, LONGEST_SILENCE, SideConfig, SideConnection};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
@@ -58,6 +58,7 @@ impl Keeper {
             application: APPLICATION.to_owned(),
             call_sites: true,
             lock_wait: LOCK_WAIT,
+            longest_silence: LONGEST_SILENCE,
             #[cfg(feature = "incidents")]
             sampling: crate::sampler::SamplerOptions::default(),
         }
@@ -391,6 +392,7 @@ pub struct KeeperBuilder {
     application: String,
     call_sites: bool,
     lock_wait: Duration,
+    longest_silence: Duration,
     #[cfg(feature = "incidents")]
     sampling: crate::sampler::SamplerOptions,
 }
@@ -434,6 +436,20 @@ impl KeeperBuilder {
         self
     }
 
+    /// How long the server may be silent before its connection counts as lost; 15 seconds by default, at least 100 ms.
+    ///
+    /// - A message of this crate (BEGIN, COMMIT, an unlock, a question) that has no answer for so long ends with an error.
+    ///   A lock that is waited for has its own bound, [`lock_wait`](Self::lock_wait).
+    /// - A statement of the caller may take as long as it likes. When it has been silent for so long, another connection
+    ///   asks whether its backend is still executing it. If the backend is not, or if nothing answers for the same time
+    ///   again, the statement ends with the driver's error for a closed connection.
+    ///
+    /// The connection is closed then, and the pool may open another.
+    pub fn longest_silence(mut self, silence: Duration) -> Self {
+        self.longest_silence = silence.max(Duration::from_millis(100));
+        self
+    }
+
     /// The keeper. Nothing is opened or sent before it is used.
     #[must_use]
     pub fn build(self) -> Keeper {
@@ -443,7 +459,7 @@ impl KeeperBuilder {
         let observer = Some(Arc::clone(&transactions) as _);
         #[cfg(not(feature = "incidents"))]
         let observer = None;
-        let connections = Connections::new(self.pool, self.side, observer);
+        let connections = Connections::new(self.pool, self.side, observer, self.longest_silence);
         Keeper {
             inner: Arc::new(Inner {
                 #[cfg(feature = "incidents")]

@@ -40,7 +40,7 @@ pub(crate) use observer::{
 };
 #[cfg(feature = "monitor")]
 pub(crate) use own_backends::is_own_backend;
-pub(crate) use pool::Connections;
+pub(crate) use pool::{Connections, LONGEST_SILENCE};
 pub(crate) use queries::query_methods;
 pub(crate) use request::{AfterReply, OnAbandon, ReplyHandler, Request, run_shielded};
 pub(crate) use server_capabilities::LockScope;

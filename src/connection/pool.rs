@@ -15,6 +15,8 @@ use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 
+/// How long a server may be silent, where the keeper's owner does not say.
+pub(crate) const LONGEST_SILENCE: Duration = Duration::from_secs(15);
 /// How much longer than the deadline a login under way may take.
 const LOGIN: Duration = Duration::from_millis(500);
 /// How long the side connection may take, its login included, before the pool is asked instead.
@@ -35,6 +37,7 @@ pub(crate) struct Connections {
     cache: ConnectionCache,
     timeout: CoarseTimer,
     observer: Option<Arc<dyn Observer>>,
+    longest_silence: Duration,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -51,6 +54,7 @@ impl Connections {
         pool: Pool,
         side: Option<SideConnection>,
         observer: Option<Arc<dyn Observer>>,
+        longest_silence: Duration,
     ) -> Arc<Self> {
         Arc::new(Self {
             pool,
@@ -59,6 +63,7 @@ impl Connections {
             cache: ConnectionCache::default(),
             timeout: CoarseTimer::default(),
             observer,
+            longest_silence,
         })
     }
 
@@ -70,6 +75,11 @@ impl Connections {
     /// What has been found out about its connections.
     pub(crate) fn cache(&self) -> &ConnectionCache {
         &self.cache
+    }
+
+    /// How long a server may be silent.
+    pub(crate) fn longest_silence(&self) -> Duration {
+        self.longest_silence
     }
 
     /// Who is told of transactions and guards.

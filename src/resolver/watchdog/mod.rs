@@ -337,7 +337,12 @@ mod tests {
         let (sender, queue) = mpsc::channel(QUEUE);
         let reporting = tokio::spawn(run_callback(queue, callback));
         let mut task = WatchdogTask {
-            monitor: Monitor::new(connection::Connections::new(pool, None, None)),
+            monitor: Monitor::new(connection::Connections::new(
+                pool,
+                None,
+                None,
+                connection::LONGEST_SILENCE,
+            )),
             policy,
             sender: Some(sender),
             reported: HashMap::new(),
