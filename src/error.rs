@@ -43,6 +43,10 @@ pub enum ErrorKind {
     KeyCollision,
     /// The statement was cancelled (SQLSTATE 57014): `statement_timeout`, or somebody's `pg_cancel_backend`.
     Cancelled,
+    /// A section ended its own transaction (`COMMIT`, `ROLLBACK`, `PREPARE TRANSACTION`), exchanged it for another one, or
+    /// returned the locks that it ran under (`pg_advisory_unlock_all()`, `DISCARD ALL`). What it did before may be committed
+    /// or not.
+    TransactionEnded,
     /// The pool gave no connection.
     Pool,
     /// The request cannot work as it was put; nothing was sent.
@@ -69,6 +73,7 @@ impl ErrorKind {
             Self::NoAdvisoryLocks => "the server's advisory locks do not lock",
             Self::KeyCollision => "two names have one lock key",
             Self::Cancelled => "statement cancelled",
+            Self::TransactionEnded => "the section has ended its own transaction",
             Self::Pool => "no connection from the pool",
             Self::Config => "bad request",
             Self::Database => "database error",
@@ -254,6 +259,11 @@ impl Error {
         self
     }
 
+    pub(crate) fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
     pub(crate) fn with_key(mut self, key: &LockKey) -> Self {
         self.0.key = Some(key.clone());
         self
@@ -303,6 +313,8 @@ pub(crate) enum Failure {
     Cancelled,
     /// 53200.
     OutOfLocks,
+    /// 2D000: a statement would have ended the transaction that it ran in.
+    TransactionEnded,
     /// 25P02: an earlier statement of the transaction failed.
     Aborted,
     /// 25001: a transaction that should begin here has begun long ago.
@@ -328,6 +340,7 @@ impl Failure {
             Self::Serialization => ErrorKind::Serialization,
             Self::Cancelled => ErrorKind::Cancelled,
             Self::OutOfLocks => ErrorKind::OutOfLocks,
+            Self::TransactionEnded => ErrorKind::TransactionEnded,
             Self::ConnectionLost => ErrorKind::ConnectionLost,
             Self::Aborted
             | Self::InTransaction
@@ -416,6 +429,8 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
         Failure::Cancelled
     } else if *code == SqlState::OUT_OF_MEMORY {
         Failure::OutOfLocks
+    } else if *code == SqlState::INVALID_TRANSACTION_TERMINATION {
+        Failure::TransactionEnded
     } else if *code == SqlState::IN_FAILED_SQL_TRANSACTION {
         Failure::Aborted
     } else if *code == SqlState::ACTIVE_SQL_TRANSACTION {
@@ -435,6 +450,21 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     } else {
         Failure::Other
     }
+}
+
+/// Whether the server itself says that it ends the session (severity FATAL).
+pub(crate) fn ends_session(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|error| {
+        matches!(
+            error.parsed_severity(),
+            Some(Severity::Fatal | Severity::Panic)
+        )
+    })
+}
+
+/// Whether a statement has failed that divides by zero where something does not hold.
+pub(crate) fn is_failed_check(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::DIVISION_BY_ZERO)
 }
 
 /// Whether there is no operator or function for values of these types.

@@ -295,7 +295,7 @@ impl Keeper {
             backoff: Backoff::default(),
             jitter: Arc::clone(&self.inner.jitter),
             budget: Arc::clone(&self.inner.budget),
-            resolves: options.resolves(),
+            resolve: options.resolve(),
             #[cfg(feature = "incidents")]
             reporter: Some(Arc::clone(&self.inner.sampler) as _),
             #[cfg(not(feature = "incidents"))]

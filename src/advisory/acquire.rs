@@ -23,6 +23,8 @@ pub(super) const ANSWER: Duration = Duration::from_secs(2);
 pub(super) const FINAL_TRY_AFTER_QUEUE: Duration = Duration::from_millis(30);
 /// For a try after the deadline, where a connection has to be found first.
 const FINAL_TRY: Duration = Duration::from_millis(30);
+/// The shortest time after which a silent connection is replaced while the wait goes on.
+const SHORTEST_PATIENCE: Duration = Duration::from_millis(500);
 /// The longest single wait at the server, where `deadlock_timeout` does not require a shorter one.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
 const SHORTEST_SLICE: Duration = Duration::from_millis(5);
@@ -174,7 +176,9 @@ impl Advisory {
                 .await
                 .map_err(|error| error.with_key(&request.keys()[0]))?;
             let (probe, message) = text(&session);
-            match self.send(session, message, undo(), deadline, request).await {
+            let patience = self.patience(deadline);
+            let sent = self.send_within(session, message, undo(), patience, deadline, request);
+            match sent.await {
                 Ok((mut session, reply)) => match sql::tried(&reply) {
                     // Its transaction is somebody else's: closing the connection is all that can be done for it.
                     Some(TryLockRow {
@@ -203,7 +207,10 @@ impl Advisory {
                     }
                 },
                 // Nothing was done yet that could be done twice: a connection that died in the pool is not an error.
-                Err(error) if is_lost_at_once(&error) && stale < most => {}
+                Err(error)
+                    if is_lost(&error)
+                        && stale < most
+                        && (is_lost_at_once(&error) || !deadline.has_passed()) => {}
                 // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something, and
                 // one on which somebody deallocates prepared statements, or prepares some of our names.
                 Err(error) if stale < most && is_of_the_connection(&error) => {
@@ -229,6 +236,17 @@ impl Advisory {
             tracing::debug!("a pool connection could not be used, taking another");
             stale += 1;
         }
+    }
+
+    /// How long to wait for the answer to a `try`: a connection that is silent is replaced while there is time.
+    fn patience(&self, deadline: &Deadline) -> Duration {
+        let remaining = deadline.remaining();
+        let most = if remaining > SHORTEST_PATIENCE * 3 {
+            remaining / 3
+        } else {
+            remaining.saturating_add(ANSWER)
+        };
+        most.min(self.connections.longest_silence())
     }
 
     pub(super) fn probe(&self, session: &Session, statement: Option<PreparedName>) -> Probe {
@@ -268,6 +286,25 @@ impl Advisory {
         request: &LockRequest,
     ) -> Result<(Session, Reply), Error> {
         let most = deadline.remaining().saturating_add(ANSWER);
+        let most = most.min(self.connections.longest_silence());
+        self.send_within(session, message, undo, most, deadline, request)
+            .await
+    }
+
+    /// How much later than its deadline an answer may come.
+    pub(super) fn answer_time(&self) -> Duration {
+        ANSWER.min(self.connections.longest_silence())
+    }
+
+    async fn send_within(
+        &self,
+        session: Session,
+        message: impl Into<Message>,
+        undo: OnAbandon,
+        most: Duration,
+        deadline: &Deadline,
+        request: &LockRequest,
+    ) -> Result<(Session, Reply), Error> {
         match session.send(message, undo).within(most).await {
             Some((session, Ok(reply))) => Ok((session, reply)),
             Some((_, Err(error))) => Err(request.error(classify(&error).kind()).with_source(error)),
@@ -295,7 +332,9 @@ impl Advisory {
                 sql::wait_in_transaction(request.locks(), wait)
             };
             let sent = session.send(sql, OnAbandon::CancelAndClose);
-            let Some((answered, answer)) = sent.within(wait.saturating_add(ANSWER)).await else {
+            let Some((answered, answer)) =
+                sent.within(wait.saturating_add(self.answer_time())).await
+            else {
                 return Err(no_answer(&request, deadline));
             };
             session = answered;
@@ -474,14 +513,19 @@ fn is_of_the_connection(error: &Error) -> bool {
     error.failure().is_some_and(Failure::is_of_the_connection)
 }
 
-/// Whether the connection was dead, rather than its server silent: that will not be better on the next one.
+fn is_lost(error: &Error) -> bool {
+    error.kind() == ErrorKind::ConnectionLost
+}
+
+/// Whether the connection was dead, rather than its server silent.
 fn is_lost_at_once(error: &Error) -> bool {
-    error.kind() == ErrorKind::ConnectionLost && std::error::Error::source(error).is_some()
+    is_lost(error) && std::error::Error::source(error).is_some()
 }
 
 /// Ends a transaction that has done nothing, and gives its connection back.
 async fn end(session: Session) {
-    if let (session, Ok(_)) = session.send(sql::rollback(), OnAbandon::Finish).await {
+    let request = session.send(sql::rollback(), OnAbandon::Finish);
+    if let Some((session, Ok(_))) = request.answered().await {
         session.return_to_pool();
     }
 }

@@ -1,6 +1,6 @@
 //! Taking session-level locks: a `try` that never waits, then bounded waits that cannot leak.
 
-use super::acquire::{ANSWER, FINAL_TRY_AFTER_QUEUE, no_answer, slice, standby, timed_out};
+use super::acquire::{FINAL_TRY_AFTER_QUEUE, no_answer, slice, standby, timed_out};
 use super::local_queue::{Entry, Handoff, HeadTicket, Woken};
 use super::preconditions::check_locking;
 use super::server_waiter_limit::Permit;
@@ -164,14 +164,20 @@ impl Advisory {
         };
         let guard = SessionGuard::new(session, request, name, unlock, ticket);
         let server = self.server(guard.session(), &tried);
-        check_locking(
+        let checked = check_locking(
             guard.session(),
             LockScope::Session,
             server.as_ref(),
             guard.locks(),
-        )
-        .await?;
-        Ok(guard)
+        );
+        match checked.await {
+            Ok(()) => Ok(guard),
+            Err(error) => {
+                // Nothing is held when the caller sees the error.
+                drop(guard.release().await);
+                Err(error)
+            }
+        }
     }
 
     /// The locks, on a session that goes by the request's name if it is to be `named`.
@@ -307,7 +313,9 @@ impl Advisory {
             let sql =
                 sql::wait_session(request.locks(), names(&request, named), wait, after_timeout);
             let sent = session.send(sql, OnAbandon::CancelAndClose);
-            let Some((answered, answer)) = sent.within(wait.saturating_add(ANSWER)).await else {
+            let Some((answered, answer)) =
+                sent.within(wait.saturating_add(self.answer_time())).await
+            else {
                 return Err(no_answer(&request, deadline));
             };
             session = answered;

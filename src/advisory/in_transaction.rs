@@ -252,7 +252,7 @@ async fn wait(
         };
         // Cancel safety: a waiter nobody waits for is cancelled, by the drop of this.
         let cancel = scopeguard::guard(tx.session(), Session::cancel_in_background);
-        let answer = tx.session().message(&sql).await;
+        let answer = tx.session().message_waiting(&sql, slice).await;
         let _: &Session = scopeguard::ScopeGuard::into_inner(cancel);
         let Err(error) = answer else {
             hold(tx, request);

@@ -77,11 +77,15 @@ async fn excludes_a_second(
         ..transaction::sql::Begin::default()
     };
     let sql = sql::begin_and_try(&begin, locks, &Probe::Full { login_pid: None });
-    let (second, answer) = second.send(sql, OnAbandon::rollback()).await;
+    let request = second.send(sql, OnAbandon::rollback());
+    let Some((second, answer)) = request.answered().await else {
+        return Ok(false);
+    };
     let tried = sql::tried(&answer?);
-    let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
-    answer?;
-    second.return_to_pool();
+    let request = second.send(sql::rollback(), OnAbandon::Finish);
+    if let Some((second, Ok(_))) = request.answered().await {
+        second.return_to_pool();
+    }
     Ok(tried.is_some_and(|tried| tried.verdict == TryLockOutcome::Busy))
 }
 
@@ -138,13 +142,16 @@ impl Advisory {
                 &transaction::sql::Begin::default(),
                 &Probe::Minimal,
             );
-            let Some((second, answer)) = within(second.send(begin, OnAbandon::rollback())).await
-            else {
+            let begun = second.send(begin, OnAbandon::rollback());
+            let Some((second, answer)) = begun.within(QUESTION).await else {
                 return Err(undetermined());
             };
             let second_pid = transaction::sql::begun(&answer?).map(|begun| begun.pid);
             let after = within(pid_of(first)).await;
-            let (second, answer) = second.send(sql::rollback(), OnAbandon::Finish).await;
+            let request = second.send(sql::rollback(), OnAbandon::Finish);
+            let Some((second, answer)) = request.answered().await else {
+                return Err(undetermined());
+            };
             answer?;
             second.return_to_pool();
             // No answer: the first client had no backend of its own any more, and there was none to be had.

@@ -8,11 +8,13 @@ use super::{LockRequest, sql};
 use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
 use crate::connection::{OnAbandon, Session, query_methods, run_shielded};
-use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
+use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::transaction::{AsyncFunc, Tx};
+use crate::postgres::sql::{is_true, rows};
+use crate::transaction::sql::Begin;
+use crate::transaction::{AsyncFunc, Resolve, TransactionOptions, Tx, commit};
 
 /// How often [`SessionGuard::lost`] looks.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -64,7 +66,8 @@ impl SessionGuard {
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
-        // Nobody had one before.
+        session.mark_locked();
+        // Ends that of the guard which has handed the session over, if there was one.
         drop(session.begin_observation(call_site, None, true));
         let lock_wait = request.lock_wait;
         let (keys, names) = request.into_parts();
@@ -182,6 +185,7 @@ impl SessionGuard {
         match answer {
             Ok(reply) if !is_unlocked(&reply) => Err(lost),
             Ok(reply) => {
+                session.mark_unlocked();
                 then.read(&reply).carry_out(session).await;
                 Ok(())
             }
@@ -191,15 +195,19 @@ impl SessionGuard {
                 // statement that was given up can hit the unlock instead. Or somebody has deallocated it.
                 failure @ (Failure::Aborted | Failure::Cancelled | Failure::MissingStatement) => {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
-                    match session.send(sql, OnAbandon::Finish).await {
-                        (session, Ok(reply)) if is_unlocked(&reply) => {
+                    match session.send(sql, OnAbandon::Finish).answered().await {
+                        Some((session, Ok(reply))) if is_unlocked(&reply) => {
+                            session.mark_ended();
+                            session.mark_unlocked();
                             session.return_to_pool();
                             Ok(())
                         }
                         // What was cancelled had unlocked already: the session is the same, and has lost nothing.
-                        (_, Ok(_)) if failure == Failure::Cancelled => Ok(()),
-                        (_, Ok(_)) => Err(lost),
-                        (_, Err(error)) => Err(lost.with_source(error)),
+                        Some((_, Ok(_))) if failure == Failure::Cancelled => Ok(()),
+                        Some((_, Ok(_))) => Err(lost),
+                        Some((_, Err(error))) => Err(lost.with_source(error)),
+                        None => Err(lost
+                            .with_detail("no answer from the server, the connection was closed")),
                     }
                 }
                 // The connection is closed with the session, and that releases.
@@ -213,14 +221,16 @@ impl SessionGuard {
 
     /// Runs a transaction on the guard's own connection, so that it cannot commit once the locks are lost.
     ///
-    /// It is run once, not retried: `Ok` commits, `Err` rolls back. The locks stay held either way.
+    /// As [`transaction_with`](Self::transaction_with) and the defaults of [`TransactionOptions`].
     ///
     /// # Errors
-    /// The closure's own; an [`Error`] where the transaction cannot begin or commit, as
-    /// [`XactGuard::commit`](crate::XactGuard::commit) says.
+    /// As [`transaction_with`](Self::transaction_with).
     ///
     /// # Cancel safety
-    /// Dropped, the transaction is rolled back; the locks stay held. Dropped during COMMIT, it may have committed.
+    /// As [`transaction_with`](Self::transaction_with).
+    ///
+    /// # Longest silence
+    /// As [`transaction_with`](Self::transaction_with).
     pub async fn transaction<R, E, F>(&mut self, f: F) -> Result<R, E>
     where
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
@@ -229,12 +239,51 @@ impl SessionGuard {
         E: From<Error> + Send,
         R: Send,
     {
+        self.transaction_with(TransactionOptions::new(), f).await
+    }
+
+    /// Runs a transaction on the guard's own connection, as the options say: its isolation level, its timeouts, and whether
+    /// a COMMIT whose answer is lost is looked up.
+    ///
+    /// It is run once, not retried, whatever the options say of attempts, and under no conflict group: `Ok` commits, `Err`
+    /// rolls back. The locks stay held either way. COMMIT is run only if `pg_locks` shows that the connection still holds
+    /// them.
+    ///
+    /// # Errors
+    /// The closure's own; an [`Error`], with the guard's first key, where the transaction cannot begin or commit:
+    /// [`LockLost`](ErrorKind::LockLost) where the connection has ended, or holds the locks no more, and nothing is
+    /// committed; [`Config`](ErrorKind::Config) where a transaction was left open on the guard before;
+    /// [`TransactionEnded`](ErrorKind::TransactionEnded) where the closure has ended the transaction itself; otherwise as
+    /// [`XactGuard::commit`](crate::XactGuard::commit).
+    ///
+    /// # Cancel safety
+    /// Dropped, the transaction is rolled back; the locks stay held. Dropped during COMMIT, it may have committed.
+    ///
+    /// # Longest silence
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence) for each of BEGIN, COMMIT and ROLLBACK; and what the
+    /// options say for looking COMMIT up. A statement in the closure: twice that, and up to a second more.
+    pub async fn transaction_with<R, E, F, P>(
+        &mut self,
+        options: TransactionOptions<P>,
+        f: F,
+    ) -> Result<R, E>
+    where
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send,
+        E: From<Error> + Send,
+        R: Send,
+        P: Send,
+    {
+        options.check()?;
         let lost = || Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
         if self.is_lost() {
             return Err(lost().into());
         }
-        let mut loan = Loan::new(self);
-        loan.begin().await?;
+        let begin = options.begin(None);
+        let mut loan = Loan::new(self, options.resolve());
+        drop(options);
+        loan.begin(&begin).await?;
         match f(loan.tx_mut()).await {
             Ok(value) => {
                 loan.commit().await?;
@@ -287,19 +336,25 @@ impl Drop for SessionGuard {
 struct Loan<'a> {
     guard: &'a mut SessionGuard,
     tx: Option<Tx>,
+    /// The session that was lent.
+    session: Option<u64>,
     /// Whether dropping has a transaction to roll back.
     open: bool,
 }
 
 impl<'a> Loan<'a> {
-    fn new(guard: &'a mut SessionGuard) -> Self {
+    fn new(guard: &'a mut SessionGuard, resolve: Option<Resolve>) -> Self {
         let tx = guard.session.take().map(|session| {
             let locks = guard.keys.iter().map(|key| (key.clone(), guard.mode));
-            Tx::new(session, guard.call_site, guard.lock_wait, None).session_locks(locks)
+            Tx::new(session, guard.call_site, guard.lock_wait, None)
+                .session_locks(locks)
+                .resolving(resolve)
         });
+        let session = tx.as_ref().map(|tx| tx.session().id());
         Self {
             guard,
             tx,
+            session,
             open: true,
         }
     }
@@ -317,65 +372,73 @@ impl<'a> Loan<'a> {
             .expect("the loan has its transaction until it ends")
     }
 
-    async fn begin(&mut self) -> Result<(), Error> {
-        match self.session().message(sql::BEGIN).await {
-            Ok(_) => return Ok(()),
+    async fn begin(&mut self, begin: &Begin) -> Result<(), Error> {
+        let begin = sql::begin_fresh(begin);
+        let begun = match self.session().message(&begin).await {
             // A failed transaction was left open before: it is ended, and this one begun.
-            Err(error) if classify(&error) == Failure::Aborted => {}
-            Err(error) => {
-                self.open = false;
-                return Err(error.into());
+            Err(error) if classify(&error) == Failure::Aborted => {
+                let again = format!("{}; {begin}", sql::ROLLBACK);
+                self.session().message(&again).await
             }
-        }
-        let again = format!("{}; {}", sql::ROLLBACK, sql::BEGIN);
-        self.session().message(&again).await?;
-        Ok(())
+            begun => begun,
+        };
+        let failed = match begun {
+            Ok(reply) if sql::is_fresh(&reply) => return Ok(()),
+            Ok(_) => Error::new(ErrorKind::Config).with_detail(
+                "a transaction was left open on the guard; commit it or roll it back before another one is begun",
+            ),
+            Err(error) if classify(&error) == Failure::ConnectionLost => {
+                Error::new(ErrorKind::LockLost).with_source(error)
+            }
+            Err(error) => error.into(),
+        };
+        self.open = false;
+        Err(failed.with_key(&self.guard.keys[0]))
     }
 
     async fn commit(mut self) -> Result<(), Error> {
+        let key = self.guard.keys[0].clone();
+        let lost = || Error::new(ErrorKind::LockLost).with_key(&key);
+        if let (Some(tx), Some(session)) = (&self.tx, self.session) {
+            tx.check_session(session)
+                .map_err(|error| error.with_key(&key))?;
+        }
         if self.session().is_closed() {
             self.open = false;
-            return Err(Error::new(ErrorKind::LockLost).with_key(&self.guard.keys[0]));
+            return Err(lost());
         }
-        let answer = {
-            // Cancel safety: from here on COMMIT is on its way and ends the transaction, so a drop must not.
-            self.open = false;
-            let commit = self.session().commit_message();
-            self.session().message(&commit.text).await
-        };
-        let Err(error) = answer else {
-            self.tx_mut().mark_committed();
-            return Ok(());
-        };
-        let kind = match classify(&error) {
-            Failure::ConnectionLost | Failure::Driver => ErrorKind::CommitUnknown,
-            failure => {
-                let cause = self.session().failure();
-                // What failed may have been COMMIT itself, which leaves nothing to roll back.
-                let probe = self.session().message(sql::PROBE).await;
-                if probe.is_err_and(|error| classify(&error) == Failure::Aborted) {
-                    self.open = true;
-                }
-                // 25P02 only says that there was an error before.
-                match cause {
-                    Some(cause) if failure == Failure::Aborted => classify_db(&cause).kind(),
-                    _ => failure.kind(),
-                }
+        // Cancel safety: from here on COMMIT is on its way and ends the transaction, so a drop must not.
+        self.open = false;
+        let resolve = self.tx_mut().resolve();
+        let check = sql::check_held(self.guard.locks());
+        let (ended, committed) = commit(self.session(), resolve, Some(&check)).await;
+        if ended.is_some() {
+            self.session().mark_ended();
+        }
+        let committed = match committed {
+            // By the check, or by COMMIT itself.
+            Err(error) if is_failed_check(&error) && !self.is_held().await => {
+                Err(lost().with_detail("the connection no longer holds it; nothing is committed"))
             }
+            committed => committed,
         };
-        let error = Error::new(kind)
-            .with_detail("commit failed, the transaction was rolled back")
-            .with_source(error);
-        if self.open {
-            self.rollback().await;
-        }
-        Err(error)
+        let committed = self.tx_mut().finish(committed);
+        committed.map_err(|error| error.with_key(&key))
+    }
+
+    /// Whether the server shows the first lock as held by this session.
+    async fn is_held(&self) -> bool {
+        let shown = sql::shown_in_pg_locks(self.guard.locks());
+        let answer = self.session().message(&shown).await;
+        answer.is_ok_and(|reply| rows(&reply).any(|row| is_true(row, "shown")))
     }
 
     async fn rollback(mut self) {
         self.open = false;
         // An error here means that the connection is gone, which the guard notices by itself.
-        drop(self.session().message(sql::ROLLBACK).await);
+        if self.session().message(sql::ROLLBACK).await.is_ok() {
+            self.session().mark_ended();
+        }
     }
 }
 
@@ -384,6 +447,10 @@ impl Drop for Loan<'_> {
         let Some(session) = self.tx.take().and_then(Tx::into_session) else {
             return;
         };
+        if Some(session.id()) != self.session {
+            // Exchanged for the session of another transaction. Closed, it is rolled back, and the guard has lost its own.
+            return;
+        }
         if self.open {
             session.queue(sql::ROLLBACK);
         }

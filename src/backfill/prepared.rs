@@ -167,7 +167,7 @@ fn policy(backfill: &Backfill) -> Policy {
         // A separate budget, because a backfill must not use up that of the application's transactions. The deadline
         // limits the attempts.
         budget: Arc::new(RetryBudget::new(1, 0, 0)),
-        resolves: true,
+        resolve: Some(crate::transaction::Resolve::default()),
         reporter: policy
             .reporter
             .map(|reporter| Arc::new(ReportsSelected(reporter)) as Arc<dyn Reporter>),

@@ -20,7 +20,7 @@ const ATTEMPT: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 pub(super) struct Canceller {
     token: CancelToken,
-    server_pid: Option<i32>,
+    pub(super) server_pid: Option<i32>,
     application_name: Option<String>,
     pub(super) connections: Arc<Connections>,
 }

@@ -16,12 +16,13 @@ mod queries;
 mod request;
 mod server_capabilities;
 mod side_connection;
+mod silence;
 pub(crate) mod sql;
+mod state;
 #[cfg(feature = "incidents")]
 pub(crate) mod task;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,8 @@ pub(crate) use queries::query_methods;
 pub(crate) use request::{AfterReply, OnAbandon, ReplyHandler, Request, run_shielded};
 pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
+pub(crate) use silence::Silence;
+use state::{Clean, ConnectionState};
 
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
@@ -61,16 +64,9 @@ pub(crate) struct Session {
     own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
     application_name: Option<String>,
-    /// Statements of the caller that are under way, or were dropped half-way.
-    unanswered: AtomicUsize,
-    /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
-    untracked: AtomicBool,
-    /// A cancel is on its way that may hit any later statement.
-    cancel_pending: AtomicBool,
-    /// Somebody has run something on it, beyond what takes and returns its locks.
-    used: AtomicBool,
-    /// A statement has failed at some time, or its end is not known.
-    failed_or_unknown: AtomicBool,
+    state: ConnectionState,
+    /// Tells it from all other sessions of this process.
+    id: u64,
     /// The transaction or the guard on it, where somebody observes it.
     observation: Option<Observation>,
     /// The server's error since which nothing has succeeded.
@@ -80,8 +76,7 @@ pub(crate) struct Session {
 impl Session {
     /// The connection, for statements whose fate is not ours to know.
     pub(crate) fn untracked_client(&self) -> &Object {
-        self.untracked.store(true, Ordering::Relaxed);
-        self.used.store(true, Ordering::Relaxed);
+        self.state.given_out();
         self.client()
     }
 
@@ -92,9 +87,39 @@ impl Session {
     }
 
     /// Whether the connection has ended. The driver learns of a server's goodbye (a terminated backend, a shutdown)
-    /// and of a closed socket without being used.
+    /// and of a closed socket without being used. One whose server was silent for too long counts as ended.
     pub(crate) fn is_closed(&self) -> bool {
-        self.client().is_closed()
+        self.is_lost() || self.client().is_closed()
+    }
+
+    /// Whether the server was silent for too long.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.state.is_lost()
+    }
+
+    /// Tells this session from all others, wherever it is moved.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Notes that a transaction has begun on it.
+    pub(crate) fn mark_begun(&self) {
+        self.state.began();
+    }
+
+    /// Notes that the server has answered that the transaction has ended.
+    pub(crate) fn mark_ended(&self) {
+        self.state.ended();
+    }
+
+    /// Notes that a guard holds session locks on it.
+    pub(crate) fn mark_locked(&self) {
+        self.state.locked();
+    }
+
+    /// Notes that the server has answered that the session locks are returned.
+    pub(crate) fn mark_unlocked(&self) {
+        self.state.unlocked();
     }
 
     /// Notes what the server said of its backend and what we have named it.
@@ -109,17 +134,17 @@ impl Session {
 
     /// Whether anything was run on it beyond what takes and returns its locks.
     pub(crate) fn was_used(&self) -> bool {
-        self.used.load(Ordering::Relaxed)
+        self.state.was_used()
     }
 
     /// Whether a cancel is on its way that may hit a later statement.
     pub(crate) fn has_pending_cancel(&self) -> bool {
-        self.cancel_pending.load(Ordering::Relaxed)
+        self.state.is_cancelling()
     }
 
     /// Notes that a statement has failed.
     pub(crate) fn mark_failed(&self) {
-        self.failed_or_unknown.store(true, Ordering::Relaxed);
+        self.state.failed();
     }
 
     /// Has another runtime see to what nobody waits for.
@@ -147,7 +172,7 @@ impl Session {
 
     /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
     pub(crate) fn cancel_in_background(&self) {
-        self.cancel_pending.store(true, Ordering::Relaxed);
+        self.state.cancelling();
         let canceller = cancel::Canceller::of(self);
         drop(self.runtime.spawn(async move { canceller.cancel().await }));
     }
@@ -158,13 +183,6 @@ impl Session {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
-    }
-
-    /// Whether a failed statement can have gone by unseen, or seen and swallowed: then COMMIT may be a rollback.
-    fn may_have_failed(&self) -> bool {
-        self.failed_or_unknown.load(Ordering::Relaxed)
-            || self.untracked.load(Ordering::Relaxed)
-            || self.unanswered.load(Ordering::Relaxed) > 0
     }
 
     /// When the pool opened the connection: what tells it from all others of the pool.
@@ -184,7 +202,7 @@ impl Session {
 
     /// What ends the transaction on this session well.
     pub(crate) fn commit_message(&self) -> Message {
-        if self.may_have_failed() {
+        if self.state.may_have_failed() {
             Message::of(2, crate::postgres::sql::CHECK_AND_COMMIT)
         } else {
             Message::of(1, crate::postgres::sql::COMMIT)
@@ -193,29 +211,25 @@ impl Session {
 
     /// Begins a statement of the caller, which the observer is told of.
     pub(crate) fn begin_logged(&self, statement: Sent<'_>) -> RunningStatement<'_> {
-        let pending = self.begin_statement(statement);
-        RunningStatement {
-            pending,
-            ..self.begin_tracked()
-        }
+        let mut running = self.begin_tracked();
+        running.pending = self.begin_statement(statement);
+        running
     }
 
     /// Begins a statement of which it is tracked whether it was answered and how.
     fn begin_tracked(&self) -> RunningStatement<'_> {
-        self.used.store(true, Ordering::Relaxed);
-        self.unanswered.fetch_add(1, Ordering::Relaxed);
         RunningStatement {
             session: self,
+            number: Some(self.state.sent()),
             pending: None,
         }
     }
 
-    fn note_end(&self, error: Option<&tokio_postgres::Error>) {
-        self.unanswered.fetch_sub(1, Ordering::Relaxed);
+    fn note_end(&self, number: u64, error: Option<&tokio_postgres::Error>) {
+        self.state.answered(number, error.is_some());
         let Some(error) = error else {
             return self.remember_failure(None);
         };
-        self.failed_or_unknown.store(true, Ordering::Relaxed);
         // 25P02 only says that there was an error before: that one is kept.
         if classify(error) == Failure::Aborted && self.failure().is_some() {
             return;
@@ -259,17 +273,27 @@ impl Session {
         self.observation.as_ref().map(Observation::observed)
     }
 
-    /// One message on a session that stays where it is.
+    /// One message on a session that stays where it is, and its answer, which waits for nothing but the server.
     pub(crate) async fn message(&self, sql: &str) -> Result<Reply, tokio_postgres::Error> {
+        self.message_waiting(sql, Duration::ZERO).await
+    }
+
+    /// The same for a message that waits at the server, for so long at most.
+    pub(crate) async fn message_waiting(
+        &self,
+        sql: &str,
+        wait: Duration,
+    ) -> Result<Reply, tokio_postgres::Error> {
         let statement = self.begin_tracked();
-        statement.end(self.client().simple_query(sql).await)
+        let most = wait.saturating_add(self.connections.longest_silence());
+        statement.end(self.bounded(most, self.client().simple_query(sql)).await)
     }
 
     /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
     /// first poll.
     pub(crate) fn queue(&self, sql: &str) {
         // Nobody will see whether it fails.
-        self.failed_or_unknown.store(true, Ordering::Relaxed);
+        self.state.failed();
         drop(request::poll_once(std::pin::pin!(
             self.client().batch_execute(sql)
         )));
@@ -280,12 +304,16 @@ impl Session {
         Request::new(self, message.into(), undo)
     }
 
-    /// Back to the pool. Only for a session on which the server has answered that nothing of ours is left.
+    /// Back to the pool, if its state proves it clean; closed if not.
     pub(crate) fn return_to_pool(mut self) {
-        let unanswered = self.unanswered.load(Ordering::Relaxed);
-        if unanswered == 0 && !self.cancel_pending.load(Ordering::Relaxed) {
-            drop(self.object.take());
+        match self.state.prove_clean() {
+            Some(clean) => self.give_back(clean),
+            None => tracing::debug!(state = ?self.state.state(), "connection not given back"),
         }
+    }
+
+    fn give_back(&mut self, _: Clean) {
+        drop(self.object.take());
     }
 }
 
@@ -295,37 +323,56 @@ impl Session {
 /// before the connection is closed.
 pub(crate) struct RunningStatement<'a> {
     session: &'a Session,
+    // `None` once it has ended.
+    number: Option<u64>,
     pending: Option<PendingStatement>,
 }
 
 impl RunningStatement<'_> {
-    pub(crate) fn end<T>(
+    /// Runs a statement of the caller, which may take as long as its backend is executing it.
+    pub(crate) async fn run<T>(
         self,
+        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, tokio_postgres::Error> {
+        let result = self.session.while_executing(answer).await;
+        self.end(result)
+    }
+
+    fn end<T>(
+        mut self,
         result: Result<T, tokio_postgres::Error>,
     ) -> Result<T, tokio_postgres::Error> {
-        self.end_with(result.as_ref().err());
+        let error = result.as_ref().err();
+        if let Some(number) = self.number.take() {
+            self.session.note_end(number, error);
+        }
+        if let Some(pending) = self.pending.take() {
+            pending.end(error.map(classify));
+        }
         result
     }
 
-    fn end_with(self, error: Option<&tokio_postgres::Error>) {
-        self.session.note_end(error);
-        if let Some(pending) = self.pending {
-            pending.end(error.map(classify));
-        }
-    }
-
-    /// Ends the preparing of a statement, which may wait for a lock and takes none that matters later.
-    pub(crate) fn end_prepare(
+    /// Prepares a statement, which may wait for a lock and takes none that matters later.
+    pub(crate) async fn prepare(
         mut self,
         sql: &str,
-        result: Result<Statement, tokio_postgres::Error>,
+        answer: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
     ) -> Result<Statement, tokio_postgres::Error> {
+        let result = self.session.while_executing(answer).await;
         if let Ok(statement) = &result
             && let Some(pending) = self.pending.take()
         {
             pending.end_with(StatementEnd::Prepared(sql, statement));
         }
         self.end(result)
+    }
+}
+
+impl Drop for RunningStatement<'_> {
+    fn drop(&mut self) {
+        if self.number.take().is_some() {
+            self.session.state.dropped();
+        }
     }
 }
 

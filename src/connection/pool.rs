@@ -1,7 +1,7 @@
 //! Where sessions come from: the application's pool, and the side connection.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
 use super::server_capabilities::Capabilities;
+use super::state::ConnectionState;
 use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
@@ -23,11 +24,15 @@ const LOGIN: Duration = Duration::from_millis(500);
 const SIDE: Duration = Duration::from_secs(1);
 /// How long for an answer on one of the pool's: what is asked is small.
 const ANSWER: Duration = Duration::from_secs(5);
+/// Between two questions to a server that does not answer.
+const PAUSE: Duration = Duration::from_millis(50);
 /// How long to wait for a pool connection to look or cancel with.
 const SPARE: Duration = Duration::from_secs(1);
 /// The same for what is not worth waiting for.
 #[cfg(feature = "incidents")]
 const SPARE_SOON: Duration = Duration::from_millis(20);
+
+static NEXT_SESSION: AtomicU64 = AtomicU64::new(1);
 
 /// The connections one keeper may use.
 pub(crate) struct Connections {
@@ -145,11 +150,8 @@ impl Connections {
             server_pid: None,
             own_backend: None,
             application_name: None,
-            unanswered: AtomicUsize::new(0),
-            untracked: AtomicBool::new(false),
-            cancel_pending: AtomicBool::new(false),
-            used: AtomicBool::new(false),
-            failed_or_unknown: AtomicBool::new(false),
+            state: ConnectionState::default(),
+            id: NEXT_SESSION.fetch_add(1, Ordering::Relaxed),
             observation: None,
             failure: Mutex::new(None),
         })
@@ -221,13 +223,58 @@ impl Connections {
         self.ask_pool(spare, sql).await
     }
 
+    /// Asks within `most` whatever answers: the side connection, else one connection of the pool after another, since
+    /// those may be silent too.
+    ///
+    /// # Errors
+    /// The server's refusal; `ConnectionLost` or `Pool` where nothing has answered.
+    pub(super) async fn ask_persistently(
+        self: &Arc<Self>,
+        most: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        let deadline = Deadline::after(most);
+        let patience = most / 4;
+        loop {
+            let asked = deadline.bound(Duration::ZERO, self.ask_any(patience, sql));
+            match asked.await {
+                Some(Err(error)) if error.as_db_error().is_none() && !deadline.has_passed() => {
+                    tracing::debug!(%error, "nothing has answered yet");
+                    tokio::time::sleep(patience.min(PAUSE)).await;
+                }
+                Some(answer) => return answer,
+                None => return Err(no_answer("on any other connection", most)),
+            }
+        }
+    }
+
+    async fn ask_any(self: &Arc<Self>, patience: Duration, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            match tokio::time::timeout(patience, side.ask(sql)).await {
+                Ok(Err(error)) if error.as_db_error().is_none() => {
+                    tracing::debug!(%error, "side connection failed, using the pool");
+                }
+                Ok(answer) => return answer,
+                Err(_) => tracing::debug!("side connection silent, using the pool"),
+            }
+        }
+        let session = self.check_out(&Deadline::after(patience)).await?;
+        // Cancel safety: unanswered, its connection is closed.
+        match tokio::time::timeout(patience, session.message(sql)).await {
+            Ok(reply) => {
+                let reply = reply?;
+                session.return_to_pool();
+                Ok(reply)
+            }
+            Err(_) => Err(no_answer("on a connection of the pool", patience)),
+        }
+    }
+
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
         let session = self.check_out(&Deadline::after(spare)).await?;
         // Cancel safety: a question of one statement; unanswered, its connection is closed.
         let Ok(reply) = tokio::time::timeout(ANSWER, session.message(sql)).await else {
-            return Err(Error::new(ErrorKind::ConnectionLost)
-                .with_detail("no answer on a connection of the pool")
-                .with_waited(ANSWER));
+            return Err(no_answer("on a connection of the pool", ANSWER));
         };
         let reply = reply?;
         session.return_to_pool();
@@ -238,8 +285,12 @@ impl Connections {
 async fn ask_side(side: &SideConnection, sql: &str) -> Result<Reply, Error> {
     match tokio::time::timeout(SIDE, side.ask(sql)).await {
         Ok(reply) => reply,
-        Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
-            .with_detail("no answer on the side connection")
-            .with_waited(SIDE)),
+        Err(_) => Err(no_answer("on the side connection", SIDE)),
     }
+}
+
+fn no_answer(place: &str, waited: Duration) -> Error {
+    Error::new(ErrorKind::ConnectionLost)
+        .with_detail(format!("no answer {place}"))
+        .with_waited(waited)
 }

@@ -23,7 +23,7 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.client().query(statement, params).await)
+                running.run(session.client().query(statement, params)).await
             }
 
             /// See [`tokio_postgres::Client::query_one`].
@@ -40,7 +40,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.client().query_one(statement, params).await)
+                running
+                    .run(session.client().query_one(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::query_opt`].
@@ -57,7 +59,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.client().query_opt(statement, params).await)
+                running
+                    .run(session.client().query_opt(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::query_raw`].
@@ -77,12 +81,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(
-                    session
-                        .untracked_client()
-                        .query_raw(statement, params)
-                        .await,
-                )
+                running
+                    .run(session.untracked_client().query_raw(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::query_typed`]: one round trip, without preparing.
@@ -99,7 +100,9 @@ macro_rules! query_methods {
             ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(statement));
-                running.end(session.client().query_typed(statement, params).await)
+                running
+                    .run(session.client().query_typed(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::execute`].
@@ -116,7 +119,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.client().execute(statement, params).await)
+                running
+                    .run(session.client().execute(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::execute_typed`]: one round trip, without preparing.
@@ -133,7 +138,9 @@ macro_rules! query_methods {
             ) -> Result<u64, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(statement));
-                running.end(session.client().execute_typed(statement, params).await)
+                running
+                    .run(session.client().execute_typed(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::execute_raw`].
@@ -153,7 +160,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.client().execute_raw(statement, params).await)
+                running
+                    .run(session.client().execute_raw(statement, params))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::batch_execute`].
@@ -163,7 +172,7 @@ macro_rules! query_methods {
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.end(session.client().batch_execute(sql).await)
+                running.run(session.client().batch_execute(sql)).await
             }
 
             /// See [`tokio_postgres::Client::simple_query`].
@@ -176,7 +185,7 @@ macro_rules! query_methods {
             ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.end(session.client().simple_query(sql).await)
+                running.run(session.client().simple_query(sql)).await
             }
 
             /// See [`tokio_postgres::Client::prepare`].
@@ -189,7 +198,7 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.end_prepare(sql, session.client().prepare(sql).await)
+                running.prepare(sql, session.client().prepare(sql)).await
             }
 
             /// See [`tokio_postgres::Client::prepare_typed`].
@@ -203,7 +212,9 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.end_prepare(sql, session.client().prepare_typed(sql, types).await)
+                running
+                    .prepare(sql, session.client().prepare_typed(sql, types))
+                    .await
             }
 
             /// See [`deadpool_postgres::ClientWrapper::prepare_cached`]: a round trip only the first time on a
@@ -217,7 +228,9 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.end_prepare(sql, session.client().prepare_cached(sql).await)
+                running
+                    .prepare(sql, session.client().prepare_cached(sql))
+                    .await
             }
 
             /// See [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
@@ -231,7 +244,9 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.end_prepare(sql, session.client().prepare_typed_cached(sql, types).await)
+                running
+                    .prepare(sql, session.client().prepare_typed_cached(sql, types))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::copy_in`].
@@ -248,7 +263,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.untracked_client().copy_in(statement).await)
+                running
+                    .run(session.untracked_client().copy_in(statement))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::copy_out`].
@@ -264,7 +281,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.end(session.untracked_client().copy_out(statement).await)
+                running
+                    .run(session.untracked_client().copy_out(statement))
+                    .await
             }
 
             /// The connection itself, for code that is generic over a `GenericClient`: `client()` is

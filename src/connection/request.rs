@@ -4,7 +4,6 @@ use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -14,14 +13,13 @@ use tokio_postgres::SimpleQueryMessage;
 use tracing::Instrument as _;
 
 use super::cancel::Canceller;
-use super::{Reply, Session};
+use super::{Reply, Session, silence};
+use crate::deadline::Deadline;
 use crate::postgres::sql::Message;
 
 pub(crate) type Answer = (Session, Result<Reply, tokio_postgres::Error>);
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
-/// How long an answer may take that waits for nothing but the server's attention.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The same behind statements that we do not know of: they may be waiting for anything.
 const ANSWER_TIMEOUT_UNTRACKED: Duration = Duration::from_millis(30);
 /// How often a cancel is repeated until the statement it is for has answered. A signal that arrives before its
@@ -46,11 +44,17 @@ impl AfterReply {
     pub(crate) async fn carry_out(self, session: Session) {
         match self {
             Self::Close => {}
-            Self::ReturnToPool => session.return_to_pool(),
+            Self::ReturnToPool => {
+                session.mark_ended();
+                session.mark_unlocked();
+                session.return_to_pool();
+            }
             Self::Pass(pass) => pass(session),
             Self::Send(sql) => {
                 let request = session.send(sql, OnAbandon::Finish);
-                if let Some((session, Ok(_))) = request.within(ANSWER_TIMEOUT).await {
+                if let Some((session, Ok(_))) = request.answered().await {
+                    session.mark_ended();
+                    session.mark_unlocked();
                     session.return_to_pool();
                 }
             }
@@ -83,15 +87,16 @@ impl OnAbandon {
 /// A message under way together with the session it is on.
 ///
 /// Cancel safety: may be dropped at any point. From then on it runs in the background, as its [`OnAbandon`] says.
-#[must_use = "a request sends nothing until it is awaited or detached"]
+///
+/// Every wait for its answer has a bound, so it is not a future itself.
+#[must_use = "a request sends nothing until its answer is awaited or it is detached"]
 pub(crate) struct Request {
-    // `None` once answered.
-    answering: Option<Answering>,
+    sending: Sending,
     undo: Option<OnAbandon>,
     canceller: Canceller,
     runtime: Handle,
     timeout: Duration,
-    sent: bool,
+    untracked: bool,
     behind_unanswered: bool,
 }
 
@@ -100,55 +105,106 @@ impl Request {
     /// background, which cancels them.
     ///
     /// Cancel safety: as [`Request`] itself.
-    pub(crate) async fn wait_or_detach(self) -> Option<Answer> {
+    pub(crate) async fn wait_or_detach(mut self) -> Option<Answer> {
         if self.behind_unanswered {
             self.detach();
             return None;
         }
-        // Behind statements that we do not know of, only for a moment.
-        let timeout = self.timeout;
-        self.within(timeout).await
+        if !self.untracked {
+            return self.answered().await;
+        }
+        // Behind statements that we do not know of, only for a moment. Then the background cancels them.
+        let connections = Arc::clone(&self.canceller.connections);
+        let runtime = self.runtime.clone();
+        connections
+            .bound(&runtime, self.timeout, &mut self.sending)
+            .await
     }
 
     /// The answer, also behind statements of the caller that were given up: they are cancelled, and the connection does
     /// not go back then. `None` where none comes all the same.
     ///
     /// Cancel safety: as [`Request`] itself.
+    /// It waits for one [`longest_silence`](Connections::longest_silence) before it cancels, and for one after.
     pub(crate) async fn wait_cancelling(mut self) -> Option<Answer> {
+        let connections = Arc::clone(&self.canceller.connections);
         let canceller = self.canceller.clone();
+        let runtime = self.runtime.clone();
         let mut timeout = if self.behind_unanswered {
             Duration::ZERO
         } else {
             self.timeout
         };
-        let runtime = self.runtime.clone();
-        for cancels in 0..=CANCELS {
-            let connections = &canceller.connections;
-            let answer = connections.bound(&runtime, timeout, &mut self).await;
-            if let Some((session, answer)) = answer {
-                if cancels > 0 {
-                    session.cancel_pending.store(true, Ordering::Relaxed);
+        let mut end = None;
+        loop {
+            let answer = connections.bound(&runtime, timeout, &mut self.sending);
+            if let Some((session, answer)) = answer.await {
+                if end.is_some() {
+                    session.state.cancelling();
                 }
                 return Some((session, answer));
             }
-            canceller.cancel().await;
-            timeout = CANCEL_AGAIN;
+            let end = end.get_or_insert_with(|| Deadline::after(connections.longest_silence()));
+            if end.has_passed() {
+                self.lose();
+                return None;
+            }
+            end.bound(Duration::ZERO, canceller.cancel()).await;
+            timeout = CANCEL_AGAIN.min(end.remaining());
         }
-        None
     }
 
-    /// The answer, unless it takes longer than `most`, and a little more.
+    /// The answer, unless the server is silent for too long.
     ///
     /// Cancel safety: as [`Request`] itself.
-    pub(crate) async fn within(self, most: Duration) -> Option<Answer> {
+    pub(crate) async fn answered(self) -> Option<Answer> {
+        let most = self.canceller.connections.longest_silence();
+        self.within(most).await
+    }
+
+    /// The answer, unless it takes longer than `most`, and a little more. Then the connection is closed, and what may be
+    /// waiting on it is cancelled.
+    ///
+    /// Cancel safety: as [`Request`] itself.
+    pub(crate) async fn within(mut self, most: Duration) -> Option<Answer> {
         let runtime = self.runtime.clone();
         let connections = Arc::clone(&self.canceller.connections);
-        connections.bound(&runtime, most, self).await
+        let answer = connections.bound(&runtime, most, &mut self.sending).await;
+        if answer.is_none() {
+            self.lose();
+        }
+        answer
+    }
+
+    /// The answer to a statement that may take as long as its backend is executing it.
+    ///
+    /// Cancel safety: as [`Request`] itself.
+    #[cfg(feature = "schema")]
+    pub(crate) async fn while_executing(mut self) -> Option<Answer> {
+        let connections = Arc::clone(&self.canceller.connections);
+        let pid = self.canceller.server_pid;
+        let answer =
+            silence::while_executing(&connections, &self.runtime, pid, &mut self.sending).await;
+        if answer.is_none() {
+            self.lose();
+        }
+        answer
+    }
+
+    /// Closes the connection now, so that the pool may open another.
+    fn lose(&mut self) {
+        let Some(undo) = self.undo.take() else { return };
+        drop(self.sending.answering.take());
+        // What ends a transaction or a lock waits for nothing, or is COMMIT, which is not to be cancelled.
+        if !matches!(undo, OnAbandon::Finish) {
+            let canceller = self.canceller.clone();
+            drop(self.runtime.spawn(async move { canceller.cancel().await }));
+        }
     }
 
     pub(super) fn new(session: Session, message: Message, undo: OnAbandon) -> Self {
-        let unanswered = session.unanswered.load(Ordering::Relaxed) > 0;
-        let untracked = session.untracked.load(Ordering::Relaxed);
+        let unanswered = session.state.is_unanswered();
+        let untracked = session.state.is_untracked();
         Self {
             canceller: Canceller::of(&session),
             runtime: session.runtime.clone(),
@@ -158,28 +214,31 @@ impl Request {
             } else {
                 undo
             }),
+            untracked,
             timeout: if untracked {
                 ANSWER_TIMEOUT_UNTRACKED
             } else {
-                ANSWER_TIMEOUT
+                session.connections.longest_silence()
             },
-            sent: false,
             behind_unanswered: unanswered,
-            answering: Some(Box::pin(async move {
-                let answer = answer(&session, &message).await;
-                // Answers come in order: with this one all earlier statements have ended.
-                session.unanswered.store(0, Ordering::Relaxed);
-                (session, answer)
-            })),
+            sending: Sending {
+                sent: false,
+                answering: Some(Box::pin(async move {
+                    let answer = answer(&session, &message).await;
+                    // Answers come in order: with this one all earlier statements have ended.
+                    session.state.all_answered();
+                    (session, answer)
+                })),
+            },
         }
     }
 
     /// Sends the message now, and leaves the rest to the background: for `Drop`.
     pub(crate) fn detach(mut self) {
-        if let Some(mut answering) = self.answering.take() {
-            self.sent = true;
+        if let Some(mut answering) = self.sending.answering.take() {
+            self.sending.sent = true;
             // The answer can be there already, where this thread was interrupted for as long as a round trip takes.
-            self.answering = Some(match poll_once(answering.as_mut()) {
+            self.sending.answering = Some(match poll_once(answering.as_mut()) {
                 Some(answer) => Box::pin(std::future::ready(answer)),
                 None => answering,
             });
@@ -187,7 +246,14 @@ impl Request {
     }
 }
 
-impl Future for Request {
+/// A message under way.
+struct Sending {
+    // `None` once answered.
+    answering: Option<Answering>,
+    sent: bool,
+}
+
+impl Future for Sending {
     type Output = Answer;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
@@ -204,13 +270,13 @@ impl Future for Request {
 
 impl Drop for Request {
     fn drop(&mut self) {
-        let (Some(answering), Some(undo)) = (self.answering.take(), self.undo.take()) else {
+        let (Some(answering), Some(undo)) = (self.sending.answering.take(), self.undo.take())
+        else {
             return;
         };
-        if self.sent {
+        if self.sending.sent {
             // On a runtime that has shut down the task is dropped unrun, and the session in it closes its connection.
-            let busy = matches!(undo, OnAbandon::CancelAndClose)
-                || self.timeout == ANSWER_TIMEOUT_UNTRACKED;
+            let busy = matches!(undo, OnAbandon::CancelAndClose) || self.untracked;
             let canceller = CancelOnDrop::new(self.canceller.clone(), busy);
             drop(
                 self.runtime
@@ -223,7 +289,7 @@ impl Drop for Request {
 impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Request")
-            .field("sent", &self.sent)
+            .field("sent", &self.sending.sent)
             .finish_non_exhaustive()
     }
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use crate::advisory::{Advisory, AdvisoryLock};
 use crate::backoff::Jitter;
 use crate::call_site::CallSite;
-use crate::connection::{Connections, OnAbandon, Reply, Session};
+use crate::connection::{Connections, OnAbandon, Reply, Session, Silence};
 use crate::deadline::Deadline;
-use crate::error::{Error, Failure, classify};
+use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{OpenPlain, Tx};
@@ -81,19 +81,32 @@ impl Env {
         text: impl Fn(&Session) -> String + Send,
     ) -> Result<(Session, Reply), Error> {
         let deadline = Deadline::after(self.lock_wait);
+        let mut silence = Silence::new(self.connections().longest_silence());
         let mut stale = 0;
         loop {
             let session = self.connections().check_out(&deadline).await?;
             let text = text(&session);
-            let (session, answer) = session.send(text, OnAbandon::CancelAndClose).await;
-            let error = match answer {
-                Ok(reply) => return Ok((session, reply)),
+            let sent = session.send(text, OnAbandon::CancelAndClose);
+            let error = match sent.within(silence.patience()).await {
+                Some((session, Ok(reply))) => return Ok((session, reply)),
                 // Dropped, the session closes its connection.
-                Err(error) => error,
+                Some((_, Err(error))) if classify(&error) != Failure::ConnectionLost => {
+                    return Err(error.into());
+                }
+                Some((_, Err(error))) => Error::from(error),
+                None => {
+                    let error = Error::new(ErrorKind::ConnectionLost)
+                        .with_detail("no answer from the server")
+                        .with_waited(silence.waited());
+                    if silence.is_over() {
+                        return Err(error);
+                    }
+                    error
+                }
             };
             stale += 1;
-            if classify(&error) != Failure::ConnectionLost || stale > self.connections().most() {
-                return Err(error.into());
+            if stale > self.connections().most() {
+                return Err(error);
             }
         }
     }

@@ -228,17 +228,19 @@ impl Env {
         let work = async {
             let _ended = scopeguard::guard((), |()| poll.end());
             // Cancel safety: dropped, the statement is cancelled on the server, and the connection closed.
-            let (session, answer) = session
-                .send(sql.to_owned(), OnAbandon::CancelAndClose)
-                .await;
+            let sent = session.send(sql.to_owned(), OnAbandon::CancelAndClose);
+            let Some((session, answer)) = sent.while_executing().await else {
+                return Err(Error::new(ErrorKind::ConnectionLost).with_detail(
+                    "a statement was silent, and its backend is not known to be executing it",
+                ));
+            };
             let lost = (answer.as_ref().err())
                 .is_some_and(|error| classify(error) == Failure::ConnectionLost);
-            if !lost
-                && let (session, Ok(_)) = session
-                    .send(previous.restore(), OnAbandon::CancelAndClose)
-                    .await
-            {
-                session.return_to_pool();
+            if !lost {
+                let restored = session.send(previous.restore(), OnAbandon::CancelAndClose);
+                if let Some((session, Ok(_))) = restored.answered().await {
+                    session.return_to_pool();
+                }
             }
             answer.map(drop).map_err(Error::from)
         };

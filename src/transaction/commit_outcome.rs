@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use crate::connection::Connections;
 use crate::deadline::Deadline;
+use crate::transaction::Resolve;
 use crate::transaction::sql::commit::{self, Mark, Status};
 
-/// How long to go on asking.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long to wait for a connection to ask on, the first time; each time that none was had, twice as long, since a busy
 /// pool has a line of others before us.
@@ -26,12 +25,16 @@ pub(super) enum CommitOutcome {
 /// Asks on other connections until the server knows.
 ///
 /// Cancel safety: only asks.
-pub(super) async fn look_up(connections: &Arc<Connections>, mark: &Mark) -> CommitOutcome {
+pub(super) async fn look_up(
+    connections: &Arc<Connections>,
+    mark: &Mark,
+    resolve: Resolve,
+) -> CommitOutcome {
     let Mark::Written(transaction) = mark else {
         return CommitOutcome::RolledBack;
     };
     let question = commit::status(transaction);
-    let deadline = Deadline::after(ANSWER_TIMEOUT);
+    let deadline = Deadline::after(resolve.0);
     let mut spare = SPARE;
     let mut last = "no other connection could ask for its outcome";
     while !deadline.has_passed() {
@@ -59,7 +62,7 @@ pub(super) async fn look_up(connections: &Arc<Connections>, mark: &Mark) -> Comm
             },
             failed => {
                 tracing::debug!(error = ?failed.map(|answer| answer.map(drop)), "outcome of a commit not asked");
-                spare = spare.saturating_mul(2).min(ANSWER_TIMEOUT);
+                spare = spare.saturating_mul(2).min(resolve.0);
             }
         }
         tokio::time::sleep(PAUSE).await;

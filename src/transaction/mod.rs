@@ -15,8 +15,10 @@ pub(crate) mod sql;
 mod tx;
 
 pub use async_func::AsyncFunc;
+pub(crate) use commit::commit;
 pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;
+pub(crate) use options::Resolve;
 pub use options::{NoRetry, RetryIf, TransactionOptions};
 #[cfg(feature = "incidents")]
 pub(crate) use report::{FailedAttempt, Reporter};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{BoxFuture, Open, Tx, sql};
 use crate::call_site::CallSite;
-use crate::connection::{Connections, OnAbandon};
+use crate::connection::{Connections, OnAbandon, Silence};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 
@@ -26,22 +26,23 @@ impl Open for OpenPlain {
 impl OpenPlain {
     /// Begins a transaction on a connection that is alive and clean. One message, one round trip.
     ///
+    /// A connection of the pool that is silent is replaced, within the longest silence in all.
+    ///
     /// Cancel safety: dropped, the transaction is rolled back in the background.
     pub(crate) async fn begin(&self) -> Result<Tx, Error> {
         let deadline = Deadline::after(self.lock_wait);
         let (connections, begin) = (&self.connections, &self.begin);
         let cache = connections.cache();
         let statement = begin.prepared_name();
+        let mut silence = Silence::new(connections.longest_silence());
         let mut stale = 0;
         loop {
             let session = connections.check_out(&deadline).await?;
             let probe = cache.probe(&session, statement);
             // On any error the session is dropped and so closed: what state it came in is not known.
-            let (mut session, answer) = session
-                .send(sql::begin_transaction(begin, &probe), OnAbandon::rollback())
-                .await;
-            let error = match answer {
-                Ok(reply) => match sql::begun(&reply) {
+            let sent = session.send(sql::begin_transaction(begin, &probe), OnAbandon::rollback());
+            let error = match sent.within(silence.patience()).await {
+                Some((mut session, Ok(reply))) => match sql::begun(&reply) {
                     Some(begun) if begun.fresh => {
                         let server = begun.server.as_ref();
                         cache.learn_reply(&session, &probe, statement, begun.pid, server);
@@ -60,7 +61,7 @@ impl OpenPlain {
                 },
                 // Nothing was done yet that could be done twice: a connection that died in the pool, or was left in a
                 // failed transaction, is replaced, and so is one whose prepared statements are not as expected.
-                Err(error) => match classify(&error) {
+                Some((_, Err(error))) => match classify(&error) {
                     Failure::ConnectionLost => error.into(),
                     failure if failure.is_of_the_connection() => {
                         cache.learn_failure(failure);
@@ -68,6 +69,15 @@ impl OpenPlain {
                     }
                     _ => return Err(error.into()),
                 },
+                None => {
+                    let error = Error::new(ErrorKind::ConnectionLost)
+                        .with_detail("no answer to BEGIN")
+                        .with_waited(silence.waited());
+                    if silence.is_over() {
+                        return Err(error);
+                    }
+                    error
+                }
             };
             stale += 1;
             if stale > connections.most() {

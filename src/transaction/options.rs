@@ -30,9 +30,19 @@ pub struct TransactionOptions<P = NoRetry> {
     begin: sql::Begin,
     attempts: u32,
     deadline: Option<Duration>,
-    resolve_commit: bool,
+    resolve_commit: Option<Resolve>,
     conflict_group: Option<LockKey>,
     retry_if: P,
+}
+
+/// For how long a COMMIT whose answer was lost is looked up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resolve(pub(crate) Duration);
+
+impl Default for Resolve {
+    fn default() -> Self {
+        Self(Duration::from_secs(15))
+    }
 }
 
 /// Whether a transaction that has failed with an error of the closure's own is worth another attempt: what
@@ -72,7 +82,7 @@ impl TransactionOptions {
             begin: sql::Begin::default(),
             attempts: 5,
             deadline: None,
-            resolve_commit: false,
+            resolve_commit: None,
             conflict_group: None,
             retry_if: NoRetry,
         }
@@ -177,7 +187,14 @@ impl<P> TransactionOptions<P> {
     /// role needs no more than PostgreSQL gives to all: `pg_current_xact_id`, `pg_current_wal_insert_lsn`,
     /// `pg_control_system` and their like.
     pub fn resolve_commit(mut self) -> Self {
-        self.resolve_commit = true;
+        self.resolve_commit.get_or_insert_default();
+        self
+    }
+
+    /// As [`resolve_commit`](Self::resolve_commit), and asks for so long instead of 15 s. A failover can take longer than
+    /// that: give it the time that yours takes.
+    pub fn resolve_commit_within(mut self, time: Duration) -> Self {
+        self.resolve_commit = Some(Resolve(time));
         self
     }
 
@@ -205,7 +222,7 @@ impl<P> TransactionOptions<P> {
         self.conflict_group.as_ref()
     }
 
-    pub(crate) fn resolves(&self) -> bool {
+    pub(crate) fn resolve(&self) -> Option<Resolve> {
         self.resolve_commit
     }
 

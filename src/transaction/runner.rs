@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
-use super::options::RetryIf;
+use super::options::{Resolve, RetryIf};
 use super::report::{FailedAttempt, Reporter};
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, RetryBudget};
@@ -26,8 +26,8 @@ pub(crate) struct Policy {
     pub(crate) backoff: Backoff,
     pub(crate) jitter: Arc<Jitter>,
     pub(crate) budget: Arc<RetryBudget>,
-    /// Whether a COMMIT whose answer is lost is looked up.
-    pub(crate) resolves: bool,
+    /// How a COMMIT whose answer is lost is looked up.
+    pub(crate) resolve: Option<Resolve>,
     pub(crate) reporter: Option<Arc<dyn Reporter>>,
 }
 
@@ -123,6 +123,8 @@ struct Attempts<'a> {
     deadline: Option<Deadline>,
     attempt: u32,
     times_victim: u32,
+    /// The session of the attempt.
+    session: u64,
     observed: Option<Arc<dyn Observed>>,
 }
 
@@ -134,6 +136,7 @@ impl<'a> Attempts<'a> {
             deadline: policy.deadline.map(Deadline::after),
             attempt: 0,
             times_victim: 0,
+            session: 0,
             observed: None,
         }
     }
@@ -144,7 +147,8 @@ impl<'a> Attempts<'a> {
             let opened = opened.map_err(|error| error.with_attempts(self.attempt))?;
             self.attempt += 1;
             let Some(tx) = opened else { return Ok(None) };
-            let tx = tx.resolving(self.policy.resolves);
+            let tx = tx.resolving(self.policy.resolve);
+            self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
             if let Some(observed) = tx.session().observed() {
                 observed.is_attempt(self.attempt, self.policy.attempts);
@@ -157,6 +161,7 @@ impl<'a> Attempts<'a> {
     fn commit(&mut self, tx: Tx) -> BoxFuture<'_, Result<Option<Reason>, Error>> {
         self.observed = tx.session().observed().cloned();
         Box::pin(async {
+            tx.check_session(self.session)?;
             match tx.commit().await {
                 Ok(()) => {
                     self.policy.budget.succeeded();
@@ -166,7 +171,10 @@ impl<'a> Attempts<'a> {
                     Ok(Some(Reason::Commit(error)))
                 }
                 // COMMIT was not run, or found to have been rolled back.
-                Err(error) if self.policy.resolves && error.kind() == ErrorKind::ConnectionLost => {
+                Err(error)
+                    if self.policy.resolve.is_some()
+                        && error.kind() == ErrorKind::ConnectionLost =>
+                {
                     Ok(Some(Reason::Commit(error)))
                 }
                 Err(error) => Err(error.with_attempts(self.attempt)),

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::hooks::Hooks;
-use super::{HeldLock, sql};
+use super::{HeldLock, Resolve, sql};
 use crate::call_site::CallSite;
 use crate::connection::{Observation, OnAbandon, Session, query_methods};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 
@@ -28,8 +28,8 @@ pub struct Tx {
     call_site: Option<CallSite>,
     lock_wait: Duration,
     pub(super) hooks: Hooks,
-    /// Whether a COMMIT whose answer is lost is looked up.
-    pub(super) resolves: bool,
+    /// How a COMMIT whose answer is lost is looked up.
+    pub(super) resolve: Option<Resolve>,
     /// The observation of the guard that has lent the session.
     outer: Option<Observation>,
 }
@@ -48,6 +48,7 @@ impl Tx {
         lock_wait: Duration,
         lock_timeout: Option<Duration>,
     ) -> Self {
+        session.mark_begun();
         let outer = session.begin_observation(call_site, lock_timeout, false);
         Self {
             session: Some(session),
@@ -57,15 +58,19 @@ impl Tx {
             call_site,
             lock_wait,
             hooks: Hooks::default(),
-            resolves: false,
+            resolve: None,
             outer,
         }
     }
 
     /// Has COMMIT looked up where its answer is lost.
-    pub(crate) fn resolving(mut self, resolves: bool) -> Self {
-        self.resolves = resolves;
+    pub(crate) fn resolving(mut self, resolve: Option<Resolve>) -> Self {
+        self.resolve = resolve;
         self
+    }
+
+    pub(crate) fn resolve(&self) -> Option<Resolve> {
+        self.resolve
     }
 
     pub(crate) fn session(&self) -> &Session {
@@ -153,6 +158,22 @@ impl Tx {
         }
     }
 
+    /// Refuses a transaction that is not the one that a closure was given: in safe code two `&mut Tx` can be swapped.
+    ///
+    /// # Errors
+    /// `TransactionEnded`.
+    pub(crate) fn check_session(&self, id: u64) -> Result<(), Error> {
+        if self
+            .session
+            .as_ref()
+            .is_some_and(|session| session.id() == id)
+        {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::TransactionEnded)
+            .with_detail("it was exchanged for another transaction; both are rolled back"))
+    }
+
     /// How long a lock may be waited for where the call does not say.
     pub(crate) fn lock_wait(&self) -> Duration {
         self.lock_wait
@@ -189,11 +210,6 @@ impl Tx {
     /// ```
     pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
         self.hooks.push(self.depth, Box::new(hook));
-    }
-
-    /// Runs the hooks: for who has committed on the session without this transaction's knowing.
-    pub(crate) fn mark_committed(&mut self) {
-        self.hooks.run();
     }
 
     /// ROLLBACK, after which the connection is back in the pool, or closed.
@@ -235,7 +251,9 @@ impl Drop for Tx {
     fn drop(&mut self) {
         if let Some(session) = self.session.take() {
             self.trace_end(&End::Rollback);
-            session.send(sql::rollback(), OnAbandon::Finish).detach();
+            if !session.is_lost() {
+                session.send(sql::rollback(), OnAbandon::Finish).detach();
+            }
         }
     }
 }

@@ -25,6 +25,7 @@ mod incidents;
 mod isolation;
 mod json;
 mod keys;
+mod life_cycle;
 mod line;
 mod lock_modes;
 mod lock_rows;

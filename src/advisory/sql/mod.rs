@@ -13,4 +13,4 @@ pub(crate) use release::*;
 pub(crate) use try_lock::*;
 pub(crate) use wait::*;
 
-pub(crate) use crate::postgres::sql::{BEGIN, PROBE, ROLLBACK, rollback};
+pub(crate) use crate::postgres::sql::{ROLLBACK, rollback};

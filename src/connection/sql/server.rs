@@ -72,6 +72,20 @@ pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String
     )
 }
 
+/// Whether the backend of this pid is executing a statement. Where the role may not see what it does, its state is NULL,
+/// and it counts as executing: what is not known is not taken for idle.
+pub(crate) fn is_executing(pid: i32) -> String {
+    format!(
+        "SELECT a.pid FROM pg_catalog.pg_stat_activity AS a WHERE pg_catalog.int4eq(a.pid, {pid}) \
+         AND pg_catalog.nameeq(a.datname, pg_catalog.current_database()) \
+         AND (a.state IS NULL OR pg_catalog.texteq(a.state, 'active') OR pg_catalog.texteq(a.state, 'fastpath function call'))"
+    )
+}
+
+pub(crate) fn executes(reply: &[SimpleQueryMessage]) -> bool {
+    rows(reply).next().is_some()
+}
+
 /// What the side connection goes by.
 pub(crate) const SIDE_NAME: &str = "lockkeeper side connection";
 

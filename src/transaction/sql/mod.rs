@@ -4,7 +4,7 @@ mod begin;
 pub(crate) mod commit;
 pub(crate) mod rows;
 
-pub(crate) use crate::postgres::sql::{COMMIT, Message, PROBE, rollback};
+pub(crate) use crate::postgres::sql::{COMMIT, PROBE, rollback};
 pub(crate) use begin::{Begin, FRESH, PID, begin_transaction, begun};
 
 /// A savepoint by its name, which is ours and needs no quotes.

@@ -189,7 +189,7 @@ async fn a_transaction_that_cannot_commit_says_so() {
     assert_error(
         &error,
         ErrorKind::Database,
-        "the transaction was rolled back (SQLSTATE 25P02)",
+        "an earlier statement of the transaction failed, so it was rolled back (SQLSTATE 22012)",
     );
     let swallowed = guard.transaction(async |tx| {
         assert!(tx.client().batch_execute("SELECT 1/0").await.is_err());

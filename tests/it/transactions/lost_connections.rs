@@ -230,7 +230,8 @@ async fn cut_during_commit_it_is_never_applied_twice() {
     }
 }
 
-/// COMMIT is held up by a deferred trigger, and its backend terminated, or the COMMIT cancelled.
+/// COMMIT is held up by a deferred trigger, and its backend terminated, or the COMMIT cancelled. The server says so in the
+/// place of COMMIT's answer, so it is known that nothing is committed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backend_that_ends_during_commit_has_not_committed() {
     let scene = Scene::with_two_rows(2).await;
@@ -247,8 +248,8 @@ async fn a_backend_that_ends_during_commit_has_not_committed() {
     for (function, kind, text) in [
         (
             "pg_terminate_backend",
-            ErrorKind::CommitUnknown,
-            "outcome unknown",
+            ErrorKind::ConnectionLost,
+            "the server ended the session before COMMIT (SQLSTATE 57P01)",
         ),
         ("pg_cancel_backend", ErrorKind::Cancelled, "SQLSTATE 57014"),
     ] {

@@ -1,0 +1,220 @@
+//! What a connection goes through: a server that falls silent, a section that ends its own transaction, a handle that is
+//! moved elsewhere.
+
+use std::time::Duration;
+
+use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard};
+use lockkeeper_testkit::{Fault, Proxy, Scene, assert_error, assert_error_in, in_time};
+use tokio::sync::Mutex;
+
+const SILENCE: Duration = Duration::from_millis(500);
+
+async fn guard(keeper: &Keeper, key: i64) -> SessionGuard {
+    keeper.advisory_lock(key).session().acquire().await.unwrap()
+}
+
+/// A keeper behind a proxy, with a short silence.
+fn behind(proxy: &Proxy, scene: &Scene) -> Keeper {
+    let pool = proxy.pool(&scene.database.config(), 2);
+    Keeper::builder(pool)
+        .watch(false)
+        .longest_silence(SILENCE)
+        .build()
+}
+
+/// A pooled connection that is silent when a transaction begins is replaced; one that is silent later is lost, and the
+/// caller is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_falls_silent_is_given_up() {
+    let scene = Scene::new(2).await;
+    scene.run("CREATE TABLE note (id int)").await;
+    let proxy = Proxy::before(scene.database.server());
+    let keeper = behind(&proxy, &scene);
+    let write = async || {
+        keeper
+            .transaction(async |tx| {
+                tx.batch_execute("INSERT INTO note VALUES (1)").await?;
+                Ok::<_, Error>(())
+            })
+            .await
+    };
+    in_time("a first transaction", write()).await.unwrap();
+
+    proxy.fault_later(0, Fault::Stall);
+    in_time("silent at BEGIN", write()).await.unwrap();
+    assert_eq!(proxy.faults_left(), 0);
+
+    proxy.fault("INSERT INTO note VALUES (1)", Fault::Stall);
+    let error = in_time("silent at a statement", write()).await.unwrap_err();
+    assert_error(&error, ErrorKind::ConnectionLost, "nothing is applied");
+    assert_eq!(proxy.faults_left(), 0);
+
+    proxy.fault("COMMIT", Fault::Stall);
+    let error = in_time("silent at COMMIT", write()).await.unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::CommitUnknown,
+        "no answer from the server",
+    );
+    assert_eq!(proxy.faults_left(), 0);
+
+    in_time("afterwards", write()).await.unwrap();
+    scene.until_no_transaction().await;
+    assert_eq!(scene.count("note").await, 3);
+    scene.nothing_left().await;
+}
+
+/// A guard on a silent connection is lost, and so says its release.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guard_that_falls_silent_is_lost() {
+    let scene = Scene::new(2).await;
+    let proxy = Proxy::before(scene.database.server());
+    let keeper = behind(&proxy, &scene);
+    let mut held = guard(&keeper, 741).await;
+    proxy.fault("SELECT 41", Fault::Stall);
+    let transaction = held.transaction(async |tx| {
+        tx.batch_execute("SELECT 41").await?;
+        Ok::<_, Error>(())
+    });
+    let error = in_time("silent at a statement", transaction)
+        .await
+        .unwrap_err();
+    assert_error(&error, ErrorKind::ConnectionLost, "connection lost");
+    assert!(held.is_lost());
+    let released = in_time("release", held.release()).await;
+    assert_error(&released.unwrap_err(), ErrorKind::LockLost, "741");
+    in_time("again", guard(&keeper, 742))
+        .await
+        .release()
+        .await
+        .unwrap();
+    scene.nothing_left().await;
+}
+
+/// A statement that its backend is executing is not given up, however long it takes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_statement_is_not_silence() {
+    let scene = Scene::new(2).await;
+    let keeper = Keeper::builder(scene.database.pool(2))
+        .longest_silence(Duration::from_millis(200))
+        .build();
+    keeper
+        .transaction(async |tx| {
+            tx.batch_execute("SELECT pg_sleep(2)").await?;
+            tx.query("SELECT pg_sleep(1)", &[]).await?;
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap();
+    scene.nothing_left().await;
+}
+
+/// A section that ends its own transaction through the bare client is told so at its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_section_that_ends_its_transaction_is_told() {
+    let scene = Scene::new(2).await;
+    for sql in ["COMMIT", "ROLLBACK"] {
+        let section = scene.keeper.with_advisory_lock(743, async |tx| {
+            tx.client().batch_execute(sql).await?;
+            Ok::<_, Error>(())
+        });
+        let error = section.await.unwrap_err();
+        assert_error_in(
+            sql,
+            &error,
+            ErrorKind::TransactionEnded,
+            "the section has ended its own transaction",
+        );
+        scene.nothing_left().await;
+    }
+}
+
+/// A guard whose locks were returned behind its back does not commit, and no transaction joins one that was left open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guards_transaction_is_under_its_lock() {
+    let scene = Scene::new(2).await;
+    scene.run("CREATE TABLE note (id int)").await;
+    let write = async |guard: &mut SessionGuard| {
+        guard
+            .transaction(async |tx| {
+                tx.batch_execute("INSERT INTO note VALUES (1)").await?;
+                Ok::<_, Error>(())
+            })
+            .await
+    };
+    let mut held = guard(&scene.keeper, 744).await;
+    write(&mut held).await.unwrap();
+    held.batch_execute("BEGIN; INSERT INTO note VALUES (2)")
+        .await
+        .unwrap();
+    let error = write(&mut held).await.unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::Config,
+        "a transaction was left open on the guard",
+    );
+    held.batch_execute("ROLLBACK").await.unwrap();
+    write(&mut held).await.unwrap();
+    held.client()
+        .batch_execute("SELECT pg_advisory_unlock_all()")
+        .await
+        .unwrap();
+    let error = write(&mut held).await.unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::LockLost,
+        "no longer holds it; nothing is committed",
+    );
+    assert_error(
+        &held.release().await.unwrap_err(),
+        ErrorKind::LockLost,
+        "744",
+    );
+    assert_eq!(scene.count("note").await, 2);
+    scene.nothing_left().await;
+}
+
+/// Two transactions that are exchanged for one another: neither commits, and no connection with a lock on it goes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_exchanged_transaction_takes_no_lock_into_the_pool() {
+    let scene = Scene::new(2).await;
+    let held = Mutex::new(guard(&scene.keeper, 745).await);
+    let section = scene.keeper.transaction(async |tx| {
+        let mut held = held.lock().await;
+        held.transaction(async |inner| {
+            std::mem::swap(tx, inner);
+            Ok::<_, Error>(())
+        })
+        .await
+    });
+    let error = in_time("a section", section).await.unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::TransactionEnded,
+        "exchanged for another transaction",
+    );
+    let held = held.into_inner();
+    assert!(held.is_lost());
+    drop(held);
+    scene.nothing_left().await;
+}
+
+/// A statement whose future was dropped has ended once a later one is answered: the connection is as good as before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_statement_that_has_ended_costs_no_connection() {
+    let scene = Scene::new(1).await;
+    let held = guard(&scene.keeper, 746).await;
+    let pid = held.backend_pid();
+    let dropped = held.batch_execute("SELECT pg_sleep(0.3)");
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), dropped)
+            .await
+            .is_err()
+    );
+    held.batch_execute("SELECT 1").await.unwrap();
+    held.release().await.unwrap();
+    let again = guard(&scene.keeper, 746).await;
+    assert_eq!(again.backend_pid(), pid, "the connection was replaced");
+    again.release().await.unwrap();
+    scene.nothing_left().await;
+}
