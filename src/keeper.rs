@@ -114,6 +114,9 @@ impl Keeper {
     ///     .await
     /// # }
     /// ```
+    ///
+    /// # Longest silence
+    /// As [`acquire`](AdvisoryLock::acquire), and then as [`transaction_with`](Self::transaction_with).
     #[track_caller]
     pub fn with_advisory_lock<R, E, F>(
         &self,
@@ -141,6 +144,9 @@ impl Keeper {
     /// As [`with_advisory_lock`](Self::with_advisory_lock), without `LockTimeout`.
     ///
     /// # Cancel safety
+    /// As [`with_advisory_lock`](Self::with_advisory_lock).
+    ///
+    /// # Longest silence
     /// As [`with_advisory_lock`](Self::with_advisory_lock).
     #[track_caller]
     pub fn try_with_advisory_lock<R, E, F>(
@@ -189,6 +195,9 @@ impl Keeper {
     ///
     /// # Cancel safety
     /// As [`transaction_with`](Self::transaction_with).
+    ///
+    /// # Longest silence
+    /// As [`transaction_with`](Self::transaction_with).
     #[track_caller]
     pub fn transaction<R, E, F>(&self, f: F) -> impl Future<Output = Result<R, E>> + Send
     where
@@ -220,6 +229,12 @@ impl Keeper {
     ///
     /// # Cancel safety
     /// May be dropped at any point: the transaction is rolled back. Dropped during COMMIT, it may have committed.
+    ///
+    /// # Longest silence
+    /// The wait for a connection is bounded by [`lock_wait`](KeeperBuilder::lock_wait). Each of BEGIN, COMMIT and ROLLBACK has
+    /// one [`longest_silence`](KeeperBuilder::longest_silence), and a silent connection is replaced at BEGIN. A statement of the
+    /// closure has twice that, and up to a second more; looking COMMIT up has
+    /// [`resolve_commit_within`](TransactionOptions::resolve_commit_within).
     #[track_caller]
     pub fn transaction_with<R, E, F, P>(
         &self,

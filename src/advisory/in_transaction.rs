@@ -65,6 +65,9 @@ impl Tx {
     /// # Cancel safety
     /// A wait that is dropped is cancelled on the server, which fails the transaction, or a later statement of it, or comes
     /// too late: roll it back.
+    ///
+    /// # Longest silence
+    /// The wait, and one [`longest_silence`](crate::KeeperBuilder::longest_silence).
     pub fn advisory_lock(&mut self, key: impl Into<LockKey>) -> TxAdvisoryLock<'_> {
         self.advisory_locks([key])
     }
@@ -106,6 +109,9 @@ impl<'a> TxAdvisoryLock<'a> {
     ///
     /// # Cancel safety
     /// Dropped, the locks may have been taken; they end with the transaction.
+    ///
+    /// # Longest silence
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence) for each of at most three messages.
     pub async fn try_acquire(self) -> Result<bool, Error> {
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "try_advisory_lock", &request);

@@ -101,6 +101,10 @@ impl AdvisoryLock {
     /// # Cancel safety
     /// May be dropped at any point. A wait under way is cancelled on the server and its connection closed; a lock that
     /// was granted meanwhile is released.
+    ///
+    /// # Longest silence
+    /// The wait of the lock, and two seconds or one [`longest_silence`](crate::KeeperBuilder::longest_silence),
+    /// whichever is shorter. A silent connection is replaced while the wait lasts.
     pub async fn acquire(self) -> Result<XactGuard, Error> {
         let (advisory, request) = self.request()?;
         let span = request.span("acquire");
@@ -118,6 +122,9 @@ impl AdvisoryLock {
     ///
     /// # Cancel safety
     /// As [`acquire`](Self::acquire).
+    ///
+    /// # Longest silence
+    /// As `acquire`, with the keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait) as its wait.
     pub async fn try_acquire(self) -> Result<Option<XactGuard>, Error> {
         let (advisory, request) = self.request()?;
         let span = request.span("try_acquire");

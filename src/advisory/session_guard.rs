@@ -156,6 +156,10 @@ impl SessionGuard {
     /// # Cancel safety
     /// Once polled, the release goes on in the background if this is dropped. So it does when a statement whose future
     /// was dropped is still running on the guard's connection: it is cancelled, and the connection closed.
+    ///
+    /// # Longest silence
+    /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence): once for the answer, and once
+    /// while what may still run on the connection is cancelled.
     pub async fn release(mut self) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
         let Some(mut session) = self.session.take() else {

@@ -51,6 +51,9 @@ impl XactGuard {
     ///
     /// # Cancel safety
     /// Once polled, the commit goes on in the background if this is dropped; whether it happened is then not known.
+    ///
+    /// # Longest silence
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence).
     pub async fn commit(self) -> Result<(), Error> {
         self.tx.commit().await
     }
@@ -61,6 +64,9 @@ impl XactGuard {
     ///
     /// # Cancel safety
     /// Once polled, it goes on in the background if this is dropped.
+    ///
+    /// # Longest silence
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence).
     pub async fn rollback(self) {
         self.tx.rollback().await;
     }
@@ -122,6 +128,9 @@ impl XactGuard {
     /// As [`Tx::savepoint`].
     ///
     /// # Cancel safety
+    /// As [`Tx::savepoint`].
+    ///
+    /// # Longest silence
     /// As [`Tx::savepoint`].
     pub async fn savepoint<R, E, F>(&mut self, f: F) -> Result<R, E>
     where

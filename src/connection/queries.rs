@@ -8,6 +8,10 @@ macro_rules! query_methods {
     ($type:ty) => {
         /// The driver's query methods. Each is cancel safe in this sense: a statement whose future is dropped goes on
         /// on the server, statements after it wait for it, and it is cancelled when its owner ends.
+        ///
+        /// Each may take as long as its backend is executing it. Where that cannot be shown, it ends with the driver's error
+        /// for a closed connection after at most twice
+        /// [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more.
         impl $type {
             /// See [`tokio_postgres::Client::query`].
             ///

@@ -82,6 +82,10 @@ impl Tx {
     ///     .await
     /// # }
     /// ```
+    ///
+    /// # Longest silence
+    /// As the query methods': twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second
+    /// more, while its backend is not known to be executing it.
     pub fn lock_rows<T>(
         &self,
         table: impl Into<TableName>,

@@ -21,6 +21,9 @@ impl Tx {
     /// # Cancel safety
     /// Dropped, the transaction is rolled back to the savepoint before anything else runs in it; dropped while the
     /// savepoint is being released, after the closure has returned `Ok`, what was done inside stays.
+    ///
+    /// # Longest silence
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence) for each of its own statements.
     pub async fn savepoint<R, E, F>(&mut self, f: F) -> Result<R, E>
     where
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>

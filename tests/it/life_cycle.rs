@@ -59,6 +59,8 @@ async fn a_server_that_falls_silent_is_given_up() {
     assert_eq!(proxy.faults_left(), 0);
 
     in_time("afterwards", write()).await.unwrap();
+    // The server learns of the connections that were given up.
+    drop(proxy);
     scene.until_no_transaction().await;
     assert_eq!(scene.count("note").await, 3);
     scene.nothing_left().await;
@@ -83,11 +85,10 @@ async fn a_guard_that_falls_silent_is_lost() {
     assert!(held.is_lost());
     let released = in_time("release", held.release()).await;
     assert_error(&released.unwrap_err(), ErrorKind::LockLost, "741");
-    in_time("again", guard(&keeper, 742))
-        .await
-        .release()
-        .await
-        .unwrap();
+    let again = in_time("again", guard(&keeper, 742)).await;
+    again.release().await.unwrap();
+    // The server learns of the connection that was given up.
+    drop(proxy);
     scene.nothing_left().await;
 }
 
