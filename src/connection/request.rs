@@ -13,7 +13,7 @@ use tokio_postgres::SimpleQueryMessage;
 use tracing::Instrument as _;
 
 use super::cancel::Canceller;
-use super::{Reply, Session, silence};
+use super::{Reply, Session};
 use crate::deadline::Deadline;
 use crate::postgres::sql::Message;
 
@@ -184,7 +184,8 @@ impl Request {
         let connections = Arc::clone(&self.canceller.connections);
         let pid = self.canceller.server_pid;
         let answer =
-            silence::while_executing(&connections, &self.runtime, pid, &mut self.sending).await;
+            super::silence::while_executing(&connections, &self.runtime, pid, &mut self.sending)
+                .await;
         if answer.is_none() {
             self.lose();
         }
