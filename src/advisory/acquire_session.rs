@@ -158,10 +158,9 @@ impl Advisory {
         }
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());
-        let unlock = match self.probe(&session, request.locks().prepared_name(true)) {
-            Probe::Execute(statement) => Some(statement),
-            _ => None,
-        };
+        let statement = request.locks().prepared_name(true);
+        let cache = self.connections.cache();
+        let unlock = cache.prepared_name(&session, statement);
         let guard = SessionGuard::new(session, request, name, unlock, ticket);
         let server = self.server(guard.session(), &tried);
         let checked = check_locking(

@@ -1,8 +1,9 @@
 //! What is known of the pool's connections, so that it is not asked each time.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Session;
@@ -32,7 +33,25 @@ struct Connections {
 #[derive(Debug)]
 struct Connection {
     server: Server,
-    prepared: HashSet<PreparedName>,
+    prepared: HashMap<PreparedName, Preparing>,
+}
+
+/// How far a statement has come on a connection.
+#[derive(Debug, Default)]
+struct Preparing {
+    /// How often it was to be prepared: each time under another name, since a message that was given up may have prepared it.
+    tries: u32,
+    is_prepared: bool,
+}
+
+impl Preparing {
+    fn name(&self, statement: PreparedName, owner: &str) -> String {
+        let name = statement.name(owner);
+        match self.tries {
+            0 | 1 => name,
+            tries => format!("{name}_{tries}"),
+        }
+    }
 }
 
 impl Default for ConnectionCache {
@@ -50,27 +69,46 @@ impl Default for ConnectionCache {
 impl ConnectionCache {
     /// What is to be asked on this connection, and how.
     pub(crate) fn probe(&self, session: &Session, statement: Option<PreparedName>) -> Probe {
-        let connections = self.lock();
-        let Some(connection) = connections.by_birth.get(&session.created()) else {
+        let mut connections = self.lock();
+        let Connections { by_birth, owner } = &mut *connections;
+        let Some(connection) = by_birth.get_mut(&session.created()) else {
             return Probe::Full { login_pid: None };
         };
         match statement {
             Some(statement) if self.prepares.load(Ordering::Relaxed) => {
-                let name = statement.name(&connections.owner);
-                if connection.prepared.contains(&statement) {
-                    Probe::Execute(name)
-                } else {
-                    Probe::Prepare(name)
+                let preparing = connection.prepared.entry(statement).or_default();
+                if preparing.is_prepared {
+                    return Probe::Execute(preparing.name(statement, owner));
                 }
+                preparing.tries = preparing.tries.saturating_add(1);
+                Probe::Prepare(preparing.name(statement, owner))
             }
             _ => Probe::Minimal,
         }
     }
 
+    /// The name of a statement that is prepared on this connection.
+    pub(crate) fn prepared_name(
+        &self,
+        session: &Session,
+        statement: Option<PreparedName>,
+    ) -> Option<String> {
+        let connections = self.lock();
+        let connection = connections.by_birth.get(&session.created())?;
+        let statement = statement.filter(|_| self.prepares.load(Ordering::Relaxed))?;
+        let preparing = connection.prepared.get(&statement)?;
+        let name = || preparing.name(statement, &connections.owner);
+        preparing.is_prepared.then(name)
+    }
+
     /// Remembers that what was to be prepared is: its message was answered.
     fn prepared(&self, session: &Session, statement: PreparedName) {
         if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
-            connection.prepared.insert(statement);
+            connection
+                .prepared
+                .entry(statement)
+                .or_default()
+                .is_prepared = true;
         }
     }
 
@@ -88,7 +126,7 @@ impl ConnectionCache {
             session.created(),
             Connection {
                 server: server.clone(),
-                prepared: HashSet::new(),
+                prepared: HashMap::new(),
             },
         );
     }
@@ -118,7 +156,7 @@ impl ConnectionCache {
     }
 
     /// Where what was prepared is not there, something deallocates it, and whole texts are sent from now on. The other way
-    /// round, where a message that prepared was given up before its answer, only its connection is lost.
+    /// round, where somebody has prepared our name, only the connection is lost.
     pub(crate) fn learn_failure(&self, failure: Failure) {
         if failure == Failure::MissingStatement {
             self.prepares.store(false, Ordering::Relaxed);
@@ -132,8 +170,11 @@ impl ConnectionCache {
     }
 }
 
-/// A number nobody else in this process has: several keepers may share a pool.
+/// What nobody else has: several keepers may share a pool, several copies of this crate a process, and several processes
+/// the backends of a pooler.
 fn owner() -> String {
+    static PROCESS: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish());
     static NEXT: AtomicU64 = AtomicU64::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed).to_string()
+    let keeper = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{:016x}_{keeper}", *PROCESS)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, Keeper, Schema};
 use lockkeeper_testkit::{
-    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop,
+    GIVE_UP_AFTER, Scene, assert_error, assert_error_in, eventually, poll_times_and_drop, pool_of,
 };
 
 /// As another process would have it: a pool and a keeper of its own.
@@ -341,4 +341,33 @@ async fn the_table_is_created_once_in_any_schema() {
         scene.observer.batch_execute(&sql).await.is_ok()
     })
     .await;
+}
+
+/// The key is not sent as it is: a server of another encoding refuses characters that it does not have (22P05).
+#[tokio::test]
+async fn a_key_of_any_characters_is_noted_in_a_database_of_another_encoding() {
+    let scene = Scene::new(1).await;
+    let name = format!("{}_latin1", scene.database.name());
+    let create = format!(
+        "CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"
+    );
+    scene.observer.batch_execute(&create).await.unwrap();
+    let mut config = scene.database.config();
+    config.dbname(&name);
+    let keeper = Keeper::builder(pool_of(config, 3))
+        .application("日本")
+        .build();
+    let schema = keeper.schema();
+    for key in ["größe", "日本 🔒", r"\u{e9}", "é", "e"] {
+        for expected in [Some(key), None] {
+            let ran = schema
+                .migrate_once(key, async |_| Ok::<_, Error>(key))
+                .await;
+            assert_eq!(ran.unwrap(), expected, "{key}");
+        }
+    }
+    drop((schema, keeper));
+    let drop_it = format!("DROP DATABASE {name} WITH (FORCE)");
+    scene.observer.batch_execute(&drop_it).await.unwrap();
+    scene.nothing_left_within(GIVE_UP_AFTER).await;
 }

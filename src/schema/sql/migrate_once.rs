@@ -1,5 +1,7 @@
 //! The table that records which migrations are done.
 
+use std::borrow::Cow;
+
 use super::catalog::is_named;
 use crate::postgres::sql::literal;
 use crate::postgres::table_name::TableName;
@@ -28,7 +30,7 @@ pub(crate) fn create(table: &TableName) -> String {
 pub(crate) fn is_done(table: &TableName, key: &str) -> String {
     format!(
         "SELECT EXISTS (SELECT FROM {table} AS m WHERE pg_catalog.texteq(m.key, {})) AS yes",
-        literal(key)
+        literal(&in_ascii(key))
     )
 }
 
@@ -36,9 +38,22 @@ pub(crate) fn done(table: &TableName, key: &str, by: &str) -> String {
     format!(
         "INSERT INTO {table} (key, done_by) VALUES ({}, {} OPERATOR(pg_catalog.||) \
          (' as ' OPERATOR(pg_catalog.||) CURRENT_USER::pg_catalog.text)) ON CONFLICT DO NOTHING",
-        literal(key),
-        literal(by)
+        literal(&in_ascii(key)),
+        literal(&in_ascii(by))
     )
+}
+
+/// A text that a server of any encoding takes, and another one for each text: plain ASCII as it is, and else with
+/// `\u{…}` for what is not ASCII, and for the backslash.
+fn in_ascii(text: &str) -> Cow<'_, str> {
+    if text.is_ascii() && !text.contains("\\u{") {
+        return Cow::Borrowed(text);
+    }
+    let escaped = text.chars().map(|c| match c {
+        c if c.is_ascii() && c != '\\' => c.to_string(),
+        c => c.escape_unicode().to_string(),
+    });
+    Cow::Owned(escaped.collect())
 }
 
 /// Whether the transaction began before this statement.
@@ -48,4 +63,16 @@ pub(crate) const IN_TRANSACTION: &str = "SELECT pg_catalog.transaction_timestamp
 /// Whether there is a backend with this pid. Needs no lock and no privilege.
 pub(crate) fn is_alive(pid: i32) -> String {
     format!("SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity({pid})) AS yes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_ascii;
+
+    #[test]
+    fn no_two_texts_become_one() {
+        assert_eq!(in_ascii(r"k'e\y"), r"k'e\y");
+        assert_eq!(in_ascii(r"é\"), r"\u{e9}\u{5c}");
+        assert_eq!(in_ascii(r"\u{e9}"), r"\u{5c}u{e9}");
+    }
 }

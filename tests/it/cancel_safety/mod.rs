@@ -5,6 +5,7 @@ mod at_random;
 mod calls;
 mod late_cancels;
 mod open_guards;
+mod prepared;
 
 use std::time::Duration;
 
