@@ -459,7 +459,9 @@ impl KeeperBuilder {
     ///   asks whether its backend is still executing it. If the backend is not, or if nothing answers for the same time
     ///   again, the statement ends with the driver's error for a closed connection.
     ///
-    /// The connection is closed then, and the pool may open another.
+    /// The connection is closed then, and the pool may open another. The other connection is the
+    /// [`side_connection`](Self::side_connection), or else one of the pool; where all of those are in use, the pool opens one
+    /// more for the question.
     pub fn longest_silence(mut self, silence: Duration) -> Self {
         self.longest_silence = silence.max(Duration::from_millis(100));
         self

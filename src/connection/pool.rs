@@ -1,7 +1,7 @@
 //! Where sessions come from: the application's pool, and the side connection.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -43,6 +43,8 @@ pub(crate) struct Connections {
     timeout: CoarseTimer,
     observer: Option<Arc<dyn Observer>>,
     longest_silence: Duration,
+    /// Whether the pool may open one connection more at the moment.
+    extended: AtomicBool,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -69,6 +71,7 @@ impl Connections {
             timeout: CoarseTimer::default(),
             observer,
             longest_silence,
+            extended: AtomicBool::new(false),
         })
     }
 
@@ -258,7 +261,10 @@ impl Connections {
                 Err(_) => tracing::debug!("side connection silent, using the pool"),
             }
         }
+        // A pool whose connections are all busy, with long statements perhaps, may open one more for the question.
+        let extended = self.extend();
         let session = self.check_out(&Deadline::after(patience)).await?;
+        drop(extended);
         // Cancel safety: unanswered, its connection is closed.
         match tokio::time::timeout(patience, session.message(sql)).await {
             Ok(reply) => {
@@ -270,6 +276,18 @@ impl Connections {
         }
     }
 
+    /// Lets the pool open one connection more where all are in use, until this is dropped. What is returned while the pool
+    /// is too large is closed.
+    fn extend(&self) -> Option<Extended<'_>> {
+        let status = self.pool.status();
+        let is_exhausted = status.available == 0 && status.size >= status.max_size;
+        if !is_exhausted || self.extended.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        self.pool.resize(status.max_size + 1);
+        Some(Extended(self))
+    }
+
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
         let session = self.check_out(&Deadline::after(spare)).await?;
         // Cancel safety: a question of one statement; unanswered, its connection is closed.
@@ -279,6 +297,17 @@ impl Connections {
         let reply = reply?;
         session.return_to_pool();
         Ok(reply)
+    }
+}
+
+/// A pool that may open one connection more.
+struct Extended<'a>(&'a Connections);
+
+impl Drop for Extended<'_> {
+    fn drop(&mut self) {
+        let pool = &self.0.pool;
+        pool.resize(pool.status().max_size.saturating_sub(1));
+        self.0.extended.store(false, Ordering::Relaxed);
     }
 }
 

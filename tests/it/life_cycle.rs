@@ -7,7 +7,7 @@ use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard};
 use lockkeeper_testkit::{Fault, Proxy, Scene, assert_error, assert_error_in, in_time};
 use tokio::sync::Mutex;
 
-const SILENCE: Duration = Duration::from_millis(500);
+const SILENCE: Duration = Duration::from_secs(2);
 
 async fn guard(keeper: &Keeper, key: i64) -> SessionGuard {
     keeper.advisory_lock(key).session().acquire().await.unwrap()
@@ -96,17 +96,23 @@ async fn a_guard_that_falls_silent_is_lost() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_statement_is_not_silence() {
     let scene = Scene::new(2).await;
-    let keeper = Keeper::builder(scene.database.pool(2))
-        .longest_silence(Duration::from_millis(200))
-        .build();
-    keeper
-        .transaction(async |tx| {
-            tx.batch_execute("SELECT pg_sleep(2)").await?;
-            tx.query("SELECT pg_sleep(1)", &[]).await?;
-            Ok::<_, Error>(())
-        })
-        .await
-        .unwrap();
+    // Where it is the pool's only connection, too.
+    for size in [1, 2] {
+        let pool = scene.database.pool(size);
+        let keeper = Keeper::builder(pool.clone())
+            .longest_silence(Duration::from_secs(1))
+            .build();
+        keeper
+            .transaction(async |tx| {
+                tx.batch_execute("SELECT pg_sleep(4)").await?;
+                tx.query("SELECT pg_sleep(3)", &[]).await?;
+                Ok::<_, Error>(())
+            })
+            .await
+            .unwrap();
+        assert_eq!(pool.status().max_size, size);
+        assert!(pool.status().size <= size);
+    }
     scene.nothing_left().await;
 }
 
