@@ -400,10 +400,7 @@ pub(crate) fn is_lock_not_available(code: &str) -> bool {
 
 /// [`classify`] for an error that was kept apart from the driver's wrapper.
 pub(crate) fn classify_db(error: &DbError) -> Failure {
-    if matches!(
-        error.parsed_severity(),
-        Some(Severity::Fatal | Severity::Panic)
-    ) {
+    if is_fatal(error) {
         return Failure::ConnectionLost;
     }
     let code = error.code();
@@ -454,12 +451,14 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
 
 /// Whether the server itself says that it ends the session (severity FATAL).
 pub(crate) fn ends_session(error: &tokio_postgres::Error) -> bool {
-    error.as_db_error().is_some_and(|error| {
-        matches!(
-            error.parsed_severity(),
-            Some(Severity::Fatal | Severity::Panic)
-        )
-    })
+    error.as_db_error().is_some_and(is_fatal)
+}
+
+fn is_fatal(error: &DbError) -> bool {
+    matches!(
+        error.parsed_severity(),
+        Some(Severity::Fatal | Severity::Panic)
+    )
 }
 
 /// Whether a statement has failed that divides by zero where something does not hold.

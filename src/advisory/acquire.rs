@@ -17,7 +17,7 @@ use crate::transaction::Tx;
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
 /// its own clock; this is for its reply to arrive.
-pub(super) const ANSWER: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(2);
 /// For a last look after a deadline that passed in the line of this process, where others look for a connection at the
 /// same time.
 pub(super) const FINAL_TRY_AFTER_QUEUE: Duration = Duration::from_millis(30);
@@ -241,11 +241,16 @@ impl Advisory {
     /// How long to wait for the answer to a `try`: a connection that is silent is replaced while there is time.
     fn patience(&self, deadline: &Deadline) -> Duration {
         let remaining = deadline.remaining();
-        let most = if remaining > SHORTEST_PATIENCE * 3 {
-            remaining / 3
+        if remaining > SHORTEST_PATIENCE * 3 {
+            (remaining / 3).min(self.connections.longest_silence())
         } else {
-            remaining.saturating_add(ANSWER)
-        };
+            self.answer_bound(deadline)
+        }
+    }
+
+    /// How long to wait for an answer that waits for no lock.
+    fn answer_bound(&self, deadline: &Deadline) -> Duration {
+        let most = deadline.remaining().saturating_add(ANSWER);
         most.min(self.connections.longest_silence())
     }
 
@@ -285,8 +290,7 @@ impl Advisory {
         deadline: &Deadline,
         request: &LockRequest,
     ) -> Result<(Session, Reply), Error> {
-        let most = deadline.remaining().saturating_add(ANSWER);
-        let most = most.min(self.connections.longest_silence());
+        let most = self.answer_bound(deadline);
         self.send_within(session, message, undo, most, deadline, request)
             .await
     }

@@ -8,6 +8,7 @@ use crate::advisory::sql::{TryLockOutcome, TryLockRow};
 use crate::connection::{AfterReply, OnAbandon, Reply, ReplyHandler, Session};
 use crate::key::LockKey;
 use crate::postgres::sql::{Message, is_true, rows};
+use crate::transaction::sql::is_fresh;
 
 /// The end of a guard: what is sent, and what the reply leaves to be done.
 pub(super) struct ReleasePlan {
@@ -124,7 +125,7 @@ fn after_unlock(application_name: Option<String>) -> ReplyHandler {
         if !is_unlocked(reply) {
             return AfterReply::Close;
         }
-        if rows(reply).any(|row| is_true(row, "fresh")) {
+        if is_fresh(reply) {
             return AfterReply::ReturnToPool;
         }
         let mut sql = String::from(sql::ROLLBACK);

@@ -7,13 +7,14 @@ use super::release::{ReleasePlan, is_unlocked};
 use super::{LockRequest, sql};
 use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
+use crate::connection::sql::Probe;
 use crate::connection::{OnAbandon, Session, query_methods, run_shielded};
 use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{is_true, rows};
-use crate::transaction::sql::Begin;
+use crate::transaction::sql::{Begin, begin_transaction, is_fresh};
 use crate::transaction::{AsyncFunc, Resolve, TransactionOptions, Tx, commit};
 
 /// How often [`SessionGuard::lost`] looks.
@@ -201,8 +202,7 @@ impl SessionGuard {
                     let sql = format!("{}; {}", sql::ROLLBACK, self.release_text());
                     match session.send(sql, OnAbandon::Finish).answered().await {
                         Some((session, Ok(reply))) if is_unlocked(&reply) => {
-                            session.mark_ended();
-                            session.mark_unlocked();
+                            session.mark_nothing_left();
                             session.return_to_pool();
                             Ok(())
                         }
@@ -377,7 +377,7 @@ impl<'a> Loan<'a> {
     }
 
     async fn begin(&mut self, begin: &Begin) -> Result<(), Error> {
-        let begin = sql::begin_fresh(begin);
+        let begin = begin_transaction(begin, &Probe::Minimal).text;
         let begun = match self.session().message(&begin).await {
             // A failed transaction was left open before: it is ended, and this one begun.
             Err(error) if classify(&error) == Failure::Aborted => {
@@ -387,7 +387,7 @@ impl<'a> Loan<'a> {
             begun => begun,
         };
         let failed = match begun {
-            Ok(reply) if sql::is_fresh(&reply) => return Ok(()),
+            Ok(reply) if is_fresh(&reply) => return Ok(()),
             Ok(_) => Error::new(ErrorKind::Config).with_detail(
                 "a transaction was left open on the guard; commit it or roll it back before another one is begun",
             ),

@@ -122,6 +122,12 @@ impl Session {
         self.state.unlocked();
     }
 
+    /// Notes that the server has answered that neither a transaction nor a session lock is left.
+    pub(crate) fn mark_nothing_left(&self) {
+        self.state.ended();
+        self.state.unlocked();
+    }
+
     /// Notes what the server said of its backend and what we have named it.
     pub(crate) fn identify(&mut self, pid: i32, application_name: Option<&str>) {
         self.server_pid = Some(pid);

@@ -170,7 +170,7 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
         if let Some(side) = &self.side {
-            ask_side(side, crate::postgres::sql::PROBE).await?;
+            ask_side(side, SIDE, crate::postgres::sql::PROBE).await?;
         }
         Ok(())
     }
@@ -179,7 +179,7 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            return ask_side(side, sql).await;
+            return ask_side(side, SIDE, sql).await;
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
@@ -203,8 +203,8 @@ impl Connections {
     #[cfg(feature = "resolver")]
     pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match ask_side(side, crate::postgres::sql::PROBE).await {
-                Ok(_) => return ask_side(side, sql).await,
+            match ask_side(side, SIDE, crate::postgres::sql::PROBE).await {
+                Ok(_) => return ask_side(side, SIDE, sql).await,
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
@@ -218,7 +218,7 @@ impl Connections {
         sql: &str,
     ) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match ask_side(side, sql).await {
+            match ask_side(side, SIDE, sql).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
@@ -253,27 +253,18 @@ impl Connections {
 
     async fn ask_any(self: &Arc<Self>, patience: Duration, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match tokio::time::timeout(patience, side.ask(sql)).await {
-                Ok(Err(error)) if error.as_db_error().is_none() => {
+            match ask_side(side, patience, sql).await {
+                Err(error) if error.as_db_error().is_none() => {
                     tracing::debug!(%error, "side connection failed, using the pool");
                 }
-                Ok(answer) => return answer,
-                Err(_) => tracing::debug!("side connection silent, using the pool"),
+                answer => return answer,
             }
         }
         // A pool whose connections are all busy, with long statements perhaps, may open one more for the question.
         let extended = self.extend();
         let session = self.check_out(&Deadline::after(patience)).await?;
         drop(extended);
-        // Cancel safety: unanswered, its connection is closed.
-        match tokio::time::timeout(patience, session.message(sql)).await {
-            Ok(reply) => {
-                let reply = reply?;
-                session.return_to_pool();
-                Ok(reply)
-            }
-            Err(_) => Err(no_answer("on a connection of the pool", patience)),
-        }
+        ask_on(session, patience, sql).await
     }
 
     /// Lets the pool open one connection more where all are in use, until this is dropped. What is returned while the pool
@@ -290,13 +281,7 @@ impl Connections {
 
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
         let session = self.check_out(&Deadline::after(spare)).await?;
-        // Cancel safety: a question of one statement; unanswered, its connection is closed.
-        let Ok(reply) = tokio::time::timeout(ANSWER, session.message(sql)).await else {
-            return Err(no_answer("on a connection of the pool", ANSWER));
-        };
-        let reply = reply?;
-        session.return_to_pool();
-        Ok(reply)
+        ask_on(session, ANSWER, sql).await
     }
 }
 
@@ -311,11 +296,21 @@ impl Drop for Extended<'_> {
     }
 }
 
-async fn ask_side(side: &SideConnection, sql: &str) -> Result<Reply, Error> {
-    match tokio::time::timeout(SIDE, side.ask(sql)).await {
+async fn ask_side(side: &SideConnection, most: Duration, sql: &str) -> Result<Reply, Error> {
+    match tokio::time::timeout(most, side.ask(sql)).await {
         Ok(reply) => reply,
-        Err(_) => Err(no_answer("on the side connection", SIDE)),
+        Err(_) => Err(no_answer("on the side connection", most)),
     }
+}
+
+/// Cancel safety: a question of one statement; unanswered, its connection is closed.
+async fn ask_on(session: Session, most: Duration, sql: &str) -> Result<Reply, Error> {
+    let Ok(reply) = tokio::time::timeout(most, session.message(sql)).await else {
+        return Err(no_answer("on a connection of the pool", most));
+    };
+    let reply = reply?;
+    session.return_to_pool();
+    Ok(reply)
 }
 
 fn no_answer(place: &str, waited: Duration) -> Error {

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -45,16 +44,14 @@ impl AfterReply {
         match self {
             Self::Close => {}
             Self::ReturnToPool => {
-                session.mark_ended();
-                session.mark_unlocked();
+                session.mark_nothing_left();
                 session.return_to_pool();
             }
             Self::Pass(pass) => pass(session),
             Self::Send(sql) => {
                 let request = session.send(sql, OnAbandon::Finish);
                 if let Some((session, Ok(_))) = request.answered().await {
-                    session.mark_ended();
-                    session.mark_unlocked();
+                    session.mark_nothing_left();
                     session.return_to_pool();
                 }
             }
@@ -114,22 +111,16 @@ impl Request {
             return self.answered().await;
         }
         // Behind statements that we do not know of, only for a moment. Then the background cancels them.
-        let connections = Arc::clone(&self.canceller.connections);
-        let runtime = self.runtime.clone();
-        connections
-            .bound(&runtime, self.timeout, &mut self.sending)
-            .await
+        self.wait(self.timeout).await
     }
 
     /// The answer, also behind statements of the caller that were given up: they are cancelled, and the connection does
     /// not go back then. `None` where none comes all the same.
     ///
-    /// Cancel safety: as [`Request`] itself.
     /// It waits for one [`longest_silence`](Connections::longest_silence) before it cancels, and for one after.
+    ///
+    /// Cancel safety: as [`Request`] itself.
     pub(crate) async fn wait_cancelling(mut self) -> Option<Answer> {
-        let connections = Arc::clone(&self.canceller.connections);
-        let canceller = self.canceller.clone();
-        let runtime = self.runtime.clone();
         let mut timeout = if self.behind_unanswered {
             Duration::ZERO
         } else {
@@ -137,19 +128,19 @@ impl Request {
         };
         let mut end = None;
         loop {
-            let answer = connections.bound(&runtime, timeout, &mut self.sending);
-            if let Some((session, answer)) = answer.await {
+            if let Some((session, answer)) = self.wait(timeout).await {
                 if end.is_some() {
                     session.state.cancelling();
                 }
                 return Some((session, answer));
             }
-            let end = end.get_or_insert_with(|| Deadline::after(connections.longest_silence()));
+            let silence = self.canceller.connections.longest_silence();
+            let end = end.get_or_insert_with(|| Deadline::after(silence));
             if end.has_passed() {
                 self.lose();
                 return None;
             }
-            end.bound(Duration::ZERO, canceller.cancel()).await;
+            end.bound(Duration::ZERO, self.canceller.cancel()).await;
             timeout = CANCEL_AGAIN.min(end.remaining());
         }
     }
@@ -167,9 +158,7 @@ impl Request {
     ///
     /// Cancel safety: as [`Request`] itself.
     pub(crate) async fn within(mut self, most: Duration) -> Option<Answer> {
-        let runtime = self.runtime.clone();
-        let connections = Arc::clone(&self.canceller.connections);
-        let answer = connections.bound(&runtime, most, &mut self.sending).await;
+        let answer = self.wait(most).await;
         if answer.is_none() {
             self.lose();
         }
@@ -181,15 +170,26 @@ impl Request {
     /// Cancel safety: as [`Request`] itself.
     #[cfg(feature = "schema")]
     pub(crate) async fn while_executing(mut self) -> Option<Answer> {
-        let connections = Arc::clone(&self.canceller.connections);
-        let pid = self.canceller.server_pid;
-        let answer =
-            super::silence::while_executing(&connections, &self.runtime, pid, &mut self.sending)
-                .await;
+        let Canceller {
+            connections,
+            server_pid,
+            ..
+        } = &self.canceller;
+        let sending = &mut self.sending;
+        let waited =
+            super::silence::while_executing(connections, &self.runtime, *server_pid, sending);
+        let answer = waited.await;
         if answer.is_none() {
             self.lose();
         }
         answer
+    }
+
+    async fn wait(&mut self, most: Duration) -> Option<Answer> {
+        let connections = &self.canceller.connections;
+        connections
+            .bound(&self.runtime, most, &mut self.sending)
+            .await
     }
 
     /// Closes the connection now, so that the pool may open another.

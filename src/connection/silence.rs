@@ -6,20 +6,20 @@
 //! back to the pool.
 
 use std::future::poll_fn;
-use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
+use tokio::task::unconstrained;
 use tokio_postgres::{Config, NoTls};
 
 use super::request::poll_once;
 use super::{Connections, Session};
 use crate::connection::sql::server;
 use crate::deadline::Deadline;
+use crate::error::{Error, ErrorKind};
 
 /// How much longer an answer may take that is on its way, when its backend has ended the statement.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
@@ -52,12 +52,18 @@ impl Silence {
         most.min(self.deadline.remaining())
     }
 
-    pub(crate) fn waited(&self) -> Duration {
-        self.deadline.waited()
-    }
-
-    pub(crate) fn is_over(&self) -> bool {
-        self.deadline.has_passed()
+    /// The error for a connection that was silent.
+    ///
+    /// # Errors
+    /// The same, where there is no time left for another connection.
+    pub(crate) fn no_answer(&self, detail: &'static str) -> Result<Error, Error> {
+        let error = Error::new(ErrorKind::ConnectionLost)
+            .with_detail(detail)
+            .with_waited(self.deadline.waited());
+        if self.deadline.has_passed() {
+            return Err(error);
+        }
+        Ok(error)
     }
 }
 
@@ -158,42 +164,11 @@ async fn is_executing(connections: &Arc<Connections>, pid: Option<i32>, most: Du
 pub(super) fn closed() -> tokio_postgres::Error {
     let mut config = Config::new();
     config.user("nobody");
-    let connecting = pin!(config.connect_raw(Ended, NoTls));
-    // Everything in it is ready at the first poll.
-    match poll_once(connecting) {
+    // Everything in it is ready at the first poll, also where the task has used up its budget.
+    let connecting = unconstrained(config.connect_raw(tokio::io::empty(), NoTls));
+    match poll_once(pin!(connecting)) {
         Some(Err(error)) => error,
         _ => unreachable!("nobody can log in on a stream that has ended"),
-    }
-}
-
-/// A stream that takes everything and has ended.
-struct Ended;
-
-impl AsyncRead for Ended {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-        _: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Ended {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Poll::Ready(Ok(bytes.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What is on a connection. Where several are true, the last of them counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     /// Nothing of ours, by the server's answers.
     Clean,
@@ -53,7 +53,7 @@ impl Facts {
     fn state(&self) -> State {
         if self.lost || self.cancel_pending {
             State::Unknown
-        } else if self.running > 0 || self.dropped_before.is_some() {
+        } else if self.is_unanswered() {
             State::Unanswered
         } else if self.session_locks {
             State::HoldsLocks
@@ -62,6 +62,10 @@ impl Facts {
         } else {
             State::Clean
         }
+    }
+
+    fn is_unanswered(&self) -> bool {
+        self.running > 0 || self.dropped_before.is_some()
     }
 }
 
@@ -158,8 +162,7 @@ impl ConnectionState {
 
     /// Whether statements of the caller may be running that were dropped, or are awaited elsewhere.
     pub(super) fn is_unanswered(&self) -> bool {
-        let facts = self.facts();
-        facts.running > 0 || facts.dropped_before.is_some()
+        self.facts().is_unanswered()
     }
 
     /// Whether the caller had the bare client.
@@ -178,10 +181,7 @@ impl ConnectionState {
     /// Whether a failed statement can have gone by unseen, or seen and swallowed: then COMMIT may be a rollback.
     pub(super) fn may_have_failed(&self) -> bool {
         let facts = self.facts();
-        facts.failed_or_unknown
-            || facts.untracked
-            || facts.running > 0
-            || facts.dropped_before.is_some()
+        facts.failed_or_unknown || facts.untracked || facts.is_unanswered()
     }
 
     fn facts(&self) -> MutexGuard<'_, Facts> {

@@ -8,7 +8,7 @@ use crate::backoff::Jitter;
 use crate::call_site::CallSite;
 use crate::connection::{Connections, OnAbandon, Reply, Session, Silence};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::error::{Error, Failure, classify};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{OpenPlain, Tx};
@@ -94,15 +94,7 @@ impl Env {
                     return Err(error.into());
                 }
                 Some((_, Err(error))) => Error::from(error),
-                None => {
-                    let error = Error::new(ErrorKind::ConnectionLost)
-                        .with_detail("no answer from the server")
-                        .with_waited(silence.waited());
-                    if silence.is_over() {
-                        return Err(error);
-                    }
-                    error
-                }
+                None => silence.no_answer("no answer from the server")?,
             };
             stale += 1;
             if stale > self.connections().most() {

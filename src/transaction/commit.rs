@@ -1,12 +1,14 @@
 //! COMMIT and ROLLBACK, and what is left to be done when they fail.
 
+use std::sync::Arc;
+
 use tokio_postgres::error::DbError;
 
 use super::commit_outcome::{CommitOutcome, look_up};
 use super::sql::commit::Mark;
 use super::tx::End;
 use super::{Resolve, Tx, sql};
-use crate::connection::{OnAbandon, Reply, Sent, Session};
+use crate::connection::{Connections, OnAbandon, Reply, Sent, Session};
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db, ends_session};
 use crate::postgres::sql::Message;
 
@@ -51,7 +53,8 @@ impl Carry for &Session {
     }
 }
 
-/// COMMIT, behind a statement that fails where it must not be run, if there is one. Gives the session where the server has answered that the transaction has ended.
+/// COMMIT, behind a statement that fails where it must not be run, if there is one. Gives the session where the server
+/// has answered that the transaction has ended.
 ///
 /// `ConnectionLost` means that COMMIT was not run, or was found to be rolled back.
 pub(crate) async fn commit<C: Carry>(
@@ -89,7 +92,8 @@ pub(crate) async fn commit<C: Carry>(
         return (None, resolved(&connections, resolve, mark, error).await);
     };
     let error = match answer {
-        Ok(reply) if sql::commit::has_ended_before(&reply) => {
+        // A transaction that is as old as its message is the message's own: the one to be committed had ended before.
+        Ok(reply) if sql::is_fresh(&reply) => {
             let ended = Error::new(ErrorKind::TransactionEnded)
                 .with_detail("found at COMMIT; what it did before may be committed or not");
             return (None, Err(ended));
@@ -155,7 +159,7 @@ async fn ask_mark<C: Carry>(carrier: C) -> Result<(C, Option<Mark>), Error> {
 
 /// Looks up a COMMIT whose outcome is unknown, where that is asked for and there is a mark to look for.
 async fn resolved(
-    connections: &std::sync::Arc<crate::connection::Connections>,
+    connections: &Arc<Connections>,
     resolve: Option<Resolve>,
     mark: Option<Mark>,
     unknown: Error,

@@ -69,15 +69,7 @@ impl OpenPlain {
                     }
                     _ => return Err(error.into()),
                 },
-                None => {
-                    let error = Error::new(ErrorKind::ConnectionLost)
-                        .with_detail("no answer to BEGIN")
-                        .with_waited(silence.waited());
-                    if silence.is_over() {
-                        return Err(error);
-                    }
-                    error
-                }
+                None => silence.no_answer("no answer to BEGIN")?,
             };
             stale += 1;
             if stale > connections.most() {

@@ -8,8 +8,8 @@ use crate::advisory::sql::blockers;
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::{Message, is_true, literal, rows};
-use crate::transaction::sql::{Begin, FRESH, PID};
+use crate::postgres::sql::{Message, literal};
+use crate::transaction::sql::{Begin, FRESH};
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
 pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {
@@ -150,17 +150,6 @@ pub(crate) fn check_held(locks: Locks<'_>) -> String {
         locks.keys.len()
     );
     sql
-}
-
-/// Begins a transaction, and says in `fresh` whether there was none before.
-pub(crate) fn begin_fresh(begin: &Begin) -> String {
-    let mut sql = begin.message();
-    let _ = write!(sql, "SELECT {FRESH}{PID}");
-    sql
-}
-
-pub(crate) fn is_fresh(reply: &[tokio_postgres::SimpleQueryMessage]) -> bool {
-    rows(reply).any(|row| is_true(row, "fresh"))
 }
 
 /// Whether `pg_locks` shows the first of the locks as held by this very backend: an engine whose lock functions do

@@ -4,12 +4,6 @@ use tokio_postgres::SimpleQueryMessage;
 
 use crate::postgres::sql::{is_true, literal, parsed, rows, text};
 
-/// Whether the transaction had ended before the message with COMMIT came: a transaction that is as old as its message is
-/// the message's own.
-pub(crate) fn has_ended_before(reply: &[SimpleQueryMessage]) -> bool {
-    rows(reply).any(|row| is_true(row, "fresh"))
-}
-
 /// Where the answer comes from: see [`History`].
 const HISTORY: &str = "pg_catalog.pg_is_in_recovery() AS recovery, \
      CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN \
