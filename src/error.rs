@@ -43,9 +43,8 @@ pub enum ErrorKind {
     KeyCollision,
     /// The statement was cancelled (SQLSTATE 57014): `statement_timeout`, or somebody's `pg_cancel_backend`.
     Cancelled,
-    /// A section ended its own transaction (`COMMIT`, `ROLLBACK`, `PREPARE TRANSACTION`), exchanged it for another one, or
-    /// returned the locks that it ran under (`pg_advisory_unlock_all()`, `DISCARD ALL`). What it did before may be committed
-    /// or not.
+    /// A section ended its own transaction, or exchanged it for another one. What it did before may be committed or not.
+    /// Where it has begun another transaction after the first (`COMMIT AND CHAIN`), that is not found out.
     TransactionEnded,
     /// The pool gave no connection.
     Pool,

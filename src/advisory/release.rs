@@ -95,6 +95,8 @@ fn hand_over(
             if session.has_pending_cancel() {
                 return;
             }
+            // The next one has its own guard, or nothing.
+            session.mark_unlocked();
             let own = name.clone();
             let tried = TryLockRow {
                 verdict: if locked {

@@ -13,7 +13,6 @@ use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::{is_true, rows};
 use crate::transaction::sql::{Begin, begin_transaction, is_fresh};
 use crate::transaction::{AsyncFunc, Resolve, TransactionOptions, Tx, commit};
 
@@ -190,7 +189,6 @@ impl SessionGuard {
         match answer {
             Ok(reply) if !is_unlocked(&reply) => Err(lost),
             Ok(reply) => {
-                session.mark_unlocked();
                 then.read(&reply).carry_out(session).await;
                 Ok(())
             }
@@ -420,21 +418,16 @@ impl<'a> Loan<'a> {
             self.session().mark_ended();
         }
         let committed = match committed {
-            // By the check, or by COMMIT itself.
-            Err(error) if is_failed_check(&error) && !self.is_held().await => {
+            // By the check, or by COMMIT itself: the check alone tells.
+            Err(error)
+                if is_failed_check(&error) && self.session().message(&check).await.is_err() =>
+            {
                 Err(lost().with_detail("the connection no longer holds it; nothing is committed"))
             }
             committed => committed,
         };
         let committed = self.tx_mut().finish(committed);
         committed.map_err(|error| error.with_key(&key))
-    }
-
-    /// Whether the server shows the first lock as held by this session.
-    async fn is_held(&self) -> bool {
-        let shown = sql::shown_in_pg_locks(self.guard.locks());
-        let answer = self.session().message(&shown).await;
-        answer.is_ok_and(|reply| rows(&reply).any(|row| is_true(row, "shown")))
     }
 
     async fn rollback(mut self) {

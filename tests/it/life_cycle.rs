@@ -181,6 +181,34 @@ async fn a_guards_transaction_is_under_its_lock() {
     scene.nothing_left().await;
 }
 
+/// The same where only the second of two keys was returned.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guards_transaction_is_under_all_of_its_locks() {
+    let scene = Scene::new(2).await;
+    let locks = scene.keeper.advisory_locks([747, 748]);
+    let mut held = locks.session().acquire().await.unwrap();
+    held.client()
+        .batch_execute("SELECT pg_advisory_unlock(748)")
+        .await
+        .unwrap();
+    let transaction = held.transaction(async |tx| {
+        tx.batch_execute("SELECT 1").await?;
+        Ok::<_, Error>(())
+    });
+    let error = transaction.await.unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::LockLost,
+        "no longer holds it; nothing is committed",
+    );
+    assert_error(
+        &held.release().await.unwrap_err(),
+        ErrorKind::LockLost,
+        "747",
+    );
+    scene.nothing_left().await;
+}
+
 /// Two transactions that are exchanged for one another: neither commits, and no connection with a lock on it goes back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exchanged_transaction_takes_no_lock_into_the_pool() {
