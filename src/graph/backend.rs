@@ -57,28 +57,6 @@ impl fmt::Display for BackendId {
     }
 }
 
-/// Methods that read the field of the same name: `text name;` a text, `name: Type;` a value that is copied.
-macro_rules! getters {
-    () => {};
-    ($(#[$doc:meta])* text $name:ident; $($rest:tt)*) => {
-        $(#[$doc])*
-        #[must_use]
-        pub fn $name(&self) -> Option<&str> {
-            self.$name.as_deref()
-        }
-        $crate::graph::getters!($($rest)*);
-    };
-    ($(#[$doc:meta])* $name:ident: $type:ty; $($rest:tt)*) => {
-        $(#[$doc])*
-        #[must_use]
-        pub fn $name(&self) -> $type {
-            self.$name
-        }
-        $crate::graph::getters!($($rest)*);
-    };
-}
-pub(crate) use getters;
-
 /// How much of a backend was visible to the role that took the snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Visibility {

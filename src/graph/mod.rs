@@ -122,7 +122,6 @@ mod tree;
 
 pub use crate::postgres::lock_object::{LockObject, Relation, RowId};
 pub(crate) use assemble::{LockRow, assemble};
-pub(crate) use backend::getters;
 pub use backend::{Backend, BackendId};
 pub use edge::{Edge, EdgeKind};
 pub use snapshot::{Cycle, Snapshot};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::call_site;
-use crate::graph::{Backend, BackendId, getters};
+use crate::graph::{Backend, BackendId};
 use crate::key::LockKey;
 use crate::postgres::statement;
 
@@ -121,22 +121,15 @@ impl Participant {
         self.waits
     }
 
-    /// When it was sampled, since the victim's statement began; `None` if no sample contains it.
-    #[must_use]
-    pub fn seen_after(&self) -> Option<Duration> {
-        self.seen_after
-    }
+    getters! {
+        /// When it was sampled, since the victim's statement began; `None` if no sample contains it.
+        seen_after: Option<Duration>;
 
-    /// The statements of its transaction up to the incident; empty for sessions of other processes.
-    #[must_use]
-    pub fn journal(&self) -> &[JournalLine] {
-        &self.journal
-    }
+        /// The statements of its transaction up to the incident; empty for sessions of other processes.
+        journal: &[JournalLine];
 
-    /// How many statements were dropped from the middle of the [`journal`](Self::journal).
-    #[must_use]
-    pub fn journal_dropped(&self) -> usize {
-        self.journal_dropped
+        /// How many statements were dropped from the middle of the [`journal`](Self::journal).
+        journal_dropped: usize;
     }
 
     /// The conflict group of its transaction.
