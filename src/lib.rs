@@ -107,6 +107,10 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[macro_use]
+#[cfg(any(feature = "incidents", feature = "server-log"))]
+mod getters;
+
 mod advisory;
 #[cfg(feature = "schema")]
 mod backfill;

@@ -109,46 +109,27 @@ impl BackfillProgress {
         remaining_time(rows, self.processed_now, self.elapsed)
     }
 
-    /// The number of batches that this run has committed.
-    #[must_use]
-    pub fn batches(&self) -> u64 {
-        self.batches
-    }
+    getters! {
+        /// The number of batches that this run has committed.
+        batches: u64;
 
-    /// The number of rows that the next batch processes.
-    #[must_use]
-    pub fn batch_rows(&self) -> u32 {
-        self.batch_rows
-    }
+        /// The number of rows that the next batch processes.
+        batch_rows: u32;
 
-    /// The duration of the last batch from BEGIN to COMMIT, without failed attempts.
-    #[must_use]
-    pub fn last_batch(&self) -> Option<Duration> {
-        self.last_batch
-    }
+        /// The duration of the last batch from BEGIN to COMMIT, without failed attempts.
+        last_batch: Option<Duration>;
 
-    /// The duration of this run's longest batch.
-    #[must_use]
-    pub fn longest_batch(&self) -> Duration {
-        self.longest_batch
-    }
+        /// The duration of this run's longest batch.
+        longest_batch: Duration;
 
-    /// The time since the beginning of this run.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.elapsed
-    }
+        /// The time since the beginning of this run.
+        elapsed: Duration;
 
-    /// The part of [`elapsed`](Self::elapsed) that was spent in pauses.
-    #[must_use]
-    pub fn paused(&self) -> Duration {
-        self.paused
-    }
+        /// The part of [`elapsed`](Self::elapsed) that was spent in pauses.
+        paused: Duration;
 
-    /// The reason for the current pause; `None` if the backfill does not pause.
-    #[must_use]
-    pub fn pause(&self) -> Option<BackfillPause> {
-        self.pause
+        /// The reason for the current pause; `None` if the backfill does not pause.
+        pause: Option<BackfillPause>;
     }
 
     /// The replication lag of the server's standbys and subscribers in the last sample.

@@ -153,88 +153,48 @@ impl Backend {
         self.visibility == Visibility::Gone
     }
 
-    /// When the backend was started, to the microsecond. Together with the process id it identifies the backend.
-    #[must_use]
-    pub fn backend_start(&self) -> Option<SystemTime> {
-        self.backend_start
-    }
+    getters! {
+        /// When the backend was started, to the microsecond. Together with the process id it identifies the backend.
+        backend_start: Option<SystemTime>;
 
-    /// When the open transaction began, to the microsecond, or when the transaction was prepared.
-    #[must_use]
-    pub fn transaction_start(&self) -> Option<SystemTime> {
-        self.transaction_start
-    }
+        /// When the open transaction began, to the microsecond, or when the transaction was prepared.
+        transaction_start: Option<SystemTime>;
 
-    /// The backend's `application_name`, which contains the call site if the session uses this crate.
-    #[must_use]
-    pub fn application_name(&self) -> Option<&str> {
-        self.application_name.as_deref()
-    }
+        /// The backend's `application_name`, which contains the call site if the session uses this crate.
+        text application_name;
 
-    /// The role that the backend is logged in as, or that prepared the transaction.
-    #[must_use]
-    pub fn user(&self) -> Option<&str> {
-        self.user.as_deref()
-    }
+        /// The role that the backend is logged in as, or that prepared the transaction.
+        text user;
 
-    /// The database that it is connected to; also `None` for background processes without one.
-    #[must_use]
-    pub fn database(&self) -> Option<&str> {
-        self.database.as_deref()
-    }
+        /// The database that it is connected to; also `None` for background processes without one.
+        text database;
 
-    /// The client's IP address; also `None` for a client on a Unix socket and for a background process.
-    #[must_use]
-    pub fn client_address(&self) -> Option<&str> {
-        self.client_address.as_deref()
-    }
+        /// The client's IP address; also `None` for a client on a Unix socket and for a background process.
+        text client_address;
 
-    /// The kind of process: `client backend`, `autovacuum worker`, `parallel worker`, …
-    #[must_use]
-    pub fn backend_type(&self) -> Option<&str> {
-        self.backend_type.as_deref()
-    }
+        /// The kind of process: `client backend`, `autovacuum worker`, `parallel worker`, …
+        text backend_type;
 
-    /// The backend's state as PostgreSQL names it: `active`, `idle`, `idle in transaction`, …
-    #[must_use]
-    pub fn state(&self) -> Option<&str> {
-        self.state.as_deref()
-    }
+        /// The backend's state as PostgreSQL names it: `active`, `idle`, `idle in transaction`, …
+        text state;
 
-    /// How long the backend has been in that state.
-    #[must_use]
-    pub fn state_age(&self) -> Option<Duration> {
-        self.state_age
-    }
+        /// How long the backend has been in that state.
+        state_age: Option<Duration>;
 
-    /// The age of the open transaction, or the time since the transaction was prepared; also `None` outside a transaction.
-    #[must_use]
-    pub fn transaction_age(&self) -> Option<Duration> {
-        self.transaction_age
-    }
+        /// The age of the open transaction, or the time since the transaction was prepared; also `None` outside a transaction.
+        transaction_age: Option<Duration>;
 
-    /// The time since the statement began: the running one, or the last one if the backend is idle.
-    #[must_use]
-    pub fn statement_age(&self) -> Option<Duration> {
-        self.statement_age
-    }
+        /// The time since the statement began: the running one, or the last one if the backend is idle.
+        statement_age: Option<Duration>;
 
-    /// The age of the connection.
-    #[must_use]
-    pub fn connection_age(&self) -> Option<Duration> {
-        self.connection_age
-    }
+        /// The age of the connection.
+        connection_age: Option<Duration>;
 
-    /// The type of event that it waits for, as PostgreSQL names it (`Lock`, `Client`, `IO`, …); also `None` if it runs.
-    #[must_use]
-    pub fn wait_event_type(&self) -> Option<&str> {
-        self.wait_event_type.as_deref()
-    }
+        /// The type of event that it waits for, as PostgreSQL names it (`Lock`, `Client`, `IO`, …); also `None` if it runs.
+        text wait_event_type;
 
-    /// The event that it waits for, as PostgreSQL names it (`transactionid`, `ClientRead`, …).
-    #[must_use]
-    pub fn wait_event(&self) -> Option<&str> {
-        self.wait_event.as_deref()
+        /// The event that it waits for, as PostgreSQL names it (`transactionid`, `ClientRead`, …).
+        text wait_event;
     }
 
     /// The text of the statement as the client sent it, with all literals: the running one, or the last one if the backend
@@ -246,16 +206,12 @@ impl Backend {
         self.statement.as_ref().map(|statement| &*statement.0)
     }
 
-    /// The statement's identifier (`compute_query_id`), as in `pg_stat_statements.queryid`.
-    #[must_use]
-    pub fn query_id(&self) -> Option<i64> {
-        self.query_id
-    }
+    getters! {
+        /// The statement's identifier (`compute_query_id`), as in `pg_stat_statements.queryid`.
+        query_id: Option<i64>;
 
-    /// The leader of the parallel query, if this backend is a parallel worker.
-    #[must_use]
-    pub fn leader_pid(&self) -> Option<i32> {
-        self.leader_pid
+        /// The leader of the parallel query, if this backend is a parallel worker.
+        leader_pid: Option<i32>;
     }
 }
 

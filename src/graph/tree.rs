@@ -111,16 +111,12 @@ impl LockTree {
         })
     }
 
-    /// The wait cycles; see [`Snapshot::cycles`].
-    #[must_use]
-    pub fn cycles(&self) -> &[Cycle] {
-        &self.cycles
-    }
+    getters! {
+        /// The wait cycles; see [`Snapshot::cycles`].
+        cycles: &[Cycle];
 
-    /// The snapshot that the tree was made from.
-    #[must_use]
-    pub fn snapshot(&self) -> &Snapshot {
-        &self.snapshot
+        /// The snapshot that the tree was made from.
+        snapshot: &Snapshot;
     }
 
     /// The roots, and for each backend of the snapshot its children.

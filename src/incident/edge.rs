@@ -68,22 +68,15 @@ impl IncidentEdge {
         }
     }
 
-    /// The session that waited. See [`Incident::participant`](super::Incident::participant).
-    #[must_use]
-    pub fn waiter(&self) -> &BackendId {
-        &self.waiter
-    }
+    getters! {
+        /// The session that waited. See [`Incident::participant`](super::Incident::participant).
+        waiter: &BackendId;
 
-    /// The session, or the prepared transaction, that blocked it.
-    #[must_use]
-    pub fn blocker(&self) -> &BackendId {
-        &self.blocker
-    }
+        /// The session, or the prepared transaction, that blocked it.
+        blocker: &BackendId;
 
-    /// The object that was locked.
-    #[must_use]
-    pub fn object(&self) -> &LockObject {
-        &self.object
+        /// The object that was locked.
+        object: &LockObject;
     }
 
     /// The row version that was locked, also if the wait was for its transaction.

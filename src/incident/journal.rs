@@ -41,29 +41,19 @@ pub enum JournalMark {
 }
 
 impl JournalLine {
-    /// When it began, since the transaction began.
-    #[must_use]
-    pub fn after(&self) -> Duration {
-        self.after
-    }
+    getters! {
+        /// When it began, since the transaction began.
+        after: Duration;
 
-    /// Its text, without literals unless those are enabled. `None` if unknown, as for a statement that was prepared
-    /// elsewhere.
-    #[must_use]
-    pub fn text(&self) -> Option<&str> {
-        self.text.as_deref()
-    }
+        /// Its text, without literals unless those are enabled. `None` if unknown, as for a statement that was prepared
+        /// elsewhere.
+        text text;
 
-    /// How long it took; `None` if it had not ended, or that is unknown.
-    #[must_use]
-    pub fn duration(&self) -> Option<Duration> {
-        self.duration
-    }
+        /// How long it took; `None` if it had not ended, or that is unknown.
+        duration: Option<Duration>;
 
-    /// Whether it failed.
-    #[must_use]
-    pub fn failed(&self) -> bool {
-        self.failed
+        /// Whether it failed.
+        failed: bool;
     }
 
     /// The advisory locks that it requested.

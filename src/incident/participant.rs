@@ -61,95 +61,52 @@ impl Participant {
         self.id.as_ref()?.pid()
     }
 
-    /// When the backend was started. Together with the process id it identifies the backend.
-    #[must_use]
-    pub fn backend_start(&self) -> Option<SystemTime> {
-        self.backend_start
-    }
+    getters! {
+        /// When the backend was started. Together with the process id it identifies the backend.
+        backend_start: Option<SystemTime>;
 
-    /// Where in the program the transaction was started: `src/pay.rs:42`. For other processes it is read from
-    /// `application_name`, which cuts a long path at its beginning.
-    #[must_use]
-    pub fn call_site(&self) -> Option<&str> {
-        self.call_site.as_deref()
-    }
+        /// Where in the program the transaction was started: `src/pay.rs:42`. For other processes it is read from
+        /// `application_name`, which cuts a long path at its beginning.
+        text call_site;
 
-    /// The `application_name`.
-    #[must_use]
-    pub fn application_name(&self) -> Option<&str> {
-        self.application_name.as_deref()
-    }
+        /// The `application_name`.
+        text application_name;
 
-    /// The role that it was logged in as.
-    #[must_use]
-    pub fn user(&self) -> Option<&str> {
-        self.user.as_deref()
-    }
+        /// The role that it was logged in as.
+        text user;
 
-    /// The database that it was connected to.
-    #[must_use]
-    pub fn database(&self) -> Option<&str> {
-        self.database.as_deref()
-    }
+        /// The database that it was connected to.
+        text database;
 
-    /// The client's IP address; also `None` for a client on a Unix socket.
-    #[must_use]
-    pub fn client_address(&self) -> Option<&str> {
-        self.client_address.as_deref()
-    }
+        /// The client's IP address; also `None` for a client on a Unix socket.
+        text client_address;
 
-    /// The kind of process: `client backend`, `autovacuum worker`, …
-    #[must_use]
-    pub fn backend_type(&self) -> Option<&str> {
-        self.backend_type.as_deref()
-    }
+        /// The kind of process: `client backend`, `autovacuum worker`, …
+        text backend_type;
 
-    /// Its state as PostgreSQL names it: `active`, `idle in transaction`, …
-    #[must_use]
-    pub fn state(&self) -> Option<&str> {
-        self.state.as_deref()
-    }
+        /// Its state as PostgreSQL names it: `active`, `idle in transaction`, …
+        text state;
 
-    /// How long it had been in that state.
-    #[must_use]
-    pub fn state_age(&self) -> Option<Duration> {
-        self.state_age
-    }
+        /// How long it had been in that state.
+        state_age: Option<Duration>;
 
-    /// The age of its transaction.
-    #[must_use]
-    pub fn transaction_age(&self) -> Option<Duration> {
-        self.transaction_age
-    }
+        /// The age of its transaction.
+        transaction_age: Option<Duration>;
 
-    /// How long it had waited for a lock when it was sampled.
-    #[must_use]
-    pub fn wait_age(&self) -> Option<Duration> {
-        self.wait_age
-    }
+        /// How long it had waited for a lock when it was sampled.
+        wait_age: Option<Duration>;
 
-    /// The statement that it ran, or the last one if it was idle; without literals unless those are enabled.
-    #[must_use]
-    pub fn statement(&self) -> Option<&str> {
-        self.statement.as_deref()
-    }
+        /// The statement that it ran, or the last one if it was idle; without literals unless those are enabled.
+        text statement;
 
-    /// The statement's identifier, as in `pg_stat_statements.queryid`.
-    #[must_use]
-    pub fn query_id(&self) -> Option<i64> {
-        self.query_id
-    }
+        /// The statement's identifier, as in `pg_stat_statements.queryid`.
+        query_id: Option<i64>;
 
-    /// Whether it is the reporting session: the one that failed, or that still waits.
-    #[must_use]
-    pub fn is_victim(&self) -> bool {
-        self.is_victim
-    }
+        /// Whether it is the reporting session: the one that failed, or that still waits.
+        is_victim: bool;
 
-    /// Whether parts were hidden from the querying role, so that a `None` means unknown.
-    #[must_use]
-    pub fn is_hidden(&self) -> bool {
-        self.is_hidden
+        /// Whether parts were hidden from the querying role, so that a `None` means unknown.
+        is_hidden: bool;
     }
 
     /// Whether it is a transaction of this process that uses this crate.
@@ -164,22 +121,15 @@ impl Participant {
         self.waits
     }
 
-    /// When it was sampled, since the victim's statement began; `None` if no sample contains it.
-    #[must_use]
-    pub fn seen_after(&self) -> Option<Duration> {
-        self.seen_after
-    }
+    getters! {
+        /// When it was sampled, since the victim's statement began; `None` if no sample contains it.
+        seen_after: Option<Duration>;
 
-    /// The statements of its transaction up to the incident; empty for sessions of other processes.
-    #[must_use]
-    pub fn journal(&self) -> &[JournalLine] {
-        &self.journal
-    }
+        /// The statements of its transaction up to the incident; empty for sessions of other processes.
+        journal: &[JournalLine];
 
-    /// How many statements were dropped from the middle of the [`journal`](Self::journal).
-    #[must_use]
-    pub fn journal_dropped(&self) -> usize {
-        self.journal_dropped
+        /// How many statements were dropped from the middle of the [`journal`](Self::journal).
+        journal_dropped: usize;
     }
 
     /// The conflict group of its transaction.

@@ -25,17 +25,13 @@ pub struct AdvisoryLockEntry {
 }
 
 impl AdvisoryLockEntry {
-    /// The lock's key, with its name if this process has used it or the application has [given](super::Monitor::names)
-    /// it.
-    #[must_use]
-    pub fn key(&self) -> &LockKey {
-        &self.key
-    }
+    getters! {
+        /// The lock's key, with its name if this process has used it or the application has [given](super::Monitor::names)
+        /// it.
+        key: &LockKey;
 
-    /// The mode it is held or requested in.
-    #[must_use]
-    pub fn mode(&self) -> AdvisoryMode {
-        self.mode
+        /// The mode it is held or requested in.
+        mode: AdvisoryMode;
     }
 
     /// Whether the lock is held; `false` for a waiter.
@@ -44,16 +40,12 @@ impl AdvisoryLockEntry {
         self.held
     }
 
-    /// How long the session has waited for it; `None` for a holder.
-    #[must_use]
-    pub fn wait_age(&self) -> Option<Duration> {
-        self.wait_age
-    }
+    getters! {
+        /// How long the session has waited for it; `None` for a holder.
+        wait_age: Option<Duration>;
 
-    /// The session that holds it or waits for it. Its `application_name` carries the call site if it uses this crate.
-    #[must_use]
-    pub fn backend(&self) -> &Backend {
-        &self.backend
+        /// The session that holds it or waits for it. Its `application_name` carries the call site if it uses this crate.
+        backend: &Backend;
     }
 
     /// How long the session has been idle outside of any transaction; `None` if it is not idle, or if its state is

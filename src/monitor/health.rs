@@ -176,16 +176,12 @@ impl Health {
         }
     }
 
-    /// Which session waited for which in this sample: the numbers about waits are computed from it.
-    #[must_use]
-    pub fn snapshot(&self) -> &Snapshot {
-        &self.snapshot
-    }
+    getters! {
+        /// Which session waited for which in this sample: the numbers about waits are computed from it.
+        snapshot: &Snapshot;
 
-    /// The name of the database that the query was sent to.
-    #[must_use]
-    pub fn database(&self) -> &str {
-        &self.database
+        /// The name of the database that the query was sent to.
+        database: &str;
     }
 
     /// How many sessions wait for a lock. Every role sees all of them.
@@ -208,24 +204,17 @@ impl Health {
         &self.roots
     }
 
-    /// How many wait cycles there are: deadlocks that the server has not ended yet.
-    #[must_use]
-    pub fn cycles(&self) -> usize {
-        self.cycles
-    }
+    getters! {
+        /// How many wait cycles there are: deadlocks that the server has not ended yet.
+        cycles: usize;
 
-    /// How many sessions there are whose state and times are hidden from the role, or not recorded because of their own
-    /// `track_activities`. If there are any, the two observations below are not complete.
-    #[must_use]
-    pub fn hidden_sessions(&self) -> usize {
-        self.hidden_sessions
-    }
+        /// How many sessions there are whose state and times are hidden from the role, or not recorded because of their own
+        /// `track_activities`. If there are any, the two observations below are not complete.
+        hidden_sessions: usize;
 
-    /// The session with the oldest open transaction, [`Backend::transaction_age`]: VACUUM and `CREATE INDEX
-    /// CONCURRENTLY` wait for it. Transactions of autovacuum are excluded. `Known(None)` if no transaction is open.
-    #[must_use]
-    pub fn oldest_transaction(&self) -> &ObservedValue<Option<Backend>> {
-        &self.oldest_transaction
+        /// The session with the oldest open transaction, [`Backend::transaction_age`]: VACUUM and `CREATE INDEX
+        /// CONCURRENTLY` wait for it. Transactions of autovacuum are excluded. `Known(None)` if no transaction is open.
+        oldest_transaction: &ObservedValue<Option<Backend>>;
     }
 
     /// The session that has been idle in its transaction for longest, [`Backend::state_age`]: it keeps its locks and
@@ -235,16 +224,12 @@ impl Health {
         &self.idle_in_transaction
     }
 
-    /// The deadlocks that the server has ended in this database; `None` if it does not count them (`track_counts`).
-    #[must_use]
-    pub fn deadlocks(&self) -> Option<Deadlocks> {
-        self.deadlocks
-    }
+    getters! {
+        /// The deadlocks that the server has ended in this database; `None` if it does not count them (`track_counts`).
+        deadlocks: Option<Deadlocks>;
 
-    /// How full the server's lock table is.
-    #[must_use]
-    pub fn lock_table(&self) -> LockTableUsage {
-        self.lock_table
+        /// How full the server's lock table is.
+        lock_table: LockTableUsage;
     }
 
     /// The prepared transactions, which hold their locks without a session.
@@ -281,17 +266,13 @@ pub struct Deadlocks {
 }
 
 impl Deadlocks {
-    /// How many deadlocks, since the statistics began.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.count
-    }
+    getters! {
+        /// How many deadlocks, since the statistics began.
+        count: u64;
 
-    /// When the statistics were last reset (`pg_stat_database.stats_reset`), by hand or by a crash of the server;
-    /// `None` if they never were.
-    #[must_use]
-    pub fn since(&self) -> Option<SystemTime> {
-        self.since
+        /// When the statistics were last reset (`pg_stat_database.stats_reset`), by hand or by a crash of the server;
+        /// `None` if they never were.
+        since: Option<SystemTime>;
     }
 }
 
@@ -324,16 +305,12 @@ pub struct LockTableUsage {
 }
 
 impl LockTableUsage {
-    /// The objects in it that are locked or waited for, each counted once.
-    #[must_use]
-    pub fn entries(&self) -> u64 {
-        self.entries
-    }
+    getters! {
+        /// The objects in it that are locked or waited for, each counted once.
+        entries: u64;
 
-    /// How many objects it is sized for.
-    #[must_use]
-    pub fn capacity(&self) -> u64 {
-        self.capacity
+        /// How many objects it is sized for.
+        capacity: u64;
     }
 
     /// Entries divided by capacity: 1.0 is full.
@@ -364,16 +341,12 @@ pub struct PreparedTransactions {
 }
 
 impl PreparedTransactions {
-    /// How many, in all databases.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.count
-    }
+    getters! {
+        /// How many, in all databases.
+        count: u64;
 
-    /// How long ago the oldest was prepared; `None` if there is none.
-    #[must_use]
-    pub fn oldest(&self) -> Option<Duration> {
-        self.oldest
+        /// How long ago the oldest was prepared; `None` if there is none.
+        oldest: Option<Duration>;
     }
 }
 
@@ -397,16 +370,12 @@ pub struct InvalidIndexes {
 }
 
 impl InvalidIndexes {
-    /// How many.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.count
-    }
+    getters! {
+        /// How many.
+        count: usize;
 
-    /// The first 20 of them, by schema and name.
-    #[must_use]
-    pub fn first(&self) -> &[Relation] {
-        &self.first
+        /// The first 20 of them, by schema and name.
+        first: &[Relation];
     }
 }
 

@@ -160,16 +160,12 @@ impl fmt::Display for RecoveryCriterion {
 }
 
 impl RecoveryCheck {
-    /// The lock waits in this check.
-    #[must_use]
-    pub fn waits(&self) -> &WaitSummary {
-        &self.waits
-    }
+    getters! {
+        /// The lock waits in this check.
+        waits: &WaitSummary;
 
-    /// How the waits have changed since the previous check.
-    #[must_use]
-    pub fn trend(&self) -> Trend {
-        self.trend
+        /// How the waits have changed since the previous check.
+        trend: Trend;
     }
 
     /// In how many consecutive checks, up to this one, the waits have decreased.

@@ -95,16 +95,12 @@ pub struct SettingsFinding {
 }
 
 impl SettingsFinding {
-    /// What it is about.
-    #[must_use]
-    pub fn kind(&self) -> SettingsFindingKind {
-        self.kind
-    }
+    getters! {
+        /// What it is about.
+        kind: SettingsFindingKind;
 
-    /// How much it matters.
-    #[must_use]
-    pub fn severity(&self) -> Severity {
-        self.severity
+        /// How much it matters.
+        severity: Severity;
     }
 
     /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`.
@@ -113,16 +109,12 @@ impl SettingsFinding {
         self.name
     }
 
-    /// What was seen: a setting as `SHOW` writes it; `not granted to "app"`, or `not inherited by "app"`.
-    #[must_use]
-    pub fn value(&self) -> &str {
-        &self.value
-    }
+    getters! {
+        /// What was seen: a setting as `SHOW` writes it; `not granted to "app"`, or `not inherited by "app"`.
+        value: &str;
 
-    /// The consequence, as a text for people.
-    #[must_use]
-    pub fn why(&self) -> &str {
-        &self.why
+        /// The consequence, as a text for people.
+        why: &str;
     }
 
     /// The statement that fixes it, with all names quoted. A role with the necessary privileges must run it on its own:

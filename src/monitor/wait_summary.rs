@@ -38,16 +38,12 @@ impl WaitSummary {
         }
     }
 
-    /// How many sessions wait for a lock.
-    #[must_use]
-    pub fn sessions(&self) -> usize {
-        self.sessions
-    }
+    getters! {
+        /// How many sessions wait for a lock.
+        sessions: usize;
 
-    /// How long the longest wait has lasted; `None` if no session waits, or if all waits have just begun.
-    #[must_use]
-    pub fn longest(&self) -> Option<Duration> {
-        self.longest
+        /// How long the longest wait has lasted; `None` if no session waits, or if all waits have just begun.
+        longest: Option<Duration>;
     }
 
     /// Whether no session waits.

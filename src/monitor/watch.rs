@@ -108,16 +108,12 @@ impl Monitor {
 }
 
 impl WatchUpdate {
-    /// Which session waits for which.
-    #[must_use]
-    pub fn snapshot(&self) -> &Snapshot {
-        &self.snapshot
-    }
+    getters! {
+        /// Which session waits for which.
+        snapshot: &Snapshot;
 
-    /// The changes since the previous snapshot; for the first one, everything in it.
-    #[must_use]
-    pub fn changes(&self) -> &SnapshotDiff {
-        &self.changes
+        /// The changes since the previous snapshot; for the first one, everything in it.
+        changes: &SnapshotDiff;
     }
 }
 
@@ -144,28 +140,18 @@ impl SnapshotDiff {
         }
     }
 
-    /// Waits that have begun, each with one pair of the waiter and a blocker.
-    #[must_use]
-    pub fn new_waits(&self) -> &[Edge] {
-        &self.new_waits
-    }
+    getters! {
+        /// Waits that have begun, each with one pair of the waiter and a blocker.
+        new_waits: &[Edge];
 
-    /// Waits that have ended, in their last observed state.
-    #[must_use]
-    pub fn ended_waits(&self) -> &[Edge] {
-        &self.ended_waits
-    }
+        /// Waits that have ended, in their last observed state.
+        ended_waits: &[Edge];
 
-    /// Sessions that have become root blockers.
-    #[must_use]
-    pub fn new_roots(&self) -> &[Backend] {
-        &self.new_roots
-    }
+        /// Sessions that have become root blockers.
+        new_roots: &[Backend];
 
-    /// Root blockers that stopped blocking since the previous snapshot, in their last observed state.
-    #[must_use]
-    pub fn ended_roots(&self) -> &[Backend] {
-        &self.ended_roots
+        /// Root blockers that stopped blocking since the previous snapshot, in their last observed state.
+        ended_roots: &[Backend];
     }
 
     /// Whether nothing has changed.

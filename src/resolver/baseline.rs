@@ -24,48 +24,31 @@ pub struct Setting {
 }
 
 impl Baseline {
-    /// Every process that `pg_stat_activity` showed.
-    #[must_use]
-    pub fn activity(&self) -> &[Backend] {
-        &self.activity
-    }
+    getters! {
+        /// Every process that `pg_stat_activity` showed.
+        activity: &[Backend];
 
-    /// Which session waited for which.
-    #[must_use]
-    pub fn snapshot(&self) -> &Snapshot {
-        &self.snapshot
-    }
+        /// Which session waited for which.
+        snapshot: &Snapshot;
 
-    /// The settings about locks, timeouts and connections, as the monitoring session has them.
-    #[must_use]
-    pub fn settings(&self) -> &[Setting] {
-        &self.settings
+        /// The settings about locks, timeouts and connections, as the monitoring session has them.
+        settings: &[Setting];
     }
 }
 
 impl Setting {
-    /// `deadlock_timeout`
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
+    getters! {
+        /// `deadlock_timeout`
+        name: &str;
 
-    /// The number, without its unit, or the text.
-    #[must_use]
-    pub fn value(&self) -> &str {
-        &self.value
-    }
+        /// The number, without its unit, or the text.
+        value: &str;
 
-    /// The unit of a number, such as `ms` or `8kB`.
-    #[must_use]
-    pub fn unit(&self) -> Option<&str> {
-        self.unit.as_deref()
-    }
+        /// The unit of a number, such as `ms` or `8kB`.
+        text unit;
 
-    /// The origin of the value: `default`, `configuration file`, `session`, …
-    #[must_use]
-    pub fn source(&self) -> Option<&str> {
-        self.source.as_deref()
+        /// The origin of the value: `default`, `configuration file`, `session`, …
+        text source;
     }
 }
 

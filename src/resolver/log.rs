@@ -99,16 +99,12 @@ pub struct RunLog {
 }
 
 impl RunLogEntry {
-    /// How long after the start of the run the entry was written.
-    #[must_use]
-    pub fn after(&self) -> Duration {
-        self.after
-    }
+    getters! {
+        /// How long after the start of the run the entry was written.
+        after: Duration;
 
-    /// What was done.
-    #[must_use]
-    pub fn action(&self) -> Action {
-        self.action
+        /// What was done.
+        action: Action;
     }
 
     /// The session or prepared transaction that it concerns, as it was observed then.
@@ -117,16 +113,12 @@ impl RunLogEntry {
         self.target.as_ref()
     }
 
-    /// The reason.
-    #[must_use]
-    pub fn why(&self) -> &str {
-        &self.why
-    }
+    getters! {
+        /// The reason.
+        why: &str;
 
-    /// The result.
-    #[must_use]
-    pub fn outcome(&self) -> &StepOutcome {
-        &self.outcome
+        /// The result.
+        outcome: &StepOutcome;
     }
 
     /// The lock waits before it.
@@ -152,28 +144,18 @@ impl RunLogEntry {
 }
 
 impl RunLog {
-    /// What was planned when the run began.
-    #[must_use]
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
+    getters! {
+        /// What was planned when the run began.
+        plan: &Plan;
 
-    /// The state of the server before the run.
-    #[must_use]
-    pub fn baseline(&self) -> &Baseline {
-        &self.baseline
-    }
+        /// The state of the server before the run.
+        baseline: &Baseline;
 
-    /// What was done, in order.
-    #[must_use]
-    pub fn entries(&self) -> &[RunLogEntry] {
-        &self.entries
-    }
+        /// What was done, in order.
+        entries: &[RunLogEntry];
 
-    /// Why it has ended.
-    #[must_use]
-    pub fn end(&self) -> &RunEnd {
-        &self.end
+        /// Why it has ended.
+        end: &RunEnd;
     }
 
     /// Whether the criterion held at the end: no session waits, or as the policy defines it.
@@ -182,22 +164,15 @@ impl RunLog {
         self.end == RunEnd::Recovered
     }
 
-    /// How many signals were sent.
-    #[must_use]
-    pub fn signals(&self) -> u32 {
-        self.signals
-    }
+    getters! {
+        /// How many signals were sent.
+        signals: u32;
 
-    /// How long the run took.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.elapsed
-    }
+        /// How long the run took.
+        elapsed: Duration;
 
-    /// The lock waits in the last snapshot.
-    #[must_use]
-    pub fn waits(&self) -> &WaitSummary {
-        &self.waits
+        /// The lock waits in the last snapshot.
+        waits: &WaitSummary;
     }
 }
 

@@ -129,28 +129,18 @@ impl fmt::Display for Decision {
 }
 
 impl PlannedRoot {
-    /// The root blocker.
-    #[must_use]
-    pub fn backend(&self) -> &Backend {
-        &self.backend
-    }
+    getters! {
+        /// The root blocker.
+        backend: &Backend;
 
-    /// How many sessions cannot continue before this one does.
-    #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.blocks
-    }
+        /// How many sessions cannot continue before this one does.
+        blocks: usize;
 
-    /// What to do about it.
-    #[must_use]
-    pub fn decision(&self) -> &Decision {
-        &self.decision
-    }
+        /// What to do about it.
+        decision: &Decision;
 
-    /// The reason, in a sentence.
-    #[must_use]
-    pub fn why(&self) -> &str {
-        &self.why
+        /// The reason, in a sentence.
+        why: &str;
     }
 
     /// The steps, if there are any.
@@ -195,16 +185,12 @@ impl Plan {
         }
     }
 
-    /// The root blockers, the one that blocks most sessions first.
-    #[must_use]
-    pub fn roots(&self) -> &[PlannedRoot] {
-        &self.roots
-    }
+    getters! {
+        /// The root blockers, the one that blocks most sessions first.
+        roots: &[PlannedRoot];
 
-    /// The lock waits.
-    #[must_use]
-    pub fn waits(&self) -> &WaitSummary {
-        &self.waits
+        /// The lock waits.
+        waits: &WaitSummary;
     }
 
     /// Whether the plan has no step to take.

@@ -176,17 +176,13 @@ impl PreflightLock {
         self.planned.mode.blocks()
     }
 
-    /// The sessions that block the lock: holders of a conflicting lock, and waiters for one, with the age of their
-    /// transactions.
-    #[must_use]
-    pub fn blockers(&self) -> &[Blocker] {
-        &self.blockers
-    }
+    getters! {
+        /// The sessions that block the lock: holders of a conflicting lock, and waiters for one, with the age of their
+        /// transactions.
+        blockers: &[Blocker];
 
-    /// The sessions that already wait for a lock on the relation, in any mode.
-    #[must_use]
-    pub fn waiting(&self) -> &[Blocker] {
-        &self.waiting
+        /// The sessions that already wait for a lock on the relation, in any mode.
+        waiting: &[Blocker];
     }
 
     /// A better way, if [`Schema::change`](crate::Schema::change) refuses the statement on a table with rows.

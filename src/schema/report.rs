@@ -18,16 +18,12 @@ pub struct ChangeAttempt {
 }
 
 impl ChangeAttempt {
-    /// The number of the attempt, counted from 1.
-    #[must_use]
-    pub fn number(&self) -> u32 {
-        self.number
-    }
+    getters! {
+        /// The number of the attempt, counted from 1.
+        number: u32;
 
-    /// The duration of the attempt, from its BEGIN to its end.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.elapsed
+        /// The duration of the attempt, from its BEGIN to its end.
+        elapsed: Duration;
     }
 
     /// Whether the attempt made the change.
@@ -36,30 +32,20 @@ impl ChangeAttempt {
         self.failure.is_none()
     }
 
-    /// The kind of error with which the attempt failed; `None` if it succeeded.
-    #[must_use]
-    pub fn failure(&self) -> Option<ErrorKind> {
-        self.failure
-    }
+    getters! {
+        /// The kind of error with which the attempt failed; `None` if it succeeded.
+        failure: Option<ErrorKind>;
 
-    /// The SQLSTATE of the server's error; `None` without one.
-    #[must_use]
-    pub fn sqlstate(&self) -> Option<&str> {
-        self.sqlstate.as_deref()
-    }
+        /// The SQLSTATE of the server's error; `None` without one.
+        text sqlstate;
 
-    /// The sessions that blocked the attempt in the last sample before it ended: holders of the lock it waited for, and
-    /// waiters ahead of it in the queue. If no sample was taken, these are the sessions that held conflicting locks
-    /// right after the attempt on the relations it is known to lock. Empty if there were none.
-    #[must_use]
-    pub fn blockers(&self) -> &[Blocker] {
-        &self.blockers
-    }
+        /// The sessions that blocked the attempt in the last sample before it ended: holders of the lock it waited for, and
+        /// waiters ahead of it in the queue. If no sample was taken, these are the sessions that held conflicting locks
+        /// right after the attempt on the relations it is known to lock. Empty if there were none.
+        blockers: &[Blocker];
 
-    /// The pause before the next attempt; `None` after the last attempt.
-    #[must_use]
-    pub fn pause(&self) -> Option<Duration> {
-        self.pause
+        /// The pause before the next attempt; `None` after the last attempt.
+        pause: Option<Duration>;
     }
 }
 
@@ -87,16 +73,12 @@ pub struct ChangeReport {
 }
 
 impl ChangeReport {
-    /// The attempts, in order.
-    #[must_use]
-    pub fn attempts(&self) -> &[ChangeAttempt] {
-        &self.attempts
-    }
+    getters! {
+        /// The attempts, in order.
+        attempts: &[ChangeAttempt];
 
-    /// The duration of all attempts, including the pauses.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.elapsed
+        /// The duration of all attempts, including the pauses.
+        elapsed: Duration;
     }
 }
 
@@ -118,17 +100,13 @@ pub struct ProcedureReport {
 }
 
 impl ProcedureReport {
-    /// The statements that were run, each with its attempts. Empty if nothing was left to do.
-    #[must_use]
-    pub fn steps(&self) -> &[(String, ChangeReport)] {
-        &self.steps
-    }
+    getters! {
+        /// The statements that were run, each with its attempts. Empty if nothing was left to do.
+        steps: &[(String, ChangeReport)];
 
-    /// The change that existing rows still need, as one statement that describes it; run it in batches. `None` except
-    /// for a new column with a volatile default.
-    #[must_use]
-    pub fn backfill(&self) -> Option<&str> {
-        self.backfill.as_deref()
+        /// The change that existing rows still need, as one statement that describes it; run it in batches. `None` except
+        /// for a new column with a volatile default.
+        text backfill;
     }
 
     pub(super) fn push(&mut self, sql: impl Into<String>, report: ChangeReport) {

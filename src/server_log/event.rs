@@ -277,28 +277,18 @@ impl LogWait {
         }
     }
 
-    /// The waiter's process id.
-    #[must_use]
-    pub fn waiter(&self) -> i32 {
-        self.waiter
-    }
+    getters! {
+        /// The waiter's process id.
+        waiter: i32;
 
-    /// The blocker's process id; 0 for a prepared transaction.
-    #[must_use]
-    pub fn blocker(&self) -> i32 {
-        self.blocker
-    }
+        /// The blocker's process id; 0 for a prepared transaction.
+        blocker: i32;
 
-    /// The mode the waiter requested.
-    #[must_use]
-    pub fn mode(&self) -> Option<LockMode> {
-        self.mode
-    }
+        /// The mode the waiter requested.
+        mode: Option<LockMode>;
 
-    /// What the lock was on.
-    #[must_use]
-    pub fn object(&self) -> &LockObject {
-        &self.object
+        /// What the lock was on.
+        object: &LockObject;
     }
 
     /// The waiter's statement, with all literals, up to the length the server keeps (`track_activity_query_size`).

@@ -56,28 +56,18 @@ pub enum Cause {
 }
 
 impl Diagnosis {
-    /// The cause of the incident.
-    #[must_use]
-    pub fn cause(&self) -> Cause {
-        self.cause
-    }
+    getters! {
+        /// The cause of the incident.
+        cause: Cause;
 
-    /// Whether the evidence proves the cause; otherwise it is the most likely one. Always false for [`Cause::Unknown`].
-    #[must_use]
-    pub fn is_certain(&self) -> bool {
-        self.is_certain
-    }
+        /// Whether the evidence proves the cause; otherwise it is the most likely one. Always false for [`Cause::Unknown`].
+        is_certain: bool;
 
-    /// What happened, in complete sentences.
-    #[must_use]
-    pub fn text(&self) -> &str {
-        &self.text
-    }
+        /// What happened, in complete sentences.
+        text: &str;
 
-    /// How to fix it, in complete sentences.
-    #[must_use]
-    pub fn fix(&self) -> Option<&str> {
-        self.fix.as_deref()
+        /// How to fix it, in complete sentences.
+        text fix;
     }
 
     fn new(cause: Cause, is_certain: bool, text: String) -> Self {

@@ -44,34 +44,21 @@ pub(super) type FindingId = (
 );
 
 impl Finding {
-    /// The kind of problem.
-    #[must_use]
-    pub fn kind(&self) -> FindingKind {
-        self.kind
-    }
+    getters! {
+        /// The kind of problem.
+        kind: FindingKind;
 
-    /// The session that it concerns.
-    #[must_use]
-    pub fn backend(&self) -> &Backend {
-        &self.backend
-    }
+        /// The session that it concerns.
+        backend: &Backend;
 
-    /// The advisory locks that are leaked; empty for other findings.
-    #[must_use]
-    pub fn keys(&self) -> &[LockKey] {
-        &self.keys
-    }
+        /// The advisory locks that are leaked; empty for other findings.
+        keys: &[LockKey];
 
-    /// How many sessions it blocks.
-    #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.blocks
-    }
+        /// How many sessions it blocks.
+        blocks: usize;
 
-    /// How long it has been idle, or has waited.
-    #[must_use]
-    pub fn age(&self) -> Duration {
-        self.age
+        /// How long it has been idle, or has waited.
+        age: Duration;
     }
 
     /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed, or if

@@ -128,41 +128,25 @@ impl StatementLock {
         self.statement
     }
 
-    /// The locked relation, by its role in the statement.
-    #[must_use]
-    pub fn on(&self) -> LockedRelation {
-        self.on
-    }
+    getters! {
+        /// The locked relation, by its role in the statement.
+        on: LockedRelation;
 
-    /// The strongest mode in which the statement locks that relation.
-    #[must_use]
-    pub fn mode(&self) -> LockMode {
-        self.mode
-    }
+        /// The strongest mode in which the statement locks that relation.
+        mode: LockMode;
 
-    /// How much of the relation the statement processes while it holds the lock.
-    #[must_use]
-    pub fn work(&self) -> TableWork {
-        self.work
-    }
+        /// How much of the relation the statement processes while it holds the lock.
+        work: TableWork;
 
-    /// The lock that the statement also takes on rows; `None` if it locks no rows that are visible to other
-    /// transactions.
-    #[must_use]
-    pub fn row_lock(&self) -> Option<RowLock> {
-        self.row_lock
-    }
+        /// The lock that the statement also takes on rows; `None` if it locks no rows that are visible to other
+        /// transactions.
+        row_lock: Option<RowLock>;
 
-    /// The first major version that takes this lock; `None` if all of 14 to 18 do.
-    #[must_use]
-    pub fn since(&self) -> Option<u32> {
-        self.since
-    }
+        /// The first major version that takes this lock; `None` if all of 14 to 18 do.
+        since: Option<u32>;
 
-    /// The last major version that takes this lock; `None` if 18 still does.
-    #[must_use]
-    pub fn until(&self) -> Option<u32> {
-        self.until
+        /// The last major version that takes this lock; `None` if 18 still does.
+        until: Option<u32>;
     }
 
     /// Whether a server of this major version takes this lock.
