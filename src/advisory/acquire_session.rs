@@ -9,7 +9,7 @@ use crate::advisory::sql::{Locks, Names, TryLockOutcome, TryLockRow};
 use crate::connection::sql::Probe;
 use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
-use crate::error::{Error, Failure, classify};
+use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::mode::AdvisoryMode;
 
 /// A session that holds the locks, what the server said of it, what was asked for, and what keeps the line in order.
@@ -282,9 +282,12 @@ impl Advisory {
             let sql = sql::try_session(request.locks(), names, &probe);
             (probe, sql)
         };
-        let (session, probe, tried) = self
-            .try_on_clean_connection(request, deadline, text, || undo_try(request))
-            .await?;
+        let tried = self.try_on_clean_connection(request, deadline, text, || undo_try(request));
+        let (session, probe, tried) = tried.await.map_err(|error| match error.kind() {
+            // Nor would it be granted with a connection.
+            ErrorKind::Pool => self.refused_by_pooler(&request.keys()[0]).unwrap_or(error),
+            _ => error,
+        })?;
         self.learn(
             &session,
             &probe,
@@ -353,7 +356,9 @@ impl Advisory {
                 self.final_session_try(session, request, deadline, named, false)
                     .await
             }
-            Err(_) => Err(timed_out(&request, deadline)),
+            Err(_) => Err(self
+                .refused_by_pooler(&request.keys()[0])
+                .unwrap_or_else(|| timed_out(&request, deadline))),
         }
     }
 
@@ -387,11 +392,15 @@ impl Advisory {
                 session.identify(tried.pid, request.begin.application_name.as_deref());
                 Ok(Locked::new(session, tried, request))
             }
+            // Not examined in this call: what matters is not who is in the way, but that nothing can be had through it.
+            Some(tried) if tried.verdict == TryLockOutcome::Pooled => {
+                self.check_pooler(&session, &request.keys()[0]).await?;
+                let again = self.final_session_try(session, request, deadline, named, false);
+                Box::pin(again).await
+            }
             found => {
                 // Whatever else it is, its connection is closed.
-                if found.is_some_and(|tried| {
-                    matches!(tried.verdict, TryLockOutcome::Busy | TryLockOutcome::Pooled)
-                }) {
+                if found.is_some_and(|tried| tried.verdict == TryLockOutcome::Busy) {
                     session.return_to_pool();
                 }
                 let blockers = sql::blockers::blockers(&reply, request.mode());

@@ -113,10 +113,13 @@ impl Advisory {
         if keeps {
             return Ok(());
         }
-        Err(refused(key).with_detail(
-            "the pooler gives one server session to several clients, which would share the lock or lose it; use a \
-             transaction lock, connect to the server directly, or set the pooler to session mode",
-        ))
+        Err(refused(key))
+    }
+
+    /// The error of a session lock where the pooler is known not to keep one server session for each client.
+    pub(super) fn refused_by_pooler(&self, key: &LockKey) -> Option<Error> {
+        let keeps = self.connections.capabilities().keeps_sessions();
+        (keeps == Some(false)).then(|| refused(key))
     }
 
     async fn pooler_keeps_sessions(&self, first: &Session) -> Result<bool, Error> {
@@ -239,5 +242,8 @@ fn undetermined() -> Error {
 }
 
 fn refused(key: &LockKey) -> Error {
-    Error::new(ErrorKind::TransactionPooler).with_key(key)
+    Error::new(ErrorKind::TransactionPooler).with_key(key).with_detail(
+        "the pooler gives one server session to several clients, which would share the lock or lose it; use a \
+         transaction lock, connect to the server directly, or set the pooler to session mode",
+    )
 }

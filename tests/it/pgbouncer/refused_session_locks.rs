@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::tokio_postgres::IsolationLevel;
 use lockkeeper::{ErrorKind, SessionGuard};
-use lockkeeper_testkit::{BouncerScene, GIVE_UP_AFTER, PoolMode, Scene, assert_error, in_time};
+use lockkeeper_testkit::{
+    BouncerScene, GIVE_UP_AFTER, PoolMode, Scene, assert_error, eventually, in_time,
+};
 use tokio::task::JoinHandle;
 
 /// Keeps the pooler's backends busy from several clients until it is dropped.
@@ -292,6 +294,51 @@ async fn a_session_lock_is_never_shared_behind_a_transaction_pooler() {
         assert!(
             refusals > 0,
             "{backends} backends, round robin {turns}: none was refused"
+        );
+        behind.nothing_left().await;
+    }
+}
+
+/// However short the wait: who asks again after a timeout would ask for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_session_lock_never_looks_like_a_timeout() {
+    let test = "a_refused_session_lock_never_looks_like_a_timeout";
+    for backends in ["1", "2", "20"] {
+        let settings = [("default_pool_size", backends)];
+        let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &settings).await
+        else {
+            return;
+        };
+        let keeper = behind.fresh(8);
+        // A first answer may be that nothing could be found out in time.
+        let known = async || {
+            let first = keeper.advisory_lock("first").session().acquire().await;
+            first.is_err_and(|error| error.to_string().contains("to several clients"))
+        };
+        eventually("the pooler is not known", known).await;
+        let tasks: Vec<_> = (0..300)
+            .map(|n: u64| {
+                let keeper = keeper.clone();
+                tokio::spawn(async move {
+                    let wait = Duration::from_millis(n % 40);
+                    let key = format!("k{}", n % 7);
+                    let lock = keeper.advisory_lock(key.as_str()).wait(wait);
+                    lock.session().acquire().await.unwrap_err()
+                })
+            })
+            .collect();
+        let mut others = Vec::new();
+        for task in tasks {
+            let error = in_time("a task", task).await.unwrap();
+            if error.kind() != ErrorKind::TransactionPooler {
+                others.push(error.to_string());
+            }
+        }
+        assert!(
+            others.is_empty(),
+            "{backends} backends: {} of 300: {:?}",
+            others.len(),
+            others.first()
         );
         behind.nothing_left().await;
     }
