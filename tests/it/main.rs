@@ -48,6 +48,7 @@ mod session_guard;
 mod settings;
 mod several;
 mod signals;
+mod silence;
 mod tidy;
 mod timeouts;
 mod transactions;
