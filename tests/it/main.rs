@@ -51,6 +51,7 @@ mod signals;
 mod silence;
 mod tidy;
 mod timeouts;
+mod tls;
 mod transactions;
 mod watchdog;
 mod watching;
