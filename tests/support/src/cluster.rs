@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Mutex, PoisonError};
@@ -46,6 +47,8 @@ pub(crate) struct Cluster {
     pub(crate) installation: Installation,
     pub(crate) port: u16,
     guardian: Guardian,
+    /// What comes over the network has to be encrypted, so the tests themselves use the socket in the folder.
+    encrypted: bool,
     /// `None` while stopped.
     postmaster: Mutex<Option<Child>>,
 }
@@ -56,6 +59,39 @@ impl Cluster {
         settings: &[(&str, &str)],
         report: &dyn Fn(&str),
     ) -> Result<Cluster, SetupError> {
+        let cluster = Cluster::make(settings, report)?;
+        report("starting its server …");
+        let cluster = cluster.launch_first()?;
+        report(&format!(
+            "PostgreSQL {} is ready on port {}",
+            cluster.installation.major, cluster.port
+        ));
+        Ok(cluster)
+    }
+
+    /// The same, but whatever comes over the network has to be encrypted.
+    pub(crate) fn start_encrypted(certificate: &str, key: &str) -> Result<Cluster, SetupError> {
+        let mut cluster = Cluster::make(&[("ssl", "on")], &|_| {})?;
+        cluster.encrypted = true;
+        for (name, text) in [
+            ("server.crt", certificate),
+            ("server.key", key),
+            (
+                "pg_hba.conf",
+                "local all all trust\nhostssl all all 127.0.0.1/32 trust\n",
+            ),
+        ] {
+            let path = cluster.data().join(name);
+            fs::write(&path, text)
+                .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o600)))
+                .and_then(|()| cluster.guardian.account().own(&path))
+                .map_err(SetupError::because(path.display()))?;
+        }
+        cluster.launch_first()
+    }
+
+    /// A cluster with settings, that was never started.
+    fn make(settings: &[(&str, &str)], report: &dyn Fn(&str)) -> Result<Cluster, SetupError> {
         let cluster = Cluster::empty(Installation::find(report)?)?;
         report("creating a throw-away cluster …");
         let mut args: Vec<OsString> = vec!["-D".into(), cluster.data().into()];
@@ -76,12 +112,6 @@ impl Cluster {
         )?;
         cluster.configure(SETTINGS)?;
         cluster.configure(settings)?;
-        report("starting its server …");
-        let cluster = cluster.launch_first()?;
-        report(&format!(
-            "PostgreSQL {} is ready on port {}",
-            cluster.installation.major, cluster.port
-        ));
         Ok(cluster)
     }
 
@@ -91,6 +121,7 @@ impl Cluster {
             installation,
             port: 0,
             guardian: Guardian::new(Account::for_servers()?)?,
+            encrypted: false,
             postmaster: Mutex::new(None),
         })
     }
@@ -197,11 +228,12 @@ impl Cluster {
     /// The superuser, in the database `postgres`.
     pub(crate) fn config(&self) -> Config {
         let mut config = Config::new();
-        config
-            .host("127.0.0.1")
-            .port(self.port)
-            .user("postgres")
-            .dbname("postgres");
+        if self.encrypted {
+            config.host_path(self.dir());
+        } else {
+            config.host("127.0.0.1");
+        }
+        config.port(self.port).user("postgres").dbname("postgres");
         config
     }
 

@@ -5,7 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
+use tokio_postgres::{Client, Config, NoTls, Socket};
 
 use crate::probe;
 use crate::server::Server;
@@ -126,9 +127,20 @@ impl Drop for Database {
 /// Never: the pool connects at first use.
 #[must_use]
 pub fn pool_of(config: Config, size: usize) -> Pool {
+    pool_over(config, NoTls, size)
+}
+
+/// The same over an encrypted network.
+pub(crate) fn pool_over<T>(config: Config, tls: T, size: usize) -> Pool
+where
+    T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+    T::Stream: Send + Sync,
+    T::TlsConnect: Send + Sync,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+{
     let manager = Manager::from_config(
         config,
-        NoTls,
+        tls,
         ManagerConfig {
             recycling_method: RecyclingMethod::Fast,
         },

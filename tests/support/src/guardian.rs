@@ -192,10 +192,15 @@ impl Drop for Guardian {
 
 /// Sends `signal` (`QUIT`, `INT`, …) to a process.
 pub(crate) fn signal(child: &Child, signal: &str) -> io::Result<()> {
+    signal_pid(child.id(), signal)
+}
+
+/// The same to a process that need not be a child of this one.
+pub(crate) fn signal_pid(pid: u32, signal: &str) -> io::Result<()> {
     // The shell's own `kill`: the program of that name is missing on small machines.
     let status = Command::new("/bin/sh")
         .args(["-c", "kill -s \"$1\" \"$2\"", "sh", signal])
-        .arg(child.id().to_string())
+        .arg(pid.to_string())
         .stderr(Stdio::null())
         .status()?;
     if status.success() {

@@ -33,6 +33,7 @@
 //!   are such scenes for a monitor, for incidents and behind a PgBouncer. [`Session`] is a connection that does not use the library.
 //! - [`eventually`], [`until_waiting`] and other waits for what the server shows; [`GIVE_UP_AFTER`] is the one long timeout.
 //! - [`Proxy`]: a network between a client and its server that can be cut, reset, stalled and delayed.
+//! - [`StoppedBackend`]: a backend that stands still. [`TlsServer`]: a server that takes encrypted connections only.
 //! - [`poll_times_and_drop`], to drop a call at any point; [`Random`]; [`CapturedLog`]; [`assert_error`].
 //!
 //! # Skips
@@ -75,6 +76,8 @@ mod server;
 mod session;
 mod skip;
 mod standby;
+mod stopped;
+mod tls_server;
 mod wait;
 
 pub use app_error::AppError;
@@ -87,7 +90,7 @@ pub use error::SetupError;
 pub use incident_scene::IncidentScene;
 pub use monitor_scene::{MonitorScene, NINE_ROWS, keeper_as, seen_by};
 pub use poll::{is_pending, poll_times_and_drop};
-pub use proxy::{Fault, Proxy, Traffic};
+pub use proxy::{Fault, FaultSite, Proxy, Traffic};
 pub use random::Random;
 pub use scene::{Scene, median};
 pub use server::Server;
@@ -96,6 +99,8 @@ pub use session::{
     unlock_by_sql,
 };
 pub use skip::Skip;
+pub use stopped::StoppedBackend;
+pub use tls_server::TlsServer;
 pub use wait::{
     CLEANED_UP_WITHIN, ENDLESS, GIVE_UP_AFTER, eventually, eventually_within, in_time, in_time_of,
     until_blocking, until_closed, until_connected, until_gone, until_in_state, until_sleeping,

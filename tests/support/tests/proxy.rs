@@ -184,6 +184,11 @@ async fn one_connection_can_stall_and_all_of_them_can() {
     until_gone(&lab.beside, lab.behind.pid).await;
     other.run("INSERT INTO t VALUES (2)").await;
     assert!(!stalled.is_finished() && !lab.behind.client.is_closed());
+    let site = lab.proxy.met().expect("a fault");
+    assert_eq!((site.text.as_str(), site.backend), (INSERT, lab.behind.pid));
+    lab.proxy.resume();
+    let ended = in_time("no end", stalled).await.expect("no panic");
+    ended.expect_err("its backend has ended");
 
     lab.proxy.stall(true);
     let all = other.start("INSERT INTO t VALUES (3)");

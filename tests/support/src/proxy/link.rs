@@ -5,7 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::messages::{Message, Messages};
 use super::upstream::Upstream;
-use super::{Fault, Shared};
+use super::{Fault, FaultSite, Shared};
 
 /// A connection, of which both sides are open.
 pub(super) struct Link {
@@ -24,6 +24,8 @@ pub(super) struct Link {
     /// It is encrypted, so its messages cannot be told apart.
     is_opaque: bool,
     answers: Mutex<Answers>,
+    /// The backend, from when it has said which it is.
+    backend: AtomicI32,
     /// The client has been told something since it last sent something.
     answered: AtomicBool,
     /// Nothing gets to the client any more.
@@ -128,6 +130,7 @@ impl Link {
                 asked,
                 ..Answers::default()
             }),
+            backend: AtomicI32::new(0),
             answered,
             stalled: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
@@ -161,9 +164,11 @@ impl Link {
 
     fn read_client(&self, mut messages: Messages, up: &Sender<Parcel>) {
         let mut buffer = vec![0; 64 * 1024];
+        // Since the last message that asked for an answer.
+        let mut said = Vec::new();
         loop {
             while let Some(message) = self.next(&mut messages) {
-                if self.pass_up(message, up).is_none() {
+                if self.pass_up(message, up, &mut said).is_none() {
                     return;
                 }
             }
@@ -202,13 +207,22 @@ impl Link {
     }
 
     /// Passes a client's message on as the rules say; `None` when there is nothing more to read.
-    fn pass_up(&self, message: Message, up: &Sender<Parcel>) -> Option<()> {
+    fn pass_up(&self, message: Message, up: &Sender<Parcel>, said: &mut Vec<String>) -> Option<()> {
         self.shared.count_flight(&self.answered);
         self.shared.count_up(message.bytes.len());
         let asks = message.asks_for_an_answer();
         if self.answers().is_last_asked() {
             // The client may be faster than the cut: what it sends after its last answer stays here.
             return Some(());
+        }
+        let text = message.text();
+        said.push(text.clone());
+        let site = FaultSite {
+            text: said.join(" "),
+            backend: self.backend.load(Ordering::SeqCst),
+        };
+        if asks {
+            said.clear();
         }
         let fault = {
             let mut rules = self.shared.rules();
@@ -217,7 +231,7 @@ impl Link {
                 self.close();
                 return None;
             }
-            rules.fault_at(message.text(), asks)
+            rules.fault_at(text, asks, site)
         };
         if asks && fault != Some(Fault::Swallow) {
             self.answers().asked += 1;
@@ -245,10 +259,7 @@ impl Link {
                 return None;
             }
             Some(Fault::Swallow) => return Some(()),
-            Some(Fault::Stall) => {
-                self.stalled.store(true, Ordering::SeqCst);
-                return None;
-            }
+            Some(Fault::Stall) => self.stall()?,
             Some(Fault::Hold) => self.shared.wait_for_delivery()?,
             Some(Fault::Orphan) => {
                 self.orphaned.store(true, Ordering::SeqCst);
@@ -261,9 +272,23 @@ impl Link {
         up.send(self.bytes(message)).ok()
     }
 
+    /// Lets nothing pass until the proxy resumes; `None` when it is dropped first.
+    fn stall(&self) -> Option<()> {
+        let resumed = self.shared.rules().resumed;
+        self.stalled.store(true, Ordering::SeqCst);
+        self.shared.when(|rules| {
+            (rules.resumed > resumed).then(|| self.stalled.store(false, Ordering::SeqCst))
+        })?;
+        self.shared.changed.notify_all();
+        Some(())
+    }
+
     /// Passes the server's message on; `None` when the connection ends with it.
     fn pass_down(&self, message: Message, down: &Sender<Parcel>) -> Option<()> {
         let is_ready = message.is_ready_for_query();
+        if let Some(pid) = message.backend() {
+            self.backend.store(pid, Ordering::SeqCst);
+        }
         let (is_kept_back, is_last) = {
             let mut answers = self.answers();
             let at = answers.ready + 1;

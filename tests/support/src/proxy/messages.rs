@@ -79,6 +79,12 @@ impl Message {
         self.kind() == Some(b'Z')
     }
 
+    /// The backend that a BackendKeyData names.
+    pub(super) fn backend(&self) -> Option<i32> {
+        let pid = self.bytes.get(5..9).filter(|_| self.kind() == Some(b'K'))?;
+        pid.try_into().ok().map(i32::from_be_bytes)
+    }
+
     pub(super) fn is_cancel(&self) -> bool {
         self.code() == Some(CANCEL)
     }

@@ -49,12 +49,23 @@ pub enum Fault {
     Reset,
     /// The server does not get the message. Everything after it passes.
     Swallow,
-    /// From this message on nothing passes in either direction. The connection stays open.
+    /// From this message on nothing passes in either direction, until [`Proxy::resume`] is called. The connection stays
+    /// open.
     Stall,
     /// The server gets the message when [`Proxy::deliver`] is called. The connection stays open.
     Hold,
     /// The same, but the client's side is closed at once and the server's is not.
     Orphan,
+}
+
+/// The message that a fault has happened at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FaultSite {
+    /// What the client has sent at once, the message included, such as `SELECT 1 D S`: the SQL of simple queries and of
+    /// statements that are prepared, and one letter, the type, for any other message.
+    pub text: String,
+    /// The backend at the other end of the connection.
+    pub backend: i32,
 }
 
 /// What has passed through a proxy.
@@ -103,6 +114,10 @@ struct Rules {
     faults: VecDeque<(String, Fault)>,
     /// The same at a message by its number, counted from 0.
     later: Option<(usize, Fault)>,
+    /// Where the last of the faults has happened.
+    met: Option<FaultSite>,
+    /// How often connections that a fault has stalled were resumed.
+    resumed: u64,
     /// How many messages that are held back may go.
     deliveries: usize,
     heard: Vec<String>,
@@ -239,6 +254,18 @@ impl Proxy {
         rules.later = None;
     }
 
+    /// Where the last of the faults that have happened did so.
+    #[must_use]
+    pub fn met(&self) -> Option<FaultSite> {
+        self.shared.rules().met.clone()
+    }
+
+    /// Lets connections go on that [`Fault::Stall`] has stopped: all that was sent meanwhile arrives.
+    pub fn resume(&self) {
+        self.shared.rules().resumed += 1;
+        self.shared.changed.notify_all();
+    }
+
     /// Lets one message go that is kept back by [`Fault::Hold`] or [`Fault::Orphan`].
     pub fn deliver(&self) {
         self.shared.rules().deliveries += 1;
@@ -315,17 +342,26 @@ impl Shared {
 
 impl Rules {
     /// The fault at a message with this text, and notes that it was heard.
-    fn fault_at(&mut self, text: String, asks_for_an_answer: bool) -> Option<Fault> {
+    fn fault_at(
+        &mut self,
+        text: String,
+        asks_for_an_answer: bool,
+        site: FaultSite,
+    ) -> Option<Fault> {
         let named = match self.faults.front() {
             Some((ends, _)) if text.ends_with(ends.as_str()) => self.faults.pop_front(),
             _ => None,
         };
         self.heard.push(text);
-        match named {
+        let fault = match named {
             Some((_, fault)) => Some(fault),
             None if asks_for_an_answer => self.counted_down(),
             None => None,
+        };
+        if fault.is_some() {
+            self.met = Some(site);
         }
+        fault
     }
 
     fn counted_down(&mut self) -> Option<Fault> {
