@@ -287,8 +287,6 @@ impl Keeper {
     }
 
     fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
-        #[cfg(feature = "incidents")]
-        self.inner.sampler.start();
         Policy {
             attempts: options.max_attempts(),
             deadline: options.total_deadline(),
