@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
 use super::server_capabilities::Capabilities;
+use super::side_connection::Purpose;
 use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
@@ -165,7 +166,7 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
         if let Some(side) = &self.side {
-            ask_side(side, crate::postgres::sql::PROBE).await?;
+            ask_side(side, Purpose::Sampling, crate::postgres::sql::PROBE).await?;
         }
         Ok(())
     }
@@ -174,7 +175,7 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            return ask_side(side, sql).await;
+            return ask_side(side, Purpose::Sampling, sql).await;
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
@@ -194,31 +195,62 @@ impl Connections {
         self.ask_within(SPARE, sql).await
     }
 
-    /// The same for what must not be sent twice: it goes to the side connection only where that has just answered.
-    #[cfg(feature = "resolver")]
-    pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
-        if let Some(side) = &self.side {
-            match ask_side(side, crate::postgres::sql::PROBE).await {
-                Ok(_) => return ask_side(side, sql).await,
-                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
-            }
-        }
-        self.ask_pool(SPARE, sql).await
-    }
-
     /// As [`ask`](Self::ask), with the time that one of the pool's may be waited for.
     pub(crate) async fn ask_within(
         self: &Arc<Self>,
         spare: Duration,
         sql: &str,
     ) -> Result<Reply, Error> {
+        self.ask_for(Purpose::Urgent, spare, sql).await
+    }
+
+    /// As [`ask`](Self::ask), for what may take the server a while, and is not to hold up anything else.
+    #[cfg(feature = "monitor")]
+    pub(crate) async fn look(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        self.look_within(SPARE, sql).await
+    }
+
+    /// As `look`, with the time that one of the pool's may be waited for.
+    #[cfg(any(feature = "monitor", feature = "schema"))]
+    pub(crate) async fn look_within(
+        self: &Arc<Self>,
+        spare: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        self.ask_for(Purpose::Monitoring, spare, sql).await
+    }
+
+    async fn ask_for(
+        self: &Arc<Self>,
+        purpose: Purpose,
+        spare: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match ask_side(side, sql).await {
+            match ask_side(side, purpose, sql).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
         self.ask_pool(spare, sql).await
+    }
+
+    /// As [`ask`](Self::ask), for what must not be sent twice: it goes to the side connection only where that has just
+    /// answered.
+    #[cfg(feature = "resolver")]
+    pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            let probed = async {
+                let mut turn = side.turn(Purpose::Urgent).await;
+                turn.ask(crate::postgres::sql::PROBE).await?;
+                Ok(turn)
+            };
+            match bound_side(probed).await {
+                Ok(mut turn) => return bound_side(turn.ask(sql)).await,
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            }
+        }
+        self.ask_pool(SPARE, sql).await
     }
 
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
@@ -235,8 +267,16 @@ impl Connections {
     }
 }
 
-async fn ask_side(side: &SideConnection, sql: &str) -> Result<Reply, Error> {
-    match tokio::time::timeout(SIDE, side.ask(sql)).await {
+async fn ask_side(side: &SideConnection, purpose: Purpose, sql: &str) -> Result<Reply, Error> {
+    bound_side(async {
+        let mut turn = side.turn(purpose).await;
+        turn.ask(sql).await
+    })
+    .await
+}
+
+async fn bound_side<T>(asking: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(SIDE, asking).await {
         Ok(reply) => reply,
         Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
             .with_detail("no answer on the side connection")

@@ -229,7 +229,7 @@ impl Monitor {
     /// As [`activity`](Self::activity).
     pub async fn health(&self) -> Result<Health, Error> {
         let started = Instant::now();
-        let reply = self.connections.ask(&health_sql::query()).await?;
+        let reply = self.connections.look(&health_sql::query()).await?;
         let elapsed = started.elapsed();
         let reply =
             health_sql::read(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("health"))?;
@@ -275,7 +275,7 @@ impl Monitor {
 
     async fn sample(&self, sql: &str) -> Result<(LockSample, Duration), Error> {
         let started = Instant::now();
-        let reply = self.connections.ask(sql).await?;
+        let reply = self.connections.look(sql).await?;
         let elapsed = started.elapsed();
         let seen = graph::read_sample(&reply, &|key| self.named(key))
             .ok_or_else(|| unreadable("locks"))?;

@@ -250,7 +250,7 @@ pub(super) enum Pooler {
 
 /// Reads the settings and privileges, and judges them.
 pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsReport, Error> {
-    let reply = connections.ask(&sql::monitoring_role()).await?;
+    let reply = connections.look(&sql::monitoring_role()).await?;
     let role = sql::read_monitoring_role(&reply).ok_or_else(|| unreadable("privileges"))?;
     let (session, pool_session, values) = read_settings(connections).await?;
     let pooler = pooler(connections, session, pool_session.pid).await;

@@ -470,7 +470,7 @@ pub(super) async fn session_facts(
     monitor: &Monitor,
     policy: &ResolverPolicy,
 ) -> Result<SessionFacts, Error> {
-    let reply = monitor.connections().ask(sessions::SESSIONS).await?;
+    let reply = monitor.connections().look(sessions::SESSIONS).await?;
     let sessions = sessions::read_sessions(&reply).ok_or_else(|| {
         Error::new(ErrorKind::Database)
             .with_detail("the server's answer about its sessions cannot be read")
@@ -484,7 +484,7 @@ pub(super) async fn session_facts(
 }
 
 async fn settings(monitor: &Monitor) -> Result<Vec<Setting>, Error> {
-    let reply = monitor.connections().ask(sessions::LOCK_SETTINGS).await?;
+    let reply = monitor.connections().look(sessions::LOCK_SETTINGS).await?;
     let settings = sessions::read_settings(&reply).map(|(name, value, unit, source)| Setting {
         name: name.into(),
         value: value.into(),

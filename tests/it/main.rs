@@ -47,6 +47,7 @@ mod server_log;
 mod session_guard;
 mod settings;
 mod several;
+mod side_connections;
 mod signals;
 mod tidy;
 mod timeouts;
