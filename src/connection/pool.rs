@@ -22,7 +22,7 @@ pub(crate) const LONGEST_SILENCE: Duration = Duration::from_secs(15);
 const LOGIN: Duration = Duration::from_millis(500);
 /// How long the side connection may take, its login included, before the pool is asked instead.
 const SIDE: Duration = Duration::from_secs(1);
-/// How long for an answer on one of the pool's: what is asked is small.
+/// How long for an answer on one of the pool's: what is asked is small. Both, unless a server may not be silent for so long.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long to wait for a pool connection to look or cancel with.
 const SPARE: Duration = Duration::from_secs(1);
@@ -166,7 +166,8 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
         if let Some(side) = &self.side {
-            ask_side(side, Purpose::Sampling, crate::postgres::sql::PROBE).await?;
+            let probe = crate::postgres::sql::PROBE;
+            self.ask_side(side, Purpose::Sampling, probe).await?;
         }
         Ok(())
     }
@@ -175,15 +176,19 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            return ask_side(side, Purpose::Sampling, sql).await;
+            return self.ask_side(side, Purpose::Sampling, sql).await;
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
         let bounded = crate::connection::sql::server::with_short_timeouts(sql);
         // Cancel safety: unanswered, its connection is closed.
-        let reply = session.message(&bounded).await;
+        let reply = self.answer(session.message(&bounded)).await?;
         // What fails (for want of a privilege, or behind a lock) leaves nothing, unless there was a transaction already.
-        if reply.is_ok() || session.message(crate::postgres::sql::PROBE).await.is_ok() {
+        let is_clean = reply.is_ok() || {
+            let probed = self.answer(session.message(crate::postgres::sql::PROBE));
+            probed.await?.is_ok()
+        };
+        if is_clean {
             session.return_to_pool();
         }
         Ok(reply?)
@@ -227,7 +232,7 @@ impl Connections {
         sql: &str,
     ) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match ask_side(side, purpose, sql).await {
+            match self.ask_side(side, purpose, sql).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
@@ -245,8 +250,8 @@ impl Connections {
                 turn.ask(crate::postgres::sql::PROBE).await?;
                 Ok(turn)
             };
-            match bound_side(probed).await {
-                Ok(mut turn) => return bound_side(turn.ask(sql)).await,
+            match self.bound_side(probed).await {
+                Ok(mut turn) => return self.bound_side(turn.ask(sql)).await,
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
@@ -256,30 +261,43 @@ impl Connections {
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
         let session = self.check_out(&Deadline::after(spare)).await?;
         // Cancel safety: a question of one statement; unanswered, its connection is closed.
-        let Ok(reply) = tokio::time::timeout(ANSWER, session.message(sql)).await else {
-            return Err(Error::new(ErrorKind::ConnectionLost)
-                .with_detail("no answer on a connection of the pool")
-                .with_waited(ANSWER));
-        };
-        let reply = reply?;
+        let reply = self.answer(session.message(sql)).await??;
         session.return_to_pool();
         Ok(reply)
     }
-}
 
-async fn ask_side(side: &SideConnection, purpose: Purpose, sql: &str) -> Result<Reply, Error> {
-    bound_side(async {
-        let mut turn = side.turn(purpose).await;
-        turn.ask(sql).await
-    })
-    .await
-}
-
-async fn bound_side<T>(asking: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    match tokio::time::timeout(SIDE, asking).await {
-        Ok(reply) => reply,
-        Err(_) => Err(Error::new(ErrorKind::ConnectionLost)
-            .with_detail("no answer on the side connection")
-            .with_waited(SIDE)),
+    /// What is answered on a connection of the pool, unless the server is silent.
+    pub(crate) async fn answer<T>(&self, asking: impl Future<Output = T>) -> Result<T, Error> {
+        let most = ANSWER.min(self.longest_silence());
+        let answered = tokio::time::timeout(most, asking).await;
+        answered.map_err(|_| silent("no answer on a connection of the pool", most))
     }
+
+    async fn ask_side(
+        &self,
+        side: &SideConnection,
+        purpose: Purpose,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        self.bound_side(async {
+            let mut turn = side.turn(purpose).await;
+            turn.ask(sql).await
+        })
+        .await
+    }
+
+    async fn bound_side<T>(
+        &self,
+        asking: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let most = SIDE.min(self.longest_silence());
+        let answered = tokio::time::timeout(most, asking).await;
+        answered.unwrap_or_else(|_| Err(silent("no answer on the side connection", most)))
+    }
+}
+
+fn silent(what: &'static str, waited: Duration) -> Error {
+    Error::new(ErrorKind::ConnectionLost)
+        .with_detail(what)
+        .with_waited(waited)
 }

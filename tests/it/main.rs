@@ -31,6 +31,7 @@ mod lock_rows;
 mod migrate_once;
 mod million;
 mod modes;
+mod monitor_silence;
 mod monitor_tree;
 mod pgbouncer;
 mod pictures;
