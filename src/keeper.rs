@@ -302,8 +302,6 @@ impl Keeper {
     }
 
     fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
-        #[cfg(feature = "incidents")]
-        self.inner.sampler.start();
         Policy {
             attempts: options.max_attempts(),
             deadline: options.total_deadline(),
@@ -429,7 +427,9 @@ impl KeeperBuilder {
     }
 
     /// A connection beside the pool, for cancelling and looking while the pool's own connections are stuck. It is
-    /// opened when it is first needed, and there is one for the keeper.
+    /// opened when it is first needed, and there is one for the keeper, and up to three while it is busy: cancel requests,
+    /// samples of the watcher and questions of the monitor do not wait for one another. Those beyond the first are closed
+    /// when none is busy any more.
     ///
     /// Without it cancel requests go unencrypted, as libpq's did before version 17; with `sslmode=require`, which refuses
     /// that, and for whatever else needs a query, a connection of the pool is borrowed, if there is a free one. Give it where the server is reached through TLS only, or through a pooler, in whose stead

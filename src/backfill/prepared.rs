@@ -180,6 +180,10 @@ fn policy(backfill: &Backfill) -> Policy {
 struct ReportsSelected(Arc<dyn Reporter>);
 
 impl Reporter for ReportsSelected {
+    fn begins(self: Arc<Self>) {
+        Arc::clone(&self.0).begins();
+    }
+
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
         if failed.pause.is_some() && classify_db(failed.error) != Failure::Deadlock {
             return None;

@@ -79,14 +79,31 @@ impl Canceller {
 }
 
 /// The backend's pid as the protocol gave it at login. The driver keeps it to itself, so it is read from the cancel
-/// request that the driver would send: 16 bytes, the pid in bytes 8 to 12 (PostgreSQL's documentation, "Message
-/// Formats", CancelRequest).
+/// request that the driver would send.
 pub(super) fn login_pid(token: &CancelToken) -> Option<i32> {
     let mut wire = Wire::default();
     // Everything in it is ready at the first poll.
     poll_once(std::pin::pin!(token.cancel_query_raw(&mut wire, PlainTls)))?.ok()?;
-    let request = wire.written.last_chunk::<16>()?;
-    request.get(8..12)?.try_into().ok().map(i32::from_be_bytes)
+    pid_to_cancel(&wire.written)
+}
+
+/// The code of a cancel request (PostgreSQL's documentation, "Message Formats", CancelRequest).
+const CANCEL_REQUEST: u32 = 80_877_102;
+
+/// The pid in the cancel request among a client's first messages. Each begins with its length and its code; in a cancel
+/// request the pid follows, and then a key of 4 bytes, or of 4 to 256 since protocol 3.2.
+fn pid_to_cancel(mut messages: &[u8]) -> Option<i32> {
+    loop {
+        let length = u32::from_be_bytes(*messages.first_chunk()?);
+        let (message, rest) = messages.split_at_checked(usize::try_from(length).ok()?)?;
+        let code = message.get(4..8)?.try_into().ok()?;
+        if u32::from_be_bytes(code) == CANCEL_REQUEST {
+            // A key has to follow.
+            let pid = message.get(8..12).filter(|_| message.len() >= 16)?;
+            return pid.try_into().ok().map(i32::from_be_bytes);
+        }
+        messages = rest;
+    }
 }
 
 /// A stream that goes nowhere: it keeps what is written, and answers a request for TLS with yes.
@@ -141,5 +158,41 @@ impl<'a> TlsConnect<&'a mut Wire> for PlainTls {
 
     fn connect(self, stream: &'a mut Wire) -> Self::Future {
         std::future::ready(Ok(stream))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(code: u32, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(8 + body.len()).expect("it is short");
+        [&length.to_be_bytes(), &code.to_be_bytes(), body].concat()
+    }
+
+    #[test]
+    fn the_pid_is_found_whatever_the_length_of_the_key() {
+        let pid = 4711_i32.to_be_bytes();
+        for key in [4, 32, 256] {
+            let request = message(CANCEL_REQUEST, &[&pid[..], &vec![0xab; key]].concat());
+            assert_eq!(pid_to_cancel(&request), Some(4711), "{key}");
+            // Behind a request for TLS.
+            let both = [message(80_877_103, &[]), request].concat();
+            assert_eq!(pid_to_cancel(&both), Some(4711), "{key}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_cancel_request_has_no_pid() {
+        let request = message(CANCEL_REQUEST, &[0; 8]);
+        for bytes in [
+            &[][..],
+            &request[..15],
+            &[0; 16],
+            &message(196_608, &[0; 8]),
+            &message(CANCEL_REQUEST, &[0; 4]),
+        ] {
+            assert_eq!(pid_to_cancel(bytes), None, "{bytes:?}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
 use super::server_capabilities::Capabilities;
+use super::side_connection::Purpose;
 use super::state::ConnectionState;
 use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
@@ -20,9 +21,10 @@ use crate::error::{Error, ErrorKind};
 pub(crate) const LONGEST_SILENCE: Duration = Duration::from_secs(15);
 /// How much longer than the deadline a login under way may take.
 const LOGIN: Duration = Duration::from_millis(500);
+const ON_SIDE: &str = "on the side connection";
 /// How long the side connection may take, its login included, before the pool is asked instead.
 const SIDE: Duration = Duration::from_secs(1);
-/// How long for an answer on one of the pool's: what is asked is small.
+/// How long for an answer on one of the pool's: what is asked is small. Both, unless a server may not be silent for so long.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between two questions to a server that does not answer.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -170,7 +172,8 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
         if let Some(side) = &self.side {
-            ask_side(side, SIDE, crate::postgres::sql::PROBE).await?;
+            let probe = crate::postgres::sql::PROBE;
+            self.ask_side(side, Purpose::Sampling, probe).await?;
         }
         Ok(())
     }
@@ -179,15 +182,19 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            return ask_side(side, SIDE, sql).await;
+            return self.ask_side(side, Purpose::Sampling, sql).await;
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
         let bounded = crate::connection::sql::server::with_short_timeouts(sql);
         // Cancel safety: unanswered, its connection is closed.
-        let reply = session.message(&bounded).await;
+        let reply = self.answer(session.message(&bounded)).await?;
         // What fails (for want of a privilege, or behind a lock) leaves nothing, unless there was a transaction already.
-        if reply.is_ok() || session.message(crate::postgres::sql::PROBE).await.is_ok() {
+        let is_clean = reply.is_ok() || {
+            let probed = self.answer(session.message(crate::postgres::sql::PROBE));
+            probed.await?.is_ok()
+        };
+        if is_clean {
             session.return_to_pool();
         }
         Ok(reply?)
@@ -199,26 +206,39 @@ impl Connections {
         self.ask_within(SPARE, sql).await
     }
 
-    /// The same for what must not be sent twice: it goes to the side connection only where that has just answered.
-    #[cfg(feature = "resolver")]
-    pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
-        if let Some(side) = &self.side {
-            match ask_side(side, SIDE, crate::postgres::sql::PROBE).await {
-                Ok(_) => return ask_side(side, SIDE, sql).await,
-                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
-            }
-        }
-        self.ask_pool(SPARE, sql).await
-    }
-
     /// As [`ask`](Self::ask), with the time that one of the pool's may be waited for.
     pub(crate) async fn ask_within(
         self: &Arc<Self>,
         spare: Duration,
         sql: &str,
     ) -> Result<Reply, Error> {
+        self.ask_for(Purpose::Urgent, spare, sql).await
+    }
+
+    /// As [`ask`](Self::ask), for what may take the server a while, and is not to hold up anything else.
+    #[cfg(feature = "monitor")]
+    pub(crate) async fn look(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        self.look_within(SPARE, sql).await
+    }
+
+    /// As `look`, with the time that one of the pool's may be waited for.
+    #[cfg(any(feature = "monitor", feature = "schema"))]
+    pub(crate) async fn look_within(
+        self: &Arc<Self>,
+        spare: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        self.ask_for(Purpose::Monitoring, spare, sql).await
+    }
+
+    async fn ask_for(
+        self: &Arc<Self>,
+        purpose: Purpose,
+        spare: Duration,
+        sql: &str,
+    ) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match ask_side(side, SIDE, sql).await {
+            match self.ask_side(side, purpose, sql).await {
                 Ok(reply) => return Ok(reply),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
@@ -253,7 +273,7 @@ impl Connections {
 
     async fn ask_any(self: &Arc<Self>, patience: Duration, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match ask_side(side, patience, sql).await {
+            match ask_side(side, Purpose::Urgent, patience, sql).await {
                 Err(error) if error.as_db_error().is_none() => {
                     tracing::debug!(%error, "side connection failed, using the pool");
                 }
@@ -279,9 +299,50 @@ impl Connections {
         Some(Extended(self))
     }
 
+    /// As [`ask`](Self::ask), for what must not be sent twice: it goes to the side connection only where that has just
+    /// answered.
+    #[cfg(feature = "resolver")]
+    pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
+        if let Some(side) = &self.side {
+            let probed = async {
+                let mut turn = side.turn(Purpose::Urgent).await;
+                turn.ask(crate::postgres::sql::PROBE).await?;
+                Ok(turn)
+            };
+            let most = SIDE.min(self.longest_silence);
+            match within(most, ON_SIDE, probed).await {
+                Ok(Ok(mut turn)) => return within(most, ON_SIDE, turn.ask(sql)).await?,
+                Ok(Err(error)) | Err(error) => {
+                    tracing::debug!(%error, "side connection failed, using the pool")
+                }
+            }
+        }
+        self.ask_pool(SPARE, sql).await
+    }
+
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
         let session = self.check_out(&Deadline::after(spare)).await?;
-        ask_on(session, ANSWER, sql).await
+        ask_on(session, self.patience(), sql).await
+    }
+
+    /// What is answered on a connection of the pool, unless the server is silent.
+    pub(crate) async fn answer<T>(&self, asking: impl Future<Output = T>) -> Result<T, Error> {
+        within(self.patience(), "on a connection of the pool", asking).await
+    }
+
+    /// How long for an answer on a connection of the pool.
+    fn patience(&self) -> Duration {
+        ANSWER.min(self.longest_silence)
+    }
+
+    async fn ask_side(
+        &self,
+        side: &SideConnection,
+        purpose: Purpose,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        let most = SIDE.min(self.longest_silence);
+        ask_side(side, purpose, most, sql).await
     }
 }
 
@@ -296,21 +357,31 @@ impl Drop for Extended<'_> {
     }
 }
 
-async fn ask_side(side: &SideConnection, most: Duration, sql: &str) -> Result<Reply, Error> {
-    match tokio::time::timeout(most, side.ask(sql)).await {
-        Ok(reply) => reply,
-        Err(_) => Err(no_answer("on the side connection", most)),
-    }
+async fn ask_side(
+    side: &SideConnection,
+    purpose: Purpose,
+    most: Duration,
+    sql: &str,
+) -> Result<Reply, Error> {
+    let asking = async { side.turn(purpose).await.ask(sql).await };
+    within(most, ON_SIDE, asking).await?
 }
 
 /// Cancel safety: a question of one statement; unanswered, its connection is closed.
 async fn ask_on(session: Session, most: Duration, sql: &str) -> Result<Reply, Error> {
-    let Ok(reply) = tokio::time::timeout(most, session.message(sql)).await else {
-        return Err(no_answer("on a connection of the pool", most));
-    };
-    let reply = reply?;
+    let reply = within(most, "on a connection of the pool", session.message(sql)).await??;
     session.return_to_pool();
     Ok(reply)
+}
+
+/// What is answered in time.
+async fn within<T>(
+    most: Duration,
+    place: &str,
+    asking: impl Future<Output = T>,
+) -> Result<T, Error> {
+    let answered = tokio::time::timeout(most, asking).await;
+    answered.map_err(|_| no_answer(place, most))
 }
 
 fn no_answer(place: &str, waited: Duration) -> Error {

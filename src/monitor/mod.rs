@@ -45,6 +45,12 @@ use sql::health as health_sql;
 /// modes and for how long, and the `application_name`, which carries the call site of sessions that use this crate. All
 /// other fields are `None`, which means *unknown*: [`Backend::is_hidden`].
 ///
+/// # Longest silence
+///
+/// A query waits for a silent server for at most 8 seconds: 1 on the side connection, then 1.5 until a connection of the
+/// pool is free or opened, and 5 for the answer on it. The first and the last are
+/// [`KeeperBuilder::longest_silence`](crate::KeeperBuilder::longest_silence) where that is less.
+///
 /// # Examples
 ///
 /// ```no_run
@@ -103,6 +109,10 @@ impl Monitor {
     /// # Errors
     /// Those of the connection: none was available, it was lost, or the server took too long to answer.
     ///
+    /// # Longest silence
+    /// At most 8 seconds, and less where [`longest_silence`](crate::KeeperBuilder::longest_silence)
+    /// is less: see [`Monitor`](Self#longest-silence).
+    ///
     /// # Cancel safety
     /// May be dropped at any point: nothing is changed on the server. The connection that was used is closed.
     pub async fn activity(&self) -> Result<Vec<Backend>, Error> {
@@ -121,6 +131,9 @@ impl Monitor {
     /// # Errors
     /// As [`activity`](Self::activity).
     ///
+    /// # Longest silence
+    /// As [`activity`](Self::activity).
+    ///
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn snapshot(&self) -> Result<Snapshot, Error> {
@@ -135,6 +148,9 @@ impl Monitor {
     /// As [`snapshot`](Self::snapshot), but `pg_blocking_pids` is called only for those waits.
     ///
     /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Longest silence
     /// As [`activity`](Self::activity).
     ///
     /// # Cancel safety
@@ -152,6 +168,9 @@ impl Monitor {
     /// # Errors
     /// As [`activity`](Self::activity).
     ///
+    /// # Longest silence
+    /// As [`activity`](Self::activity).
+    ///
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn blocking(&self) -> Result<Vec<Edge>, Error> {
@@ -167,6 +186,9 @@ impl Monitor {
     /// # Errors
     /// As [`activity`](Self::activity).
     ///
+    /// # Longest silence
+    /// As [`activity`](Self::activity).
+    ///
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn lock_tree(&self) -> Result<LockTree, Error> {
@@ -180,6 +202,9 @@ impl Monitor {
     /// `pg_prepared_xacts`.
     ///
     /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Longest silence
     /// As [`activity`](Self::activity).
     ///
     /// # Cancel safety
@@ -199,6 +224,9 @@ impl Monitor {
     /// As [`advisory_locks`](Self::advisory_locks).
     ///
     /// # Errors
+    /// As [`activity`](Self::activity).
+    ///
+    /// # Longest silence
     /// As [`activity`](Self::activity).
     ///
     /// # Cancel safety
@@ -225,11 +253,14 @@ impl Monitor {
     /// # Errors
     /// As [`activity`](Self::activity).
     ///
+    /// # Longest silence
+    /// As [`activity`](Self::activity).
+    ///
     /// # Cancel safety
     /// As [`activity`](Self::activity).
     pub async fn health(&self) -> Result<Health, Error> {
         let started = Instant::now();
-        let reply = self.connections.ask(&health_sql::query()).await?;
+        let reply = self.connections.look(&health_sql::query()).await?;
         let elapsed = started.elapsed();
         let reply =
             health_sql::read(&reply, &|key| self.named(key)).ok_or_else(|| unreadable("health"))?;
@@ -249,6 +280,10 @@ impl Monitor {
     ///
     /// # Errors
     /// As [`activity`](Self::activity); the settings cannot be read without a connection of the pool.
+    ///
+    /// # Longest silence
+    /// As [`activity`](Self::activity), and then 16 seconds for the pool's connections; 6 of these, for a connection, are not
+    /// shortened by [`longest_silence`](crate::KeeperBuilder::longest_silence).
     ///
     /// # Cancel safety
     /// As [`activity`](Self::activity).
@@ -275,7 +310,7 @@ impl Monitor {
 
     async fn sample(&self, sql: &str) -> Result<(LockSample, Duration), Error> {
         let started = Instant::now();
-        let reply = self.connections.ask(sql).await?;
+        let reply = self.connections.look(sql).await?;
         let elapsed = started.elapsed();
         let seen = graph::read_sample(&reply, &|key| self.named(key))
             .ok_or_else(|| unreadable("locks"))?;

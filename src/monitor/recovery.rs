@@ -230,6 +230,9 @@ impl Recovery {
     /// As [`Monitor::snapshot`]. A snapshot that fails is not a check. Since the waits are then unknown, the
     /// consecutive checks that met the criterion are counted from zero again.
     ///
+    /// # Longest silence
+    /// As [`Monitor::snapshot`].
+    ///
     /// # Cancel safety
     /// As [`Monitor::snapshot`]. A call that is dropped before it completes has counted nothing.
     pub async fn check(&mut self) -> Result<RecoveryCheck, Error> {
@@ -256,6 +259,9 @@ impl Recovery {
     /// # Errors
     /// Those of the last snapshot if it failed and the time has elapsed; [`Config`](crate::ErrorKind::Config) for an
     /// interval that is too short.
+    ///
+    /// # Longest silence
+    /// As [`check`](Self::check), after `within`.
     ///
     /// # Cancel safety
     /// As [`check`](Self::check).

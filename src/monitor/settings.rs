@@ -13,8 +13,6 @@ use crate::monitor::sql::settings::{self as sql, PoolSession, SettingRow};
 
 /// How long to wait for a connection of the pool.
 const CHECKOUT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for a reply on it; a pooler may have no server connection available.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for a second connection to compare with.
 const SECOND_CHECKOUT_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -242,7 +240,7 @@ pub(super) enum Pooler {
 
 /// Reads the settings and privileges, and judges them.
 pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsReport, Error> {
-    let reply = connections.ask(&sql::monitoring_role()).await?;
+    let reply = connections.look(&sql::monitoring_role()).await?;
     let role = sql::read_monitoring_role(&reply).ok_or_else(|| unreadable("privileges"))?;
     let (session, pool_session, values) = read_settings(connections).await?;
     let pooler = pooler(connections, session, pool_session.pid).await;
@@ -264,23 +262,18 @@ async fn read_settings(
             .check_out(&Deadline::after(CHECKOUT_TIMEOUT))
             .await?;
         // Cancel safety: reads only; if the reply is not received, the connection is closed.
-        match tokio::time::timeout(REPLY_TIMEOUT, session.message(sql::SETTINGS)).await {
-            Ok(Ok(reply)) => {
+        match connections.answer(session.message(sql::SETTINGS)).await? {
+            Ok(reply) => {
                 let (pool_session, values) =
                     sql::read_settings(&reply).ok_or_else(|| unreadable("settings"))?;
                 return Ok((session, pool_session, values));
             }
-            Ok(Err(error)) => {
+            Err(error) => {
                 let error = Error::from(error);
                 if error.kind() != ErrorKind::ConnectionLost || dead > connections.most() {
                     return Err(error);
                 }
                 dead += 1;
-            }
-            Err(_) => {
-                return Err(Error::new(ErrorKind::ConnectionLost)
-                    .with_detail("no answer about the settings on a connection of the pool")
-                    .with_waited(REPLY_TIMEOUT));
             }
         }
     }
@@ -300,7 +293,7 @@ async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Poo
     }
     // Two connected clients that share one backend, or one client with two backends, prove that the pooler assigns a
     // server session to a client only while that runs something. The opposite observation proves nothing.
-    let compared = tokio::time::timeout(REPLY_TIMEOUT, async {
+    let compared = connections.answer(async {
         let second = connections
             .check_out(&Deadline::after(SECOND_CHECKOUT_TIMEOUT))
             .await

@@ -72,6 +72,9 @@ impl Monitor {
     /// [`Config`](crate::ErrorKind::Config) for an interval that is too short. Snapshots that fail are items of the
     /// stream.
     ///
+    /// # Longest silence
+    /// As [`snapshot`](Self::snapshot) for each item, after the interval.
+    ///
     /// # Cancel safety
     /// The stream may be dropped at any point. Dropping a `next()` on it loses no item.
     ///

@@ -135,6 +135,10 @@ impl Resolver {
     /// [`Config`](crate::ErrorKind::Config) for an invalid policy, naming what is wrong, before anything is sent. Those
     /// of [`Monitor::activity`] if the baseline could not be recorded; nothing was done then.
     ///
+    /// # Longest silence
+    /// As [`Monitor::activity`] while it records the baseline, which ends with the first failure; later until the policy's
+    /// [deadline](ResolverPolicy::deadline), and then as [`Monitor::cancel`] for a signal that is under way.
+    ///
     /// # Cancel safety
     /// May be dropped at any point. A signal in progress may or may not be sent, and no other is. If load was shed, the
     /// hook is called with [`GaveUp`](LoadChange::GaveUp).

@@ -203,7 +203,7 @@ impl Run<'_> {
         if tree.is_empty() {
             return Ok(None);
         }
-        let facts = facts_for(self.monitor, self.policy, tree).await?;
+        let facts = self.facts(tree).await?;
         let plan = Plan::new(self.policy, &facts, tree);
         for root in plan.roots() {
             if self.finished.contains(&TargetId::of(root.backend())) {
@@ -242,7 +242,7 @@ impl Run<'_> {
                 return NextStep::End(RunEnd::Recovered);
             }
             seen = *backend;
-            let decision = match facts_for(self.monitor, self.policy, &tree).await {
+            let decision = match self.facts(&tree).await {
                 Ok(facts) => plan::decision(self.policy, &facts, &seen),
                 Err(error) => {
                     self.log_failure(&error);
@@ -407,6 +407,16 @@ impl Run<'_> {
         None
     }
 
+    /// What is known about the sessions of a tree, if the server says so before the deadline.
+    async fn facts(&self, tree: &LockTree) -> Result<SessionFacts, Error> {
+        let facts = facts_for(self.monitor, self.policy, tree);
+        let facts = self.deadline.bound(Duration::ZERO, facts).await;
+        facts.unwrap_or_else(|| {
+            Err(Error::new(ErrorKind::ConnectionLost)
+                .with_detail("no answer about the sessions before the deadline"))
+        })
+    }
+
     async fn pause(&self) {
         self.sleep(self.policy.poll).await;
     }
@@ -470,7 +480,7 @@ pub(super) async fn session_facts(
     monitor: &Monitor,
     policy: &ResolverPolicy,
 ) -> Result<SessionFacts, Error> {
-    let reply = monitor.connections().ask(sessions::SESSIONS).await?;
+    let reply = monitor.connections().look(sessions::SESSIONS).await?;
     let sessions = sessions::read_sessions(&reply).ok_or_else(|| {
         Error::new(ErrorKind::Database)
             .with_detail("the server's answer about its sessions cannot be read")
@@ -484,7 +494,7 @@ pub(super) async fn session_facts(
 }
 
 async fn settings(monitor: &Monitor) -> Result<Vec<Setting>, Error> {
-    let reply = monitor.connections().ask(sessions::LOCK_SETTINGS).await?;
+    let reply = monitor.connections().look(sessions::LOCK_SETTINGS).await?;
     let settings = sessions::read_settings(&reply).map(|(name, value, unit, source)| Setting {
         name: name.into(),
         value: value.into(),

@@ -86,6 +86,9 @@ impl Monitor {
     /// # Errors
     /// As [`activity`](Self::activity). It is not an error if no signal was sent.
     ///
+    /// # Longest silence
+    /// As [`activity`](Self::activity).
+    ///
     /// # Cancel safety
     /// If the call is dropped before it completes, the signal may or may not be sent.
     ///
@@ -115,6 +118,9 @@ impl Monitor {
     /// As [`cancel`](Self::cancel).
     ///
     /// # Errors
+    /// As [`cancel`](Self::cancel).
+    ///
+    /// # Longest silence
     /// As [`cancel`](Self::cancel).
     ///
     /// # Cancel safety

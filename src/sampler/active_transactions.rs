@@ -3,17 +3,21 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+// The runtime's clock: a runtime's task drops what is too old.
+use tokio::time::Instant as RuntimeInstant;
 
+use super::lock;
 use super::statement_log::StatementLog;
-use crate::connection::{Beginning, Observed, Observer};
+use crate::connection::{Beginning, Observed, Observer, task};
 
-/// How many ended transactions are kept, and for how long. A report about a deadlock may be written after its survivor
-/// has ended.
+/// How many ended transactions are kept, of how many bytes in all, and for how long. A report about a deadlock may be
+/// written after its survivor has ended.
 const MAX_RECENT: usize = 256;
+const MAX_RECENT_BYTES: usize = 4 * 1024 * 1024;
 const RECENT_FOR: Duration = Duration::from_secs(5);
 /// How long the reply to BEGIN may take to arrive.
 const REPLY_DELAY: Duration = Duration::from_millis(50);
@@ -26,7 +30,7 @@ const MIN_AGE: Duration = Duration::from_millis(3);
 /// Registers every transaction and session guard of one keeper while it runs.
 #[derive(Default)]
 pub(crate) struct ActiveTransactions {
-    state: Mutex<RegistryState>,
+    state: Arc<Mutex<RegistryState>>,
     /// Whether the sampler's task waits for a transaction to begin.
     awaited: AtomicBool,
     begun: Notify,
@@ -36,13 +40,101 @@ pub(crate) struct ActiveTransactions {
 struct RegistryState {
     next: u64,
     live: HashMap<u64, Arc<StatementLog>>,
-    recent: VecDeque<Arc<StatementLog>>,
+    recent: VecDeque<EndedTransaction>,
+    /// The sum over `recent`.
+    recent_bytes: usize,
+    /// Whether a task drops what is too old.
+    expiring: bool,
+}
+
+/// A transaction or session guard that ended recently.
+struct EndedTransaction {
+    log: Arc<StatementLog>,
+    bytes: usize,
+    expires: RuntimeInstant,
+}
+
+impl RegistryState {
+    fn push_recent(&mut self, log: Arc<StatementLog>) {
+        let bytes = log.bytes();
+        self.recent_bytes += bytes;
+        self.recent.push_back(EndedTransaction {
+            log,
+            bytes,
+            expires: RuntimeInstant::now() + RECENT_FOR,
+        });
+        while self.recent.len() > MAX_RECENT || self.recent_bytes > MAX_RECENT_BYTES {
+            self.pop_recent();
+        }
+    }
+
+    fn pop_recent(&mut self) {
+        if let Some(oldest) = self.recent.pop_front() {
+            self.recent_bytes -= oldest.bytes;
+        }
+    }
+
+    fn drop_expired(&mut self) {
+        let now = RuntimeInstant::now();
+        while self
+            .recent
+            .front()
+            .is_some_and(|oldest| oldest.expires <= now)
+        {
+            self.pop_recent();
+        }
+    }
+}
+
+/// Held by the task that drops what is too old. Where there is no such task, because there is no runtime or it has ended,
+/// nothing is kept.
+struct ExpiryGuard {
+    state: Weak<Mutex<RegistryState>>,
+    /// From then on another task may run.
+    done: bool,
+}
+
+impl ExpiryGuard {
+    async fn run(mut self) {
+        while let Some(next) = self.drop_expired() {
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    /// When to look again; `None` if nothing is left.
+    fn drop_expired(&mut self) -> Option<RuntimeInstant> {
+        let state = self.state.upgrade()?;
+        let mut state = lock(&state);
+        state.drop_expired();
+        let next = state.recent.front().map(|oldest| oldest.expires);
+        self.done = next.is_none();
+        state.expiring = !self.done;
+        next
+    }
+}
+
+impl Drop for ExpiryGuard {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        if let Some(state) = self.state.upgrade() {
+            let recent = {
+                let mut state = lock(&state);
+                state.expiring = false;
+                state.recent_bytes = 0;
+                std::mem::take(&mut state.recent)
+            };
+            drop(recent);
+        }
+    }
 }
 
 impl ActiveTransactions {
     fn enter(&self, beginning: &Beginning<'_>) -> Arc<StatementLog> {
         let log = {
             let mut state = self.lock();
+            state.drop_expired();
             state.next += 1;
             let log = Arc::new(StatementLog::new(state.next, beginning));
             drop(state.live.insert(log.number, Arc::clone(&log)));
@@ -57,12 +149,22 @@ impl ActiveTransactions {
     /// Moves a transaction from the running ones to the recently ended ones.
     fn leave(&self, log: &StatementLog) {
         log.end();
-        let mut state = self.lock();
-        if let Some(log) = state.live.remove(&log.number) {
-            if state.recent.len() >= MAX_RECENT {
-                drop(state.recent.pop_front());
-            }
-            state.recent.push_back(log);
+        let expiring = {
+            let mut state = self.lock();
+            state.drop_expired();
+            let Some(log) = state.live.remove(&log.number) else {
+                return;
+            };
+            state.push_recent(log);
+            std::mem::replace(&mut state.expiring, true)
+        };
+        if !expiring {
+            // Without a runtime the guard is dropped, and what was kept with it.
+            let guard = ExpiryGuard {
+                state: Arc::downgrade(&self.state),
+                done: false,
+            };
+            let _ = task::run_in_background(guard.run());
         }
     }
 
@@ -77,10 +179,9 @@ impl ActiveTransactions {
     /// The transaction that used the backend with this pid at that time. If a session guard and a transaction on it
     /// match, it is the transaction.
     pub(super) fn of_backend(&self, pid: i32, at: Instant) -> Option<Arc<StatementLog>> {
-        let state = self.lock();
-        let is_recent = |ended: Instant| ended.elapsed() < RECENT_FOR;
-        let recent = state.recent.iter();
-        let recent = recent.filter(|log| log.ended().is_some_and(is_recent));
+        let mut state = self.lock();
+        state.drop_expired();
+        let recent = state.recent.iter().map(|ended| &ended.log);
         let on_it: Vec<_> = state
             .live
             .values()
@@ -135,7 +236,7 @@ impl ActiveTransactions {
     }
 
     fn lock(&self) -> MutexGuard<'_, RegistryState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
@@ -162,6 +263,7 @@ impl fmt::Debug for ActiveTransactions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::{Sent, StatementEnd};
 
     fn enter(transactions: &ActiveTransactions) -> Arc<StatementLog> {
         transactions.enter(&Beginning {
@@ -172,8 +274,8 @@ mod tests {
         })
     }
 
-    #[test]
-    fn ended_transactions_are_kept_for_a_while() {
+    #[tokio::test]
+    async fn ended_transactions_are_kept_for_a_while() {
         let transactions = Arc::new(ActiveTransactions::default());
         let first = enter(&transactions);
         first.identify(7);
@@ -196,8 +298,8 @@ mod tests {
         assert_eq!(found(now), Some(false));
     }
 
-    #[test]
-    fn a_backends_transaction_depends_on_the_time() {
+    #[tokio::test]
+    async fn a_backends_transaction_depends_on_the_time() {
         let transactions = Arc::new(ActiveTransactions::default());
         let enter = || {
             std::thread::sleep(Duration::from_millis(1));
@@ -250,5 +352,61 @@ mod tests {
         waiting.await.expect("woken");
         transactions.begun().await;
         transactions.leave(&transaction);
+    }
+
+    fn recent(transactions: &ActiveTransactions) -> (usize, bool) {
+        let state = transactions.lock();
+        (state.recent.len(), state.expiring)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ended_transactions_are_dropped_although_nothing_happens_any_more() {
+        let transactions = ActiveTransactions::default();
+        for _ in 0..2 {
+            transactions.leave(&enter(&transactions));
+            tokio::time::sleep(RECENT_FOR / 2).await;
+            transactions.leave(&enter(&transactions));
+            assert_eq!(recent(&transactions), (2, true));
+            tokio::time::sleep(RECENT_FOR * 3 / 4).await;
+            assert_eq!(recent(&transactions), (1, true));
+            tokio::time::sleep(RECENT_FOR / 2).await;
+            assert_eq!(recent(&transactions), (0, false));
+            let metrics = tokio::runtime::Handle::current().metrics();
+            assert_eq!(metrics.num_alive_tasks(), 0);
+        }
+    }
+
+    #[test]
+    fn without_a_runtime_none_is_kept() {
+        let transactions = ActiveTransactions::default();
+        transactions.leave(&enter(&transactions));
+        assert_eq!(recent(&transactions), (0, false));
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(async { transactions.leave(&enter(&transactions)) });
+        assert_eq!(recent(&transactions), (1, true));
+        drop(runtime);
+        assert_eq!(recent(&transactions), (0, false));
+    }
+
+    #[tokio::test]
+    async fn ended_transactions_are_kept_only_up_to_so_many_bytes() {
+        let transactions = ActiveTransactions::default();
+        let statement = "x".repeat(4096);
+        for _ in 0..MAX_RECENT {
+            let log = enter(&transactions);
+            for _ in 0..64 {
+                let number = log.begin_statement(Sent::Text(&statement));
+                log.end_statement(number, StatementEnd::Succeeded);
+            }
+            transactions.leave(&log);
+        }
+        let state = transactions.lock();
+        let bytes = state.recent.iter().map(|ended| ended.log.bytes());
+        assert_eq!(bytes.sum::<usize>(), state.recent_bytes);
+        let kept = state.recent_bytes;
+        assert!(
+            (MAX_RECENT_BYTES / 2..=MAX_RECENT_BYTES).contains(&kept),
+            "{kept}"
+        );
     }
 }

@@ -109,7 +109,7 @@ impl Sampler {
     }
 
     /// Makes sure that the task runs. Called when a transaction is about to begin.
-    pub(crate) fn start(self: &Arc<Self>) {
+    fn start(self: &Arc<Self>) {
         if !self.options.enabled || self.running.load(Ordering::Relaxed) {
             return;
         }
@@ -228,6 +228,10 @@ impl Sampler {
 }
 
 impl Reporter for Sampler {
+    fn begins(self: Arc<Self>) {
+        self.start();
+    }
+
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
         let log = StatementLog::of(failed.observed)?;
         let incident = self.incident(failed, &log);

@@ -146,6 +146,17 @@ impl StatementLog {
         self.lock().ended
     }
 
+    /// About how much memory it takes.
+    pub(super) fn bytes(&self) -> usize {
+        let log = self.lock();
+        let text = |statement: &LoggedStatement| {
+            let text = statement.text.as_deref().map_or(0, str::len);
+            text + statement.locks_taken.len() * size_of::<(LockKey, AdvisoryMode)>()
+        };
+        let texts: usize = log.statements.iter().map(text).sum();
+        size_of::<Self>() + log.statements.capacity() * size_of::<LoggedStatement>() + texts
+    }
+
     pub(super) fn end(&self) {
         let mut log = self.lock();
         log.ended = Some(Instant::now());

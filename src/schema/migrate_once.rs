@@ -130,7 +130,7 @@ async fn lock_lost(env: &Env, pid: Option<i32>) {
         // A failed query says nothing about the backend.
         let reply = (env
             .connections()
-            .ask_within(POLL_INTERVAL, &migrate_once::is_alive(pid)))
+            .look_within(POLL_INTERVAL, &migrate_once::is_alive(pid)))
         .await;
         if reply.is_ok_and(|reply| !catalog::is_yes(&reply)) {
             return;

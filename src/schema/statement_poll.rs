@@ -91,14 +91,14 @@ impl StatementPoll {
             }
             if let Some(on_progress) = &self.on_progress
                 && let Ok(reply) = connections
-                    .ask_within(CONNECTION_WAIT, &index::progress(self.pid))
+                    .look_within(CONNECTION_WAIT, &index::progress(self.pid))
                     .await
                 && let Some(progress) = index::read_progress(&reply)
             {
                 on_progress(&IndexProgress::from(progress));
             }
             let sql = graph::sql::wait_graph(Some(&[self.pid]));
-            let reply = match connections.ask_within(CONNECTION_WAIT, &sql).await {
+            let reply = match connections.look_within(CONNECTION_WAIT, &sql).await {
                 Ok(reply) => reply,
                 Err(error) => {
                     tracing::debug!(%error, "nobody can look at who is in the way");

@@ -11,6 +11,9 @@ use crate::error::Report;
 
 /// Is told when a transaction has failed by a deadlock or a lock timeout.
 pub(crate) trait Reporter: Send + Sync + fmt::Debug {
+    /// An attempt is about to begin.
+    fn begins(self: Arc<Self>);
+
     /// Makes a report. It neither waits nor fails.
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>>;
 }

@@ -143,6 +143,9 @@ impl<'a> Attempts<'a> {
 
     fn begin(&mut self) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
         Box::pin(async {
+            if let Some(reporter) = &self.policy.reporter {
+                Arc::clone(reporter).begins();
+            }
             let opened = self.open.open(self.times_victim).await;
             let opened = opened.map_err(|error| error.with_attempts(self.attempt))?;
             self.attempt += 1;

@@ -579,3 +579,58 @@ async fn a_prepare_that_fails_is_the_statement_that_waited() {
     assert_eq!(journal[0].text(), Some("SELECT balance FROM account"));
     reported.scene.nothing_left().await;
 }
+
+/// Everything that could begin a transaction, but is not polled.
+fn describe_and_drop(keeper: &Keeper) {
+    drop(keeper.transaction(async |_| Ok::<_, Error>(())));
+    let options = TransactionOptions::new().conflict_group("g");
+    drop(keeper.transaction_with(options, async |_| Ok::<_, Error>(())));
+    drop(keeper.with_advisory_lock("k", async |_| Ok::<_, Error>(())));
+    drop(keeper.try_with_advisory_lock("k", async |_| Ok::<_, Error>(())));
+    let backfill = || keeper.backfill("account", "id").set("balance = 0");
+    drop(backfill().run());
+    drop(backfill().try_run());
+    drop(backfill().stream());
+    drop(keeper.backfill("account", "id"));
+}
+
+#[tokio::test]
+async fn nothing_is_started_before_a_future_is_awaited() {
+    let reported = IncidentScene::new(2).await;
+    let side = Proxy::before(reported.scene.database.server());
+    let keeper = reported
+        .scene
+        .builder()
+        .side_connection(side.config(&reported.scene.database.config()), NoTls)
+        .build();
+    let tasks = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
+    let before = tasks();
+    describe_and_drop(&keeper);
+    assert_eq!(tasks(), before);
+    // Refused before it begins.
+    let refused = TransactionOptions::new().attempts(0);
+    let refused = keeper.transaction_with(refused, async |_| Ok::<_, Error>(()));
+    assert_eq!(refused.await.unwrap_err().kind(), ErrorKind::Config);
+    assert_eq!(tasks(), before);
+    tokio::task::yield_now().await;
+    assert_eq!(side.traffic(), lockkeeper_testkit::Traffic::default());
+    let ran = keeper.transaction(async |_| Ok::<_, Error>(()));
+    ran.await.unwrap();
+    eventually("the side connection is not opened", async || {
+        side.traffic().down > 0
+    })
+    .await;
+}
+
+#[test]
+fn futures_are_created_without_a_runtime() {
+    let config = tokio_postgres::Config::new();
+    let manager = lockkeeper::deadpool_postgres::Manager::new(config.clone(), NoTls);
+    let pool = lockkeeper::deadpool_postgres::Pool::builder(manager);
+    let keeper = Keeper::builder(pool.build().unwrap()).side_connection(config, NoTls);
+    describe_and_drop(&keeper.build());
+}

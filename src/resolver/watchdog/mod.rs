@@ -117,6 +117,9 @@ impl Watchdog {
     /// Ends the watchdog. A sample in progress is aborted, a signal in progress is completed, and the findings so far
     /// are passed to the callback, for at most 10 seconds. The task has ended when this returns.
     ///
+    /// # Longest silence
+    /// As [`Monitor::cancel`], for a signal that is under way, beside the 10 seconds for the callback.
+    ///
     /// # Cancel safety
     /// May be dropped at any point; the watchdog ends nevertheless.
     pub async fn stop(mut self) {
