@@ -72,7 +72,7 @@ impl Advisory {
                 }
                 TryLockOutcome::Busy => {}
                 TryLockOutcome::Snapshot => {
-                    end(session).await;
+                    end_granted(session, &request, &deadline).await?;
                     drop(turn);
                     return self.acquire_before_snapshot(request, &deadline).await;
                 }
@@ -115,7 +115,7 @@ impl Advisory {
                 Ok(None)
             }
             TryLockOutcome::Snapshot => {
-                end(session).await;
+                end_granted(session, &request, &deadline).await?;
                 self.try_before_snapshot(request, &deadline).await
             }
             _ => {
@@ -398,7 +398,7 @@ impl Advisory {
                 self.granted(session, request, &tried, deadline).await
             }
             Some(tried) if tried.verdict == TryLockOutcome::Snapshot => {
-                end(session).await;
+                end_granted(session, &request, deadline).await?;
                 let blockers = sql::blockers::blockers(&reply, request.mode());
                 let error = timed_out(&request, deadline).with_blockers(blockers);
                 self.try_before_snapshot(request, deadline)
@@ -526,11 +526,26 @@ fn is_lost_at_once(error: &Error) -> bool {
     is_lost(error) && std::error::Error::source(error).is_some()
 }
 
-/// Ends a transaction that has done nothing, and gives its connection back.
-async fn end(session: Session) {
+/// Ends a transaction that has done nothing, and gives its connection back. Whether the server has said that it ended.
+async fn end(session: Session) -> bool {
     let request = session.send(sql::rollback(), OnAbandon::Finish);
-    if let Some((session, Ok(_))) = request.answered().await {
+    let ended = request.answered().await;
+    if let Some((session, Ok(_))) = ended {
         session.return_to_pool();
+        return true;
+    }
+    false
+}
+
+/// The same where the transaction may have been granted locks: while it may have them, they are not asked for again.
+async fn end_granted(
+    session: Session,
+    request: &LockRequest,
+    deadline: &Deadline,
+) -> Result<(), Error> {
+    match end(session).await {
+        true => Ok(()),
+        false => Err(no_answer(request, deadline)),
     }
 }
 

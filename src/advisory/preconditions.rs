@@ -9,7 +9,7 @@ use super::{Advisory, sql};
 use crate::advisory::sql::{Locks, TryLockOutcome};
 use crate::connection::sql::Probe;
 use crate::connection::sql::server::{self, Server};
-use crate::connection::{Connections, LockScope, OnAbandon, Session};
+use crate::connection::{Checkout, Connections, LockScope, OnAbandon, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
@@ -180,15 +180,12 @@ impl Advisory {
         if !is_worth_counting(keys) {
             return Ok(());
         }
-        let mut dead = 0;
+        let mut checkout = Checkout::new(&self.connections, deadline);
         loop {
-            let session = self.connections.check_out(deadline).await?;
+            let (session, _) = checkout.next().await?;
             match check_capacity_on(&session, keys).await {
-                Err(error)
-                    if error.kind() == ErrorKind::ConnectionLost
-                        && dead <= self.connections.most() =>
-                {
-                    dead += 1
+                Err(error) if error.kind() == ErrorKind::ConnectionLost => {
+                    checkout.replace(error)?;
                 }
                 Err(error) if error.kind() != ErrorKind::OutOfLocks => return Err(error),
                 answer => {

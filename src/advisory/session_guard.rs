@@ -395,6 +395,7 @@ impl<'a> Loan<'a> {
             Err(error) => error.into(),
         };
         self.open = false;
+        self.session().mark_ended();
         Err(failed.with_key(&self.guard.keys[0]))
     }
 

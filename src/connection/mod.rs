@@ -7,6 +7,7 @@
 //! makes the server roll back and unlock.
 
 mod cancel;
+mod checkout;
 mod coarse_timeout;
 mod connection_cache;
 mod observer;
@@ -34,7 +35,9 @@ use tokio_postgres::{SimpleQueryMessage, Statement};
 use crate::call_site::CallSite;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
+use crate::postgres::statement::{transaction_end, unlocks_all};
 
+pub(crate) use checkout::Checkout;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
@@ -46,7 +49,7 @@ pub(crate) use queries::query_methods;
 pub(crate) use request::{AfterReply, OnAbandon, ReplyHandler, Request, run_shielded};
 pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
-pub(crate) use silence::Silence;
+use silence::closed;
 use state::{Clean, ConnectionState};
 
 /// The rows and ends of statements of one simple-query message.
@@ -218,16 +221,45 @@ impl Session {
     /// Begins a statement of the caller, which the observer is told of.
     pub(crate) fn begin_logged(&self, statement: Sent<'_>) -> RunningStatement<'_> {
         let mut running = self.begin_tracked();
-        running.pending = self.begin_statement(statement);
+        if let Sent::Text(text) = statement {
+            running.refusal = self.refusal(text);
+        }
+        if running.refusal.is_none() {
+            running.pending = self.begin_statement(statement);
+        }
         running
+    }
+
+    /// What is sent in the place of a text that shows that it would take away what is on this connection: it fails, and
+    /// says why.
+    fn refusal(&self, text: &str) -> Option<Box<str>> {
+        if self.state.is_in_transaction() {
+            if let Some(end) = transaction_end(text) {
+                return Some(sql::refuse(end, "transaction, which ends by itself").into());
+            }
+            // Where a string may end there, what follows is not known: COMMIT has to show it.
+            if text.contains('\\') {
+                self.state.failed();
+            }
+        }
+        let unlocks = unlocks_all(text).filter(|_| self.state.has_session_locks())?;
+        Some(
+            sql::refuse(
+                unlocks,
+                "session locks, which are for their guard to release",
+            )
+            .into(),
+        )
     }
 
     /// Begins a statement of which it is tracked whether it was answered and how.
     fn begin_tracked(&self) -> RunningStatement<'_> {
         RunningStatement {
             session: self,
+            may_copy: self.state.is_untracked(),
             number: Some(self.state.sent()),
             pending: None,
+            refusal: None,
         }
     }
 
@@ -295,6 +327,13 @@ impl Session {
         statement.end(self.bounded(most, self.client().simple_query(sql)).await)
     }
 
+    /// The error of a message that fails.
+    async fn refused(&self, refusal: &str) -> tokio_postgres::Error {
+        let most = self.connections.longest_silence();
+        let sent = self.client().batch_execute(refusal);
+        self.bounded(most, sent).await.err().unwrap_or_else(closed)
+    }
+
     /// Puts a message on its way without waiting for the answer, in order with all others: the driver queues it at the
     /// first poll.
     pub(crate) fn queue(&self, sql: &str) {
@@ -329,9 +368,13 @@ impl Session {
 /// before the connection is closed.
 pub(crate) struct RunningStatement<'a> {
     session: &'a Session,
+    /// Whether the caller may be sending the rows of a COPY that was begun before.
+    may_copy: bool,
     // `None` once it has ended.
     number: Option<u64>,
     pending: Option<PendingStatement>,
+    /// What is sent instead.
+    refusal: Option<Box<str>>,
 }
 
 impl RunningStatement<'_> {
@@ -340,8 +383,19 @@ impl RunningStatement<'_> {
         self,
         answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, tokio_postgres::Error> {
-        let result = self.session.while_executing(answer).await;
+        let result = self.answered(answer).await;
         self.end(result)
+    }
+
+    async fn answered<T>(
+        &self,
+        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, tokio_postgres::Error> {
+        if let Some(refusal) = &self.refusal {
+            // Boxed, because it is rare and every statement's future would have its size.
+            return Err(Box::pin(self.session.refused(refusal)).await);
+        }
+        self.session.while_executing(answer, self.may_copy).await
     }
 
     fn end<T>(
@@ -364,7 +418,7 @@ impl RunningStatement<'_> {
         sql: &str,
         answer: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
     ) -> Result<Statement, tokio_postgres::Error> {
-        let result = self.session.while_executing(answer).await;
+        let result = self.answered(answer).await;
         if let Ok(statement) = &result
             && let Some(pending) = self.pending.take()
         {

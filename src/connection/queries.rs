@@ -11,7 +11,13 @@ macro_rules! query_methods {
         ///
         /// Each may take as long as its backend is executing it. Where that cannot be shown, it ends with the driver's error
         /// for a closed connection after at most twice
-        /// [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more.
+        /// [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more. The streams of `query_raw`,
+        /// `copy_in` and `copy_out` are the driver's own: a wait for their next row has no bound but the caller's.
+        ///
+        /// A text is not sent where it shows that it ends this crate's transaction (`COMMIT`, `ROLLBACK`, `PREPARE
+        /// TRANSACTION`) or releases a guard's session locks (`DISCARD ALL`, `pg_advisory_unlock_all()`). It fails with
+        /// SQLSTATE 2D000, and so does the transaction
+        /// ([`TransactionEnded`](crate::ErrorKind::TransactionEnded)).
         impl $type {
             /// See [`tokio_postgres::Client::query`].
             ///

@@ -176,9 +176,9 @@ impl Request {
             ..
         } = &self.canceller;
         let sending = &mut self.sending;
-        let waited =
-            super::silence::while_executing(connections, &self.runtime, *server_pid, sending);
-        let answer = waited.await;
+        let (runtime, pid, may_copy) = (&self.runtime, *server_pid, self.untracked);
+        let answer =
+            super::silence::while_executing(connections, runtime, pid, may_copy, sending).await;
         if answer.is_none() {
             self.lose();
         }

@@ -18,54 +18,9 @@ use tokio_postgres::{Config, NoTls};
 use super::request::poll_once;
 use super::{Connections, Session};
 use crate::connection::sql::server;
-use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind};
 
 /// How much longer an answer may take that is on its way, when its backend has ended the statement.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
-
-/// How long to wait for each of several connections, one of which is to answer within one silence in all.
-pub(crate) struct Silence {
-    deadline: Deadline,
-    longest: Duration,
-    asked: u32,
-}
-
-impl Silence {
-    pub(crate) fn new(longest: Duration) -> Self {
-        Self {
-            deadline: Deadline::after(longest),
-            longest,
-            asked: 0,
-        }
-    }
-
-    /// How long to wait for the next one: a third of the silence for the first, and a second at most for those after it,
-    /// since they may all lead to the same dead server.
-    pub(crate) fn patience(&mut self) -> Duration {
-        let most = if self.asked == 0 {
-            self.longest / 3
-        } else {
-            (self.longest / 6).min(Duration::from_secs(1))
-        };
-        self.asked += 1;
-        most.min(self.deadline.remaining())
-    }
-
-    /// The error for a connection that was silent.
-    ///
-    /// # Errors
-    /// The same, where there is no time left for another connection.
-    pub(crate) fn no_answer(&self, detail: &'static str) -> Result<Error, Error> {
-        let error = Error::new(ErrorKind::ConnectionLost)
-            .with_detail(detail)
-            .with_waited(self.deadline.waited());
-        if self.deadline.has_passed() {
-            return Err(error);
-        }
-        Ok(error)
-    }
-}
 
 impl Session {
     /// The answer to a message of this crate, which waits for nothing but the server's attention.
@@ -91,13 +46,15 @@ impl Session {
     pub(super) async fn while_executing<T>(
         &self,
         answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        may_copy: bool,
     ) -> Result<T, tokio_postgres::Error> {
         if self.is_lost() {
             return Err(closed());
         }
         let answer = pin!(answer);
-        let waited = while_executing(&self.connections, &self.runtime, self.server_pid(), answer);
-        match waited.await {
+        let (connections, runtime) = (&self.connections, &self.runtime);
+        let pid = self.server_pid();
+        match while_executing(connections, runtime, pid, may_copy, answer).await {
             Some(answer) => answer,
             None => {
                 self.lose(
@@ -125,6 +82,7 @@ pub(super) async fn while_executing<F: Future + Unpin>(
     connections: &Arc<Connections>,
     runtime: &Handle,
     pid: Option<i32>,
+    may_copy: bool,
     mut answer: F,
 ) -> Option<F::Output> {
     let silence = connections.longest_silence();
@@ -133,7 +91,7 @@ pub(super) async fn while_executing<F: Future + Unpin>(
             return Some(answer);
         }
         // Boxed, because it is rare and every statement's future would have its size.
-        let mut executing = Box::pin(is_executing(connections, pid, silence));
+        let mut executing = Box::pin(is_executing(connections, pid, may_copy, silence));
         let both = poll_fn(|cx| match Pin::new(&mut answer).poll(cx) {
             Poll::Ready(answer) => Poll::Ready(Ok(answer)),
             Poll::Pending => executing.as_mut().poll(cx).map(Err),
@@ -149,9 +107,14 @@ pub(super) async fn while_executing<F: Future + Unpin>(
 }
 
 /// Whether the server says, on another connection and in time, that a backend is executing something.
-async fn is_executing(connections: &Arc<Connections>, pid: Option<i32>, most: Duration) -> bool {
+async fn is_executing(
+    connections: &Arc<Connections>,
+    pid: Option<i32>,
+    may_copy: bool,
+    most: Duration,
+) -> bool {
     let Some(pid) = pid else { return false };
-    let question = server::is_executing(pid);
+    let question = server::is_executing(pid, may_copy);
     match connections.ask_persistently(most, &question).await {
         Ok(reply) => server::executes(&reply),
         // It answers, and refuses to tell (too many connections, a missing privilege): the server is alive.

@@ -170,6 +170,14 @@ impl ConnectionState {
         self.facts().untracked
     }
 
+    pub(super) fn is_in_transaction(&self) -> bool {
+        self.facts().in_transaction
+    }
+
+    pub(super) fn has_session_locks(&self) -> bool {
+        self.facts().session_locks
+    }
+
     pub(super) fn was_used(&self) -> bool {
         self.facts().used
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{settings_check, unreadable};
 use crate::connection::sql::server::{BACKEND_PID, backend_pid};
-use crate::connection::{Connections, Session};
+use crate::connection::{Checkout, Connections, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::monitor::sql::settings::{self as sql, PoolSession, SettingRow};
@@ -256,11 +256,10 @@ pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsRe
 async fn read_settings(
     connections: &Arc<Connections>,
 ) -> Result<(Session, PoolSession, Vec<SettingRow>), Error> {
-    let mut dead = 0;
+    let wait = Deadline::after(CHECKOUT_TIMEOUT);
+    let mut checkout = Checkout::new(connections, &wait);
     loop {
-        let session = connections
-            .check_out(&Deadline::after(CHECKOUT_TIMEOUT))
-            .await?;
+        let (session, _) = checkout.next().await?;
         // Cancel safety: reads only; if the reply is not received, the connection is closed.
         match connections.answer(session.message(sql::SETTINGS)).await? {
             Ok(reply) => {
@@ -270,10 +269,10 @@ async fn read_settings(
             }
             Err(error) => {
                 let error = Error::from(error);
-                if error.kind() != ErrorKind::ConnectionLost || dead > connections.most() {
+                if error.kind() != ErrorKind::ConnectionLost {
                     return Err(error);
                 }
-                dead += 1;
+                checkout.replace(error)?;
             }
         }
     }

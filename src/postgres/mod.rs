@@ -6,7 +6,6 @@ pub(crate) mod lock_object;
 #[cfg(any(feature = "incidents", feature = "server-log"))]
 pub(crate) mod message;
 pub(crate) mod sql;
-#[cfg(any(feature = "incidents", feature = "server-log"))]
 pub(crate) mod statement;
 pub(crate) mod table_name;
 #[cfg(any(feature = "incidents", feature = "server-log"))]

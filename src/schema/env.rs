@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::advisory::{Advisory, AdvisoryLock};
 use crate::backoff::Jitter;
 use crate::call_site::CallSite;
-use crate::connection::{Connections, OnAbandon, Reply, Session, Silence};
+use crate::connection::{Checkout, Connections, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, Failure, classify};
 use crate::key::LockKey;
@@ -81,24 +81,19 @@ impl Env {
         text: impl Fn(&Session) -> String + Send,
     ) -> Result<(Session, Reply), Error> {
         let deadline = Deadline::after(self.lock_wait);
-        let mut silence = Silence::new(self.connections().longest_silence());
-        let mut stale = 0;
+        let mut checkout = Checkout::new(self.connections(), &deadline);
         loop {
-            let session = self.connections().check_out(&deadline).await?;
+            let (session, patience) = checkout.next().await?;
             let text = text(&session);
             let sent = session.send(text, OnAbandon::CancelAndClose);
-            let error = match sent.within(silence.patience()).await {
+            match sent.within(patience).await {
                 Some((session, Ok(reply))) => return Ok((session, reply)),
                 // Dropped, the session closes its connection.
                 Some((_, Err(error))) if classify(&error) != Failure::ConnectionLost => {
                     return Err(error.into());
                 }
-                Some((_, Err(error))) => Error::from(error),
-                None => silence.no_answer("no answer from the server")?,
-            };
-            stale += 1;
-            if stale > self.connections().most() {
-                return Err(error);
+                Some((_, Err(error))) => checkout.replace(error.into())?,
+                None => checkout.replace_silent("no answer from the server")?,
             }
         }
     }

@@ -34,12 +34,12 @@ pub(super) async fn look_up(
         return CommitOutcome::RolledBack;
     };
     let question = commit::status(transaction);
-    let deadline = Deadline::after(resolve.0);
+    let most = resolve.0.unwrap_or(connections.longest_silence());
+    let deadline = Deadline::after(most);
     let mut spare = SPARE;
     let mut last = "no other connection could ask for its outcome";
     while !deadline.has_passed() {
-        let most = deadline.remaining().min(spare.saturating_add(ANSWER));
-        let asking = Deadline::after(most);
+        let asking = Deadline::after(deadline.remaining().min(spare.saturating_add(ANSWER)));
         let answer = asking.bound(Duration::ZERO, connections.ask_within(spare, &question));
         match answer.await {
             Some(Ok(reply)) => match commit::status_of(transaction, &reply) {
@@ -62,7 +62,7 @@ pub(super) async fn look_up(
             },
             failed => {
                 tracing::debug!(error = ?failed.map(|answer| answer.map(drop)), "outcome of a commit not asked");
-                spare = spare.saturating_mul(2).min(resolve.0);
+                spare = spare.saturating_mul(2).min(most);
             }
         }
         tokio::time::sleep(PAUSE).await;

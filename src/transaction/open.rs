@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{BoxFuture, Open, Tx, sql};
 use crate::call_site::CallSite;
-use crate::connection::{Connections, OnAbandon, Silence};
+use crate::connection::{Checkout, Connections, OnAbandon};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 
@@ -34,14 +34,13 @@ impl OpenPlain {
         let (connections, begin) = (&self.connections, &self.begin);
         let cache = connections.cache();
         let statement = begin.prepared_name();
-        let mut silence = Silence::new(connections.longest_silence());
-        let mut stale = 0;
+        let mut checkout = Checkout::new(connections, &deadline);
         loop {
-            let session = connections.check_out(&deadline).await?;
+            let (session, patience) = checkout.next().await?;
             let probe = cache.probe(&session, statement);
             // On any error the session is dropped and so closed: what state it came in is not known.
             let sent = session.send(sql::begin_transaction(begin, &probe), OnAbandon::rollback());
-            let error = match sent.within(silence.patience()).await {
+            let error = match sent.within(patience).await {
                 Some((mut session, Ok(reply))) => match sql::begun(&reply) {
                     Some(begun) if begun.fresh => {
                         let server = begun.server.as_ref();
@@ -69,13 +68,12 @@ impl OpenPlain {
                     }
                     _ => return Err(error.into()),
                 },
-                None => silence.no_answer("no answer to BEGIN")?,
+                None => {
+                    checkout.replace_silent("no answer to BEGIN")?;
+                    continue;
+                }
             };
-            stale += 1;
-            if stale > connections.most() {
-                return Err(error);
-            }
-            tracing::debug!(%error, "a pool connection could not be used, taking another");
+            checkout.replace(error)?;
         }
     }
 }

@@ -35,15 +35,9 @@ pub struct TransactionOptions<P = NoRetry> {
     retry_if: P,
 }
 
-/// For how long a COMMIT whose answer was lost is looked up.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Resolve(pub(crate) Duration);
-
-impl Default for Resolve {
-    fn default() -> Self {
-        Self(Duration::from_secs(15))
-    }
-}
+/// For how long a COMMIT whose answer was lost is looked up, where that is not the longest silence.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Resolve(pub(crate) Option<Duration>);
 
 /// Whether a transaction that has failed with an error of the closure's own is worth another attempt: what
 /// [`TransactionOptions::retry_if`] is given. Implemented for every closure it could be.
@@ -176,9 +170,10 @@ impl<P> TransactionOptions<P> {
 
     /// When the connection is lost during COMMIT, finds out on another connection what became of it, by
     /// `pg_xact_status`: it counts as committed, or is run again. The error is
-    /// [`CommitUnknown`](crate::ErrorKind::CommitUnknown) only where that cannot be said: nobody answers for 15 s, or
-    /// COMMIT goes on for as long; another server has taken over; or the server has been started again, and the
-    /// transaction's id, found committed, may be another one's by now.
+    /// [`CommitUnknown`](crate::ErrorKind::CommitUnknown) only where that cannot be said: for a
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence) nobody answers, or COMMIT goes on; another server has
+    /// taken over; or the server has been started again, and the transaction's id, found committed, may be another one's
+    /// by now.
     ///
     /// A connection lost after the closure and before COMMIT was sent is run again too.
     ///
@@ -191,10 +186,10 @@ impl<P> TransactionOptions<P> {
         self
     }
 
-    /// As [`resolve_commit`](Self::resolve_commit), and asks for so long instead of 15 s. A failover can take longer than
+    /// As [`resolve_commit`](Self::resolve_commit), and asks for so long instead. A failover can take longer than
     /// that: give it the time that yours takes.
     pub fn resolve_commit_within(mut self, time: Duration) -> Self {
-        self.resolve_commit = Some(Resolve(time));
+        self.resolve_commit = Some(Resolve(Some(time)));
         self
     }
 

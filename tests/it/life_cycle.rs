@@ -1,6 +1,7 @@
 //! What a connection goes through: a server that falls silent, a section that ends its own transaction, a handle that is
 //! moved elsewhere.
 
+use std::error::Error as _;
 use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard};
@@ -134,6 +135,81 @@ async fn a_section_that_ends_its_transaction_is_told() {
         );
         scene.nothing_left().await;
     }
+}
+
+/// The same where its text shows it: it is not sent, and nothing of the section is committed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_would_end_the_transaction_is_refused() {
+    let scene = Scene::new(2).await;
+    scene.run("CREATE TABLE note (id int)").await;
+    for (sql, named) in [
+        ("COMMIT", "COMMIT is refused"),
+        ("SELECT 1; COMMIT AND CHAIN", "COMMIT is refused"),
+        ("COMMIT; BEGIN", "COMMIT is refused"),
+        ("ROLLBACK; BEGIN", "ROLLBACK is refused"),
+        ("end", "END is refused"),
+        ("PREPARE TRANSACTION 'x'", "PREPARE TRANSACTION is refused"),
+    ] {
+        let section = scene.keeper.with_advisory_lock(743, async |tx| {
+            tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+            tx.batch_execute(sql).await?;
+            Ok::<_, Error>(())
+        });
+        let error = section.await.unwrap_err();
+        assert_error_in(sql, &error, ErrorKind::TransactionEnded, "ended");
+        let source = error.source().unwrap().to_string();
+        let cause = format!("{source} {:?}", error.source().unwrap().source());
+        assert!(cause.contains(named), "{sql}: {cause}");
+        // Also where the section does not look at the error.
+        let section = scene.keeper.with_advisory_lock(743, async |tx| {
+            tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+            tx.prepare(sql).await.ok();
+            Ok::<_, Error>(())
+        });
+        let error = section.await.unwrap_err();
+        assert_error_in(sql, &error, ErrorKind::TransactionEnded, "ended");
+        assert_eq!(scene.count("note").await, 0, "{sql}");
+        scene.nothing_left().await;
+    }
+    let held = scene.keeper.advisory_lock(743).acquire().await.unwrap();
+    assert!(held.batch_execute("COMMIT").await.is_err());
+    let error = held.commit().await.unwrap_err();
+    assert_error(&error, ErrorKind::TransactionEnded, "ended");
+    // What only looks like it.
+    let section = scene.keeper.with_advisory_lock(743, async |tx| {
+        tx.batch_execute("SAVEPOINT s; SELECT 'COMMIT'; ROLLBACK TO s; SELECT '; COMMIT'")
+            .await?;
+        Ok::<_, Error>(())
+    });
+    section.await.unwrap();
+    scene.nothing_left().await;
+}
+
+/// A guard's locks are not returned behind its back where the text shows it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_would_return_a_guards_locks_is_refused() {
+    let scene = Scene::new(2).await;
+    for sql in ["DISCARD ALL", "SELECT pg_advisory_unlock_all()"] {
+        let mut held = guard(&scene.keeper, 749).await;
+        let error = held.batch_execute(sql).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "2D000", "{error:?}");
+        let transaction = held.transaction(async |tx| {
+            tx.batch_execute(sql).await?;
+            Ok::<_, Error>(())
+        });
+        let error = transaction.await.unwrap_err();
+        assert_error_in(sql, &error, ErrorKind::TransactionEnded, "ended");
+        let holders = scene.holders(749).await;
+        assert_eq!(holders, [held.backend_pid().unwrap()], "{sql}");
+        held.release().await.unwrap();
+    }
+    // A guard's own connection is the caller's otherwise.
+    let held = guard(&scene.keeper, 749).await;
+    held.batch_execute("BEGIN; SELECT 1; COMMIT; DISCARD PLANS")
+        .await
+        .unwrap();
+    held.release().await.unwrap();
+    scene.nothing_left().await;
 }
 
 /// A guard whose locks were returned behind its back does not commit, and no transaction joins one that was left open.

@@ -72,13 +72,16 @@ pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String
     )
 }
 
-/// Whether the backend of this pid is executing a statement. Where the role may not see what it does, its state is NULL,
-/// and it counts as executing: what is not known is not taken for idle.
-pub(crate) fn is_executing(pid: i32) -> String {
+/// Whether the backend of this pid is executing a statement. One that reads from its client is not, unless that is what its
+/// COPY does and it `may_copy`: the rest of its message is lost. Where the role may not see what it does, its state is NULL, and it counts
+/// as executing: what is not known is not taken for idle.
+pub(crate) fn is_executing(pid: i32, may_copy: bool) -> String {
     format!(
         "SELECT a.pid FROM pg_catalog.pg_stat_activity AS a WHERE pg_catalog.int4eq(a.pid, {pid}) \
          AND pg_catalog.nameeq(a.datname, pg_catalog.current_database()) \
-         AND (a.state IS NULL OR pg_catalog.texteq(a.state, 'active') OR pg_catalog.texteq(a.state, 'fastpath function call'))"
+         AND (a.state IS NULL OR pg_catalog.texteq(a.state, 'fastpath function call') \
+         OR pg_catalog.texteq(a.state, 'active') AND (a.wait_event IS NULL OR pg_catalog.textne(a.wait_event, 'ClientRead') \
+         OR {may_copy} AND EXISTS (SELECT FROM pg_catalog.pg_stat_progress_copy AS c WHERE pg_catalog.int4eq(c.pid, a.pid))))"
     )
 }
 

@@ -199,7 +199,7 @@ fn number(text: &str) -> usize {
 }
 
 /// Skips white space and comments; an unterminated comment extends to the end of the text.
-fn after_space(text: &str) -> &str {
+pub(super) fn after_space(text: &str) -> &str {
     let mut rest = text;
     loop {
         // Control characters are no tokens of SQL, and must not be shown.

@@ -11,6 +11,7 @@ mod kind;
 mod lexer;
 #[cfg(feature = "incidents")]
 mod mention;
+mod refused;
 
 #[cfg(feature = "incidents")]
 pub(crate) use fingerprint::{StatementFingerprint, fingerprint};
@@ -20,12 +21,14 @@ pub(crate) use kind::{StatementKind, kind};
 pub(crate) use lexer::{TokenKind, ambiguous_string, spans};
 #[cfg(feature = "incidents")]
 pub(crate) use mention::mentions;
+pub(crate) use refused::{transaction_end, unlocks_all};
 
 /// The statement with `?` for each literal, without comments, on one line.
 ///
 /// Literals are strings of every form, dollar quotes and numbers; quoted identifiers and parameters (`$1`) are kept. A
 /// literal that is cut off at the end of the text is replaced as a whole. If the end of a string depends on a setting
 /// that the text does not show (`'a\'b'`), all following text counts as part of it.
+#[cfg(any(feature = "incidents", feature = "server-log"))]
 pub(crate) fn redact(sql: &str) -> String {
     use lexer::TokenKind;
 
@@ -48,10 +51,10 @@ pub(crate) fn redact(sql: &str) -> String {
     redacted
 }
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "incidents", feature = "server-log")))]
 mod server_literals;
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "incidents", feature = "server-log")))]
 mod tests {
     use proptest::prelude::*;
 

@@ -6,7 +6,7 @@ use lockkeeper::{AdvisoryLock, ErrorKind, SessionAdvisoryLock};
 use lockkeeper_testkit::AppError;
 use tokio_postgres::IsolationLevel;
 
-use super::{AFTER, BEFORE, Cell, KEY, LOCK, LOST, RELEASE, Row, Seen};
+use super::{AFTER, BEFORE, Cell, KEY, LOCK, LOST, Row, Seen};
 
 /// Another connection is taken, or this one is said to be lost.
 const RIGHT: &[Seen] = &[Seen::Fine, LOST];
@@ -115,19 +115,16 @@ pub(super) fn rows() -> Vec<Row> {
             Row::new(format!("acquire, {name}"), LOCK, RIGHT, move |cell| {
                 acquire(cell, describe)
             }),
-            Row::new(
-                format!("try_acquire, {name}"),
-                RELEASE,
-                RIGHT,
-                move |cell| try_acquire(cell, describe),
-            ),
+            Row::new(format!("try_acquire, {name}"), LOCK, RIGHT, move |cell| {
+                try_acquire(cell, describe)
+            }),
             Row::new(format!("acquire, {name}, busy"), LOCK, RIGHT, move |cell| {
                 find_busy(cell, describe)
             })
             .busy(),
             Row::new(
                 format!("try_acquire, {name}, busy"),
-                RELEASE,
+                LOCK,
                 RIGHT,
                 move |cell| try_busy(cell, describe),
             )
@@ -144,7 +141,7 @@ pub(super) fn rows() -> Vec<Row> {
             ),
             Row::new(
                 format!("session try_acquire, {name}"),
-                RELEASE,
+                LOCK,
                 RIGHT,
                 move |cell| try_acquire_session(cell, describe),
             ),
@@ -157,7 +154,7 @@ pub(super) fn rows() -> Vec<Row> {
             .busy(),
             Row::new(
                 format!("session try_acquire, {name}, busy"),
-                RELEASE,
+                LOCK,
                 RIGHT,
                 move |cell| try_session_busy(cell, describe),
             )

@@ -4,7 +4,7 @@ use futures::{SinkExt, TryStreamExt};
 use lockkeeper_testkit::AppError;
 use tokio_postgres::types::Type;
 
-use super::{CALLERS, KEY, LOST, Row, Seen};
+use super::{CALLERS, KEY, LOST, Row, SILENCE, Seen};
 
 const METHODS: [&str; 16] = [
     "query",
@@ -25,10 +25,20 @@ const METHODS: [&str; 16] = [
     "copy_out",
 ];
 
-/// A statement ends with the driver's error for a closed connection.
-const RIGHT: &[Seen] = &[Seen::Closed];
+/// A statement ends with the driver's error for a closed connection, and the wait for a stream with the caller's own.
+const RIGHT: &[Seen] = &[Seen::Closed, Seen::Own];
 /// A transaction may say the same in its own words.
-const IN_A_TRANSACTION: &[Seen] = &[Seen::Closed, LOST];
+const IN_A_TRANSACTION: &[Seen] = &[Seen::Closed, Seen::Own, LOST];
+
+/// The wait for a stream of the driver's, which is the caller's to bound.
+async fn in_time<T>(
+    answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, AppError> {
+    match tokio::time::timeout(SILENCE, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(AppError::Own(1)),
+    }
+}
 
 /// Calls a method. A macro, since the methods belong to no trait.
 macro_rules! call {
@@ -40,7 +50,7 @@ macro_rules! call {
             "query_opt" => drop(on.query_opt("SELECT 1 WHERE false", &[]).await?),
             "query_raw" => {
                 let rows = on.query_raw("SELECT $1::int4", [7]).await?;
-                rows.try_collect::<Vec<_>>().await?;
+                in_time(rows.try_collect::<Vec<_>>()).await?;
             }
             "query_typed" => {
                 on.query_typed("SELECT $1", &[(&7, Type::INT4)]).await?;
@@ -66,12 +76,12 @@ macro_rules! call {
             "copy_in" => {
                 let sink = on.copy_in("COPY note FROM STDIN").await?;
                 let mut sink = std::pin::pin!(sink);
-                sink.send(bytes::Bytes::from_static(b"3\n")).await?;
-                sink.finish().await?;
+                in_time(sink.send(bytes::Bytes::from_static(b"3\n"))).await?;
+                in_time(sink.finish()).await?;
             }
             "copy_out" => {
                 let rows = on.copy_out("COPY note TO STDOUT").await?;
-                rows.try_collect::<Vec<_>>().await?;
+                in_time(rows.try_collect::<Vec<_>>()).await?;
             }
             other => panic!("no method {other}"),
         }

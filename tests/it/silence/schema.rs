@@ -120,11 +120,19 @@ pub(super) fn rows() -> Vec<Row> {
         }),
         row("backfill run", |keeper| async move {
             let fill = keeper.backfill("child", "id").set("n = n + 1");
-            fill.batch_rows(5..=5).run().await.map(drop)
+            fill.batch_rows(5..=5)
+                .max_lock_wait(WITHIN)
+                .run()
+                .await
+                .map(drop)
         }),
         row("backfill try_run", |keeper| async move {
             let fill = keeper.backfill("child", "id").set("n = n + 1");
-            fill.batch_rows(5..=5).try_run().await.map(drop)
+            fill.batch_rows(5..=5)
+                .max_lock_wait(WITHIN)
+                .try_run()
+                .await
+                .map(drop)
         }),
     ]
 }

@@ -103,22 +103,17 @@ pub(super) fn rows() -> Vec<Row> {
             },
         )
         .busy(),
-        Row::new(
-            "try_with_advisory_lock",
-            CALLERS,
-            RIGHT,
-            |cell| async move {
-                cell.begin();
-                let section = cell
-                    .keeper
-                    .try_with_advisory_lock(KEY, async |tx| insert(tx).await);
-                assert!(section.await?.is_some());
-                Ok(())
-            },
-        ),
+        Row::new("try_with_advisory_lock", LOCK, RIGHT, |cell| async move {
+            cell.begin();
+            let section = cell
+                .keeper
+                .try_with_advisory_lock(KEY, async |tx| insert(tx).await);
+            assert!(section.await?.is_some());
+            Ok(())
+        }),
         Row::new(
             "try_with_advisory_lock, busy",
-            CALLERS,
+            LOCK,
             OWN_ERROR,
             |cell| async move {
                 cell.begin();
