@@ -1,5 +1,6 @@
 //! Session-level locks, held on a connection of their own until they are released.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::local_queue::HeadTicket;
@@ -13,8 +14,9 @@ use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
+use crate::postgres::sql::Message;
 use crate::transaction::sql::{Begin, begin_transaction, is_fresh};
-use crate::transaction::{AsyncFunc, Resolve, TransactionOptions, Tx, commit};
+use crate::transaction::{Answer, AsyncFunc, Carry, Resolve, TransactionOptions, Tx, commit};
 
 /// How often [`SessionGuard::lost`] looks.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -341,7 +343,7 @@ struct Loan<'a> {
     /// The session that was lent.
     session: Option<u64>,
     /// Whether dropping has a transaction to roll back.
-    open: bool,
+    open: AtomicBool,
 }
 
 impl<'a> Loan<'a> {
@@ -357,7 +359,7 @@ impl<'a> Loan<'a> {
             guard,
             tx,
             session,
-            open: true,
+            open: AtomicBool::new(true),
         }
     }
 
@@ -394,8 +396,7 @@ impl<'a> Loan<'a> {
             }
             Err(error) => error.into(),
         };
-        self.open = false;
-        self.session().mark_ended();
+        self.open.store(false, Ordering::Relaxed);
         Err(failed.with_key(&self.guard.keys[0]))
     }
 
@@ -407,17 +408,13 @@ impl<'a> Loan<'a> {
                 .map_err(|error| error.with_key(&key))?;
         }
         if self.session().is_closed() {
-            self.open = false;
+            self.open.store(false, Ordering::Relaxed);
             return Err(lost());
         }
-        // Cancel safety: from here on COMMIT is on its way and ends the transaction, so a drop must not.
-        self.open = false;
         let resolve = self.tx_mut().resolve();
         let check = sql::check_held(self.guard.locks());
-        let (ended, committed) = commit(self.session(), resolve, Some(&check)).await;
-        if ended.is_some() {
-            self.session().mark_ended();
-        }
+        let (_, committed) = commit(&self, resolve, Some(&check)).await;
+        self.open.store(false, Ordering::Relaxed);
         let committed = match committed {
             // By the check, or by COMMIT itself: the check alone tells.
             Err(error)
@@ -431,12 +428,26 @@ impl<'a> Loan<'a> {
         committed.map_err(|error| error.with_key(&key))
     }
 
-    async fn rollback(mut self) {
-        self.open = false;
+    async fn rollback(self) {
+        self.open.store(false, Ordering::Relaxed);
         // An error here means that the connection is gone, which the guard notices by itself.
-        if self.session().message(sql::ROLLBACK).await.is_ok() {
-            self.session().mark_ended();
+        let _ = self.session().message(sql::ROLLBACK).await;
+    }
+}
+
+/// Cancel safety: dropped, what was sent goes on, and whoever has the session finds it unanswered.
+impl Carry for &Loan<'_> {
+    fn session(&self) -> &Session {
+        Loan::session(self)
+    }
+
+    async fn carry(self, message: Message, undo: OnAbandon) -> Option<(Self, Answer)> {
+        if let OnAbandon::Finish = undo {
+            // It is on its way and ends the transaction, so a drop must not.
+            self.open.store(false, Ordering::Relaxed);
         }
+        let answer = Loan::session(self).message(&message.text).await;
+        Some((self, answer))
     }
 }
 
@@ -449,9 +460,11 @@ impl Drop for Loan<'_> {
             // Exchanged for the session of another transaction. Closed, it is rolled back, and the guard has lost its own.
             return;
         }
-        if self.open {
+        if self.open.load(Ordering::Relaxed) {
             session.queue(sql::ROLLBACK);
         }
+        // Whatever is sent later finds it ended.
+        session.mark_ended();
         self.guard.session = Some(session);
     }
 }

@@ -16,7 +16,7 @@ use crate::postgres::sql::Message;
 const FAILED_EARLIER: &str =
     "an earlier statement of the transaction failed, so it was rolled back";
 
-type Answer = Result<Reply, tokio_postgres::Error>;
+pub(crate) type Answer = Result<Reply, tokio_postgres::Error>;
 
 /// A session on which a transaction ends: the transaction's own, or one that is lent to it.
 pub(crate) trait Carry: Sized + Send {
@@ -38,18 +38,6 @@ impl Carry for Session {
 
     async fn carry(self, message: Message, undo: OnAbandon) -> Option<(Self, Answer)> {
         self.send(message, undo).answered().await
-    }
-}
-
-/// Cancel safety: dropped, what was sent goes on, and whoever has the session finds it unanswered.
-impl Carry for &Session {
-    fn session(&self) -> &Session {
-        self
-    }
-
-    async fn carry(self, message: Message, _: OnAbandon) -> Option<(Self, Answer)> {
-        let answer = self.message(&message.text).await;
-        Some((self, answer))
     }
 }
 

@@ -283,9 +283,9 @@ async fn a_lock_with_a_snapshot_is_transaction_scoped_in_the_end() {
                 let row = guard.query_one(READ, &[]).await.unwrap();
                 assert_eq!(row.get::<_, &str>(1), name);
                 // The server itself ends them with the transaction: no session lock is left under them.
-                guard.batch_execute("ROLLBACK").await.unwrap();
+                guard.client().batch_execute("ROLLBACK").await.unwrap();
                 assert_eq!(scene.advisory_locks().await, 0, "{name} {keys:?}");
-                guard.batch_execute("BEGIN").await.unwrap();
+                guard.client().batch_execute("BEGIN").await.unwrap();
                 drop(guard);
                 scene.nothing_left().await;
                 assert_eq!(scene.next_pid().await, pid, "the connection is kept");

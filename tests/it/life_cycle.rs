@@ -4,8 +4,8 @@
 use std::error::Error as _;
 use std::time::Duration;
 
-use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard};
-use lockkeeper_testkit::{Fault, Proxy, Scene, assert_error, assert_error_in, in_time};
+use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard, TransactionOptions};
+use lockkeeper_testkit::{Fault, Proxy, Scene, assert_error, assert_error_in, eventually, in_time};
 use tokio::sync::Mutex;
 
 const SILENCE: Duration = Duration::from_secs(2);
@@ -90,6 +90,40 @@ async fn a_guard_that_falls_silent_is_lost() {
     again.release().await.unwrap();
     // The server learns of the connection that was given up.
     drop(proxy);
+    scene.nothing_left().await;
+}
+
+/// A guard's transaction that is dropped at its end, before COMMIT or in it, is over when the guard is used again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guards_transaction_that_is_dropped_at_its_end_is_over() {
+    let scene = Scene::new(2).await;
+    scene.run("CREATE TABLE note (id int)").await;
+    let proxy = Proxy::before(scene.database.server());
+    let keeper = behind(&proxy, &scene);
+    for (message, written) in [("pg_control_system() AS c", 0), ("COMMIT", 1)] {
+        let mut held = guard(&keeper, 750).await;
+        let options = || TransactionOptions::new().resolve_commit();
+        proxy.fault(message, Fault::Stall);
+        let dropped = held.transaction_with(options(), async |tx| {
+            tx.execute("INSERT INTO note VALUES (1)", &[]).await?;
+            Ok::<_, Error>(())
+        });
+        let met = async || proxy.faults_left() == 0;
+        tokio::select! {
+            ended = dropped => panic!("{message}: {ended:?}"),
+            () = eventually("the message is on its way", met) => {}
+        }
+        proxy.resume();
+        // The caller's own transactions are none of the guard's.
+        held.batch_execute("BEGIN; SELECT 1; COMMIT").await.unwrap();
+        let again = held.transaction(async |tx| {
+            tx.batch_execute("SELECT 1").await?;
+            Ok::<_, Error>(())
+        });
+        again.await.unwrap();
+        assert_eq!(scene.count("note").await, written, "{message}");
+        held.release().await.unwrap();
+    }
     scene.nothing_left().await;
 }
 
