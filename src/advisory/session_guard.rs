@@ -431,7 +431,7 @@ impl<'a> Loan<'a> {
     async fn rollback(self) {
         self.open.store(false, Ordering::Relaxed);
         // An error here means that the connection is gone, which the guard notices by itself.
-        let _ = self.session().message(sql::ROLLBACK).await;
+        drop(self.session().message(sql::ROLLBACK).await);
     }
 }
 
