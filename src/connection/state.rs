@@ -170,6 +170,11 @@ impl ConnectionState {
         self.facts().untracked
     }
 
+    /// Whether a guard has session locks on it.
+    pub(super) fn holds_locks(&self) -> bool {
+        self.facts().session_locks
+    }
+
     pub(super) fn was_used(&self) -> bool {
         self.facts().used
     }
