@@ -197,7 +197,11 @@ impl Advisory {
                         );
                     }
                     Some(tried) => {
-                        session.identify(tried.pid, request.begin.application_name.as_deref());
+                        session.identify(
+                            tried.pid,
+                            tried.xact_start,
+                            request.begin.application_name.as_deref(),
+                        );
                         return Ok((session, probe, tried));
                     }
                     None => {
@@ -331,6 +335,8 @@ impl Advisory {
         while !deadline.has_passed() {
             let wait = deadline.remaining().min(slice);
             let sql = if after_timeout {
+                // It waits in another transaction than the last one.
+                session.set_xact_start(None);
                 sql::begin_again_and_wait(&request.begin, request.locks(), wait)
             } else {
                 sql::wait_in_transaction(request.locks(), wait)
@@ -342,9 +348,13 @@ impl Advisory {
                 return Err(no_answer(&request, deadline));
             };
             session = answered;
-            let Err(error) = answer else {
-                drop(turn);
-                return self.granted(session, request, tried, deadline).await;
+            let error = match answer {
+                Ok(reply) => {
+                    drop(turn);
+                    session.set_xact_start(server::xact_start(&reply));
+                    return self.granted(session, request, tried, deadline).await;
+                }
+                Err(error) => error,
             };
             match classify(&error) {
                 // A deadlock here is between waiters and somebody who waits for them: the pause resolves it.
@@ -394,7 +404,11 @@ impl Advisory {
         }
         match tried {
             Some(tried) if tried.verdict == TryLockOutcome::Granted => {
-                session.identify(tried.pid, request.begin.application_name.as_deref());
+                session.identify(
+                    tried.pid,
+                    tried.xact_start,
+                    request.begin.application_name.as_deref(),
+                );
                 self.granted(session, request, &tried, deadline).await
             }
             Some(tried) if tried.verdict == TryLockOutcome::Snapshot => {
@@ -492,7 +506,11 @@ impl Advisory {
         if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
         }
-        session.identify(tried.pid, request.begin.application_name.as_deref());
+        session.identify(
+            tried.pid,
+            tried.xact_start,
+            request.begin.application_name.as_deref(),
+        );
         self.granted(session, request, tried, deadline).await
     }
 }

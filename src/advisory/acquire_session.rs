@@ -119,7 +119,11 @@ impl Advisory {
             Handoff::Session(passed) => passed,
         };
         let (mut session, tried, ticket) = passed.take();
-        session.identify(tried.pid, request.begin.application_name.as_deref());
+        session.identify(
+            tried.pid,
+            tried.xact_start,
+            request.begin.application_name.as_deref(),
+        );
         if tried.granted {
             return Ok(Locked::new(session, tried, request).with_ticket(ticket));
         }
@@ -389,7 +393,11 @@ impl Advisory {
             .await?;
         match sql::tried(&reply) {
             Some(tried) if tried.verdict == TryLockOutcome::Granted => {
-                session.identify(tried.pid, request.begin.application_name.as_deref());
+                session.identify(
+                    tried.pid,
+                    tried.xact_start,
+                    request.begin.application_name.as_deref(),
+                );
                 Ok(Locked::new(session, tried, request))
             }
             // Not examined in this call: what matters is not who is in the way, but that nothing can be had through it.

@@ -106,6 +106,7 @@ fn hand_over(
                 },
                 granted: locked,
                 pid: session.server_pid().unwrap_or_default(),
+                xact_start: None,
                 application_name: name,
                 server: None,
                 timeouts: None,

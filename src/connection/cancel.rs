@@ -7,21 +7,62 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{CancelToken, NoTls};
 
-use super::request::poll_once;
+use super::request::{poll_once, run_shielded};
+use super::sql::server;
 use super::{Connections, Session};
+use crate::error::Error;
 
 /// How long one attempt to cancel may take.
 const ATTEMPT: Duration = Duration::from_secs(2);
+
+/// What a signal to the backend of a session may hit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum SignalTarget {
+    /// Nothing: the session has no transaction there, or has begun to end it.
+    #[default]
+    Nothing,
+    /// Whatever the backend is executing. It executes only for this session as long as the session's connection is open.
+    Backend,
+    /// The transaction that began at this time, in microseconds since 1970 by the server's clock.
+    Transaction(i64),
+}
+
+impl SignalTarget {
+    fn includes(self, xact_start: i64) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Backend => true,
+            Self::Transaction(own) => own == xact_start,
+        }
+    }
+}
+
+/// The target of one session. It is locked while a signal is under way.
+///
+/// A pooler gives the backend to another client when the session's transaction ends, or when its connection is closed.
+/// A signal that was sent before can then hit the other client's statement, whatever it compares: the server compares
+/// first and sends the signal after. So whoever ends the transaction or closes the connection takes the lock before, and
+/// leaves what a later signal may still hit.
+pub(super) type SharedSignalTarget = Arc<Mutex<SignalTarget>>;
+
+/// Ready at the first poll where no signal is under way.
+pub(super) async fn lock(target: &SharedSignalTarget) -> OwnedMutexGuard<SignalTarget> {
+    match Arc::clone(target).try_lock_owned() {
+        Ok(locked) => locked,
+        Err(_) => Arc::clone(target).lock_owned().await,
+    }
+}
 
 /// What it takes to cancel one backend's statement after its session is out of reach.
 #[derive(Clone)]
 pub(super) struct Canceller {
     token: CancelToken,
     pub(super) server_pid: Option<i32>,
-    application_name: Option<String>,
+    target: SharedSignalTarget,
     pub(super) connections: Arc<Connections>,
 }
 
@@ -30,7 +71,7 @@ impl Canceller {
         Self {
             token: session.client().cancel_token(),
             server_pid: session.server_pid,
-            application_name: session.application_name.clone(),
+            target: Arc::clone(&session.target),
             connections: Arc::clone(&session.connections),
         }
     }
@@ -63,18 +104,40 @@ impl Canceller {
         }
     }
 
-    fn is_pooled(&self) -> bool {
+    pub(super) fn is_pooled(&self) -> bool {
         matches!((login_pid(&self.token), self.server_pid), (Some(login), Some(server)) if login != server)
     }
 
     /// `pg_cancel_backend` over another connection.
-    async fn signal(&self) -> Result<(), crate::error::Error> {
+    ///
+    /// Cancel safety: once polled it goes on, so that the lock is held until the signal is answered.
+    async fn signal(&self) -> Result<(), Error> {
         let Some(pid) = self.server_pid else {
             return Ok(());
         };
-        let sql =
-            crate::connection::sql::server::cancel_backend(pid, self.application_name.as_deref());
-        self.connections.ask(&sql).await.map(drop)
+        let (connections, target) = (Arc::clone(&self.connections), Arc::clone(&self.target));
+        let signalled = run_shielded(async move {
+            let question = server::executing(pid);
+            let asked = connections.ask_first(&question);
+            let Ok(asked) = tokio::time::timeout(ATTEMPT, asked).await else {
+                return Ok(());
+            };
+            let (asked, reply) = asked?;
+            let executing = server::xact_start(&reply);
+            let target = lock(&target).await;
+            // Where the connection is still open, the answer was about this session.
+            match executing.filter(|xact_start| target.includes(*xact_start)) {
+                Some(xact_start) => {
+                    let signal = server::cancel_transaction(pid, xact_start);
+                    asked.ask(&signal).await.map(drop)
+                }
+                None => {
+                    asked.end();
+                    Ok(())
+                }
+            }
+        });
+        signalled.await.unwrap_or(Ok(()))
     }
 }
 

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::Object;
 use tokio::runtime::Handle;
+use tokio::sync::OwnedMutexGuard;
 use tokio_postgres::error::DbError;
 use tokio_postgres::{SimpleQueryMessage, Statement};
 
@@ -37,6 +38,7 @@ use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
 use crate::postgres::statement::{transaction_end, unlocks_all};
 
+use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
 pub use observer::ToStatement;
 pub(crate) use observer::{
@@ -67,6 +69,8 @@ pub(crate) struct Session {
     own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
     application_name: Option<String>,
+    /// What a signal to the backend may hit.
+    target: cancel::SharedSignalTarget,
     state: ConnectionState,
     /// Tells it from all other sessions of this process.
     id: u64,
@@ -131,14 +135,28 @@ impl Session {
         self.state.unlocked();
     }
 
-    /// Notes what the server said of its backend and what we have named it.
-    pub(crate) fn identify(&mut self, pid: i32, application_name: Option<&str>) {
+    /// Notes what the server said of its backend and of the transaction that has begun there, and what we have named it.
+    pub(crate) fn identify(
+        &mut self,
+        pid: i32,
+        xact_start: Option<i64>,
+        application_name: Option<&str>,
+    ) {
         self.server_pid = Some(pid);
+        self.set_xact_start(xact_start);
         if let Some(observed) = self.observed() {
             observed.identify(pid);
         }
         self.own_backend = Some(own_backends::OwnBackend::of(pid));
         self.application_name = application_name.map(str::to_owned);
+    }
+
+    /// Notes when the transaction has begun, or that this is not known.
+    pub(crate) fn set_xact_start(&self, xact_start: Option<i64>) {
+        // Where a signal is under way the connection never goes back, and is closed after it.
+        if let Ok(mut target) = self.target.try_lock() {
+            *target = xact_start.map_or(SignalTarget::Backend, SignalTarget::Transaction);
+        }
     }
 
     /// Whether anything was run on it beyond what takes and returns its locks.
@@ -242,7 +260,7 @@ impl Session {
                 self.state.failed();
             }
         }
-        let unlocks = unlocks_all(text).filter(|_| self.state.has_session_locks())?;
+        let unlocks = unlocks_all(text).filter(|_| self.state.holds_locks())?;
         Some(
             sql::refuse(
                 unlocks,
@@ -450,7 +468,21 @@ impl Drop for Session {
         if let Some(object) = self.object.take() {
             tracing::debug!(pid = self.server_pid, "connection discarded");
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
-            drop(Object::take(*object));
+            let client = Object::take(*object);
+            let close = |mut target: OwnedMutexGuard<SignalTarget>| {
+                if *target == SignalTarget::Backend {
+                    *target = SignalTarget::Nothing;
+                }
+                drop(client);
+            };
+            match Arc::clone(&self.target).try_lock_owned() {
+                Ok(target) => close(target),
+                Err(_) => {
+                    let target = Arc::clone(&self.target);
+                    let closing = async move { close(cancel::lock(&target).await) };
+                    drop(self.runtime.spawn(closing));
+                }
+            }
         }
     }
 }

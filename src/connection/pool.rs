@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
 use super::server_capabilities::Capabilities;
-use super::side_connection::Purpose;
+use super::side_connection::{Purpose, Turn};
 use super::state::ConnectionState;
 use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
@@ -155,6 +155,7 @@ impl Connections {
             server_pid: None,
             own_backend: None,
             application_name: None,
+            target: super::cancel::SharedSignalTarget::default(),
             state: ConnectionState::default(),
             id: NEXT_SESSION.fetch_add(1, Ordering::Relaxed),
             observation: None,
@@ -304,20 +305,43 @@ impl Connections {
     #[cfg(feature = "resolver")]
     pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            let probed = async {
-                let mut turn = side.turn(Purpose::Urgent).await;
-                turn.ask(crate::postgres::sql::PROBE).await?;
-                Ok(turn)
-            };
-            let most = SIDE.min(self.longest_silence);
-            match within(most, ON_SIDE, probed).await {
-                Ok(Ok(mut turn)) => return within(most, ON_SIDE, turn.ask(sql)).await?,
-                Ok(Err(error)) | Err(error) => {
-                    tracing::debug!(%error, "side connection failed, using the pool")
-                }
+            match self.ask_side_first(side, crate::postgres::sql::PROBE).await {
+                Ok((side, _)) => return side.ask(sql).await,
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
         self.ask_pool(SPARE, sql).await
+    }
+
+    /// As [`ask`](Self::ask), and the connection that has answered, for a question that must not be sent twice.
+    pub(super) async fn ask_first(
+        self: &Arc<Self>,
+        sql: &str,
+    ) -> Result<(Answered<'_>, Reply), Error> {
+        if let Some(side) = &self.side {
+            match self.ask_side_first(side, sql).await {
+                Ok(answered) => return Ok(answered),
+                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
+            }
+        }
+        let session = self.check_out(&Deadline::after(SPARE)).await?;
+        // Cancel safety: unanswered, its connection is closed.
+        let reply = self.answer(session.message(sql)).await??;
+        Ok((Answered::Pool(session), reply))
+    }
+
+    async fn ask_side_first<'a>(
+        &self,
+        side: &'a SideConnection,
+        sql: &str,
+    ) -> Result<(Answered<'a>, Reply), Error> {
+        let most = SIDE.min(self.longest_silence);
+        let asking = async {
+            let mut turn = side.turn(Purpose::Urgent).await;
+            let reply = turn.ask(sql).await?;
+            Ok((Answered::Side(turn, most), reply))
+        };
+        within(most, ON_SIDE, asking).await?
     }
 
     async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
@@ -343,6 +367,32 @@ impl Connections {
     ) -> Result<Reply, Error> {
         let most = SIDE.min(self.longest_silence);
         ask_side(side, purpose, most, sql).await
+    }
+}
+
+/// A connection that has just answered.
+pub(super) enum Answered<'a> {
+    /// The side connection, and for how long its next answer is waited for.
+    Side(Turn<'a>, Duration),
+    Pool(Session),
+}
+
+impl Answered<'_> {
+    pub(super) async fn ask(self, sql: &str) -> Result<Reply, Error> {
+        match self {
+            Self::Side(mut turn, most) => within(most, ON_SIDE, turn.ask(sql)).await?,
+            Self::Pool(session) => {
+                let most = session.connections.patience();
+                ask_on(session, most, sql).await
+            }
+        }
+    }
+
+    /// Asks nothing more.
+    pub(super) fn end(self) {
+        if let Self::Pool(session) = self {
+            session.return_to_pool();
+        }
     }
 }
 

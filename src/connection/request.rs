@@ -11,10 +11,10 @@ use tokio::runtime::Handle;
 use tokio_postgres::SimpleQueryMessage;
 use tracing::Instrument as _;
 
-use super::cancel::Canceller;
+use super::cancel::{Canceller, SignalTarget, lock};
 use super::{Reply, Session};
 use crate::deadline::Deadline;
-use crate::postgres::sql::Message;
+use crate::postgres::sql::{Message, PROBE};
 
 pub(crate) type Answer = (Session, Result<Reply, tokio_postgres::Error>);
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
@@ -206,8 +206,13 @@ impl Request {
     pub(super) fn new(session: Session, message: Message, undo: OnAbandon) -> Self {
         let unanswered = session.state.is_unanswered();
         let untracked = session.state.is_untracked();
+        let canceller = Canceller::of(&session);
+        // Behind a pooler the end of the transaction is not sent before the statements in it have ended: they are
+        // cancelled, and it would free the backend for another client just then.
+        let ends = matches!(undo, OnAbandon::Finish) && !session.state.holds_locks();
+        let separately = ends && unanswered && canceller.is_pooled();
         Self {
-            canceller: Canceller::of(&session),
+            canceller,
             runtime: session.runtime.clone(),
             // Behind a statement that was given up there is no waiting for this one's turn.
             undo: Some(if unanswered {
@@ -225,6 +230,15 @@ impl Request {
             sending: Sending {
                 sent: false,
                 answering: Some(Box::pin(async move {
+                    if separately {
+                        drop(session.client().simple_query(PROBE).await);
+                    }
+                    if ends {
+                        let mut target = lock(&session.target).await;
+                        if separately || !(unanswered || untracked) {
+                            *target = SignalTarget::Nothing;
+                        }
+                    }
                     let answer = answer(&session, &message).await;
                     // Answers come in order: with this one all earlier statements have ended.
                     session.state.all_answered();

@@ -174,7 +174,8 @@ impl ConnectionState {
         self.facts().in_transaction
     }
 
-    pub(super) fn has_session_locks(&self) -> bool {
+    /// Whether a guard has session locks on it.
+    pub(super) fn holds_locks(&self) -> bool {
         self.facts().session_locks
     }
 

@@ -269,7 +269,7 @@ impl Env {
             Error::new(ErrorKind::Database)
                 .with_detail("the server's answer about its settings cannot be read")
         })?;
-        session.identify(previous.pid, Some(&self.application_name));
+        session.identify(previous.pid, None, Some(&self.application_name));
         if session.login_pid().is_some_and(|pid| pid != previous.pid) {
             // In this case the message has set nothing.
             return Err(Error::new(ErrorKind::TransactionPooler).with_detail(

@@ -7,7 +7,7 @@ use tokio_postgres::SimpleQueryMessage;
 use super::keys::{Locks, all_of, shared_suffix, take_each};
 use super::release::{push_prepare_hand_over, push_unlock_select};
 use crate::advisory::sql::blockers;
-use crate::connection::sql::server::{SERVER, Server, server};
+use crate::connection::sql::server::{SERVER, Server, XACT_START, server};
 use crate::connection::sql::{Probe, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
@@ -36,6 +36,8 @@ pub(crate) struct TryLockRow {
     /// Whether the server has granted the locks, whatever that is worth.
     pub(crate) granted: bool,
     pub(crate) pid: i32,
+    /// When its transaction began, where it is to last.
+    pub(crate) xact_start: Option<i64>,
     /// The session's own `application_name`, before a session lock renamed it.
     pub(crate) application_name: String,
     /// What a first `try` on a connection asks in addition.
@@ -91,6 +93,7 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
         verdict,
         granted: column("verdict") == Some("granted"),
         pid: parsed(row, "pid")?,
+        xact_start: parsed(row, "xact_start"),
         application_name: text(row, "application_name").unwrap_or_default(),
         server: server(row),
         timeouts: timeouts(),
@@ -140,8 +143,7 @@ fn push_xact_columns(sql: &mut String, verdict: impl FnOnce(&mut String)) {
     sql.push_str(FRESH);
     sql.push_str(ISOLATION);
     verdict(sql);
-    sql.push_str(" AS verdict, ");
-    sql.push_str(PID);
+    let _ = write!(sql, " AS verdict, {PID}, {XACT_START}");
 }
 
 /// `PREPARE …; `: the text of `select`, with parameters for the key and the name. It comes before what it is for, so that

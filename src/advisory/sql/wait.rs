@@ -7,6 +7,7 @@ use super::keys::{KeyRows, Locks, call, take_each};
 use super::release::set_application_name;
 use super::try_lock::{Names, Timeouts, try_in_transaction};
 use crate::advisory::sql::blockers;
+use crate::connection::sql::server::XACT_START;
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::{literal, set_local};
 use crate::transaction::sql::Begin;
@@ -36,7 +37,7 @@ pub(crate) fn wait_in_transaction(locks: Locks<'_>, wait: Duration) -> String {
             sql.push_str("; ");
         }
         // A target list is evaluated from left to right, for one row after another; the subquery's row is made before.
-        sql.push_str("SELECT ");
+        let _ = write!(sql, "SELECT {XACT_START}, ");
         push_set_lock_timeout(&mut sql, wait, Within::StatementTimeout);
         rows.call(&mut sql, "pg_advisory_xact_lock", locks.mode);
         sql.push_str(", pg_catalog.set_config('lock_timeout', was.lock_timeout, true) ");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use crate::postgres::sql::{is_true, literal, parsed, rows, setting_duration, text};
+use crate::postgres::sql::{is_true, parsed, rows, setting_duration, text};
 
 /// The server that a connection leads to.
 #[derive(Clone, Debug)]
@@ -58,23 +58,38 @@ pub(crate) fn backend_pid(reply: &[SimpleQueryMessage]) -> Option<i32> {
     parsed(rows(reply).next()?, "pid")
 }
 
-/// Signals a backend, but only while it still runs a statement under the name it was last seen with.
-pub(crate) fn cancel_backend(pid: i32, application_name: Option<&str>) -> String {
-    let name = application_name.map_or_else(String::new, |name| {
-        format!(
-            " AND pg_catalog.texteq(a.application_name, {})",
-            literal(name)
-        )
-    });
+/// When the transaction began, which no other one of the backend has: in microseconds since 1970, whatever the session's
+/// settings make of a timestamp.
+pub(crate) const XACT_START: &str = "(pg_catalog.date_part('epoch', pg_catalog.now()) \
+     OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8 AS xact_start";
+
+pub(crate) fn xact_start(reply: &[SimpleQueryMessage]) -> Option<i64> {
+    rows(reply).find_map(|row| parsed(row, "xact_start"))
+}
+
+/// The same of what a backend is executing.
+pub(crate) fn executing(pid: i32) -> String {
     format!(
-        "SELECT pg_catalog.pg_cancel_backend(a.pid) FROM pg_catalog.pg_stat_activity AS a \
-         WHERE pg_catalog.int4eq(a.pid, {pid}) AND pg_catalog.texteq(a.state, 'active'){name}"
+        "SELECT {XACT_START_OF_OTHER} AS xact_start FROM pg_catalog.pg_stat_activity AS a \
+         WHERE pg_catalog.int4eq(a.pid, {pid}) AND pg_catalog.texteq(a.state, 'active')"
     )
 }
 
+/// Signals a backend, but only while it executes a statement in the transaction that began at this time.
+pub(crate) fn cancel_transaction(pid: i32, xact_start: i64) -> String {
+    format!(
+        "SELECT pg_catalog.pg_cancel_backend(a.pid) FROM pg_catalog.pg_stat_activity AS a \
+         WHERE pg_catalog.int4eq(a.pid, {pid}) AND pg_catalog.texteq(a.state, 'active') \
+         AND pg_catalog.int8eq({XACT_START_OF_OTHER}, {xact_start})"
+    )
+}
+
+const XACT_START_OF_OTHER: &str = "(pg_catalog.date_part('epoch', a.xact_start) \
+     OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8";
+
 /// Whether the backend of this pid is executing a statement. One that reads from its client is not, unless that is what its
-/// COPY does and it `may_copy`: the rest of its message is lost. Where the role may not see what it does, its state is NULL, and it counts
-/// as executing: what is not known is not taken for idle.
+/// COPY does and it `may_copy`: the rest of its message is lost. Where the role may not see what it does, its state is
+/// NULL, and it counts as executing: what is not known is not taken for idle.
 pub(crate) fn is_executing(pid: i32, may_copy: bool) -> String {
     format!(
         "SELECT a.pid FROM pg_catalog.pg_stat_activity AS a WHERE pg_catalog.int4eq(a.pid, {pid}) \

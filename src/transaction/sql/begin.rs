@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
-use crate::connection::sql::server::{SERVER, Server, server};
+use crate::connection::sql::server::{SERVER, Server, XACT_START, server};
 use crate::connection::sql::{PreparedName, Probe};
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::{Message, is_true, literal, parsed, rows, set_local};
@@ -142,7 +142,7 @@ impl Value<'_> {
 pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
     let (Probe::Prepare(statement) | Probe::Execute(statement)) = probe else {
         let mut sql = begin.message();
-        let _ = write!(sql, "SELECT {FRESH}{PID}");
+        let _ = write!(sql, "SELECT {FRESH}{PID}, {XACT_START}");
         if let Probe::Full { .. } = probe {
             sql.push_str(", pg_catalog.pg_is_in_recovery() AS recovery");
             sql.push_str(SERVER);
@@ -157,7 +157,7 @@ pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
             sql.push_str(if n > 0 { ", " } else { "" });
             sql.push_str("pg_catalog.text");
         }
-        let _ = write!(sql, ") AS SELECT {FRESH}{PID}");
+        let _ = write!(sql, ") AS SELECT {FRESH}{PID}, {XACT_START}");
         for (n, (name, _)) in begin.settings().enumerate() {
             let _ = write!(sql, ", pg_catalog.set_config('{name}', ${}, true)", n + 1);
         }
@@ -184,6 +184,8 @@ pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
 #[derive(Clone, Debug)]
 pub(crate) struct Begun {
     pub(crate) pid: i32,
+    /// See [`XACT_START`].
+    pub(crate) xact_start: Option<i64>,
     /// False where the connection came with an open transaction, which BEGIN only warns of.
     pub(crate) fresh: bool,
     /// What a first message on a connection asks in addition; not of a standby.
@@ -194,6 +196,7 @@ pub(crate) fn begun(reply: &[SimpleQueryMessage]) -> Option<Begun> {
     let row = rows(reply).next()?;
     Some(Begun {
         pid: parsed(row, "pid")?,
+        xact_start: parsed(row, "xact_start"),
         fresh: is_true(row, "fresh"),
         // A standby's connections are asked again each time: it may be promoted.
         server: server(row).filter(|_| !is_true(row, "recovery")),
