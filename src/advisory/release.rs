@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::local_queue::NextWaiter;
 use super::{SessionGuard, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
+use crate::connection::sql::server::is_fresh;
 use crate::connection::{AfterReply, OnAbandon, Reply, ReplyHandler, Session};
 use crate::key::LockKey;
 use crate::postgres::sql::{Message, is_true, rows};
-use crate::transaction::sql::is_fresh;
 
 /// The end of a guard: what is sent, and what the reply leaves to be done.
 pub(super) struct ReleasePlan {

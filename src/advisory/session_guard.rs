@@ -9,14 +9,15 @@ use super::{LockRequest, sql};
 use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
 use crate::connection::sql::Probe;
+use crate::connection::sql::server::{is_fresh, xact_start};
 use crate::connection::{OnAbandon, Session, query_methods, run_shielded};
 use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::Message;
-use crate::transaction::sql::{Begin, begin_transaction, is_fresh};
-use crate::transaction::{Answer, AsyncFunc, Carry, Resolve, TransactionOptions, Tx, commit};
+use crate::transaction::sql::{Begin, begin_transaction};
+use crate::transaction::{AsyncFunc, Carried, Carry, Resolve, TransactionOptions, Tx, commit};
 
 /// How often [`SessionGuard::lost`] looks.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -387,7 +388,10 @@ impl<'a> Loan<'a> {
             begun => begun,
         };
         let failed = match begun {
-            Ok(reply) if is_fresh(&reply) => return Ok(()),
+            Ok(reply) if is_fresh(&reply) => {
+                self.session().mark_begun_at(xact_start(&reply));
+                return Ok(());
+            }
             Ok(_) => Error::new(ErrorKind::Config).with_detail(
                 "a transaction was left open on the guard; commit it or roll it back before another one is begun",
             ),
@@ -441,7 +445,7 @@ impl Carry for &Loan<'_> {
         Loan::session(self)
     }
 
-    async fn carry(self, message: Message, undo: OnAbandon) -> Option<(Self, Answer)> {
+    async fn carry(self, message: Message, undo: OnAbandon) -> Option<(Self, Carried)> {
         if let OnAbandon::Finish = undo {
             // It is on its way and ends the transaction, so a drop must not.
             self.open.store(false, Ordering::Relaxed);

@@ -38,6 +38,7 @@ use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
 use crate::postgres::statement::{transaction_end, unlocks_all};
 
+use self::sql::server;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
 pub use observer::ToStatement;
@@ -153,6 +154,7 @@ impl Session {
 
     /// Notes when the transaction has begun, or that this is not known.
     pub(crate) fn set_xact_start(&self, xact_start: Option<i64>) {
+        self.state.began_at(xact_start);
         // Where a signal is under way the connection never goes back, and is closed after it.
         if let Ok(mut target) = self.target.try_lock() {
             *target = xact_start.map_or(SignalTarget::Backend, SignalTarget::Transaction);
@@ -227,10 +229,21 @@ impl Session {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
+    /// Notes when a transaction has begun on a session that keeps its backend.
+    pub(crate) fn mark_begun_at(&self, xact_start: Option<i64>) {
+        self.state.began_at(xact_start);
+    }
+
+    /// Whether the answer to [`commit_message`](Self::commit_message) shows that the transaction had ended before, and
+    /// another one was committed, or none.
+    pub(crate) fn has_ended_before(&self, reply: &Reply) -> bool {
+        server::is_fresh(reply) || self.state.is_another(server::xact_start(reply))
+    }
+
     /// What ends the transaction on this session well.
     pub(crate) fn commit_message(&self) -> Message {
         if self.state.may_have_failed() {
-            Message::of(2, crate::postgres::sql::CHECK_AND_COMMIT)
+            server::check_and_commit()
         } else {
             Message::of(1, crate::postgres::sql::COMMIT)
         }
@@ -253,7 +266,7 @@ impl Session {
     fn refusal(&self, text: &str) -> Option<Box<str>> {
         if self.state.is_in_transaction() {
             if let Some(end) = transaction_end(text) {
-                return Some(sql::refuse(end, "transaction, which ends by itself").into());
+                return Some(sql::refuse(&end, "transaction, which ends by itself").into());
             }
             // Where a string may end there, what follows is not known: COMMIT has to show it.
             if text.contains('\\') {

@@ -32,6 +32,8 @@ pub(super) struct ConnectionState(Mutex<Facts>);
 #[derive(Debug, Default)]
 struct Facts {
     in_transaction: bool,
+    /// When it began, by the server's clock.
+    xact_start: Option<i64>,
     session_locks: bool,
     /// Statements of the caller that are awaited.
     running: usize,
@@ -74,6 +76,11 @@ impl ConnectionState {
     /// A transaction has begun.
     pub(super) fn began(&self) {
         self.facts().in_transaction = true;
+    }
+
+    /// It began at this time, where that is known.
+    pub(super) fn began_at(&self, xact_start: Option<i64>) {
+        self.facts().xact_start = xact_start;
     }
 
     /// The server has answered that the transaction has ended.
@@ -168,6 +175,12 @@ impl ConnectionState {
     /// Whether the caller had the bare client.
     pub(super) fn is_untracked(&self) -> bool {
         self.facts().untracked
+    }
+
+    /// Whether a transaction that began at this time is another one than ours.
+    pub(super) fn is_another(&self, xact_start: Option<i64>) -> bool {
+        let own = self.facts().xact_start;
+        own.is_some() && xact_start.is_some() && own != xact_start
     }
 
     pub(super) fn is_in_transaction(&self) -> bool {

@@ -57,14 +57,6 @@ pub(crate) const PROBE: &str = "SELECT";
 /// COMMIT of a transaction none of whose statements has failed.
 pub(crate) const COMMIT: &str = "COMMIT";
 
-/// COMMIT that cannot hide a rollback: in an aborted transaction the server answers COMMIT with success and the tag
-/// `ROLLBACK`, which the driver does not show; the empty SELECT before it fails there with 25P02, and then the COMMIT
-/// is not run. (<https://github.com/rust-postgres/rust-postgres/issues/1334>; test `commit_of_an_aborted_transaction`.)
-///
-/// Its one row says whether the transaction is as old as the message, and so not the one that was to be committed.
-pub(crate) const CHECK_AND_COMMIT: &str = "SELECT pg_catalog.timestamptz_eq(pg_catalog.now(), \
-     pg_catalog.statement_timestamp()) AS fresh; COMMIT";
-
 /// A string literal that means the same whatever `standard_conforming_strings` is. The server has no text with NUL in it.
 pub(crate) fn literal(text: &str) -> String {
     let quoted = text.replace('\'', "''").replace('\0', "");

@@ -16,7 +16,8 @@ use crate::postgres::sql::Message;
 const FAILED_EARLIER: &str =
     "an earlier statement of the transaction failed, so it was rolled back";
 
-pub(crate) type Answer = Result<Reply, tokio_postgres::Error>;
+/// What the server has answered.
+pub(crate) type Carried = Result<Reply, tokio_postgres::Error>;
 
 /// A session on which a transaction ends: the transaction's own, or one that is lent to it.
 pub(crate) trait Carry: Sized + Send {
@@ -27,7 +28,7 @@ pub(crate) trait Carry: Sized + Send {
         self,
         message: Message,
         undo: OnAbandon,
-    ) -> impl Future<Output = Option<(Self, Answer)>> + Send;
+    ) -> impl Future<Output = Option<(Self, Carried)>> + Send;
 }
 
 /// Cancel safety: once polled, what was sent goes on in the background.
@@ -36,7 +37,7 @@ impl Carry for Session {
         self
     }
 
-    async fn carry(self, message: Message, undo: OnAbandon) -> Option<(Self, Answer)> {
+    async fn carry(self, message: Message, undo: OnAbandon) -> Option<(Self, Carried)> {
         self.send(message, undo).answered().await
     }
 }
@@ -80,8 +81,7 @@ pub(crate) async fn commit<C: Carry>(
         return (None, resolved(&connections, resolve, mark, error).await);
     };
     let error = match answer {
-        // A transaction that is as old as its message is the message's own: the one to be committed had ended before.
-        Ok(reply) if sql::is_fresh(&reply) => {
+        Ok(reply) if carrier.session().has_ended_before(&reply) => {
             let ended = Error::new(ErrorKind::TransactionEnded)
                 .with_detail("found at COMMIT; what it did before may be committed or not");
             return (None, Err(ended));

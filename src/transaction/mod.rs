@@ -15,7 +15,7 @@ pub(crate) mod sql;
 mod tx;
 
 pub use async_func::AsyncFunc;
-pub(crate) use commit::{Answer, Carry, commit};
+pub(crate) use commit::{Carried, Carry, commit};
 pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;
 pub(crate) use options::Resolve;

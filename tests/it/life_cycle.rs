@@ -155,7 +155,14 @@ async fn a_long_statement_is_not_silence() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_section_that_ends_its_transaction_is_told() {
     let scene = Scene::new(2).await;
-    for sql in ["COMMIT", "ROLLBACK"] {
+    for sql in [
+        "COMMIT",
+        "ROLLBACK",
+        "COMMIT AND CHAIN",
+        "COMMIT; BEGIN",
+        "ROLLBACK; BEGIN",
+        "ROLLBACK AND CHAIN",
+    ] {
         let section = scene.keeper.with_advisory_lock(743, async |tx| {
             tx.client().batch_execute(sql).await?;
             Ok::<_, Error>(())
@@ -167,6 +174,28 @@ async fn a_section_that_ends_its_transaction_is_told() {
             ErrorKind::TransactionEnded,
             "the section has ended its own transaction",
         );
+        scene.nothing_left().await;
+    }
+}
+
+/// The same of a transaction on a guard's connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guards_transaction_that_ends_itself_is_told() {
+    let scene = Scene::new(2).await;
+    for sql in ["COMMIT", "COMMIT AND CHAIN", "ROLLBACK; BEGIN"] {
+        let mut held = guard(&scene.keeper, 751).await;
+        let transaction = held.transaction(async |tx| {
+            tx.client().batch_execute(sql).await?;
+            Ok::<_, Error>(())
+        });
+        let error = transaction.await.unwrap_err();
+        assert_error_in(
+            sql,
+            &error,
+            ErrorKind::TransactionEnded,
+            "the section has ended its own transaction",
+        );
+        held.release().await.unwrap();
         scene.nothing_left().await;
     }
 }

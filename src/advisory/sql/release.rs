@@ -5,11 +5,12 @@ use std::fmt::Write as _;
 use super::keys::{KeyRows, Locks, call, shared_suffix};
 use super::try_lock::push_execute;
 use crate::advisory::sql::blockers;
+use crate::connection::sql::server::FRESH;
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, literal};
-use crate::transaction::sql::{Begin, FRESH};
+use crate::transaction::sql::Begin;
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
 pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> String {

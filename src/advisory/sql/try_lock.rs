@@ -7,12 +7,12 @@ use tokio_postgres::SimpleQueryMessage;
 use super::keys::{Locks, all_of, shared_suffix, take_each};
 use super::release::{push_prepare_hand_over, push_unlock_select};
 use crate::advisory::sql::blockers;
-use crate::connection::sql::server::{SERVER, Server, XACT_START, server};
+use crate::connection::sql::server::{FRESH, SERVER, Server, XACT_START, server};
 use crate::connection::sql::{Probe, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, literal, parsed, rows, text};
-use crate::transaction::sql::{Begin, FRESH, PID};
+use crate::transaction::sql::{Begin, PID};
 
 /// What a `try` answered, read before anything else is known of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

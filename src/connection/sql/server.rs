@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
-use crate::postgres::sql::{is_true, parsed, rows, setting_duration, text};
+use crate::postgres::sql::{COMMIT, Message, is_true, parsed, rows, setting_duration, text};
 
 /// The server that a connection leads to.
 #[derive(Clone, Debug)]
@@ -56,6 +56,24 @@ pub(crate) const BACKEND_PID: &str = "SELECT pg_catalog.pg_backend_pid() AS pid"
 
 pub(crate) fn backend_pid(reply: &[SimpleQueryMessage]) -> Option<i32> {
     parsed(rows(reply).next()?, "pid")
+}
+
+/// False in a transaction that was open before the message came.
+pub(crate) const FRESH: &str =
+    "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh, ";
+
+/// Whether a reply says so in [`FRESH`].
+pub(crate) fn is_fresh(reply: &[SimpleQueryMessage]) -> bool {
+    rows(reply).any(|row| is_true(row, "fresh"))
+}
+
+/// COMMIT that cannot hide a rollback: in an aborted transaction the server answers COMMIT with success and the tag
+/// `ROLLBACK`, which the driver does not show; the SELECT before it fails there with 25P02, and then the COMMIT is not
+/// run. (<https://github.com/rust-postgres/rust-postgres/issues/1334>; test `commit_of_an_aborted_transaction`.)
+///
+/// Its one row shows whether the transaction is the one that was to be committed.
+pub(crate) fn check_and_commit() -> Message {
+    Message::of(2, format!("SELECT {FRESH}{XACT_START}; {COMMIT}"))
 }
 
 /// When the transaction began, which no other one of the backend has: in microseconds since 1970, whatever the session's

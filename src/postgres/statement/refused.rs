@@ -6,7 +6,7 @@ use super::lexer::{TokenKind, after_space, tokens};
 ///
 /// `ROLLBACK TO SAVEPOINT` does not. `COMMIT PREPARED` and `ROLLBACK PREPARED` end another one, and the server refuses
 /// them inside a transaction.
-pub(crate) fn transaction_end(sql: &str) -> Option<&'static str> {
+pub(crate) fn transaction_end(sql: &str) -> Option<String> {
     let first = after_space(sql).bytes().next()?.to_ascii_lowercase();
     // Almost every text is a single statement that begins otherwise.
     if !b"acepr".contains(&first) && !sql.contains(';') {
@@ -19,7 +19,7 @@ pub(crate) fn transaction_end(sql: &str) -> Option<&'static str> {
     let mut found = None;
     for token in tokens(sql) {
         let word = match token.kind {
-            TokenKind::Symbol(';') if found.is_some() => return found,
+            TokenKind::Symbol(';') if found.is_some() => break,
             TokenKind::Symbol(';') => {
                 at = 0;
                 continue;
@@ -30,22 +30,22 @@ pub(crate) fn transaction_end(sql: &str) -> Option<&'static str> {
         let is = |text: &str, keyword| text.eq_ignore_ascii_case(keyword);
         if at == 0 {
             first = word;
-            found = ["COMMIT", "ROLLBACK", "ABORT", "END"]
+            found = ["commit", "rollback", "abort", "end"]
                 .into_iter()
                 .find(|keyword| is(word, keyword));
-            if found == Some("END") && in_body {
+            if found == Some("end") && in_body {
                 (found, in_body) = (None, false);
             }
-        } else if at == 1 && is(first, "PREPARE") && is(word, "TRANSACTION") {
-            found = Some("PREPARE TRANSACTION");
-        } else if at <= 2 && is(word, "TO") || at == 1 && is(word, "PREPARED") {
+        } else if at == 1 && is(first, "prepare") && is(word, "transaction") {
+            found = Some("prepare transaction");
+        } else if at <= 2 && is(word, "to") || at == 1 && is(word, "prepared") {
             found = None;
         }
-        in_body |= is(previous, "BEGIN") && is(word, "ATOMIC");
+        in_body |= is(previous, "begin") && is(word, "atomic");
         previous = word;
         at += 1;
     }
-    found
+    found.map(str::to_ascii_uppercase)
 }
 
 /// What in a text releases all session locks, if the text shows it.
@@ -108,7 +108,7 @@ mod tests {
                 "END",
             ),
         ] {
-            assert_eq!(transaction_end(sql), Some(end), "{sql}");
+            assert_eq!(transaction_end(sql).as_deref(), Some(end), "{sql}");
         }
     }
 

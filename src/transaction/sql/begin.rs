@@ -5,18 +5,10 @@ use std::time::Duration;
 
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
-use crate::connection::sql::server::{SERVER, Server, XACT_START, server};
+use crate::connection::sql::server::{FRESH, SERVER, Server, XACT_START, server};
 use crate::connection::sql::{PreparedName, Probe};
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::{Message, is_true, literal, parsed, rows, set_local};
-
-/// False in a transaction that was open before the message came.
-pub(crate) const FRESH: &str =
-    "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh, ";
-/// Whether a reply says so in [`FRESH`].
-pub(crate) fn is_fresh(reply: &[SimpleQueryMessage]) -> bool {
-    rows(reply).any(|row| is_true(row, "fresh"))
-}
 
 pub(crate) const PID: &str = "pg_catalog.pg_backend_pid() AS pid";
 

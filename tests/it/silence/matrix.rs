@@ -23,9 +23,9 @@ const GRACE: Duration = Duration::from_secs(1);
 const MOST_MESSAGES: usize = 80;
 
 /// Cells that run at the same time, of all tests here: each mostly waits, but its connections have to be opened.
-static CELLS: Semaphore = Semaphore::const_new(40);
+static CELLS: Semaphore = Semaphore::const_new(64);
 /// The same of one test.
-const LANES: usize = 24;
+const LANES: usize = 32;
 
 fn all_rows() -> Vec<Row> {
     let mut rows = transactions::rows();
