@@ -579,3 +579,50 @@ impl Advisory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn enter(queue: &Arc<WaitQueue>, key: i64) -> QueuedWaiter {
+        let keys = vec![LockKey::from(key)];
+        let request = LockRequest::new(keys, AdvisoryMode::Exclusive, Duration::ZERO);
+        let request = request.unwrap_or_else(|error| panic!("{error}"));
+        queue.enter(&request, places(4), None, true)
+    }
+
+    async fn is_told(waiter: &mut QueuedWaiter) -> bool {
+        let at_once = Deadline::after(Duration::ZERO);
+        matches!(waiter.next(&at_once).await, Ok(Turn::Try))
+    }
+
+    #[test]
+    fn a_quarter_of_the_pool_waits_at_the_server() {
+        assert_eq!([1, 7, 8, 100].map(places), [1, 1, 2, 25]);
+    }
+
+    #[tokio::test]
+    async fn the_first_of_each_line_take_turns() {
+        let queue = Arc::new(WaitQueue::default());
+        let (mut a, mut behind_a, mut b) = (enter(&queue, 1), enter(&queue, 1), enter(&queue, 2));
+        assert!(a.take_place() && !behind_a.take_place() && !b.take_place());
+        assert!(!is_told(&mut b).await);
+        assert!(a.yield_place() && is_told(&mut b).await && b.take_place());
+        assert!(!a.take_place() && !is_told(&mut a).await && !is_told(&mut behind_a).await);
+        drop(b);
+        assert!(is_told(&mut a).await && a.take_place() && !a.yield_place());
+        drop(a);
+        assert!(is_told(&mut behind_a).await && behind_a.take_place());
+        drop(behind_a);
+        assert!(queue.lock().lines.is_empty() && queue.lock().taken == 0);
+    }
+
+    #[tokio::test]
+    async fn a_release_tells_the_first_alone() {
+        let queue = Arc::new(WaitQueue::default());
+        let held = queue.hold(&[LockKey::from(1)], false);
+        let (mut first, mut second) = (enter(&queue, 1), enter(&queue, 1));
+        drop(held);
+        assert!(is_told(&mut first).await && !is_told(&mut second).await);
+    }
+}
