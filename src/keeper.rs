@@ -25,8 +25,21 @@ const APPLICATION: &str = "lockkeeper";
 
 /// Advisory locks and deadlock-aware transactions over the application's own pool.
 ///
-/// Cheap to clone. Waiters for the same key queue inside the keeper before they take a connection. Share one keeper per
-/// pool: separate keepers cannot see each other's waiters.
+/// Cheap to clone. Share one keeper per pool: separate keepers cannot see each other's waiters.
+///
+/// # Waiting
+/// A lock is tried first. A caller that finds it busy waits at the server, on a connection of the pool, or inside the
+/// keeper, without one. At the server waits at most a quarter of the pool at a time, so that holders and other work find a
+/// connection: at least one request, at most two for a key, and all keys count together. The others wait inside the keeper.
+///
+/// - The callers for one key (of a set: its first) are served in the order in which they found it busy.
+/// - Waiters for different keys take turns at the server. A waiter keeps its place for one bounded wait, of at most half
+///   a second; one of a [`conflict_group`](TransactionOptions::conflict_group) keeps it until its wait is over.
+/// - A waiter inside the keeper tries again as soon as this keeper releases the key it stands in line for. What others
+///   release, what was locked by [`Tx::advisory_lock`], and the further keys of a set it finds free a little later: every
+///   200 ms one query of `pg_locks` asks for all waiters together.
+///
+/// [`Tx::advisory_lock`] waits on its transaction's own connection, and does not count.
 #[derive(Clone)]
 pub struct Keeper {
     inner: Arc<Inner>,

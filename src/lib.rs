@@ -76,8 +76,8 @@
 //!   goes back only after the server has confirmed it.
 //! - **Waits are bounded, and in slices** shorter than the server's `deadlock_timeout`, so that a waiter does not
 //!   deadlock the `CREATE INDEX CONCURRENTLY` of a holder, and one whose process was killed leaves the queue soon.
-//!   Inside one [`Keeper`] waiters for a key form a line of their own: few of them occupy a connection, and of those for
-//!   a session lock only one.
+//!   Inside one [`Keeper`] waiters for a key form a line of their own, and all waiters together [occupy](Keeper#waiting) at
+//!   most a quarter of the pool.
 //! - **Settings are left as they were**: all are `SET LOCAL`, but for the session guard's `application_name`, which is
 //!   put back.
 //! - **`application_name` carries the call site** (`billing src/pay.rs:42`) while a lock or a transaction is held, since

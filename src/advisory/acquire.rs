@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::preconditions::check_locking;
-use super::server_waiter_limit::Permit;
+use super::wait_queue::{QueuedWaiter, Turn, places};
 use super::{Advisory, LockRequest, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
 use crate::connection::sql::server::{self, Server};
@@ -57,15 +57,16 @@ impl Advisory {
         let deadline = Deadline::after(request.wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
             .await?;
-        let mut turn = None;
-        if self.waiter_limit.is_contended(request.keys()) {
-            turn = self.waiter_limit.permit(request.keys(), &deadline).await;
-            if turn.is_none() {
+        let mut waiter = self.queue.enter_behind(&request, self.places());
+        loop {
+            if let Some(waiter) = &mut waiter
+                && let Turn::TimedOut = self.turn(waiter, &deadline).await
+            {
                 return self.final_try_afresh(request, &deadline).await;
             }
-        }
-        loop {
-            let (session, tried) = self.begin_and_try(&request, &deadline).await?;
+            let begun = self.begin_and_try(&request, &deadline).await;
+            let (session, tried) =
+                begun.map_err(|error| late(error, waiter.as_ref(), &request, &deadline))?;
             match tried.verdict {
                 TryLockOutcome::Granted => {
                     return self.granted(session, request, &tried, &deadline).await;
@@ -73,27 +74,39 @@ impl Advisory {
                 TryLockOutcome::Busy => {}
                 TryLockOutcome::Snapshot => {
                     end_granted(session, &request, &deadline).await?;
-                    drop(turn);
-                    return self.acquire_before_snapshot(request, &deadline).await;
+                    let acquired = self.acquire_before_snapshot(request, &deadline, waiter);
+                    return acquired.await;
                 }
                 _ => {
                     end(session).await;
                     return Err(standby(&request));
                 }
             }
-            if turn.is_none() {
-                turn = self.waiter_limit.try_permit(request.keys());
+            if deadline.has_passed() {
+                return self.final_try(session, request, &deadline, true).await;
             }
-            if turn.is_some() || deadline.has_passed() {
-                return self.wait(session, request, &tried, &deadline, turn).await;
+            let waiter =
+                waiter.get_or_insert_with(|| self.queue.enter(&request, self.places(), None, true));
+            if !waiter.take_place() {
+                // Without the connection.
+                end(session).await;
+                continue;
             }
-            // Others of this process wait at the server already: wait here, without the connection.
+            let waited = self.wait(session, &request, &tried, &deadline, waiter);
+            let (session, is_granted) = waited.await?;
+            if is_granted {
+                return self.granted(session, request, &tried, &deadline).await;
+            }
+            if deadline.has_passed() {
+                return self.final_try(session, request, &deadline, true).await;
+            }
             end(session).await;
-            turn = self.waiter_limit.permit(request.keys(), &deadline).await;
-            if turn.is_none() {
-                return self.final_try_afresh(request, &deadline).await;
-            }
         }
+    }
+
+    /// How many requests may wait at the server at a time.
+    pub(super) fn places(&self) -> usize {
+        places(self.connections.most())
     }
 
     /// Takes the locks in a new transaction if they are free; never waits for one.
@@ -197,11 +210,7 @@ impl Advisory {
                         );
                     }
                     Some(tried) => {
-                        session.identify(
-                            tried.pid,
-                            tried.xact_start,
-                            request.begin.application_name.as_deref(),
-                        );
+                        request.identify(&mut session, &tried);
                         return Ok((session, probe, tried));
                     }
                     None => {
@@ -320,19 +329,20 @@ impl Advisory {
         }
     }
 
-    /// Waits at the server, a slice at a time, in the transaction that the `try` has begun.
+    /// Waits at the server, a slice at a time, in the transaction that the `try` has begun: until the locks are granted,
+    /// which is said, the deadline has passed, or others are to wait there.
     async fn wait(
         &self,
         mut session: Session,
-        request: LockRequest,
+        request: &LockRequest,
         tried: &TryLockRow,
         deadline: &Deadline,
-        turn: Option<Permit>,
-    ) -> Result<Tx, Error> {
-        let slice = slice(&request, self.server(&session, tried).as_ref());
+        waiter: &mut QueuedWaiter,
+    ) -> Result<(Session, bool), Error> {
+        let slice = slice(request, self.server(&session, tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
-        while !deadline.has_passed() {
+        loop {
             let wait = deadline.remaining().min(slice);
             let sql = if after_timeout {
                 // It waits in another transaction than the last one.
@@ -345,14 +355,13 @@ impl Advisory {
             let Some((answered, answer)) =
                 sent.within(wait.saturating_add(self.answer_time())).await
             else {
-                return Err(no_answer(&request, deadline));
+                return Err(no_answer(request, deadline));
             };
             session = answered;
             let error = match answer {
                 Ok(reply) => {
-                    drop(turn);
                     session.set_xact_start(server::xact_start(&reply));
-                    return self.granted(session, request, tried, deadline).await;
+                    return Ok((session, true));
                 }
                 Err(error) => error,
             };
@@ -366,8 +375,10 @@ impl Advisory {
                         .with_source(error));
                 }
             }
+            if deadline.has_passed() || waiter.yield_place() {
+                return Ok((session, false));
+            }
         }
-        self.final_try(session, request, deadline, true).await
     }
 
     /// The last look of a wait whose deadline has passed while it stood in line in this process.
@@ -404,11 +415,7 @@ impl Advisory {
         }
         match tried {
             Some(tried) if tried.verdict == TryLockOutcome::Granted => {
-                session.identify(
-                    tried.pid,
-                    tried.xact_start,
-                    request.begin.application_name.as_deref(),
-                );
+                request.identify(&mut session, &tried);
                 self.granted(session, request, &tried, deadline).await
             }
             Some(tried) if tried.verdict == TryLockOutcome::Snapshot => {
@@ -453,6 +460,8 @@ impl Advisory {
         if let (true, Some(observed)) = (request.is_group, tx.session().observed()) {
             observed.is_in_group(&request.keys()[0]);
         }
+        let held = self.queue.hold(request.keys(), false);
+        tx.session().keep_until_clean(Box::new(held));
         let server = self.server(tx.session(), tried);
         check_locking(
             tx.session(),
@@ -471,8 +480,10 @@ impl Advisory {
         &self,
         request: LockRequest,
         deadline: &Deadline,
+        waiter: Option<QueuedWaiter>,
     ) -> Result<Tx, Error> {
-        let locked = self.acquire_session_locks(request, deadline, false).await?;
+        let locked = self.acquire_session_locks(request, deadline, false, waiter);
+        let locked = locked.await?;
         self.begin_over_session_locks(locked.session, locked.request, &locked.tried, deadline)
             .await
     }
@@ -506,11 +517,7 @@ impl Advisory {
         if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
         }
-        session.identify(
-            tried.pid,
-            tried.xact_start,
-            request.begin.application_name.as_deref(),
-        );
+        request.identify(&mut session, tried);
         self.granted(session, request, tried, deadline).await
     }
 }
@@ -545,7 +552,7 @@ fn is_lost_at_once(error: &Error) -> bool {
 }
 
 /// Ends a transaction that has done nothing, and gives its connection back. Whether the server has said that it ended.
-async fn end(session: Session) -> bool {
+pub(super) async fn end(session: Session) -> bool {
     let request = session.send(sql::rollback(), OnAbandon::Finish);
     let ended = request.answered().await;
     if let Some((session, Ok(_))) = ended {
@@ -577,6 +584,22 @@ pub(super) fn timed_out(request: &LockRequest, deadline: &Deadline) -> Error {
     request
         .error(ErrorKind::LockTimeout)
         .with_waited(deadline.waited())
+}
+
+/// What the error of a `try` means for a waiter: one that has found the lock busy, or others in line for it, has timed out
+/// where it finds no connection in the end.
+pub(super) fn late(
+    error: Error,
+    waiter: Option<&QueuedWaiter>,
+    request: &LockRequest,
+    deadline: &Deadline,
+) -> Error {
+    let has_waited = waiter.is_some_and(|waiter| waiter.has_waited);
+    if has_waited && error.kind() == ErrorKind::Pool && deadline.has_passed() {
+        timed_out(request, deadline).with_source(error)
+    } else {
+        error
+    }
 }
 
 pub(super) fn no_answer(request: &LockRequest, deadline: &Deadline) -> Error {

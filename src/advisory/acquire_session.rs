@@ -1,9 +1,10 @@
 //! Taking session-level locks: a `try` that never waits, then bounded waits that cannot leak.
 
-use super::acquire::{FINAL_TRY_AFTER_QUEUE, no_answer, slice, standby, timed_out};
-use super::local_queue::{Entry, Handoff, HeadTicket, Woken};
+use tokio::runtime::Handle;
+
+use super::acquire::{FINAL_TRY_AFTER_QUEUE, end, late, no_answer, slice, standby, timed_out};
 use super::preconditions::check_locking;
-use super::server_waiter_limit::Permit;
+use super::wait_queue::{Heir, QueuedWaiter, Turn};
 use super::{Advisory, LockRequest, SessionGuard, sql};
 use crate::advisory::sql::{Locks, Names, TryLockOutcome, TryLockRow};
 use crate::connection::sql::Probe;
@@ -12,28 +13,26 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::mode::AdvisoryMode;
 
-/// A session that holds the locks, what the server said of it, what was asked for, and what keeps the line in order.
+/// A session that holds the locks, what the server said of it, what was asked for, and the place in the line.
 pub(super) struct Locked {
     pub(super) session: Session,
     pub(super) tried: TryLockRow,
     pub(super) request: LockRequest,
-    pub(super) ticket: Option<HeadTicket>,
+    waiter: Option<QueuedWaiter>,
 }
 
 impl Locked {
-    fn new(session: Session, tried: TryLockRow, request: LockRequest) -> Self {
+    fn new(
+        session: Session,
+        tried: TryLockRow,
+        request: LockRequest,
+        waiter: Option<QueuedWaiter>,
+    ) -> Self {
         Self {
             session,
             tried,
             request,
-            ticket: None,
-        }
-    }
-
-    fn with_ticket(self, ticket: HeadTicket) -> Self {
-        Self {
-            ticket: Some(ticket),
-            ..self
+            waiter,
         }
     }
 }
@@ -49,12 +48,19 @@ impl Advisory {
         let deadline = Deadline::after(request.wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
             .await?;
-        let locked = if uses_local_queue(&request) {
-            self.acquire_in_queue(request, &deadline).await?
+        let waiter = if hands_over(&request) {
+            let name = request.session_names().holding.unwrap_or_default();
+            let heir = Heir {
+                application_name: name.to_owned(),
+                runtime: Handle::try_current().ok(),
+            };
+            let entered = self.queue.enter(&request, self.places(), Some(heir), false);
+            Some(entered)
         } else {
-            self.acquire_session_locks(request, &deadline, true).await?
+            self.queue.enter_behind(&request, self.places())
         };
-        self.guard(locked, &deadline).await
+        let locked = self.acquire_session_locks(request, &deadline, true, waiter);
+        self.guard(locked.await?, &deadline).await
     }
 
     /// Takes session locks if they are free; never waits for one.
@@ -71,83 +77,8 @@ impl Advisory {
         else {
             return Ok(None);
         };
-        let mut locked = Locked::new(session, tried, request);
-        if uses_local_queue(&locked.request) {
-            locked.ticket = Some(self.queue.ticket(&locked.request.keys()[0]));
-        }
+        let locked = Locked::new(session, tried, request, None);
         self.guard(locked, &deadline).await.map(Some)
-    }
-
-    /// Takes a lock as one of those that line up for it in this process.
-    async fn acquire_in_queue(
-        &self,
-        request: LockRequest,
-        deadline: &Deadline,
-    ) -> Result<Locked, Error> {
-        let key = request.keys()[0].clone();
-        let name = request.session_names().holding.unwrap_or_default();
-        let mut waiting = match self.queue.enter(&key, name) {
-            Entry::First(ticket) => return self.acquire_as_head(request, deadline, ticket).await,
-            Entry::QueuedWaiter(waiting) => waiting,
-        };
-        tracing::debug!(%key, "waiting in line for a session lock");
-        let next_handoff = loop {
-            match waiting.next_handoff(deadline).await {
-                Ok(next_handoff) => break next_handoff,
-                Err(Woken::TimedOut) => {
-                    drop(waiting);
-                    return self.final_session_try_afresh(request, deadline, true).await;
-                }
-                Err(Woken::Poll) => {
-                    // A short wait: the session that is about to be handed over may be the pool's only one.
-                    let look = Deadline::after(FINAL_TRY_AFTER_QUEUE);
-                    let tried = self.try_session_locks(&request, &look, true).await;
-                    if let Ok(Some((session, tried))) = tried {
-                        let ticket = self.queue.ticket(&key);
-                        // Drops a session that was handed over at this moment: it is no longer needed.
-                        drop(waiting);
-                        return Ok(Locked::new(session, tried, request).with_ticket(ticket));
-                    }
-                }
-                Err(Woken::Disconnected) => break Handoff::Permit(self.queue.ticket(&key)),
-            }
-        };
-        let passed = match next_handoff {
-            Handoff::Permit(ticket) => {
-                return self.acquire_as_head(request, deadline, ticket).await;
-            }
-            Handoff::Session(passed) => passed,
-        };
-        let (mut session, tried, ticket) = passed.take();
-        session.identify(
-            tried.pid,
-            tried.xact_start,
-            request.begin.application_name.as_deref(),
-        );
-        if tried.granted {
-            return Ok(Locked::new(session, tried, request).with_ticket(ticket));
-        }
-        // Somebody else stood in the server's queue: so does this one now, unless transactions of this process are
-        // waiting for their turn there.
-        let Some(turn) = self.waiter_limit.try_permit(request.keys()) else {
-            session.return_to_pool();
-            return self.acquire_as_head(request, deadline, ticket).await;
-        };
-        let locked = self
-            .wait_for_session_locks(session, request, tried, deadline, true, Some(turn))
-            .await?;
-        Ok(locked.with_ticket(ticket))
-    }
-
-    /// Takes a lock as the one of its line that deals with the server.
-    async fn acquire_as_head(
-        &self,
-        request: LockRequest,
-        deadline: &Deadline,
-        ticket: HeadTicket,
-    ) -> Result<Locked, Error> {
-        let locked = self.acquire_session_locks(request, deadline, true).await?;
-        Ok(locked.with_ticket(ticket))
     }
 
     async fn guard(&self, locked: Locked, deadline: &Deadline) -> Result<SessionGuard, Error> {
@@ -155,8 +86,11 @@ impl Advisory {
             session,
             tried,
             request,
-            ticket,
+            waiter,
         } = locked;
+        let held = self.queue.hold(request.keys(), hands_over(&request));
+        // Only now, so that the next in line finds a guard whose session it can be handed.
+        drop(waiter);
         for key in request.keys() {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
         }
@@ -165,7 +99,7 @@ impl Advisory {
         let statement = request.locks().prepared_name(true);
         let cache = self.connections.cache();
         let unlock = cache.prepared_name(&session, statement);
-        let guard = SessionGuard::new(session, request, name, unlock, ticket);
+        let guard = SessionGuard::new(session, request, name, unlock, held);
         let server = self.server(guard.session(), &tried);
         let checked = check_locking(
             guard.session(),
@@ -189,37 +123,54 @@ impl Advisory {
         request: LockRequest,
         deadline: &Deadline,
         named: bool,
+        mut waiter: Option<QueuedWaiter>,
     ) -> Result<Locked, Error> {
-        let mut turn = None;
-        if self.waiter_limit.is_contended(request.keys()) {
-            turn = self.waiter_limit.permit(request.keys(), deadline).await;
-            if turn.is_none() {
-                return self
-                    .final_session_try_afresh(request, deadline, named)
-                    .await;
-            }
-        }
         loop {
-            let (session, tried) = self.try_once(&request, deadline, named).await?;
+            let turn = match &mut waiter {
+                Some(waiter) => self.turn(waiter, deadline).await,
+                None => Turn::Try,
+            };
+            let (session, tried) = match turn {
+                Turn::TimedOut => {
+                    drop(waiter);
+                    let last = self.final_session_try_afresh(request, deadline, named);
+                    return last.await;
+                }
+                Turn::Session(handed) => {
+                    let (mut session, tried) = handed.take();
+                    request.identify(&mut session, &tried);
+                    (session, tried)
+                }
+                Turn::Try => {
+                    let tried = self.try_once(&request, deadline, named).await;
+                    tried.map_err(|error| late(error, waiter.as_ref(), &request, deadline))?
+                }
+            };
             if tried.verdict == TryLockOutcome::Granted {
-                return Ok(Locked::new(session, tried, request));
+                return Ok(Locked::new(session, tried, request, waiter));
             }
-            if turn.is_none() {
-                turn = self.waiter_limit.try_permit(request.keys());
+            if deadline.has_passed() {
+                let last = self.final_session_try(session, request, deadline, named, false);
+                return last.await;
             }
-            if turn.is_some() || deadline.has_passed() {
-                return self
-                    .wait_for_session_locks(session, request, tried, deadline, named, turn)
-                    .await;
+            let queued =
+                waiter.get_or_insert_with(|| self.queue.enter(&request, self.places(), None, true));
+            if !queued.take_place() {
+                // A busy try leaves nothing on the session.
+                session.return_to_pool();
+                continue;
             }
-            // A busy try leaves nothing on the session.
-            session.return_to_pool();
-            turn = self.waiter_limit.permit(request.keys(), deadline).await;
-            if turn.is_none() {
-                return self
-                    .final_session_try_afresh(request, deadline, named)
-                    .await;
+            let waited =
+                self.wait_for_session_locks(session, &request, &tried, deadline, named, queued);
+            let (session, is_granted) = waited.await?;
+            if is_granted {
+                return Ok(Locked::new(session, tried, request, waiter));
             }
+            if deadline.has_passed() {
+                let last = self.final_session_try(session, request, deadline, named, true);
+                return last.await;
+            }
+            end(session).await;
         }
     }
 
@@ -301,33 +252,33 @@ impl Advisory {
         Ok((session, tried))
     }
 
-    /// Waits at the server, a slice at a time.
+    /// Waits at the server, a slice at a time: until the locks are granted, which is said, the deadline has passed, or others
+    /// are to wait there.
     async fn wait_for_session_locks(
         &self,
         mut session: Session,
-        request: LockRequest,
-        tried: TryLockRow,
+        request: &LockRequest,
+        tried: &TryLockRow,
         deadline: &Deadline,
         named: bool,
-        turn: Option<Permit>,
-    ) -> Result<Locked, Error> {
-        let slice = slice(&request, self.server(&session, &tried).as_ref());
+        waiter: &mut QueuedWaiter,
+    ) -> Result<(Session, bool), Error> {
+        let slice = slice(request, self.server(&session, tried).as_ref());
         let mut after_timeout = false;
         tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
-        while !deadline.has_passed() {
+        loop {
             let wait = deadline.remaining().min(slice);
             let sql =
-                sql::wait_session(request.locks(), names(&request, named), wait, after_timeout);
+                sql::wait_session(request.locks(), names(request, named), wait, after_timeout);
             let sent = session.send(sql, OnAbandon::CancelAndClose);
             let Some((answered, answer)) =
                 sent.within(wait.saturating_add(self.answer_time())).await
             else {
-                return Err(no_answer(&request, deadline));
+                return Err(no_answer(request, deadline));
             };
             session = answered;
             let Err(error) = answer else {
-                drop(turn);
-                return Ok(Locked::new(session, tried, request));
+                return Ok((session, true));
             };
             match classify(&error) {
                 // Both are raised before the grant of a transaction lock, which the next message rolls back.
@@ -340,9 +291,10 @@ impl Advisory {
                         .with_source(error));
                 }
             }
+            if deadline.has_passed() || waiter.yield_place() {
+                return Ok((session, false));
+            }
         }
-        self.final_session_try(session, request, deadline, named, after_timeout)
-            .await
     }
 
     async fn final_session_try_afresh(
@@ -393,12 +345,8 @@ impl Advisory {
             .await?;
         match sql::tried(&reply) {
             Some(tried) if tried.verdict == TryLockOutcome::Granted => {
-                session.identify(
-                    tried.pid,
-                    tried.xact_start,
-                    request.begin.application_name.as_deref(),
-                );
-                Ok(Locked::new(session, tried, request))
+                request.identify(&mut session, &tried);
+                Ok(Locked::new(session, tried, request, None))
             }
             // Not examined in this call: what matters is not who is in the way, but that nothing can be had through it.
             Some(tried) if tried.verdict == TryLockOutcome::Pooled => {
@@ -421,7 +369,7 @@ impl Advisory {
 }
 
 /// Whether others may want the same: one key, exclusively, by a name of one's own.
-fn uses_local_queue(request: &LockRequest) -> bool {
+fn hands_over(request: &LockRequest) -> bool {
     request.keys().len() == 1
         && request.mode() == AdvisoryMode::Exclusive
         && request.begin.application_name.is_some()

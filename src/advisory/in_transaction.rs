@@ -53,7 +53,8 @@ impl Tx {
     /// # SQL
     /// `SELECT pg_try_advisory_xact_lock(…)`, one round trip when it is free. When it is not, the wait is one more
     /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout`, again and
-    /// again until the wait is over.
+    /// again until the wait is over. It waits on the transaction's own connection, so it is not one of those
+    /// [waiters](crate::Keeper#waiting) whose number is bounded.
     ///
     /// # Errors
     /// [`LockTimeout`](ErrorKind::LockTimeout) with the blockers: the transaction stays usable.

@@ -88,11 +88,12 @@ impl AdvisoryLock {
     /// One message, so one round trip, when the locks are free: `BEGIN`, `SET LOCAL application_name`, and a SELECT of
     /// `pg_try_advisory_xact_lock`. When they are not, further messages wait for `pg_advisory_xact_lock` under a
     /// `lock_timeout` shorter than `deadlock_timeout`, again and again until the deadline; it is put back before the
-    /// guard is handed out.
+    /// guard is handed out. How many wait at the server at a time is bounded, see [`Keeper`](crate::Keeper#waiting).
     ///
     /// # Errors
-    /// [`LockTimeout`](crate::ErrorKind::LockTimeout), with the [`blockers`](Error::blockers), when the wait is over;
-    /// [`Pool`](crate::ErrorKind::Pool) when no connection was to be had until then;
+    /// [`LockTimeout`](crate::ErrorKind::LockTimeout) when the wait is over, with the [`blockers`](Error::blockers) where
+    /// there was a connection to ask on in the end; [`Pool`](crate::ErrorKind::Pool) when no connection was to be had until
+    /// then, not even to try the lock once, and nobody of this keeper stood in line for it;
     /// [`KeyCollision`](crate::ErrorKind::KeyCollision) and [`Config`](crate::ErrorKind::Config) before anything is
     /// sent; [`ReadOnlyServer`](crate::ErrorKind::ReadOnlyServer),
     /// [`NoAdvisoryLocks`](crate::ErrorKind::NoAdvisoryLocks) and [`OutOfLocks`](crate::ErrorKind::OutOfLocks) when the

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::advisory::sql::{Locks, Names};
+use crate::advisory::sql::{Locks, Names, TryLockRow};
 use crate::call_site::CallSite;
+use crate::connection::Session;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::key::names::{Registration, register};
@@ -29,6 +30,12 @@ pub(crate) struct LockRequest {
 }
 
 impl LockRequest {
+    /// Notes on a session what a `try` for this request has brought to light.
+    pub(crate) fn identify(&self, session: &mut Session, tried: &TryLockRow) {
+        let name = self.begin.application_name.as_deref();
+        session.identify(tried.pid, tried.xact_start, name);
+    }
+
     /// # Errors
     /// `Config` for no keys at all, `KeyCollision` for two names that have one key, within the set or in the process.
     pub(crate) fn new(

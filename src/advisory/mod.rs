@@ -7,15 +7,14 @@
 mod acquire;
 mod acquire_session;
 mod in_transaction;
-mod local_queue;
 mod lock;
 mod lock_request;
 mod open;
 mod preconditions;
 mod release;
-mod server_waiter_limit;
 mod session_guard;
 mod sql;
+mod wait_queue;
 mod xact_guard;
 
 use std::sync::Arc;
@@ -33,15 +32,13 @@ use crate::connection::Connections;
 #[derive(Debug)]
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
-    waiter_limit: server_waiter_limit::ServerWaiterLimit,
-    queue: Arc<local_queue::LocalQueue>,
+    queue: Arc<wait_queue::WaitQueue>,
 }
 
 impl Advisory {
     pub(crate) fn new(connections: Arc<Connections>) -> Arc<Self> {
         Arc::new(Self {
             connections,
-            waiter_limit: server_waiter_limit::ServerWaiterLimit::default(),
             queue: Arc::default(),
         })
     }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::local_queue::NextWaiter;
+use super::wait_queue::NextWaiter;
 use super::{SessionGuard, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
 use crate::connection::sql::server::is_fresh;
@@ -30,7 +30,7 @@ impl ReleasePlan {
             (Some(statement), Some(name), [key]) => match next(guard, session) {
                 Some(next) => {
                     hands_off = true;
-                    session.set_runtime(next.runtime.as_ref());
+                    session.set_runtime(next.heir.runtime.as_ref());
                     hand_over(statement, key, name, next)
                 }
                 None => (
@@ -72,7 +72,7 @@ fn next(guard: &SessionGuard, session: &Session) -> Option<NextWaiter> {
     if session.was_used() || session.connections().are_awaited() {
         return None;
     }
-    guard.ticket()?.next()
+    guard.queue()?.next(&guard.held_keys()[0])
 }
 
 /// The lock is released and tried again for the next in line, in one message. A waiter of another process that is in the
@@ -83,7 +83,7 @@ fn hand_over(
     name: &str,
     next: NextWaiter,
 ) -> (Message, ReplyHandler) {
-    let message = sql::execute_hand_over(statement, key, &next.application_name, name);
+    let message = sql::execute_hand_over(statement, key, &next.heir.application_name, name);
     let unlock = sql::execute_unlock(statement, key, name);
     let name = name.to_owned();
     let then: ReplyHandler = Box::new(move |reply| {

@@ -1,10 +1,11 @@
 //! Session-level locks, held on a connection of their own until they are released.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::local_queue::HeadTicket;
 use super::release::{ReleasePlan, is_unlocked};
+use super::wait_queue::{HeldKeys, WaitQueue};
 use super::{LockRequest, sql};
 use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
@@ -52,8 +53,8 @@ pub struct SessionGuard {
     application_name: Option<String>,
     /// The name of the prepared `try`, with which its unlock was prepared.
     prepared: Option<String>,
-    /// Keeps the others of this process in line; the last to be dropped, after the release has been sent.
-    ticket: Option<HeadTicket>,
+    /// Where others of this process wait for its session.
+    queue: Option<Arc<WaitQueue>>,
     call_site: Option<CallSite>,
     lock_wait: Duration,
     since: Instant,
@@ -65,11 +66,13 @@ impl SessionGuard {
         request: LockRequest,
         application_name: Option<String>,
         prepared: Option<String>,
-        ticket: Option<HeadTicket>,
+        held: HeldKeys,
     ) -> Self {
         let mode = request.mode();
         let call_site = request.call_site;
         session.mark_locked();
+        let queue = held.queue_to_hand_over();
+        session.keep_until_clean(Box::new(held));
         // Ends that of the guard which has handed the session over, if there was one.
         drop(session.begin_observation(call_site, None, true));
         let lock_wait = request.lock_wait;
@@ -81,7 +84,7 @@ impl SessionGuard {
             _names: names,
             application_name,
             prepared,
-            ticket,
+            queue,
             call_site,
             lock_wait,
             since: Instant::now(),
@@ -310,8 +313,8 @@ impl SessionGuard {
         self.prepared.as_deref()
     }
 
-    pub(super) fn ticket(&self) -> Option<&HeadTicket> {
-        self.ticket.as_ref()
+    pub(super) fn queue(&self) -> Option<&Arc<WaitQueue>> {
+        self.queue.as_ref()
     }
 
     pub(super) fn release_text(&self) -> String {

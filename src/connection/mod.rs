@@ -53,6 +53,7 @@ pub(crate) use request::{AfterReply, OnAbandon, ReplyHandler, Request, run_shiel
 pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
 use silence::closed;
+pub(crate) use state::UntilClean;
 use state::{Clean, ConnectionState};
 
 /// The rows and ends of statements of one simple-query message.
@@ -134,6 +135,11 @@ impl Session {
     pub(crate) fn mark_nothing_left(&self) {
         self.state.ended();
         self.state.unlocked();
+    }
+
+    /// Keeps something as long as a transaction or session locks are on it, at most as long as the connection.
+    pub(crate) fn keep_until_clean(&self, kept: UntilClean) {
+        self.state.keep_until_clean(kept);
     }
 
     /// Notes what the server said of its backend and of the transaction that has begun there, and what we have named it.

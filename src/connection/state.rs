@@ -2,6 +2,7 @@
 //!
 //! All transitions are here, and so is the only way to a [`Clean`], without which no connection goes back to its pool.
 
+use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What is on a connection. Where several are true, the last of them counts.
@@ -24,6 +25,9 @@ pub(crate) enum State {
 /// Invariant: only [`ConnectionState::prove_clean`] makes one.
 #[derive(Debug)]
 pub(super) struct Clean(());
+
+/// What is dropped once the server has answered that nothing of ours is left on a connection, or with the connection.
+pub(crate) type UntilClean = Box<dyn Debug + Send + Sync>;
 
 /// The state of one connection, and what led to it.
 #[derive(Debug, Default)]
@@ -49,6 +53,7 @@ struct Facts {
     used: bool,
     /// A statement has failed at some time, or its end is not known.
     failed_or_unknown: bool,
+    until_clean: Option<UntilClean>,
 }
 
 impl Facts {
@@ -85,7 +90,7 @@ impl ConnectionState {
 
     /// The server has answered that the transaction has ended.
     pub(super) fn ended(&self) {
-        self.facts().in_transaction = false;
+        self.end(|facts| facts.in_transaction = false);
     }
 
     /// A guard has session locks on it.
@@ -95,7 +100,21 @@ impl ConnectionState {
 
     /// The server has answered that the session locks are returned.
     pub(super) fn unlocked(&self) {
-        self.facts().session_locks = false;
+        self.end(|facts| facts.session_locks = false);
+    }
+
+    fn end(&self, end: impl FnOnce(&mut Facts)) {
+        let mut facts = self.facts();
+        end(&mut facts);
+        let is_left = facts.in_transaction || facts.session_locks;
+        let ended = facts.until_clean.take_if(|_| !is_left);
+        drop(facts);
+        drop(ended);
+    }
+
+    /// Keeps something as long as a transaction or session locks are on the connection.
+    pub(super) fn keep_until_clean(&self, kept: UntilClean) {
+        self.facts().until_clean = Some(kept);
     }
 
     /// A statement is sent, and gets a number.

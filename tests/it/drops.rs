@@ -283,8 +283,8 @@ async fn ends_by(
     hold().await;
     for middle in middles {
         let what = format!("{middle:?} ended by {how}");
-        // For a call that is to stand in line in the process, two others of the keeper wait at the server.
-        let crowd = if middle == WaitingInLine { 2 } else { 0 };
+        // For a call that is to stand in line in the process, another of the keeper has the only place at the server.
+        let crowd = usize::from(middle == WaitingInLine);
         let crowd: Vec<_> = (0..crowd)
             .map(|_| {
                 let lock = scene.keeper.advisory_lock(BUSY);
@@ -294,7 +294,7 @@ async fn ends_by(
             })
             .collect();
         if middle == WaitingInLine {
-            scene.until_awaited_by(2, BUSY).await;
+            scene.until_awaited_by(1, BUSY).await;
         }
         end(&scene, Visit::to(middle)).await;
         let others = i64::try_from(crowd.len()).unwrap();

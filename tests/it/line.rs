@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use lockkeeper::{ErrorKind, Keeper, SessionGuard};
 use lockkeeper_testkit::{
-    Fault, GIVE_UP_AFTER, Proxy, Scene, assert_error, eventually, in_time, is_pending, lock_by_sql,
-    poll_times_and_drop, unlock_by_sql,
+    ENDLESS, Fault, GIVE_UP_AFTER, Proxy, Scene, assert_error, eventually, in_time, is_pending,
+    lock_by_sql, poll_times_and_drop, unlock_by_sql,
 };
 use tokio::runtime::Builder;
 use tokio::task::{JoinHandle, JoinSet};
+
+use super::waiters::occupy;
 
 async fn taken(scene: &Scene, key: i64) -> SessionGuard {
     let lock = scene.keeper.advisory_lock(key).session();
@@ -397,4 +399,41 @@ async fn a_hand_over_that_is_never_answered_does_not_hold_up_the_next() {
     let second = tokio::time::timeout(soon, waiter).await;
     drop(second.expect("not served").unwrap());
     scene.until_free(12).await;
+}
+
+/// The only place at the server is taken for another key.
+#[tokio::test]
+async fn a_section_that_ends_wakes_the_next_in_line() {
+    let scene = Scene::with(4, |builder| builder.lock_wait(ENDLESS)).await;
+    let _busy = scene.holder("elsewhere").await;
+    let occupying = occupy(&scene, "elsewhere").await;
+    for by_drop in [false, true] {
+        let first = scene.keeper.advisory_lock(13).acquire().await.unwrap();
+        let clock = StoppedClock::stop();
+        let lock = scene.keeper.advisory_lock(13);
+        let waiter = tokio::spawn(async move { lock.acquire().await.unwrap() });
+        // It has tried the lock, and given its connection back.
+        let started = Instant::now();
+        while scene
+            .count("pg_stat_activity WHERE query = 'ROLLBACK' AND state = 'idle'")
+            .await
+            == 0
+        {
+            assert!(
+                started.elapsed() < GIVE_UP_AFTER,
+                "it does not wait in line"
+            );
+        }
+        if by_drop {
+            drop(first);
+        } else {
+            first.commit().await.unwrap();
+        }
+        let second = clock.served(waiter).await;
+        drop(clock);
+        second.commit().await.unwrap();
+    }
+    occupying.abort();
+    drop(occupying.await);
+    scene.nothing_but(1).await;
 }

@@ -56,5 +56,6 @@ mod tidy;
 mod timeouts;
 mod tls;
 mod transactions;
+mod waiters;
 mod watchdog;
 mod watching;

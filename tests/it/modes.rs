@@ -102,7 +102,7 @@ async fn only_shared_goes_with_shared_in_every_scope() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writer_waits_for_the_last_reader_and_readers_for_the_writer() {
-    let scene = Scene::new(4).await;
+    let scene = Scene::new(8).await;
     let keeper = &scene.keeper;
     for session in [false, true] {
         let first = try_lock(&scene, &"k".into(), session, AdvisoryMode::Shared).await;

@@ -1,12 +1,13 @@
 //! Who holds an advisory lock, or queues for it.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use tokio_postgres::SimpleQueryMessage;
 
 use super::Locks;
 use crate::blocker::Blocker;
-use crate::key::LockKey;
+use crate::key::{KeyId, LockKey};
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{is_true, parsed, rows, seconds, text};
 
@@ -33,9 +34,9 @@ pub(crate) fn of(locks: Locks<'_>) -> String {
 }
 
 /// `pg_locks AS l`, only the rows of these advisory keys in this database.
-pub(crate) fn rows_of(sql: &mut String, keys: &[LockKey]) {
+pub(crate) fn rows_of<'a>(sql: &mut String, keys: impl IntoIterator<Item = &'a LockKey>) {
     sql.push_str("pg_catalog.pg_locks AS l JOIN (VALUES ");
-    for (n, key) in keys.iter().enumerate() {
+    for (n, key) in keys.into_iter().enumerate() {
         let comma = if n > 0 { ", " } else { "" };
         let _ = write!(
             sql,
@@ -52,6 +53,30 @@ pub(crate) fn rows_of(sql: &mut String, keys: &[LockKey]) {
          AND pg_catalog.oideq(l.database, (SELECT d.oid FROM pg_catalog.pg_database AS d \
          WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database())))",
     );
+}
+
+/// Which of the keys anybody holds or awaits.
+pub(crate) fn held<'a>(keys: impl IntoIterator<Item = &'a LockKey>) -> String {
+    let mut sql = String::from("SELECT DISTINCT l.classid, l.objid, l.objsubid, l.mode FROM ");
+    rows_of(&mut sql, keys);
+    sql
+}
+
+/// Reads the reply of [`held`]: the strongest mode of each.
+pub(crate) fn held_keys(reply: &[SimpleQueryMessage]) -> HashMap<KeyId, AdvisoryMode> {
+    let mut held = HashMap::new();
+    for row in rows(reply) {
+        let mode = text(row, "mode").and_then(|mode| AdvisoryMode::from_pg_locks(&mode));
+        let (classid, objid) = (parsed(row, "classid"), parsed(row, "objid"));
+        if let (Some(classid), Some(objid), Some(objsubid), Some(mode)) =
+            (classid, objid, parsed(row, "objsubid"), mode)
+            && let Some(key) = LockKey::from_pg_locks(classid, objid, objsubid)
+        {
+            let strongest = held.entry(key.id()).or_insert(mode);
+            *strongest = mode.max(*strongest);
+        }
+    }
+    held
 }
 
 /// Reads the reply of [`of`]: those whose hold, or earlier place in the queue, conflicts with `mode`.

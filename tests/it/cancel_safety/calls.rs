@@ -368,7 +368,7 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
 /// With the server's places taken by two waiters of the same keeper, the third stands in the line of the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_dropped() {
-    let scene = with_table(Scene::new(4).await).await;
+    let scene = with_table(Scene::new(8).await).await;
     let holder = scene.holder(KEY).await;
     let keeper = new_keeper(&scene.pool, Duration::from_millis(15));
     let crowd: Vec<_> = (0..2)

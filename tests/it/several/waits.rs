@@ -101,7 +101,7 @@ async fn keys_that_become_free_one_after_another_are_all_granted() {
 /// Sets that wait for one of their keys do not keep other calls from another of them, which is free.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_free_key_is_granted_while_sets_with_it_wait_for_another() {
-    let scene = Scene::new(6).await;
+    let scene = Scene::new(8).await;
     lock_by_sql(&scene.observer, 1).await;
     let mut sets = Vec::new();
     for scope in [Scope::Xact, Scope::Session, Scope::Xact] {

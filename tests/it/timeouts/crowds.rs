@@ -11,10 +11,10 @@ use lockkeeper_testkit::{CLEANED_UP_WITHIN, ENDLESS, in_time_of, is_pending};
 
 use super::{Scope, ms, take, time, timed_out, warm};
 
-/// Two waiters of a keeper wait at the server, the others in line in the process.
+/// Two waiters of a keeper with eight connections wait at the server, the others in line in the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
-    let scene = warm(5).await;
+    let scene = warm(8).await;
     let key = LockKey::from(512);
     let holder = scene.holder(&key).await;
     let pid = holder.pid;
@@ -43,7 +43,7 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
         .await;
     }
     // Without a connection to ask on it is in time all the same.
-    let rest = join_all((0..3).map(|_| scene.pool.get())).await;
+    let rest = join_all((0..6).map(|_| scene.pool.get())).await;
     for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
         time(
             asked,
@@ -67,7 +67,7 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
-    let scene = Arc::new(warm(4).await);
+    let scene = Arc::new(warm(8).await);
     let key = LockKey::from(513);
     let holder = scene.holder(&key).await;
     let order = Arc::new(std::sync::Mutex::new(Vec::new()));
