@@ -32,6 +32,7 @@ use tokio_postgres::error::DbError;
 use tokio_postgres::{SimpleQueryMessage, Statement};
 
 use crate::call_site::CallSite;
+use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
 
@@ -163,6 +164,15 @@ impl Session {
     /// Where the connection comes from.
     pub(crate) fn connections(&self) -> &Arc<Connections> {
         &self.connections
+    }
+
+    /// What its role may not read, as far as that is known.
+    pub(crate) fn denied(&self) -> Denied {
+        let known = self.connections.cache().server(self);
+        known.map_or_else(
+            || self.connections.capabilities().denied(),
+            |server| server.denied,
+        )
     }
 
     /// The backend's pid by its own word; `None` before it was asked.

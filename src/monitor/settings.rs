@@ -282,7 +282,7 @@ async fn read_settings(
 /// Finds out what the session shows about a pooler, and returns it to the pool.
 async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Pooler {
     let direct = first.login_pid().is_none_or(|login| login == pid);
-    let known = connections.capabilities().keeps_sessions();
+    let known = connections.capabilities().all_keep_sessions();
     if direct || known.is_some() {
         first.return_to_pool();
         return match (direct, known) {

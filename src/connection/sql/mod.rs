@@ -3,4 +3,4 @@
 mod probe;
 pub(crate) mod server;
 
-pub(crate) use probe::{PreparedName, Probe, hand_over_of, unlock_of};
+pub(crate) use probe::{PreparedName, Probe, Refusal, hand_over_of, unlock_of};

@@ -143,8 +143,7 @@ pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
     let (Probe::Prepare(statement) | Probe::Execute(statement)) = probe else {
         let mut sql = begin.message();
         let _ = write!(sql, "SELECT {FRESH}{PID}");
-        if let Probe::Full { .. } = probe {
-            sql.push_str(", pg_catalog.pg_is_in_recovery() AS recovery");
+        if let Probe::Full(_) = probe {
             sql.push_str(SERVER);
         }
         return sql.into();
@@ -186,7 +185,7 @@ pub(crate) struct Begun {
     pub(crate) pid: i32,
     /// False where the connection came with an open transaction, which BEGIN only warns of.
     pub(crate) fresh: bool,
-    /// What a first message on a connection asks in addition; not of a standby.
+    /// What a first message on a connection asks in addition.
     pub(crate) server: Option<Server>,
 }
 
@@ -195,8 +194,7 @@ pub(crate) fn begun(reply: &[SimpleQueryMessage]) -> Option<Begun> {
     Some(Begun {
         pid: parsed(row, "pid")?,
         fresh: is_true(row, "fresh"),
-        // A standby's connections are asked again each time: it may be promoted.
-        server: server(row).filter(|_| !is_true(row, "recovery")),
+        server: server(row),
     })
 }
 
