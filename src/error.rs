@@ -484,23 +484,17 @@ pub(crate) fn is_insufficient_privilege(error: &Error) -> bool {
 }
 
 /// What lets a role know who holds which lock, and who waits.
-pub(crate) const READ_LOCKS: &str = "GRANT SELECT ON pg_catalog.pg_locks";
+pub(crate) const READ_LOCKS: &str = "GRANT SELECT ON pg_locks";
 
 /// What this crate reads that is every role's by default, and how a role is given it back, in each database by itself.
 const GRANTS: [(&str, &str); 4] = [
     ("pg_locks", READ_LOCKS),
     (
         "pg_control_system",
-        "GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system()",
+        "GRANT EXECUTE ON FUNCTION pg_control_system()",
     ),
-    (
-        "pg_stat_activity",
-        "GRANT SELECT ON pg_catalog.pg_stat_activity",
-    ),
-    (
-        "pg_prepared_xacts",
-        "GRANT SELECT ON pg_catalog.pg_prepared_xacts",
-    ),
+    ("pg_stat_activity", "GRANT SELECT ON pg_stat_activity"),
+    ("pg_prepared_xacts", "GRANT SELECT ON pg_prepared_xacts"),
 ];
 
 /// The right that the role lacks, if it is one of those. The server's message is translated, but not the name in it.

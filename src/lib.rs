@@ -49,6 +49,7 @@
 //! | be told of leaked locks and of sessions idle in the way of others | [`Keeper::watchdog`], [`watchdog`] |
 //! | change a schema without keeping others waiting, and know beforehand who is in the way | [`Keeper::schema`], [`Schema`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
+//! | have a dead network noticed | [`tcp_timeouts`], [`KeeperBuilder::longest_silence`] |
 //!
 //! # Features
 //!
@@ -89,7 +90,7 @@
 //! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
 //!   ([`ErrorKind::ReadOnlyServer`]).
 //! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
-//!   drops packets silently is noticed only by TCP keepalives. Work on the guard's own connection fails with it.
+//!   drops packets silently is noticed only as soon as [`tcp_timeouts`] says. Work on the guard's own connection fails with it.
 //! - A process that is killed while a long statement of it runs keeps its locks until the server notices, which is at that
 //!   statement's end, or earlier where `client_connection_check_interval` is set.
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
@@ -149,7 +150,7 @@ pub use backfill::{
 };
 pub use blocker::Blocker;
 pub use call_site::CallSite;
-pub use connection::ToStatement;
+pub use connection::{ToStatement, tcp_timeouts};
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
 #[cfg(feature = "incidents")]

@@ -18,6 +18,9 @@ mod session_guard;
 mod sql;
 mod xact_guard;
 
+#[cfg(test)]
+mod found_out_again;
+
 use std::sync::Arc;
 
 pub use in_transaction::TxAdvisoryLock;

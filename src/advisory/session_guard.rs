@@ -125,8 +125,8 @@ impl SessionGuard {
     /// Whether the connection has ended, and the locks with it. Costs nothing, and sends nothing.
     ///
     /// A server that ends the connection is noticed at once. A server that vanishes without a word (a power cut, a
-    /// network that drops packets) is noticed when the operating system gives the connection up: set TCP keepalives in
-    /// the pool's `tokio_postgres::Config`.
+    /// network that drops packets) is noticed when the operating system gives the connection up: call
+    /// [`tcp_timeouts`](crate::tcp_timeouts) on the pool's `Config`.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.session.as_ref().is_none_or(Session::is_closed)

@@ -21,6 +21,7 @@ pub(crate) mod sql;
 mod state;
 #[cfg(feature = "incidents")]
 pub(crate) mod task;
+mod tcp_timeouts;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,6 +50,7 @@ pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
 pub(crate) use silence::Silence;
 use state::{Clean, ConnectionState};
+pub use tcp_timeouts::tcp_timeouts;
 
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;

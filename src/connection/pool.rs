@@ -118,7 +118,7 @@ impl Connections {
         status.waiting > 0 && status.size >= status.max_size
     }
 
-    pub(super) fn side(&self) -> Option<&SideConnection> {
+    pub(crate) fn side(&self) -> Option<&SideConnection> {
         self.side.as_ref()
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{settings_check, unreadable};
 use crate::connection::sql::server::{BACKEND_PID, backend_pid};
-use crate::connection::{Connections, Session};
+use crate::connection::{Connections, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::monitor::sql::settings::{self as sql, PoolSession, SettingRow};
@@ -101,7 +101,8 @@ impl SettingsFinding {
         severity: Severity;
     }
 
-    /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`.
+    /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`,
+    /// `side connection`.
     #[must_use]
     pub fn name(&self) -> &str {
         self.name
@@ -176,6 +177,9 @@ pub enum SettingsFindingKind {
     Pooler,
     /// The pool is connected to a standby.
     Standby,
+    /// The side connection goes over TCP, and finds out late, or never, that its server is dead: see
+    /// [`tcp_timeouts`](crate::tcp_timeouts). The pool's own configuration is not to be seen.
+    TcpTimeouts,
 }
 
 /// How much a [`SettingsFinding`] matters.
@@ -244,7 +248,9 @@ pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsRe
     let role = sql::read_monitoring_role(&reply).ok_or_else(|| unreadable("privileges"))?;
     let (session, pool_session, values) = read_settings(connections).await?;
     let pooler = pooler(connections, session, pool_session.pid).await;
-    let findings = settings_check::findings(&pool_session, &values, &role, pooler);
+    let side = connections.side();
+    let missing = side.and_then(SideConnection::missing_tcp_timeouts);
+    let findings = settings_check::findings(&pool_session, &values, &role, pooler, missing);
     Ok(SettingsReport {
         session: pool_session,
         values,

@@ -28,6 +28,7 @@ pub(super) fn findings(
     values: &[SettingRow],
     role: &MonitoringRole,
     pooler: Pooler,
+    missing_tcp_timeouts: Option<&str>,
 ) -> Vec<SettingsFinding> {
     let check = SettingsCheck { session, values };
     let mut findings: Vec<_> = [
@@ -42,6 +43,7 @@ pub(super) fn findings(
         signal_privilege(role),
         pooler_finding(pooler),
         standby(session),
+        missing_tcp_timeouts.map(tcp_timeouts),
     ]
     .into_iter()
     .flatten()
@@ -357,6 +359,20 @@ fn pooler_finding(pooler: Pooler) -> Option<SettingsFinding> {
     })
 }
 
+fn tcp_timeouts(missing: &str) -> SettingsFinding {
+    SettingsFinding {
+        kind: SettingsFindingKind::TcpTimeouts,
+        severity: Severity::Advice,
+        name: "side connection",
+        value: missing.to_owned(),
+        why: "keepalives find a dead server while a connection is idle, tcp_user_timeout while data is unacknowledged: \
+              without both a network that drops packets is noticed late or never; call lockkeeper::tcp_timeouts on the \
+              Config of the side connection, and on the pool's, which is not to be seen here"
+            .to_owned(),
+        fix: None,
+    }
+}
+
 fn standby(session: &PoolSession) -> Option<SettingsFinding> {
     session.standby.then(|| SettingsFinding {
         kind: SettingsFindingKind::Standby,
@@ -420,7 +436,7 @@ mod tests {
     }
 
     fn found(values: &[SettingRow]) -> Vec<SettingsFinding> {
-        findings(&session(), values, &role(), Pooler::Direct)
+        findings(&session(), values, &role(), Pooler::Direct, None)
     }
 
     /// The fix for one setting whose value has this source.
@@ -550,7 +566,7 @@ mod tests {
                 version,
                 ..role()
             };
-            let findings = findings(&session(), &[], &role, Pooler::Direct);
+            let findings = findings(&session(), &[], &role, Pooler::Direct, Option::None);
             findings[0].statement().map(str::to_owned)
         };
         let role = r#""The ""App""""#;
@@ -603,7 +619,7 @@ mod tests {
             entries: 51,
             ..role()
         };
-        let findings = findings(&session(), &values, &full, Pooler::Direct);
+        let findings = findings(&session(), &values, &full, Pooler::Direct, None);
         assert_eq!(
             findings[0].statement(),
             Some("ALTER SYSTEM SET max_locks_per_transaction = '256'")

@@ -17,7 +17,7 @@ const SPARE: Duration = Duration::from_secs(1);
 const ANSWER: Duration = Duration::from_secs(2);
 
 const UNIDENTIFIED: &str = "the server has been started again since, or another one answers, and which of both is not known, for want of \
-     GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system()";
+     GRANT EXECUTE ON FUNCTION pg_control_system()";
 
 #[derive(Debug)]
 pub(super) enum CommitOutcome {

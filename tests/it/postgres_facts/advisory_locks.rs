@@ -111,12 +111,13 @@ async fn a_session_lock_is_looked_for_by_its_unlock() {
     let database = database().await;
     let (holder, waiter) = (database.connect().await, database.connect().await);
     let observer = database.connect().await;
+    let waiting_pid = pid_of(&waiter).await;
     holder
         .batch_execute("SELECT pg_advisory_lock(1)")
         .await
         .unwrap();
     let (waiting, ()) = tokio::join!(waiter.batch_execute("SELECT pg_advisory_lock(1)"), async {
-        until_waiting(&observer, pid_of(&waiter).await).await;
+        until_waiting(&observer, waiting_pid).await;
         for _ in 0..2 {
             assert_eq!(texts(&holder, "BEGIN").await, [""; 0]);
             let row = holder.query_one(LOOK, &[]).await.unwrap();

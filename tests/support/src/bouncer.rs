@@ -113,7 +113,6 @@ impl PgBouncer {
     /// When its console does not answer, or refuses.
     pub async fn set_pool_mode(&self, mode: PoolMode) {
         let mut console = self.config();
-        // Under `auth_type = any` everybody is an administrator.
         console.dbname("pgbouncer");
         let client = probe::connect(&console).await.expect("a console");
         let set = format!("SET pool_mode = '{}'", mode.as_str());
@@ -246,6 +245,7 @@ fn settings_file(
          listen_port = {port}\n\
          unix_socket_dir =\n\
          auth_type = any\n\
+         admin_users = postgres\n\
          pool_mode = {mode}\n\
          max_client_conn = 500\n\
          default_pool_size = 20\n\
