@@ -122,7 +122,7 @@ impl Error {
     }
 
     /// Who held the lock, or queued for it ahead of us, when it was last refused. Empty where nobody did any more, or
-    /// where it could not be asked.
+    /// where it could not be asked: by a role without SELECT on `pg_locks`, among others.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
         &self.0.blockers

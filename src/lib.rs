@@ -96,6 +96,13 @@
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
 //! - There is no first come, first served beyond one process: a wait in slices goes to the end of the server's queue
 //!   with each slice, half a second by default.
+//! - What is found out about a server or a pooler counts for a minute. A pooler that is switched from session to
+//!   transaction mode is gone through with session locks for as long, and for longer while no second connection is to be
+//!   had to examine it with.
+//! - A role without SELECT on `pg_locks`, which every role has by default, can use all locks. Three things are missing
+//!   then: errors name no blockers, and there are no incidents of waits; locks in great numbers are compared with the whole
+//!   lock table, not with what is free in it; and of an engine that is not PostgreSQL it is checked whether it counts
+//!   session locks, not whether its transaction locks do anything. What else cannot be done says which right is missing.
 //! - Needs PostgreSQL 14 or later, and a Tokio runtime with timers and I/O.
 //!
 //! # Logging

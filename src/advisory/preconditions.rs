@@ -1,4 +1,4 @@
-//! Whether the server is one on which advisory locks mean what they say. Asked once for a server.
+//! Whether the server is one on which advisory locks mean what they say. Asked of each server now and then.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ const WORTH_COUNTING: usize = 128;
 /// How often two sessions are compared before they count as kept apart.
 const COMPARISONS: usize = 3;
 
-/// Checks, the first time on a server, that the locks just granted to `session` are there.
+/// Checks, where that is not known of the server or was long ago, that the locks just granted to `session` are there.
 ///
 /// An engine whose lock functions do nothing shows nothing in `pg_locks`, and does not count locks, which is looked at
 /// where the role may not read that. One that locks and does not show it is told

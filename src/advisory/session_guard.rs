@@ -248,8 +248,8 @@ impl SessionGuard {
     /// a COMMIT whose answer is lost is looked up.
     ///
     /// It is run once, not retried, whatever the options say of attempts, and under no conflict group: `Ok` commits, `Err`
-    /// rolls back. The locks stay held either way. COMMIT is run only if `pg_locks` shows that the connection still holds
-    /// them.
+    /// rolls back. The locks stay held either way. COMMIT is run only if the connection still holds them, by the
+    /// server's word in the same message.
     ///
     /// # Errors
     /// The closure's own; an [`Error`], with the guard's first key, where the transaction cannot begin or commit:

@@ -8,7 +8,7 @@ use super::{settings_check, unreadable};
 use crate::connection::sql::server::{BACKEND_PID, backend_pid};
 use crate::connection::{Connections, Session, SideConnection};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, is_insufficient_privilege};
 use crate::monitor::sql::settings::{self as sql, PoolSession, SettingRow};
 
 /// How long to wait for a connection of the pool.
@@ -170,6 +170,8 @@ pub enum SettingsFindingKind {
     MaxLocksPerTransaction,
     /// The sessions of other roles are not fully visible to the role that monitors.
     ReadAllStats,
+    /// The role that monitors may not read `pg_locks`, which every role may by default.
+    ReadLocks,
     /// The role that monitors may not cancel or terminate the sessions of other roles.
     SignalBackend,
     /// A pooler stands between the pool and the server: the backend's process id differs from the one announced at
@@ -244,7 +246,12 @@ pub(super) enum Pooler {
 
 /// Reads the settings and privileges, and judges them.
 pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsReport, Error> {
-    let reply = connections.look(&sql::monitoring_role()).await?;
+    let reply = match connections.look(&sql::monitoring_role(true)).await {
+        Err(error) if is_insufficient_privilege(&error) => {
+            connections.look(&sql::monitoring_role(false)).await?
+        }
+        answer => answer?,
+    };
     let role = sql::read_monitoring_role(&reply).ok_or_else(|| unreadable("privileges"))?;
     let (session, pool_session, values) = read_settings(connections).await?;
     let pooler = pooler(connections, session, pool_session.pid).await;

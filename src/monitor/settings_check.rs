@@ -40,6 +40,7 @@ pub(super) fn findings(
         check.connection_check(),
         check.locks_per_transaction(role),
         stats_privilege(role),
+        locks_privilege(role),
         signal_privilege(role),
         pooler_finding(pooler),
         standby(session),
@@ -186,11 +187,12 @@ impl SettingsCheck<'_> {
     fn locks_per_transaction(&self, role: &MonitoringRole) -> Option<SettingsFinding> {
         let name = "max_locks_per_transaction";
         let number = self.number(name)?;
-        let (recommended, why) = if role.entries.saturating_mul(2) > role.capacity {
+        let (entries, capacity) = role.lock_table.unwrap_or_default();
+        let (recommended, why) = if entries.saturating_mul(2) > capacity {
             let why = format!(
                 "the lock table has {} of {} entries in use; when it is full, statements fail with \"out of shared \
                  memory\", and nobody can log in",
-                role.entries, role.capacity
+                entries, capacity
             );
             (number.saturating_mul(2).max(DEFAULT_LOCKS), why)
         } else if number < DEFAULT_LOCKS {
@@ -287,6 +289,19 @@ fn stats_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
         "pg_read_all_stats",
         "of the sessions of other roles neither state nor statement nor times are to be seen, so that reports have gaps",
     )
+}
+
+fn locks_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
+    role.lock_table.is_none().then(|| SettingsFinding {
+        kind: SettingsFindingKind::ReadLocks,
+        severity: Severity::Warning,
+        name: "pg_locks",
+        value: format!("not to be read by {}", crate::postgres::sql::identifier(&role.name)),
+        why: "who holds a lock, and who waits, is not to be seen: errors name no blockers, there are no reports, and nothing \
+              can be monitored"
+            .to_owned(),
+        fix: Some((sql::grant_pg_locks(&role.name), Effect::Immediate)),
+    })
 }
 
 fn signal_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
@@ -430,8 +445,7 @@ mod tests {
             signals: Membership::Full,
             inherits: true,
             version: 150_018,
-            entries: 10,
-            capacity: 100,
+            lock_table: Some((10, 100)),
         }
     }
 
@@ -616,7 +630,7 @@ mod tests {
     fn a_full_lock_table_needs_more_than_the_default() {
         let values = [setting("max_locks_per_transaction", "128", "default")];
         let full = MonitoringRole {
-            entries: 51,
+            lock_table: Some((51, 100)),
             ..role()
         };
         let findings = findings(&session(), &values, &full, Pooler::Direct, None);

@@ -344,6 +344,7 @@ async fn the_values_are_those_of_the_applications_connections() {
         .unwrap();
     let mut ops = config.clone();
     ops.user("ops");
+    tcp_timeouts(&mut ops, Duration::from_secs(15));
     let keeper = Keeper::builder(pool_of(config, 2))
         .side_connection(ops, NoTls)
         .build();

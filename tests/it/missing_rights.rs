@@ -1,13 +1,16 @@
 //! A role without SELECT on `pg_locks`, or without EXECUTE on `pg_control_system()`: what can work without them works, and
 //! what cannot says which right is missing.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use lockkeeper::{Error, ErrorKind, Keeper, RowLock, TransactionOptions};
+use lockkeeper::resolver::ResolverPolicy;
+use lockkeeper::{Error, ErrorKind, Keeper, RowLock, SettingsFindingKind, TransactionOptions};
 use lockkeeper_testkit::{
-    Scene, assert_error_in, eventually, in_time, is_pending, poll_times_and_drop, quoted,
+    Fault, Proxy, Scene, Server, assert_error_in, eventually, in_time, is_pending,
+    poll_times_and_drop, quoted,
 };
-use tokio_postgres::IsolationLevel;
+use tokio_postgres::{IsolationLevel, NoTls};
 
 const LOCKS: &str = "REVOKE SELECT ON pg_locks FROM PUBLIC";
 const CONTROL: &str = "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC";
@@ -439,90 +442,135 @@ async fn an_error_names_the_grant() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn features_work_or_name_the_grant() {
     let restricted = Restricted::new(&[LOCKS, CONTROL], 3).await;
-    let scene = &restricted.scene;
-    let Restricted { role, .. } = &restricted;
-    scene.run(&format!("ALTER TABLE t OWNER TO {role}; GRANT CREATE ON SCHEMA public TO {role}; GRANT CREATE ON DATABASE {} TO {role}", scene.database.name())).await;
+    let (scene, role) = (&restricted.scene, &restricted.role);
+    let database = scene.database.name();
+    let sql = format!(
+        "ALTER TABLE t OWNER TO {role}; GRANT CREATE ON SCHEMA public TO {role}; \
+         GRANT CREATE ON DATABASE {database} TO {role}"
+    );
+    scene.run(&sql).await;
     let mut side = scene.database.config();
     side.user(role);
     for keeper in [
         scene.builder().build(),
-        scene
-            .builder()
-            .side_connection(side, tokio_postgres::NoTls)
-            .build(),
+        scene.builder().side_connection(side, NoTls).build(),
     ] {
-        let monitor = keeper.monitor();
-        println!("activity {:?}", monitor.activity().await.map(drop));
-        println!("snapshot {:?}", monitor.snapshot().await.map(drop));
-        println!("blocking {:?}", monitor.blocking().await.map(drop));
-        println!("lock_tree {:?}", monitor.lock_tree().await.map(drop));
-        println!(
-            "advisory_locks {:?}",
-            monitor.advisory_locks().await.map(drop)
-        );
-        println!(
-            "leaks {:?}",
-            monitor.leaks(Duration::from_secs(1)).await.map(drop)
-        );
-        println!("health {:?}", monitor.health().await.map(drop));
-        println!(
-            "settings {:?}",
-            monitor.settings().await.map(|s| s.to_string())
-        );
-        println!(
-            "resolver {:?}",
-            keeper
-                .resolver(lockkeeper::resolver::ResolverPolicy::new())
-                .run()
-                .await
-                .map(drop)
-        );
-        let schema = keeper.schema();
-        println!(
-            "change {:?}",
-            schema
-                .change("ALTER TABLE t ADD COLUMN x int")
-                .run()
-                .await
-                .map(drop)
-        );
-        println!(
-            "change {:?}",
-            schema
-                .change("ALTER TABLE t DROP COLUMN x")
-                .run()
-                .await
-                .map(drop)
-        );
-        println!(
-            "preflight {:?}",
-            schema
-                .preflight("ALTER TABLE t ADD COLUMN y int")
-                .await
-                .map(drop)
-        );
-        println!(
-            "dry_run {:?}",
-            schema
-                .dry_run("ALTER TABLE t ADD COLUMN y int")
-                .await
-                .map(drop)
-        );
-        println!(
-            "index {:?}",
-            schema.create_index("t", ["n"]).run().await.map(drop)
-        );
-        println!(
-            "drop index {:?}",
-            schema.drop_index("t_n_idx").run().await.map(drop)
-        );
-        println!(
-            "once {:?}",
-            schema
-                .migrate_once("m", async |_| Ok::<_, Error>(()))
-                .await
-                .map(drop)
-        );
+        let (monitor, schema) = (keeper.monitor(), keeper.schema());
+        let resolver = keeper.resolver(ResolverPolicy::new());
+        let age = Duration::from_secs(1);
+        for (what, answer) in [
+            ("snapshot", monitor.snapshot().await.err()),
+            ("blocking", monitor.blocking().await.err()),
+            ("lock tree", monitor.lock_tree().await.err()),
+            ("advisory locks", monitor.advisory_locks().await.err()),
+            ("leaks", monitor.leaks(age).await.err()),
+            ("health", monitor.health().await.err()),
+            ("resolver", resolver.run().await.err()),
+            (
+                "preflight",
+                schema.preflight("ALTER TABLE t ADD y int").await.err(),
+            ),
+            (
+                "dry run",
+                schema.dry_run("ALTER TABLE t ADD y int").await.err(),
+            ),
+            ("index", schema.create_index("t", ["n"]).await.err()),
+        ] {
+            let error = answer.expect(what);
+            let text = format!("(SQLSTATE 42501), for want of {GRANT}");
+            assert_error_in(what, &error, ErrorKind::Database, &text);
+        }
+        monitor.activity().await.unwrap();
+        for sql in ["ALTER TABLE t ADD x int", "ALTER TABLE t DROP x"] {
+            schema.change(sql).run().await.unwrap();
+        }
+        schema.drop_index("t_n_idx").run().await.unwrap();
+        let once = schema.migrate_once("m", async |_| Ok::<_, Error>(()));
+        once.await.unwrap();
+        let settings = monitor.settings().await.unwrap();
+        let finding = settings.finding(SettingsFindingKind::ReadLocks).unwrap();
+        assert_eq!(finding.value(), format!("not to be read by \"{role}\""));
+        let grant = format!("GRANT SELECT ON pg_catalog.pg_locks TO \"{role}\"");
+        assert_eq!(finding.statement(), Some(&*grant));
     }
-    panic!("shown");
+    restricted.end().await;
+}
+
+/// A COMMIT whose answer is lost is looked up all the same, while the server has not been started again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_commit_is_found_out() {
+    for side_too in [false, true] {
+        let restricted = Restricted::new(&[CONTROL], 2).await;
+        let (scene, role) = (&restricted.scene, &restricted.role);
+        let mut direct = scene.database.config();
+        let proxy = Proxy::before(scene.database.server());
+        // The role that asks lacks the right, or the one that has committed does, or both.
+        let side = {
+            let mut side = direct.clone();
+            side.user(role);
+            side
+        };
+        if side_too {
+            direct.user(role);
+        }
+        let pool = proxy.pool(&direct, 2);
+        let keeper = Keeper::builder(pool.clone())
+            .side_connection(side, NoTls)
+            .build();
+        for (cut, runs) in [(Fault::CutBefore, 2), (Fault::CutAnswer, 1)] {
+            proxy.fault("COMMIT", cut);
+            let ran = AtomicU32::new(0);
+            let resolving = TransactionOptions::new().resolve_commit();
+            let answer = keeper.transaction_with(resolving, async |tx| {
+                ran.fetch_add(1, Ordering::Relaxed);
+                count_up(tx).await
+            });
+            answer.await.unwrap();
+            assert_eq!(ran.load(Ordering::Relaxed), runs, "{side_too}");
+        }
+        assert!(scene.is_true("n = 2 FROM t WHERE id = 1").await);
+        pool.close();
+        restricted.end().await;
+    }
+}
+
+/// After a restart it is not known whether it is the same server, so the outcome stays unknown.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_commit_stays_unknown_after_a_restart() {
+    let server = tokio::task::block_in_place(|| Server::start(&[]).unwrap());
+    let database = server.database().await;
+    let observer = database.connect().await;
+    let sql = format!(
+        "CREATE TABLE t (id int, n int); INSERT INTO t VALUES (1, 0); \
+         CREATE ROLE blind LOGIN; GRANT ALL ON t TO blind; {CONTROL}"
+    );
+    observer.batch_execute(&sql).await.unwrap();
+    let mut direct = database.config();
+    direct.user("blind");
+    let proxy = Proxy::before(&server);
+    let keeper = Keeper::new(proxy.pool(&direct, 2));
+    proxy.fault("COMMIT", Fault::CutAnswer);
+    let resolving = TransactionOptions::new().resolve_commit();
+    let section = keeper.transaction_with(resolving, async |tx| {
+        count_up(tx).await?;
+        // What is asked afterwards has to wait until the server is back.
+        proxy.refuse(true);
+        Ok::<_, Error>(())
+    });
+    let (answer, ()) = tokio::join!(section, async {
+        eventually("COMMIT is not run", async || {
+            let sql = "SELECT n FROM t";
+            observer.query_one(sql, &[]).await.unwrap().get::<_, i32>(0) == 1
+        })
+        .await;
+        tokio::task::block_in_place(|| server.restart());
+        proxy.refuse(false);
+    });
+    let error = answer.unwrap_err();
+    assert_error_in(
+        "restarted",
+        &error,
+        ErrorKind::CommitUnknown,
+        "for want of GRANT EXECUTE ON FUNCTION pg_control_system()",
+    );
 }
