@@ -122,7 +122,7 @@ impl Error {
     }
 
     /// Who held the lock, or queued for it ahead of us, when it was last refused. Empty where nobody did any more, or
-    /// where it could not be asked.
+    /// where it could not be asked: by a role without SELECT on `pg_locks`, among others.
     #[must_use]
     pub fn blockers(&self) -> &[Blocker] {
         &self.0.blockers
@@ -194,8 +194,11 @@ impl fmt::Display for Error {
         if inner.attempts > 1 {
             write!(f, ", {} attempts", inner.attempts)?;
         }
-        if let Some(code) = self.sqlstate() {
-            write!(f, " (SQLSTATE {})", code.code())?;
+        if let Some(error) = self.as_db_error() {
+            write!(f, " (SQLSTATE {})", error.code().code())?;
+            if let Some(grant) = missing_grant(error) {
+                write!(f, ", for want of {grant}")?;
+            }
         }
         Ok(())
     }
@@ -473,6 +476,39 @@ pub(crate) fn is_undefined_function(error: &tokio_postgres::Error) -> bool {
 /// Whether the server cannot do at all what was asked.
 pub(crate) fn is_not_supported(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)
+}
+
+/// Whether the role lacks the right to what was asked.
+pub(crate) fn is_insufficient_privilege(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
+}
+
+/// What lets a role know who holds which lock, and who waits.
+pub(crate) const READ_LOCKS: &str = "GRANT SELECT ON pg_locks";
+
+/// What this crate reads that is every role's by default, and how a role is given it back, in each database by itself.
+const GRANTS: [(&str, &str); 4] = [
+    ("pg_locks", READ_LOCKS),
+    (
+        "pg_control_system",
+        "GRANT EXECUTE ON FUNCTION pg_control_system()",
+    ),
+    ("pg_stat_activity", "GRANT SELECT ON pg_stat_activity"),
+    ("pg_prepared_xacts", "GRANT SELECT ON pg_prepared_xacts"),
+];
+
+/// The right that the role lacks, if it is one of those. The server's message is translated, but not the name in it.
+fn missing_grant(error: &DbError) -> Option<&'static str> {
+    if *error.code() != SqlState::INSUFFICIENT_PRIVILEGE {
+        return None;
+    }
+    let mut words = error
+        .message()
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.find_map(|word| {
+        let grant = GRANTS.iter().find(|(name, _)| *name == word)?;
+        Some(grant.1)
+    })
 }
 
 /// Whether something of that name is there already: the server has found it, or another session has won the race for its

@@ -446,7 +446,7 @@ impl KeeperBuilder {
     ///
     /// Without it cancel requests go unencrypted, as libpq's did before version 17; with `sslmode=require`, which refuses
     /// that, and for whatever else needs a query, a connection of the pool is borrowed, if there is a free one. Give it where the server is reached through TLS only, or through a pooler, in whose stead
-    /// it should name the server itself.
+    /// it should name the server itself. Over TCP, call [`tcp_timeouts`](crate::tcp_timeouts) on its `Config`.
     pub fn side_connection<T>(mut self, config: Config, tls: T) -> Self
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,

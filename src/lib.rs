@@ -49,6 +49,7 @@
 //! | be told of leaked locks and of sessions idle in the way of others | [`Keeper::watchdog`], [`watchdog`] |
 //! | change a schema without keeping others waiting, and know beforehand who is in the way | [`Keeper::schema`], [`Schema`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
+//! | have a dead network noticed | [`tcp_timeouts`], [`KeeperBuilder::longest_silence`] |
 //!
 //! # Features
 //!
@@ -89,12 +90,19 @@
 //! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
 //!   ([`ErrorKind::ReadOnlyServer`]).
 //! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
-//!   drops packets silently is noticed only by TCP keepalives. Work on the guard's own connection fails with it.
+//!   drops packets silently is noticed only as soon as [`tcp_timeouts`] says. Work on the guard's own connection fails with it.
 //! - A process that is killed while a long statement of it runs keeps its locks until the server notices, which is at that
 //!   statement's end, or earlier where `client_connection_check_interval` is set.
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
 //! - There is no first come, first served beyond one process: a wait in slices goes to the end of the server's queue
 //!   with each slice, half a second by default.
+//! - What is found out about a server or a pooler counts for a minute. A pooler that is switched from session to
+//!   transaction mode is gone through with session locks for as long, and for longer while no second connection is to be
+//!   had to examine it with.
+//! - A role without SELECT on `pg_locks`, which every role has by default, can use all locks. Three things are missing
+//!   then: errors name no blockers, and there are no incidents of waits; locks in great numbers are compared with the whole
+//!   lock table, not with what is free in it; and of an engine that is not PostgreSQL it is checked whether it counts
+//!   session locks, not whether its transaction locks do anything. What else cannot be done says which right is missing.
 //! - Needs PostgreSQL 14 or later, and a Tokio runtime with timers and I/O.
 //!
 //! # Logging
@@ -149,7 +157,7 @@ pub use backfill::{
 };
 pub use blocker::Blocker;
 pub use call_site::CallSite;
-pub use connection::ToStatement;
+pub use connection::{ToStatement, tcp_timeouts};
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
 #[cfg(feature = "incidents")]

@@ -6,11 +6,11 @@ use super::preconditions::check_locking;
 use super::wait_queue::{QueuedWaiter, Turn, places};
 use super::{Advisory, LockRequest, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
-use crate::connection::sql::server::{self, Server};
+use crate::connection::sql::server::{self, Denied, Server};
 use crate::connection::sql::{PreparedName, Probe};
 use crate::connection::{LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify, is_not_supported};
+use crate::error::{Error, ErrorKind, Failure, READ_LOCKS, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, is_true, rows};
 use crate::transaction::Tx;
@@ -279,13 +279,8 @@ impl Advisory {
         tried: &TryLockRow,
         statement: Option<PreparedName>,
     ) {
-        let lasting = !matches!(
-            tried.verdict,
-            TryLockOutcome::Standby | TryLockOutcome::Dirty
-        );
-        let server = tried.server.as_ref().filter(|_| lasting);
         let cache = self.connections.cache();
-        cache.learn_reply(session, probe, statement, tried.pid, server);
+        cache.learn_reply(session, probe, statement, tried.pid, tried.server.as_ref());
     }
 
     /// The server that has answered, by its own word or by what is remembered of the connection.
@@ -393,7 +388,7 @@ impl Advisory {
             .await
         {
             Ok(session) => self.final_try(session, request, deadline, false).await,
-            Err(_) => Err(timed_out(&request, deadline)),
+            Err(_) => Err(timed_out_unseen(&request, deadline)),
         }
     }
 
@@ -405,7 +400,9 @@ impl Advisory {
         deadline: &Deadline,
         in_transaction: bool,
     ) -> Result<Tx, Error> {
-        let sql = sql::begin_and_find_blockers(&request.begin, request.locks(), in_transaction);
+        let denied = session.denied();
+        let sql =
+            sql::begin_and_find_blockers(&request.begin, request.locks(), in_transaction, denied);
         let (mut session, reply) = self
             .send(session, sql, OnAbandon::rollback(), deadline, &request)
             .await?;
@@ -420,8 +417,7 @@ impl Advisory {
             }
             Some(tried) if tried.verdict == TryLockOutcome::Snapshot => {
                 end_granted(session, &request, deadline).await?;
-                let blockers = sql::blockers::blockers(&reply, request.mode());
-                let error = timed_out(&request, deadline).with_blockers(blockers);
+                let error = timed_out(&request, deadline, &reply, denied);
                 self.try_before_snapshot(request, deadline)
                     .await?
                     .ok_or(error)
@@ -432,8 +428,7 @@ impl Advisory {
             }
             _ => {
                 end(session).await;
-                let blockers = sql::blockers::blockers(&reply, request.mode());
-                let error = timed_out(&request, deadline).with_blockers(blockers);
+                let error = timed_out(&request, deadline, &reply, denied);
                 tracing::debug!(%error, "advisory lock timed out");
                 Err(error)
             }
@@ -580,7 +575,24 @@ pub(super) fn standby(request: &LockRequest) -> Error {
     )
 }
 
-pub(super) fn timed_out(request: &LockRequest, deadline: &Deadline) -> Error {
+/// The end of a wait, with the blockers that the reply to the last look shows, or with why it shows none.
+pub(super) fn timed_out(
+    request: &LockRequest,
+    deadline: &Deadline,
+    reply: &Reply,
+    denied: Denied,
+) -> Error {
+    let error = timed_out_unseen(request, deadline);
+    if denied.pg_locks {
+        return error.with_detail(format!(
+            "who holds it is not known, for want of {READ_LOCKS}"
+        ));
+    }
+    error.with_blockers(sql::blockers::blockers(reply, request.mode()))
+}
+
+/// The same where there was no last look.
+pub(super) fn timed_out_unseen(request: &LockRequest, deadline: &Deadline) -> Error {
     request
         .error(ErrorKind::LockTimeout)
         .with_waited(deadline.waited())
@@ -596,7 +608,7 @@ pub(super) fn late(
 ) -> Error {
     let has_waited = waiter.is_some_and(|waiter| waiter.has_waited);
     if has_waited && error.kind() == ErrorKind::Pool && deadline.has_passed() {
-        timed_out(request, deadline).with_source(error)
+        timed_out_unseen(request, deadline).with_source(error)
     } else {
         error
     }

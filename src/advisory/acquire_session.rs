@@ -2,12 +2,14 @@
 
 use tokio::runtime::Handle;
 
-use super::acquire::{FINAL_TRY_AFTER_QUEUE, end, late, no_answer, slice, standby, timed_out};
+use super::acquire::{
+    FINAL_TRY_AFTER_QUEUE, end, late, no_answer, slice, standby, timed_out, timed_out_unseen,
+};
 use super::preconditions::check_locking;
 use super::wait_queue::{Heir, QueuedWaiter, Turn};
 use super::{Advisory, LockRequest, SessionGuard, sql};
 use crate::advisory::sql::{Locks, Names, TryLockOutcome, TryLockRow};
-use crate::connection::sql::Probe;
+use crate::connection::sql::{Probe, Refusal};
 use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
@@ -196,16 +198,12 @@ impl Advisory {
         deadline: &Deadline,
         named: bool,
     ) -> Result<(Session, TryLockRow), Error> {
-        let mut through_pooler = false;
         loop {
-            let (session, tried) = self
-                .try_on_some_session(request, deadline, named, through_pooler)
-                .await?;
+            let (session, tried) = self.try_on_some_session(request, deadline, named).await?;
             match tried.verdict {
                 TryLockOutcome::Granted | TryLockOutcome::Busy => return Ok((session, tried)),
                 TryLockOutcome::Pooled => {
-                    self.check_pooler(&session, &request.keys()[0]).await?;
-                    through_pooler = true;
+                    self.examine(&session, &tried, request).await?;
                     session.return_to_pool();
                 }
                 _ => {
@@ -221,15 +219,12 @@ impl Advisory {
         request: &LockRequest,
         deadline: &Deadline,
         named: bool,
-        through_pooler: bool,
     ) -> Result<(Session, TryLockRow), Error> {
         let names = names(request, named);
         // The text depends on the connection's own pid, so it is made for each.
         let text = |session: &Session| {
             let probe = match self.probe(session, request.locks().prepared_name(true)) {
-                Probe::Full { .. } if !through_pooler => Probe::Full {
-                    login_pid: session.login_pid(),
-                },
+                Probe::Full(_) => Probe::Full(self.refused_poolers(session)),
                 // What is prepared sets the holder's name.
                 Probe::Prepare(_) | Probe::Execute(_) if names.holding.is_none() => Probe::Minimal,
                 probe => probe,
@@ -250,6 +245,32 @@ impl Advisory {
             request.locks().prepared_name(true),
         );
         Ok((session, tried))
+    }
+
+    /// What a `try` on this connection is to refuse.
+    fn refused_poolers(&self, session: &Session) -> Refusal {
+        session
+            .login_pid()
+            .map_or(Refusal::None, |login_pid| Refusal::Pooled {
+                login_pid,
+                but_before: self.connections.capabilities().session_servers(),
+            })
+    }
+
+    /// Whether the pooler may be gone through that a `try` was refused behind.
+    async fn examine(
+        &self,
+        session: &Session,
+        tried: &TryLockRow,
+        request: &LockRequest,
+    ) -> Result<(), Error> {
+        let key = &request.keys()[0];
+        match &tried.server {
+            Some(server) => self.check_pooler(session, &server.identity, key).await,
+            None => Err(request
+                .error(ErrorKind::Database)
+                .with_detail("no answer to a lock request")),
+        }
     }
 
     /// Waits at the server, a slice at a time: until the locks are granted, which is said, the deadline has passed, or others
@@ -314,7 +335,7 @@ impl Advisory {
             }
             Err(_) => Err(self
                 .refused_by_pooler(&request.keys()[0])
-                .unwrap_or_else(|| timed_out(&request, deadline))),
+                .unwrap_or_else(|| timed_out_unseen(&request, deadline))),
         }
     }
 
@@ -328,17 +349,18 @@ impl Advisory {
         after_timeout: bool,
     ) -> Result<Locked, Error> {
         // A wait was let through a pooler only if it keeps sessions; a first look may not have been examined.
-        let keeps_sessions = self.connections.capabilities().keeps_sessions() == Some(true);
-        let login_pid = if after_timeout || keeps_sessions {
-            None
+        let refusal = if after_timeout {
+            Refusal::None
         } else {
-            session.login_pid()
+            self.refused_poolers(&session)
         };
+        let denied = session.denied();
         let sql = sql::try_session_and_find_blockers(
             request.locks(),
             names(&request, named),
-            &Probe::Full { login_pid },
+            &Probe::Full(refusal),
             after_timeout,
+            denied,
         );
         let (mut session, reply) = self
             .send(session, sql, undo_try(&request), deadline, &request)
@@ -350,7 +372,7 @@ impl Advisory {
             }
             // Not examined in this call: what matters is not who is in the way, but that nothing can be had through it.
             Some(tried) if tried.verdict == TryLockOutcome::Pooled => {
-                self.check_pooler(&session, &request.keys()[0]).await?;
+                self.examine(&session, &tried, &request).await?;
                 let again = self.final_session_try(session, request, deadline, named, false);
                 Box::pin(again).await
             }
@@ -359,8 +381,7 @@ impl Advisory {
                 if found.is_some_and(|tried| tried.verdict == TryLockOutcome::Busy) {
                     session.return_to_pool();
                 }
-                let blockers = sql::blockers::blockers(&reply, request.mode());
-                let error = timed_out(&request, deadline).with_blockers(blockers);
+                let error = timed_out(&request, deadline, &reply, denied);
                 tracing::debug!(%error, "session lock timed out");
                 Err(error)
             }
@@ -399,11 +420,10 @@ fn undo_try(request: &LockRequest) -> OnAbandon {
         if tried.verdict == TryLockOutcome::Dirty {
             return AfterReply::Close;
         }
-        let mut sql = sql::unlock_if_held(Locks { keys: &keys, mode });
-        if renamed {
-            sql.push_str("; ");
-            sql.push_str(&sql::set_application_name(&tried.application_name));
+        if !tried.granted {
+            return AfterReply::ReturnToPool;
         }
-        AfterReply::Send(sql)
+        let name = renamed.then_some(tried.application_name.as_str());
+        AfterReply::Send(sql::unlock(Locks { keys: &keys, mode }, name))
     }))
 }

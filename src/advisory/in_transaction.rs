@@ -187,7 +187,7 @@ type Busy<'a> = (&'a mut Tx, LockRequest, Option<Server>, Timeouts);
 
 async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'_>>, Error> {
     if is_worth_counting(request.keys()) {
-        check_capacity_on(tx.session(), request.keys()).await?;
+        check_capacity_on(tx.session(), request.keys(), true).await?;
     }
     let several = request.keys().len() > 1;
     let sql = if several {
@@ -273,16 +273,18 @@ async fn wait(
         }
         after_timeout = true;
     }
+    let denied = server.map_or_else(|| tx.session().denied(), |server| server.denied);
     if !after_timeout {
         // No wait at all: only the savepoint that is gone back to below.
         tx.session().message(sql::MARK).await?;
     }
     let reply = tx
         .session()
-        .message(&sql::undo_wait_at_savepoint(request.locks()))
+        .message(&sql::undo_wait_at_savepoint(request.locks(), denied))
         .await?;
-    let blockers = sql::blockers::blockers(&reply, request.mode());
-    Err(super::acquire::timed_out(&request, deadline).with_blockers(blockers))
+    Err(super::acquire::timed_out(
+        &request, deadline, &reply, denied,
+    ))
 }
 
 fn hold(tx: &mut Tx, request: LockRequest) {

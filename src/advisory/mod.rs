@@ -17,6 +17,9 @@ mod sql;
 mod wait_queue;
 mod xact_guard;
 
+#[cfg(test)]
+mod found_out_again;
+
 use std::sync::Arc;
 
 pub use in_transaction::TxAdvisoryLock;

@@ -1,4 +1,4 @@
-//! Whether the server is one on which advisory locks mean what they say. Asked once for a server.
+//! Whether the server is one on which advisory locks mean what they say. Asked of each server now and then.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use tokio_postgres::IsolationLevel;
 
 use super::{Advisory, sql};
 use crate::advisory::sql::{Locks, TryLockOutcome};
-use crate::connection::sql::Probe;
 use crate::connection::sql::server::{self, Server};
+use crate::connection::sql::{Probe, Refusal};
 use crate::connection::{Checkout, Connections, LockScope, OnAbandon, Session};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, is_insufficient_privilege};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{is_true, rows};
@@ -26,9 +26,10 @@ const WORTH_COUNTING: usize = 128;
 /// How often two sessions are compared before they count as kept apart.
 const COMPARISONS: usize = 3;
 
-/// Checks, the first time on a server, that the locks just granted to `session` are there.
+/// Checks, where that is not known of the server or was long ago, that the locks just granted to `session` are there.
 ///
-/// An engine whose lock functions do nothing shows nothing in `pg_locks`. One that locks and does not show it is told
+/// An engine whose lock functions do nothing shows nothing in `pg_locks`, and does not count locks, which is looked at
+/// where the role may not read that. One that locks and does not show it is told
 /// apart by a second session, which must be refused what the first one holds.
 ///
 /// # Errors
@@ -44,9 +45,15 @@ pub(super) async fn check_locking(
     if capabilities.locks(scope, &server.identity) {
         return Ok(());
     }
-    let reply = session.message(&sql::shown_in_pg_locks(locks)).await?;
-    let shown = rows(&reply).any(|row| is_true(row, "shown"));
-    if !shown && !excludes_a_second(session.connections(), locks.keys).await? {
+    let shown = if session.denied().pg_locks {
+        sql::are_counted(locks, scope)
+    } else {
+        sql::shown_in_pg_locks(locks)
+    };
+    let reply = session.message(&shown).await?;
+    if !rows(&reply).any(|row| is_true(row, "shown"))
+        && !excludes_a_second(session.connections(), locks.keys).await?
+    {
         return Err(Error::new(ErrorKind::NoAdvisoryLocks)
             .with_key(&locks.keys[0])
             .with_detail(
@@ -64,7 +71,8 @@ async fn excludes_a_second(
     connections: &Arc<Connections>,
     keys: &[LockKey],
 ) -> Result<bool, Error> {
-    let Ok(second) = connections.check_out(&Deadline::after(SECOND)).await else {
+    let second = Deadline::after(SECOND);
+    let Ok(second) = connections.check_out_beyond(&second).await else {
         return Ok(false);
     };
     let locks = Locks {
@@ -76,7 +84,7 @@ async fn excludes_a_second(
         isolation: Some(IsolationLevel::ReadCommitted),
         ..transaction::sql::Begin::default()
     };
-    let sql = sql::begin_and_try(&begin, locks, &Probe::Full { login_pid: None });
+    let sql = sql::begin_and_try(&begin, locks, &Probe::Full(Refusal::None));
     let request = second.send(sql, OnAbandon::rollback());
     let Some((second, answer)) = request.answered().await else {
         return Ok(false);
@@ -95,18 +103,27 @@ impl Advisory {
     /// Two clients that are both open, and are both served by one backend, prove that the pooler gives a server session
     /// to whoever has a statement to run; so does one client that is served by two backends.
     ///
+    /// A finding that is too old and cannot be examined again counts once more where it allows them: guards that fill the
+    /// pooler would else forbid any other.
+    ///
     /// # Errors
     /// `TransactionPooler`, where that is proven, and where there is no second connection to find out with.
-    pub(super) async fn check_pooler(&self, session: &Session, key: &LockKey) -> Result<(), Error> {
+    pub(super) async fn check_pooler(
+        &self,
+        session: &Session,
+        server: &Arc<str>,
+        key: &LockKey,
+    ) -> Result<(), Error> {
         let capabilities = self.connections.capabilities();
-        let keeps = match capabilities.keeps_sessions() {
+        let keeps = match capabilities.keeps_sessions(server) {
             Some(keeps) => keeps,
             None => {
-                let keeps = self
-                    .pooler_keeps_sessions(session)
-                    .await
-                    .map_err(|error| error.with_key(key))?;
-                capabilities.learn_keeps_sessions(keeps);
+                let keeps = match self.pooler_keeps_sessions(session).await {
+                    Ok(keeps) => keeps,
+                    Err(_) if capabilities.kept_sessions(server) == Some(true) => true,
+                    Err(error) => return Err(error.with_key(key)),
+                };
+                capabilities.learn_keeps_sessions(server, keeps);
                 keeps
             }
         };
@@ -118,8 +135,8 @@ impl Advisory {
 
     /// The error of a session lock where the pooler is known not to keep one server session for each client.
     pub(super) fn refused_by_pooler(&self, key: &LockKey) -> Option<Error> {
-        let keeps = self.connections.capabilities().keeps_sessions();
-        (keeps == Some(false)).then(|| refused(key))
+        let keep = self.connections.capabilities().all_keep_sessions();
+        (keep == Some(false)).then(|| refused(key))
     }
 
     async fn pooler_keeps_sessions(&self, first: &Session) -> Result<bool, Error> {
@@ -128,7 +145,8 @@ impl Advisory {
             Ok::<_, Error>(server::backend_pid(&reply))
         };
         for _ in 0..COMPARISONS {
-            let Ok(second) = self.connections.check_out(&Deadline::after(SECOND)).await else {
+            let second = Deadline::after(SECOND);
+            let Ok(second) = self.connections.check_out_beyond(&second).await else {
                 return Err(undetermined());
             };
             // A pooler that takes its backends in turn gives another one to the next statement.
@@ -183,7 +201,7 @@ impl Advisory {
         let mut checkout = Checkout::new(&self.connections, deadline);
         loop {
             let (session, _) = checkout.next().await?;
-            match check_capacity_on(&session, keys).await {
+            match check_capacity_on(&session, keys, false).await {
                 Err(error) if error.kind() == ErrorKind::ConnectionLost => {
                     checkout.replace(error)?;
                 }
@@ -202,26 +220,46 @@ pub(super) fn is_worth_counting(keys: &[LockKey]) -> bool {
     keys.len() >= WORTH_COUNTING
 }
 
-/// Compares a set of locks with what is free in the lock table.
+/// Compares a set of locks with what is free in the lock table; with all of it where the role may not know what is taken.
 ///
 /// # Errors
 /// `OutOfLocks`, and the connection's.
-pub(super) async fn check_capacity_on(session: &Session, keys: &[LockKey]) -> Result<(), Error> {
-    let reply = session.message(server::LOCK_TABLE).await?;
+pub(super) async fn check_capacity_on(
+    session: &Session,
+    keys: &[LockKey],
+    in_transaction: bool,
+) -> Result<(), Error> {
+    let mut denied = session.denied();
+    let reply = loop {
+        let answer = session.message(&server::lock_table_query(denied)).await;
+        match answer.map_err(Error::from) {
+            // Not known of a role's first connection. Outside a transaction, nothing is lost by it.
+            Err(error)
+                if !denied.pg_locks && !in_transaction && is_insufficient_privilege(&error) =>
+            {
+                denied.pg_locks = true;
+            }
+            answer => break answer?,
+        }
+    };
     let Some(table) = server::lock_table(&reply) else {
         return Ok(());
     };
     let wanted = u64::try_from(keys.len()).unwrap_or(u64::MAX);
-    if table.taken.saturating_add(wanted) <= table.capacity {
+    if table.taken.unwrap_or_default().saturating_add(wanted) <= table.capacity {
         return Ok(());
     }
+    let taken = table.taken.map_or_else(
+        || "in".to_owned(),
+        |taken| format!("beside the {taken} that are taken in"),
+    );
     Err(Error::new(ErrorKind::OutOfLocks)
         .with_key(&keys[0])
         .with_detail(format!(
-            "{wanted} locks do not fit beside the {} that are taken in the server's lock table, which is made for {} \
+            "{wanted} locks do not fit {taken} the server's lock table, which is made for {} \
              (max_locks_per_transaction × (max_connections + max_prepared_transactions)); lock fewer keys, for \
              instance one for the whole set, or raise max_locks_per_transaction",
-            table.taken, table.capacity
+            table.capacity
         )))
 }
 

@@ -131,8 +131,8 @@ impl SessionGuard {
     /// Whether the connection has ended, and the locks with it. Costs nothing, and sends nothing.
     ///
     /// A server that ends the connection is noticed at once. A server that vanishes without a word (a power cut, a
-    /// network that drops packets) is noticed when the operating system gives the connection up: set TCP keepalives in
-    /// the pool's `tokio_postgres::Config`.
+    /// network that drops packets) is noticed when the operating system gives the connection up: call
+    /// [`tcp_timeouts`](crate::tcp_timeouts) on the pool's `Config`.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.session.as_ref().is_none_or(Session::is_closed)
@@ -254,8 +254,8 @@ impl SessionGuard {
     /// a COMMIT whose answer is lost is looked up.
     ///
     /// It is run once, not retried, whatever the options say of attempts, and under no conflict group: `Ok` commits, `Err`
-    /// rolls back. The locks stay held either way. COMMIT is run only if `pg_locks` shows that the connection still holds
-    /// them.
+    /// rolls back. The locks stay held either way. COMMIT is run only if the connection still holds them, by the
+    /// server's word in the same message.
     ///
     /// # Errors
     /// The closure's own; an [`Error`], with the guard's first key, where the transaction cannot begin or commit:

@@ -4,11 +4,14 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::Instant as Birth;
+
+use tokio::time::Instant;
 
 use super::Session;
+use super::server_capabilities::AGE;
 use crate::connection::sql::server::Server;
-use crate::connection::sql::{PreparedName, Probe};
+use crate::connection::sql::{PreparedName, Probe, Refusal};
 use crate::error::Failure;
 
 /// Connections remembered at most: pools are smaller, but their connections come and go.
@@ -25,7 +28,7 @@ pub(crate) struct ConnectionCache {
 #[derive(Debug)]
 struct Connections {
     // By the time the pool opened them, which tells them apart.
-    by_birth: HashMap<Instant, Connection>,
+    by_birth: HashMap<Birth, Connection>,
     /// In the names of statements: unlike that of any other keeper, or of those forgotten.
     owner: String,
 }
@@ -33,6 +36,7 @@ struct Connections {
 #[derive(Debug)]
 struct Connection {
     server: Server,
+    learnt: Instant,
     prepared: HashMap<PreparedName, Preparing>,
 }
 
@@ -67,13 +71,16 @@ impl Default for ConnectionCache {
 }
 
 impl ConnectionCache {
-    /// What is to be asked on this connection, and how.
+    /// What is to be asked on this connection, and how: everything where that was long ago.
     pub(crate) fn probe(&self, session: &Session, statement: Option<PreparedName>) -> Probe {
         let mut connections = self.lock();
         let Connections { by_birth, owner } = &mut *connections;
         let Some(connection) = by_birth.get_mut(&session.created()) else {
-            return Probe::Full { login_pid: None };
+            return Probe::Full(Refusal::None);
         };
+        if connection.learnt.elapsed() >= AGE {
+            return Probe::Full(Refusal::None);
+        }
         match statement {
             Some(statement) if self.prepares.load(Ordering::Relaxed) => {
                 let preparing = connection.prepared.entry(statement).or_default();
@@ -112,23 +119,32 @@ impl ConnectionCache {
         }
     }
 
-    /// Remembers the server behind a connection, if that is direct: behind a pooler there may be another the next time.
+    /// Remembers the server behind a connection, if that is direct: behind a pooler there may be another the next time. Not
+    /// a standby, which may be promoted.
     fn learn(&self, session: &Session, pid: i32, server: &Server) {
-        if session.login_pid() != Some(pid) {
+        session
+            .connections()
+            .capabilities()
+            .learn_denied(server.denied);
+        if server.is_standby || session.login_pid() != Some(pid) {
             return;
         }
+        let (server, learnt) = (server.clone(), Instant::now());
         let mut connections = self.lock();
+        if let Some(connection) = connections.by_birth.get_mut(&session.created()) {
+            (connection.server, connection.learnt) = (server, learnt);
+            return;
+        }
         if connections.by_birth.len() >= MOST {
             connections.by_birth.clear();
             connections.owner = owner();
         }
-        connections.by_birth.insert(
-            session.created(),
-            Connection {
-                server: server.clone(),
-                prepared: HashMap::new(),
-            },
-        );
+        let connection = Connection {
+            server,
+            learnt,
+            prepared: HashMap::new(),
+        };
+        connections.by_birth.insert(session.created(), connection);
     }
 
     /// Remembers what the reply to a probe says: that the statement is prepared, and which server it is.

@@ -22,6 +22,7 @@ pub(crate) mod sql;
 mod state;
 #[cfg(feature = "incidents")]
 pub(crate) mod task;
+mod tcp_timeouts;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,6 +35,7 @@ use tokio_postgres::error::DbError;
 use tokio_postgres::{SimpleQueryMessage, Statement};
 
 use crate::call_site::CallSite;
+use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
 use crate::postgres::statement::{transaction_end, unlocks_all};
@@ -55,6 +57,7 @@ pub(crate) use side_connection::{SideConfig, SideConnection};
 use silence::closed;
 pub(crate) use state::UntilClean;
 use state::{Clean, ConnectionState};
+pub use tcp_timeouts::tcp_timeouts;
 
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
@@ -192,6 +195,15 @@ impl Session {
     /// Where the connection comes from.
     pub(crate) fn connections(&self) -> &Arc<Connections> {
         &self.connections
+    }
+
+    /// What its role may not read, as far as that is known.
+    pub(crate) fn denied(&self) -> Denied {
+        let known = self.connections.cache().server(self);
+        known.map_or_else(
+            || self.connections.capabilities().denied(),
+            |server| server.denied,
+        )
     }
 
     /// The backend's pid by its own word; `None` before it was asked.

@@ -118,7 +118,7 @@ impl Connections {
         status.waiting > 0 && status.size >= status.max_size
     }
 
-    pub(super) fn side(&self) -> Option<&SideConnection> {
+    pub(crate) fn side(&self) -> Option<&SideConnection> {
         self.side.as_ref()
     }
 
@@ -281,11 +281,20 @@ impl Connections {
                 answer => return answer,
             }
         }
-        // A pool whose connections are all busy, with long statements perhaps, may open one more for the question.
-        let extended = self.extend();
-        let session = self.check_out(&Deadline::after(patience)).await?;
-        drop(extended);
+        // The pool's connections may all be busy, with long statements perhaps.
+        let session = self.check_out_beyond(&Deadline::after(patience)).await?;
         ask_on(session, patience, sql).await
+    }
+
+    /// As [`check_out`](Self::check_out), from a pool that may open one connection more where all are in use.
+    pub(crate) async fn check_out_beyond(
+        self: &Arc<Self>,
+        deadline: &Deadline,
+    ) -> Result<Session, Error> {
+        let extended = self.extend();
+        let session = self.check_out(deadline).await;
+        drop(extended);
+        session
     }
 
     /// Lets the pool open one connection more where all are in use, until this is dropped. What is returned while the pool

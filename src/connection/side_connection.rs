@@ -87,6 +87,8 @@ pub(crate) struct SideConnection {
     clients: Mutex<Clients>,
     /// Tells of a connection that is not in use any more.
     returned: Notify,
+    #[cfg(feature = "monitor")]
+    missing_tcp_timeouts: Option<String>,
 }
 
 #[derive(Default)]
@@ -109,11 +111,19 @@ impl SideConnection {
             .config
             .application_name(crate::connection::sql::server::SIDE_NAME);
         Self {
+            #[cfg(feature = "monitor")]
+            missing_tcp_timeouts: super::tcp_timeouts::missing_tcp_timeouts(&connection.config),
             connect: Box::new(connection),
             turns: Default::default(),
             clients: Mutex::default(),
             returned: Notify::new(),
         }
+    }
+
+    /// What its configuration lacks to find a dead peer.
+    #[cfg(feature = "monitor")]
+    pub(crate) fn missing_tcp_timeouts(&self) -> Option<&str> {
+        self.missing_tcp_timeouts.as_deref()
     }
 
     pub(super) async fn cancel(&self, token: &CancelToken) -> Result<(), tokio_postgres::Error> {

@@ -1,7 +1,7 @@
 //! What to do about a server that does not answer.
 //!
 //! The kernel does not help: it sends no TCP keepalives while data is unacknowledged, and `tcp_user_timeout` alone does not
-//! wake a connection on which nothing is sent. So each wait for an answer is bounded here. A connection that was silent for
+//! wake a connection on which nothing is sent ([`tcp_timeouts`](super::tcp_timeouts) sets both). So each wait for an answer is bounded here. A connection that was silent for
 //! too long counts as lost: its statements end with the driver's error for a closed connection, and its session never goes
 //! back to the pool.
 

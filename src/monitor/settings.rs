@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::{settings_check, unreadable};
 use crate::connection::sql::server::{BACKEND_PID, backend_pid};
-use crate::connection::{Checkout, Connections, Session};
+use crate::connection::{Checkout, Connections, Session, SideConnection};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, is_insufficient_privilege};
 use crate::monitor::sql::settings::{self as sql, PoolSession, SettingRow};
 
 /// How long to wait for a connection of the pool.
@@ -101,7 +101,8 @@ impl SettingsFinding {
         severity: Severity;
     }
 
-    /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`.
+    /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`,
+    /// `side connection`.
     #[must_use]
     pub fn name(&self) -> &str {
         self.name
@@ -169,6 +170,8 @@ pub enum SettingsFindingKind {
     MaxLocksPerTransaction,
     /// The sessions of other roles are not fully visible to the role that monitors.
     ReadAllStats,
+    /// The role that monitors may not read `pg_locks`, which every role may by default.
+    ReadLocks,
     /// The role that monitors may not cancel or terminate the sessions of other roles.
     SignalBackend,
     /// A pooler stands between the pool and the server: the backend's process id differs from the one announced at
@@ -176,6 +179,9 @@ pub enum SettingsFindingKind {
     Pooler,
     /// The pool is connected to a standby.
     Standby,
+    /// The side connection goes over TCP, and finds out late, or never, that its server is dead: see
+    /// [`tcp_timeouts`](crate::tcp_timeouts). The pool's own configuration is not to be seen.
+    TcpTimeouts,
 }
 
 /// How much a [`SettingsFinding`] matters.
@@ -240,11 +246,18 @@ pub(super) enum Pooler {
 
 /// Reads the settings and privileges, and judges them.
 pub(super) async fn examine(connections: &Arc<Connections>) -> Result<SettingsReport, Error> {
-    let reply = connections.look(&sql::monitoring_role()).await?;
+    let reply = match connections.look(&sql::monitoring_role(true)).await {
+        Err(error) if is_insufficient_privilege(&error) => {
+            connections.look(&sql::monitoring_role(false)).await?
+        }
+        answer => answer?,
+    };
     let role = sql::read_monitoring_role(&reply).ok_or_else(|| unreadable("privileges"))?;
     let (session, pool_session, values) = read_settings(connections).await?;
     let pooler = pooler(connections, session, pool_session.pid).await;
-    let findings = settings_check::findings(&pool_session, &values, &role, pooler);
+    let side = connections.side();
+    let missing = side.and_then(SideConnection::missing_tcp_timeouts);
+    let findings = settings_check::findings(&pool_session, &values, &role, pooler, missing);
     Ok(SettingsReport {
         session: pool_session,
         values,
@@ -281,7 +294,7 @@ async fn read_settings(
 /// Finds out what the session shows about a pooler, and returns it to the pool.
 async fn pooler(connections: &Arc<Connections>, first: Session, pid: i32) -> Pooler {
     let direct = first.login_pid().is_none_or(|login| login == pid);
-    let known = connections.capabilities().keeps_sessions();
+    let known = connections.capabilities().all_keep_sessions();
     if direct || known.is_some() {
         first.return_to_pool();
         return match (direct, known) {

@@ -28,6 +28,7 @@ pub(super) fn findings(
     values: &[SettingRow],
     role: &MonitoringRole,
     pooler: Pooler,
+    missing_tcp_timeouts: Option<&str>,
 ) -> Vec<SettingsFinding> {
     let check = SettingsCheck { session, values };
     let mut findings: Vec<_> = [
@@ -39,9 +40,11 @@ pub(super) fn findings(
         check.connection_check(),
         check.locks_per_transaction(role),
         stats_privilege(role),
+        locks_privilege(role),
         signal_privilege(role),
         pooler_finding(pooler),
         standby(session),
+        missing_tcp_timeouts.map(tcp_timeouts),
     ]
     .into_iter()
     .flatten()
@@ -184,11 +187,12 @@ impl SettingsCheck<'_> {
     fn locks_per_transaction(&self, role: &MonitoringRole) -> Option<SettingsFinding> {
         let name = "max_locks_per_transaction";
         let number = self.number(name)?;
-        let (recommended, why) = if role.entries.saturating_mul(2) > role.capacity {
+        let (entries, capacity) = role.lock_table.unwrap_or_default();
+        let (recommended, why) = if entries.saturating_mul(2) > capacity {
             let why = format!(
                 "the lock table has {} of {} entries in use; when it is full, statements fail with \"out of shared \
                  memory\", and nobody can log in",
-                role.entries, role.capacity
+                entries, capacity
             );
             (number.saturating_mul(2).max(DEFAULT_LOCKS), why)
         } else if number < DEFAULT_LOCKS {
@@ -287,6 +291,19 @@ fn stats_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
     )
 }
 
+fn locks_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
+    role.lock_table.is_none().then(|| SettingsFinding {
+        kind: SettingsFindingKind::ReadLocks,
+        severity: Severity::Warning,
+        name: "pg_locks",
+        value: format!("not to be read by {}", crate::postgres::sql::identifier(&role.name)),
+        why: "who holds a lock, and who waits, is not to be seen: errors name no blockers, there are no reports, and nothing \
+              can be monitored"
+            .to_owned(),
+        fix: Some((sql::grant_pg_locks(&role.name), Effect::Immediate)),
+    })
+}
+
 fn signal_privilege(role: &MonitoringRole) -> Option<SettingsFinding> {
     privilege(
         role,
@@ -357,6 +374,20 @@ fn pooler_finding(pooler: Pooler) -> Option<SettingsFinding> {
     })
 }
 
+fn tcp_timeouts(missing: &str) -> SettingsFinding {
+    SettingsFinding {
+        kind: SettingsFindingKind::TcpTimeouts,
+        severity: Severity::Advice,
+        name: "side connection",
+        value: missing.to_owned(),
+        why: "keepalives find a dead server while a connection is idle, tcp_user_timeout while data is unacknowledged: \
+              without both a network that drops packets is noticed late or never; call lockkeeper::tcp_timeouts on the \
+              Config of the side connection, and on the pool's, which is not to be seen here"
+            .to_owned(),
+        fix: None,
+    }
+}
+
 fn standby(session: &PoolSession) -> Option<SettingsFinding> {
     session.standby.then(|| SettingsFinding {
         kind: SettingsFindingKind::Standby,
@@ -414,13 +445,12 @@ mod tests {
             signals: Membership::Full,
             inherits: true,
             version: 150_018,
-            entries: 10,
-            capacity: 100,
+            lock_table: Some((10, 100)),
         }
     }
 
     fn found(values: &[SettingRow]) -> Vec<SettingsFinding> {
-        findings(&session(), values, &role(), Pooler::Direct)
+        findings(&session(), values, &role(), Pooler::Direct, None)
     }
 
     /// The fix for one setting whose value has this source.
@@ -550,7 +580,7 @@ mod tests {
                 version,
                 ..role()
             };
-            let findings = findings(&session(), &[], &role, Pooler::Direct);
+            let findings = findings(&session(), &[], &role, Pooler::Direct, Option::None);
             findings[0].statement().map(str::to_owned)
         };
         let role = r#""The ""App""""#;
@@ -600,10 +630,10 @@ mod tests {
     fn a_full_lock_table_needs_more_than_the_default() {
         let values = [setting("max_locks_per_transaction", "128", "default")];
         let full = MonitoringRole {
-            entries: 51,
+            lock_table: Some((51, 100)),
             ..role()
         };
-        let findings = findings(&session(), &values, &full, Pooler::Direct);
+        let findings = findings(&session(), &values, &full, Pooler::Direct, None);
         assert_eq!(
             findings[0].statement(),
             Some("ALTER SYSTEM SET max_locks_per_transaction = '256'")

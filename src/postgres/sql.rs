@@ -98,6 +98,11 @@ pub(crate) fn is_true(row: &SimpleQueryRow, column: &str) -> bool {
     row.try_get(column).ok().flatten() == Some("t")
 }
 
+/// `false` in a simple query's text form: not NULL, and not missing.
+pub(crate) fn is_false(row: &SimpleQueryRow, column: &str) -> bool {
+    row.try_get(column).ok().flatten() == Some("f")
+}
+
 /// A column parsed; `None` where it is NULL or something else.
 pub(crate) fn parsed<T: std::str::FromStr>(row: &SimpleQueryRow, column: &str) -> Option<T> {
     row.try_get(column).ok().flatten()?.parse().ok()

@@ -122,7 +122,9 @@ pub(crate) async fn commit<C: Carry>(
 
 /// Asks what the transaction is known by.
 async fn ask_mark<C: Carry>(carrier: C) -> Result<(C, Option<Mark>), Error> {
-    let asked = carrier.carry(sql::commit::mark().into(), OnAbandon::rollback());
+    let with_system = !carrier.session().denied().pg_control_system;
+    let mark = sql::commit::mark(with_system).into();
+    let asked = carrier.carry(mark, OnAbandon::rollback());
     let Some((carrier, answer)) = asked.await else {
         return Err(Error::new(ErrorKind::ConnectionLost).with_detail("no answer from the server"));
     };

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::connection::Connections;
 use crate::deadline::Deadline;
+use crate::error::is_insufficient_privilege;
 use crate::transaction::Resolve;
 use crate::transaction::sql::commit::{self, Mark, Status};
 
@@ -14,6 +15,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 const SPARE: Duration = Duration::from_secs(1);
 /// How long a connection may be silent before another one is tried.
 const ANSWER: Duration = Duration::from_secs(2);
+
+const UNIDENTIFIED: &str = "the server has been started again since, or another one answers, and which of both is not known, for want of \
+     GRANT EXECUTE ON FUNCTION pg_control_system()";
 
 #[derive(Debug)]
 pub(super) enum CommitOutcome {
@@ -33,7 +37,7 @@ pub(super) async fn look_up(
     let Mark::Written(transaction) = mark else {
         return CommitOutcome::RolledBack;
     };
-    let question = commit::status(transaction);
+    let mut question = commit::status(transaction, transaction.names_its_system());
     let most = resolve.0.unwrap_or(connections.longest_silence());
     let deadline = Deadline::after(most);
     let mut spare = SPARE;
@@ -51,6 +55,7 @@ pub(super) async fn look_up(
                         "another server answers since a failover, and it may never have seen the transaction",
                     );
                 }
+                Status::Unidentified => return CommitOutcome::Unknown(UNIDENTIFIED),
                 Status::Ambiguous => {
                     return CommitOutcome::Unknown(
                         "the server has been started again since, and another transaction may have got the same id",
@@ -60,6 +65,11 @@ pub(super) async fn look_up(
                     return CommitOutcome::Unknown("the server no longer knows the transaction");
                 }
             },
+            // The side connection's role may lack the right to this.
+            Some(Err(error)) if is_insufficient_privilege(&error) => {
+                tracing::debug!(%error, "outcome of a commit asked without the system's identifier");
+                question = commit::status(transaction, false);
+            }
             failed => {
                 tracing::debug!(error = ?failed.map(|answer| answer.map(drop)), "outcome of a commit not asked");
                 spare = spare.saturating_mul(2).min(most);

@@ -180,7 +180,8 @@ impl<P> TransactionOptions<P> {
     /// # SQL
     /// One round trip more, before COMMIT, for the transaction's id. It has one then, even if it has only read. The
     /// role needs no more than PostgreSQL gives to all: `pg_current_xact_id`, `pg_current_wal_insert_lsn`,
-    /// `pg_control_system` and their like.
+    /// `pg_control_system` and their like. Without EXECUTE on `pg_control_system()` it is not known whether a server that has
+    /// been started since is still the same one: then the error is `CommitUnknown`.
     pub fn resolve_commit(mut self) -> Self {
         self.resolve_commit.get_or_insert_default();
         self

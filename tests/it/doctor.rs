@@ -1,9 +1,12 @@
 //! The doctor: findings about the server's settings, and that what they propose mends them.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool};
-use lockkeeper::{Effect, Keeper, SettingsFinding, SettingsFindingKind, SettingsReport, Severity};
+use lockkeeper::{
+    Effect, Keeper, SettingsFinding, SettingsFindingKind, SettingsReport, Severity, tcp_timeouts,
+};
 use lockkeeper_testkit::{
     GIVE_UP_AFTER, PoolMode, Scene, Server, eventually, poll_times_and_drop, pool_of,
     until_connected,
@@ -78,6 +81,7 @@ async fn nothing_is_found_on_a_server_that_is_set_up_well() {
     assert_eq!(settings.role(), "app");
 
     // With a side connection, whose own bounds are none of the application's.
+    tcp_timeouts(&mut config, Duration::from_secs(15));
     let keeper = Keeper::builder(pool_of(config.clone(), 1))
         .side_connection(config.clone(), NoTls)
         .build();
@@ -86,8 +90,10 @@ async fn nothing_is_found_on_a_server_that_is_set_up_well() {
 
     // A connection that died in the pool is none of the server's faults.
     let pool = pool_of(config, 2);
+    let mut side = scene.database.config();
+    tcp_timeouts(&mut side, Duration::from_secs(15));
     let keeper = Keeper::builder(pool.clone())
-        .side_connection(scene.database.config(), NoTls)
+        .side_connection(side, NoTls)
         .build();
     drop((pool.get().await.unwrap(), pool.get().await.unwrap()));
     let kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
@@ -95,6 +101,28 @@ async fn nothing_is_found_on_a_server_that_is_set_up_well() {
     scene.observer.batch_execute(kill).await.unwrap();
     let settings = keeper.monitor().settings().await.unwrap();
     assert_eq!(settings.findings(), [], "{settings}");
+}
+
+/// Over TCP a side connection needs what finds a dead server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_side_connection_without_tcp_timeouts_is_found() {
+    let scene = Scene::new(1).await;
+    let found = async |side: &Config| {
+        let keeper = scene.builder().side_connection(side.clone(), NoTls);
+        let settings = keeper.build().monitor().settings().await.unwrap();
+        let found = settings.finding(SettingsFindingKind::TcpTimeouts);
+        found.map(ToString::to_string)
+    };
+    let mut side = scene.database.config();
+    let finding = found(&side).await.unwrap();
+    assert!(
+        finding
+            .starts_with("advice: side connection = keepalives_idle 7200s, no tcp_user_timeout: ")
+            && finding.contains("lockkeeper::tcp_timeouts"),
+        "{finding}"
+    );
+    tcp_timeouts(&mut side, Duration::from_secs(15));
+    assert_eq!(found(&side).await, None);
 }
 
 /// Every finding about settings and privileges is provoked, and every statement run as it is given.
@@ -278,8 +306,10 @@ async fn the_values_are_those_of_the_applications_connections() {
     // Both on the pool's side, though the side connection would see a good one.
     let mut by_itself = config.clone();
     by_itself.options("-c lock_timeout=0");
+    let mut side = config.clone();
+    tcp_timeouts(&mut side, Duration::from_secs(15));
     let keeper = Keeper::builder(pool_of(by_itself, 2))
-        .side_connection(config.clone(), NoTls)
+        .side_connection(side, NoTls)
         .build();
     let settings = keeper.monitor().settings().await.unwrap();
     let [finding] = settings.findings() else {
@@ -314,6 +344,7 @@ async fn the_values_are_those_of_the_applications_connections() {
         .unwrap();
     let mut ops = config.clone();
     ops.user("ops");
+    tcp_timeouts(&mut ops, Duration::from_secs(15));
     let keeper = Keeper::builder(pool_of(config, 2))
         .side_connection(ops, NoTls)
         .build();

@@ -317,6 +317,22 @@ async fn an_engine_whose_locks_do_nothing_is_refused() {
     }
 }
 
+/// Nor is it taken for one that does not show its locks to the role.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_whose_locks_do_nothing_is_refused_without_pg_locks() {
+    let scene = Scene::new(3).await;
+    replace_lock_functions(&scene, &["transaction", "session"], "sql").await;
+    let role = format!("blind_{}", scene.database.name());
+    let sql = format!("CREATE ROLE {role} LOGIN; REVOKE SELECT ON pg_locks FROM PUBLIC");
+    scene.run(&sql).await;
+    let keeper = Keeper::new(scene.database.pool_as(&role, 3));
+    let ways = every_way(&keeper).await;
+    assert_all_are(ways, ErrorKind::NoAdvisoryLocks, "to two sessions");
+    drop(keeper);
+    scene.nothing_left().await;
+    scene.run(&format!("DROP ROLE {role}")).await;
+}
+
 /// Without a second session to compare with, a lock that does not show is not relied on.
 #[tokio::test]
 async fn an_engine_whose_locks_do_nothing_is_refused_on_a_pool_of_one() {

@@ -31,6 +31,7 @@ mod lock_modes;
 mod lock_rows;
 mod migrate_once;
 mod million;
+mod missing_rights;
 mod modes;
 mod monitor_silence;
 mod monitor_tree;

@@ -90,7 +90,8 @@ async fn locktop() -> Result<(), AnyError> {
 }
 
 /// Looks over a connection of its own, so that it sees when all others are stuck.
-fn monitor(config: Config) -> Result<Monitor, AnyError> {
+fn monitor(mut config: Config) -> Result<Monitor, AnyError> {
+    lockkeeper::tcp_timeouts(&mut config, Duration::from_secs(15));
     let pool = Pool::builder(Manager::new(config.clone(), NoTls))
         .max_size(1)
         .build()?;

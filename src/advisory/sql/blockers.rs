@@ -7,15 +7,19 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::Locks;
 use crate::blocker::Blocker;
+use crate::connection::sql::server::Denied;
 use crate::key::{KeyId, LockKey};
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{is_true, parsed, rows, seconds, text};
 
-/// Everybody but this backend who holds or awaits one of the locks. One pass over `pg_locks` and the activity of those
-/// it names.
-pub(crate) fn of(locks: Locks<'_>) -> String {
-    let mut sql = String::from(
-        "SELECT l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
+/// Behind another statement: everybody but this backend who holds or awaits one of the locks. One pass over `pg_locks` and
+/// the activity of those it names. Nothing where the role may not read that: the message would fail.
+pub(crate) fn push(sql: &mut String, locks: Locks<'_>, denied: Denied) {
+    if denied.pg_locks {
+        return;
+    }
+    sql.push_str(
+        "; SELECT l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
          JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
          WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
          a.application_name, a.usename, a.state, l.mode, l.granted, \
@@ -24,13 +28,12 @@ pub(crate) fn of(locks: Locks<'_>) -> String {
          pg_catalog.pg_backend_pid() AS self \
          FROM ",
     );
-    rows_of(&mut sql, locks.keys);
+    rows_of(sql, locks.keys);
     // A prepared transaction's locks have no pid, but they share a virtual transaction, and one of them is on its xid.
     sql.push_str(
         " LEFT JOIN pg_catalog.pg_stat_activity AS a ON pg_catalog.int4eq(a.pid, l.pid) \
          ORDER BY l.granted USING OPERATOR(pg_catalog.>), l.pid USING OPERATOR(pg_catalog.<)",
     );
-    sql
 }
 
 /// `pg_locks AS l`, only the rows of these advisory keys in this database.
@@ -79,7 +82,7 @@ pub(crate) fn held_keys(reply: &[SimpleQueryMessage]) -> HashMap<KeyId, Advisory
     held
 }
 
-/// Reads the reply of [`of`]: those whose hold, or earlier place in the queue, conflicts with `mode`.
+/// Reads the reply of [`push`]: those whose hold, or earlier place in the queue, conflicts with `mode`.
 pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<Blocker> {
     rows(reply)
         .filter(|row| {

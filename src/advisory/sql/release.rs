@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::keys::{KeyRows, Locks, call, shared_suffix};
 use super::try_lock::push_execute;
 use crate::advisory::sql::blockers;
+use crate::connection::LockScope;
 use crate::connection::sql::server::FRESH;
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
@@ -113,24 +114,6 @@ pub(super) fn push_unlock_select(
     );
 }
 
-/// Returns those of the session locks that this backend holds, for a `try` whose answer nobody waited for.
-pub(crate) fn unlock_if_held(locks: Locks<'_>) -> String {
-    let mut sql = String::new();
-    for (n, key) in locks.keys.iter().enumerate() {
-        if n > 0 {
-            sql.push_str("; ");
-        }
-        sql.push_str("SELECT CASE WHEN EXISTS (SELECT FROM ");
-        blockers::rows_of(&mut sql, std::slice::from_ref(key));
-        sql.push_str(
-            " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) THEN ",
-        );
-        call(&mut sql, "pg_advisory_unlock", locks.mode, key);
-        sql.push_str(" END");
-    }
-    sql
-}
-
 /// Sets a session's `application_name` until it is set again.
 pub(crate) fn set_application_name(name: &str) -> String {
     format!(
@@ -139,17 +122,34 @@ pub(crate) fn set_application_name(name: &str) -> String {
     )
 }
 
-/// Fails (22012) where this backend does not hold one of the session locks.
+/// Fails (22012) where this backend does not hold one of the session locks, and leaves them as they are.
+///
+/// Only an unlock says whether a session lock is held. So each is returned and taken again, under a lock of the
+/// transaction on the same key, which keeps it from others meanwhile and makes that no wait. `pg_locks`, which not every
+/// role may read, is not needed for it. (Test `a_session_lock_is_looked_for_by_its_unlock`.)
 pub(crate) fn check_held(locks: Locks<'_>) -> String {
-    let mut sql =
-        String::from("SELECT pg_catalog.int4div(1, CASE WHEN (SELECT pg_catalog.count(*) FROM ");
-    blockers::rows_of(&mut sql, locks.keys);
-    let _ = write!(
-        sql,
-        " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) \
-         OPERATOR(pg_catalog.>=) {} THEN 1 ELSE 0 END)",
-        locks.keys.len()
+    let mut sql = String::from(
+        "SELECT pg_catalog.int4div(1, CASE WHEN pg_catalog.bool_and(held) THEN 1 ELSE 0 END) FROM (",
     );
+    for (n, rows) in KeyRows::of(locks.keys).enumerate() {
+        sql.push_str(if n > 0 {
+            " UNION ALL SELECT "
+        } else {
+            "SELECT "
+        });
+        for function in [
+            "pg_try_advisory_xact_lock",
+            "pg_advisory_unlock",
+            "pg_try_advisory_lock",
+        ] {
+            sql.push_str("CASE WHEN ");
+            rows.call(&mut sql, function, locks.mode);
+            sql.push_str(" THEN ");
+        }
+        sql.push_str("true ELSE false END ELSE false END ELSE false END AS held ");
+        rows.from(&mut sql);
+    }
+    sql.push_str(" OFFSET 0) AS locks");
     sql
 }
 
@@ -161,5 +161,35 @@ pub(crate) fn shown_in_pg_locks(locks: Locks<'_>) -> String {
     sql.push_str(
         " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid())) AS shown",
     );
+    sql
+}
+
+/// The same for a role that may not read `pg_locks`: whether an unlock answers what it should after another, and so counts.
+/// The locks stay as they are. Of transaction locks it tells only that the engine counts those of the session.
+pub(crate) fn are_counted(locks: Locks<'_>, scope: LockScope) -> String {
+    let key = &locks.keys[0];
+    let mut sql = String::from("SELECT CASE WHEN ");
+    let mut push = |function, then| {
+        call(&mut sql, function, locks.mode, key);
+        sql.push_str(then);
+    };
+    // Whatever was returned once more than it was taken is taken again.
+    match scope {
+        LockScope::Transaction => {
+            push("pg_try_advisory_lock", " THEN CASE WHEN ");
+            push("pg_advisory_unlock", " THEN CASE WHEN ");
+            push("pg_advisory_unlock", " THEN NOT ");
+            push("pg_try_advisory_lock", " ELSE true");
+        }
+        // Under a lock of the transaction, which keeps it from others.
+        LockScope::Session => {
+            push("pg_try_advisory_xact_lock", " THEN CASE WHEN ");
+            push("pg_advisory_unlock", " THEN CASE WHEN ");
+            push("pg_advisory_unlock", " THEN NOT ");
+            push("pg_try_advisory_lock", " ELSE ");
+            push("pg_try_advisory_lock", "");
+        }
+    }
+    sql.push_str(" END END END AS shown");
     sql
 }

@@ -7,8 +7,10 @@ use tokio_postgres::SimpleQueryMessage;
 use super::keys::{Locks, all_of, shared_suffix, take_each};
 use super::release::{push_prepare_hand_over, push_unlock_select};
 use crate::advisory::sql::blockers;
-use crate::connection::sql::server::{FRESH, SERVER, Server, XACT_START, server};
-use crate::connection::sql::{Probe, unlock_of};
+use crate::connection::sql::server::{
+    Denied, FRESH, SERVER, Server, XACT_START, is_none_of, server,
+};
+use crate::connection::sql::{Probe, Refusal, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, literal, parsed, rows, text};
@@ -114,7 +116,7 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, probe: &Probe) -> M
         push_xact_columns(&mut sql, |sql| {
             push_verdict(sql, locks, "pg_try_advisory_xact_lock", probe, DIRTY);
         });
-        if let Probe::Full { .. } = probe {
+        if let Probe::Full(_) = probe {
             sql.push_str(SERVER);
         }
         return sql.into();
@@ -190,7 +192,7 @@ pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
         &mut sql,
         locks,
         "pg_try_advisory_xact_lock",
-        &Probe::Full { login_pid: None },
+        &Probe::Full(Refusal::None),
         "WHEN NOT pg_catalog.starts_with(pg_catalog.current_setting('transaction_isolation'), 'read ') THEN 'busy' ",
     );
     sql.push_str(" AS verdict, ");
@@ -214,12 +216,17 @@ fn push_lean_verdict(sql: &mut String, function: &str, mode: AdvisoryMode, argum
 /// `CASE … END`: what came of a try.
 fn push_verdict(sql: &mut String, locks: Locks<'_>, function: &str, probe: &Probe, unless: &str) {
     sql.push_str("CASE ");
-    if let Probe::Full { login_pid } = probe {
+    if let Probe::Full(refusal) = probe {
         sql.push_str(STANDBY);
-        if let Some(pid) = login_pid {
+        if let Refusal::Pooled {
+            login_pid,
+            but_before,
+        } = refusal
+        {
             let _ = write!(
                 sql,
-                "WHEN pg_catalog.int4ne(pg_catalog.pg_backend_pid(), {pid}) THEN 'pooled' "
+                "WHEN pg_catalog.int4ne(pg_catalog.pg_backend_pid(), {login_pid}) AND {} THEN 'pooled' ",
+                is_none_of(but_before)
             );
         }
     }
@@ -235,14 +242,14 @@ pub(crate) fn begin_and_find_blockers(
     begin: &Begin,
     locks: Locks<'_>,
     after_timeout: bool,
+    denied: Denied,
 ) -> String {
     let mut sql = String::new();
     if after_timeout {
         sql.push_str("ROLLBACK; ");
     }
-    sql.push_str(&begin_and_try(begin, locks, &Probe::Full { login_pid: None }).text);
-    sql.push_str("; ");
-    sql.push_str(&blockers::of(locks));
+    sql.push_str(&begin_and_try(begin, locks, &Probe::Full(Refusal::None)).text);
+    blockers::push(&mut sql, locks, denied);
     sql
 }
 
@@ -288,7 +295,7 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, probe: &Probe) -> 
     if several {
         take_each(&mut take, locks);
     }
-    let server = if let Probe::Full { .. } = probe {
+    let server = if let Probe::Full(_) = probe {
         SERVER
     } else {
         ""
@@ -360,13 +367,13 @@ pub(crate) fn try_session_and_find_blockers(
     names: Names<'_>,
     probe: &Probe,
     after_timeout: bool,
+    denied: Denied,
 ) -> String {
     let mut sql = String::new();
     if after_timeout {
         sql.push_str("ROLLBACK; ");
     }
     sql.push_str(&try_session(locks, names, probe).text);
-    sql.push_str("; ");
-    sql.push_str(&blockers::of(locks));
+    blockers::push(&mut sql, locks, denied);
     sql
 }

@@ -7,7 +7,7 @@ use super::keys::{KeyRows, Locks, call, take_each};
 use super::release::set_application_name;
 use super::try_lock::{Names, Timeouts, try_in_transaction};
 use crate::advisory::sql::blockers;
-use crate::connection::sql::server::XACT_START;
+use crate::connection::sql::server::{Denied, XACT_START};
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::{literal, set_local};
 use crate::transaction::sql::Begin;
@@ -107,8 +107,10 @@ pub(crate) fn wait_at_savepoint_again(
 }
 
 /// Undoes a [`wait_at_savepoint`] that failed, and asks who is in the way.
-pub(crate) fn undo_wait_at_savepoint(locks: Locks<'_>) -> String {
-    format!("{UNDO_TRIED}; {}", blockers::of(locks))
+pub(crate) fn undo_wait_at_savepoint(locks: Locks<'_>, denied: Denied) -> String {
+    let mut sql = String::from(UNDO_TRIED);
+    blockers::push(&mut sql, locks, denied);
+    sql
 }
 
 /// [`wait_in_transaction`] once more after a wait that timed out and so aborted the transaction.

@@ -5,7 +5,7 @@ pub(crate) mod server;
 
 use crate::postgres::sql::literal;
 
-pub(crate) use probe::{PreparedName, Probe, hand_over_of, unlock_of};
+pub(crate) use probe::{PreparedName, Probe, Refusal, hand_over_of, unlock_of};
 
 /// A statement that fails with 2D000, to be sent in the place of one that would end something of this crate's.
 pub(crate) fn refuse(what: &str, of: &str) -> String {

@@ -1,20 +1,31 @@
 //! Texts that a connection needs to be given only once.
 
+use std::sync::Arc;
+
 /// How much the first message of a transaction, or a `try`, asks besides what it is for, and how.
 ///
 /// All but `Full` are for a connection that has answered a full probe, and ask only what can change between messages: a
 /// server does not turn into a standby under its connections, and a direct connection does not turn into a pooled one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {
-    /// Everything, and nothing is granted on a standby or, with the login's pid, behind a pooler.
-    Full {
-        login_pid: Option<i32>,
-    },
+    /// Everything, and nothing is granted on a standby or behind a pooler that is refused.
+    Full(Refusal),
     Minimal,
     /// The same, and the statement is prepared under this name in the same message.
     Prepare(String),
     /// By the statement of this name: parsing the text is a good part of what a `try` costs.
     Execute(String),
+}
+
+/// Behind which poolers nothing is granted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    None,
+    /// Behind all, which answer with another pid than that of the login, but those in front of these servers.
+    Pooled {
+        login_pid: i32,
+        but_before: Vec<Arc<str>>,
+    },
 }
 
 /// A statement that is worth preparing.

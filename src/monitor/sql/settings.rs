@@ -63,16 +63,25 @@ pub(crate) fn read_settings(
 }
 
 /// The privileges of the current role, and how full the lock table is. The server itself checks `USAGE` of
-/// `CURRENT_USER`: membership whose privileges are inherited, not only available by SET ROLE.
-pub(crate) fn monitoring_role() -> String {
+/// `CURRENT_USER`: membership whose privileges are inherited, not only available by SET ROLE. A role that may not read
+/// `pg_locks` cannot ask for the lock table.
+pub(crate) fn monitoring_role(reads_locks: bool) -> String {
+    let (locks, lock_table) = if reads_locks {
+        (
+            format!("WITH {SHARED_LOCKS} "),
+            format!(", {LOCK_TABLE_USAGE}"),
+        )
+    } else {
+        <(String, String)>::default()
+    };
     format!(
-        "WITH {SHARED_LOCKS} SELECT CURRENT_USER AS role, \
+        "{locks}SELECT CURRENT_USER AS role, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_read_all_stats', 'USAGE') AS reads, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_signal_backend', 'USAGE') AS signals, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_read_all_stats', 'MEMBER') AS may_read, \
          pg_catalog.pg_has_role(CURRENT_USER, 'pg_signal_backend', 'MEMBER') AS may_signal, \
          (SELECT r.rolinherit FROM pg_catalog.pg_roles AS r WHERE pg_catalog.nameeq(r.rolname, CURRENT_USER)) AS inherits, \
-         pg_catalog.current_setting('server_version_num') AS version, {LOCK_TABLE_USAGE}"
+         pg_catalog.current_setting('server_version_num') AS version{lock_table}"
     )
 }
 
@@ -95,9 +104,8 @@ pub(crate) struct MonitoringRole {
     pub(crate) inherits: bool,
     /// 150018 for 15.18.
     pub(crate) version: u32,
-    /// The lock table's entries and capacity.
-    pub(crate) entries: u64,
-    pub(crate) capacity: u64,
+    /// The lock table's entries and capacity; `None` where it may not read `pg_locks`.
+    pub(crate) lock_table: Option<(u64, u64)>,
 }
 
 /// Reads the reply to [`monitoring_role`].
@@ -115,8 +123,7 @@ pub(crate) fn read_monitoring_role(reply: &[SimpleQueryMessage]) -> Option<Monit
         signals: membership("signals", "may_signal"),
         inherits: is_true(row, "inherits"),
         version: parsed(row, "version")?,
-        entries: parsed(row, "entries")?,
-        capacity: parsed(row, "capacity")?,
+        lock_table: parsed(row, "entries").zip(parsed(row, "capacity")),
     })
 }
 
@@ -134,6 +141,14 @@ pub(crate) fn alter_role(role: &str, database: Option<&str>, setting: &str, valu
         "ALTER ROLE {}{database} SET {setting} = {}",
         identifier(role),
         literal(value)
+    )
+}
+
+/// Grants what every role has by default.
+pub(crate) fn grant_pg_locks(role: &str) -> String {
+    format!(
+        "GRANT SELECT ON pg_catalog.pg_locks TO {}",
+        identifier(role)
     )
 }
 

@@ -135,8 +135,7 @@ pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
     let (Probe::Prepare(statement) | Probe::Execute(statement)) = probe else {
         let mut sql = begin.message();
         let _ = write!(sql, "SELECT {FRESH}{PID}, {XACT_START}");
-        if let Probe::Full { .. } = probe {
-            sql.push_str(", pg_catalog.pg_is_in_recovery() AS recovery");
+        if let Probe::Full(_) = probe {
             sql.push_str(SERVER);
         }
         return sql.into();
@@ -180,7 +179,7 @@ pub(crate) struct Begun {
     pub(crate) xact_start: Option<i64>,
     /// False where the connection came with an open transaction, which BEGIN only warns of.
     pub(crate) fresh: bool,
-    /// What a first message on a connection asks in addition; not of a standby.
+    /// What a first message on a connection asks in addition.
     pub(crate) server: Option<Server>,
 }
 
@@ -190,8 +189,7 @@ pub(crate) fn begun(reply: &[SimpleQueryMessage]) -> Option<Begun> {
         pid: parsed(row, "pid")?,
         xact_start: parsed(row, "xact_start"),
         fresh: is_true(row, "fresh"),
-        // A standby's connections are asked again each time: it may be promoted.
-        server: server(row).filter(|_| !is_true(row, "recovery")),
+        server: server(row),
     })
 }
 

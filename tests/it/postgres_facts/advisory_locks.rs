@@ -102,6 +102,39 @@ async fn a_session_lock_outlives_the_transaction_lock_it_was_taken_under() {
     assert_eq!(texts(&other, try_it).await, ["t"]);
 }
 
+/// An unlock says whether its session held the lock. Under a transaction lock on the same key nobody gets it between the
+/// unlock and the lock after it, a waiter of its queue neither.
+#[tokio::test]
+async fn a_session_lock_is_looked_for_by_its_unlock() {
+    const LOOK: &str =
+        "SELECT pg_try_advisory_xact_lock(1), pg_advisory_unlock(1), pg_try_advisory_lock(1)";
+    let database = database().await;
+    let (holder, waiter) = (database.connect().await, database.connect().await);
+    let observer = database.connect().await;
+    let waiting_pid = pid_of(&waiter).await;
+    holder
+        .batch_execute("SELECT pg_advisory_lock(1)")
+        .await
+        .unwrap();
+    let (waiting, ()) = tokio::join!(waiter.batch_execute("SELECT pg_advisory_lock(1)"), async {
+        until_waiting(&observer, waiting_pid).await;
+        for _ in 0..2 {
+            assert_eq!(texts(&holder, "BEGIN").await, [""; 0]);
+            let row = holder.query_one(LOOK, &[]).await.unwrap();
+            assert_eq!([0, 1, 2].map(|n| row.get::<_, bool>(n)), [true; 3]);
+            assert_eq!(texts(&holder, "ROLLBACK").await, [""; 0]);
+        }
+        // Held once, as before.
+        let unlock = "SELECT concat(pg_advisory_unlock(1), pg_advisory_unlock(1))";
+        assert_eq!(texts(&holder, unlock).await, ["tf"]);
+    });
+    waiting.unwrap();
+    assert_eq!(
+        texts(&holder, "SELECT pg_try_advisory_xact_lock(1)::text").await,
+        ["false"]
+    );
+}
+
 #[tokio::test]
 async fn unlock_in_an_aborted_transaction_is_25p02_and_rollback_keeps_session_locks() {
     let database = database().await;

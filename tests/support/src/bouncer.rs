@@ -31,6 +31,16 @@ pub enum PoolMode {
     Statement,
 }
 
+impl PoolMode {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Session => "session",
+            Self::Transaction => "transaction",
+            Self::Statement => "statement",
+        }
+    }
+}
+
 /// A PgBouncer in front of one database; stopped when dropped.
 ///
 /// It asks for no password and logs in to the server as the user of [`Server::config`].
@@ -94,6 +104,19 @@ impl PgBouncer {
     #[must_use]
     pub fn pool(&self, size: usize) -> Pool {
         database::pool_of(self.config(), size)
+    }
+
+    /// Changes its mode while it runs, as a RELOAD does.
+    ///
+    /// # Panics
+    ///
+    /// When its console does not answer, or refuses.
+    pub async fn set_pool_mode(&self, mode: PoolMode) {
+        let mut console = self.config();
+        console.dbname("pgbouncer");
+        let client = probe::connect(&console).await.expect("a console");
+        let set = format!("SET pool_mode = '{}'", mode.as_str());
+        client.simple_query(&set).await.expect("the new mode");
     }
 
     /// Its TCP port.
@@ -214,11 +237,7 @@ fn settings_file(
         target.push_str(" password=");
         target.push_str(&quoted(&String::from_utf8_lossy(password)));
     }
-    let mode = match mode {
-        PoolMode::Session => "session",
-        PoolMode::Transaction => "transaction",
-        PoolMode::Statement => "statement",
-    };
+    let mode = mode.as_str();
     let mut ini = format!(
         "[databases]\n{database} = {target}\n\n\
          [pgbouncer]\n\
@@ -226,6 +245,7 @@ fn settings_file(
          listen_port = {port}\n\
          unix_socket_dir =\n\
          auth_type = any\n\
+         admin_users = postgres\n\
          pool_mode = {mode}\n\
          max_client_conn = 500\n\
          default_pool_size = 20\n\
