@@ -8,7 +8,7 @@ use super::{Advisory, LockRequest, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
 use crate::connection::sql::server::{self, Denied, Server};
 use crate::connection::sql::{PreparedName, Probe};
-use crate::connection::{LockScope, OnAbandon, Reply, Session};
+use crate::connection::{Checkout, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, READ_LOCKS, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
@@ -23,8 +23,6 @@ const ANSWER: Duration = Duration::from_secs(2);
 pub(super) const FINAL_TRY_AFTER_QUEUE: Duration = Duration::from_millis(30);
 /// For a try after the deadline, where a connection has to be found first.
 const FINAL_TRY: Duration = Duration::from_millis(30);
-/// The shortest time after which a silent connection is replaced while the wait goes on.
-const SHORTEST_PATIENCE: Duration = Duration::from_millis(500);
 /// The longest single wait at the server, where `deadlock_timeout` does not require a shorter one.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
 const SHORTEST_SLICE: Duration = Duration::from_millis(5);
@@ -178,18 +176,13 @@ impl Advisory {
         text: impl Fn(&Session) -> (Probe, Message),
         undo: impl Fn() -> OnAbandon,
     ) -> Result<(Session, Probe, TryLockRow), Error> {
-        let most = self.connections.most() + 1;
-        let mut stale = 0;
+        // A try is made even when the wait is over, so a connection is waited for a little in any case.
+        let wait = Deadline::after(deadline.remaining().max(FINAL_TRY));
+        let mut checkout = Checkout::within(&self.connections, &wait, self.answer_bound(deadline));
         loop {
-            // A try is made even when the wait is over, so a connection is waited for a little in any case.
-            let timeout = Deadline::after(deadline.remaining().max(FINAL_TRY));
-            let session = self
-                .connections
-                .check_out(&timeout)
-                .await
-                .map_err(|error| error.with_key(&request.keys()[0]))?;
+            let next = checkout.next().await;
+            let (session, patience) = next.map_err(|error| error.with_key(&request.keys()[0]))?;
             let (probe, message) = text(&session);
-            let patience = self.patience(deadline);
             let sent = self.send_within(session, message, undo(), patience, deadline, request);
             match sent.await {
                 Ok((mut session, reply)) => match sql::tried(&reply) {
@@ -199,15 +192,13 @@ impl Advisory {
                         pid,
                         ..
                     }) => {
-                        if stale >= most {
-                            return Err(request.error(ErrorKind::Pool).with_detail(
-                                "the pool gave connections with transactions left open on them; they were closed",
-                            ));
-                        }
                         tracing::warn!(
                             pid,
                             "the pool gave a connection with an open transaction, closing it"
                         );
+                        checkout.replace(request.error(ErrorKind::Pool).with_detail(
+                            "the pool gave connections with transactions left open on them; they were closed",
+                        ))?;
                     }
                     Some(tried) => {
                         request.identify(&mut session, &tried);
@@ -220,16 +211,17 @@ impl Advisory {
                     }
                 },
                 // Nothing was done yet that could be done twice: a connection that died in the pool is not an error.
-                Err(error)
-                    if is_lost(&error)
-                        && stale < most
-                        && (is_lost_at_once(&error) || !deadline.has_passed()) => {}
+                Err(error) if is_lost_at_once(&error) => checkout.replace(error)?,
+                Err(error) if error.kind() == ErrorKind::ConnectionLost => {
+                    checkout.replace_silent(error)?;
+                }
                 // So is one that was left in a transaction, which refuses BEGIN once it has failed or done something, and
                 // one on which somebody deallocates prepared statements, or prepares some of our names.
-                Err(error) if stale < most && is_of_the_connection(&error) => {
+                Err(error) if is_of_the_connection(&error) => {
                     if let Some(failure) = error.failure() {
                         self.connections.cache().learn_failure(failure);
                     }
+                    checkout.replace(error)?;
                 }
                 // A standby refuses to begin a SERIALIZABLE transaction.
                 Err(error) if is_not_supported(&error) => {
@@ -246,18 +238,6 @@ impl Advisory {
                 }
                 Err(error) => return Err(error),
             }
-            tracing::debug!("a pool connection could not be used, taking another");
-            stale += 1;
-        }
-    }
-
-    /// How long to wait for the answer to a `try`: a connection that is silent is replaced while there is time.
-    fn patience(&self, deadline: &Deadline) -> Duration {
-        let remaining = deadline.remaining();
-        if remaining > SHORTEST_PATIENCE * 3 {
-            (remaining / 3).min(self.connections.longest_silence())
-        } else {
-            self.answer_bound(deadline)
         }
     }
 
@@ -537,13 +517,9 @@ fn is_of_the_connection(error: &Error) -> bool {
     error.failure().is_some_and(Failure::is_of_the_connection)
 }
 
-fn is_lost(error: &Error) -> bool {
-    error.kind() == ErrorKind::ConnectionLost
-}
-
 /// Whether the connection was dead, rather than its server silent.
 fn is_lost_at_once(error: &Error) -> bool {
-    is_lost(error) && std::error::Error::source(error).is_some()
+    error.kind() == ErrorKind::ConnectionLost && std::error::Error::source(error).is_some()
 }
 
 /// Ends a transaction that has done nothing, and gives its connection back. Whether the server has said that it ended.

@@ -194,6 +194,9 @@ impl SessionAdvisoryLock {
     /// # Cancel safety
     /// May be dropped at any point. A wait under way is cancelled on the server and its connection closed; a lock that
     /// was granted meanwhile is released.
+    ///
+    /// # Longest silence
+    /// As [`AdvisoryLock::acquire`].
     pub async fn acquire(self) -> Result<SessionGuard, Error> {
         let (advisory, request) = self.lock.request()?;
         let span = request.span("acquire_session");
@@ -207,6 +210,9 @@ impl SessionAdvisoryLock {
     ///
     /// # Cancel safety
     /// As [`acquire`](Self::acquire).
+    ///
+    /// # Longest silence
+    /// As [`AdvisoryLock::try_acquire`].
     pub async fn try_acquire(self) -> Result<Option<SessionGuard>, Error> {
         let (advisory, request) = self.lock.request()?;
         let span = request.span("try_acquire_session");

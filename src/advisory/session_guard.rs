@@ -142,6 +142,10 @@ impl SessionGuard {
     ///
     /// # Cancel safety
     /// May be dropped and called again at any time.
+    ///
+    /// # Longest silence
+    /// Without end: it asks the server nothing, and a server that is silent without ending the connection is not noticed
+    /// here. [`tcp_timeouts`](crate::tcp_timeouts) on the pool's configuration has the operating system notice it.
     pub async fn lost(&self) {
         while !self.is_lost() {
             tokio::time::sleep(POLL_INTERVAL).await;

@@ -293,6 +293,11 @@ impl Backfill {
     /// # Cancel safety
     /// Can be dropped at any point: the current batch is cancelled and rolled back, and the lock released. If the
     /// future is dropped during COMMIT, the batch and its checkpoint are either both committed or both rolled back.
+    ///
+    /// # Longest silence
+    /// One [`longest_silence`](crate::KeeperBuilder::longest_silence) for each of BEGIN, COMMIT and ROLLBACK; for a statement
+    /// of a batch twice that, and up to a second more, unless its backend is executing it. A batch that was lost is run
+    /// again, up to [`max_lock_wait`](Self::max_lock_wait).
     pub async fn run(self) -> Result<BackfillProgress, Error> {
         self.begin().await?.finish().await
     }
@@ -304,6 +309,11 @@ impl Backfill {
     ///
     /// # Cancel safety
     /// As [`run`](Self::run).
+    ///
+    /// # Longest silence
+    /// One [`longest_silence`](crate::KeeperBuilder::longest_silence) for each of BEGIN, COMMIT and ROLLBACK; for a statement
+    /// of a batch twice that, and up to a second more, unless its backend is executing it. A batch that was lost is run
+    /// again, up to [`max_lock_wait`](Self::max_lock_wait).
     pub async fn try_run(self) -> Result<Option<BackfillProgress>, Error> {
         match Run::try_begin(self).await? {
             Some(run) => run.finish().await.map(Some),

@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use super::{Connections, Session};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// The connections that are tried for one call.
-///
-/// A connection that is silent is replaced within one longest silence in all.
 pub(crate) struct Checkout<'a> {
     connections: &'a Arc<Connections>,
     /// How long a connection is waited for.
     wait: &'a Deadline,
+    /// How long they may be silent in all.
+    longest: Duration,
     silence: Deadline,
     /// Why the last one could not be used.
     last: Option<Error>,
@@ -22,11 +22,23 @@ pub(crate) struct Checkout<'a> {
 }
 
 impl<'a> Checkout<'a> {
+    /// Those that are silent are replaced within one longest silence in all.
     pub(crate) fn new(connections: &'a Arc<Connections>, wait: &'a Deadline) -> Self {
+        Self::within(connections, wait, connections.longest_silence())
+    }
+
+    /// The same within another time, at most a longest silence.
+    pub(crate) fn within(
+        connections: &'a Arc<Connections>,
+        wait: &'a Deadline,
+        longest: Duration,
+    ) -> Self {
+        let longest = longest.min(connections.longest_silence());
         Self {
             connections,
             wait,
-            silence: Deadline::after(connections.longest_silence()),
+            longest,
+            silence: Deadline::after(longest),
             last: None,
             tried: 0,
         }
@@ -40,7 +52,7 @@ impl<'a> Checkout<'a> {
     ///
     /// Cancel safety: nothing is taken before this returns.
     pub(crate) async fn next(&mut self) -> Result<(Session, Duration), Error> {
-        let longest = self.connections.longest_silence();
+        let longest = self.longest;
         let Some(last) = self.last.take() else {
             let session = self.connections.check_out(self.wait).await?;
             // The wait for the first is no silence.
@@ -74,11 +86,9 @@ impl<'a> Checkout<'a> {
     /// The same for one that was silent.
     ///
     /// # Errors
-    /// `ConnectionLost`, where there is no time left either.
-    pub(crate) fn replace_silent(&mut self, detail: &'static str) -> Result<(), Error> {
-        let error = Error::new(ErrorKind::ConnectionLost)
-            .with_detail(detail)
-            .with_waited(self.silence.waited());
+    /// The same error, where there is no time left either.
+    pub(crate) fn replace_silent(&mut self, error: Error) -> Result<(), Error> {
+        let error = error.with_waited(self.silence.waited());
         if self.silence.has_passed() {
             return Err(error);
         }

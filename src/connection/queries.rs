@@ -21,6 +21,10 @@ macro_rules! query_methods {
         impl $type {
             /// See [`tokio_postgres::Client::query`].
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's.
             pub async fn query<T>(
@@ -37,6 +41,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::query_one`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's; one of its own when there is not exactly one row.
@@ -57,6 +65,10 @@ macro_rules! query_methods {
 
             /// See [`tokio_postgres::Client::query_opt`].
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's; one of its own when there is more than one row.
             pub async fn query_opt<T>(
@@ -75,6 +87,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::query_raw`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -98,6 +114,10 @@ macro_rules! query_methods {
 
             /// See [`tokio_postgres::Client::query_typed`]: one round trip, without preparing.
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's.
             pub async fn query_typed(
@@ -116,6 +136,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::execute`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -136,6 +160,10 @@ macro_rules! query_methods {
 
             /// See [`tokio_postgres::Client::execute_typed`]: one round trip, without preparing.
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's.
             pub async fn execute_typed(
@@ -154,6 +182,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::execute_raw`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -177,6 +209,10 @@ macro_rules! query_methods {
 
             /// See [`tokio_postgres::Client::batch_execute`].
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's.
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
@@ -186,6 +222,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::simple_query`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -200,6 +240,10 @@ macro_rules! query_methods {
 
             /// See [`tokio_postgres::Client::prepare`].
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's.
             pub async fn prepare(
@@ -212,6 +256,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::prepare_typed`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -230,6 +278,10 @@ macro_rules! query_methods {
             /// See [`deadpool_postgres::ClientWrapper::prepare_cached`]: a round trip only the first time on a
             /// connection.
             ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
+            ///
             /// # Errors
             /// The driver's.
             pub async fn prepare_cached(
@@ -244,6 +296,10 @@ macro_rules! query_methods {
             }
 
             /// See [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -260,6 +316,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::copy_in`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.
@@ -279,6 +339,10 @@ macro_rules! query_methods {
             }
 
             /// See [`tokio_postgres::Client::copy_out`].
+            ///
+            /// # Longest silence
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
+            /// executing it.
             ///
             /// # Errors
             /// The driver's.

@@ -69,6 +69,9 @@ impl Change {
     /// # Cancel safety
     /// Can be dropped at any point: the statement that runs on the server is cancelled, its connection closed, and its
     /// transaction rolled back. If the future is dropped during COMMIT, the change may have been committed.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ChangeReport, Error> {
         self.options.check()?;
         let statements = ddl::read(&self.sql);

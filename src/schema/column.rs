@@ -56,6 +56,9 @@ impl AddColumn {
     ///
     /// # Cancel safety
     /// Can be dropped at any point, and called again.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         check_name("column", &self.column)?;
         Procedure::run(&self.env, &self.options, &self).await

@@ -67,6 +67,9 @@ impl AddCheck {
     ///
     /// # Cancel safety
     /// Can be dropped at any point, and called again: it continues with what is left to do.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         Procedure::run(&self.env, &self.options, &self).await
     }
@@ -131,6 +134,9 @@ impl AddForeignKey {
     ///
     /// # Cancel safety
     /// Can be dropped at any point, and called again: it continues with what is left to do.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         if self.key.columns.is_empty() {
             return Err(Error::config("a foreign key needs at least one column"));
@@ -183,6 +189,9 @@ impl SetNotNull {
     ///
     /// # Cancel safety
     /// Can be dropped at any point, and called again: it continues with what is left to do.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         Procedure::run(&self.env, &self.options, &self).await
     }
@@ -248,6 +257,9 @@ impl AddPrimaryKey {
     ///
     /// # Cancel safety
     /// Can be dropped at any point, and called again: it continues with what is left to do.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         if self.columns.is_empty() {
             return Err(Error::config("a primary key needs at least one column"));

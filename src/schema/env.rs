@@ -93,7 +93,10 @@ impl Env {
                     return Err(error.into());
                 }
                 Some((_, Err(error))) => checkout.replace(error.into())?,
-                None => checkout.replace_silent("no answer from the server")?,
+                None => {
+                    let silent = Error::new(ErrorKind::ConnectionLost);
+                    checkout.replace_silent(silent.with_detail("no answer from the server"))?;
+                }
             }
         }
     }

@@ -175,6 +175,9 @@ impl CreateIndex {
     /// # Cancel safety
     /// Can be dropped at any point: the statement is cancelled on the server. It can leave an INVALID index, which the
     /// next call with that name drops.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         Procedure::run(&self.env, &self.options, &self).await
     }
@@ -244,6 +247,9 @@ impl DropIndex {
     /// # Cancel safety
     /// Can be dropped at any point: the statement is cancelled on the server. It can leave the index INVALID, which the
     /// next call drops.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         Procedure::run(&self.env, &self.options, &self).await
     }

@@ -71,6 +71,12 @@ use crate::transaction::AsyncFunc;
 /// The pool should have at least two connections: one of them samples the blockers, unless there is a
 /// [side connection](crate::KeeperBuilder::side_connection).
 ///
+/// # Longest silence
+/// Each message of a change may be without an answer for one
+/// [`longest_silence`](crate::KeeperBuilder::longest_silence). The statement that is the change itself may take as long as
+/// its backend is executing it; where that cannot be shown, it is given up after at most twice that, and up to a second
+/// more. A message that was lost before anything was done is sent again, until the deadline.
+///
 /// # Examples
 ///
 /// ```no_run
@@ -169,6 +175,9 @@ impl Schema {
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn preflight(&self, what: impl Into<Intent> + Send) -> Result<Preflight, Error> {
         let intent = what.into();
         Preflight::of(&self.env, intent).await
@@ -188,6 +197,9 @@ impl Schema {
     ///
     /// # Cancel safety
     /// Can be dropped at any point: the statement is cancelled, and the transaction rolled back.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn dry_run(&self, sql: impl AsRef<str> + Send) -> Result<DryRun, Error> {
         let sql = sql.as_ref().to_owned();
         dry_run::run(&self.env, &self.options, &sql).await
@@ -378,6 +390,9 @@ impl Schema {
     /// # Ok(())
     /// # }
     /// ```
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn migrate_once<R, E, F>(
         &self,
         key: impl Into<String> + Send,

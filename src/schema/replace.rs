@@ -68,6 +68,9 @@ impl ReplaceTable {
     /// made is not undone. With [`drop_old`](Self::drop_old), a completed replacement leaves no trace: another call
     /// replaces the table again. If a run is dropped or loses its connection while its `build` still runs on the
     /// server, the `build` of another run fails with the server's error about the name.
+    ///
+    /// # Longest silence
+    /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ProcedureReport, Error> {
         Procedure::run(&self.env, &self.options, &self).await
     }

@@ -70,7 +70,8 @@ impl OpenPlain {
                     _ => return Err(error.into()),
                 },
                 None => {
-                    checkout.replace_silent("no answer to BEGIN")?;
+                    let silent = Error::new(ErrorKind::ConnectionLost);
+                    checkout.replace_silent(silent.with_detail("no answer to BEGIN"))?;
                     continue;
                 }
             };
