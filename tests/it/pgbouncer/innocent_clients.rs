@@ -7,7 +7,8 @@ use std::time::Duration;
 use lockkeeper::tokio_postgres::NoTls;
 use lockkeeper::{Error, ErrorKind, Keeper, KeeperBuilder};
 use lockkeeper_testkit::{
-    BouncerScene, PoolMode, Random, lock_by_sql, unlock_by_sql, until_pooler_is_known,
+    BouncerScene, Fault, PoolMode, Proxy, Random, eventually, lock_by_sql, sql_key, unlock_by_sql,
+    until_pooler_is_known,
 };
 
 /// How many calls are made that are not given up: as the environment says, or few.
@@ -191,4 +192,49 @@ modes! {
     a_cancel_by_a_side_connection_hits_nobody_else_in_session_mode: Session, true;
     a_cancel_hits_nobody_else_in_transaction_mode: Transaction, false;
     a_cancel_by_a_side_connection_hits_nobody_else_in_transaction_mode: Transaction, true;
+}
+
+/// In transaction mode the backend is another client's as soon as the transaction has ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_does_not_end_while_its_cancel_is_under_way() {
+    let test = "a_transaction_does_not_end_while_its_cancel_is_under_way";
+    let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 2, &[]).await else {
+        return;
+    };
+    let scene = &behind.scene;
+    let side = Proxy::before(scene.database.server());
+    let config = side.config(&scene.database.config());
+    let keeper = behind.fresh_with(2, |builder| builder.side_connection(config, NoTls));
+    let wait = format!("SELECT pg_advisory_xact_lock({})", sql_key(&BUSY.into()));
+    // The cancel is given up after a second, and the transaction ends then: on a slow machine that may not be seen.
+    for _ in 0..10 {
+        let holder = scene.holder(BUSY).await;
+        let guard = keeper.advisory_lock("k").acquire().await.unwrap();
+        let pid = guard.backend_pid().unwrap();
+        tokio::select! {
+            _ = guard.batch_execute(&wait) => panic!("granted"),
+            _ = scene.until_awaited(BUSY) => {}
+        }
+        // After the question of what the backend is executing.
+        side.fault_later(1, Fault::Hold);
+        drop(guard);
+        eventually("no signal", async || side.faults_left() == 0).await;
+        drop(holder);
+        let state = async || -> String {
+            let sql = "SELECT coalesce(min(state), 'gone') FROM pg_stat_activity WHERE pid = $1";
+            let row = scene.observer.query_one(sql, &[&pid]).await;
+            row.unwrap().get(0)
+        };
+        eventually("the wait goes on", async || state().await != "active").await;
+        let mut is_open = true;
+        for _ in 0..50 {
+            is_open &= state().await == "idle in transaction";
+        }
+        side.deliver();
+        behind.nothing_left().await;
+        if is_open {
+            return;
+        }
+    }
+    panic!("the transaction has ended before its cancel");
 }
