@@ -146,7 +146,7 @@ async fn failures_of_the_transaction_itself_are_the_same_with_the_option() {
     lab.observer
         .batch_execute(&format!(
             "CREATE ROLE {role} LOGIN; GRANT ALL ON t TO {role}; \
-             REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"
+             REVOKE EXECUTE ON FUNCTION pg_current_wal_insert_lsn() FROM PUBLIC"
         ))
         .await
         .unwrap();
