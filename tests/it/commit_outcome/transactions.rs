@@ -145,8 +145,7 @@ async fn failures_of_the_transaction_itself_are_the_same_with_the_option() {
     let role = format!("nobody_{}", lab.database.name());
     lab.observer
         .batch_execute(&format!(
-            "CREATE ROLE {role} LOGIN; GRANT ALL ON t TO {role}; \
-             REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"
+            "CREATE ROLE {role} LOGIN; GRANT ALL ON t TO {role}"
         ))
         .await
         .unwrap();
@@ -156,6 +155,9 @@ async fn failures_of_the_transaction_itself_are_the_same_with_the_option() {
     let error = keeper
         .transaction_with(resolving(), async |tx| {
             tx.batch_execute("INSERT INTO t VALUES (2)").await?;
+            // That the role may ask is known by now.
+            let revoke = "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC";
+            lab.observer.batch_execute(revoke).await?;
             Ok::<_, Error>(())
         })
         .await
