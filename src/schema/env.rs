@@ -8,7 +8,7 @@ use crate::backoff::Jitter;
 use crate::call_site::CallSite;
 use crate::connection::{Checkout, Connections, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
-use crate::error::{Error, Failure, classify};
+use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{OpenPlain, Tx};
