@@ -207,6 +207,7 @@ async fn a_wait_that_ends_is_a_lock_timeout_wherever_it_ends() {
     // Those who stand in line, and one of them that is told to try, find no connection.
     let _busy = scene.holder("a").await;
     let occupying = [occupy(&scene, "a").await, occupy(&scene, "a").await];
+    scene.until_awaited_by(2, "a").await;
     let own = scene.keeper.advisory_lock(40).acquire().await.unwrap();
     let wait = Duration::from_secs(2);
     let waiters = [0, 2, 3, 40].map(|key| tokio::spawn(take(scene.keeper.clone(), key, wait)));
