@@ -451,9 +451,17 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     }
 }
 
-/// Whether the server itself says that it ends the session (severity FATAL).
+/// Whether the server itself says that it ends the session: by an administrator's or a timeout's word. Other FATAL errors
+/// may be a pooler's.
 pub(crate) fn ends_session(error: &tokio_postgres::Error) -> bool {
-    error.as_db_error().is_some_and(is_fatal)
+    // 25P04, transaction_timeout, has no name in the driver.
+    let is_servers = |code: &SqlState| {
+        *code == SqlState::ADMIN_SHUTDOWN
+            || *code == SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT
+            || code.code() == "25P04"
+    };
+    let error = error.as_db_error().filter(|error| is_fatal(error));
+    error.is_some_and(|error| is_servers(error.code()))
 }
 
 fn is_fatal(error: &DbError) -> bool {

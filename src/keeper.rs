@@ -29,15 +29,16 @@ const APPLICATION: &str = "lockkeeper";
 ///
 /// # Waiting
 /// A lock is tried first. A caller that finds it busy waits at the server, on a connection of the pool, or inside the
-/// keeper, without one. At the server waits at most a quarter of the pool at a time, so that holders and other work find a
+/// keeper, without one. At most a quarter of the pool waits at the server at a time, so that holders and other work find a
 /// connection: at least one request, at most two for a key, and all keys count together. The others wait inside the keeper.
 ///
 /// - The callers for one key (of a set: its first) are served in the order in which they found it busy.
 /// - Waiters for different keys take turns at the server. A waiter keeps its place for one bounded wait, of at most half
 ///   a second; one of a [`conflict_group`](TransactionOptions::conflict_group) keeps it until its wait is over.
-/// - A waiter inside the keeper tries again as soon as this keeper releases the key it stands in line for. What others
-///   release, what was locked by [`Tx::advisory_lock`], and the further keys of a set it finds free a little later: every
-///   200 ms one query of `pg_locks` asks for all waiters together.
+/// - A waiter inside the keeper tries again as soon as this keeper releases the key it stands in line for. It learns up to
+///   half a second later of other releases: by other processes, of locks taken by [`Tx::advisory_lock`], and of the further
+///   keys of a set. Every 200 ms one query of `pg_locks` asks for all waiters together.
+/// - A waiter whose future is not polled keeps its place at the server.
 ///
 /// [`Tx::advisory_lock`] waits on its transaction's own connection, and does not count.
 #[derive(Clone)]

@@ -72,6 +72,9 @@ impl Advisory {
                 TryLockOutcome::Busy => {}
                 TryLockOutcome::Snapshot => {
                     end_granted(session, &request, &deadline).await?;
+                    if let Some(waiter) = &mut waiter {
+                        waiter.try_again();
+                    }
                     let acquired = self.acquire_before_snapshot(request, &deadline, waiter);
                     return acquired.await;
                 }
@@ -242,7 +245,7 @@ impl Advisory {
     }
 
     /// How long to wait for an answer that waits for no lock.
-    fn answer_bound(&self, deadline: &Deadline) -> Duration {
+    pub(super) fn answer_bound(&self, deadline: &Deadline) -> Duration {
         let most = deadline.remaining().saturating_add(ANSWER);
         most.min(self.connections.longest_silence())
     }
@@ -493,6 +496,7 @@ impl Advisory {
             return Err(request.error(ErrorKind::LockLost));
         }
         request.identify(&mut session, tried);
+        session.set_xact_start(server::xact_start(&reply));
         self.granted(session, request, tried, deadline).await
     }
 }

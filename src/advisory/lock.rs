@@ -104,8 +104,7 @@ impl AdvisoryLock {
     /// was granted meanwhile is released.
     ///
     /// # Longest silence
-    /// The wait of the lock, and two seconds or one [`longest_silence`](crate::KeeperBuilder::longest_silence),
-    /// whichever is shorter. A silent connection is replaced while the wait lasts.
+    /// The wait of the lock, and one [`longest_silence`](crate::KeeperBuilder::longest_silence). A silent connection is replaced while the wait lasts.
     pub async fn acquire(self) -> Result<XactGuard, Error> {
         let (advisory, request) = self.request()?;
         let span = request.span("acquire");

@@ -198,10 +198,20 @@ impl Advisory {
         if !is_worth_counting(keys) {
             return Ok(());
         }
-        let mut checkout = Checkout::new(&self.connections, deadline);
+        let mut checkout =
+            Checkout::within(&self.connections, deadline, self.answer_bound(deadline));
         loop {
-            let (session, _) = checkout.next().await?;
-            match check_capacity_on(&session, keys, false).await {
+            let (session, patience) = checkout.next().await?;
+            let answer = check_capacity_on(&session, keys, false);
+            let Ok(answer) = tokio::time::timeout(patience, answer).await else {
+                checkout.replace_silent(
+                    Error::new(ErrorKind::ConnectionLost)
+                        .with_key(&keys[0])
+                        .with_detail("no answer from the server"),
+                )?;
+                continue;
+            };
+            match answer {
                 Err(error) if error.kind() == ErrorKind::ConnectionLost => {
                     checkout.replace(error)?;
                 }

@@ -164,12 +164,13 @@ impl SessionGuard {
     /// held: somebody else may have held it since. Nothing is left to release then.
     ///
     /// # Cancel safety
-    /// Once polled, the release goes on in the background if this is dropped. So it does when a statement whose future
-    /// was dropped is still running on the guard's connection: it is cancelled, and the connection closed.
+    /// Once polled, the release continues in the background if this is dropped. A statement whose future was dropped may
+    /// still be running on the guard's connection: it is cancelled, and the connection closed.
     ///
     /// # Longest silence
-    /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence): once for the answer, and once
-    /// while what may still run on the connection is cancelled.
+    /// Three times [`longest_silence`](crate::KeeperBuilder::longest_silence): for the answer, while what may still run on the
+    /// connection is cancelled, and for the rollback of a transaction that was left open and has failed. A server that falls
+    /// silent and stays so takes it at most twice.
     pub async fn release(mut self) -> Result<(), Error> {
         let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
         let Some(mut session) = self.session.take() else {

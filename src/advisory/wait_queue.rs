@@ -29,6 +29,7 @@ use super::{Advisory, LockRequest, sql};
 use crate::advisory::sql::TryLockRow;
 use crate::connection::{Session, run_shielded};
 use crate::deadline::Deadline;
+use crate::error::is_insufficient_privilege;
 use crate::key::{KeyId, LockKey};
 use crate::mode::AdvisoryMode;
 
@@ -38,6 +39,8 @@ const TRYING: usize = 2;
 /// How often those who wait here have `pg_locks` looked at. It is also how much later than at the server a waiter can find a
 /// lock free that was released by others.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+/// After so long a look counts as lost.
+const LONGEST_LOOK: Duration = Duration::from_secs(10);
 /// How many keys of a set are looked at. Of a larger one more are tried than are free.
 const LOOKED_AT: usize = 100;
 
@@ -197,12 +200,17 @@ impl WaitQueue {
         let is_due = state
             .last_look
             .is_none_or(|last| last.elapsed() >= LOOK_INTERVAL);
-        if state.is_looking || !is_due {
+        // A look that is so old is on a runtime that stands still.
+        let is_under_way = state
+            .last_look
+            .is_some_and(|last| last.elapsed() < LONGEST_LOOK);
+        if state.is_looking && is_under_way || !is_due {
             return None;
         }
         state.is_looking = true;
-        state.last_look = Some(Instant::now());
-        Some(Look(Arc::clone(self)))
+        let now = Instant::now();
+        state.last_look = Some(now);
+        Some(Look(Arc::clone(self), now))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -268,6 +276,10 @@ impl State {
         let waiters = &mut self.lines.get_mut(&id)?.waiters;
         let at = waiters.iter().position(|waiter| waiter.number == number)?;
         let removed = waiters.remove(at)?;
+        // The new first is the one who looks.
+        if let (0, Some(first)) = (at, waiters.front()) {
+            first.wake.notify_one();
+        }
         self.taken -= usize::from(removed.has_place);
         self.in_turn.retain(|(_, waiter)| *waiter != number);
         self.settle(id);
@@ -446,6 +458,13 @@ impl QueuedWaiter {
         }
     }
 
+    /// Has the next turn be a try: the last one has not shown whether the lock is free.
+    pub(super) fn try_again(&mut self) {
+        if let Some(waiter) = self.queue.lock().entry(self.id, self.number) {
+            waiter.tell();
+        }
+    }
+
     /// Whether this waiter, who has found the lock busy, may wait for it at the server. If not it waits here until it may.
     pub(super) fn take_place(&mut self) -> bool {
         self.has_waited = true;
@@ -485,7 +504,8 @@ impl QueuedWaiter {
         }
         if let Some(waiter) = state.entry(id, number) {
             waiter.has_place = false;
-            waiter.is_to_try = false;
+            // Told that the lock is free, the first tries once more before it waits here.
+            waiter.is_to_try &= is_first;
             state.taken -= 1;
             if is_first {
                 state.in_turn.push_back((id, number));
@@ -499,17 +519,21 @@ impl QueuedWaiter {
 impl Drop for QueuedWaiter {
     fn drop(&mut self) {
         let removed = self.queue.lock().remove(self.id, self.number);
-        // What it was handed is returned, which may wake others.
+        // What it was handed is returned.
         drop(removed);
     }
 }
 
 /// A look at `pg_locks` for all lines; while it exists, there is no other.
-struct Look(Arc<WaitQueue>);
+struct Look(Arc<WaitQueue>, Instant);
 
 impl Drop for Look {
     fn drop(&mut self) {
-        self.0.lock().is_looking = false;
+        let mut state = self.0.lock();
+        // Unless another has begun, because this one took too long.
+        if state.last_look == Some(self.1) {
+            state.is_looking = false;
+        }
     }
 }
 
@@ -552,6 +576,8 @@ impl Advisory {
                 let sql = sql::blockers::held(keys);
                 let held = match connections.ask(&sql).await {
                     Ok(reply) => sql::blockers::held_keys(&reply),
+                    // Whoever may not look has to try.
+                    Err(error) if is_insufficient_privilege(&error) => HashMap::new(),
                     Err(error) => {
                         return tracing::debug!(%error, "not found out which locks are free");
                     }

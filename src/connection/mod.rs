@@ -282,14 +282,15 @@ impl Session {
     /// What is sent in the place of a text that shows that it would take away what is on this connection: it fails, and
     /// says why.
     fn refusal(&self, text: &str) -> Option<Box<str>> {
-        if self.state.is_in_transaction() {
-            if let Some(end) = transaction_end(text) {
+        match transaction_end(text) {
+            Some(end) if self.state.is_in_transaction() => {
                 return Some(sql::refuse(&end, "transaction, which ends by itself").into());
             }
-            // Where a string may end there, what follows is not known: COMMIT has to show it.
-            if text.contains('\\') {
-                self.state.failed();
-            }
+            // Prepared, it may be executed in a transaction: COMMIT has to show it.
+            Some(_) => self.state.failed(),
+            // So it has where a string may end there, and what follows is not known.
+            None if text.contains('\\') => self.state.failed(),
+            None => {}
         }
         let unlocks = unlocks_all(text).filter(|_| self.state.holds_locks())?;
         Some(
@@ -313,6 +314,9 @@ impl Session {
     }
 
     fn note_end(&self, number: u64, error: Option<&tokio_postgres::Error>) {
+        if error.is_none_or(|error| error.as_db_error().is_some()) {
+            self.connections.heard();
+        }
         self.state.answered(number, error.is_some());
         let Some(error) = error else {
             return self.remember_failure(None);

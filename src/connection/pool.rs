@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Pool, PoolError, TimeoutType};
 use tokio::runtime::Handle;
@@ -47,6 +47,9 @@ pub(crate) struct Connections {
     longest_silence: Duration,
     /// Whether the pool may open one connection more at the moment.
     extended: AtomicBool,
+    begun: Instant,
+    /// When the server last answered on any of them, in milliseconds since then.
+    heard: AtomicU64,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -74,6 +77,8 @@ impl Connections {
             observer,
             longest_silence,
             extended: AtomicBool::new(false),
+            begun: Instant::now(),
+            heard: AtomicU64::new(0),
         })
     }
 
@@ -85,6 +90,21 @@ impl Connections {
     /// What has been found out about its connections.
     pub(crate) fn cache(&self) -> &ConnectionCache {
         &self.cache
+    }
+
+    /// The server has answered.
+    pub(super) fn heard(&self) {
+        self.heard.store(self.milliseconds(), Ordering::Relaxed);
+    }
+
+    /// Whether the server has answered within this time, on any connection.
+    pub(super) fn heard_within(&self, time: Duration) -> bool {
+        let heard = self.heard.load(Ordering::Relaxed);
+        u128::from(self.milliseconds().saturating_sub(heard)) <= time.as_millis()
+    }
+
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// How long a server may be silent.

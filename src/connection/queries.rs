@@ -9,8 +9,8 @@ macro_rules! query_methods {
         /// The driver's query methods. Each is cancel safe in this sense: a statement whose future is dropped goes on
         /// on the server, statements after it wait for it, and it is cancelled when its owner ends.
         ///
-        /// Each may take as long as its backend is executing it. Where that cannot be shown, it ends with the driver's error
-        /// for a closed connection after at most twice
+        /// A statement may take as long as the backend is executing it. If the server does not show that it is, the statement
+        /// ends with the driver's error for a closed connection after at most twice
         /// [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more. The streams of `query_raw`,
         /// `copy_in` and `copy_out` are the driver's own: a wait for their next row has no bound but the caller's.
         ///
@@ -22,8 +22,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::query`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -43,8 +43,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::query_one`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's; one of its own when there is not exactly one row.
@@ -66,8 +66,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::query_opt`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's; one of its own when there is more than one row.
@@ -89,8 +89,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::query_raw`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -115,8 +115,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::query_typed`]: one round trip, without preparing.
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -138,8 +138,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::execute`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -161,8 +161,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::execute_typed`]: one round trip, without preparing.
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -184,8 +184,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::execute_raw`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -210,8 +210,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::batch_execute`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -224,8 +224,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::simple_query`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -241,8 +241,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::prepare`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -258,8 +258,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::prepare_typed`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -279,8 +279,8 @@ macro_rules! query_methods {
             /// connection.
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -298,8 +298,8 @@ macro_rules! query_methods {
             /// See [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -318,8 +318,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::copy_in`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.
@@ -341,8 +341,8 @@ macro_rules! query_methods {
             /// See [`tokio_postgres::Client::copy_out`].
             ///
             /// # Longest silence
-            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless its backend is
-            /// executing it.
+            /// Twice [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more, unless the backend
+            /// is executing the statement.
             ///
             /// # Errors
             /// The driver's.

@@ -240,6 +240,7 @@ impl Request {
                         }
                     }
                     let answer = answer(&session, &message).await;
+                    session.connections.heard();
                     // Answers come in order: with this one all earlier statements have ended.
                     session.state.all_answered();
                     (session, answer)

@@ -18,6 +18,7 @@ use tokio_postgres::{Config, NoTls};
 use super::request::poll_once;
 use super::{Connections, Session};
 use crate::connection::sql::server;
+use crate::error::ErrorKind;
 
 /// How much longer an answer may take that is on its way, when its backend has ended the statement.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
@@ -117,8 +118,12 @@ async fn is_executing(
     let question = server::is_executing(pid, may_copy);
     match connections.ask_persistently(most, &question).await {
         Ok(reply) => server::executes(&reply),
-        // It answers, and refuses to tell (too many connections, a missing privilege): the server is alive.
-        Err(error) => error.as_db_error().is_some(),
+        // It answers, and refuses to tell (too many connections, a missing privilege): the server is alive. So it is where
+        // it has answered others, and only the pool had no connection to ask on.
+        Err(error) => {
+            let is_busy = error.kind() == ErrorKind::Pool && connections.heard_within(most);
+            is_busy || error.as_db_error().is_some()
+        }
     }
 }
 

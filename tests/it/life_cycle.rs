@@ -200,6 +200,37 @@ async fn a_guards_transaction_that_ends_itself_is_told() {
     }
 }
 
+/// The same where the locks were taken before the transaction's snapshot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guard_with_a_snapshot_that_ends_its_transaction_is_told() {
+    let scene = Scene::new(2).await;
+    for sql in ["COMMIT AND CHAIN", "ROLLBACK; BEGIN"] {
+        let lock = scene.keeper.advisory_lock(752);
+        let lock = lock.isolation(tokio_postgres::IsolationLevel::RepeatableRead);
+        let held = lock.acquire().await.unwrap();
+        held.client().batch_execute(sql).await.unwrap();
+        let error = held.commit().await.unwrap_err();
+        assert_error_in(sql, &error, ErrorKind::TransactionEnded, "ended");
+        scene.nothing_left().await;
+    }
+}
+
+/// The same of a statement that was prepared before the transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepared_end_of_a_guards_transaction_is_told() {
+    let scene = Scene::new(2).await;
+    let mut held = guard(&scene.keeper, 753).await;
+    let commit = held.prepare("COMMIT").await.unwrap();
+    let transaction = held.transaction(async |tx| {
+        tx.execute(&commit, &[]).await?;
+        Ok::<_, Error>(())
+    });
+    let error = transaction.await.unwrap_err();
+    assert_error(&error, ErrorKind::TransactionEnded, "ended");
+    held.release().await.unwrap();
+    scene.nothing_left().await;
+}
+
 /// The same where its text shows it: it is not sent, and nothing of the section is committed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_statement_that_would_end_the_transaction_is_refused() {

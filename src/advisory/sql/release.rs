@@ -6,7 +6,7 @@ use super::keys::{KeyRows, Locks, call, shared_suffix};
 use super::try_lock::push_execute;
 use crate::advisory::sql::blockers;
 use crate::connection::LockScope;
-use crate::connection::sql::server::FRESH;
+use crate::connection::sql::server::{FRESH, XACT_START};
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
@@ -23,7 +23,7 @@ pub(crate) fn begin_over_session_locks(begin: &Begin, locks: Locks<'_>) -> Strin
         rows.from(&mut sql);
         sql.push_str("; ");
     }
-    sql.push_str(&unlock(locks, None));
+    let _ = write!(sql, "SELECT {XACT_START}; {}", unlock(locks, None));
     sql
 }
 

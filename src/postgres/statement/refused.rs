@@ -41,7 +41,7 @@ pub(crate) fn transaction_end(sql: &str) -> Option<String> {
         } else if at <= 2 && is(word, "to") || at == 1 && is(word, "prepared") {
             found = None;
         }
-        in_body |= is(previous, "begin") && is(word, "atomic");
+        in_body |= is(first, "create") && is(previous, "begin") && is(word, "atomic");
         previous = word;
         at += 1;
     }
@@ -60,17 +60,24 @@ pub(crate) fn unlocks_all(sql: &str) -> Option<&'static str> {
     }
     let mut at = 0;
     let mut first = "";
+    let mut is_function = false;
     for token in tokens(sql) {
         let (TokenKind::Word(word) | TokenKind::Quoted(word)) = token.kind else {
+            if let (true, TokenKind::Symbol('(')) = (is_function, token.kind) {
+                return Some("pg_advisory_unlock_all()");
+            }
+            is_function = false;
             at = match token.kind {
                 TokenKind::Symbol(';') => 0,
                 _ => at + 1,
             };
             continue;
         };
-        if word.eq_ignore_ascii_case("pg_advisory_unlock_all") {
-            return Some("pg_advisory_unlock_all()");
-        }
+        // Whoever defines, grants or describes the function does not call it.
+        let calls = ["create", "alter", "grant", "revoke", "comment"]
+            .iter()
+            .all(|other| !first.eq_ignore_ascii_case(other));
+        is_function = calls && at > 0 && word.eq_ignore_ascii_case("pg_advisory_unlock_all");
         if at == 0 {
             first = word;
         } else if at == 1
@@ -107,6 +114,7 @@ mod tests {
                 "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; END; END",
                 "END",
             ),
+            ("SELECT begin atomic FROM t; END", "END"),
         ] {
             assert_eq!(transaction_end(sql).as_deref(), Some(end), "{sql}");
         }
@@ -157,6 +165,11 @@ mod tests {
             ("SELECT 1; DISCARD /* all */ ALL", Some("DISCARD ALL")),
             ("DISCARD PLANS", None),
             ("SELECT 'DISCARD ALL'", None),
+            (
+                "GRANT EXECUTE ON FUNCTION pg_advisory_unlock_all() TO a",
+                None,
+            ),
+            ("SELECT 1 AS pg_advisory_unlock_all", None),
             ("SELECT discard all", None),
             ("-- pg_advisory_unlock_all()\nSELECT 1", None),
         ] {

@@ -3,7 +3,7 @@
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::future::FutureExt;
@@ -16,16 +16,18 @@ use super::{
 };
 use lockkeeper::ErrorKind;
 
-/// What a call may take beyond its bound: all that it does while the server is not silent, on a slow machine.
+/// What a call may take beyond its bound, for all that it does while the server is not silent; and so many times what the
+/// machine takes, at that moment, to open the cell's connections.
 const GRACE: Duration = Duration::from_secs(1);
+const SETUPS: u32 = 5;
 
 /// More messages than any call sends.
 const MOST_MESSAGES: usize = 80;
 
 /// Cells that run at the same time, of all tests here: each mostly waits, but its connections have to be opened.
-static CELLS: Semaphore = Semaphore::const_new(64);
+static CELLS: Semaphore = Semaphore::const_new(120);
 /// The same of one test.
-const LANES: usize = 32;
+const LANES: usize = 60;
 
 fn all_rows() -> Vec<Row> {
     let mut rows = transactions::rows();
@@ -63,7 +65,9 @@ async fn run_cell(
     at: usize,
 ) -> (Met, Vec<String>) {
     scene.run(row.setup).await;
+    let started = Instant::now();
     let cell = Arc::new(Cell::new(scene, silence, at, with_side).await);
+    let grace = GRACE + started.elapsed() * SETUPS;
     scene.pool = cell.pool.clone();
     let holder = match row.is_busy {
         true => Some(scene.holder(super::KEY).await),
@@ -79,7 +83,7 @@ async fn run_cell(
     let outcome = {
         let call = (row.call)(Arc::clone(&cell));
         let mut call = pin!(AssertUnwindSafe(call).catch_unwind());
-        let mut late = pin!(cell.until_begun_for(bound + GRACE));
+        let mut late = pin!(cell.until_begun_for(bound + grace));
         let stop = cell.stop_backend(scene);
         tokio::select! {
             outcome = &mut call => Some(outcome),
@@ -98,7 +102,7 @@ async fn run_cell(
     drop(holder);
     let mut wrong = Vec::new();
     match outcome {
-        None => wrong.push(format!("hangs for longer than {:?}", bound + GRACE)),
+        None => wrong.push(format!("hangs for longer than {:?}", bound + grace)),
         Some(Err(_)) => wrong.push("panics".to_owned()),
         Some(Ok(outcome)) => {
             let seen = Seen::of(&outcome);
@@ -230,7 +234,7 @@ async fn connections_that_fall_silent_hold_up_no_call() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn backends_that_stand_still_hold_up_no_call() {
     // One of its own: some statements of other tests wait for every backend of their server.
-    let server = Server::start(&[]).unwrap();
+    let server = Server::start(&[("max_connections", "900")]).unwrap();
     run_matrix(&server, Silence::StoppedBackend, true).await;
 }
 

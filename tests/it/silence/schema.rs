@@ -19,7 +19,7 @@ const RIGHT: &[Seen] = &[
 ];
 
 /// Besides the silence, what is repeated has its pauses.
-const BOUND: Duration = CALLERS.saturating_add(Duration::from_secs(3));
+const BOUND: Duration = CALLERS.saturating_add(Duration::from_secs(5));
 
 const TABLES: &str = "DROP TABLE IF EXISTS lockkeeper_migration, lockkeeper_backfill, child, parent, parent_new, parent_old; \
      CREATE TABLE parent (id int NOT NULL, a int); INSERT INTO parent SELECT n, n FROM generate_series(1, 10) n; \
