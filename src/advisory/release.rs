@@ -85,7 +85,7 @@ fn hand_over(
 ) -> (Message, ReplyHandler) {
     let message = sql::execute_hand_over(statement, key, &next.heir.application_name, name);
     let unlock = sql::execute_unlock(statement, key, name);
-    let name = name.to_owned();
+    let (key, name) = (key.clone(), name.to_owned());
     let then: ReplyHandler = Box::new(move |reply| {
         if !is_unlocked(reply) {
             return AfterReply::Close;
@@ -111,7 +111,10 @@ fn hand_over(
                 server: None,
                 timeouts: None,
             };
+            let queue = next.queue();
             let unlock = Box::new(move |session: Session| {
+                // Others in line are told once it is returned.
+                session.keep_until_clean(Box::new(queue.hold(&[key], false)));
                 let undo = OnAbandon::Then(after_unlock(Some(own)));
                 session.send(unlock, undo).detach();
             });

@@ -338,6 +338,10 @@ pub(super) struct NextWaiter {
 }
 
 impl NextWaiter {
+    pub(super) fn queue(&self) -> Arc<WaitQueue> {
+        Arc::clone(&self.queue)
+    }
+
     /// Hands a session over. `unlock` is what returns the lock if nobody is there any more to take it.
     pub(super) fn pass(
         self,

@@ -77,12 +77,16 @@ impl Canceller {
     }
 
     /// Sends one cancel. Failures are logged: the caller sees by the answer whether it helped.
+    ///
+    /// Nothing is sent where the server has not answered yet. Whether there is a pooler is not known then, and a first
+    /// message waits for no lock.
     pub(super) async fn cancel(&self) {
+        let Some(pid) = self.server_pid else { return };
         let attempt = async {
             if self.is_pooled() {
                 // A pooler's own way of passing a cancel on may hit another client's statement
                 // (<https://github.com/pgbouncer/pgbouncer/issues/801>): signal through the server instead.
-                return self.signal().await;
+                return self.signal(pid).await;
             }
             let sent = match self.connections.side() {
                 Some(side) => side.cancel(&self.token).await,
@@ -93,7 +97,7 @@ impl Canceller {
                 Ok(()) => Ok(()),
                 Err(error) => {
                     tracing::debug!(%error, "cancel request not sent, signalling the backend instead");
-                    self.signal().await
+                    self.signal(pid).await
                 }
             }
         };
@@ -111,10 +115,7 @@ impl Canceller {
     /// `pg_cancel_backend` over another connection.
     ///
     /// Cancel safety: once polled it goes on, so that the lock is held until the signal is answered.
-    async fn signal(&self) -> Result<(), Error> {
-        let Some(pid) = self.server_pid else {
-            return Ok(());
-        };
+    async fn signal(&self, pid: i32) -> Result<(), Error> {
         let (connections, target) = (Arc::clone(&self.connections), Arc::clone(&self.target));
         let signalled = run_shielded(async move {
             let question = server::executing(pid);
