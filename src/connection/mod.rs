@@ -314,9 +314,7 @@ impl Session {
     }
 
     fn note_end(&self, number: u64, error: Option<&tokio_postgres::Error>) {
-        if error.is_none_or(|error| error.as_db_error().is_some()) {
-            self.connections.heard();
-        }
+        self.connections.heard(error);
         self.state.answered(number, error.is_some());
         let Some(error) = error else {
             return self.remember_failure(None);

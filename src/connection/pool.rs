@@ -92,9 +92,11 @@ impl Connections {
         &self.cache
     }
 
-    /// The server has answered.
-    pub(super) fn heard(&self) {
-        self.heard.store(self.milliseconds(), Ordering::Relaxed);
+    /// A message has ended: by the server's answer, unless its error is the driver's.
+    pub(super) fn heard(&self, error: Option<&tokio_postgres::Error>) {
+        if error.is_none_or(|error| error.as_db_error().is_some()) {
+            self.heard.store(self.milliseconds(), Ordering::Relaxed);
+        }
     }
 
     /// Whether the server has answered within this time, on any connection.

@@ -240,7 +240,7 @@ impl Request {
                         }
                     }
                     let answer = answer(&session, &message).await;
-                    session.connections.heard();
+                    session.connections.heard(answer.as_ref().err());
                     // Answers come in order: with this one all earlier statements have ended.
                     session.state.all_answered();
                     (session, answer)
