@@ -265,7 +265,8 @@ impl SessionGuard {
     /// # Errors
     /// The closure's own; an [`Error`], with the guard's first key, where the transaction cannot begin or commit:
     /// [`LockLost`](ErrorKind::LockLost) where the connection has ended, or holds the locks no more, and nothing is
-    /// committed; [`Config`](ErrorKind::Config) where a transaction was left open on the guard before;
+    /// committed; [`Config`](ErrorKind::Config) where a transaction was left open on the guard before (one that has failed
+    /// is rolled back instead; one that has not fails where the options set an isolation level);
     /// [`TransactionEnded`](ErrorKind::TransactionEnded) where the closure has ended the transaction itself; otherwise as
     /// [`XactGuard::commit`](crate::XactGuard::commit).
     ///
@@ -395,14 +396,21 @@ impl<'a> Loan<'a> {
             }
             begun => begun,
         };
+        let left_open = || {
+            Error::new(ErrorKind::Config).with_detail(
+                "a transaction was left open on the guard; commit it or roll it back before another one is begun",
+            )
+        };
         let failed = match begun {
             Ok(reply) if is_fresh(&reply) => {
                 self.session().mark_begun_at(xact_start(&reply));
                 return Ok(());
             }
-            Ok(_) => Error::new(ErrorKind::Config).with_detail(
-                "a transaction was left open on the guard; commit it or roll it back before another one is begun",
-            ),
+            Ok(_) => left_open(),
+            // It has run a statement already, so that it can have no other isolation level.
+            Err(error) if classify(&error) == Failure::InTransaction => {
+                left_open().with_source(error)
+            }
             Err(error) if classify(&error) == Failure::ConnectionLost => {
                 Error::new(ErrorKind::LockLost).with_source(error)
             }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use lockkeeper::{Error, ErrorKind, Keeper, SessionGuard, TransactionOptions};
 use lockkeeper_testkit::{Fault, Proxy, Scene, assert_error, assert_error_in, eventually, in_time};
 use tokio::sync::Mutex;
+use tokio_postgres::IsolationLevel;
 
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -206,7 +207,7 @@ async fn a_guard_with_a_snapshot_that_ends_its_transaction_is_told() {
     let scene = Scene::new(2).await;
     for sql in ["COMMIT AND CHAIN", "ROLLBACK; BEGIN"] {
         let lock = scene.keeper.advisory_lock(752);
-        let lock = lock.isolation(tokio_postgres::IsolationLevel::RepeatableRead);
+        let lock = lock.isolation(IsolationLevel::RepeatableRead);
         let held = lock.acquire().await.unwrap();
         held.client().batch_execute(sql).await.unwrap();
         let error = held.commit().await.unwrap_err();
@@ -327,6 +328,14 @@ async fn a_guards_transaction_is_under_its_lock() {
     let error = write(&mut held).await.unwrap_err();
     assert_error(
         &error,
+        ErrorKind::Config,
+        "a transaction was left open on the guard",
+    );
+    // An isolation level is refused by the server once the open transaction has run a statement.
+    let isolation = TransactionOptions::new().isolation(IsolationLevel::Serializable);
+    let serializable = held.transaction_with(isolation, async |_| Ok::<_, Error>(()));
+    assert_error(
+        &serializable.await.unwrap_err(),
         ErrorKind::Config,
         "a transaction was left open on the guard",
     );
