@@ -4,6 +4,8 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::deadline::Deadline;
+
 const NANOS_PER_SEC: u128 = 1_000_000_000;
 
 /// Exponential back-off with full jitter: before retry *n* (counted from 0) a pause drawn evenly from zero to
@@ -51,6 +53,63 @@ impl Backoff {
 impl Default for Backoff {
     fn default() -> Self {
         Self::new(Duration::from_millis(10), Duration::from_secs(1))
+    }
+}
+
+/// The attempts of what is repeated: how long to pause before the next one, and whether there is one. Whatever this crate
+/// repeats is counted here.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Retry {
+    backoff: Backoff,
+    /// What each pause has in addition.
+    least: Duration,
+    deadline: Option<Deadline>,
+    most: u32,
+    attempt: u32,
+}
+
+impl Retry {
+    /// At most so many attempts, none of which begins after the deadline.
+    pub(crate) fn new(backoff: Backoff, most: u32, deadline: Option<Deadline>) -> Self {
+        Self {
+            backoff,
+            least: Duration::ZERO,
+            deadline,
+            most,
+            attempt: 0,
+        }
+    }
+
+    pub(crate) fn with_least(self, least: Duration) -> Self {
+        Self { least, ..self }
+    }
+
+    /// Another attempt begins. Gives its number, counted from 1.
+    pub(crate) fn begin(&mut self) -> u32 {
+        self.attempt += 1;
+        self.attempt
+    }
+
+    /// How many have begun.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempt
+    }
+
+    /// The pause after the current attempt, for a random number as [`Backoff::delay`] takes it.
+    pub(crate) fn pause(&self, random: u64) -> Duration {
+        let delay = self.backoff.delay(self.attempt.saturating_sub(1), random);
+        self.least.saturating_add(delay)
+    }
+
+    /// What is missing for another attempt after this pause.
+    pub(crate) fn is_out_of(&self, pause: Duration) -> Option<&'static str> {
+        if self.attempt >= self.most {
+            return Some("attempts");
+        }
+        let is_late = self
+            .deadline
+            .is_some_and(|deadline| deadline.remaining() < pause);
+        is_late.then_some("time")
     }
 }
 

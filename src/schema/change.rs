@@ -105,8 +105,9 @@ impl Change {
     ) -> Result<ChangeReport, Error> {
         let deadline = self.options.deadline();
         let pending = catalog::is_detach_pending(partition);
-        let mut attempt = 1;
+        let mut retry = self.options.retry(deadline, u32::MAX);
         loop {
+            retry.begin();
             let options = self.options.until(&deadline);
             if catalog::is_yes(&self.env.ask(&pending).await?) {
                 let sql = catalog::finalize(parent, partition);
@@ -120,13 +121,11 @@ impl Change {
                 Err(error) if error.kind() == ErrorKind::LockTimeout => error,
                 result => return result,
             };
-            let pause = (self.env).pause_before_retry(&self.options, &deadline, attempt);
-            let Some(pause) = pause else {
+            let Some(pause) = self.env.pause_before_retry(&retry) else {
                 return Err(error);
             };
             // Cancel safety: no connection is held between two attempts.
             tokio::time::sleep(pause).await;
-            attempt += 1;
         }
     }
 }

@@ -360,9 +360,10 @@ impl<'a> IndexBuild<'a> {
         definition: &IndexDefinition,
         report: &mut ProcedureReport,
     ) -> Result<(), Error> {
-        let mut attempt = 1;
+        let mut retry = self.options.retry(*self.deadline, u32::MAX);
         let mut refused = false;
         loop {
+            let attempt = retry.begin();
             for remnant in self.remains(table, &definition.name).await? {
                 self.drop_remnant(table, &remnant, &definition.name, report)
                     .await?;
@@ -406,7 +407,7 @@ impl<'a> IndexBuild<'a> {
                     | ErrorKind::Cancelled
                     | ErrorKind::ConnectionLost
             );
-            let pause = self.pause_before_retry(attempt);
+            let pause = self.env.pause_before_retry(&retry);
             let Some(pause) = pause.filter(|_| is_by_others) else {
                 if let Err(error) = cleaned {
                     tracing::warn!(index = %definition.name, %error, "a failed index build could not be cleaned up");
@@ -416,7 +417,6 @@ impl<'a> IndexBuild<'a> {
             tracing::debug!(attempt, %error, index = %definition.name, ?pause, "index build failed, to be repeated");
             // Cancel safety: no connection is held between two attempts.
             tokio::time::sleep(pause).await;
-            attempt += 1;
         }
     }
 
@@ -506,8 +506,9 @@ impl<'a> IndexBuild<'a> {
             return Ok(());
         }
         let sql = index::drop_concurrently(&name);
-        let mut attempt = 1;
+        let mut retry = self.options.retry(*self.deadline, u32::MAX);
         loop {
+            retry.begin();
             self.wait_for_builders(table).await?;
             let options = self.options.until(self.deadline);
             let error = match self.env.run(&options, &sql, Method::Concurrently).await {
@@ -522,12 +523,11 @@ impl<'a> IndexBuild<'a> {
                 error.kind(),
                 ErrorKind::Deadlock | ErrorKind::LockTimeout | ErrorKind::Cancelled
             );
-            let pause = self.pause_before_retry(attempt);
+            let pause = self.env.pause_before_retry(&retry);
             let Some(pause) = pause.filter(|_| is_by_others) else {
                 return Err(error);
             };
             tokio::time::sleep(pause).await;
-            attempt += 1;
         }
     }
 
@@ -588,10 +588,6 @@ impl<'a> IndexBuild<'a> {
             return Ok(());
         }
         Err(differs(there))
-    }
-
-    fn pause_before_retry(&self, attempt: u32) -> Option<Duration> {
-        (self.env).pause_before_retry(self.options, self.deadline, attempt)
     }
 
     async fn change(&self, sql: &str) -> Result<super::ChangeReport, Error> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::report::ChangeAttempt;
-use crate::backoff::Backoff;
+use crate::backoff::{Backoff, Retry};
 use crate::deadline::Deadline;
 use crate::error::Error;
 
@@ -78,11 +78,11 @@ impl ChangeOptions {
         Ok(())
     }
 
-    /// The pause after attempt number `attempt`, counted from 1.
-    pub(super) fn pause(&self, attempt: u32, random: u64) -> Duration {
+    /// The attempts of a change until the deadline.
+    pub(super) fn retry(&self, deadline: Deadline, most: u32) -> Retry {
         let least = self.lock_timeout.saturating_mul(MIN_PAUSE_FACTOR);
-        let jitter = Backoff::new(least, MAX_JITTER.max(least));
-        least.saturating_add(jitter.delay(attempt.saturating_sub(1), random))
+        let backoff = Backoff::new(least, MAX_JITTER.max(least));
+        Retry::new(backoff, most, Some(deadline)).with_least(least)
     }
 
     pub(super) fn report(&self, attempt: &ChangeAttempt) {
@@ -167,17 +167,24 @@ mod tests {
 
     #[test]
     fn a_pause_is_at_least_ten_timeouts_plus_jitter() {
+        let pause = |options: &ChangeOptions, attempts: u32, random| {
+            let mut retry = options.retry(options.deadline(), u32::MAX);
+            for _ in 0..attempts {
+                retry.begin();
+            }
+            retry.pause(random)
+        };
         let options = ChangeOptions::default();
-        assert_eq!(options.pause(1, 0), Duration::from_secs(1));
-        assert!(options.pause(1, u64::MAX) < Duration::from_secs(2));
-        assert!(options.pause(1, u64::MAX) > Duration::from_millis(1900));
-        assert!(options.pause(3, u64::MAX) > Duration::from_millis(4900));
-        assert!(options.pause(u32::MAX, u64::MAX) < Duration::from_secs(11));
+        assert_eq!(pause(&options, 1, 0), Duration::from_secs(1));
+        assert!(pause(&options, 1, u64::MAX) < Duration::from_secs(2));
+        assert!(pause(&options, 1, u64::MAX) > Duration::from_millis(1900));
+        assert!(pause(&options, 3, u64::MAX) > Duration::from_millis(4900));
+        assert!(pause(&options, 200, u64::MAX) < Duration::from_secs(11));
         let long = ChangeOptions {
             lock_timeout: Duration::from_secs(5),
             ..ChangeOptions::default()
         };
-        assert!(long.pause(9, 1 << 63) >= Duration::from_secs(75));
+        assert!(pause(&long, 9, 1 << 63) >= Duration::from_secs(75));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::options::ChangeOptions;
 use super::report::ProcedureReport;
 use super::run::Method;
 use super::table::Table;
+use crate::backoff::Retry;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, has_a_primary_key, is_a_constraint_already, is_already_there};
 use crate::postgres::name_flaw;
@@ -29,8 +30,8 @@ pub(super) struct Procedure<'a> {
     options: &'a ChangeOptions,
     pub(super) deadline: Deadline,
     pub(super) report: ProcedureReport,
-    /// How often the steps have been started.
-    pub(super) rounds: u32,
+    /// How often the steps have been started, and whether they may be again.
+    pub(super) retry: Retry,
     /// Whether the step failed because another session has done it meanwhile.
     pub(super) is_overtaken: bool,
 }
@@ -38,12 +39,13 @@ pub(super) struct Procedure<'a> {
 impl<'a> Procedure<'a> {
     fn new(env: &'a Env, options: &'a ChangeOptions) -> Result<Self, Error> {
         options.check()?;
+        let deadline = options.deadline();
         Ok(Self {
             env,
             options,
-            deadline: options.deadline(),
+            deadline,
             report: ProcedureReport::default(),
-            rounds: 0,
+            retry: options.retry(deadline, MAX_ROUNDS),
             is_overtaken: false,
         })
     }
@@ -57,15 +59,14 @@ impl<'a> Procedure<'a> {
     ) -> Result<ProcedureReport, Error> {
         let mut procedure = Self::new(env, options)?;
         loop {
-            procedure.rounds += 1;
+            procedure.retry.begin();
             let error = match steps.run(&mut procedure).await {
                 Ok(()) => return Ok(procedure.report),
                 Err(error) => error,
             };
             let is_overtaken = std::mem::take(&mut procedure.is_overtaken);
-            let pause = env.pause_before_retry(options, &procedure.deadline, procedure.rounds);
-            let Some(pause) = pause.filter(|_| is_overtaken && procedure.rounds < MAX_ROUNDS)
-            else {
+            let pause = env.pause_before_retry(&procedure.retry);
+            let Some(pause) = pause.filter(|_| is_overtaken) else {
                 return Err(error);
             };
             tracing::debug!(%error, ?pause, "somebody else is at the same: to be looked at again");

@@ -107,7 +107,7 @@ impl ReplaceTable {
                 ));
             }
         }
-        if !new_is_there && procedure.rounds > 1 {
+        if !new_is_there && procedure.retry.attempts() > 1 {
             return Err(Error::config(format!(
                 "{full} has been replaced by another session meanwhile"
             )));

@@ -7,9 +7,9 @@ use super::options::ChangeOptions;
 use super::preflight::Preflight;
 use super::report::{ChangeAttempt, ChangeFailed, ChangeReport};
 use super::statement_poll::{OnProgress, POLLS_PER_WAIT, StatementPoll};
+use crate::backoff::Retry;
 use crate::blocker::Blocker;
 use crate::connection::{OnAbandon, Session};
-use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
@@ -60,8 +60,9 @@ impl Env {
         let deadline = options.deadline();
         let started = Instant::now();
         let mut attempts = Vec::new();
-        let mut number = 1;
+        let mut retry = options.retry(deadline, u32::MAX);
         loop {
+            let number = retry.begin();
             let began = Instant::now();
             let (result, blockers) = match method {
                 Method::InTransaction => self.in_transaction(options, sql).await,
@@ -105,7 +106,7 @@ impl Env {
                     Method::Concurrently | Method::OutsideTransactionOnce
                 );
             if may_repeat {
-                attempt.pause = self.pause_before_retry(options, &deadline, number);
+                attempt.pause = self.pause_before_retry(&retry);
             }
             tracing::debug!(
                 number,
@@ -127,20 +128,13 @@ impl Env {
             };
             // Cancel safety: no connection is held between two attempts.
             tokio::time::sleep(pause).await;
-            number += 1;
         }
     }
 
-    /// The pause between attempt `number`, counted from 1, and the next one; `None` if the deadline leaves no time for
-    /// another attempt.
-    pub(super) fn pause_before_retry(
-        &self,
-        options: &ChangeOptions,
-        deadline: &Deadline,
-        number: u32,
-    ) -> Option<Duration> {
-        let pause = options.pause(number, self.jitter.next());
-        (deadline.remaining() > pause).then_some(pause)
+    /// The pause before another attempt; `None` if there is none.
+    pub(super) fn pause_before_retry(&self, retry: &Retry) -> Option<Duration> {
+        let pause = retry.pause(self.jitter.next());
+        retry.is_out_of(pause).is_none().then_some(pause)
     }
 
     /// The blockers after an attempt during which none could be sampled, because it was too short or no connection was

@@ -8,7 +8,7 @@ use tokio_postgres::error::DbError;
 use super::options::{Resolve, RetryIf};
 use super::report::{FailedAttempt, Reporter};
 use super::{AsyncFunc, BoxFuture, Tx};
-use crate::backoff::{Backoff, Jitter, RetryBudget};
+use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
 use crate::connection::Observed;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
@@ -120,8 +120,7 @@ struct Exhausted {
 struct Attempts<'a> {
     policy: &'a Policy,
     open: &'a dyn Open,
-    deadline: Option<Deadline>,
-    attempt: u32,
+    retry: Retry,
     times_victim: u32,
     /// The session of the attempt.
     session: u64,
@@ -133,8 +132,11 @@ impl<'a> Attempts<'a> {
         Self {
             policy,
             open,
-            deadline: policy.deadline.map(Deadline::after),
-            attempt: 0,
+            retry: Retry::new(
+                policy.backoff,
+                policy.attempts,
+                policy.deadline.map(Deadline::after),
+            ),
             times_victim: 0,
             session: 0,
             observed: None,
@@ -147,14 +149,14 @@ impl<'a> Attempts<'a> {
                 Arc::clone(reporter).begins();
             }
             let opened = self.open.open(self.times_victim).await;
-            let opened = opened.map_err(|error| error.with_attempts(self.attempt))?;
-            self.attempt += 1;
+            let opened = opened.map_err(|error| error.with_attempts(self.retry.attempts()))?;
+            let attempt = self.retry.begin();
             let Some(tx) = opened else { return Ok(None) };
             let tx = tx.resolving(self.policy.resolve);
             self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
             if let Some(observed) = tx.session().observed() {
-                observed.is_attempt(self.attempt, self.policy.attempts);
+                observed.is_attempt(attempt, self.policy.attempts);
             }
             Ok(Some(tx))
         })
@@ -180,7 +182,7 @@ impl<'a> Attempts<'a> {
                 {
                     Ok(Some(Reason::Commit(error)))
                 }
-                Err(error) => Err(error.with_attempts(self.attempt)),
+                Err(error) => Err(error.with_attempts(self.retry.attempts())),
             }
         })
     }
@@ -199,26 +201,15 @@ impl<'a> Attempts<'a> {
     fn pause(&mut self, reason: Reason) -> BoxFuture<'_, Result<(), Exhausted>> {
         Box::pin(async {
             let policy = self.policy;
-            let attempt = self.attempt;
+            let attempt = self.retry.attempts();
             let is_deadlock = reason.db_error().map(classify_db) == Some(Failure::Deadlock);
-            let mut pause = policy.backoff.delay(attempt - 1, policy.jitter.next());
+            let mut pause = self.retry.pause(policy.jitter.next());
             if is_deadlock {
                 pause = pause.max(AFTER_DEADLOCK);
                 self.times_victim += 1;
             }
-            let out_of = if attempt >= policy.attempts {
-                Some("attempts")
-            } else if self
-                .deadline
-                .as_ref()
-                .is_some_and(|deadline| deadline.remaining() < pause)
-            {
-                Some("time")
-            } else if !policy.budget.try_retry() {
-                Some("retry budget")
-            } else {
-                None
-            };
+            let out_of = self.retry.is_out_of(pause);
+            let out_of = out_of.or_else(|| (!policy.budget.try_retry()).then_some("retry budget"));
             tracing::debug!(
                 attempt,
                 sqlstate = reason.db_error().map(|error| error.code().code()),
@@ -243,7 +234,7 @@ impl<'a> Attempts<'a> {
         reporter.failed(&FailedAttempt {
             observed: self.observed.as_ref()?,
             error,
-            attempt: self.attempt,
+            attempt: self.retry.attempts(),
             attempts: self.policy.attempts,
             pause,
         })
