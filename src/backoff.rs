@@ -61,7 +61,6 @@ impl Default for Backoff {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Retry {
     backoff: Backoff,
-    /// What each pause has in addition.
     least: Duration,
     deadline: Option<Deadline>,
     most: u32,
@@ -69,19 +68,20 @@ pub(crate) struct Retry {
 }
 
 impl Retry {
-    /// At most so many attempts, none of which begins after the deadline.
-    pub(crate) fn new(backoff: Backoff, most: u32, deadline: Option<Deadline>) -> Self {
+    /// At most so many attempts, none of which begins after the deadline. Each pause is `least` and the delay of `backoff`.
+    pub(crate) fn new(
+        backoff: Backoff,
+        least: Duration,
+        most: u32,
+        deadline: Option<Deadline>,
+    ) -> Self {
         Self {
             backoff,
-            least: Duration::ZERO,
+            least,
             deadline,
             most,
             attempt: 0,
         }
-    }
-
-    pub(crate) fn with_least(self, least: Duration) -> Self {
-        Self { least, ..self }
     }
 
     /// Another attempt begins. Gives its number, counted from 1.

@@ -82,7 +82,7 @@ impl ChangeOptions {
     pub(super) fn retry(&self, deadline: Deadline, most: u32) -> Retry {
         let least = self.lock_timeout.saturating_mul(MIN_PAUSE_FACTOR);
         let backoff = Backoff::new(least, MAX_JITTER.max(least));
-        Retry::new(backoff, most, Some(deadline)).with_least(least)
+        Retry::new(backoff, least, most, Some(deadline))
     }
 
     pub(super) fn report(&self, attempt: &ChangeAttempt) {

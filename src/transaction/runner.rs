@@ -134,6 +134,7 @@ impl<'a> Attempts<'a> {
             open,
             retry: Retry::new(
                 policy.backoff,
+                Duration::ZERO,
                 policy.attempts,
                 policy.deadline.map(Deadline::after),
             ),
