@@ -25,9 +25,9 @@ const SETUPS: u32 = 5;
 const MOST_MESSAGES: usize = 80;
 
 /// Cells that run at the same time, of all tests here: each mostly waits, but its connections have to be opened.
-static CELLS: Semaphore = Semaphore::const_new(120);
+static CELLS: Semaphore = Semaphore::const_new(80);
 /// The same of one test.
-const LANES: usize = 60;
+const LANES: usize = 40;
 
 fn all_rows() -> Vec<Row> {
     let mut rows = transactions::rows();
@@ -222,7 +222,7 @@ async fn run_matrix(server: &Server, silence: Silence, with_side: bool) {
 /// With room for all of these connections.
 fn server() -> &'static Server {
     static SERVER: LazyLock<Server> =
-        LazyLock::new(|| Server::start(&[("max_connections", "900")]).unwrap());
+        LazyLock::new(|| Server::start(&[("max_connections", "1500")]).unwrap());
     &SERVER
 }
 
@@ -234,7 +234,7 @@ async fn connections_that_fall_silent_hold_up_no_call() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn backends_that_stand_still_hold_up_no_call() {
     // One of its own: some statements of other tests wait for every backend of their server.
-    let server = Server::start(&[("max_connections", "900")]).unwrap();
+    let server = Server::start(&[("max_connections", "1500")]).unwrap();
     run_matrix(&server, Silence::StoppedBackend, true).await;
 }
 

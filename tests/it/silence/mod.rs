@@ -19,10 +19,10 @@ use lockkeeper_testkit::{AppError, Fault, Proxy, Scene, StoppedBackend};
 use tokio_postgres::NoTls;
 
 /// How long the server may be silent.
-const SILENCE: Duration = Duration::from_secs(3);
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// How long a lock is waited for.
-const WAIT: Duration = Duration::from_secs(5);
+const WAIT: Duration = Duration::from_secs(4);
 
 /// What the calls lock. Another session holds it where a row says so.
 const KEY: i64 = 81;
