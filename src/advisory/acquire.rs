@@ -37,7 +37,7 @@ const SHORTEST_SLICE: Duration = Duration::from_millis(5);
 ///
 /// Between two slices others go before. For a conflict group's lock the wait is a single one: who is to run alone would
 /// never come to it where the others run for longer than a slice, and none of them builds an index.
-pub(super) fn slice(request: &LockRequest, server: Option<&Server>) -> Duration {
+fn slice(request: &LockRequest, server: Option<&Server>) -> Duration {
     if request.is_group {
         return Duration::MAX;
     }
@@ -93,7 +93,12 @@ impl Advisory {
                 end(session).await;
                 continue;
             }
-            let waited = self.wait(session, &request, &tried, &deadline, waiter);
+            tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
+            let text = |wait, after_timeout| match after_timeout {
+                true => sql::begin_again_and_wait(&request.begin, request.locks(), wait),
+                false => sql::wait_in_transaction(request.locks(), wait),
+            };
+            let waited = self.wait(session, &request, &tried, &deadline, waiter, text);
             let (session, is_granted) = waited.await?;
             if is_granted {
                 return self.granted(session, request, &tried, &deadline).await;
@@ -286,11 +291,6 @@ impl Advisory {
             .await
     }
 
-    /// How much later than its deadline an answer may come.
-    pub(super) fn answer_time(&self) -> Duration {
-        ANSWER.min(self.connections.longest_silence())
-    }
-
     async fn send_within(
         &self,
         session: Session,
@@ -307,32 +307,29 @@ impl Advisory {
         }
     }
 
-    /// Waits at the server, a slice at a time, in the transaction that the `try` has begun: until the locks are granted,
-    /// which is said, the deadline has passed, or others are to wait there.
-    async fn wait(
+    /// Waits at the server, a slice at a time, by what `text` makes of the wait and of whether the message before it has timed
+    /// out: until the locks are granted, which is said, the deadline has passed, or others are to wait there.
+    pub(super) async fn wait(
         &self,
         mut session: Session,
         request: &LockRequest,
         tried: &TryLockRow,
         deadline: &Deadline,
         waiter: &mut QueuedWaiter,
+        text: impl Fn(Duration, bool) -> String + Send,
     ) -> Result<(Session, bool), Error> {
         let slice = slice(request, self.server(&session, tried).as_ref());
+        // How much later than its end a wait's answer may come.
+        let grace = ANSWER.min(self.connections.longest_silence());
         let mut after_timeout = false;
-        tracing::debug!(key = %request.keys()[0], "waiting for an advisory lock");
         loop {
             let wait = deadline.remaining().min(slice);
-            let sql = if after_timeout {
+            if after_timeout {
                 // It waits in another transaction than the last one.
                 session.set_xact_start(None);
-                sql::begin_again_and_wait(&request.begin, request.locks(), wait)
-            } else {
-                sql::wait_in_transaction(request.locks(), wait)
-            };
-            let sent = session.send(sql, OnAbandon::CancelAndClose);
-            let Some((answered, answer)) =
-                sent.within(wait.saturating_add(self.answer_time())).await
-            else {
+            }
+            let sent = session.send(text(wait, after_timeout), OnAbandon::CancelAndClose);
+            let Some((answered, answer)) = sent.within(wait.saturating_add(grace)).await else {
                 return Err(no_answer(request, deadline));
             };
             session = answered;
@@ -344,8 +341,10 @@ impl Advisory {
                 Err(error) => error,
             };
             match classify(&error) {
-                // A deadlock here is between waiters and somebody who waits for them: the pause resolves it.
+                // Both are raised before the grant of a transaction lock, which the next message rolls back. A deadlock
+                // here is between waiters and somebody who waits for them: the pause resolves it.
                 Failure::LockTimeout | Failure::Deadlock => after_timeout = true,
+                // Anything else may have struck after a session lock was granted: the connection is closed.
                 failure => {
                     return Err(request
                         .error(failure.kind())
@@ -495,8 +494,8 @@ impl Advisory {
         if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
         }
-        request.identify(&mut session, tried);
-        session.set_xact_start(server::xact_start(&reply));
+        let name = request.begin.application_name.as_deref();
+        session.identify(tried.pid, server::xact_start(&reply), name);
         self.granted(session, request, tried, deadline).await
     }
 }

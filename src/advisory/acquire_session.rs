@@ -2,9 +2,7 @@
 
 use tokio::runtime::Handle;
 
-use super::acquire::{
-    FINAL_TRY_AFTER_QUEUE, end, late, no_answer, slice, standby, timed_out, timed_out_unseen,
-};
+use super::acquire::{FINAL_TRY_AFTER_QUEUE, end, late, standby, timed_out, timed_out_unseen};
 use super::preconditions::check_locking;
 use super::wait_queue::{Heir, QueuedWaiter, Turn};
 use super::{Advisory, LockRequest, SessionGuard, sql};
@@ -12,7 +10,7 @@ use crate::advisory::sql::{Locks, Names, TryLockOutcome, TryLockRow};
 use crate::connection::sql::{Probe, Refusal};
 use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::error::{Error, ErrorKind};
 use crate::mode::AdvisoryMode;
 
 /// A session that holds the locks, what the server said of it, what was asked for, and the place in the line.
@@ -162,8 +160,11 @@ impl Advisory {
                 session.return_to_pool();
                 continue;
             }
-            let waited =
-                self.wait_for_session_locks(session, &request, &tried, deadline, named, queued);
+            tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
+            let text = |wait, after_timeout| {
+                sql::wait_session(request.locks(), names(&request, named), wait, after_timeout)
+            };
+            let waited = self.wait(session, &request, &tried, deadline, queued, text);
             let (session, is_granted) = waited.await?;
             if is_granted {
                 return Ok(Locked::new(session, tried, request, waiter));
@@ -270,51 +271,6 @@ impl Advisory {
             None => Err(request
                 .error(ErrorKind::Database)
                 .with_detail("no answer to a lock request")),
-        }
-    }
-
-    /// Waits at the server, a slice at a time: until the locks are granted, which is said, the deadline has passed, or others
-    /// are to wait there.
-    async fn wait_for_session_locks(
-        &self,
-        mut session: Session,
-        request: &LockRequest,
-        tried: &TryLockRow,
-        deadline: &Deadline,
-        named: bool,
-        waiter: &mut QueuedWaiter,
-    ) -> Result<(Session, bool), Error> {
-        let slice = slice(request, self.server(&session, tried).as_ref());
-        let mut after_timeout = false;
-        tracing::debug!(key = %request.keys()[0], "waiting for a session lock");
-        loop {
-            let wait = deadline.remaining().min(slice);
-            let sql =
-                sql::wait_session(request.locks(), names(request, named), wait, after_timeout);
-            let sent = session.send(sql, OnAbandon::CancelAndClose);
-            let Some((answered, answer)) =
-                sent.within(wait.saturating_add(self.answer_time())).await
-            else {
-                return Err(no_answer(request, deadline));
-            };
-            session = answered;
-            let Err(error) = answer else {
-                return Ok((session, true));
-            };
-            match classify(&error) {
-                // Both are raised before the grant of a transaction lock, which the next message rolls back.
-                Failure::LockTimeout | Failure::Deadlock => after_timeout = true,
-                // Anything else may have struck after the session lock was granted: the connection is closed.
-                failure => {
-                    return Err(request
-                        .error(failure.kind())
-                        .with_waited(deadline.waited())
-                        .with_source(error));
-                }
-            }
-            if deadline.has_passed() || waiter.yield_place() {
-                return Ok((session, false));
-            }
         }
     }
 
