@@ -11,7 +11,9 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{CancelToken, NoTls};
 
+use super::pool::SPARE;
 use super::request::{poll_once, run_shielded};
+use super::side_connection::Purpose;
 use super::sql::server;
 use super::{Connections, Session};
 use crate::error::Error;
@@ -119,7 +121,7 @@ impl Canceller {
         let (connections, target) = (Arc::clone(&self.connections), Arc::clone(&self.target));
         let signalled = run_shielded(async move {
             let question = server::executing(pid);
-            let asked = connections.ask_first(&question);
+            let asked = connections.ask_first(Purpose::Urgent, SPARE, &question);
             let Ok(asked) = tokio::time::timeout(ATTEMPT, asked).await else {
                 return Ok(());
             };

@@ -16,6 +16,8 @@ use super::state::ConnectionState;
 use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
+#[cfg(feature = "incidents")]
+use crate::postgres::sql::PROBE;
 
 /// How long a server may be silent, where the keeper's owner does not say.
 pub(crate) const LONGEST_SILENCE: Duration = Duration::from_secs(15);
@@ -29,7 +31,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Between two questions to a server that does not answer.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long to wait for a pool connection to look or cancel with.
-const SPARE: Duration = Duration::from_secs(1);
+pub(super) const SPARE: Duration = Duration::from_secs(1);
 /// The same for what is not worth waiting for.
 #[cfg(feature = "incidents")]
 const SPARE_SOON: Duration = Duration::from_millis(20);
@@ -195,8 +197,7 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn open_side(self: &Arc<Self>) -> Result<(), Error> {
         if let Some(side) = &self.side {
-            let probe = crate::postgres::sql::PROBE;
-            self.ask_side(side, Purpose::Sampling, probe).await?;
+            self.ask_side(side, Purpose::Sampling, PROBE).await?;
         }
         Ok(())
     }
@@ -205,7 +206,8 @@ impl Connections {
     #[cfg(feature = "incidents")]
     pub(crate) async fn ask_soon(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            return self.ask_side(side, Purpose::Sampling, sql).await;
+            let answered = self.ask_side(side, Purpose::Sampling, sql).await;
+            return answered.map(|(_, reply)| reply);
         }
         let session = self.check_out(&Deadline::after(SPARE_SOON)).await?;
         // The settings of the side connection, until the end of the message.
@@ -214,7 +216,7 @@ impl Connections {
         let reply = self.answer(session.message(&bounded)).await?;
         // What fails (for want of a privilege, or behind a lock) leaves nothing, unless there was a transaction already.
         let is_clean = reply.is_ok() || {
-            let probed = self.answer(session.message(crate::postgres::sql::PROBE));
+            let probed = self.answer(session.message(PROBE));
             probed.await?.is_ok()
         };
         if is_clean {
@@ -260,13 +262,9 @@ impl Connections {
         spare: Duration,
         sql: &str,
     ) -> Result<Reply, Error> {
-        if let Some(side) = &self.side {
-            match self.ask_side(side, purpose, sql).await {
-                Ok(reply) => return Ok(reply),
-                Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
-            }
-        }
-        self.ask_pool(spare, sql).await
+        let (answered, reply) = self.ask_first(purpose, spare, sql).await?;
+        answered.end();
+        Ok(reply)
     }
 
     /// Asks within `most` whatever answers: the side connection, else one connection of the pool after another, since
@@ -300,7 +298,7 @@ impl Connections {
                 Err(error) if error.as_db_error().is_none() => {
                     tracing::debug!(%error, "side connection failed, using the pool");
                 }
-                answer => return answer,
+                answer => return answer.map(|(_, reply)| reply),
             }
         }
         // The pool's connections may all be busy, with long statements perhaps.
@@ -336,48 +334,32 @@ impl Connections {
     #[cfg(feature = "resolver")]
     pub(crate) async fn ask_once(self: &Arc<Self>, sql: &str) -> Result<Reply, Error> {
         if let Some(side) = &self.side {
-            match self.ask_side_first(side, crate::postgres::sql::PROBE).await {
+            match self.ask_side(side, Purpose::Urgent, PROBE).await {
                 Ok((side, _)) => return side.ask(sql).await,
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
-        self.ask_pool(SPARE, sql).await
+        let session = self.check_out(&Deadline::after(SPARE)).await?;
+        ask_on(session, self.patience(), sql).await
     }
 
     /// As [`ask`](Self::ask), and the connection that has answered, for a question that must not be sent twice.
     pub(super) async fn ask_first(
         self: &Arc<Self>,
+        purpose: Purpose,
+        spare: Duration,
         sql: &str,
     ) -> Result<(Answered<'_>, Reply), Error> {
         if let Some(side) = &self.side {
-            match self.ask_side_first(side, sql).await {
+            match self.ask_side(side, purpose, sql).await {
                 Ok(answered) => return Ok(answered),
                 Err(error) => tracing::debug!(%error, "side connection failed, using the pool"),
             }
         }
-        let session = self.check_out(&Deadline::after(SPARE)).await?;
-        // Cancel safety: unanswered, its connection is closed.
+        let session = self.check_out(&Deadline::after(spare)).await?;
+        // Cancel safety: a question of one statement; unanswered, its connection is closed.
         let reply = self.answer(session.message(sql)).await??;
         Ok((Answered::Pool(session), reply))
-    }
-
-    async fn ask_side_first<'a>(
-        &self,
-        side: &'a SideConnection,
-        sql: &str,
-    ) -> Result<(Answered<'a>, Reply), Error> {
-        let most = SIDE.min(self.longest_silence);
-        let asking = async {
-            let mut turn = side.turn(Purpose::Urgent).await;
-            let reply = turn.ask(sql).await?;
-            Ok((Answered::Side(turn, most), reply))
-        };
-        within(most, ON_SIDE, asking).await?
-    }
-
-    async fn ask_pool(self: &Arc<Self>, spare: Duration, sql: &str) -> Result<Reply, Error> {
-        let session = self.check_out(&Deadline::after(spare)).await?;
-        ask_on(session, self.patience(), sql).await
     }
 
     /// What is answered on a connection of the pool, unless the server is silent.
@@ -390,14 +372,13 @@ impl Connections {
         ANSWER.min(self.longest_silence)
     }
 
-    async fn ask_side(
+    async fn ask_side<'a>(
         &self,
-        side: &SideConnection,
+        side: &'a SideConnection,
         purpose: Purpose,
         sql: &str,
-    ) -> Result<Reply, Error> {
-        let most = SIDE.min(self.longest_silence);
-        ask_side(side, purpose, most, sql).await
+    ) -> Result<(Answered<'a>, Reply), Error> {
+        ask_side(side, purpose, SIDE.min(self.longest_silence), sql).await
     }
 }
 
@@ -438,13 +419,17 @@ impl Drop for Extended<'_> {
     }
 }
 
-async fn ask_side(
-    side: &SideConnection,
+async fn ask_side<'a>(
+    side: &'a SideConnection,
     purpose: Purpose,
     most: Duration,
     sql: &str,
-) -> Result<Reply, Error> {
-    let asking = async { side.turn(purpose).await.ask(sql).await };
+) -> Result<(Answered<'a>, Reply), Error> {
+    let asking = async {
+        let mut turn = side.turn(purpose).await;
+        let reply = turn.ask(sql).await?;
+        Ok((Answered::Side(turn, most), reply))
+    };
     within(most, ON_SIDE, asking).await?
 }
 
