@@ -292,7 +292,10 @@ impl Session {
             None if text.contains('\\') => self.state.failed(),
             None => {}
         }
-        let unlocks = unlocks_all(text).filter(|_| self.state.holds_locks())?;
+        if !self.state.holds_locks() {
+            return None;
+        }
+        let unlocks = unlocks_all(text)?;
         Some(
             sql::refuse(
                 unlocks,

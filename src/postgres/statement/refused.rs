@@ -12,38 +12,28 @@ pub(crate) fn transaction_end(sql: &str) -> Option<String> {
     if !b"acepr".contains(&first) && !sql.contains(';') {
         return None;
     }
-    let mut at = 0;
-    let (mut first, mut previous) = ("", "");
     // Behind `BEGIN ATOMIC`, in the body of a function, which has an END of its own.
     let mut in_body = false;
     let mut found = None;
-    for token in tokens(sql) {
-        let word = match token.kind {
-            TokenKind::Symbol(';') if found.is_some() => break,
-            TokenKind::Symbol(';') => {
-                at = 0;
-                continue;
+    for place in places(sql) {
+        let is = |token, keyword| unquoted(token).eq_ignore_ascii_case(keyword);
+        let word = place.token;
+        if place.at == 0 {
+            if found.is_some() {
+                break;
             }
-            TokenKind::Word(word) => word,
-            _ => "",
-        };
-        let is = |text: &str, keyword| text.eq_ignore_ascii_case(keyword);
-        if at == 0 {
-            first = word;
             found = ["commit", "rollback", "abort", "end"]
                 .into_iter()
                 .find(|keyword| is(word, keyword));
             if found == Some("end") && in_body {
                 (found, in_body) = (None, false);
             }
-        } else if at == 1 && is(first, "prepare") && is(word, "transaction") {
+        } else if place.at == 1 && is(place.first, "prepare") && is(word, "transaction") {
             found = Some("prepare transaction");
-        } else if at <= 2 && is(word, "to") || at == 1 && is(word, "prepared") {
+        } else if place.at <= 2 && is(word, "to") || place.at == 1 && is(word, "prepared") {
             found = None;
         }
-        in_body |= is(first, "create") && is(previous, "begin") && is(word, "atomic");
-        previous = word;
-        at += 1;
+        in_body |= is(place.first, "create") && is(place.previous, "begin") && is(word, "atomic");
     }
     found.map(str::to_ascii_uppercase)
 }
@@ -58,37 +48,74 @@ pub(crate) fn unlocks_all(sql: &str) -> Option<&'static str> {
     if !may("unlock_all") && !may("discard") {
         return None;
     }
-    let mut at = 0;
-    let mut first = "";
-    let mut is_function = false;
-    for token in tokens(sql) {
-        let (TokenKind::Word(word) | TokenKind::Quoted(word)) = token.kind else {
-            if let (true, TokenKind::Symbol('(')) = (is_function, token.kind) {
-                return Some("pg_advisory_unlock_all()");
-            }
-            is_function = false;
-            at = match token.kind {
-                TokenKind::Symbol(';') => 0,
-                _ => at + 1,
-            };
-            continue;
-        };
+    for place in places(sql) {
+        let is = |token, keyword| name(token).eq_ignore_ascii_case(keyword);
         // Whoever defines, grants or describes the function does not call it.
         let calls = ["create", "alter", "grant", "revoke", "comment"]
             .iter()
-            .all(|other| !first.eq_ignore_ascii_case(other));
-        is_function = calls && at > 0 && word.eq_ignore_ascii_case("pg_advisory_unlock_all");
-        if at == 0 {
-            first = word;
-        } else if at == 1
-            && first.eq_ignore_ascii_case("discard")
-            && word.eq_ignore_ascii_case("all")
+            .all(|other| !is(place.first, other));
+        if calls
+            && place.at > 1
+            && place.token == TokenKind::Symbol('(')
+            && is(place.previous, "pg_advisory_unlock_all")
         {
+            return Some("pg_advisory_unlock_all()");
+        }
+        if place.at == 1 && is(place.first, "discard") && is(place.token, "all") {
             return Some("DISCARD ALL");
         }
-        at += 1;
     }
     None
+}
+
+/// The text of a keyword or an identifier without quotes; empty for any other token.
+fn unquoted(token: TokenKind<'_>) -> &str {
+    match token {
+        TokenKind::Word(word) => word,
+        _ => "",
+    }
+}
+
+/// The same, and of a quoted identifier.
+fn name(token: TokenKind<'_>) -> &str {
+    match token {
+        TokenKind::Quoted(word) => word,
+        token => unquoted(token),
+    }
+}
+
+/// A token, and where in its statement it stands.
+struct Place<'a> {
+    at: usize,
+    token: TokenKind<'a>,
+    /// The statement's first; itself, where it is that.
+    first: TokenKind<'a>,
+    /// The one just before; a `;` where there is none.
+    previous: TokenKind<'a>,
+}
+
+/// The tokens of all statements of a text.
+fn places(sql: &str) -> impl Iterator<Item = Place<'_>> {
+    const END: TokenKind<'_> = TokenKind::Symbol(';');
+    let (mut at, mut first, mut previous) = (0, END, END);
+    tokens(sql).filter_map(move |token| {
+        let token = token.kind;
+        if token == END {
+            (at, previous) = (0, END);
+            return None;
+        }
+        if at == 0 {
+            first = token;
+        }
+        let place = Place {
+            at,
+            token,
+            first,
+            previous,
+        };
+        (at, previous) = (at + 1, token);
+        Some(place)
+    })
 }
 
 #[cfg(test)]
