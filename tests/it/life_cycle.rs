@@ -16,6 +16,15 @@ async fn guard(keeper: &Keeper, key: i64) -> SessionGuard {
 }
 
 /// A keeper behind a proxy, with a short silence.
+/// A transaction of one statement.
+async fn run_in(held: &mut SessionGuard, sql: &str) -> Result<(), Error> {
+    let transaction = held.transaction(async |tx| {
+        tx.batch_execute(sql).await?;
+        Ok::<_, Error>(())
+    });
+    transaction.await
+}
+
 fn behind(proxy: &Proxy, scene: &Scene) -> Keeper {
     let pool = proxy.pool(&scene.database.config(), 2);
     Keeper::builder(pool)
@@ -76,10 +85,7 @@ async fn a_guard_that_falls_silent_is_lost() {
     let keeper = behind(&proxy, &scene);
     let mut held = guard(&keeper, 741).await;
     proxy.fault("SELECT 41", Fault::Stall);
-    let transaction = held.transaction(async |tx| {
-        tx.batch_execute("SELECT 41").await?;
-        Ok::<_, Error>(())
-    });
+    let transaction = run_in(&mut held, "SELECT 41");
     let error = in_time("silent at a statement", transaction)
         .await
         .unwrap_err();
@@ -117,10 +123,7 @@ async fn a_guards_transaction_that_is_dropped_at_its_end_is_over() {
         proxy.resume();
         // The caller's own transactions are none of the guard's.
         held.batch_execute("BEGIN; SELECT 1; COMMIT").await.unwrap();
-        let again = held.transaction(async |tx| {
-            tx.batch_execute("SELECT 1").await?;
-            Ok::<_, Error>(())
-        });
+        let again = run_in(&mut held, "SELECT 1");
         again.await.unwrap();
         assert_eq!(scene.count("note").await, written, "{message}");
         held.release().await.unwrap();
@@ -288,10 +291,7 @@ async fn a_statement_that_would_return_a_guards_locks_is_refused() {
         let mut held = guard(&scene.keeper, 749).await;
         let error = held.batch_execute(sql).await.unwrap_err();
         assert_eq!(error.code().unwrap().code(), "2D000", "{error:?}");
-        let transaction = held.transaction(async |tx| {
-            tx.batch_execute(sql).await?;
-            Ok::<_, Error>(())
-        });
+        let transaction = run_in(&mut held, sql);
         let error = transaction.await.unwrap_err();
         assert_error_in(sql, &error, ErrorKind::TransactionEnded, "ended");
         let holders = scene.holders(749).await;
@@ -370,10 +370,7 @@ async fn a_guards_transaction_is_under_all_of_its_locks() {
         .batch_execute("SELECT pg_advisory_unlock(748)")
         .await
         .unwrap();
-    let transaction = held.transaction(async |tx| {
-        tx.batch_execute("SELECT 1").await?;
-        Ok::<_, Error>(())
-    });
+    let transaction = run_in(&mut held, "SELECT 1");
     let error = transaction.await.unwrap_err();
     assert_error(
         &error,

@@ -119,22 +119,17 @@ pub(super) fn rows() -> Vec<Row> {
                 .map(drop)
         }),
         row("backfill run", |keeper| async move {
-            let fill = keeper.backfill("child", "id").set("n = n + 1");
-            fill.batch_rows(5..=5)
-                .max_lock_wait(WITHIN)
-                .run()
-                .await
-                .map(drop)
+            backfill(&keeper).run().await.map(drop)
         }),
         row("backfill try_run", |keeper| async move {
-            let fill = keeper.backfill("child", "id").set("n = n + 1");
-            fill.batch_rows(5..=5)
-                .max_lock_wait(WITHIN)
-                .try_run()
-                .await
-                .map(drop)
+            backfill(&keeper).try_run().await.map(drop)
         }),
     ]
+}
+
+fn backfill(keeper: &lockkeeper::Keeper) -> lockkeeper::Backfill {
+    let fill = keeper.backfill("child", "id").set("n = n + 1");
+    fill.batch_rows(5..=5).max_lock_wait(WITHIN)
 }
 
 /// In which a change may be repeated.

@@ -22,12 +22,18 @@ impl StoppedBackend {
         let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity \
                    WHERE pid = $1 AND wait_event_type IN ('Client', 'Lock'))";
         let what = format!("{pid} does not wait");
-        until_true(observer, &what, sql, &[&pid]).await;
-        let stopped = StoppedBackend {
-            pid: pid.try_into().expect("a process id"),
-        };
-        guardian::signal_pid(stopped.pid, "STOP").expect("a signal to a backend");
-        stopped
+        loop {
+            until_true(observer, &what, sql, &[&pid]).await;
+            let stopped = StoppedBackend {
+                pid: pid.try_into().expect("a process id"),
+            };
+            guardian::signal_pid(stopped.pid, "STOP").expect("a signal to a backend");
+            // A message may have reached it before the signal did.
+            let waits = observer.query_one(sql, &[&pid]).await;
+            if waits.expect("an observer that is not stopped").get(0) {
+                return stopped;
+            }
+        }
     }
 }
 
