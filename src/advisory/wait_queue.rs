@@ -9,7 +9,7 @@
 //! it busy wait there if they get a place. The places are few for all lines together: [`places`].
 //!
 //! The first of a line stands in turn for the next place. One that has a place gives it up at the end of a bounded wait
-//! if others stand in turn, and joins them. In the meantime its lock may become free: what this keeper releases wakes the first
+//! if others stand in turn, and joins them. A place that no first wants goes to one that is second in its line. In the meantime its lock may become free: what this keeper releases wakes the first
 //! of its line; what others release is seen by a look at `pg_locks`, one for all lines each [`LOOK_INTERVAL`].
 //!
 //! A set stands in the line of its first key only: that one it waits for or holds, so whoever waits behind it here would
@@ -60,6 +60,8 @@ struct State {
     taken: usize,
     /// The first of their lines that found their lock busy and have no place, in their turn for one.
     in_turn: VecDeque<(KeyId, u64)>,
+    /// The others who found their lock busy and have no place: they get one where nobody is in turn.
+    behind: VecDeque<(KeyId, u64)>,
     next_number: u64,
     is_looking: bool,
     last_look: Option<Instant>,
@@ -260,11 +262,26 @@ impl State {
         }
     }
 
+    /// Has one that found its lock busy wait for a place.
+    fn stand(&mut self, id: KeyId, number: u64) {
+        let without_place = if self.is_first(id, number) {
+            &mut self.in_turn
+        } else {
+            &mut self.behind
+        };
+        if !without_place.contains(&(id, number)) {
+            without_place.push_back((id, number));
+        }
+    }
+
     fn give_places(&mut self) {
         while self.taken < self.places
-            && let Some((id, number)) = self.in_turn.pop_front()
+            && let Some((id, number)) = self.in_turn.pop_front().or_else(|| self.behind.pop_front())
         {
-            if let Some(waiter) = self.entry(id, number) {
+            // It may have become the first since, and have got one.
+            if let Some(waiter) = self.entry(id, number)
+                && !waiter.has_place
+            {
                 waiter.has_place = true;
                 waiter.tell();
                 self.taken += 1;
@@ -281,7 +298,9 @@ impl State {
             first.wake.notify_one();
         }
         self.taken -= usize::from(removed.has_place);
-        self.in_turn.retain(|(_, waiter)| *waiter != number);
+        for without_place in [&mut self.in_turn, &mut self.behind] {
+            without_place.retain(|(_, waiter)| *waiter != number);
+        }
         self.settle(id);
         self.give_places();
         Some(removed)
@@ -475,7 +494,6 @@ impl QueuedWaiter {
         let (id, number) = (self.id, self.number);
         let mut state = self.queue.lock();
         let is_free = state.taken < state.places && state.in_turn.is_empty();
-        let is_first = state.is_first(id, number);
         let Some(waiter) = state.entry(id, number) else {
             return false;
         };
@@ -485,8 +503,8 @@ impl QueuedWaiter {
         if is_free {
             waiter.has_place = true;
             state.taken += 1;
-        } else if is_first && !state.in_turn.contains(&(id, number)) {
-            state.in_turn.push_back((id, number));
+        } else {
+            state.stand(id, number);
         }
         is_free
     }
@@ -511,9 +529,7 @@ impl QueuedWaiter {
             // Told that the lock is free, the first tries once more before it waits here.
             waiter.is_to_try &= is_first;
             state.taken -= 1;
-            if is_first {
-                state.in_turn.push_back((id, number));
-            }
+            state.stand(id, number);
         }
         state.give_places();
         true
@@ -645,6 +661,21 @@ mod tests {
         assert!(is_told(&mut behind_a).await && behind_a.take_place());
         drop(behind_a);
         assert!(queue.lock().lines.is_empty() && queue.lock().taken == 0);
+    }
+
+    #[tokio::test]
+    async fn a_place_that_no_first_wants_goes_to_a_second() {
+        let queue = Arc::new(WaitQueue::default());
+        let (mut a, mut behind_a, mut b) = (enter(&queue, 1), enter(&queue, 1), enter(&queue, 2));
+        queue.lock().places = 2;
+        assert!(a.take_place() && behind_a.take_place() && !b.take_place());
+        assert!(!a.yield_place() && behind_a.yield_place() && b.take_place());
+        assert!(!is_told(&mut behind_a).await);
+        drop(b);
+        assert!(is_told(&mut behind_a).await && behind_a.take_place());
+        drop((a, behind_a));
+        let state = queue.lock();
+        assert!(state.lines.is_empty() && state.taken == 0 && state.behind.is_empty());
     }
 
     #[tokio::test]

@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use lockkeeper::{Error, ErrorKind, Keeper, LockKey, TransactionOptions};
 use lockkeeper_testkit::{
-    CLEANED_UP_WITHIN, Random, Scene, assert_error, eventually_within, in_time_of,
+    CLEANED_UP_WITHIN, ENDLESS, Random, Scene, assert_error, eventually_within, in_time_of,
 };
 
-use super::{Guard, SCOPES, Scope, Took, assert_on_time, ms, take, time, timed_out, warm};
+use super::{
+    Guard, SCOPES, Scope, Took, assert_on_time, elapsed, ms, take, time, time_beside, timed_out,
+    warm,
+};
 
 const DAYS: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -20,15 +23,25 @@ async fn waits_end_at_the_time_asked_for_and_never_before() {
     // The long ones are longer than a slice, and than the server's deadlock_timeout of a second.
     let waits = [0, 400, 1_000, 7_000, 499_000, 501_000, 1_700_000, 2_300_000];
     let scopes = SCOPES.iter().zip(518..).map(|(&scope, key)| async move {
-        let key = LockKey::from(key);
+        let (key, free) = (LockKey::from(key), LockKey::from(key + 100));
         let holder = scene.holder(&key).await;
         let pid = holder.pid;
+        let call = async |asked| {
+            let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
+            assert_eq!(error.blockers()[0].pid(), Some(pid), "{scope:?} {asked:?}");
+        };
         for asked in waits.map(Duration::from_micros) {
-            time(asked, &format!("{scope:?}"), async |asked| {
-                let error = timed_out(take(&scene.keeper, scope, key.clone(), asked).await);
-                assert_eq!(error.blockers()[0].pid(), Some(pid), "{scope:?} {asked:?}");
-            })
-            .await;
+            let what = format!("{scope:?}");
+            if asked.is_zero() {
+                time_beside(asked, &what, async |asked| {
+                    let take = take(&scene.keeper, scope, free.clone(), ENDLESS);
+                    let besides = elapsed(async { drop(take.await.unwrap()) }).await;
+                    (elapsed(call(asked)).await, besides)
+                })
+                .await;
+            } else {
+                time(asked, &what, call).await;
+            }
             assert_eq!(
                 scene.waiters(key.clone()).await,
                 [0; 0],

@@ -107,17 +107,31 @@ fn assert_on_time(asked: Duration, took: &[Took], what: &str) {
 
 /// Runs `call` a few times, as long as none was on time; each time without a wait first.
 async fn time(asked: Duration, what: &str, mut call: impl AsyncFnMut(Duration)) {
-    let mut took = Vec::new();
-    for _ in 0..12 {
+    time_beside(asked, what, async |asked| {
         let mut besides = Duration::ZERO;
         if !asked.is_zero() {
-            let started = Instant::now();
-            call(Duration::ZERO).await;
-            besides = started.elapsed();
+            besides = elapsed(call(Duration::ZERO)).await;
         }
-        let started = Instant::now();
-        call(asked).await;
-        let all = started.elapsed();
+        (elapsed(call(asked)).await, besides)
+    })
+    .await;
+}
+
+async fn elapsed(call: impl Future<Output = ()>) -> Duration {
+    let started = Instant::now();
+    call.await;
+    started.elapsed()
+}
+
+/// The same, where `call` takes both times: its own, and the one that this machine needs for the like without a wait.
+async fn time_beside(
+    asked: Duration,
+    what: &str,
+    mut call: impl AsyncFnMut(Duration) -> (Duration, Duration),
+) {
+    let mut took = Vec::new();
+    for _ in 0..12 {
+        let (all, besides) = call(asked).await;
         took.push(Took { all, besides });
         if took.last().is_some_and(|took| took.is_on_time(asked)) {
             break;
