@@ -32,9 +32,28 @@ const APPLICATION: &str = "lockkeeper";
 /// keeper, without one. At most a quarter of the pool waits at the server at a time, so that holders and other work find a
 /// connection: at least one request, at most two for a key, and all keys count together. The others wait inside the keeper.
 ///
+/// - A wait at the server is a single one, under a `lock_timeout` of all that is left of it. So it keeps its place in the
+///   server's queue, which is first come, first served over all processes, and `pg_locks.waitstart` and `log_lock_waits`
+///   show it at its full length. It writes one entry to the server's log, where it times out.
 /// - The callers for one key (of a set: its first) are served in the order in which they found it busy.
-/// - Waiters for different keys take turns at the server. A waiter keeps its place for one bounded wait, of at most half
-///   a second; one of a [`conflict_group`](TransactionOptions::conflict_group) keeps it until its wait is over.
+/// - Waiters for different keys take turns at the server only where more wait than there are places: then a waiter gives
+///   its place up after ten seconds. One of a [`conflict_group`](TransactionOptions::conflict_group) keeps it until its wait
+///   is over.
+/// - A waiter steps back for an index build. `CREATE INDEX CONCURRENTLY`, `REINDEX CONCURRENTLY` and
+///   `DETACH PARTITION CONCURRENTLY` wait until the transactions of waiters have ended, and would be in a deadlock with one
+///   that waits for a lock of theirs. As long as anybody waits, one query of `pg_locks` asks for all waiters together who
+///   waits for their transactions: two to three times in each `deadlock_timeout`. Such a waiter is cancelled, and goes to
+///   the end of the server's queue when the builder does not wait any more. Each time writes an entry to the server's log.
+/// - It is asked on the side connection. Without one, it is asked on a connection of the pool, which is kept for that as long as
+///   anybody waits; of a pool of less than four, one is borrowed for each question. Its role has to be one that may signal the
+///   pool's sessions: the same one, or a member of it.
+/// - Where that cannot be asked, waits are repeated instead, each half as long as `deadlock_timeout` and at most half a
+///   second. Then there is no order between processes, and each of them writes an entry to the server's log. That is so
+///   with a `deadlock_timeout` shorter than 200 ms, without SELECT on `pg_locks`, and without a side connection while all of
+///   the pool's connections are in use. For ten seconds it is also so after two questions in a row were not answered within a
+///   third of `deadlock_timeout`, or a waiter could not be signalled.
+/// - Locks are waited for on connections of their own: two guards of one task that wait for each other's locks are no cycle
+///   that the server could see, and wait until their time is over.
 /// - A waiter inside the keeper tries again as soon as this keeper releases the key it stands in line for. It learns up to
 ///   half a second later of other releases: by other processes, of locks taken by [`Tx::advisory_lock`], and of the further
 ///   keys of a set. Every 200 ms one query of `pg_locks` asks for all waiters together.

@@ -75,8 +75,9 @@
 //! - **Every future may be dropped at every point.** A wait that nobody awaits any more is cancelled on the server, so
 //!   that it does not stand in the queue. What was sent and not answered is undone in the background, and its connection
 //!   goes back only after the server has confirmed it.
-//! - **Waits are bounded, and in slices** shorter than the server's `deadlock_timeout`, so that a waiter does not
-//!   deadlock the `CREATE INDEX CONCURRENTLY` of a holder, and one whose process was killed leaves the queue soon.
+//! - **Waits are bounded, and stand in the server's own queue**, each as a single wait that operators see at its full length.
+//!   A waiter [steps back](Keeper#waiting) for the `CREATE INDEX CONCURRENTLY` of a holder, which it would deadlock. One whose
+//!   process was killed leaves the queue within a second, where the server runs on Linux (`client_connection_check_interval`).
 //!   Inside one [`Keeper`] waiters for a key form a line of their own, and all waiters together [occupy](Keeper#waiting) at
 //!   most a quarter of the pool.
 //! - **Settings are left as they were**: all are `SET LOCAL`, but for the session guard's `application_name`, which is
@@ -94,8 +95,8 @@
 //! - A process that is killed while a long statement of it runs keeps its locks until the server notices, which is at that
 //!   statement's end, or earlier where `client_connection_check_interval` is set.
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
-//! - There is no first come, first served beyond one process: a wait in slices goes to the end of the server's queue
-//!   with each slice, half a second by default.
+//! - First come, first served over all processes holds among those who stand in the server's queue. Where more of one process
+//!   wait than have a [place](Keeper#waiting) there, the others stand in a line of the process.
 //! - What is found out about a server or a pooler counts for a minute. A pooler that is switched from session to
 //!   transaction mode is gone through with session locks for as long, and for longer while no second connection is to be
 //!   had to examine it with.

@@ -1,9 +1,10 @@
 //! Taking transaction-level locks: `BEGIN`, the settings and a `try` in one message; if busy, bounded waits.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::build_watch::Withdrawn;
 use super::preconditions::check_locking;
-use super::wait_queue::{QueuedWaiter, Turn, places};
+use super::wait_queue::{QueuedWaiter, TURN, Turn, places};
 use super::{Advisory, LockRequest, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
 use crate::connection::sql::server::{self, Denied, Server};
@@ -23,20 +24,16 @@ const ANSWER: Duration = Duration::from_secs(2);
 pub(super) const FINAL_TRY_AFTER_QUEUE: Duration = Duration::from_millis(30);
 /// For a try after the deadline, where a connection has to be found first.
 const FINAL_TRY: Duration = Duration::from_millis(30);
-/// The longest single wait at the server, where `deadlock_timeout` does not require a shorter one.
+/// The longest single wait at the server, where nobody watches it and `deadlock_timeout` does not require a shorter one.
 const LONGEST_SLICE: Duration = Duration::from_millis(500);
 const SHORTEST_SLICE: Duration = Duration::from_millis(5);
 
-/// How long to wait at the server at a time.
+/// How long to wait at the server at a time where nobody [watches](super::build_watch) for index builds that wait for the
+/// waiter.
 ///
-/// A waiting statement holds a snapshot, and `CREATE INDEX CONCURRENTLY` waits for all older snapshots: a waiter for a
-/// lock that the index builder holds would be in a deadlock with it. A wait shorter than `deadlock_timeout` is over
-/// before the server looks for deadlocks, so the build goes on in the pause (test
-/// `index_build_under_a_session_lock_finishes`). It also bounds how long a waiter whose process was killed stays in the
-/// queue.
-///
-/// Between two slices others go before. For a conflict group's lock the wait is a single one: who is to run alone would
-/// never come to it where the others run for longer than a slice, and none of them builds an index.
+/// A wait shorter than `deadlock_timeout` is over before the server looks for deadlocks, so the build goes on in the
+/// pause. Between two slices others go before. For a conflict group's lock the wait is a single one: who is to run alone
+/// would never come to it where the others run for longer than a slice, and none of them builds an index.
 fn slice(request: &LockRequest, server: Option<&Server>) -> Duration {
     if request.is_group {
         return Duration::MAX;
@@ -99,14 +96,16 @@ impl Advisory {
                 false => sql::wait_in_transaction(request.locks(), wait),
             };
             let waited = self.wait(session, &request, &tried, &deadline, waiter, text);
-            let (session, is_granted) = waited.await?;
-            if is_granted {
-                return self.granted(session, request, &tried, &deadline).await;
+            match waited.await? {
+                Waited::Granted(session) => {
+                    return self.granted(session, request, &tried, &deadline).await;
+                }
+                Waited::TimedOut(session) if deadline.has_passed() => {
+                    return self.final_try(session, request, &deadline, true).await;
+                }
+                Waited::TimedOut(session) | Waited::Cancelled(session) => drop(end(session).await),
+                Waited::Lost => {}
             }
-            if deadline.has_passed() {
-                return self.final_try(session, request, &deadline, true).await;
-            }
-            end(session).await;
         }
     }
 
@@ -307,8 +306,9 @@ impl Advisory {
         }
     }
 
-    /// Waits at the server, a slice at a time, by what `text` makes of the wait and of whether the message before it has timed
-    /// out: until the locks are granted, which is said, the deadline has passed, or others are to wait there.
+    /// Waits at the server, by what `text` makes of the wait and of whether the message before it has timed out: until the
+    /// locks are granted, the deadline has passed, or the waiter is to wait in the line of this process. Where it can be
+    /// watched the wait is a single one.
     pub(super) async fn wait(
         &self,
         mut session: Session,
@@ -317,43 +317,80 @@ impl Advisory {
         deadline: &Deadline,
         waiter: &mut QueuedWaiter,
         text: impl Fn(Duration, bool) -> String + Send,
-    ) -> Result<(Session, bool), Error> {
-        let slice = slice(request, self.server(&session, tried).as_ref());
+    ) -> Result<Waited, Error> {
+        let server = self.server(&session, tried);
+        let began = Instant::now();
         // How much later than its end a wait's answer may come.
         let grace = ANSWER.min(self.connections.longest_silence());
         let mut after_timeout = false;
         loop {
-            let wait = deadline.remaining().min(slice);
             if after_timeout {
                 // It waits in another transaction than the last one.
                 session.set_xact_start(None);
             }
-            let sent = session.send(text(wait, after_timeout), OnAbandon::CancelAndClose);
-            let Some((answered, answer)) = sent.within(wait.saturating_add(grace)).await else {
+            let watched = self.watch.begin(&session, server.as_ref());
+            let is_watched = watched.is_some();
+            let longest = match is_watched {
+                true => Duration::MAX,
+                false => slice(request, server.as_ref()),
+            };
+            let wait = deadline.remaining().min(longest);
+            let end = Deadline::after(wait.saturating_add(grace));
+            let mut sent = session.send(text(wait, after_timeout), OnAbandon::CancelAndClose);
+            let answered = sent.while_waiting(&end, || {
+                if let Some(watched) = &watched {
+                    let is_long = began.elapsed() >= TURN;
+                    watched.look_up(!request.is_group && waiter.is_to_yield(is_long));
+                }
+            });
+            let Some((answered, answer)) = answered.await else {
+                sent.lose();
                 return Err(no_answer(request, deadline));
             };
             session = answered;
+            let withdrawn = match watched {
+                Some(watched) => watched.end(grace).await,
+                None => None,
+            };
+            if withdrawn == Some(Withdrawn::Unsure) {
+                waiter.try_again();
+                return Ok(Waited::Lost);
+            }
             let error = match answer {
                 Ok(reply) => {
                     session.set_xact_start(server::xact_start(&reply));
-                    return Ok((session, true));
+                    return Ok(Waited::Granted(session));
                 }
                 Err(error) => error,
             };
-            match classify(&error) {
-                // Both are raised before the grant of a transaction lock, which the next message rolls back. A deadlock
-                // here is between waiters and somebody who waits for them: the pause resolves it.
-                Failure::LockTimeout | Failure::Deadlock => after_timeout = true,
+            match (classify(&error), withdrawn) {
+                (Failure::Cancelled, Some(Withdrawn::ForBuild(builder))) => {
+                    let aside = waiter.step_aside();
+                    self.watch.rejoin_after(builder, aside);
+                    return Ok(Waited::Cancelled(session));
+                }
+                (Failure::Cancelled, Some(_)) => {
+                    if !waiter.yield_place() {
+                        waiter.try_again();
+                    }
+                    return Ok(Waited::Cancelled(session));
+                }
+                // Raised before the grant of a transaction lock, which the next message rolls back. In a transaction that
+                // waits for a single lock a deadlock is with somebody who waits for its end: a pause resolves it.
+                (Failure::LockTimeout, _) => after_timeout = true,
+                (Failure::Deadlock, _) if !is_watched || request.keys().len() == 1 => {
+                    after_timeout = true;
+                }
                 // Anything else may have struck after a session lock was granted: the connection is closed.
-                failure => {
+                (failure, _) => {
                     return Err(request
                         .error(failure.kind())
                         .with_waited(deadline.waited())
                         .with_source(error));
                 }
             }
-            if deadline.has_passed() || waiter.yield_place() {
-                return Ok((session, false));
+            if deadline.has_passed() || !is_watched && waiter.yield_place() {
+                return Ok(Waited::TimedOut(session));
             }
         }
     }
@@ -498,6 +535,17 @@ impl Advisory {
         session.identify(tried.pid, server::xact_start(&reply), name);
         self.granted(session, request, tried, deadline).await
     }
+}
+
+/// What came of a wait at the server.
+pub(super) enum Waited {
+    Granted(Session),
+    /// The transaction of the session has failed before a lock was granted.
+    TimedOut(Session),
+    /// The transaction of the session has failed, perhaps after a session lock was granted.
+    Cancelled(Session),
+    /// Its connection is closed.
+    Lost,
 }
 
 /// Lets a conflict group's lock count under a snapshot that is older.

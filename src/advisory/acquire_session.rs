@@ -2,7 +2,9 @@
 
 use tokio::runtime::Handle;
 
-use super::acquire::{FINAL_TRY_AFTER_QUEUE, end, late, standby, timed_out, timed_out_unseen};
+use super::acquire::{
+    FINAL_TRY_AFTER_QUEUE, Waited, end, late, standby, timed_out, timed_out_unseen,
+};
 use super::preconditions::check_locking;
 use super::wait_queue::{Heir, QueuedWaiter, Turn};
 use super::{Advisory, LockRequest, SessionGuard, sql};
@@ -165,15 +167,19 @@ impl Advisory {
                 sql::wait_session(request.locks(), names(&request, named), wait, after_timeout)
             };
             let waited = self.wait(session, &request, &tried, deadline, queued, text);
-            let (session, is_granted) = waited.await?;
-            if is_granted {
-                return Ok(Locked::new(session, tried, request, waiter));
+            match waited.await? {
+                Waited::Granted(session) => {
+                    return Ok(Locked::new(session, tried, request, waiter));
+                }
+                Waited::TimedOut(session) if deadline.has_passed() => {
+                    let last = self.final_session_try(session, request, deadline, named, true);
+                    return last.await;
+                }
+                Waited::TimedOut(session) => drop(end(session).await),
+                // What a session lock may have been granted on is closed.
+                Waited::Cancelled(session) => drop(session),
+                Waited::Lost => {}
             }
-            if deadline.has_passed() {
-                let last = self.final_session_try(session, request, deadline, named, true);
-                return last.await;
-            }
-            end(session).await;
         }
     }
 

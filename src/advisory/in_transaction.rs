@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::preconditions::{check_capacity_on, check_locking, is_worth_counting};
 use super::{LockRequest, sql};
-use crate::advisory::sql::{Timeouts, TryLockOutcome};
+use crate::advisory::sql::TryLockOutcome;
 use crate::connection::sql::server::Server;
 use crate::connection::{LockScope, PendingStatement, Sent, Session};
 use crate::deadline::Deadline;
@@ -14,10 +14,6 @@ use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::transaction::Tx;
-
-/// Where the server's `deadlock_timeout` is not known: twice its default.
-const DEFAULT_SLICE: Duration = Duration::from_secs(2);
-const SHORTEST_SLICE: Duration = Duration::from_millis(50);
 
 /// Locks to be taken in a transaction that has begun: awaited, it waits for them.
 ///
@@ -52,9 +48,11 @@ impl Tx {
     ///
     /// # SQL
     /// `SELECT pg_try_advisory_xact_lock(…)`, one round trip when it is free. When it is not, the wait is one more
-    /// message, in a savepoint of its own and under a `lock_timeout` of twice the server's `deadlock_timeout`, again and
-    /// again until the wait is over. It waits on the transaction's own connection, so it is not one of those
-    /// [waiters](crate::Keeper#waiting) whose number is bounded.
+    /// message, in a savepoint of its own and under a `lock_timeout` of the whole wait, after which the timeouts are what
+    /// they were. It waits on the transaction's own connection, so it is not one of those
+    /// [waiters](crate::Keeper#waiting) whose number is bounded, and it does not step back for an index that is being
+    /// [built](crate::Keeper#waiting): what its transaction has done would be lost. A deadlock with the builder is the
+    /// server's to find.
     ///
     /// # Errors
     /// [`LockTimeout`](ErrorKind::LockTimeout) with the blockers: the transaction stays usable.
@@ -127,9 +125,7 @@ impl<'a> TxAdvisoryLock<'a> {
         let pending = begin_call(tx, "advisory_lock", &request);
         let locked = match try_once(tx, request).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err((tx, request, server, timeouts))) => {
-                wait(tx, request, server.as_ref(), &timeouts, &deadline).await
-            }
+            Ok(Err((tx, request, server))) => wait(tx, request, server.as_ref(), &deadline).await,
             Err(error) => Err(error),
         };
         end(pending, &locked);
@@ -183,7 +179,7 @@ fn end<T>(pending: Option<PendingStatement>, locked: &Result<T, Error>) {
 }
 
 /// A lock that was busy, with all that is needed to wait for it.
-type Busy<'a> = (&'a mut Tx, LockRequest, Option<Server>, Timeouts);
+type Busy<'a> = (&'a mut Tx, LockRequest, Option<Server>);
 
 async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'_>>, Error> {
     if is_worth_counting(request.keys()) {
@@ -216,10 +212,7 @@ async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'
             Ok(Ok(()))
         }
         TryLockOutcome::Snapshot if request.keys().iter().all(|key| tx.mode_of(key).is_some()) => Ok(Ok(())),
-        TryLockOutcome::Busy => match tried.timeouts {
-            Some(timeouts) => Ok(Err((tx, request, tried.server, timeouts))),
-            None => Err(no_answer(&request)),
-        },
+        TryLockOutcome::Busy => Ok(Err((tx, request, tried.server))),
         TryLockOutcome::Snapshot => Err(request.error(ErrorKind::Config).with_detail(
             "this transaction's isolation level reads from a snapshot taken before the lock; take the lock first, with \
              the keeper's advisory_lock(…).isolation(…), or use READ COMMITTED",
@@ -234,32 +227,24 @@ fn no_answer(request: &LockRequest) -> Error {
         .with_detail("no answer to a lock request")
 }
 
-/// How long to wait at the server at a time, in a transaction that holds other locks: long enough for the server to find
-/// a deadlock, short enough that a waiter whose process was killed does not stand in the queue for long.
-fn slice(server: Option<&Server>) -> Duration {
-    server.map_or(DEFAULT_SLICE, |server| {
-        (server.deadlock_timeout * 2).max(SHORTEST_SLICE)
-    })
-}
-
 async fn wait(
     tx: &mut Tx,
     request: LockRequest,
     server: Option<&Server>,
-    timeouts: &Timeouts,
     deadline: &Deadline,
 ) -> Result<(), Error> {
     let mut after_timeout = false;
     while !deadline.has_passed() {
-        let slice = deadline.remaining().min(slice(server));
+        let wait = deadline.remaining();
+        // A second time only where the wait is longer than the longest lock_timeout.
         let sql = if after_timeout {
-            sql::wait_at_savepoint_again(request.locks(), slice, timeouts)
+            sql::wait_at_savepoint_again(request.locks(), wait)
         } else {
-            sql::wait_at_savepoint(request.locks(), slice, timeouts)
+            sql::wait_at_savepoint(request.locks(), wait)
         };
         // Cancel safety: a waiter nobody waits for is cancelled, by the drop of this.
         let cancel = scopeguard::guard(tx.session(), Session::cancel_in_background);
-        let answer = tx.session().message_waiting(&sql, slice).await;
+        let answer = tx.session().message_waiting(&sql, wait).await;
         let _: &Session = scopeguard::ScopeGuard::into_inner(cancel);
         let Err(error) = answer else {
             hold(tx, request);

@@ -86,12 +86,15 @@ impl AdvisoryLock {
     ///
     /// # SQL
     /// One message, so one round trip, when the locks are free: `BEGIN`, `SET LOCAL application_name`, and a SELECT of
-    /// `pg_try_advisory_xact_lock`. When they are not, further messages wait for `pg_advisory_xact_lock` under a
-    /// `lock_timeout` shorter than `deadlock_timeout`, again and again until the deadline; it is put back before the
-    /// guard is handed out. How many wait at the server at a time is bounded, see [`Keeper`](crate::Keeper#waiting).
+    /// `pg_try_advisory_xact_lock`. When they are not, one more message waits for `pg_advisory_xact_lock`: under a
+    /// `lock_timeout` of what is left of the wait, without `statement_timeout` and `transaction_timeout`, and on Linux with a
+    /// `client_connection_check_interval` of 500 ms. They are put back in the same message. Where the wait
+    /// [cannot be watched](crate::Keeper#waiting) there are several such messages, one after another. How many wait at the server at a time is bounded, see
+    /// [`Keeper`](crate::Keeper#waiting).
     ///
     /// # Errors
-    /// [`LockTimeout`](crate::ErrorKind::LockTimeout) when the wait is over, with the [`blockers`](Error::blockers) where
+    /// [`Deadlock`](crate::ErrorKind::Deadlock) when the server finds that this call, which has been granted some of several
+    /// keys, waits for a session that waits for one of those; [`LockTimeout`](crate::ErrorKind::LockTimeout) when the wait is over, with the [`blockers`](Error::blockers) where
     /// there was a connection to ask on in the end; [`Pool`](crate::ErrorKind::Pool) when no connection was to be had until
     /// then, not even to try the lock once, and nobody of this keeper stood in line for it;
     /// [`KeyCollision`](crate::ErrorKind::KeyCollision) and [`Config`](crate::ErrorKind::Config) before anything is
@@ -182,7 +185,7 @@ impl SessionAdvisoryLock {
     /// # SQL
     /// One message, so one round trip, when the locks are free: a SELECT of `pg_try_advisory_lock`, which sets
     /// `application_name` too if it gets them. When they are not free, waiting for a session lock directly would leak it
-    /// when a timeout strikes late; so transaction locks are waited for, in slices shorter than `deadlock_timeout`, and
+    /// when a timeout strikes late; so transaction locks are waited for, and
     /// the session locks are taken while those are held: `BEGIN`, `SELECT pg_advisory_xact_lock`,
     /// `SELECT pg_advisory_lock`, `COMMIT` in one message.
     ///

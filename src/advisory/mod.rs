@@ -6,6 +6,7 @@
 
 mod acquire;
 mod acquire_session;
+mod build_watch;
 mod in_transaction;
 mod lock;
 mod lock_request;
@@ -36,13 +37,16 @@ use crate::connection::Connections;
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
     queue: Arc<wait_queue::WaitQueue>,
+    watch: Arc<build_watch::BuildWatch>,
 }
 
 impl Advisory {
     pub(crate) fn new(connections: Arc<Connections>) -> Arc<Self> {
+        let queue = Arc::default();
         Arc::new(Self {
+            watch: build_watch::BuildWatch::new(Arc::clone(&connections), Arc::clone(&queue)),
             connections,
-            queue: Arc::default(),
+            queue,
         })
     }
 }

@@ -109,7 +109,6 @@ fn hand_over(
                 xact_start: None,
                 application_name: name,
                 server: None,
-                timeouts: None,
             };
             let queue = next.queue();
             let unlock = Box::new(move |session: Session| {

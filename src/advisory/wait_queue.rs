@@ -8,8 +8,8 @@
 //! it (see [`SessionGuard`](super::SessionGuard)). Only the first [`TRYING`] of a line try the lock at the server. Those who find
 //! it busy wait there if they get a place. The places are few for all lines together: [`places`].
 //!
-//! The first of a line stands in turn for the next place. One that has a place gives it up at the end of a bounded wait
-//! if others stand in turn, and joins them. A place that no first wants goes to one that is second in its line. In the meantime its lock may become free: what this keeper releases wakes the first
+//! The first of a line stands in turn for the next place. When somebody stands in turn, a waiter with a place that is not
+//! the first of its line gives the place up at once, and a first that has had it for [`TURN`]. A place that no first wants goes to one that is second in its line. In the meantime its lock may become free: what this keeper releases wakes the first
 //! of its line; what others release is seen by a look at `pg_locks`, one for all lines each [`LOOK_INTERVAL`].
 //!
 //! A set stands in the line of its first key only: that one it waits for or holds, so whoever waits behind it here would
@@ -43,6 +43,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 const LONGEST_LOOK: Duration = Duration::from_secs(10);
 /// How many keys of a set are looked at. Of a larger one more are tried than are free.
 const LOOKED_AT: usize = 100;
+/// How long a waiter may wait at the server before others are to: longer than most waits are.
+pub(super) const TURN: Duration = Duration::from_secs(10);
 
 /// How many requests of a keeper wait at the server at a time: a quarter of the pool, at least one.
 pub(super) fn places(pool_size: usize) -> usize {
@@ -87,6 +89,8 @@ struct Entry {
     told_at: Option<usize>,
     is_to_try: bool,
     has_place: bool,
+    /// Whether it has stepped back, and is to have no place.
+    is_aside: bool,
     /// Whether it does nothing but wait here.
     is_parked: bool,
     /// Whether a session is on its way to it.
@@ -149,6 +153,7 @@ impl WaitQueue {
             told_at: has_tried.then_some(waiters.len()).filter(|at| *at < TRYING),
             is_to_try: false,
             has_place: false,
+            is_aside: false,
             is_parked: false,
             is_heir: false,
             handed: None,
@@ -196,6 +201,20 @@ impl WaitQueue {
         })
     }
 
+    pub(super) fn is_aside(&self, aside: &Aside) -> bool {
+        let mut state = self.lock();
+        let waiter = state.entry(aside.id, aside.number);
+        waiter.is_some_and(|waiter| waiter.is_aside)
+    }
+
+    /// Has one that has stepped back try again, and wait at the server as before.
+    pub(super) fn rejoin(&self, aside: &Aside) {
+        if let Some(waiter) = self.lock().entry(aside.id, aside.number) {
+            waiter.is_aside = false;
+            waiter.tell();
+        }
+    }
+
     /// Whose turn to look it is; nobody's while another looks, or has just looked.
     fn begin_look(self: &Arc<Self>) -> Option<Look> {
         let mut state = self.lock();
@@ -226,9 +245,23 @@ impl State {
         waiters.iter_mut().find(|waiter| waiter.number == number)
     }
 
+    fn position(&self, id: KeyId, number: u64) -> Option<usize> {
+        let waiters = &self.lines.get(&id)?.waiters;
+        waiters.iter().position(|waiter| waiter.number == number)
+    }
+
     fn is_first(&self, id: KeyId, number: u64) -> bool {
-        let first = self.lines.get(&id).and_then(|line| line.waiters.front());
-        first.is_some_and(|first| first.number == number)
+        self.position(id, number) == Some(0)
+    }
+
+    fn is_to_yield(&self, id: KeyId, number: u64) -> bool {
+        if self.in_turn.is_empty() {
+            return false;
+        }
+        // Before the first of any line, those go who have a place although they are not.
+        let yields = |waiter: &Entry| waiter.has_place && !waiter.is_group;
+        let mut lines = self.lines.values();
+        !self.is_first(id, number) || !lines.any(|line| line.waiters.iter().skip(1).any(yields))
     }
 
     /// Tells those to try who have come far enough in the line.
@@ -262,12 +295,13 @@ impl State {
         }
     }
 
-    /// Has one that found its lock busy wait for a place.
+    /// Has one that found its lock busy wait for a place, unless it is told to try again in any case when it has come
+    /// further.
     fn stand(&mut self, id: KeyId, number: u64) {
-        let without_place = if self.is_first(id, number) {
-            &mut self.in_turn
-        } else {
-            &mut self.behind
+        let without_place = match self.position(id, number) {
+            Some(0) => &mut self.in_turn,
+            Some(at) if at < TRYING => &mut self.behind,
+            _ => return,
         };
         if !without_place.contains(&(id, number)) {
             without_place.push_back((id, number));
@@ -289,6 +323,13 @@ impl State {
         }
     }
 
+    /// It waits for no place any more.
+    fn forget(&mut self, number: u64) {
+        for without_place in [&mut self.in_turn, &mut self.behind] {
+            without_place.retain(|(_, waiter)| *waiter != number);
+        }
+    }
+
     fn remove(&mut self, id: KeyId, number: u64) -> Option<Entry> {
         let waiters = &mut self.lines.get_mut(&id)?.waiters;
         let at = waiters.iter().position(|waiter| waiter.number == number)?;
@@ -298,9 +339,7 @@ impl State {
             first.wake.notify_one();
         }
         self.taken -= usize::from(removed.has_place);
-        for without_place in [&mut self.in_turn, &mut self.behind] {
-            without_place.retain(|(_, waiter)| *waiter != number);
-        }
+        self.forget(number);
         self.settle(id);
         self.give_places();
         Some(removed)
@@ -493,12 +532,13 @@ impl QueuedWaiter {
         self.has_waited = true;
         let (id, number) = (self.id, self.number);
         let mut state = self.queue.lock();
-        let is_free = state.taken < state.places && state.in_turn.is_empty();
+        let deals = state.position(id, number).is_some_and(|at| at < TRYING);
+        let is_free = deals && state.taken < state.places && state.in_turn.is_empty();
         let Some(waiter) = state.entry(id, number) else {
             return false;
         };
-        if waiter.has_place {
-            return true;
+        if waiter.has_place || waiter.is_aside {
+            return waiter.has_place;
         }
         if is_free {
             waiter.has_place = true;
@@ -509,21 +549,21 @@ impl QueuedWaiter {
         is_free
     }
 
-    /// Whether others are to wait at the server now. Then this waiter has given its place up, and waits here for its next
-    /// turn.
+    /// Whether others are to wait at the server now. Only after its turn before the first of a line.
+    pub(super) fn is_to_yield(&self, is_after_turn: bool) -> bool {
+        let state = self.queue.lock();
+        (is_after_turn || !state.is_first(self.id, self.number))
+            && state.is_to_yield(self.id, self.number)
+    }
+
+    /// The same. Then this waiter has given its place up, and waits here for its next turn.
     pub(super) fn yield_place(&mut self) -> bool {
         let (id, number) = (self.id, self.number);
         let mut state = self.queue.lock();
-        if state.in_turn.is_empty() {
+        if !state.is_to_yield(id, number) {
             return false;
         }
         let is_first = state.is_first(id, number);
-        // Before the first of any line, those go who have a place although they are not.
-        let yields = |waiter: &Entry| waiter.has_place && !waiter.is_group;
-        let mut lines = state.lines.values();
-        if is_first && lines.any(|line| line.waiters.iter().skip(1).any(yields)) {
-            return false;
-        }
         if let Some(waiter) = state.entry(id, number) {
             waiter.has_place = false;
             // Told that the lock is free, the first tries once more before it waits here.
@@ -533,6 +573,30 @@ impl QueuedWaiter {
         }
         state.give_places();
         true
+    }
+}
+
+/// A waiter that has stepped back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Aside {
+    id: KeyId,
+    number: u64,
+}
+
+impl QueuedWaiter {
+    /// Gives the place up until [`WaitQueue::rejoin`], unless the lock is found free before.
+    pub(super) fn step_aside(&mut self) -> Aside {
+        let (id, number) = (self.id, self.number);
+        let mut state = self.queue.lock();
+        if let Some(waiter) = state.entry(id, number) {
+            waiter.is_aside = true;
+            if std::mem::take(&mut waiter.has_place) {
+                state.taken -= 1;
+            }
+        }
+        state.forget(number);
+        state.give_places();
+        Aside { id, number }
     }
 }
 
@@ -586,6 +650,7 @@ impl Advisory {
                 Ok(turn) => return turn,
                 Err(look) => look,
             };
+            self.watch.keep_asking();
             let connections = Arc::clone(&self.connections);
             let looking = run_shielded(async move {
                 let waiters = look.waiters();

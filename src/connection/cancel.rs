@@ -11,11 +11,11 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{CancelToken, NoTls};
 
-use super::pool::SPARE;
+use super::pool::{Answered, Asker, SPARE};
 use super::request::{poll_once, run_shielded};
 use super::side_connection::Purpose;
 use super::sql::server;
-use super::{Connections, Session};
+use super::{Connections, Reply, Session};
 use crate::error::Error;
 
 /// How long one attempt to cancel may take.
@@ -61,7 +61,7 @@ pub(super) async fn lock(target: &SharedSignalTarget) -> OwnedMutexGuard<SignalT
 
 /// What it takes to cancel one backend's statement after its session is out of reach.
 #[derive(Clone)]
-pub(super) struct Canceller {
+pub(crate) struct Canceller {
     token: CancelToken,
     pub(super) server_pid: Option<i32>,
     target: SharedSignalTarget,
@@ -78,11 +78,16 @@ impl Canceller {
         }
     }
 
+    /// Ready when no signal is under way.
+    pub(crate) async fn settled(&self) {
+        drop(lock(&self.target).await);
+    }
+
     /// Sends one cancel. Failures are logged: the caller sees by the answer whether it helped.
     ///
     /// Nothing is sent where the server has not answered yet. Whether there is a pooler is not known then, and a first
     /// message waits for no lock.
-    pub(super) async fn cancel(&self) {
+    pub(crate) async fn cancel(&self) {
         let Some(pid) = self.server_pid else { return };
         let attempt = async {
             if self.is_pooled() {
@@ -118,29 +123,64 @@ impl Canceller {
     ///
     /// Cancel safety: once polled it goes on, so that the lock is held until the signal is answered.
     async fn signal(&self, pid: i32) -> Result<(), Error> {
-        let (connections, target) = (Arc::clone(&self.connections), Arc::clone(&self.target));
+        let this = self.clone();
         let signalled = run_shielded(async move {
             let question = server::executing(pid);
-            let asked = connections.ask_first(Purpose::Urgent, SPARE, &question);
+            let asked = this
+                .connections
+                .ask_first(Purpose::Urgent, SPARE, &question);
             let Ok(asked) = tokio::time::timeout(ATTEMPT, asked).await else {
                 return Ok(());
             };
             let (asked, reply) = asked?;
-            let executing = server::xact_start(&reply);
-            let target = lock(&target).await;
-            // Where the connection is still open, the answer was about this session.
-            match executing.filter(|xact_start| target.includes(*xact_start)) {
-                Some(xact_start) => {
-                    let signal = server::cancel_transaction(pid, xact_start);
-                    asked.ask(&signal).await.map(drop)
-                }
-                None => {
-                    asked.end();
-                    Ok(())
-                }
-            }
+            this.signal_on(asked, pid, &reply, || Some(()), drop).await
         });
         signalled.await.unwrap_or(Ok(()))
+    }
+
+    /// The same over the connection of an `asker`, for what is wanted at the moment when nothing else can follow on the
+    /// session. `confirm` is told at such a moment too, when the signal has been sent.
+    ///
+    /// Cancel safety: once polled it goes on. Where it is not confirmed, the signal may still be under way.
+    pub(crate) async fn signal_if<T: Send>(
+        &self,
+        asker: Asker,
+        is_wanted: impl FnOnce() -> Option<T> + Send + 'static,
+        confirm: impl FnOnce(T) + Send + 'static,
+    ) -> Result<(), Error> {
+        let this = self.clone();
+        let signalled = run_shielded(async move {
+            let Some(pid) = this.server_pid else {
+                return Ok(());
+            };
+            let question = server::executing(pid);
+            let (asked, reply) = asker.ask_first(&this.connections, &question).await?;
+            this.signal_on(asked, pid, &reply, is_wanted, confirm).await
+        });
+        signalled.await.unwrap_or(Ok(()))
+    }
+
+    async fn signal_on<T>(
+        &self,
+        asked: Answered<'_>,
+        pid: i32,
+        executing: &Reply,
+        is_wanted: impl FnOnce() -> Option<T>,
+        confirm: impl FnOnce(T),
+    ) -> Result<(), Error> {
+        let executing = server::xact_start(executing);
+        let target = lock(&self.target).await;
+        // Where the connection is still open, the answer was about this session.
+        let executing = executing.filter(|xact_start| target.includes(*xact_start));
+        let Some((xact_start, wanted)) = executing.and_then(|at| Some((at, is_wanted()?))) else {
+            asked.end();
+            return Ok(());
+        };
+        // Sent once: where its answer is lost, it may still arrive.
+        let signal = server::cancel_transaction(pid, xact_start);
+        drop(asked.ask(&signal).await?);
+        confirm(wanted);
+        Ok(())
     }
 }
 

@@ -20,7 +20,6 @@ mod side_connection;
 mod silence;
 pub(crate) mod sql;
 mod state;
-#[cfg(feature = "incidents")]
 pub(crate) mod task;
 mod tcp_timeouts;
 
@@ -41,6 +40,7 @@ use crate::postgres::sql::Message;
 use crate::postgres::statement::{transaction_end, unlocks_all};
 
 use self::sql::server;
+pub(crate) use cancel::Canceller;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
 pub use observer::ToStatement;
@@ -49,7 +49,7 @@ pub(crate) use observer::{
 };
 #[cfg(feature = "monitor")]
 pub(crate) use own_backends::is_own_backend;
-pub(crate) use pool::{Connections, LONGEST_SILENCE};
+pub(crate) use pool::{Asker, Connections, LONGEST_SILENCE};
 pub(crate) use queries::query_methods;
 pub(crate) use request::{AfterReply, OnAbandon, ReplyHandler, Request, run_shielded};
 pub(crate) use server_capabilities::LockScope;
@@ -215,6 +215,11 @@ impl Session {
     /// with another pid is behind one.
     pub(crate) fn login_pid(&self) -> Option<i32> {
         cancel::login_pid(&self.client().cancel_token())
+    }
+
+    /// What cancels what runs on this session.
+    pub(crate) fn canceller(&self) -> Canceller {
+        Canceller::of(self)
     }
 
     /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.

@@ -36,6 +36,9 @@ pub(super) const SPARE: Duration = Duration::from_secs(1);
 #[cfg(feature = "incidents")]
 const SPARE_SOON: Duration = Duration::from_millis(20);
 
+/// The size of a pool that can do without the connection of an [`Asker`].
+const KEEPS_ONE: usize = 4;
+
 static NEXT_SESSION: AtomicU64 = AtomicU64::new(1);
 
 /// The connections one keeper may use.
@@ -343,6 +346,12 @@ impl Connections {
         ask_on(session, self.patience(), sql).await
     }
 
+    /// Whether a connection to ask on can be had without waiting for it.
+    pub(crate) fn has_spare(&self) -> bool {
+        let status = self.pool.status();
+        self.side.is_some() || status.available > 0 || status.size < status.max_size
+    }
+
     /// As [`ask`](Self::ask), and the connection that has answered, for a question that must not be sent twice.
     pub(super) async fn ask_first(
         self: &Arc<Self>,
@@ -379,6 +388,48 @@ impl Connections {
         sql: &str,
     ) -> Result<(Answered<'a>, Reply), Error> {
         ask_side(side, purpose, SIDE.min(self.longest_silence), sql).await
+    }
+}
+
+/// Who asks again and again: on the side connection, or on a connection that is kept for it, where the pool has enough.
+#[derive(Default)]
+pub(crate) struct Asker(Option<Session>);
+
+impl Asker {
+    /// Cancel safety: unanswered, its connection is closed.
+    pub(crate) async fn ask(
+        &mut self,
+        connections: &Arc<Connections>,
+        sql: &str,
+    ) -> Result<Reply, Error> {
+        let asker = std::mem::take(self);
+        let (answered, reply) = asker.ask_first(connections, sql).await?;
+        match answered {
+            Answered::Pool(session) if connections.most() >= KEEPS_ONE => self.0 = Some(session),
+            answered => answered.end(),
+        }
+        Ok(reply)
+    }
+
+    /// Asks, and what follows is to be asked on the connection that has answered.
+    pub(super) async fn ask_first<'a>(
+        mut self,
+        connections: &'a Arc<Connections>,
+        sql: &str,
+    ) -> Result<(Answered<'a>, Reply), Error> {
+        let kept = self.0.take().filter(|session| !session.is_closed());
+        let Some(session) = kept.filter(|_| connections.side.is_none()) else {
+            return connections.ask_first(Purpose::Urgent, SPARE, sql).await;
+        };
+        let reply = connections.answer(session.message(sql)).await??;
+        Ok((Answered::Pool(session), reply))
+    }
+
+    /// Gives its connection back.
+    pub(crate) fn end(&mut self) {
+        if let Some(session) = self.0.take() {
+            session.return_to_pool();
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use tokio_postgres::SimpleQueryMessage;
 use tracing::Instrument as _;
 
 use super::cancel::{Canceller, SignalTarget, lock};
+use super::silence::while_executing;
 use super::{Reply, Session};
 use crate::deadline::Deadline;
 use crate::postgres::sql::{Message, PROBE};
@@ -25,6 +26,8 @@ const ANSWER_TIMEOUT_UNTRACKED: Duration = Duration::from_millis(30);
 /// statement does is lost, so one is not enough.
 const CANCEL_AGAIN: Duration = Duration::from_millis(100);
 const CANCELS: usize = 10;
+/// How often a waiter at the server looks up.
+const LOOK_UP: Duration = Duration::from_secs(1);
 
 /// What a reply leaves to be done.
 pub(crate) enum AfterReply {
@@ -177,12 +180,37 @@ impl Request {
         } = &self.canceller;
         let sending = &mut self.sending;
         let (runtime, pid, may_copy) = (&self.runtime, *server_pid, self.untracked);
-        let answer =
-            super::silence::while_executing(connections, runtime, pid, may_copy, sending).await;
+        let answer = while_executing(connections, runtime, pid, may_copy, sending).await;
         if answer.is_none() {
             self.lose();
         }
         answer
+    }
+
+    /// The answer to a message that waits for locks, until `end` at the latest. Meanwhile `look_up` is called now and then.
+    ///
+    /// After each silence another connection is asked whether the backend is still waiting. If it is not, or nothing
+    /// answers, this ends.
+    ///
+    /// Cancel safety: as [`Request`] itself.
+    pub(crate) async fn while_waiting(
+        &mut self,
+        end: &Deadline,
+        mut look_up: impl FnMut(),
+    ) -> Option<Answer> {
+        let (canceller, runtime, sending) = (&self.canceller, &self.runtime, &mut self.sending);
+        let (connections, pid) = (&canceller.connections, canceller.server_pid);
+        let executing = while_executing(connections, runtime, pid, false, sending);
+        // Boxed, because it is rare to wait.
+        let mut executing = Box::pin(executing);
+        loop {
+            let most = end.remaining().min(LOOK_UP);
+            match connections.bound(runtime, most, &mut executing).await {
+                Some(answered) => return answered,
+                None if end.has_passed() => return None,
+                None => look_up(),
+            }
+        }
     }
 
     async fn wait(&mut self, most: Duration) -> Option<Answer> {
@@ -193,7 +221,7 @@ impl Request {
     }
 
     /// Closes the connection now, so that the pool may open another.
-    fn lose(&mut self) {
+    pub(crate) fn lose(&mut self) {
         let Some(undo) = self.undo.take() else { return };
         drop(self.sending.answering.take());
         // What ends a transaction or a lock waits for nothing, or is COMMIT, which is not to be cancelled.

@@ -3,6 +3,7 @@
 use tokio::runtime::Handle;
 #[cfg(feature = "resolver")]
 use tokio::sync::watch;
+#[cfg(feature = "incidents")]
 use tokio::task::JoinError;
 #[cfg(feature = "resolver")]
 use tokio::task::JoinHandle;
@@ -74,6 +75,7 @@ pub(crate) fn run_in_background(work: impl Future<Output = ()> + Send + 'static)
     true
 }
 
+#[cfg(feature = "incidents")]
 /// Runs an application's code on a thread where blocking does no harm.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,

@@ -30,7 +30,6 @@ const MAX_SAMPLES: usize = 4;
 #[derive(Debug)]
 pub(super) struct SamplePlan {
     since: Instant,
-    waits_in_slices: bool,
     waiting_since: Option<Instant>,
     next: Instant,
     samples: VecDeque<WaitSample>,
@@ -48,7 +47,6 @@ impl SamplePlan {
         });
         Self {
             since,
-            waits_in_slices: running.waits_in_slices,
             waiting_since: None,
             next: since + first,
             samples: VecDeque::new(),
@@ -93,12 +91,7 @@ impl SamplePlan {
         since: Instant,
         limits: impl IntoIterator<Item = Duration>,
     ) {
-        // A call that waits in slices is one wait, though the server sees several.
-        self.waiting_since = Some(if self.waits_in_slices {
-            self.since
-        } else {
-            since
-        });
+        self.waiting_since = Some(since);
         let ends = limits
             .into_iter()
             .filter_map(|limit| since.checked_add(limit));
@@ -148,30 +141,7 @@ mod tests {
     }
 
     fn running(since: Instant) -> RunningStatement {
-        RunningStatement {
-            number: 1,
-            since,
-            waits_in_slices: false,
-        }
-    }
-
-    #[test]
-    fn slices_are_one_wait() {
-        let now = Instant::now();
-        for waits_in_slices in [false, true] {
-            let running = RunningStatement {
-                waits_in_slices,
-                ..running(now)
-            };
-            let mut plan = SamplePlan::new(&running, None);
-            plan.waiting(now + ms(2100), now + ms(2000), [ms(2000)]);
-            let expected = if waits_in_slices { now } else { now + ms(2000) };
-            assert_eq!(plan.waiting_since(), Some(expected));
-            // The slice determines when to sample.
-            assert_eq!(plan.next(), now + ms(2600));
-            plan.waiting(now + ms(3800), now + ms(2000), [ms(2000)]);
-            assert_eq!(plan.next(), now + ms(3960));
-        }
+        RunningStatement { number: 1, since }
     }
 
     #[test]

@@ -83,7 +83,6 @@ pub(super) struct LoggedStatement {
     pub(super) at: Instant,
     /// `None` if it was prepared elsewhere.
     pub(super) text: Option<Arc<str>>,
-    waits_in_slices: bool,
     pub(super) end: Option<StatementOutcome>,
     /// The advisory locks that it has taken.
     pub(super) locks_taken: Vec<(LockKey, AdvisoryMode)>,
@@ -94,8 +93,6 @@ pub(super) struct LoggedStatement {
 pub(super) struct RunningStatement {
     pub(super) number: u64,
     pub(super) since: Instant,
-    /// Whether it is a call that waits for its lock in several consecutive statements.
-    pub(super) waits_in_slices: bool,
 }
 
 /// How a statement ended.
@@ -179,7 +176,6 @@ impl StatementLog {
         Some(RunningStatement {
             number: statement.number,
             since: statement.at,
-            waits_in_slices: statement.waits_in_slices,
         })
     }
 
@@ -196,7 +192,7 @@ impl StatementLog {
     }
 
     /// Adds a statement that is being sent.
-    fn begin(&self, text: Option<Arc<str>>, waits_in_slices: bool) -> u64 {
+    fn begin(&self, text: Option<Arc<str>>) -> u64 {
         let mut log = self.lock();
         log.trim(MAX_STATEMENTS - 1);
         log.next += 1;
@@ -205,7 +201,6 @@ impl StatementLog {
             number,
             at: Instant::now(),
             text,
-            waits_in_slices,
             end: None,
             locks_taken: Vec::new(),
         });
@@ -277,11 +272,11 @@ impl Observed for StatementLog {
 
     fn begin_statement(&self, statement: Sent<'_>) -> u64 {
         match statement {
-            Sent::Text(text) => self.begin(Some(cut(text)), false),
-            Sent::Call(call) => self.begin(Some(cut(call)), true),
+            Sent::Text(text) => self.begin(Some(cut(text))),
+            Sent::Call(call) => self.begin(Some(cut(call))),
             Sent::Prepared(statement) => {
                 let text = self.text_of(statement);
-                self.begin(text, false)
+                self.begin(text)
             }
         }
     }
@@ -354,7 +349,7 @@ mod tests {
     fn the_first_and_the_last_half_are_kept() {
         let log = log();
         for n in 0..MAX_STATEMENTS * 2 {
-            let number = log.begin(Some(format!("SELECT {n}").into()), false);
+            let number = log.begin(Some(format!("SELECT {n}").into()));
             log.finish(number, Some(true));
         }
         let (statements, dropped) = log.statements();
@@ -377,9 +372,7 @@ mod tests {
     #[test]
     fn statements_sent_together_are_all_kept() {
         let log = log();
-        let numbers: Vec<_> = (0..MAX_STATEMENTS * 2)
-            .map(|_| log.begin(None, false))
-            .collect();
+        let numbers: Vec<_> = (0..MAX_STATEMENTS * 2).map(|_| log.begin(None)).collect();
         for number in &numbers {
             let running = log.running().map(|running| running.number);
             assert_eq!(running, Some(*number));
@@ -435,8 +428,8 @@ mod tests {
     fn the_running_statement_is_the_first_without_an_end() {
         let log = log();
         assert!(log.running().is_none());
-        let first = log.begin(None, false);
-        let second = log.begin(None, false);
+        let first = log.begin(None);
+        let second = log.begin(None);
         assert_eq!(log.running().map(|running| running.number), Some(first));
         log.finish(first, None);
         assert_eq!(log.running().map(|running| running.number), Some(second));

@@ -52,7 +52,7 @@ enum Middle {
 
 use Middle::*;
 
-/// Those in which the server is idle, waits for its client, or waits for a lock a slice at a time.
+/// Those in which the server is idle, waits for its client, or waits for a lock.
 const QUIET: [Middle; 12] = [
     Section,
     SectionWithSavepoint,

@@ -387,7 +387,6 @@ async fn a_long_wait_is_reported_once_while_it_lasts() {
     assert_eq!(reported.incidents().len(), 1);
 }
 
-/// A transaction waits for an advisory lock in slices, each of which the server takes for a wait of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_wait_for_an_advisory_lock_is_one_wait() {
     let reported = IncidentScene::with(2, |builder, database| {
@@ -396,8 +395,6 @@ async fn a_long_wait_for_an_advisory_lock_is_one_wait() {
             .long_wait(Duration::from_secs(5))
     })
     .await;
-    // The slices are of twice this.
-    reported.scene.set("deadlock_timeout", "1s").await;
     let holder = reported.scene.database.connect().await;
     let key = lockkeeper::LockKey::from("long");
     let sql = format!(

@@ -180,7 +180,7 @@ async fn the_line_is_served_in_order_and_waiters_of_others_come_first() {
     }
     drop(first);
     clock.served(stranger).await;
-    // Which one is handed a session without the lock waits at the server, a slice at a time: that takes a clock.
+    // Which one is handed a session without the lock waits at the server: that takes a clock.
     drop(clock);
     for waiter in ours {
         served(waiter).await;

@@ -209,7 +209,7 @@ async fn a_queued_writer_makes_a_new_readers_try_fail() {
     let reader = try_lock(&scene, &"k".into(), false, AdvisoryMode::Shared)
         .await
         .unwrap();
-    // Queued plainly: the keeper's own waiters wait in slices, and leave the queue for a moment between them.
+    // Queued plainly, so that it can be cancelled plainly.
     let writer = scene.database.connect().await;
     let pid = pid_of(&writer).await;
     let cancel = writer.cancel_token();

@@ -184,6 +184,12 @@ async fn work(task: &str, keeper: Keeper) -> Result<(), Error> {
             say("done");
             Ok(())
         }
+        "wait in turn" => {
+            let guard = lock.acquire().await?;
+            let insert = "INSERT INTO served (pid) VALUES (pg_backend_pid())";
+            guard.execute(insert, &[]).await?;
+            guard.commit().await
+        }
         other => panic!("{other:?} is no task"),
     }
 }
@@ -281,6 +287,39 @@ async fn a_process_killed_while_it_waits_leaves_the_queue() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_killed_while_it_waits_in_a_transaction_leaves_the_queue() {
     kill_a_waiter("wait in a transaction").await;
+}
+
+/// One waiter in each: the server's own queue orders them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_processes_are_served_in_the_order_in_which_they_asked() {
+    let scene = Scene::new(1).await;
+    let create = "CREATE TABLE served (n int GENERATED ALWAYS AS IDENTITY, pid int)";
+    scene.run(create).await;
+    let holder = scene.holder(KEY).await;
+    let (mut others, mut asked) = (Vec::new(), Vec::new());
+    for n in 1..=8 {
+        others.push(Other::start(&scene, "wait in turn"));
+        scene.until_awaited_by(n, KEY).await;
+        let waiters = scene.waiters(KEY).await;
+        asked.extend(
+            waiters
+                .into_iter()
+                .filter(|pid| !asked.contains(pid))
+                .collect::<Vec<_>>(),
+        );
+    }
+    assert_eq!(asked.len(), 8);
+    drop(holder);
+    eventually("not all are served", async || {
+        scene.count("served").await == 8
+    })
+    .await;
+    assert_eq!(
+        scene.column("SELECT pid FROM served ORDER BY n").await,
+        asked
+    );
+    drop(others);
+    scene.nothing_left().await;
 }
 
 /// A server checks a connection in the middle of a statement only where it is configured to.

@@ -9,7 +9,7 @@ use lockkeeper_testkit::{
     lock_by_sql, poll_times_and_drop, unlock_by_sql,
 };
 use tokio::task::JoinHandle;
-use tokio_postgres::IsolationLevel;
+use tokio_postgres::{IsolationLevel, NoTls};
 
 /// A waiter that keeps its place at the server: a conflict group's wait is a single one.
 pub(super) async fn occupy(scene: &Scene, key: &'static str) -> JoinHandle<Result<(), Error>> {
@@ -23,8 +23,12 @@ pub(super) async fn occupy(scene: &Scene, key: &'static str) -> JoinHandle<Resul
     waiting
 }
 
+/// One whose waiters are watched over the side connection, so that the pool is for them alone.
 async fn endless(pool_size: usize) -> Scene {
-    let scene = Scene::with(pool_size, |builder| builder.lock_wait(ENDLESS)).await;
+    let mut scene = Scene::new(pool_size).await;
+    let side = scene.database.config();
+    let builder = scene.builder().lock_wait(ENDLESS);
+    scene.keeper = builder.side_connection(side, NoTls).build();
     scene.pool_is_whole_within(CLEANED_UP_WITHIN).await;
     scene
 }
@@ -136,17 +140,19 @@ async fn a_key_that_others_release_is_taken_without_a_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiters_of_different_keys_take_turns_at_the_server() {
     let scene = endless(4).await;
-    let others = holder_of(&scene, 0..3).await;
-    let crowd: Vec<_> = (0..3).map(|key| spawn_take(&scene, key)).collect();
-    for _ in 0..2 {
-        for key in 0..3 {
-            scene.until_awaited(key).await;
-        }
+    let others = holder_of(&scene, 0..2).await;
+    let first = spawn_take(&scene, 0);
+    scene.until_awaited(0).await;
+    let second = spawn_take(&scene, 1);
+    // Not before the first has had its turn of ten seconds.
+    scene.until_awaited_for(Duration::from_secs(5), 0).await;
+    assert!(scene.waiters(1).await.is_empty(), "there is one place");
+    for key in [1, 0] {
+        scene.until_awaited(key).await;
     }
     drop(others);
-    for waiter in crowd {
-        done(waiter).await;
-    }
+    done(first).await;
+    done(second).await;
     scene.nothing_left().await;
 }
 
@@ -232,6 +238,31 @@ async fn a_wait_that_ends_is_a_lock_timeout_wherever_it_ends() {
     }
     drop(_busy);
     scene.nothing_left().await;
+}
+
+/// Without a side connection they are watched over one of the pool, where that has enough; it goes back after them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_watch_takes_one_connection_of_a_pool_that_has_enough() {
+    for (pool_size, watched) in [(3, 1), (8, 2)] {
+        let scene = Scene::with(pool_size, |builder| builder.lock_wait(ENDLESS)).await;
+        let other = scene.holder(0).await;
+        let waiter = spawn_take(&scene, 0);
+        scene.until_awaited_for(Duration::from_secs(2), 0).await;
+        // In a pool of three it is borrowed for each question.
+        let is_kept = watched == 2;
+        eventually("not that many are in use", async || {
+            in_use(&scene) == watched
+        })
+        .await;
+        for _ in 0..20 {
+            assert!(!is_kept || in_use(&scene) == watched);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(other);
+        done(waiter).await;
+        eventually("it is not given back", async || in_use(&scene) == 0).await;
+        scene.nothing_left().await;
+    }
 }
 
 /// Whatever ends a wait, the place at the server is the next one's.

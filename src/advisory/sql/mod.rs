@@ -6,11 +6,13 @@ pub(crate) mod blockers;
 mod keys;
 mod release;
 mod try_lock;
+mod virtual_xids;
 mod wait;
 
 pub(crate) use keys::Locks;
 pub(crate) use release::*;
 pub(crate) use try_lock::*;
+pub(crate) use virtual_xids::*;
 pub(crate) use wait::*;
 
 pub(crate) use crate::postgres::sql::{ROLLBACK, rollback};

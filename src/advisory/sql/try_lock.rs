@@ -44,23 +44,11 @@ pub(crate) struct TryLockRow {
     pub(crate) application_name: String,
     /// What a first `try` on a connection asks in addition.
     pub(crate) server: Option<Server>,
-    /// What a `try` inside a transaction asks in addition: the timeouts as the server writes them.
-    pub(crate) timeouts: Option<Timeouts>,
-}
-
-/// Settings to be put back as they were.
-#[derive(Clone, Debug)]
-pub(crate) struct Timeouts {
-    pub(crate) lock_timeout: String,
-    pub(crate) statement_timeout: String,
 }
 
 /// REPEATABLE READ and SERIALIZABLE take their snapshot before the lock is granted, so that what is read under the
 /// lock may be older than what its last holder committed.
 const ISOLATION: &str = "pg_catalog.current_setting('transaction_isolation') AS isolation, ";
-
-const TIMEOUTS: &str = ", pg_catalog.current_setting('lock_timeout') AS lock_timeout, \
-     pg_catalog.current_setting('statement_timeout') AS statement_timeout";
 
 /// Nothing is granted on a connection with somebody's open transaction on it.
 const DIRTY: &str = "WHEN pg_catalog.timestamptz_ne(pg_catalog.now(), pg_catalog.statement_timestamp()) THEN 'dirty' ";
@@ -85,12 +73,6 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
         "busy" => TryLockOutcome::Busy,
         _ => return None,
     };
-    let timeouts = || {
-        Some(Timeouts {
-            lock_timeout: text(row, "lock_timeout")?,
-            statement_timeout: text(row, "statement_timeout")?,
-        })
-    };
     Some(TryLockRow {
         verdict,
         granted: column("verdict") == Some("granted"),
@@ -98,7 +80,6 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
         xact_start: parsed(row, "xact_start"),
         application_name: text(row, "application_name").unwrap_or_default(),
         server: server(row),
-        timeouts: timeouts(),
     })
 }
 
@@ -198,7 +179,6 @@ pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
     sql.push_str(" AS verdict, ");
     sql.push_str(PID);
     sql.push_str(SERVER);
-    sql.push_str(TIMEOUTS);
     sql
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::keys::{KeyRows, Locks, call, take_each};
 use super::release::set_application_name;
-use super::try_lock::{Names, Timeouts, try_in_transaction};
+use super::try_lock::{Names, try_in_transaction};
 use crate::advisory::sql::blockers;
 use crate::connection::sql::server::{Denied, XACT_START};
 use crate::deadline::timeout_millis;
@@ -28,52 +28,55 @@ pub(crate) const KEEP_TRIED: &str = "RELEASE SAVEPOINT lockkeeper_wait";
 pub(crate) const UNDO_TRIED: &str =
     "ROLLBACK TO SAVEPOINT lockkeeper_wait; RELEASE SAVEPOINT lockkeeper_wait";
 
-/// One wait for the locks in the transaction that has begun, at most `wait` long in all, after which `lock_timeout` is
-/// what it was.
+/// One wait for the locks in the transaction that has begun, at most `wait` long in all, after which the timeouts are what
+/// they were.
 pub(crate) fn wait_in_transaction(locks: Locks<'_>, wait: Duration) -> String {
-    let mut sql = String::with_capacity(768);
-    for (n, rows) in KeyRows::of(locks.keys).enumerate() {
-        if n > 0 {
-            sql.push_str("; ");
-        }
-        // A target list is evaluated from left to right, for one row after another; the subquery's row is made before.
-        let _ = write!(sql, "SELECT {XACT_START}, ");
-        push_set_lock_timeout(&mut sql, wait, Within::StatementTimeout);
-        rows.call(&mut sql, "pg_advisory_xact_lock", locks.mode);
-        sql.push_str(", pg_catalog.set_config('lock_timeout', was.lock_timeout, true) ");
-        rows.from(&mut sql);
-        sql.push_str(
-            ", (SELECT pg_catalog.current_setting('lock_timeout') AS lock_timeout, \
-             pg_catalog.date_part('epoch', pg_catalog.current_setting('statement_timeout')::pg_catalog.interval) \
-             AS statement_timeout OFFSET 0) AS was",
-        );
+    let mut sql = String::with_capacity(1536);
+    let _ = write!(sql, "SELECT {XACT_START}");
+    // A target list is evaluated from left to right. What a setting was is kept in one of the transaction's own.
+    for setting in CHANGED {
+        push_copy(&mut sql, setting, &format!("lockkeeper.{setting}"));
+    }
+    let _ = write!(sql, ", {FOR_A_WAIT}; ");
+    wait_for_xact_locks(&mut sql, locks, wait);
+    sql.push_str("SELECT 1");
+    for setting in CHANGED {
+        push_copy(&mut sql, &format!("lockkeeper.{setting}"), setting);
     }
     sql
 }
 
-/// What else bounds a wait.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Within {
-    /// Nothing: `statement_timeout` is off.
-    Nothing,
-    /// `was.statement_timeout`, in seconds: when it is not longer than `lock_timeout` it would end the wait with 57014,
-    /// which cannot be told from somebody's cancel. So the wait stays well below it, and is repeated.
-    StatementTimeout,
+/// What a wait changes.
+const CHANGED: [&str; 4] = [
+    "lock_timeout",
+    "statement_timeout",
+    "client_connection_check_interval",
+    "transaction_timeout",
+];
+
+/// Gives one setting the value of another, where there is one: `transaction_timeout` is of PostgreSQL 17.
+fn push_copy(sql: &mut String, from: &str, to: &str) {
+    let _ = write!(
+        sql,
+        ", CASE WHEN pg_catalog.current_setting('{from}', true) IS NOT NULL \
+         THEN pg_catalog.set_config('{to}', pg_catalog.current_setting('{from}'), true) END"
+    );
 }
+
+/// Has the server look twice a second, while its backend waits, whether the client is still there: only on Linux does
+/// every major support it (PostgreSQL's documentation, "Connections and Authentication"). And the transaction may take as
+/// long as the wait.
+const FOR_A_WAIT: &str = "CASE WHEN pg_catalog.textregexeq(pg_catalog.version(), 'linux') \
+     THEN pg_catalog.set_config('client_connection_check_interval', '500ms', true) END, \
+     CASE WHEN pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL \
+     THEN pg_catalog.set_config('transaction_timeout', '0', true) END";
 
 /// `set_config('lock_timeout', …), `: what the message's own clock leaves of `wait`. `lock_timeout` counts each wait by
 /// itself; set so before each lock of several, the sum of their waits stays within it.
-fn push_set_lock_timeout(sql: &mut String, wait: Duration, within: Within) {
+fn push_set_lock_timeout(sql: &mut String, wait: Duration) {
     let wait = timeout_millis(wait);
-    let whole = match within {
-        Within::Nothing => wait.to_string(),
-        Within::StatementTimeout => format!(
-            "CASE WHEN pg_catalog.float8eq(was.statement_timeout, 0) THEN {wait} ELSE pg_catalog.int4smaller({wait}, \
-             (800 OPERATOR(pg_catalog.*) was.statement_timeout)::pg_catalog.int4) END"
-        ),
-    };
     let left = format!(
-        "({whole} OPERATOR(pg_catalog.-) (1000 OPERATOR(pg_catalog.*) pg_catalog.date_part('epoch', \
+        "({wait} OPERATOR(pg_catalog.-) (1000 OPERATOR(pg_catalog.*) pg_catalog.date_part('epoch', \
          pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.statement_timestamp())))::pg_catalog.int4"
     );
     let _ = write!(
@@ -84,26 +87,13 @@ fn push_set_lock_timeout(sql: &mut String, wait: Duration, within: Within) {
 
 /// One wait of its full length inside a savepoint, which [`undo_wait_at_savepoint`] goes back to when it times out: the
 /// transaction around it stays usable.
-pub(crate) fn wait_at_savepoint(locks: Locks<'_>, wait: Duration, timeouts: &Timeouts) -> String {
-    let mut sql = String::from("SAVEPOINT lockkeeper_wait; ");
-    wait_for_xact_locks(&mut sql, locks, wait);
-    set_local(&mut sql, "lock_timeout", &literal(&timeouts.lock_timeout));
-    set_local(
-        &mut sql,
-        "statement_timeout",
-        &literal(&timeouts.statement_timeout),
-    );
-    sql.push_str("RELEASE SAVEPOINT lockkeeper_wait");
-    sql
+pub(crate) fn wait_at_savepoint(locks: Locks<'_>, wait: Duration) -> String {
+    format!("{MARK}; {}; {KEEP_TRIED}", wait_in_transaction(locks, wait))
 }
 
 /// [`wait_at_savepoint`] once more after one that timed out.
-pub(crate) fn wait_at_savepoint_again(
-    locks: Locks<'_>,
-    wait: Duration,
-    timeouts: &Timeouts,
-) -> String {
-    format!("{UNDO_TRIED}; {}", wait_at_savepoint(locks, wait, timeouts))
+pub(crate) fn wait_at_savepoint_again(locks: Locks<'_>, wait: Duration) -> String {
+    format!("{UNDO_TRIED}; {}", wait_at_savepoint(locks, wait))
 }
 
 /// Undoes a [`wait_at_savepoint`] that failed, and asks who is in the way.
@@ -140,6 +130,7 @@ pub(crate) fn wait_session(
     if let Some(name) = names.waiting {
         set_local(&mut sql, "application_name", &literal(name));
     }
+    let _ = write!(sql, "SELECT {FOR_A_WAIT}; ");
     wait_for_xact_locks(&mut sql, locks, wait);
     sql.push_str("SELECT ");
     take_each(&mut sql, locks);
@@ -163,11 +154,7 @@ fn wait_for_xact_locks(sql: &mut String, locks: Locks<'_>, wait: Duration) {
     }
     for rows in KeyRows::of(locks.keys) {
         sql.push_str("SELECT ");
-        push_set_lock_timeout(
-            sql,
-            Duration::from_millis(u64::from(wait.unsigned_abs())),
-            Within::Nothing,
-        );
+        push_set_lock_timeout(sql, Duration::from_millis(u64::from(wait.unsigned_abs())));
         rows.call(sql, "pg_advisory_xact_lock", locks.mode);
         sql.push(' ');
         rows.from(sql);

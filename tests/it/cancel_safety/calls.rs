@@ -334,7 +334,7 @@ async fn long_waits_leave_the_queue_when_they_are_dropped() {
             let keeper = new_keeper(&scene.pool, ENDLESS);
             let call = tokio::spawn(call(keeper));
             if after > 0 {
-                // A moment of the wait. Which slice of it that is in makes no difference.
+                // A moment of the wait.
                 tokio::time::sleep(Duration::from_millis(after)).await;
             } else if waits {
                 scene.until_awaited(KEY).await;
@@ -387,7 +387,7 @@ async fn waiters_in_the_line_of_the_process_leave_nothing_wherever_they_are_drop
             let what = format!("{name}, dropped after {polls} polls");
             let complaint = format!("{what}: another session waits or holds");
             eventually_within(CLEANED_UP_WITHIN, &complaint, async || {
-                // Between two slices a waiter is neither here nor there.
+                // Who gives its place to another is neither here nor there for a moment.
                 let locks = locks(&scene).await;
                 let held: Vec<_> = locks.iter().filter(|(_, granted)| *granted).collect();
                 held == [&(holder.pid, true)] && locks.len() == 3

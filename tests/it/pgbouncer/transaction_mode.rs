@@ -250,10 +250,6 @@ async fn a_cancelled_wait_behind_a_pooler_leaves_no_waiter() {
     let Some(behind) = BouncerScene::new(test, PoolMode::Transaction, 4, &[]).await else {
         return;
     };
-    // A wait inside of a transaction has slices of twice that long: what has left before was cancelled.
-    let name = behind.scene.database.name();
-    let set = format!("ALTER DATABASE {name} SET deadlock_timeout = '30s'");
-    behind.scene.observer.batch_execute(&set).await.unwrap();
     let side = behind.scene.database.config();
     // With a connection beside the pooler one connection of the pool is enough.
     let keepers = [

@@ -48,7 +48,6 @@ async fn the_holders_name_carries_the_call_site_and_is_restored() {
             let (lock, line) = (scene.keeper.advisory_lock(719).session(), line!());
             let (guard, ()) = tokio::join!(lock.wait(ENDLESS).acquire(), async {
                 if waits {
-                    // Between two slices it is not there.
                     let mut waiter = None;
                     eventually_within(CLEANED_UP_WITHIN, "it does not wait", async || {
                         waiter = scene.waiters(719).await.first().copied();

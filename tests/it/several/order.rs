@@ -60,7 +60,7 @@ async fn opposite_orders_never_deadlock() {
     pids.dedup();
     assert!(pids.len() > 1, "one backend does not wait for itself");
     scene.nothing_left().await;
-    // A cycle of waiters would end only with the slices of their waits, half a second each.
+    // A cycle of waiters would end only with the server's deadlock check, a second each.
     assert!(
         began.elapsed() < Duration::from_secs(90),
         "{:?}",

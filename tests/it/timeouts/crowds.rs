@@ -42,8 +42,8 @@ async fn a_waiter_in_the_line_of_the_process_times_out_in_time_too() {
         })
         .await;
     }
-    // Without a connection to ask on it is in time all the same.
-    let rest = join_all((0..6).map(|_| scene.pool.get())).await;
+    // Without a connection to ask on it is in time all the same. Two wait, and one is what they are watched over.
+    let rest = join_all((0..5).map(|_| scene.pool.get())).await;
     for scope in [Scope::Xact, Scope::Session, Scope::Snapshot] {
         time(
             asked,
@@ -98,10 +98,7 @@ async fn waiters_in_the_line_of_the_process_are_served_in_their_order() {
     }
     let order = order.lock().unwrap().clone();
     assert_eq!(order.len(), 12);
-    // Two at a time stand at the server, where they may change places between two slices.
-    for (place, n) in order.iter().enumerate() {
-        assert!(place.abs_diff(*n) <= 2, "{order:?}");
-    }
+    assert!(order.is_sorted(), "{order:?}");
     scene.nothing_left().await;
 }
 

@@ -20,7 +20,7 @@ const DAYS: Duration = Duration::from_secs(30 * 24 * 3600);
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waits_end_at_the_time_asked_for_and_never_before() {
     let scene = &warm(12).await;
-    // The long ones are longer than a slice, and than the server's deadlock_timeout of a second.
+    // The long ones are longer than the server's deadlock_timeout of a second.
     let waits = [0, 400, 1_000, 7_000, 499_000, 501_000, 1_700_000, 2_300_000];
     let scopes = SCOPES.iter().zip(518..).map(|(&scope, key)| async move {
         let (key, free) = (LockKey::from(key), LockKey::from(key + 100));

@@ -1,5 +1,6 @@
 //! Bounded waits: they end when they should, name the blocker, and leave nothing held.
 
+mod at_server;
 mod blockers;
 mod crowds;
 mod interrupted;

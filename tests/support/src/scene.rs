@@ -200,8 +200,7 @@ impl Scene {
         until_true(&self.observer, &what, &sql, &[]).await;
     }
 
-    /// Waits until the key has been waited for for so long, by the server's clock: the library waits in slices, and all of
-    /// them count.
+    /// Waits until the key has been waited for for so long, by the server's clock. Waits that are repeated count together.
     pub async fn until_awaited_for(&self, time: Duration, key: impl Into<LockKey>) {
         let sql = format!(
             "SELECT extract(epoch FROM min(l.waitstart))::float8, extract(epoch FROM clock_timestamp())::float8 \
@@ -212,10 +211,10 @@ impl Scene {
         let mut began = None;
         eventually(&what, async || {
             let row = self.observer.query_one(&sql, &[]).await.expect(&sql);
-            let Some(this_slice) = row.get::<_, Option<f64>>(0) else {
+            let Some(this_wait) = row.get::<_, Option<f64>>(0) else {
                 return false;
             };
-            let began = *began.get_or_insert(this_slice);
+            let began = *began.get_or_insert(this_wait);
             row.get::<_, f64>(1) - began > time.as_secs_f64()
         })
         .await;
