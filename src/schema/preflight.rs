@@ -157,16 +157,12 @@ impl PreflightLock {
         self.planned.statement
     }
 
-    /// How much of the relation the statement processes while it holds the lock.
-    #[must_use]
-    pub fn work(&self) -> TableWork {
-        self.planned.work
-    }
+    getters! {
+        /// How much of the relation the statement processes while it holds the lock.
+        work: TableWork = planned.work;
 
-    /// The server's estimate of the number of rows; `None` without an estimate.
-    #[must_use]
-    pub fn rows(&self) -> Option<u64> {
-        self.planned.relation.rows
+        /// The server's estimate of the number of rows; `None` without an estimate.
+        rows: Option<u64> = planned.relation.rows;
     }
 
     /// The operations that would queue behind the lock while it is held or waited for, as a phrase that follows

@@ -59,13 +59,10 @@ impl Finding {
 
         /// How long it has been idle, or has waited.
         age: Duration;
-    }
 
-    /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed, or if
-    /// the watchdog was stopped first.
-    #[must_use]
-    pub fn cleared(&self) -> Option<&SignalOutcome> {
-        self.cleared.as_ref()
+        /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed,
+        /// or if the watchdog was stopped first.
+        cleared: Option<&SignalOutcome>;
     }
 
     pub(super) fn id(&self) -> FindingId {
