@@ -79,11 +79,6 @@ impl Incident {
         self.diagram().dot()
     }
 
-    fn position(&self, id: &crate::graph::BackendId) -> Option<usize> {
-        let mut participants = self.participants().iter();
-        participants.position(|participant| participant.id() == Some(id))
-    }
-
     /// The parent of each participant: one of its blockers, a holder of the lock if possible, that is not its descendant.
     fn parents(&self) -> Vec<Option<usize>> {
         let mut parents: Vec<Option<usize>> = vec![None; self.participants().len()];

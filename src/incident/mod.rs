@@ -294,6 +294,12 @@ impl Incident {
         participants.find(|participant| participant.id() == Some(id))
     }
 
+    #[cfg(any(feature = "pictures", feature = "serde"))]
+    fn position(&self, id: &BackendId) -> Option<usize> {
+        let mut participants = self.inner.participants.iter();
+        participants.position(|participant| participant.id() == Some(id))
+    }
+
     /// The reporting session: the one that failed, or that still waits.
     #[must_use]
     pub fn victim(&self) -> &Participant {
