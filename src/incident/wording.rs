@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::graph::{LockObject, Relation};
 use crate::key::LockKey;
 use crate::postgres::message::RowContext;
+use crate::postgres::text::shortened;
 use crate::postgres::timestamp::Age;
 pub(super) use crate::postgres::timestamp::rfc3339 as timestamp;
 
@@ -132,11 +133,7 @@ pub(super) fn printable(text: &str) -> String {
 /// The text on one line, cut after this many characters.
 pub(super) fn one_line(statement: &str, max_chars: usize) -> String {
     let words: Vec<_> = statement.split_whitespace().map(printable).collect();
-    let line = words.join(" ");
-    match line.char_indices().nth(max_chars) {
-        Some((end, _)) => format!("{}…", &line[..end]),
-        None => line,
-    }
+    shortened(&words.join(" "), max_chars).into_owned()
 }
 
 /// As [`Age`], with a decimal digit below 10 milliseconds.

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::graph::{Backend, BackendId, Relation, Snapshot, TreeNode};
 use crate::monitor::sql::health::HealthReply;
+use crate::postgres::text::Joined;
 use crate::postgres::timestamp::Age;
 
 /// How many root blockers `Display` names.
@@ -360,9 +361,8 @@ impl fmt::Display for InvalidIndexes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let es = if self.count == 1 { "" } else { "es" };
         write!(f, "{} INVALID index{es}", self.count)?;
-        for (at, index) in self.first.iter().enumerate() {
-            let before = if at == 0 { ": " } else { ", " };
-            write!(f, "{before}{index}")?;
+        if !self.first.is_empty() {
+            write!(f, ": {}", Joined(&self.first, ", "))?;
         }
         if self.count > self.first.len() {
             f.write_str(", …")?;

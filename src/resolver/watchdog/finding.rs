@@ -8,6 +8,7 @@ use super::policy::WatchdogPolicy;
 use crate::graph::{Backend, BackendId, Snapshot};
 use crate::key::LockKey;
 use crate::monitor::AdvisoryLockEntry;
+use crate::postgres::text::Joined;
 use crate::postgres::timestamp::Age;
 use crate::resolver::signal::SignalOutcome;
 
@@ -81,11 +82,12 @@ impl fmt::Display for Finding {
         let age = Age(self.age);
         match self.kind {
             FindingKind::LeakedLock => {
-                write!(f, "leaked: {} holds ", self.backend)?;
-                for (n, key) in self.keys.iter().enumerate() {
-                    write!(f, "{}{key}", if n > 0 { ", " } else { "" })?;
-                }
-                write!(f, " and has been idle for {age}")?;
+                let keys = Joined(&self.keys, ", ");
+                let backend = &self.backend;
+                write!(
+                    f,
+                    "leaked: {backend} holds {keys} and has been idle for {age}"
+                )?;
             }
             FindingKind::IdleBlocker => {
                 write!(
