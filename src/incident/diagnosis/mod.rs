@@ -188,14 +188,7 @@ impl<'a> Facts<'a> {
     }
 
     fn builds_index(&self, id: &BackendId) -> Option<StatementKind> {
-        let kind = self.statement(id)?;
-        let builds = matches!(
-            kind,
-            StatementKind::CreateIndex
-                | StatementKind::CreateIndexConcurrently
-                | StatementKind::Reindex
-        );
-        builds.then_some(kind)
+        self.statement(id).filter(|kind| kind.builds_index())
     }
 
     /// Whether the waiter waits for a transaction in order to learn whether a key is taken. The value is true if the
