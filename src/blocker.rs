@@ -27,53 +27,31 @@ pub struct Blocker {
 }
 
 impl Blocker {
-    /// The backend's process id; `None` for a prepared transaction, which has no backend.
-    #[must_use]
-    pub fn pid(&self) -> Option<i32> {
-        self.pid
-    }
+    getters! {
+        /// The backend's process id; `None` for a prepared transaction, which has no backend.
+        pid: Option<i32>;
 
-    /// The global identifier of the prepared transaction that may hold the lock, which `COMMIT PREPARED` or `ROLLBACK
-    /// PREPARED` ends. Only if [`pid`](Self::pid) is `None`.
-    #[must_use]
-    pub fn prepared_transaction(&self) -> Option<&str> {
-        self.prepared.as_deref()
-    }
+        /// The global identifier of the prepared transaction that may hold the lock, which `COMMIT PREPARED` or
+        /// `ROLLBACK PREPARED` ends. Only if [`pid`](Self::pid) is `None`.
+        text prepared_transaction = prepared;
 
-    /// The backend's `application_name`, which contains the call site if the session uses this crate.
-    #[must_use]
-    pub fn application_name(&self) -> Option<&str> {
-        self.application_name.as_deref()
-    }
+        /// The backend's `application_name`, which contains the call site if the session uses this crate.
+        text application_name;
 
-    /// The role that the backend is logged in as.
-    #[must_use]
-    pub fn user(&self) -> Option<&str> {
-        self.user.as_deref()
-    }
+        /// The role that the backend is logged in as.
+        text user;
 
-    /// The backend's state as PostgreSQL names it: `active`, `idle`, `idle in transaction`, …
-    #[must_use]
-    pub fn state(&self) -> Option<&str> {
-        self.state.as_deref()
-    }
+        /// The backend's state as PostgreSQL names it: `active`, `idle`, `idle in transaction`, …
+        text state;
 
-    /// How long the backend has been in that state.
-    #[must_use]
-    pub fn state_age(&self) -> Option<Duration> {
-        self.state_age
-    }
+        /// How long the backend has been in that state.
+        state_age: Option<Duration>;
 
-    /// The age of its open transaction; also `None` outside a transaction.
-    #[must_use]
-    pub fn transaction_age(&self) -> Option<Duration> {
-        self.transaction_age
-    }
+        /// The age of its open transaction; also `None` outside a transaction.
+        transaction_age: Option<Duration>;
 
-    /// The mode of an advisory lock that it holds or waits for; for other locks see [`lock_mode`](Self::lock_mode).
-    #[must_use]
-    pub fn mode(&self) -> AdvisoryMode {
-        self.mode
+        /// The mode of an advisory lock that it holds or waits for; for other locks see [`lock_mode`](Self::lock_mode).
+        mode: AdvisoryMode;
     }
 
     /// The mode that it holds or waits for, of any kind of lock.

@@ -103,35 +103,22 @@ struct Inner {
 }
 
 impl Error {
-    /// What went wrong, as far as a caller would act on it differently.
-    #[must_use]
-    pub fn kind(&self) -> ErrorKind {
-        self.0.kind
-    }
+    getters! {
+        /// What went wrong, as far as a caller would act on it differently.
+        kind: ErrorKind = 0.kind;
 
-    /// The lock that was asked for; the first in order where several were.
-    #[must_use]
-    pub fn key(&self) -> Option<&LockKey> {
-        self.0.key.as_ref()
-    }
+        /// The lock that was asked for; the first in order where several were.
+        key: Option<&LockKey> = 0.key;
 
-    /// For how long the lock was waited for, in all.
-    #[must_use]
-    pub fn waited(&self) -> Option<Duration> {
-        self.0.waited
-    }
+        /// For how long the lock was waited for, in all.
+        waited: Option<Duration> = 0.waited;
 
-    /// Who held the lock, or queued for it ahead of us, when it was last refused. Empty where nobody did any more, or
-    /// where it could not be asked: by a role without SELECT on `pg_locks`, among others.
-    #[must_use]
-    pub fn blockers(&self) -> &[Blocker] {
-        &self.0.blockers
-    }
+        /// Who held the lock, or queued for it ahead of us, when it was last refused. Empty where nobody did any more,
+        /// or where it could not be asked: by a role without SELECT on `pg_locks`, among others.
+        blockers: &[Blocker] = 0.blockers;
 
-    /// How many times the transaction was run; 0 where no attempt began.
-    #[must_use]
-    pub fn attempts(&self) -> u32 {
-        self.0.attempts
+        /// How many times the transaction was run; 0 where no attempt began.
+        attempts: u32 = 0.attempts;
     }
 
     /// The report that came with it.

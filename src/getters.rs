@@ -1,30 +1,44 @@
 //! Methods that only read a field.
 
-/// Methods that read the field of the same name: `text name;` a text, `name: &Type;` a reference, `name: Type;` a
-/// value that is copied.
+/// Methods that read a field: `name: Type;` the field of that name, `name: Type = field;` another one, or one of a field's
+/// (`= wait.mode`). `text` reads a text that may be missing; a `&Type` is borrowed, any other value is copied.
 macro_rules! getters {
     () => {};
-    ($(#[$doc:meta])* text $name:ident; $($rest:tt)*) => {
+    (@field $self:ident $name:ident) => {
+        $self.$name
+    };
+    (@field $self:ident $name:ident $($field:tt).+) => {
+        $self.$($field).+
+    };
+    ($(#[$doc:meta])* text $name:ident $(= $($field:tt).+)?; $($rest:tt)*) => {
         $(#[$doc])*
         #[must_use]
         pub fn $name(&self) -> Option<&str> {
-            self.$name.as_deref()
+            getters!(@field self $name $($($field).+)?).as_deref()
         }
         getters!($($rest)*);
     };
-    ($(#[$doc:meta])* $name:ident: &$type:ty; $($rest:tt)*) => {
+    ($(#[$doc:meta])* $name:ident: Option<&$type:ty> $(= $($field:tt).+)?; $($rest:tt)*) => {
+        $(#[$doc])*
+        #[must_use]
+        pub fn $name(&self) -> Option<&$type> {
+            getters!(@field self $name $($($field).+)?).as_ref()
+        }
+        getters!($($rest)*);
+    };
+    ($(#[$doc:meta])* $name:ident: &$type:ty $(= $($field:tt).+)?; $($rest:tt)*) => {
         $(#[$doc])*
         #[must_use]
         pub fn $name(&self) -> &$type {
-            &self.$name
+            &getters!(@field self $name $($($field).+)?)
         }
         getters!($($rest)*);
     };
-    ($(#[$doc:meta])* $name:ident: $type:ty; $($rest:tt)*) => {
+    ($(#[$doc:meta])* $name:ident: $type:ty $(= $($field:tt).+)?; $($rest:tt)*) => {
         $(#[$doc])*
         #[must_use]
         pub fn $name(&self) -> $type {
-            self.$name
+            getters!(@field self $name $($($field).+)?)
         }
         getters!($($rest)*);
     };

@@ -2,6 +2,7 @@
 
 use crate::key::LockKey;
 use crate::postgres::statement::redact;
+use crate::postgres::text::beginning;
 
 /// The maximum length of a name.
 pub(super) const MAX_NAME_BYTES: usize = 200;
@@ -14,17 +15,10 @@ pub(super) fn default_name(definition: &str) -> String {
         return shown;
     }
     let hash = LockKey::from(definition);
-    let mut end = shown.len().min(MAX_NAME_BYTES - 24);
-    while !shown.is_char_boundary(end) {
-        end -= 1;
-    }
-    let cut = if end < shown.len() { "…" } else { "" };
-    format!(
-        "{}{cut} {:08x}{:08x}",
-        &shown[..end],
-        hash.classid(),
-        hash.objid()
-    )
+    let begin = beginning(&shown, MAX_NAME_BYTES - 24);
+    let cut = if begin.len() < shown.len() { "…" } else { "" };
+    let (high, low) = (hash.classid(), hash.objid());
+    format!("{begin}{cut} {high:08x}{low:08x}")
 }
 
 #[cfg(test)]

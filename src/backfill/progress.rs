@@ -62,28 +62,18 @@ pub enum ReplicationLag {
 }
 
 impl BackfillProgress {
-    /// The backfill's name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
+    getters! {
+        /// The backfill's name.
+        name: &str;
 
-    /// The number of rows that all runs together have changed.
-    #[must_use]
-    pub fn rows_changed(&self) -> u64 {
-        self.changed
-    }
+        /// The number of rows that all runs together have changed.
+        rows_changed: u64 = changed;
 
-    /// The number of rows that all runs together have processed: changed rows, and rows that the filter left out.
-    #[must_use]
-    pub fn rows_processed(&self) -> u64 {
-        self.processed
-    }
+        /// The number of rows that all runs together have processed: changed rows, and rows that the filter left out.
+        rows_processed: u64 = processed;
 
-    /// The number of rows that this run has changed.
-    #[must_use]
-    pub fn rows_changed_by_this_run(&self) -> u64 {
-        self.changed_now
+        /// The number of rows that this run has changed.
+        rows_changed_by_this_run: u64 = changed_now;
     }
 
     /// The planner's estimate of the number of rows of the table, including processed ones, at the beginning of the

@@ -7,6 +7,7 @@ use crate::picture::{
     NodeStyle, TextLine, html_page,
 };
 use crate::postgres::statement::redact;
+use crate::postgres::text::shortened;
 use crate::postgres::timestamp::rfc3339;
 
 use super::render::plural;
@@ -284,7 +285,7 @@ fn cells(node: &TreeNode<'_>) -> Vec<HtmlCell> {
         session.push(format!("blocks {}", node.blocked_count()));
     }
     let statement = match backend.statement() {
-        Some(statement) => shortened(&redact(statement)),
+        Some(statement) => shortened(&redact(statement), MAX_STATEMENT).into_owned(),
         None if backend.is_hidden() => "hidden from this role".to_owned(),
         None => String::new(),
     };
@@ -336,13 +337,6 @@ fn blocker(edge: &Edge) -> String {
         (_, Some(mode)) => format!("{name} is ahead, for {mode}"),
         _ if edge.is_soft() => format!("{name} is ahead"),
         _ => name.to_string(),
-    }
-}
-
-fn shortened(statement: &str) -> String {
-    match statement.char_indices().nth(MAX_STATEMENT) {
-        Some((end, _)) => format!("{}…", &statement[..end]),
-        None => statement.to_owned(),
     }
 }
 

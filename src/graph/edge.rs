@@ -44,28 +44,18 @@ pub struct Edge {
 }
 
 impl Edge {
-    /// The session that waits. For a parallel worker it is the leader of its query: see [`worker`](Self::worker).
-    #[must_use]
-    pub fn waiter(&self) -> &BackendId {
-        &self.wait.waiter
-    }
+    getters! {
+        /// The session that waits. For a parallel worker it is the leader of its query: see [`worker`](Self::worker).
+        waiter: &BackendId = wait.waiter;
 
-    /// The process id of the parallel worker of [`waiter`](Self::waiter) that waits.
-    #[must_use]
-    pub fn worker(&self) -> Option<i32> {
-        self.wait.worker
-    }
+        /// The process id of the parallel worker of [`waiter`](Self::waiter) that waits.
+        worker: Option<i32> = wait.worker;
 
-    /// The session, or the prepared transaction, that blocks the waiter.
-    #[must_use]
-    pub fn blocker(&self) -> &BackendId {
-        &self.blocker
-    }
+        /// The session, or the prepared transaction, that blocks the waiter.
+        blocker: &BackendId;
 
-    /// The object that is locked.
-    #[must_use]
-    pub fn object(&self) -> &LockObject {
-        &self.wait.object
+        /// The object that is locked.
+        object: &LockObject = wait.object;
     }
 
     /// The row version that is locked. In a wait for a transaction it is the row for whose lock the waiter has queued;
@@ -109,17 +99,13 @@ impl Edge {
         self.kind == EdgeKind::Soft
     }
 
-    /// How long the waiter has waited for this lock (`pg_locks.waitstart`). `None` for a moment when a wait begins, while
-    /// the server has not set that column.
-    #[must_use]
-    pub fn wait_age(&self) -> Option<Duration> {
-        self.wait.age
-    }
+    getters! {
+        /// How long the waiter has waited for this lock (`pg_locks.waitstart`). `None` for a moment when a wait begins,
+        /// while the server has not set that column.
+        wait_age: Option<Duration> = wait.age;
 
-    /// When the wait began, by the server's clock.
-    #[must_use]
-    pub fn waiting_since(&self) -> Option<SystemTime> {
-        self.wait.since
+        /// When the wait began, by the server's clock.
+        waiting_since: Option<SystemTime> = wait.since;
     }
 }
 

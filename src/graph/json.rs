@@ -232,7 +232,7 @@ impl<'a> From<&'a BackendId> for BackendIdJson<'a> {
     }
 }
 
-fn kind_name(kind: EdgeKind) -> &'static str {
+pub(crate) fn kind_name(kind: EdgeKind) -> &'static str {
     match kind {
         EdgeKind::Hard => "hard",
         EdgeKind::Soft => "soft",

@@ -3,6 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use crate::postgres::statement::redact;
+use crate::postgres::text::Joined;
 use crate::postgres::timestamp::Age;
 
 use super::{Backend, Edge, EdgeKind, LockTree, TreeNode};
@@ -196,7 +197,9 @@ impl TreeNode<'_> {
         self.draw_statement(f, prefix, verbatim)?;
         let workers = self.workers();
         if !workers.is_empty() {
-            writeln!(f, "{prefix}in its parallel {}", Pids(&workers))?;
+            let s = if workers.len() == 1 { "" } else { "s" };
+            let pids = Joined(&workers, ", ");
+            writeln!(f, "{prefix}in its parallel worker{s} {pids}")?;
         }
         let mut others = self.other_edges();
         for edge in others.by_ref().take(MAX_NAMED) {
@@ -273,21 +276,4 @@ fn one_line(statement: &str) -> String {
 pub(super) fn plural(number: usize, what: &str) -> String {
     let s = if number == 1 { "" } else { "s" };
     format!("{number} {what}{s}")
-}
-
-struct Pids<'a>(&'a [i32]);
-
-impl fmt::Display for Pids<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.len() == 1 {
-            "worker "
-        } else {
-            "workers "
-        })?;
-        for (at, pid) in self.0.iter().enumerate() {
-            let comma = if at > 0 { ", " } else { "" };
-            write!(f, "{comma}{pid}")?;
-        }
-        Ok(())
-    }
 }

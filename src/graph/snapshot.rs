@@ -216,16 +216,12 @@ impl Snapshot {
         LockTree::new(self)
     }
 
-    /// When the snapshot was taken, by the server's clock.
-    #[must_use]
-    pub fn taken_at(&self) -> SystemTime {
-        self.inner.taken_at
-    }
+    getters! {
+        /// When the snapshot was taken, by the server's clock.
+        taken_at: SystemTime = inner.taken_at;
 
-    /// How long the snapshot took, from sending the query to its reply.
-    #[must_use]
-    pub fn duration(&self) -> Duration {
-        self.inner.duration
+        /// How long the snapshot took, from sending the query to its reply.
+        duration: Duration = inner.duration;
     }
 
     /// Whether no session waited for a lock.

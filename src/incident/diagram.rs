@@ -79,11 +79,6 @@ impl Incident {
         self.diagram().dot()
     }
 
-    fn position(&self, id: &crate::graph::BackendId) -> Option<usize> {
-        let mut participants = self.participants().iter();
-        participants.position(|participant| participant.id() == Some(id))
-    }
-
     /// The parent of each participant: one of its blockers, a holder of the lock if possible, that is not its descendant.
     fn parents(&self) -> Vec<Option<usize>> {
         let mut parents: Vec<Option<usize>> = vec![None; self.participants().len()];
@@ -253,10 +248,8 @@ impl Incident {
         let sqlstate = self.sqlstate()?;
         let message = self.message().unwrap_or("(a message that may carry data)");
         let mut text = format!("{sqlstate} {message}");
-        for (name, part) in [("DETAIL", self.detail()), ("CONTEXT", self.context())] {
-            if let Some(part) = part {
-                text.push_str(&format!("\n\n{name}\n{part}"));
-            }
+        for (name, part) in wording::details(self) {
+            text.push_str(&format!("\n\n{name}\n{part}"));
         }
         Some(text)
     }
@@ -288,12 +281,8 @@ fn name(participant: &Participant) -> String {
 }
 
 fn state(participant: &Participant) -> Option<String> {
-    match (participant.state(), participant.state_age()) {
-        (Some(state), Some(age)) => Some(format!("{state} for {}", wording::age(age))),
-        (Some(state), None) => Some(state.to_owned()),
-        (None, _) if participant.is_hidden() => Some("state hidden from this role".to_owned()),
-        (None, _) => None,
-    }
+    let hidden = || (participant.is_hidden()).then(|| "state hidden from this role".to_owned());
+    wording::state(participant).or_else(hidden)
 }
 
 fn waited(edge: &IncidentEdge) -> String {
@@ -343,26 +332,12 @@ fn journal(participant: &Participant) -> Option<HtmlSection> {
             Some(JournalMark::Waited) => "waited",
             None => "",
         };
-        let duration = match (line.failed(), line.duration()) {
-            (true, _) => "failed".to_owned(),
-            (false, Some(duration)) => wording::age(duration),
-            (false, None) => "open".to_owned(),
-        };
-        let locks: Vec<_> = line
-            .advisory()
-            .map(|(key, mode)| format!("{key} in {mode}"))
-            .collect();
-        let text = match line.text() {
-            Some(text) => wording::one_line(text, MAX_STATEMENT),
-            None if !locks.is_empty() => format!("(advisory lock {})", locks.join(", ")),
-            None => "(a statement whose text is not known)".to_owned(),
-        };
         rows.push(HtmlRow {
             cells: vec![
                 HtmlCell::new(format!("+{}", wording::age(line.after()))),
-                HtmlCell::new(duration),
+                HtmlCell::new(wording::took(line)),
                 HtmlCell::new(mark),
-                HtmlCell::code(text),
+                HtmlCell::code(wording::statement(line, MAX_STATEMENT)),
             ],
             marked: line.mark().is_some(),
             ..HtmlRow::default()

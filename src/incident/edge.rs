@@ -77,18 +77,12 @@ impl IncidentEdge {
 
         /// The object that was locked.
         object: &LockObject;
-    }
 
-    /// The row version that was locked, also if the wait was for its transaction.
-    #[must_use]
-    pub fn row(&self) -> Option<&RowId> {
-        self.row.as_ref()
-    }
+        /// The row version that was locked, also if the wait was for its transaction.
+        row: Option<&RowId>;
 
-    /// The key of that row, if it could be read.
-    #[must_use]
-    pub fn row_key(&self) -> Option<&RowKey> {
-        self.row_key.as_ref()
+        /// The key of that row, if it could be read.
+        row_key: Option<&RowKey>;
     }
 
     /// The relation that was locked, or that the row is in.
@@ -132,16 +126,12 @@ impl IncidentEdge {
         self.kind == Some(EdgeKind::Soft)
     }
 
-    /// How long the waiter had waited when it was sampled. `None` if the edge is known from the DETAIL only.
-    #[must_use]
-    pub fn wait_age(&self) -> Option<Duration> {
-        self.wait_age
-    }
+    getters! {
+        /// How long the waiter had waited when it was sampled. `None` if the edge is known from the DETAIL only.
+        wait_age: Option<Duration>;
 
-    /// Whether it is an edge of the cycle.
-    #[must_use]
-    pub fn is_in_cycle(&self) -> bool {
-        self.in_cycle
+        /// Whether it is an edge of the cycle.
+        is_in_cycle: bool = in_cycle;
     }
 
     /// Whether a sample contains the edge; otherwise it is known from the server's DETAIL.

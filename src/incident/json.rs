@@ -1,13 +1,14 @@
 //! The report as a JSON document. Its fields are documented at [`Incident`].
 
+use serde::ser::SerializeStruct as _;
 use serde::{Serialize, Serializer};
 
-use crate::graph::json::{LockKeyJson, RelationJson, millis};
-use crate::graph::{BackendId, EdgeKind};
+use crate::graph::json::{LockKeyJson, RelationJson, kind_name, millis};
+use crate::graph::{BackendId, RowId};
 
 use super::{
-    Completeness, Incident, IncidentEdge, JournalLine, JournalMark, Outcome, Participant, RowKey,
-    wording,
+    Completeness, Diagnosis, Incident, IncidentEdge, JournalLine, JournalMark, Outcome,
+    Participant, wording,
 };
 
 /// Incremented when a field changes its meaning or is removed. New fields do not count.
@@ -15,40 +16,50 @@ const VERSION: u32 = 1;
 
 impl Serialize for Incident {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        IncidentJson::new(self).serialize(serializer)
+        let (outcome, pause) = match self.outcome() {
+            Outcome::Retried { pause } => ("retried", Some(pause)),
+            Outcome::GaveUp => ("gave_up", None),
+            Outcome::NotRetried => ("not_retried", None),
+            Outcome::StillWaiting => ("still_waiting", None),
+        };
+        let quality = match self.completeness() {
+            Completeness::Complete => "complete",
+            Completeness::Partial => "partial",
+            Completeness::DetailOnly => "detail_only",
+            Completeness::Nothing => "nothing",
+        };
+        let error = self.sqlstate().map(|sqlstate| ErrorJson {
+            sqlstate,
+            message: self.message(),
+            detail: self.detail(),
+            context: self.context(),
+        });
+        let participants: Vec<_> = self.participants().iter().map(ParticipantJson).collect();
+        let edges = self.edges().iter().map(|edge| EdgeJson(self, edge));
+        let previously_seen = self.previously_seen().map(wording::timestamp);
+        let mut document = serializer.serialize_struct("Incident", 20)?;
+        document.serialize_field("version", &VERSION)?;
+        document.serialize_field("kind", self.kind().as_str())?;
+        document.serialize_field("headline", &self.headline())?;
+        document.serialize_field("fingerprint", &self.fingerprint().to_string())?;
+        document.serialize_field("occurred", &wording::timestamp(self.occurred()))?;
+        document.serialize_field("first_seen", &wording::timestamp(self.first_seen()))?;
+        document.serialize_field("last_seen", &wording::timestamp(self.last_seen()))?;
+        document.serialize_field("previously_seen", &previously_seen)?;
+        document.serialize_field("count", &self.count())?;
+        document.serialize_field("attempt", &self.attempt())?;
+        document.serialize_field("attempts", &self.attempts())?;
+        document.serialize_field("outcome", outcome)?;
+        document.serialize_field("pause_ms", &pause.map(millis))?;
+        document.serialize_field("diagnosis", &DiagnosisJson(self.diagnosis()))?;
+        document.serialize_field("quality", quality)?;
+        document.serialize_field("captured_after_ms", &self.captured_after().map(millis))?;
+        document.serialize_field("missing", &self.caveats().collect::<Vec<_>>())?;
+        document.serialize_field("error", &error)?;
+        document.serialize_field("participants", &participants)?;
+        document.serialize_field("edges", &edges.collect::<Vec<_>>())?;
+        document.end()
     }
-}
-
-#[derive(Serialize)]
-struct IncidentJson<'a> {
-    version: u32,
-    kind: &'a str,
-    headline: String,
-    fingerprint: String,
-    occurred: String,
-    first_seen: String,
-    last_seen: String,
-    previously_seen: Option<String>,
-    count: u64,
-    attempt: u32,
-    attempts: u32,
-    outcome: &'a str,
-    pause_ms: Option<f64>,
-    diagnosis: DiagnosisJson<'a>,
-    quality: &'a str,
-    captured_after_ms: Option<f64>,
-    missing: Vec<&'a str>,
-    error: Option<ErrorJson<'a>>,
-    participants: Vec<ParticipantJson<'a>>,
-    edges: Vec<IncidentEdgeJson<'a>>,
-}
-
-#[derive(Serialize)]
-struct DiagnosisJson<'a> {
-    cause: &'a str,
-    certain: bool,
-    text: &'a str,
-    fix: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -59,41 +70,81 @@ struct ErrorJson<'a> {
     context: Option<&'a str>,
 }
 
-#[derive(Serialize)]
-struct ParticipantJson<'a> {
-    pid: Option<i32>,
-    prepared: Option<&'a str>,
-    backend_start: Option<String>,
-    call_site: Option<&'a str>,
-    application_name: Option<&'a str>,
-    user: Option<&'a str>,
-    database: Option<&'a str>,
-    client: Option<&'a str>,
-    backend_type: Option<&'a str>,
-    state: Option<&'a str>,
-    in_state_ms: Option<f64>,
-    transaction_age_ms: Option<f64>,
-    wait_age_ms: Option<f64>,
-    statement: Option<&'a str>,
-    query_id: Option<String>,
-    victim: bool,
-    waiting: bool,
-    hidden: bool,
-    in_this_process: bool,
-    seen_after_ms: Option<f64>,
-    conflict_group: Option<LockKeyJson<'a>>,
-    journal_dropped: usize,
-    journal: Vec<JournalLineJson<'a>>,
+struct DiagnosisJson<'a>(&'a Diagnosis);
+
+impl Serialize for DiagnosisJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut document = serializer.serialize_struct("Diagnosis", 4)?;
+        document.serialize_field("cause", self.0.cause().as_str())?;
+        document.serialize_field("certain", &self.0.is_certain())?;
+        document.serialize_field("text", self.0.text())?;
+        document.serialize_field("fix", &self.0.fix())?;
+        document.end()
+    }
 }
 
-#[derive(Serialize)]
-struct JournalLineJson<'a> {
-    after_ms: f64,
-    text: Option<&'a str>,
-    took_ms: Option<f64>,
-    failed: bool,
-    advisory: Vec<AdvisoryLockJson<'a>>,
-    mark: Option<&'static str>,
+struct ParticipantJson<'a>(&'a Participant);
+
+impl Serialize for ParticipantJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(participant) = self;
+        let prepared = participant.id().and_then(BackendId::prepared_transaction);
+        let backend_start = participant.backend_start().map(wording::timestamp);
+        let query_id = participant.query_id().map(|id| id.to_string());
+        let group = participant.conflict_group().map(LockKeyJson::new);
+        let journal: Vec<_> = participant.journal().iter().map(LineJson).collect();
+        let mut document = serializer.serialize_struct("Participant", 23)?;
+        document.serialize_field("pid", &participant.pid())?;
+        document.serialize_field("prepared", &prepared)?;
+        document.serialize_field("backend_start", &backend_start)?;
+        document.serialize_field("call_site", &participant.call_site())?;
+        document.serialize_field("application_name", &participant.application_name())?;
+        document.serialize_field("user", &participant.user())?;
+        document.serialize_field("database", &participant.database())?;
+        document.serialize_field("client", &participant.client_address())?;
+        document.serialize_field("backend_type", &participant.backend_type())?;
+        document.serialize_field("state", &participant.state())?;
+        document.serialize_field("in_state_ms", &participant.state_age().map(millis))?;
+        let transaction_age = participant.transaction_age().map(millis);
+        document.serialize_field("transaction_age_ms", &transaction_age)?;
+        document.serialize_field("wait_age_ms", &participant.wait_age().map(millis))?;
+        document.serialize_field("statement", &participant.statement())?;
+        document.serialize_field("query_id", &query_id)?;
+        document.serialize_field("victim", &participant.is_victim())?;
+        document.serialize_field("waiting", &participant.is_waiting())?;
+        document.serialize_field("hidden", &participant.is_hidden())?;
+        document.serialize_field("in_this_process", &participant.is_in_this_process())?;
+        document.serialize_field("seen_after_ms", &participant.seen_after().map(millis))?;
+        document.serialize_field("conflict_group", &group)?;
+        document.serialize_field("journal_dropped", &participant.journal_dropped())?;
+        document.serialize_field("journal", &journal)?;
+        document.end()
+    }
+}
+
+struct LineJson<'a>(&'a JournalLine);
+
+impl Serialize for LineJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(line) = self;
+        let advisory = line.advisory().map(|(key, mode)| AdvisoryLockJson {
+            key: LockKeyJson::new(key),
+            mode: mode.as_pg_locks(),
+        });
+        let mark = line.mark().map(|mark| match mark {
+            JournalMark::Took => "took",
+            JournalMark::MayHaveTaken => "may_have_taken",
+            JournalMark::Waited => "waited",
+        });
+        let mut document = serializer.serialize_struct("JournalLine", 6)?;
+        document.serialize_field("after_ms", &millis(line.after()))?;
+        document.serialize_field("text", &line.text())?;
+        document.serialize_field("took_ms", &line.duration().map(millis))?;
+        document.serialize_field("failed", &line.failed())?;
+        document.serialize_field("advisory", &advisory.collect::<Vec<_>>())?;
+        document.serialize_field("mark", &mark)?;
+        document.end()
+    }
 }
 
 #[derive(Serialize)]
@@ -102,177 +153,40 @@ struct AdvisoryLockJson<'a> {
     mode: &'static str,
 }
 
-#[derive(Serialize)]
-struct IncidentEdgeJson<'a> {
-    waiter: Option<usize>,
-    blocker: Option<usize>,
-    in_cycle: bool,
-    kind: Option<&'static str>,
-    mode_wanted: &'a str,
-    mode_held: Option<&'a str>,
-    mode_queued: Option<&'a str>,
-    wait_age_ms: Option<f64>,
-    locktype: &'a str,
-    object: String,
-    relation: Option<RelationJson<'a>>,
-    ctid: Option<String>,
-    row_key: Option<Vec<ColumnJson<'a>>>,
-    advisory_key: Option<LockKeyJson<'a>>,
+struct EdgeJson<'a>(&'a Incident, &'a IncidentEdge);
+
+impl Serialize for EdgeJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(incident, edge) = self;
+        let object = edge.object();
+        let row_key = edge.row_key().map(|key| {
+            let columns = key.columns();
+            let columns = columns.map(|(column, value)| ColumnJson { column, value });
+            columns.collect::<Vec<_>>()
+        });
+        let mut document = serializer.serialize_struct("IncidentEdge", 14)?;
+        document.serialize_field("waiter", &incident.position(edge.waiter()))?;
+        document.serialize_field("blocker", &incident.position(edge.blocker()))?;
+        document.serialize_field("in_cycle", &edge.is_in_cycle())?;
+        document.serialize_field("kind", &edge.kind().map(kind_name))?;
+        document.serialize_field("mode_wanted", edge.mode_wanted())?;
+        document.serialize_field("mode_held", &edge.mode_held())?;
+        document.serialize_field("mode_queued", &edge.mode_queued())?;
+        document.serialize_field("wait_age_ms", &edge.wait_age().map(millis))?;
+        document.serialize_field("locktype", object.locktype())?;
+        document.serialize_field("object", &object.to_string())?;
+        document.serialize_field("relation", &edge.relation().map(RelationJson::new))?;
+        document.serialize_field("ctid", &edge.row().map(RowId::ctid))?;
+        document.serialize_field("row_key", &row_key)?;
+        document.serialize_field("advisory_key", &object.advisory_key().map(LockKeyJson::new))?;
+        document.end()
+    }
 }
 
 #[derive(Serialize)]
 struct ColumnJson<'a> {
     column: &'a str,
     value: Option<&'a str>,
-}
-
-impl<'a> IncidentJson<'a> {
-    fn new(incident: &'a Incident) -> Self {
-        let (outcome, pause) = match incident.outcome() {
-            Outcome::Retried { pause } => ("retried", Some(pause)),
-            Outcome::GaveUp => ("gave_up", None),
-            Outcome::NotRetried => ("not_retried", None),
-            Outcome::StillWaiting => ("still_waiting", None),
-        };
-        let diagnosis = incident.diagnosis();
-        let position = |id: &BackendId| {
-            let mut participants = incident.participants().iter();
-            participants.position(|participant| participant.id() == Some(id))
-        };
-        Self {
-            version: VERSION,
-            kind: incident.kind().as_str(),
-            headline: incident.headline(),
-            fingerprint: incident.fingerprint().to_string(),
-            occurred: wording::timestamp(incident.occurred()),
-            first_seen: wording::timestamp(incident.first_seen()),
-            last_seen: wording::timestamp(incident.last_seen()),
-            previously_seen: incident.previously_seen().map(wording::timestamp),
-            count: incident.count(),
-            attempt: incident.attempt(),
-            attempts: incident.attempts(),
-            outcome,
-            pause_ms: pause.map(millis),
-            diagnosis: DiagnosisJson {
-                cause: diagnosis.cause().as_str(),
-                certain: diagnosis.is_certain(),
-                text: diagnosis.text(),
-                fix: diagnosis.fix(),
-            },
-            quality: match incident.completeness() {
-                Completeness::Complete => "complete",
-                Completeness::Partial => "partial",
-                Completeness::DetailOnly => "detail_only",
-                Completeness::Nothing => "nothing",
-            },
-            captured_after_ms: incident.captured_after().map(millis),
-            missing: incident.caveats().collect(),
-            error: incident.sqlstate().map(|sqlstate| ErrorJson {
-                sqlstate,
-                message: incident.message(),
-                detail: incident.detail(),
-                context: incident.context(),
-            }),
-            participants: incident
-                .participants()
-                .iter()
-                .map(ParticipantJson::new)
-                .collect(),
-            edges: incident
-                .edges()
-                .iter()
-                .map(|edge| IncidentEdgeJson::new(edge, position))
-                .collect(),
-        }
-    }
-}
-
-impl<'a> ParticipantJson<'a> {
-    fn new(participant: &'a Participant) -> Self {
-        Self {
-            pid: participant.pid(),
-            prepared: participant.id().and_then(BackendId::prepared_transaction),
-            backend_start: participant.backend_start().map(wording::timestamp),
-            call_site: participant.call_site(),
-            application_name: participant.application_name(),
-            user: participant.user(),
-            database: participant.database(),
-            client: participant.client_address(),
-            backend_type: participant.backend_type(),
-            state: participant.state(),
-            in_state_ms: participant.state_age().map(millis),
-            transaction_age_ms: participant.transaction_age().map(millis),
-            wait_age_ms: participant.wait_age().map(millis),
-            statement: participant.statement(),
-            query_id: participant.query_id().map(|id| id.to_string()),
-            victim: participant.is_victim(),
-            waiting: participant.is_waiting(),
-            hidden: participant.is_hidden(),
-            in_this_process: participant.is_in_this_process(),
-            seen_after_ms: participant.seen_after().map(millis),
-            conflict_group: participant.conflict_group().map(LockKeyJson::new),
-            journal_dropped: participant.journal_dropped(),
-            journal: participant
-                .journal()
-                .iter()
-                .map(JournalLineJson::new)
-                .collect(),
-        }
-    }
-}
-
-impl<'a> JournalLineJson<'a> {
-    fn new(line: &'a JournalLine) -> Self {
-        Self {
-            after_ms: millis(line.after()),
-            text: line.text(),
-            took_ms: line.duration().map(millis),
-            failed: line.failed(),
-            advisory: line
-                .advisory()
-                .map(|(key, mode)| AdvisoryLockJson {
-                    key: LockKeyJson::new(key),
-                    mode: mode.as_pg_locks(),
-                })
-                .collect(),
-            mark: line.mark().map(|mark| match mark {
-                JournalMark::Took => "took",
-                JournalMark::MayHaveTaken => "may_have_taken",
-                JournalMark::Waited => "waited",
-            }),
-        }
-    }
-}
-
-impl<'a> IncidentEdgeJson<'a> {
-    fn new(edge: &'a IncidentEdge, position: impl Fn(&BackendId) -> Option<usize>) -> Self {
-        Self {
-            waiter: position(edge.waiter()),
-            blocker: position(edge.blocker()),
-            in_cycle: edge.is_in_cycle(),
-            kind: edge.kind().map(|kind| match kind {
-                EdgeKind::Hard => "hard",
-                EdgeKind::Soft => "soft",
-            }),
-            mode_wanted: edge.mode_wanted(),
-            mode_held: edge.mode_held(),
-            mode_queued: edge.mode_queued(),
-            wait_age_ms: edge.wait_age().map(millis),
-            locktype: edge.object().locktype(),
-            object: edge.object().to_string(),
-            relation: edge.relation().map(RelationJson::new),
-            ctid: edge.row().map(crate::graph::RowId::ctid),
-            row_key: edge.row_key().map(columns),
-            advisory_key: edge.object().advisory_key().map(LockKeyJson::new),
-        }
-    }
-}
-
-fn columns(key: &RowKey) -> Vec<ColumnJson<'_>> {
-    let columns = key.columns();
-    columns
-        .map(|(column, value)| ColumnJson { column, value })
-        .collect()
 }
 
 #[cfg(test)]

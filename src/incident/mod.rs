@@ -276,22 +276,15 @@ impl Incident {
         }
     }
 
-    /// The kind of the incident.
-    #[must_use]
-    pub fn kind(&self) -> IncidentKind {
-        self.inner.kind
-    }
+    getters! {
+        /// The kind of the incident.
+        kind: IncidentKind = inner.kind;
 
-    /// When it happened, by this process's clock.
-    #[must_use]
-    pub fn occurred(&self) -> SystemTime {
-        self.inner.occurred
-    }
+        /// When it happened, by this process's clock.
+        occurred: SystemTime = inner.occurred;
 
-    /// All participants: first the victim, then its blockers, in a deadlock in the order of the cycle. Never empty.
-    #[must_use]
-    pub fn participants(&self) -> &[Participant] {
-        &self.inner.participants
+        /// All participants: first the victim, then its blockers, in a deadlock in the order of the cycle. Never empty.
+        participants: &[Participant] = inner.participants;
     }
 
     /// The participant with this id.
@@ -299,6 +292,12 @@ impl Incident {
     pub fn participant(&self, id: &BackendId) -> Option<&Participant> {
         let mut participants = self.inner.participants.iter();
         participants.find(|participant| participant.id() == Some(id))
+    }
+
+    #[cfg(any(feature = "pictures", feature = "serde"))]
+    fn position(&self, id: &BackendId) -> Option<usize> {
+        let mut participants = self.inner.participants.iter();
+        participants.position(|participant| participant.id() == Some(id))
     }
 
     /// The reporting session: the one that failed, or that still waits.
@@ -322,58 +321,33 @@ impl Incident {
         &edges[..end.unwrap_or(edges.len())]
     }
 
-    /// The number of the transaction's attempt, counted from 1.
-    #[must_use]
-    pub fn attempt(&self) -> u32 {
-        self.inner.attempt
-    }
+    getters! {
+        /// The number of the transaction's attempt, counted from 1.
+        attempt: u32 = inner.attempt;
 
-    /// The maximum number of attempts.
-    #[must_use]
-    pub fn attempts(&self) -> u32 {
-        self.inner.attempts
-    }
+        /// The maximum number of attempts.
+        attempts: u32 = inner.attempts;
 
-    /// What happened to the reporting transaction.
-    #[must_use]
-    pub fn outcome(&self) -> Outcome {
-        self.inner.outcome
-    }
+        /// What happened to the reporting transaction.
+        outcome: Outcome = inner.outcome;
 
-    /// The SQLSTATE of the server's error; `None` for a wait that continues.
-    #[must_use]
-    pub fn sqlstate(&self) -> Option<&str> {
-        self.inner.server.sqlstate.as_deref()
-    }
+        /// The SQLSTATE of the server's error; `None` for a wait that continues.
+        text sqlstate = inner.server.sqlstate;
 
-    /// The server's message, in its language. Also `None` if it may contain data because a function raised it.
-    #[must_use]
-    pub fn message(&self) -> Option<&str> {
-        self.inner.server.message.as_deref()
-    }
+        /// The server's message, in its language. Also `None` if it may contain data because a function raised it.
+        text message = inner.server.message;
 
-    /// The server's DETAIL, in its language, without lines that may contain data.
-    #[must_use]
-    pub fn detail(&self) -> Option<&str> {
-        self.inner.server.detail.as_deref()
-    }
+        /// The server's DETAIL, in its language, without lines that may contain data.
+        text detail = inner.server.detail;
 
-    /// The server's CONTEXT, in its language, without literals and without lines that may contain data.
-    #[must_use]
-    pub fn context(&self) -> Option<&str> {
-        self.inner.server.context.as_deref()
-    }
+        /// The server's CONTEXT, in its language, without literals and without lines that may contain data.
+        text context = inner.server.context;
 
-    /// How much of the incident was observed.
-    #[must_use]
-    pub fn completeness(&self) -> Completeness {
-        self.inner.completeness
-    }
+        /// How much of the incident was observed.
+        completeness: Completeness = inner.completeness;
 
-    /// When it was sampled, since the victim's statement began; `None` if it was not.
-    #[must_use]
-    pub fn captured_after(&self) -> Option<Duration> {
-        self.inner.captured_after
+        /// When it was sampled, since the victim's statement began; `None` if it was not.
+        captured_after: Option<Duration> = inner.captured_after;
     }
 
     /// What is unknown about the incident, and why, one sentence each.
@@ -381,40 +355,24 @@ impl Incident {
         self.inner.caveats.iter().map(|sentence| &**sentence)
     }
 
-    /// The cause, as far as the evidence shows it, and how to fix it.
-    #[must_use]
-    pub fn diagnosis(&self) -> &Diagnosis {
-        &self.inner.diagnosis
-    }
+    getters! {
+        /// The cause, as far as the evidence shows it, and how to fix it.
+        diagnosis: &Diagnosis = inner.diagnosis;
 
-    /// The value that all incidents of the same problem have in common.
-    #[must_use]
-    pub fn fingerprint(&self) -> Fingerprint {
-        self.inner.fingerprint
-    }
+        /// The value that all incidents of the same problem have in common.
+        fingerprint: Fingerprint = inner.fingerprint;
 
-    /// When the first incident with this fingerprint happened, as far as this process remembers.
-    #[must_use]
-    pub fn first_seen(&self) -> SystemTime {
-        self.inner.occurrences.first
-    }
+        /// When the first incident with this fingerprint happened, as far as this process remembers.
+        first_seen: SystemTime = inner.occurrences.first;
 
-    /// When the last one happened, including this one.
-    #[must_use]
-    pub fn last_seen(&self) -> SystemTime {
-        self.inner.occurrences.last
-    }
+        /// When the last one happened, including this one.
+        last_seen: SystemTime = inner.occurrences.last;
 
-    /// When the previous one happened.
-    #[must_use]
-    pub fn previously_seen(&self) -> Option<SystemTime> {
-        self.inner.occurrences.previous
-    }
+        /// When the previous one happened.
+        previously_seen: Option<SystemTime> = inner.occurrences.previous;
 
-    /// How many there were, including this one.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.inner.occurrences.count
+        /// How many there were, including this one.
+        count: u64 = inner.occurrences.count;
     }
 }
 

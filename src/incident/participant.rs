@@ -107,21 +107,13 @@ impl Participant {
 
         /// Whether parts were hidden from the querying role, so that a `None` means unknown.
         is_hidden: bool;
-    }
 
-    /// Whether it is a transaction of this process that uses this crate.
-    #[must_use]
-    pub fn is_in_this_process(&self) -> bool {
-        self.in_this_process
-    }
+        /// Whether it is a transaction of this process that uses this crate.
+        is_in_this_process: bool = in_this_process;
 
-    /// Whether it was waiting for a lock itself.
-    #[must_use]
-    pub fn is_waiting(&self) -> bool {
-        self.waits
-    }
+        /// Whether it was waiting for a lock itself.
+        is_waiting: bool = waits;
 
-    getters! {
         /// When it was sampled, since the victim's statement began; `None` if no sample contains it.
         seen_after: Option<Duration>;
 
@@ -130,12 +122,9 @@ impl Participant {
 
         /// How many statements were dropped from the middle of the [`journal`](Self::journal).
         journal_dropped: usize;
-    }
 
-    /// The conflict group of its transaction.
-    #[must_use]
-    pub fn conflict_group(&self) -> Option<&LockKey> {
-        self.conflict_group.as_ref()
+        /// The conflict group of its transaction.
+        conflict_group: Option<&LockKey>;
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::postgres::statement::{self, StatementKind};
+use crate::postgres::text::{beginning, shortened};
 
 /// Longer statements are cut.
 const MAX_CHARS: usize = 4000;
@@ -16,9 +17,9 @@ pub(super) struct Redaction {
 impl Redaction {
     pub(super) fn statement(self, sql: &str) -> Arc<str> {
         if self.literals || is_call(sql) {
-            shortened(sql)
+            shortened(sql, MAX_CHARS).into()
         } else {
-            shortened(&statement::redact(sql))
+            shortened(&statement::redact(sql), MAX_CHARS).into()
         }
     }
 }
@@ -44,18 +45,7 @@ pub(super) fn fingerprint(sql: &str) -> statement::StatementFingerprint {
 /// The beginning of a statement that the server keeps by default (`track_activity_query_size`).
 fn as_server_keeps(sql: &str) -> &str {
     const KEPT_BYTES: usize = 1023;
-    let mut end = sql.len().min(KEPT_BYTES);
-    while !sql.is_char_boundary(end) {
-        end -= 1;
-    }
-    &sql[..end]
-}
-
-fn shortened(text: &str) -> Arc<str> {
-    match text.char_indices().nth(MAX_CHARS) {
-        Some((end, _)) => format!("{}…", &text[..end]).into(),
-        None => text.into(),
-    }
+    beginning(sql, KEPT_BYTES)
 }
 
 #[cfg(test)]

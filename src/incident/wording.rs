@@ -5,9 +5,11 @@ use std::time::Duration;
 use crate::graph::{LockObject, Relation};
 use crate::key::LockKey;
 use crate::postgres::message::RowContext;
+use crate::postgres::text::shortened;
+use crate::postgres::timestamp::Age;
 pub(super) use crate::postgres::timestamp::rfc3339 as timestamp;
 
-use super::{IncidentEdge, Participant};
+use super::{Incident, IncidentEdge, JournalLine, Participant};
 
 /// `src/pay.rs:42`, or else the `application_name`.
 pub(super) fn call_site(participant: &Participant) -> Option<String> {
@@ -131,26 +133,56 @@ pub(super) fn printable(text: &str) -> String {
 /// The text on one line, cut after this many characters.
 pub(super) fn one_line(statement: &str, max_chars: usize) -> String {
     let words: Vec<_> = statement.split_whitespace().map(printable).collect();
-    let line = words.join(" ");
-    match line.char_indices().nth(max_chars) {
-        Some((end, _)) => format!("{}…", &line[..end]),
-        None => line,
+    shortened(&words.join(" "), max_chars).into_owned()
+}
+
+/// As [`Age`], with a decimal digit below 10 milliseconds.
+pub(super) fn age(age: Duration) -> String {
+    if age < Duration::from_millis(10) {
+        return format!("{}.{}ms", age.as_millis(), age.subsec_micros() / 100 % 10);
+    }
+    Age(age).to_string()
+}
+
+/// `active for 3.2s`
+pub(super) fn state(participant: &Participant) -> Option<String> {
+    let state = participant.state()?;
+    Some(match participant.state_age() {
+        Some(since) => format!("{state} for {}", age(since)),
+        None => state.to_owned(),
+    })
+}
+
+/// How long a statement took, or why that is not known.
+pub(super) fn took(line: &JournalLine) -> String {
+    match (line.failed(), line.duration()) {
+        (true, _) => "failed".to_owned(),
+        (false, Some(duration)) => age(duration),
+        (false, None) => "open".to_owned(),
     }
 }
 
-/// `3.2s`, `5min 12s`, `3h 05min`, `2d 03h`; below a second in milliseconds.
-pub(super) fn age(age: Duration) -> String {
-    let seconds = age.as_secs();
-    match seconds {
-        0 if age < Duration::from_millis(10) => {
-            format!("{}.{}ms", age.as_millis(), age.subsec_micros() / 100 % 10)
-        }
-        0 => format!("{}ms", age.as_millis()),
-        1..60 => format!("{}.{}s", seconds, age.subsec_millis() / 100),
-        60..3600 => format!("{}min {:02}s", seconds / 60, seconds % 60),
-        3600..86_400 => format!("{}h {:02}min", seconds / 3600, seconds / 60 % 60),
-        _ => format!("{}d {:02}h", seconds / 86_400, seconds / 3600 % 24),
+/// A statement on one line, cut after this many characters, or what it locked.
+pub(super) fn statement(line: &JournalLine, max_chars: usize) -> String {
+    let locks = line.advisory();
+    let locks: Vec<_> = locks
+        .map(|(key, mode)| format!("{key} in {mode}"))
+        .collect();
+    match line.text() {
+        Some(text) => one_line(text, max_chars),
+        None if !locks.is_empty() => format!("(advisory lock {})", locks.join(", ")),
+        None => "(a statement whose text is not known)".to_owned(),
     }
+}
+
+/// The parts of the server's message that are about the failure: their labels and texts.
+pub(super) fn details(incident: &Incident) -> impl Iterator<Item = (&'static str, &str)> {
+    let details = [
+        ("DETAIL", incident.detail()),
+        ("CONTEXT", incident.context()),
+    ];
+    let details = details.into_iter();
+    details.filter_map(|(label, text)| Some((label, text?)))
 }
 
 #[cfg(test)]

@@ -26,25 +26,21 @@ pub struct AdvisoryLockEntry {
 
 impl AdvisoryLockEntry {
     getters! {
-        /// The lock's key, with its name if this process has used it or the application has [given](super::Monitor::names)
-        /// it.
+        /// The lock's key, with its name if this process has used it or the application has
+        /// [given](super::Monitor::names) it.
         key: &LockKey;
 
         /// The mode it is held or requested in.
         mode: AdvisoryMode;
-    }
 
-    /// Whether the lock is held; `false` for a waiter.
-    #[must_use]
-    pub fn is_held(&self) -> bool {
-        self.held
-    }
+        /// Whether the lock is held; `false` for a waiter.
+        is_held: bool = held;
 
-    getters! {
         /// How long the session has waited for it; `None` for a holder.
         wait_age: Option<Duration>;
 
-        /// The session that holds it or waits for it. Its `application_name` carries the call site if it uses this crate.
+        /// The session that holds it or waits for it. Its `application_name` carries the call site if it uses this
+        /// crate.
         backend: &Backend;
     }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::graph::{Backend, BackendId, Relation, Snapshot, TreeNode};
 use crate::monitor::sql::health::HealthReply;
+use crate::postgres::text::Joined;
 use crate::postgres::timestamp::Age;
 
 /// How many root blockers `Display` names.
@@ -182,78 +183,54 @@ impl Health {
 
         /// The name of the database that the query was sent to.
         database: &str;
-    }
 
-    /// How many sessions wait for a lock. Every role sees all of them.
-    #[must_use]
-    pub fn lock_waiters(&self) -> usize {
-        self.waiters
-    }
+        /// How many sessions wait for a lock. Every role sees all of them.
+        lock_waiters: usize = waiters;
 
-    /// The longest current wait; `None` if no session is waiting.
-    #[must_use]
-    pub fn longest_wait(&self) -> Option<Duration> {
-        self.longest_wait
-    }
+        /// The longest current wait; `None` if no session is waiting.
+        longest_wait: Option<Duration>;
 
-    /// The sessions that block others and wait for no lock themselves, each with the number of sessions that cannot
-    /// continue before it does, most blocked sessions first. Sessions that wait in a cycle are counted by
-    /// [`cycles`](Self::cycles) instead.
-    #[must_use]
-    pub fn root_blockers(&self) -> &[(BackendId, usize)] {
-        &self.roots
-    }
+        /// The sessions that block others and wait for no lock themselves, each with the number of sessions that cannot
+        /// continue before it does, most blocked sessions first. Sessions that wait in a cycle are counted by
+        /// [`cycles`](Self::cycles) instead.
+        root_blockers: &[(BackendId, usize)] = roots;
 
-    getters! {
         /// How many wait cycles there are: deadlocks that the server has not ended yet.
         cycles: usize;
 
-        /// How many sessions there are whose state and times are hidden from the role, or not recorded because of their own
+        /// How many sessions there are whose state and times are hidden from the role, or not recorded because of their
+        /// own
         /// `track_activities`. If there are any, the two observations below are not complete.
         hidden_sessions: usize;
 
         /// The session with the oldest open transaction, [`Backend::transaction_age`]: VACUUM and `CREATE INDEX
         /// CONCURRENTLY` wait for it. Transactions of autovacuum are excluded. `Known(None)` if no transaction is open.
         oldest_transaction: &ObservedValue<Option<Backend>>;
-    }
 
-    /// The session that has been idle in its transaction for longest, [`Backend::state_age`]: it keeps its locks and
-    /// does nothing. `Known(None)` if there is none.
-    #[must_use]
-    pub fn oldest_idle_in_transaction(&self) -> &ObservedValue<Option<Backend>> {
-        &self.idle_in_transaction
-    }
+        /// The session that has been idle in its transaction for longest, [`Backend::state_age`]: it keeps its locks
+        /// and does nothing. `Known(None)` if there is none.
+        oldest_idle_in_transaction: &ObservedValue<Option<Backend>> = idle_in_transaction;
 
-    getters! {
         /// The deadlocks that the server has ended in this database; `None` if it does not count them (`track_counts`).
         deadlocks: Option<Deadlocks>;
 
         /// How full the server's lock table is.
         lock_table: LockTableUsage;
-    }
 
-    /// The prepared transactions, which hold their locks without a session.
-    #[must_use]
-    pub fn prepared_transactions(&self) -> PreparedTransactions {
-        self.prepared
-    }
+        /// The prepared transactions, which hold their locks without a session.
+        prepared_transactions: PreparedTransactions = prepared;
 
-    /// The INVALID indexes of this database that no session is building or dropping. A failed `CREATE INDEX
-    /// CONCURRENTLY` leaves such an index behind, which slows writes and serves no query; the index of a partitioned
-    /// table that lacks partitions is INVALID too.
-    ///
-    /// The progress of an index build is hidden without `pg_read_all_stats`. INVALID indexes of a table on which a
-    /// hidden session builds an index are not counted. On a standby none is counted.
-    #[must_use]
-    pub fn invalid_indexes(&self) -> &ObservedValue<InvalidIndexes> {
-        &self.invalid_indexes
-    }
+        /// The INVALID indexes of this database that no session is building or dropping. A failed `CREATE INDEX
+        /// CONCURRENTLY` leaves such an index behind, which slows writes and serves no query; the index of a
+        /// partitioned table that lacks partitions is INVALID too.
+        ///
+        /// The progress of an index build is hidden without `pg_read_all_stats`. INVALID indexes of a table on which a
+        /// hidden session builds an index are not counted. On a standby none is counted.
+        invalid_indexes: &ObservedValue<InvalidIndexes>;
 
-    /// How many advisory locks are held in this database: rows of `pg_locks`, in which a lock that one session has
-    /// taken several times counts once.
-    #[must_use]
-    pub fn advisory_locks_held(&self) -> u64 {
-        self.advisory_locks
+        /// How many advisory locks are held in this database: rows of `pg_locks`, in which a lock that one session has
+        /// taken several times counts once.
+        advisory_locks_held: u64 = advisory_locks;
     }
 }
 
@@ -384,9 +361,8 @@ impl fmt::Display for InvalidIndexes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let es = if self.count == 1 { "" } else { "es" };
         write!(f, "{} INVALID index{es}", self.count)?;
-        for (at, index) in self.first.iter().enumerate() {
-            let before = if at == 0 { ": " } else { ", " };
-            write!(f, "{before}{index}")?;
+        if !self.first.is_empty() {
+            write!(f, ": {}", Joined(&self.first, ", "))?;
         }
         if self.count > self.first.len() {
             f.write_str(", …")?;

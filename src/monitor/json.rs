@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use serde::ser::SerializeStruct as _;
 use serde::{Serialize, Serializer};
 
 use super::health::{Health, ObservedValue};
 use super::settings::{Effect, SettingsFinding, SettingsReport, Severity};
 use crate::graph::json::{BackendIdJson, RelationJson, millis};
-use crate::graph::{Backend, BackendId};
 use crate::postgres::timestamp::rfc3339;
 
 /// Incremented when a field of either document changes its meaning or is removed. New fields do not count.
@@ -15,69 +15,51 @@ const VERSION: u32 = 1;
 
 impl Serialize for Health {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let table = self.lock_table();
-        let prepared = self.prepared_transactions();
-        HealthDocument {
-            version: VERSION,
-            taken_at: rfc3339(self.snapshot().taken_at()),
-            took_ms: millis(self.snapshot().duration()),
-            database: self.database(),
-            lock_waiters: self.lock_waiters(),
-            longest_wait_ms: self.longest_wait().map(millis),
-            root_blockers: self
-                .root_blockers()
-                .iter()
-                .map(|(id, blocks)| RootDocument::new(id, *blocks))
-                .collect(),
-            cycles: self.cycles(),
-            hidden_sessions: self.hidden_sessions(),
-            oldest_transaction: ObservedDocument::new(self.oldest_transaction(), Option::as_ref),
-            oldest_idle_in_transaction: ObservedDocument::new(
-                self.oldest_idle_in_transaction(),
-                Option::as_ref,
-            ),
-            deadlocks: self.deadlocks().map(|deadlocks| DeadlocksDocument {
-                count: deadlocks.count(),
-                since: deadlocks.since().map(rfc3339),
-            }),
-            lock_table: LockTableDocument {
-                entries: table.entries(),
-                capacity: table.capacity(),
-            },
-            prepared_transactions: PreparedDocument {
-                count: prepared.count(),
-                oldest_ms: prepared.oldest().map(millis),
-            },
-            invalid_indexes: ObservedDocument::new(self.invalid_indexes(), |indexes| {
-                Some(IndexesDocument {
-                    count: indexes.count(),
-                    first: indexes.first().iter().map(RelationJson::new).collect(),
-                })
-            }),
-            advisory_locks_held: self.advisory_locks_held(),
-        }
-        .serialize(serializer)
+        let snapshot = self.snapshot();
+        let roots = self.root_blockers().iter();
+        let roots = roots.map(|(id, blocks)| RootDocument {
+            id: id.into(),
+            blocks: *blocks,
+        });
+        let transaction = ObservedDocument::new(self.oldest_transaction(), Option::as_ref);
+        let idle = ObservedDocument::new(self.oldest_idle_in_transaction(), Option::as_ref);
+        let deadlocks = self.deadlocks().map(|deadlocks| DeadlocksDocument {
+            count: deadlocks.count(),
+            since: deadlocks.since().map(rfc3339),
+        });
+        let table = LockTableDocument {
+            entries: self.lock_table().entries(),
+            capacity: self.lock_table().capacity(),
+        };
+        let prepared = PreparedDocument {
+            count: self.prepared_transactions().count(),
+            oldest_ms: self.prepared_transactions().oldest().map(millis),
+        };
+        let invalid = ObservedDocument::new(self.invalid_indexes(), |indexes| {
+            Some(IndexesDocument {
+                count: indexes.count(),
+                first: indexes.first().iter().map(RelationJson::new).collect(),
+            })
+        });
+        let mut document = serializer.serialize_struct("Health", 16)?;
+        document.serialize_field("version", &VERSION)?;
+        document.serialize_field("taken_at", &rfc3339(snapshot.taken_at()))?;
+        document.serialize_field("took_ms", &millis(snapshot.duration()))?;
+        document.serialize_field("database", self.database())?;
+        document.serialize_field("lock_waiters", &self.lock_waiters())?;
+        document.serialize_field("longest_wait_ms", &self.longest_wait().map(millis))?;
+        document.serialize_field("root_blockers", &roots.collect::<Vec<_>>())?;
+        document.serialize_field("cycles", &self.cycles())?;
+        document.serialize_field("hidden_sessions", &self.hidden_sessions())?;
+        document.serialize_field("oldest_transaction", &transaction)?;
+        document.serialize_field("oldest_idle_in_transaction", &idle)?;
+        document.serialize_field("deadlocks", &deadlocks)?;
+        document.serialize_field("lock_table", &table)?;
+        document.serialize_field("prepared_transactions", &prepared)?;
+        document.serialize_field("invalid_indexes", &invalid)?;
+        document.serialize_field("advisory_locks_held", &self.advisory_locks_held())?;
+        document.end()
     }
-}
-
-#[derive(Serialize)]
-struct HealthDocument<'a> {
-    version: u32,
-    taken_at: String,
-    took_ms: f64,
-    database: &'a str,
-    lock_waiters: usize,
-    longest_wait_ms: Option<f64>,
-    root_blockers: Vec<RootDocument<'a>>,
-    cycles: usize,
-    hidden_sessions: usize,
-    oldest_transaction: ObservedDocument<&'a Backend>,
-    oldest_idle_in_transaction: ObservedDocument<&'a Backend>,
-    deadlocks: Option<DeadlocksDocument>,
-    lock_table: LockTableDocument,
-    prepared_transactions: PreparedDocument,
-    invalid_indexes: ObservedDocument<IndexesDocument<'a>>,
-    advisory_locks_held: u64,
 }
 
 #[derive(Serialize)]
@@ -85,15 +67,6 @@ struct RootDocument<'a> {
     #[serde(flatten)]
     id: BackendIdJson<'a>,
     blocks: usize,
-}
-
-impl<'a> RootDocument<'a> {
-    fn new(id: &'a BackendId, blocks: usize) -> Self {
-        Self {
-            id: id.into(),
-            blocks,
-        }
-    }
 }
 
 /// A [`ObservedValue`] value.
@@ -142,55 +115,36 @@ struct IndexesDocument<'a> {
 
 impl Serialize for SettingsReport {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        SettingsDocument {
-            version: VERSION,
-            role: self.role(),
-            database: self.database(),
-            values: self.values().collect(),
-            findings: self.findings(),
-        }
-        .serialize(serializer)
+        let mut document = serializer.serialize_struct("SettingsReport", 5)?;
+        document.serialize_field("version", &VERSION)?;
+        document.serialize_field("role", self.role())?;
+        document.serialize_field("database", self.database())?;
+        document.serialize_field("values", &self.values().collect::<BTreeMap<_, _>>())?;
+        document.serialize_field("findings", self.findings())?;
+        document.end()
     }
-}
-
-#[derive(Serialize)]
-struct SettingsDocument<'a> {
-    version: u32,
-    role: &'a str,
-    database: &'a str,
-    values: BTreeMap<&'a str, &'a str>,
-    findings: &'a [SettingsFinding],
 }
 
 impl Serialize for SettingsFinding {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        SettingsFindingDocument {
-            name: self.name(),
-            severity: match self.severity() {
-                Severity::Note => "note",
-                Severity::Advice => "advice",
-                Severity::Warning => "warning",
-            },
-            value: self.value(),
-            why: self.why(),
-            statement: self.statement(),
-            effect: self.effect().map(|effect| match effect {
-                Effect::Immediate => "immediate",
-                Effect::NewConnections => "new_connections",
-                Effect::Reload => "reload",
-                Effect::Restart => "restart",
-            }),
-        }
-        .serialize(serializer)
+        let severity = match self.severity() {
+            Severity::Note => "note",
+            Severity::Advice => "advice",
+            Severity::Warning => "warning",
+        };
+        let effect = self.effect().map(|effect| match effect {
+            Effect::Immediate => "immediate",
+            Effect::NewConnections => "new_connections",
+            Effect::Reload => "reload",
+            Effect::Restart => "restart",
+        });
+        let mut document = serializer.serialize_struct("SettingsFinding", 6)?;
+        document.serialize_field("name", self.name())?;
+        document.serialize_field("severity", severity)?;
+        document.serialize_field("value", self.value())?;
+        document.serialize_field("why", self.why())?;
+        document.serialize_field("statement", &self.statement())?;
+        document.serialize_field("effect", &effect)?;
+        document.end()
     }
-}
-
-#[derive(Serialize)]
-struct SettingsFindingDocument<'a> {
-    name: &'a str,
-    severity: &'static str,
-    value: &'a str,
-    why: &'a str,
-    statement: Option<&'a str>,
-    effect: Option<&'static str>,
 }

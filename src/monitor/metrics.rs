@@ -5,6 +5,7 @@ use std::time::Duration;
 use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 
 use super::health::{Health, ObservedValue};
+use crate::graph::Backend;
 
 /// The value of a metric that is hidden from the role.
 const UNKNOWN: f64 = f64::NAN;
@@ -42,134 +43,103 @@ impl Health {
     /// [incomplete](crate::ObservedValue::AtLeast) is what was visible: if `lockkeeper_hidden_sessions` is above 0, the real
     /// ages may be higher.
     pub fn record(&self) {
-        describe();
         let database = self.database();
-        let set = |name: &'static str, value: f64| {
+        let gauge = |name: &'static str, unit: Unit, what: &'static str, value: f64| {
+            // Each time, because the recorder may have been replaced.
+            describe_gauge!(name, unit, what);
             gauge!(name, "database" => database.to_owned()).set(value);
         };
+        let count = |name, what, value: f64| gauge(name, Unit::Count, what, value);
+        let seconds = |name, what, value: f64| gauge(name, Unit::Seconds, what, value);
         let age = |age: Option<Duration>| age.unwrap_or_default().as_secs_f64();
-        let oldest = |observed: &ObservedValue<_>,
-                      of: fn(&crate::graph::Backend) -> Option<Duration>| {
-            observed.seen().map_or(UNKNOWN, |backend: &Option<_>| {
-                age(backend.as_ref().and_then(of))
-            })
+        let oldest = |observed: &ObservedValue<Option<Backend>>,
+                      of: fn(&Backend) -> Option<Duration>| {
+            let seen = observed.seen();
+            seen.map_or(UNKNOWN, |backend| age(backend.as_ref().and_then(of)))
         };
         let roots = self.root_blockers();
         let most = roots.iter().map(|(_, blocks)| *blocks).max();
-        set("lockkeeper_lock_waiters", self.lock_waiters() as f64);
-        set(
+        let (table, prepared) = (self.lock_table(), self.prepared_transactions());
+        let invalid = self.invalid_indexes().seen();
+
+        count(
+            "lockkeeper_lock_waiters",
+            "Sessions that wait for a lock",
+            self.lock_waiters() as f64,
+        );
+        seconds(
             "lockkeeper_lock_wait_longest_seconds",
+            "The longest wait for a lock",
             age(self.longest_wait()),
         );
-        set("lockkeeper_root_blockers", roots.len() as f64);
-        set(
+        count(
+            "lockkeeper_root_blockers",
+            "Sessions in the way of others that wait for no lock themselves",
+            roots.len() as f64,
+        );
+        count(
             "lockkeeper_root_blocker_blocks_most",
+            "Sessions that the worst root blocker keeps waiting",
             most.unwrap_or(0) as f64,
         );
-        set("lockkeeper_lock_cycles", self.cycles() as f64);
-        set("lockkeeper_hidden_sessions", self.hidden_sessions() as f64);
-        set(
+        count(
+            "lockkeeper_lock_cycles",
+            "Cycles in which sessions wait for one another",
+            self.cycles() as f64,
+        );
+        count(
+            "lockkeeper_hidden_sessions",
+            "Sessions whose state the role may not see",
+            self.hidden_sessions() as f64,
+        );
+        seconds(
             "lockkeeper_transaction_oldest_seconds",
-            oldest(self.oldest_transaction(), |session| {
-                session.transaction_age()
-            }),
+            "The oldest open transaction",
+            oldest(self.oldest_transaction(), Backend::transaction_age),
         );
-        set(
+        seconds(
             "lockkeeper_idle_in_transaction_oldest_seconds",
-            oldest(self.oldest_idle_in_transaction(), |session| {
-                session.state_age()
-            }),
+            "The longest that a session has been idle in its transaction",
+            oldest(self.oldest_idle_in_transaction(), Backend::state_age),
         );
-        let table = self.lock_table();
-        set("lockkeeper_lock_table_entries", table.entries() as f64);
-        set("lockkeeper_lock_table_capacity", table.capacity() as f64);
-        let prepared = self.prepared_transactions();
-        set("lockkeeper_prepared_transactions", prepared.count() as f64);
-        set(
+        count(
+            "lockkeeper_lock_table_entries",
+            "Objects in the server's lock table",
+            table.entries() as f64,
+        );
+        count(
+            "lockkeeper_lock_table_capacity",
+            "Objects that the server's lock table is made for",
+            table.capacity() as f64,
+        );
+        count(
+            "lockkeeper_prepared_transactions",
+            "Prepared transactions",
+            prepared.count() as f64,
+        );
+        seconds(
             "lockkeeper_prepared_transaction_oldest_seconds",
+            "The oldest prepared transaction",
             age(prepared.oldest()),
         );
-        let invalid = self.invalid_indexes().seen();
-        set(
+        count(
             "lockkeeper_invalid_indexes",
+            "INVALID indexes of the database that nobody is at work on",
             invalid.map_or(UNKNOWN, |indexes| indexes.count() as f64),
         );
-        set(
+        count(
             "lockkeeper_advisory_locks_held",
+            "Advisory locks held in the database",
             self.advisory_locks_held() as f64,
+        );
+        describe_counter!(
+            "lockkeeper_deadlocks_total",
+            Unit::Count,
+            "Deadlocks of the database that the server has ended"
         );
         if let Some(deadlocks) = self.deadlocks() {
             counter!("lockkeeper_deadlocks_total", "database" => database.to_owned())
                 .absolute(deadlocks.count());
         }
     }
-}
-
-/// Called each time, because the recorder may have been replaced.
-fn describe() {
-    let seconds = [
-        (
-            "lockkeeper_lock_wait_longest_seconds",
-            "The longest wait for a lock",
-        ),
-        (
-            "lockkeeper_transaction_oldest_seconds",
-            "The oldest open transaction",
-        ),
-        (
-            "lockkeeper_idle_in_transaction_oldest_seconds",
-            "The longest that a session has been idle in its transaction",
-        ),
-        (
-            "lockkeeper_prepared_transaction_oldest_seconds",
-            "The oldest prepared transaction",
-        ),
-    ];
-    for (name, what) in seconds {
-        describe_gauge!(name, Unit::Seconds, what);
-    }
-    let counts = [
-        ("lockkeeper_lock_waiters", "Sessions that wait for a lock"),
-        (
-            "lockkeeper_root_blockers",
-            "Sessions in the way of others that wait for no lock themselves",
-        ),
-        (
-            "lockkeeper_root_blocker_blocks_most",
-            "Sessions that the worst root blocker keeps waiting",
-        ),
-        (
-            "lockkeeper_lock_cycles",
-            "Cycles in which sessions wait for one another",
-        ),
-        (
-            "lockkeeper_hidden_sessions",
-            "Sessions whose state the role may not see",
-        ),
-        (
-            "lockkeeper_lock_table_entries",
-            "Objects in the server's lock table",
-        ),
-        (
-            "lockkeeper_lock_table_capacity",
-            "Objects that the server's lock table is made for",
-        ),
-        ("lockkeeper_prepared_transactions", "Prepared transactions"),
-        (
-            "lockkeeper_invalid_indexes",
-            "INVALID indexes of the database that nobody is at work on",
-        ),
-        (
-            "lockkeeper_advisory_locks_held",
-            "Advisory locks held in the database",
-        ),
-    ];
-    for (name, what) in counts {
-        describe_gauge!(name, Unit::Count, what);
-    }
-    describe_counter!(
-        "lockkeeper_deadlocks_total",
-        Unit::Count,
-        "Deadlocks of the database that the server has ended"
-    );
 }

@@ -166,24 +166,15 @@ impl RecoveryCheck {
 
         /// How the waits have changed since the previous check.
         trend: Trend;
-    }
 
-    /// In how many consecutive checks, up to this one, the waits have decreased.
-    #[must_use]
-    pub fn falling_for(&self) -> u32 {
-        self.falling
-    }
+        /// In how many consecutive checks, up to this one, the waits have decreased.
+        falling_for: u32 = falling;
 
-    /// In how many consecutive checks, up to this one, the criterion was met.
-    #[must_use]
-    pub fn met_for(&self) -> u32 {
-        self.met
-    }
+        /// In how many consecutive checks, up to this one, the criterion was met.
+        met_for: u32 = met;
 
-    /// Whether the criterion was met in as many checks as it requires: the incident is over.
-    #[must_use]
-    pub fn is_recovered(&self) -> bool {
-        self.recovered
+        /// Whether the criterion was met in as many checks as it requires: the incident is over.
+        is_recovered: bool = recovered;
     }
 }
 

@@ -56,16 +56,12 @@ impl SettingsReport {
         values.map(|setting| (&*setting.name, &*setting.shown))
     }
 
-    /// The role the pool's connections log in as.
-    #[must_use]
-    pub fn role(&self) -> &str {
-        &self.session.role
-    }
+    getters! {
+        /// The role the pool's connections log in as.
+        role: &str = session.role;
 
-    /// The database that the pool's connections are connected to.
-    #[must_use]
-    pub fn database(&self) -> &str {
-        &self.session.database
+        /// The database that the pool's connections are connected to.
+        database: &str = session.database;
     }
 }
 
@@ -99,16 +95,11 @@ impl SettingsFinding {
 
         /// How much it matters.
         severity: Severity;
-    }
 
-    /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`,
-    /// `side connection`.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        self.name
-    }
+        /// The setting or privilege, as PostgreSQL calls it (`lock_timeout`, `pg_read_all_stats`); `pooler`, `standby`,
+        /// `side connection`.
+        name: &str;
 
-    getters! {
         /// What was seen: a setting as `SHOW` writes it; `not granted to "app"`, or `not inherited by "app"`.
         value: &str;
 

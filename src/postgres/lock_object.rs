@@ -247,37 +247,26 @@ impl Relation {
         self.name.as_ref().map(|(_, name)| &**name)
     }
 
-    /// The kind of the relation, as in `pg_class.relkind`: `r` for a table, `i` for an index, `p` for a partitioned
-    /// table, …
-    #[must_use]
-    pub fn kind(&self) -> Option<char> {
-        self.kind
-    }
+    getters! {
+        /// The kind of the relation, as in `pg_class.relkind`: `r` for a table, `i` for an index, `p` for a partitioned
+        /// table, …
+        kind: Option<char>;
 
-    /// Its database, if that is another one than the querying role was connected to.
-    #[must_use]
-    pub fn database(&self) -> Option<&str> {
-        self.database.as_deref()
+        /// Its database, if that is another one than the querying role was connected to.
+        text database;
     }
 }
 
 impl RowId {
-    /// The table that contains it.
-    #[must_use]
-    pub fn relation(&self) -> &Relation {
-        &self.relation
-    }
+    getters! {
+        /// The table that contains it.
+        relation: &Relation;
 
-    /// The page number.
-    #[must_use]
-    pub fn page(&self) -> u32 {
-        self.page
-    }
+        /// The page number.
+        page: u32;
 
-    /// Its number within the page, counted from 1.
-    #[must_use]
-    pub fn offset(&self) -> u16 {
-        self.offset
+        /// Its number within the page, counted from 1.
+        offset: u16;
     }
 
     /// Its `ctid`: `(0,9)`. `SELECT … WHERE ctid = '(0,9)'` returns the row until a later version of it is committed.

@@ -9,6 +9,8 @@ pub(crate) mod sql;
 pub(crate) mod statement;
 pub(crate) mod table_name;
 #[cfg(any(feature = "incidents", feature = "server-log"))]
+pub(crate) mod text;
+#[cfg(any(feature = "incidents", feature = "server-log"))]
 pub(crate) mod timestamp;
 
 pub use table_name::TableName;

@@ -51,16 +51,12 @@ impl TableName {
         }
     }
 
-    /// The schema, where it is said; without quotes.
-    #[must_use]
-    pub fn schema(&self) -> Option<&str> {
-        self.schema.as_deref()
-    }
+    getters! {
+        /// The schema, where it is said; without quotes.
+        text schema;
 
-    /// The table's own name, without quotes.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
+        /// The table's own name, without quotes.
+        name: &str;
     }
 
     /// Another table of the same schema.

@@ -105,32 +105,21 @@ impl RunLogEntry {
 
         /// What was done.
         action: Action;
-    }
 
-    /// The session or prepared transaction that it concerns, as it was observed then.
-    #[must_use]
-    pub fn target(&self) -> Option<&Backend> {
-        self.target.as_ref()
-    }
+        /// The session or prepared transaction that it concerns, as it was observed then.
+        target: Option<&Backend>;
 
-    getters! {
         /// The reason.
         why: &str;
 
         /// The result.
         outcome: &StepOutcome;
-    }
 
-    /// The lock waits before it.
-    #[must_use]
-    pub fn waits_before(&self) -> Option<&WaitSummary> {
-        self.waits_before.as_ref()
-    }
+        /// The lock waits before it.
+        waits_before: Option<&WaitSummary>;
 
-    /// The lock waits after it.
-    #[must_use]
-    pub fn waits_after(&self) -> Option<&WaitSummary> {
-        self.waits_after.as_ref()
+        /// The lock waits after it.
+        waits_after: Option<&WaitSummary>;
     }
 
     /// Whether fewer sessions waited afterwards, or for less long. `None` if that is not known, or nothing was done.

@@ -7,6 +7,7 @@ use super::policy::ResolverPolicy;
 use super::protection_rules::{self, SessionFacts};
 use crate::graph::{Backend, LockTree, TreeNode};
 use crate::monitor::WaitSummary;
+use crate::postgres::text::Joined;
 use crate::postgres::timestamp::Age;
 use crate::resolver::protection::Protection;
 use crate::resolver::sql::signal::{self, MissingPrivilege};
@@ -98,12 +99,7 @@ impl fmt::Display for Step {
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Act(steps) => {
-                for (n, step) in steps.iter().enumerate() {
-                    write!(f, "{}{step}", if n > 0 { ", then " } else { "" })?;
-                }
-                Ok(())
-            }
+            Self::Act(steps) => Joined(steps, ", then ").fmt(f),
             Self::LeaveAlone(why) => write!(f, "left alone: {why}"),
             Self::Hidden { grant } => write!(
                 f,

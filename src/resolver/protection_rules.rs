@@ -108,7 +108,7 @@ pub(super) fn protection_of(
         return Some(Protection::Superuser);
     }
     if !policy.allow_migrations {
-        if sessions.builds.contains(&pid) || builds_index(statement) {
+        if sessions.builds.contains(&pid) || statement::kind(statement).builds_index() {
             return Some(Protection::IndexBuild);
         }
         let migrates = facts.migrating.contains(&pid)
@@ -129,11 +129,9 @@ pub(super) fn protection_of(
 fn changes_schema(sql: &str) -> bool {
     match statement::kind(sql) {
         StatementKind::AlterTable
-        | StatementKind::CreateIndex
-        | StatementKind::CreateIndexConcurrently
-        | StatementKind::Reindex
         | StatementKind::Drop
         | StatementKind::RefreshMaterializedView => return true,
+        kind if kind.builds_index() => return true,
         _ => {}
     }
     let redacted = statement::redact(sql);
@@ -160,15 +158,6 @@ fn changes_schema(sql: &str) -> bool {
             _ => false,
         }
     })
-}
-
-fn builds_index(sql: &str) -> bool {
-    matches!(
-        statement::kind(sql),
-        StatementKind::CreateIndex
-            | StatementKind::CreateIndexConcurrently
-            | StatementKind::Reindex
-    )
 }
 
 /// Whether it calls a function that begins a backup which the program then copies itself; version 14 has the older

@@ -218,20 +218,15 @@ fn outcome(
 }
 
 fn protection(exclusions: Exclusions, reply: &SignalReply) -> Option<Protection> {
-    if reply.own_session {
-        return Some(Protection::SignallingSession);
-    }
-    if reply.side {
-        return Some(Protection::SideConnection);
-    }
-    if reply.committing {
-        return Some(Protection::Committing);
-    }
-    if reply.backup {
-        return Some(Protection::Backup);
-    }
-    if reply.wraparound {
-        return Some(Protection::WraparoundVacuum);
+    let always = [
+        (reply.own_session, Protection::SignallingSession),
+        (reply.side, Protection::SideConnection),
+        (reply.committing, Protection::Committing),
+        (reply.backup, Protection::Backup),
+        (reply.wraparound, Protection::WraparoundVacuum),
+    ];
+    if let Some((_, protection)) = always.into_iter().find(|(is_so, _)| *is_so) {
+        return Some(protection);
     }
     if let Some(kind) = &reply.other_kind {
         return protection::of_backend_type(kind).or(Some(Protection::Autovacuum));

@@ -12,6 +12,7 @@ use crate::connection::{Beginning, Observed, Sent, StatementEnd};
 use crate::error::Failure;
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
+use crate::postgres::text::beginning;
 
 /// How many statements of one transaction are kept: the first and the last half.
 const MAX_STATEMENTS: usize = 64;
@@ -322,11 +323,7 @@ fn is_same(one: &Statement, other: &Statement) -> bool {
 
 /// At most [`MAX_STATEMENT_BYTES`] bytes of a text.
 fn cut(text: &str) -> Arc<str> {
-    let mut end = text.len().min(MAX_STATEMENT_BYTES);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    Arc::from(&text[..end])
+    Arc::from(beginning(text, MAX_STATEMENT_BYTES))
 }
 
 #[cfg(test)]

@@ -109,7 +109,7 @@ impl Change {
         loop {
             retry.begin();
             let options = self.options.until(&deadline);
-            if catalog::is_yes(&self.env.ask(&pending).await?) {
+            if self.env.is_yes(&pending).await? {
                 let sql = catalog::finalize(parent, partition);
                 return self.env.run(&options, &sql, Method::InTransaction).await;
             }

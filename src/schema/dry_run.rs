@@ -8,6 +8,7 @@ use super::options::ChangeOptions;
 use crate::error::{Error, ErrorKind};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
+use crate::postgres::text::Joined;
 use crate::schema::sql::catalog;
 use crate::transaction::sql::Begin;
 
@@ -43,11 +44,9 @@ impl DryRun {
 /// One lock per line.
 impl fmt::Display for DryRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (n, (name, mode)) in self.locks.iter().enumerate() {
-            let line = if n == 0 { "" } else { "\n" };
-            write!(f, "{line}{} on {name}", mode.as_sql())?;
-        }
-        Ok(())
+        let locks = self.locks.iter();
+        let locks = locks.map(|(name, mode)| format!("{} on {name}", mode.as_sql()));
+        Joined(&locks.collect::<Vec<_>>(), "\n").fmt(f)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::connection::{Checkout, Connections, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::key::LockKey;
+use crate::schema::sql::catalog::{self, CatalogRelation};
 use crate::transaction::sql::Begin;
 use crate::transaction::{OpenPlain, Tx};
 
@@ -71,6 +72,16 @@ impl Env {
         let (session, reply) = self.exchange(|_| sql.to_owned()).await?;
         session.return_to_pool();
         Ok(reply)
+    }
+
+    /// Whether the answer is `yes`.
+    pub(super) async fn is_yes(&self, sql: &str) -> Result<bool, Error> {
+        Ok(catalog::is_yes(&self.ask(sql).await?))
+    }
+
+    /// The relations that a text of [`catalog`]'s asks for.
+    pub(super) async fn relations(&self, sql: &str) -> Result<Vec<CatalogRelation>, Error> {
+        Ok(catalog::read_relations(&self.ask(sql).await?))
     }
 
     /// Sends the first message on a connection of the pool. A connection that turns out to be lost is replaced.

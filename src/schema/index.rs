@@ -15,7 +15,6 @@ use super::table::Table;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, ErrorKind, is_already_there};
 use crate::postgres::{TableName, name_flaw};
-use crate::schema::sql::catalog;
 use crate::schema::sql::index::{self, Index, IndexDefinition, Part};
 
 /// The default time in which a build is repeated and other sessions' builds are waited for.
@@ -584,7 +583,7 @@ impl<'a> IndexBuild<'a> {
         }
         let timeout = timeout_millis(self.options.lock_timeout);
         let sql = index::is_same(there.oid, wanted, &table.full_name(), timeout);
-        if catalog::is_yes(&self.env.ask(&sql).await?) {
+        if self.env.is_yes(&sql).await? {
             return Ok(());
         }
         Err(differs(there))

@@ -1,6 +1,7 @@
 //! Names of indexes: default names, names that have to be shortened, and names of the remains of failed builds.
 
 use crate::key::LockKey;
+use crate::postgres::text::beginning;
 use crate::schema::sql::index::IndexDefinition;
 
 const MAX_NAME: usize = 63;
@@ -8,11 +9,7 @@ const MAX_NAME: usize = 63;
 /// A name that only the index with this oid can have, and that [`is_remnant_of`] recognizes.
 pub(super) fn aside_name(name: &str, oid: u32) -> String {
     let tail = format!("_ccold{oid}");
-    let mut end = name.len().min(MAX_NAME - tail.len());
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}{tail}", &name[..end])
+    format!("{}{tail}", beginning(name, MAX_NAME - tail.len()))
 }
 
 /// Whether `name` is that of a remnant that a failed REINDEX CONCURRENTLY leaves of `index`: the index's name,
@@ -46,11 +43,7 @@ pub(super) fn shortened(name: &str, suffix: &str) -> String {
     }
     let hash = LockKey::from(whole.as_str()).as_i64().unwrap_or_default();
     let tail = format!("_{:08x}_{suffix}", hash.cast_unsigned() >> 32);
-    let mut end = MAX_NAME - tail.len();
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}{tail}", &name[..end])
+    format!("{}{tail}", beginning(name, MAX_NAME - tail.len()))
 }
 
 #[cfg(test)]

@@ -149,7 +149,7 @@ async fn lock(
     deadline: &Deadline,
 ) -> Result<Option<SessionGuard>, Error> {
     loop {
-        let has_table = catalog::is_yes(&env.ask(&migrate_once::is_there(table)).await?);
+        let has_table = env.is_yes(&migrate_once::is_there(table)).await?;
         if has_table && is_done(env, table, key).await? {
             return Ok(None);
         }
@@ -186,9 +186,7 @@ fn lock_key(key: &str) -> LockKey {
 }
 
 async fn is_done(env: &Env, table: &TableName, key: &str) -> Result<bool, Error> {
-    Ok(catalog::is_yes(
-        &env.ask(&migrate_once::is_done(table, key)).await?,
-    ))
+    env.is_yes(&migrate_once::is_done(table, key)).await
 }
 
 async fn create(env: &Env, table: &TableName) -> Result<(), Error> {

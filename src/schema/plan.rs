@@ -60,17 +60,13 @@ impl LockPlan {
 
     async fn add(&mut self, env: &Env, action: &Action, major: u32) -> Result<(), Error> {
         let related = match &action.target {
-            Target::Relation(name) => {
-                catalog::read_relations(&env.ask(&catalog::related_relations(name)).await?)
-            }
-            Target::Schema(name) => {
-                catalog::read_relations(&env.ask(&catalog::of_schema(name)).await?)
-            }
+            Target::Relation(name) => env.relations(&catalog::related_relations(name)).await?,
+            Target::Schema(name) => env.relations(&catalog::of_schema(name)).await?,
             Target::None => Vec::new(),
         };
         let mut others = Vec::new();
         for (role, name) in &action.others {
-            let found = catalog::read_relations(&env.ask(&catalog::related_relations(name)).await?);
+            let found = env.relations(&catalog::related_relations(name)).await?;
             let named = |one: &CatalogRelation| {
                 matches!(one.relationship, Relationship::Itself | Relationship::Below)
             };

@@ -8,6 +8,7 @@ use crate::blocker::Blocker;
 use crate::error::Error;
 use crate::mode::LockMode;
 use crate::postgres::TableName;
+use crate::postgres::text::Joined;
 use crate::schema::sql::catalog::{self, Relationship};
 use crate::schema::statements::TableWork;
 
@@ -157,16 +158,12 @@ impl PreflightLock {
         self.planned.statement
     }
 
-    /// How much of the relation the statement processes while it holds the lock.
-    #[must_use]
-    pub fn work(&self) -> TableWork {
-        self.planned.work
-    }
+    getters! {
+        /// How much of the relation the statement processes while it holds the lock.
+        work: TableWork = planned.work;
 
-    /// The server's estimate of the number of rows; `None` without an estimate.
-    #[must_use]
-    pub fn rows(&self) -> Option<u64> {
-        self.planned.relation.rows
+        /// The server's estimate of the number of rows; `None` without an estimate.
+        rows: Option<u64> = planned.relation.rows;
     }
 
     /// The operations that would queue behind the lock while it is held or waited for, as a phrase that follows
@@ -198,18 +195,10 @@ impl fmt::Display for Preflight {
         if self.locks.is_empty() && self.unrecognized.is_empty() {
             return f.write_str("locks nothing that is there");
         }
-        for (n, lock) in self.locks.iter().enumerate() {
-            write!(f, "{}{lock}", if n == 0 { "" } else { "\n" })?;
-        }
-        for (n, sql) in self.unrecognized.iter().enumerate() {
-            let line = if n == 0 && self.locks.is_empty() {
-                ""
-            } else {
-                "\n"
-            };
-            write!(f, "{line}not understood: {sql}")?;
-        }
-        Ok(())
+        let locks = self.locks.iter().map(ToString::to_string);
+        let others = self.unrecognized.iter();
+        let others = others.map(|sql| format!("not understood: {sql}"));
+        Joined(&locks.chain(others).collect::<Vec<_>>(), "\n").fmt(f)
     }
 }
 
@@ -221,9 +210,8 @@ impl fmt::Display for PreflightLock {
             write!(f, " (about {rows} rows)")?;
         }
         write!(f, ", {}, blocks {}", self.work(), self.blocks())?;
-        for (n, blocker) in self.blockers.iter().enumerate() {
-            let before = if n == 0 { "; in the way: " } else { ", " };
-            write!(f, "{before}{blocker}")?;
+        if !self.blockers.is_empty() {
+            write!(f, "; in the way: {}", Joined(&self.blockers, ", "))?;
         }
         if let Some(advice) = self.advice() {
             write!(f, "; {advice}")?;
@@ -241,7 +229,7 @@ async fn locks_for_mode(
     if let Some(flaw) = name.flaw() {
         return Err(Error::config(flaw));
     }
-    let relations = catalog::read_relations(&env.ask(&catalog::related_relations(name)).await?);
+    let relations = env.relations(&catalog::related_relations(name)).await?;
     let mut locks: Vec<PlannedLock> = Vec::new();
     for relation in relations {
         if matches!(

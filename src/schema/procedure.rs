@@ -11,7 +11,6 @@ use crate::backoff::Retry;
 use crate::deadline::{Deadline, timeout_millis};
 use crate::error::{Error, has_a_primary_key, is_a_constraint_already, is_already_there};
 use crate::postgres::name_flaw;
-use crate::schema::sql::catalog;
 use crate::schema::sql::index::{IndexDefinition, Part, attach};
 use crate::schema::sql::procedure::{self, Column, Constraint, ForeignKey};
 
@@ -170,7 +169,7 @@ impl<'a> Procedure<'a> {
         let timeout = timeout_millis(self.options.lock_timeout);
         let full = table.full_name();
         let sql = procedure::is_same_check(&full, table.oid, name, expression, timeout);
-        if catalog::is_yes(&self.env.ask(&sql).await?) {
+        if self.env.is_yes(&sql).await? {
             return Ok(());
         }
         Err(Error::config(format!(

@@ -11,40 +11,24 @@ pub struct IndexProgress {
 }
 
 impl IndexProgress {
-    /// The backend that builds the index.
-    #[must_use]
-    pub fn pid(&self) -> i32 {
-        self.row.pid
-    }
+    getters! {
+        /// The backend that builds the index.
+        pid: i32 = row.pid;
 
-    /// The phase, as PostgreSQL names it: `building index: scanning table`, `waiting for old snapshots`, …
-    #[must_use]
-    pub fn phase(&self) -> &str {
-        &self.row.phase
-    }
+        /// The phase, as PostgreSQL names it: `building index: scanning table`, `waiting for old snapshots`, …
+        phase: &str = row.phase;
 
-    /// Blocks processed in this phase, and their total; both are 0 in phases that do not count blocks.
-    #[must_use]
-    pub fn blocks(&self) -> (u64, u64) {
-        self.row.blocks
-    }
+        /// Blocks processed in this phase, and their total; both are 0 in phases that do not count blocks.
+        blocks: (u64, u64) = row.blocks;
 
-    /// Rows processed in this phase, and their total; both are 0 in phases that do not count rows.
-    #[must_use]
-    pub fn rows(&self) -> (u64, u64) {
-        self.row.rows
-    }
+        /// Rows processed in this phase, and their total; both are 0 in phases that do not count rows.
+        rows: (u64, u64) = row.rows;
 
-    /// Sessions that the build has already waited for, and their total.
-    #[must_use]
-    pub fn lockers(&self) -> (u64, u64) {
-        self.row.lockers
-    }
+        /// Sessions that the build has already waited for, and their total.
+        lockers: (u64, u64) = row.lockers;
 
-    /// The session that the build waits for.
-    #[must_use]
-    pub fn waits_for(&self) -> Option<i32> {
-        self.row.waits_for
+        /// The session that the build waits for.
+        waits_for: Option<i32> = row.waits_for;
     }
 }
 

@@ -84,8 +84,7 @@ impl ReplaceTable {
         new_is_there: bool,
     ) -> Result<(), Error> {
         let full = table.full_name();
-        let related =
-            catalog::read_relations(&self.env.ask(&catalog::related_relations(&full)).await?);
+        let related = (self.env.relations(&catalog::related_relations(&full))).await?;
         if let Some(one) = related
             .iter()
             .find(|one| one.relationship == Relationship::Referencing && one.oid != table.oid)
@@ -149,7 +148,7 @@ impl Steps for ReplaceTable {
             Some(there) => {
                 // Invariant: only a table that a swap with this new table has renamed counts as done, or is dropped.
                 let sql = procedure::has_comment(there.oid, &procedure::replaced_by(&new));
-                let is_replaced = catalog::is_yes(&self.env.ask(&sql).await?);
+                let is_replaced = self.env.is_yes(&sql).await?;
                 // An earlier run whose connection was lost may have dropped it just now.
                 let is_there = is_replaced || Table::find(&self.env, &old_name).await?.is_some();
                 if is_there && !is_replaced {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::blocker::Blocker;
 use crate::error::ErrorKind;
+use crate::postgres::text::Joined;
 
 /// One attempt at a change: its duration, its outcome and its blockers.
 #[derive(Clone, Debug)]
@@ -85,10 +86,7 @@ impl ChangeReport {
 /// The attempts, one per line.
 impl fmt::Display for ChangeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (n, attempt) in self.attempts.iter().enumerate() {
-            write!(f, "{}{attempt}", if n == 0 { "" } else { "\n" })?;
-        }
-        Ok(())
+        Joined(&self.attempts, "\n").fmt(f)
     }
 }
 

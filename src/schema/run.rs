@@ -11,6 +11,7 @@ use crate::backoff::Retry;
 use crate::blocker::Blocker;
 use crate::connection::{OnAbandon, Session};
 use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::postgres::text::Joined;
 use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
 
@@ -112,7 +113,7 @@ impl Env {
                 number,
                 took = ?attempt.elapsed,
                 %error,
-                blockers = %Listed(&attempt.blockers),
+                blockers = %Joined(&attempt.blockers, ", "),
                 pause = ?attempt.pause,
                 "schema change attempt failed"
             );
@@ -295,16 +296,4 @@ fn given_up(error: Error, blockers: Vec<Blocker>, report: ChangeReport) -> Error
             report,
             last: error,
         })
-}
-
-/// Blockers separated by commas.
-struct Listed<'a>(&'a [Blocker]);
-
-impl std::fmt::Display for Listed<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (n, blocker) in self.0.iter().enumerate() {
-            write!(f, "{}{blocker}", if n == 0 { "" } else { ", " })?;
-        }
-        Ok(())
-    }
 }

@@ -61,15 +61,13 @@ impl Table {
         if let Some(flaw) = name.flaw() {
             return Err(Error::config(flaw));
         }
-        Ok(catalog::read_relations(
-            &env.ask(&catalog::related_relations(name)).await?,
-        ))
+        env.relations(&catalog::related_relations(name)).await
     }
 
     /// The direct partitions.
     pub(super) async fn partitions(&self, env: &Env) -> Result<Vec<Self>, Error> {
         let sql = catalog::partitions(self.oid);
-        let all = catalog::read_relations(&env.ask(&sql).await?);
+        let all = env.relations(&sql).await?;
         Ok(all.into_iter().map(Self::from).collect())
     }
 

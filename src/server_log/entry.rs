@@ -11,6 +11,7 @@ use crate::postgres::message::{
     self, ContextKind, DetailWait, WaitNews, context, deadlock_detail, is_lock_timeout, lock_queue,
     lock_wait,
 };
+use crate::postgres::text::beginning;
 
 use super::event::{Event, LogEvent, LogEventKind, LogRow, LogWait, StatementText};
 
@@ -107,11 +108,7 @@ impl Entry {
     }
 
     fn deadlock(&self) -> Event {
-        let mut end = self.detail.len().min(MAX_DETAIL_BYTES);
-        while !self.detail.is_char_boundary(end) {
-            end -= 1;
-        }
-        let detail = deadlock_detail(&self.detail[..end]);
+        let detail = deadlock_detail(beginning(&self.detail, MAX_DETAIL_BYTES));
         let waits: Vec<LogWait> = if detail.is_cycle() {
             let statements: HashMap<i32, &str> = detail.statements().collect();
             let read = |wait: &DetailWait| {

@@ -101,23 +101,16 @@ impl LogEvent {
         Self { origin, event }
     }
 
-    /// The kind of the message.
-    #[must_use]
-    pub fn kind(&self) -> LogEventKind {
-        self.event.kind
-    }
+    getters! {
+        /// The kind of the message.
+        kind: LogEventKind = event.kind;
 
-    /// When the message was logged, to the millisecond, or to the second with `%t`. `None` if the log names a time zone
-    /// by an unknown abbreviation: see [`Reader::zone`](super::Reader::zone).
-    #[must_use]
-    pub fn time(&self) -> Option<SystemTime> {
-        self.origin.time
-    }
+        /// When the message was logged, to the millisecond, or to the second with `%t`. `None` if the log names a time
+        /// zone by an unknown abbreviation: see [`Reader::zone`](super::Reader::zone).
+        time: Option<SystemTime> = origin.time;
 
-    /// The time as it is written in the log.
-    #[must_use]
-    pub fn time_text(&self) -> Option<&str> {
-        self.origin.time_text.as_deref()
+        /// The time as it is written in the log.
+        text time_text = origin.time_text;
     }
 
     /// The backend that logged the message: the one that waits, got the lock, or failed.
@@ -126,22 +119,15 @@ impl LogEvent {
         self.origin.pid.or(self.event.pid)
     }
 
-    /// The role of the session.
-    #[must_use]
-    pub fn user(&self) -> Option<&str> {
-        self.origin.user.as_deref()
-    }
+    getters! {
+        /// The role of the session.
+        text user = origin.user;
 
-    /// The database of the session.
-    #[must_use]
-    pub fn database(&self) -> Option<&str> {
-        self.origin.database.as_deref()
-    }
+        /// The database of the session.
+        text database = origin.database;
 
-    /// The session's `application_name`.
-    #[must_use]
-    pub fn application_name(&self) -> Option<&str> {
-        self.origin.application.as_deref()
+        /// The session's `application_name`.
+        text application_name = origin.application;
     }
 
     /// The call site in the `application_name`, if the session uses this crate: `src/pay.rs:42`.
@@ -156,55 +142,34 @@ impl LogEvent {
         self.event.statement.as_ref().map(|text| &*text.0)
     }
 
-    /// The statement's identifier, as in `pg_stat_statements.queryid`; `None` also if the server does not compute it.
-    #[must_use]
-    pub fn query_id(&self) -> Option<i64> {
-        self.origin.query_id
-    }
+    getters! {
+        /// The statement's identifier, as in `pg_stat_statements.queryid`; `None` also if the server does not compute
+        /// it.
+        query_id: Option<i64> = origin.query_id;
 
-    /// The requested lock mode; for a deadlock, the mode its victim waited for.
-    #[must_use]
-    pub fn mode(&self) -> Option<LockMode> {
-        self.event.mode
-    }
+        /// The requested lock mode; for a deadlock, the mode its victim waited for.
+        mode: Option<LockMode> = event.mode;
 
-    /// What the lock is on; for a deadlock, what its victim waited for. The log contains the oids of relations, not
-    /// their names, and the numbers of advisory locks, to which the name is added if this process has used the key.
-    /// Errors other than deadlocks do not contain it; see [`row`](Self::row).
-    #[must_use]
-    pub fn object(&self) -> Option<&LockObject> {
-        self.event.object.as_ref()
-    }
+        /// What the lock is on; for a deadlock, what its victim waited for. The log contains the oids of relations, not
+        /// their names, and the numbers of advisory locks, to which the name is added if this process has used the key.
+        /// Errors other than deadlocks do not contain it; see [`row`](Self::row).
+        object: Option<&LockObject> = event.object;
 
-    /// How long the session has waited so far, or had to wait.
-    #[must_use]
-    pub fn waited(&self) -> Option<Duration> {
-        self.event.waited
-    }
+        /// How long the session has waited so far, or had to wait.
+        waited: Option<Duration> = event.waited;
 
-    /// The process ids of the lock's holders; 0 is a prepared transaction.
-    #[must_use]
-    pub fn holders(&self) -> &[i32] {
-        &self.event.holders
-    }
+        /// The process ids of the lock's holders; 0 is a prepared transaction.
+        holders: &[i32] = event.holders;
 
-    /// The process ids of the lock's waiters, including this one, in the order of the queue.
-    #[must_use]
-    pub fn queue(&self) -> &[i32] {
-        &self.event.queue
-    }
+        /// The process ids of the lock's waiters, including this one, in the order of the queue.
+        queue: &[i32] = event.queue;
 
-    /// The waits that form a deadlock's cycle. The blocker of each is the waiter of the next; the first waiter is the
-    /// victim and the blocker of the last.
-    #[must_use]
-    pub fn waits(&self) -> &[LogWait] {
-        &self.event.waits
-    }
+        /// The waits that form a deadlock's cycle. The blocker of each is the waiter of the next; the first waiter is
+        /// the victim and the blocker of the last.
+        waits: &[LogWait] = event.waits;
 
-    /// The row that the session waited for, from the message's CONTEXT.
-    #[must_use]
-    pub fn row(&self) -> Option<&LogRow> {
-        self.event.row.as_ref()
+        /// The row that the session waited for, from the message's CONTEXT.
+        row: Option<&LogRow> = event.row;
     }
 }
 
@@ -326,23 +291,16 @@ impl LogRow {
         Self { inner }
     }
 
-    /// The name of the row's table, without the schema, which the log does not contain. If the session waited while it
-    /// inserted into a unique index, it is usually the name of the index.
-    #[must_use]
-    pub fn relation(&self) -> &str {
-        &self.inner.relation
-    }
+    getters! {
+        /// The name of the row's table, without the schema, which the log does not contain. If the session waited while
+        /// it inserted into a unique index, it is usually the name of the index.
+        relation: &str = inner.relation;
 
-    /// The number of the row's page.
-    #[must_use]
-    pub fn page(&self) -> u32 {
-        self.inner.page
-    }
+        /// The number of the row's page.
+        page: u32 = inner.page;
 
-    /// The row's position in the page, counted from 1.
-    #[must_use]
-    pub fn offset(&self) -> u16 {
-        self.inner.offset
+        /// The row's position in the page, counted from 1.
+        offset: u16 = inner.offset;
     }
 }
 

@@ -18,200 +18,44 @@ pub(super) enum Label {
     More,
 }
 
-const LABELS: [(Label, &[&str]); 7] = [
+/// The names of each label, separated by `|`.
+const LABELS: [(Label, &str); 7] = [
     (
         Label::Log,
-        &[
-            "LOG",
-            "LOGG",
-            "로그",
-            "СООБЩЕНИЕ",
-            "ЗАПИСУВАННЯ",
-            "日志",
-            "ჟურნალი",
-            "DZIENNIK",
-            "ЖУРНАЛ",
-            "LOGI",
-        ],
+        "LOG|LOGG|로그|СООБЩЕНИЕ|ЗАПИСУВАННЯ|日志|ჟურნალი|DZIENNIK|ЖУРНАЛ|LOGI",
     ),
     (
         Label::Error,
-        &[
-            "ERROR",
-            "FEHLER",
-            "ERREUR",
-            "ERRORE",
-            "შეცდომა",
-            "오류",
-            "ОШИБКА",
-            "FEL",
-            "ПОМИЛКА",
-            "错误",
-            "BŁĄD",
-            "ERRO",
-            "HATA",
-            "CHYBA",
-            "KESALAHAN",
-            "エラー",
-        ],
+        "ERROR|FEHLER|ERREUR|ERRORE|შეცდომა|오류|ОШИБКА|FEL|ПОМИЛКА|错误|BŁĄD|ERRO|HATA|CHYBA|KESALAHAN|エラー",
     ),
     (
         Label::Other,
-        &[
-            "FATAL",
-            "PANIC",
-            "WARNING",
-            "NOTICE",
-            "INFO",
-            "DEBUG",
-            "DEBUG1",
-            "DEBUG2",
-            "DEBUG3",
-            "DEBUG4",
-            "DEBUG5",
-            "PANIK",
-            "WARNUNG",
-            "HINWEIS",
-            "ATTENTION",
-            "FATALE",
-            "PANICO",
-            "ATTENZIONE",
-            "NOTIFICA",
-            "ფატალური",
-            "პანიკა",
-            "გაფრთხილება",
-            "ინფორმაცია",
-            "გამართვა",
-            "치명적오류",
-            "손상",
-            "경고",
-            "알림",
-            "정보",
-            "디버그",
-            "ВАЖНО",
-            "ПАНИКА",
-            "ПРЕДУПРЕЖДЕНИЕ",
-            "ЗАМЕЧАНИЕ",
-            "ИНФОРМАЦИЯ",
-            "ОТЛАДКА",
-            "FATALT",
-            "VARNING",
-            "NOTIS",
-            "ФАТАЛЬНО",
-            "ПАНІКА",
-            "ПОПЕРЕДЖЕННЯ",
-            "ПОВІДОМЛЕННЯ",
-            "ІНФОРМАЦІЯ",
-            "НАЛАГОДЖЕННЯ",
-            "致命错误",
-            "比致命错误还过分的错误",
-            "警告",
-            "注意",
-            "信息",
-            "调试",
-        ],
+        "FATAL|PANIC|WARNING|NOTICE|INFO|DEBUG|DEBUG1|DEBUG2|DEBUG3|DEBUG4|DEBUG5|PANIK|WARNUNG|HINWEIS|\
+         ATTENTION|FATALE|PANICO|ATTENZIONE|NOTIFICA|ფატალური|პანიკა|გაფრთხილება|ინფორმაცია|გამართვა|\
+         치명적오류|손상|경고|알림|정보|디버그|ВАЖНО|ПАНИКА|ПРЕДУПРЕЖДЕНИЕ|ЗАМЕЧАНИЕ|ИНФОРМАЦИЯ|ОТЛАДКА|FATALT|VARNING|\
+         NOTIS|ФАТАЛЬНО|ПАНІКА|ПОПЕРЕДЖЕННЯ|ПОВІДОМЛЕННЯ|ІНФОРМАЦІЯ|НАЛАГОДЖЕННЯ|致命错误|比致命错误还过分的错误|警告|注意|\
+         信息|调试",
     ),
     (
         Label::Detail,
-        &[
-            "DETAIL",
-            "DETALLE",
-            "DÉTAIL",
-            "DETTAGLI",
-            "詳細",
-            "დეტალები",
-            "상세정보",
-            "ПОДРОБНОСТИ",
-            "DETALJ",
-            "ВІДОМОСТІ",
-            "详细信息",
-            "SZCZEGÓŁY",
-            "DETALHE",
-            "AYRINTI",
-        ],
+        "DETAIL|DETALLE|DÉTAIL|DETTAGLI|詳細|დეტალები|상세정보|ПОДРОБНОСТИ|DETALJ|ВІДОМОСТІ|详细信息|SZCZEGÓŁY|\
+         DETALHE|AYRINTI",
     ),
     (
         Label::Context,
-        &[
-            "CONTEXT",
-            "ZUSAMMENHANG",
-            "CONTEXTO",
-            "CONTEXTE",
-            "CONTESTO",
-            "文脈",
-            "コンテキスト",
-            "კონტექსტი",
-            "내용",
-            "КОНТЕКСТ",
-            "KONTEXT",
-            "上下文",
-            "KONTEKST",
-            "BAĞLAM",
-        ],
+        "CONTEXT|ZUSAMMENHANG|CONTEXTO|CONTEXTE|CONTESTO|文脈|コンテキスト|კონტექსტი|내용|КОНТЕКСТ|KONTEXT|上下文|\
+         KONTEKST|BAĞLAM",
     ),
     (
         Label::Statement,
-        &[
-            "STATEMENT",
-            "ANWEISUNG",
-            "SENTENCIA",
-            "INSTRUCTION",
-            "ISTRUZIONE",
-            "文",
-            "ステートメント",
-            "ოპერატორი",
-            "명령 구문",
-            "ОПЕРАТОР",
-            "SATS",
-            "ІНСТРУКЦІЯ",
-            "语句",
-            "WYRAŻENIE",
-            "COMANDO",
-            "İFADE",
-        ],
+        "STATEMENT|ANWEISUNG|SENTENCIA|INSTRUCTION|ISTRUZIONE|文|ステートメント|ოპერატორი|명령 구문|ОПЕРАТОР|SATS|\
+         ІНСТРУКЦІЯ|语句|WYRAŻENIE|COMANDO|İFADE",
     ),
     (
         Label::More,
-        &[
-            "HINT",
-            "QUERY",
-            "LOCATION",
-            "BACKTRACE",
-            "TIPP",
-            "ANFRAGE",
-            "ORT",
-            "CONSULTA",
-            "UBICACIÓN",
-            "ASTUCE",
-            "REQUÊTE",
-            "EMPLACEMENT",
-            "SUGGERIMENTO",
-            "POSIZIONE",
-            "ヒント",
-            "問い合わせ",
-            "場所",
-            "მინიშნება",
-            "მოთხოვნა",
-            "힌트",
-            "쿼리",
-            "위치",
-            "ПОДСКАЗКА",
-            "ЗАПРОС",
-            "ПОЛОЖЕНИЕ",
-            "TIPS",
-            "FRÅGA",
-            "PLATS",
-            "УКАЗІВКА",
-            "ЗАПИТ",
-            "提示",
-            "查询",
-            "位置",
-            "PODPOWIEDŹ",
-            "ZAPYTANIE",
-            "DICA",
-            "İPUCU",
-            "SORGU",
-        ],
+        "HINT|QUERY|LOCATION|BACKTRACE|TIPP|ANFRAGE|ORT|CONSULTA|UBICACIÓN|ASTUCE|REQUÊTE|EMPLACEMENT|\
+         SUGGERIMENTO|POSIZIONE|ヒント|問い合わせ|場所|მინიშნება|მოთხოვნა|힌트|쿼리|위치|ПОДСКАЗКА|ЗАПРОС|ПОЛОЖЕНИЕ|TIPS|\
+         FRÅGA|PLATS|УКАЗІВКА|ЗАПИТ|提示|查询|位置|PODPOWIEDŹ|ZAPYTANIE|DICA|İPUCU|SORGU",
     ),
 ];
 
@@ -221,7 +65,9 @@ pub(super) fn label(text: &str) -> Option<(Label, &str)> {
     let head = text.char_indices().nth(24).map_or(text.len(), |(at, _)| at);
     let colon = text[..head].find(':')?;
     let name = text[..colon].trim_end_matches([' ', '\u{a0}', '\u{202f}']);
-    let (found, _) = LABELS.iter().find(|(_, names)| names.contains(&name))?;
+    let (found, _) = LABELS
+        .iter()
+        .find(|(_, names)| names.split('|').any(|one| one == name))?;
     let rest = &text[colon + 1..];
     let rest = rest.strip_prefix([' ', '\u{a0}']).unwrap_or(rest);
     Some((*found, rest.strip_prefix(' ').unwrap_or(rest)))
@@ -345,7 +191,10 @@ mod tests {
 
     #[test]
     fn labels_are_unambiguous() {
-        let all: Vec<_> = LABELS.iter().flat_map(|(_, names)| names.iter()).collect();
+        let all: Vec<_> = LABELS
+            .iter()
+            .flat_map(|(_, names)| names.split('|'))
+            .collect();
         for (at, name) in all.iter().enumerate() {
             assert!(!all[..at].contains(name), "{name}");
             assert!(name.chars().count() < 23, "{name}");

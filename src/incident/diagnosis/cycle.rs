@@ -36,11 +36,7 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
     if !is_one || !is_known || facts.cycle().iter().any(IncidentEdge::is_soft) {
         return None;
     }
-    let names: Vec<_> = facts
-        .cycle()
-        .iter()
-        .map(|edge| facts.name(&edge.waiter))
-        .collect();
+    let names = facts.waiters();
     let all = if names.len() == 2 { "both" } else { "all" };
     let object = wording::object(first);
     let (held, fix) = if let Some(row) = &first.row {
@@ -347,7 +343,7 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
     if cycle.is_empty() || !cycle.iter().all(is_member) {
         return None;
     }
-    let names: Vec<_> = cycle.iter().map(|edge| facts.name(&edge.waiter)).collect();
+    let names = facts.waiters();
     let context = cycle.iter().find_map(|edge| edge.context.as_ref());
     let row = context.map_or_else(|| "a row".to_owned(), |row| wording::row_of_context(row));
     let text = format!(
@@ -361,11 +357,7 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
 }
 
 fn unknown(facts: &Facts<'_>) -> Diagnosis {
-    let names: Vec<_> = facts
-        .cycle()
-        .iter()
-        .map(|edge| facts.name(&edge.waiter))
-        .collect();
+    let names = facts.waiters();
     let text = format!(
         "{} waited for one another, but for which rows or keys was not seen: the server's message names transactions only.",
         list(&names)

@@ -79,6 +79,14 @@ impl Diagnosis {
         }
     }
 
+    pub(super) fn probably(&self) -> &'static str {
+        match self.cause {
+            Cause::Unknown => "",
+            _ if self.is_certain => "",
+            _ => "probably ",
+        }
+    }
+
     fn with_fix(mut self, fix: impl Into<String>) -> Self {
         self.fix = Some(fix.into());
         self
@@ -89,19 +97,23 @@ impl Cause {
     /// Its name in JSON and in metric labels.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
+        self.names().0
+    }
+
+    const fn names(self) -> (&'static str, &'static str) {
         match self {
-            Self::OrderInversion => "order_inversion",
-            Self::LockUpgrade => "lock_upgrade",
-            Self::ForeignKeyParent => "foreign_key_parent",
-            Self::UniqueInsert => "unique_insert",
-            Self::IndexBuild => "index_build",
-            Self::IdleInTransaction => "idle_in_transaction",
-            Self::LockQueue => "lock_queue",
-            Self::AdvisoryLockHeld => "advisory_lock_held",
-            Self::PreparedTransaction => "prepared_transaction",
-            Self::RunningHolder => "running_holder",
-            Self::BehindDeadlock => "behind_deadlock",
-            Self::Unknown => "unknown",
+            Self::OrderInversion => ("order_inversion", "lock order inversion"),
+            Self::LockUpgrade => ("lock_upgrade", "lock upgrade"),
+            Self::ForeignKeyParent => ("foreign_key_parent", "foreign key's parent row locked"),
+            Self::UniqueInsert => ("unique_insert", "same unique key inserted"),
+            Self::IndexBuild => ("index_build", "index build against a writer"),
+            Self::IdleInTransaction => ("idle_in_transaction", "holder idle in its transaction"),
+            Self::LockQueue => ("lock_queue", "queue of a lock"),
+            Self::AdvisoryLockHeld => ("advisory_lock_held", "advisory lock held"),
+            Self::PreparedTransaction => ("prepared_transaction", "prepared transaction left open"),
+            Self::RunningHolder => ("running_holder", "holder busy with a statement"),
+            Self::BehindDeadlock => ("behind_deadlock", "behind another deadlock"),
+            Self::Unknown => ("unknown", "unknown"),
         }
     }
 }
@@ -109,32 +121,14 @@ impl Cause {
 /// The cause in plain words.
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::OrderInversion => "lock order inversion",
-            Self::LockUpgrade => "lock upgrade",
-            Self::ForeignKeyParent => "foreign key's parent row locked",
-            Self::UniqueInsert => "same unique key inserted",
-            Self::IndexBuild => "index build against a writer",
-            Self::IdleInTransaction => "holder idle in its transaction",
-            Self::LockQueue => "queue of a lock",
-            Self::AdvisoryLockHeld => "advisory lock held",
-            Self::PreparedTransaction => "prepared transaction left open",
-            Self::RunningHolder => "holder busy with a statement",
-            Self::BehindDeadlock => "behind another deadlock",
-            Self::Unknown => "unknown",
-        })
+        f.write_str(self.names().1)
     }
 }
 
 /// The cause, the text and the fix: `lock order inversion: …`.
 impl fmt::Display for Diagnosis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let probably = if self.is_certain || self.cause == Cause::Unknown {
-            ""
-        } else {
-            "probably "
-        };
-        write!(f, "{probably}{}: {}", self.cause, self.text)?;
+        write!(f, "{}{}: {}", self.probably(), self.cause, self.text)?;
         match &self.fix {
             Some(fix) => write!(f, " {fix}"),
             None => Ok(()),
@@ -183,20 +177,18 @@ impl<'a> Facts<'a> {
         }
     }
 
+    fn waiters(&self) -> Vec<String> {
+        let cycle = self.cycle().iter();
+        cycle.map(|edge| self.name(&edge.waiter)).collect()
+    }
+
     fn statement(&self, id: &BackendId) -> Option<StatementKind> {
         let statement = self.participant(id)?.statement.as_deref();
         statement.map(statement::kind)
     }
 
     fn builds_index(&self, id: &BackendId) -> Option<StatementKind> {
-        let kind = self.statement(id)?;
-        let builds = matches!(
-            kind,
-            StatementKind::CreateIndex
-                | StatementKind::CreateIndexConcurrently
-                | StatementKind::Reindex
-        );
-        builds.then_some(kind)
+        self.statement(id).filter(|kind| kind.builds_index())
     }
 
     /// Whether the waiter waits for a transaction in order to learn whether a key is taken. The value is true if the

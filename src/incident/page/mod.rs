@@ -187,12 +187,7 @@ impl Incident {
         if !who.is_empty() {
             out.write("  ", "  ", &who.join(", "));
         }
-        let mut state = Vec::new();
-        match (participant.state(), participant.state_age()) {
-            (Some(what), Some(age)) => state.push(format!("{what} for {}", wording::age(age))),
-            (Some(what), None) => state.push(what.to_owned()),
-            _ => {}
-        }
+        let mut state = Vec::from_iter(wording::state(participant));
         if let Some(age) = participant.transaction_age() {
             state.push(format!("in its transaction for {}", wording::age(age)));
         }
@@ -274,22 +269,15 @@ impl Incident {
             "    ",
             &format!("{} {message}", wording::printable(sqlstate)),
         );
-        for (name, text) in [("DETAIL", self.detail()), ("CONTEXT", self.context())] {
-            if let Some(text) = text {
-                out.lines(&format!("  {name:7}  "), "           ", text);
-            }
+        for (name, text) in wording::details(self) {
+            out.lines(&format!("  {name:7}  "), "           ", text);
         }
     }
 
     /// `Why: probably …`
     pub(super) fn why_heading(&self) -> String {
         let diagnosis = self.diagnosis();
-        let probably = if diagnosis.is_certain() || diagnosis.cause() == super::Cause::Unknown {
-            ""
-        } else {
-            "probably "
-        };
-        format!("Why: {probably}{}", diagnosis.cause())
+        format!("Why: {}{}", diagnosis.probably(), diagnosis.cause())
     }
 
     fn why(&self, out: &mut WrappedText) {
@@ -395,23 +383,11 @@ fn journal(out: &mut WrappedText, participant: &Participant) {
             Some(JournalMark::Waited) => "waited",
             None => "",
         };
-        let duration = match (line.failed(), line.duration()) {
-            (true, _) => "failed".to_owned(),
-            (false, Some(duration)) => wording::age(duration),
-            (false, None) => "open".to_owned(),
-        };
+        let duration = wording::took(line);
         let after = format!("+{}", wording::age(line.after()));
         let head = format!("    {mark:<6} {after:>9} {duration:>8}  ");
         let hang = " ".repeat(text_wrap::width(&head));
-        let locks: Vec<_> = line
-            .advisory()
-            .map(|(key, mode)| format!("{key} in {mode}"))
-            .collect();
-        let text = match line.text() {
-            Some(text) => wording::one_line(text, MAX_JOURNAL_STATEMENT),
-            None if !locks.is_empty() => format!("(advisory lock {})", locks.join(", ")),
-            None => "(a statement whose text is not known)".to_owned(),
-        };
+        let text = wording::statement(line, MAX_JOURNAL_STATEMENT);
         out.write(&head, &hang, &text);
     }
     skip(out, &mut skipped);

@@ -106,22 +106,13 @@ fn row(text: &str) -> Option<RowContext> {
         page: page.value?,
         offset: u16::try_from(offset.value?).ok()?,
         relation: relation.to_owned(),
-        index_entry: INDEX.iter().any(|word| words.contains(word)),
+        index_entry: INDEX.split('|').any(|word| words.contains(word)),
     })
 }
 
-/// The words of the languages of [`lock_tag`](super::lock_tag), or what their inflected forms have in common.
-const INDEX: &[&str] = &[
-    "index",
-    "indeks",
-    "índice",
-    "indice",
-    "индекс",
-    "індекс",
-    "インデックス",
-    "인덱스",
-    "索引",
-];
+/// The words of the languages of [`lock_tag`](super::lock_tag), or what their inflected forms have in common,
+/// separated by `|`.
+const INDEX: &str = "index|indeks|índice|indice|индекс|індекс|インデックス|인덱스|索引";
 
 /// `while updating tuple (0,9) in relation "users"`, and in Korean `0,9 튜플(해당 릴레이션 "users")을 갱신하는 중에 발생`: returns the
 /// name, and all words around it.

@@ -143,13 +143,7 @@ fn wait(line: &str) -> Option<DetailWait> {
         return None;
     };
     let pid = |value: Option<u32>| value.and_then(|value| i32::try_from(value).ok());
-    let mut modes = line
-        .split(|c: char| !c.is_ascii_alphabetic())
-        .filter(|word| word.len() > 4 && word.ends_with("Lock"));
-    // Two modes mean that two lines were joined.
-    let (mode, None) = (modes.next()?, modes.next()) else {
-        return None;
-    };
+    let mode = only_mode(line)?;
     let (before, behind) = line[first.at.end..last.at.start].split_once(mode)?;
     Some(DetailWait {
         waiter: pid(first.value)?,
@@ -157,6 +151,14 @@ fn wait(line: &str) -> Option<DetailWait> {
         mode: mode.to_owned(),
         object: LockTag::parse(&format!("{before} {behind}")),
     })
+}
+
+/// The lock mode that the text names. Two modes mean that two lines were joined.
+pub(super) fn only_mode(text: &str) -> Option<&str> {
+    let mut modes = text
+        .split(|c: char| !c.is_ascii_alphabetic())
+        .filter(|word| word.len() > 4 && word.ends_with("Lock"));
+    modes.next().filter(|_| modes.next().is_none())
 }
 
 /// Finds the beginnings of statements. A statement's text may contain any lines, so only a line about the next backend

@@ -1,6 +1,7 @@
 //! Parses the messages of `log_lock_waits`: which session waits, for which lock, how long, and behind which sessions
 //! (`ProcSleep` in PostgreSQL's `src/backend/storage/lmgr/proc.c`).
 
+use super::deadlock::only_mode;
 use super::lock_tag::LockTag;
 use super::number::numbers;
 
@@ -38,89 +39,30 @@ pub(crate) struct LockQueue {
     pub(crate) waiters: Vec<i32>,
 }
 
-/// Words of each kind of message in the languages of [`languages`](super::languages), in lower case. The first kind
-/// with a matching word is used.
-const NEWS_WORDS: [(WaitNews, &[&str]); 6] = [
-    (WaitNews::NotAvailable, &["could not obtain"]),
+/// Words of each kind of message in the languages of [`languages`](super::languages), in lower case, separated by
+/// `|`. The first kind with a matching word is used.
+const NEWS_WORDS: [(WaitNews, &str); 6] = [
+    (WaitNews::NotAvailable, "could not obtain"),
     (
         WaitNews::DeadlockAvoided,
-        &[
-            "avoided deadlock",
-            "vermied",
-            "evitó",
-            "évité",
-            "evitato",
-            "防ぎました",
-            "다시 조정",
-            "избежал",
-            "undvek",
-            "уникнув",
-            "避免",
-        ],
+        "avoided deadlock|vermied|evitó|évité|evitato|防ぎました|다시 조정|избежал|undvek|уникнув|避免",
     ),
     (
         WaitNews::DeadlockDetected,
-        &[
-            "detected deadlock",
-            "festgestellt",
-            "detectó",
-            "détecté",
-            "individuato",
-            "検知",
-            "감지",
-            "обнаружил",
-            "upptäckte",
-            "виявив",
-            "监测到",
-        ],
+        "detected deadlock|festgestellt|detectó|détecté|individuato|検知|감지|обнаружил|upptäckte|виявив|监测到",
     ),
     (
         WaitNews::Failed,
-        &[
-            "failed to acquire",
-            "nicht erlangen",
-            "no pudo",
-            "échoué",
-            "fallito",
-            "失敗",
-            "못함",
-            "не смог",
-            "misslyckades",
-            "не зміг",
-            "失败",
-        ],
+        "failed to acquire|nicht erlangen|no pudo|échoué|fallito|失敗|못함|не смог|misslyckades|не зміг|失败",
     ),
     (
         WaitNews::Acquired,
-        &[
-            "acquired",
-            "erlangte",
-            "adquirió",
-            "acquis ",
-            "acquisito",
-            "獲得しました",
-            "취득함",
-            "получил",
-            " fick ",
-            "отримав",
-            "获取",
-        ],
+        "acquired|erlangte|adquirió|acquis |acquisito|獲得しました|취득함|получил| fick |отримав|获取",
     ),
     (
         WaitNews::StillWaiting,
-        &[
-            "still waiting",
-            "immer noch",
-            "aún espera",
-            "toujours en attente",
-            "ancora",
-            "待機しています",
-            "여전히",
-            "продолжает",
-            "fortfarande",
-            "все ще",
-            "仍然等待",
-        ],
+        "still waiting|immer noch|aún espera|toujours en attente|ancora|待機しています|여전히|продолжает|fortfarande|\
+         все ще|仍然等待",
     ),
 ];
 
@@ -146,18 +88,13 @@ pub(crate) fn lock_wait(message: &str, detail: Option<&str>) -> Option<LockWait>
     {
         return None;
     }
-    let mut modes = message
-        .split(|c: char| !c.is_ascii_alphabetic())
-        .filter(|word| word.len() > 4 && word.ends_with("Lock"));
-    let (mode, None) = (modes.next()?, modes.next()) else {
-        return None;
-    };
+    let mode = only_mode(message)?;
     let mode_at = message.find(mode)?;
     let time = time(message);
     let lower = message.to_lowercase();
     let known = NEWS_WORDS
         .iter()
-        .find(|(_, words)| words.iter().any(|word| lower.contains(word)));
+        .find(|(_, words)| words.split('|').any(|word| lower.contains(word)));
     let what = match (known, &time, detail.and_then(lock_queue)) {
         (Some((what, _)), Some(_), _) => *what,
         (Some((WaitNews::NotAvailable, _)), None, _) => WaitNews::NotAvailable,
@@ -238,26 +175,14 @@ pub(crate) fn lock_queue(detail: &str) -> Option<LockQueue> {
 
 /// Whether it is the message of a lock timeout: `canceling statement due to lock timeout`, in any language.
 pub(crate) fn is_lock_timeout(message: &str) -> bool {
-    const TIMEOUT_WORDS: [&str; 13] = [
-        "due to lock timeout",
-        "zeitüberschreitung einer sperre",
-        "espera de candados",
-        "délai écoulé pour l'obtention des verrous",
-        "a causa di timeout di lock",
-        "ロックのタイムアウト",
-        "ბლოკის მოლოდინის ვადის",
-        "잠금 대기 시간 초과",
-        "тайм-аута блокировки",
-        "lås-timeout",
-        "тайм-аут блокування",
-        "锁超时",
-        "锁定超时",
-    ];
+    const TIMEOUT_WORDS: &str = "due to lock timeout|zeitüberschreitung einer sperre|espera de candados|\
+         délai écoulé pour l'obtention des verrous|a causa di timeout di lock|ロックのタイムアウト|\
+         ბლოკის მოლოდინის ვადის|잠금 대기 시간 초과|тайм-аута блокировки|lås-timeout|тайм-аут блокування|锁超时|锁定超时";
     if message.len() > MAX_BYTES {
         return false;
     }
     let lower = message.to_lowercase();
-    TIMEOUT_WORDS.iter().any(|word| lower.contains(word))
+    TIMEOUT_WORDS.split('|').any(|word| lower.contains(word))
 }
 
 #[cfg(test)]

@@ -54,35 +54,38 @@ enum Atom<'a> {
     Symbol(char),
 }
 
-/// Words after which a sign belongs to the following number.
-const BEFORE_A_SIGN: [&str; 26] = [
-    "all",
-    "and",
-    "any",
-    "between",
-    "by",
-    "case",
-    "default",
-    "distinct",
-    "else",
-    "for",
-    "from",
-    "having",
-    "in",
-    "like",
-    "limit",
-    "not",
-    "offset",
-    "on",
-    "or",
-    "return",
-    "returning",
-    "select",
-    "then",
-    "to",
-    "when",
-    "where",
-];
+/// Whether a sign after the word belongs to the following number.
+fn is_before_a_sign(word: &str) -> bool {
+    matches!(
+        word,
+        "all"
+            | "and"
+            | "any"
+            | "between"
+            | "by"
+            | "case"
+            | "default"
+            | "distinct"
+            | "else"
+            | "for"
+            | "from"
+            | "having"
+            | "in"
+            | "like"
+            | "limit"
+            | "not"
+            | "offset"
+            | "on"
+            | "or"
+            | "return"
+            | "returning"
+            | "select"
+            | "then"
+            | "to"
+            | "when"
+            | "where"
+    )
+}
 
 /// Lists that are nested deeper stay unchanged, so that the work does not grow with the square of the depth.
 const MAX_DEPTH: usize = 64;
@@ -145,7 +148,7 @@ fn push_literal(atoms: &mut Vec<Atom<'_>>) {
     if let [before @ .., Atom::Symbol('-' | '+')] = atoms.as_slice() {
         let between = match before.last() {
             None => false,
-            Some(Atom::Word(word)) => !BEFORE_A_SIGN.contains(&&**word),
+            Some(Atom::Word(word)) => !is_before_a_sign(word),
             Some(Atom::Symbol(c)) => matches!(c, ')' | ']'),
             Some(Atom::Quoted(_) | Atom::Literal | Atom::AndSoOn) => true,
         };

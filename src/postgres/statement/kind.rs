@@ -38,6 +38,13 @@ pub(crate) enum StatementKind {
 }
 
 impl StatementKind {
+    pub(crate) fn builds_index(self) -> bool {
+        matches!(
+            self,
+            Self::CreateIndex | Self::CreateIndexConcurrently | Self::Reindex
+        )
+    }
+
     /// Whether the kind determines no locks, so that in a text of several statements another one counts.
     fn is_without_locks(self) -> bool {
         matches!(

@@ -8,6 +8,7 @@ use super::policy::WatchdogPolicy;
 use crate::graph::{Backend, BackendId, Snapshot};
 use crate::key::LockKey;
 use crate::monitor::AdvisoryLockEntry;
+use crate::postgres::text::Joined;
 use crate::postgres::timestamp::Age;
 use crate::resolver::signal::SignalOutcome;
 
@@ -59,13 +60,10 @@ impl Finding {
 
         /// How long it has been idle, or has waited.
         age: Duration;
-    }
 
-    /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed, or if
-    /// the watchdog was stopped first.
-    #[must_use]
-    pub fn cleared(&self) -> Option<&SignalOutcome> {
-        self.cleared.as_ref()
+        /// The outcome of clearing it; `None` if the policy only requires reports, if the query to the server failed,
+        /// or if the watchdog was stopped first.
+        cleared: Option<&SignalOutcome>;
     }
 
     pub(super) fn id(&self) -> FindingId {
@@ -84,11 +82,12 @@ impl fmt::Display for Finding {
         let age = Age(self.age);
         match self.kind {
             FindingKind::LeakedLock => {
-                write!(f, "leaked: {} holds ", self.backend)?;
-                for (n, key) in self.keys.iter().enumerate() {
-                    write!(f, "{}{key}", if n > 0 { ", " } else { "" })?;
-                }
-                write!(f, " and has been idle for {age}")?;
+                let keys = Joined(&self.keys, ", ");
+                let backend = &self.backend;
+                write!(
+                    f,
+                    "leaked: {backend} holds {keys} and has been idle for {age}"
+                )?;
             }
             FindingKind::IdleBlocker => {
                 write!(

@@ -90,7 +90,9 @@ fn index_action(cursor: Cursor<'_>, index: &TableName) -> Option<Vec<Action>> {
 }
 
 fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
-    let one = |name| Some(vec![Action::new(name, table.clone())]);
+    let new = |name| Action::new(name, table.clone());
+    let one = |name| Some(vec![new(name)]);
+    let with = |name, role, other| Some(vec![new(name).with(role, other)]);
     let word = cursor.word().to_owned();
     cursor.skip(1);
     match word.as_str() {
@@ -100,12 +102,11 @@ fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>
         "validate" => {
             cursor.eat(&["constraint"]);
             let name = cursor.identifier()?;
-            let check = CatalogCheck::Constraint {
-                name,
-                cascade: false,
-            };
-            let action = Action::new("ALTER TABLE … VALIDATE CONSTRAINT", table.clone());
-            Some(vec![action.checking(check)])
+            let cascade = false;
+            let action = new("ALTER TABLE … VALIDATE CONSTRAINT");
+            Some(vec![
+                action.checking(CatalogCheck::Constraint { name, cascade }),
+            ])
         }
         "rename" => match cursor.word() {
             "to" => one("ALTER TABLE … RENAME"),
@@ -114,8 +115,8 @@ fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>
         },
         "attach" => {
             cursor.eat(&["partition"]);
-            let action = Action::new("ALTER TABLE … ATTACH PARTITION", table.clone());
-            Some(vec![action.with(LockedRelation::Partition, cursor.name())])
+            let name = "ALTER TABLE … ATTACH PARTITION";
+            with(name, LockedRelation::Partition, cursor.name())
         }
         "detach" => {
             cursor.eat(&["partition"]);
@@ -125,8 +126,7 @@ fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>
                 "finalize" => "ALTER TABLE … DETACH PARTITION … FINALIZE",
                 _ => "ALTER TABLE … DETACH PARTITION",
             };
-            let action = Action::new(name, table.clone());
-            Some(vec![action.with(LockedRelation::Partition, partition)])
+            with(name, LockedRelation::Partition, partition)
         }
         "set" => match cursor.word() {
             "schema" => one("ALTER TABLE … SET SCHEMA"),
@@ -143,12 +143,12 @@ fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>
         "cluster" => one("ALTER TABLE … CLUSTER ON"),
         "owner" => one("ALTER TABLE … OWNER TO"),
         "inherit" => {
-            let action = Action::new("ALTER TABLE … INHERIT", table.clone());
-            Some(vec![action.with(LockedRelation::Parent, cursor.name())])
+            let name = "ALTER TABLE … INHERIT";
+            with(name, LockedRelation::Parent, cursor.name())
         }
         "no" if cursor.eat(&["inherit"]) => {
-            let action = Action::new("ALTER TABLE … NO INHERIT", table.clone());
-            Some(vec![action.with(LockedRelation::Parent, cursor.name())])
+            let name = "ALTER TABLE … NO INHERIT";
+            with(name, LockedRelation::Parent, cursor.name())
         }
         "no" => one("ALTER TABLE … NO FORCE ROW LEVEL SECURITY"),
         "force" => one("ALTER TABLE … FORCE ROW LEVEL SECURITY"),
@@ -323,15 +323,15 @@ fn drop_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
     cursor.eat(&["if", "exists"]);
     let name = cursor.identifier()?;
     let cascade = cursor.has(&["cascade"]);
-    Some(vec![if is_constraint {
-        Action::new("ALTER TABLE … DROP CONSTRAINT", table.clone())
-            .checking(CatalogCheck::Constraint { name, cascade })
+    let (statement, check) = if is_constraint {
+        let check = CatalogCheck::Constraint { name, cascade };
+        ("ALTER TABLE … DROP CONSTRAINT", check)
     } else {
-        Action::new("ALTER TABLE … DROP COLUMN", table.clone()).checking(CatalogCheck::DropColumn {
-            column: name,
-            cascade,
-        })
-    }])
+        let column = name;
+        let check = CatalogCheck::DropColumn { column, cascade };
+        ("ALTER TABLE … DROP COLUMN", check)
+    };
+    Some(vec![Action::new(statement, table.clone()).checking(check)])
 }
 
 fn alter_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {

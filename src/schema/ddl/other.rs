@@ -8,6 +8,17 @@ use crate::schema::statements::LockedRelation;
 
 type Read = (Placement, Option<Vec<Action>>);
 
+/// The statement locks nothing that the plan is about.
+const NOTHING: Option<Vec<Action>> = Some(Vec::new());
+
+fn in_transaction(actions: Option<Vec<Action>>) -> Read {
+    (Placement::InTransaction, actions)
+}
+
+fn outside_transaction(actions: Option<Vec<Action>>) -> Read {
+    (Placement::OutsideTransaction, actions)
+}
+
 /// Reads a whole statement.
 pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
     let word = cursor.word().to_owned();
@@ -23,7 +34,7 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             if !in_parentheses {
                 cursor.eat(&["verbose"]);
             }
-            (Placement::InTransaction, all("ANALYZE", cursor.names()))
+            in_transaction(all("ANALYZE", cursor.names()))
         }
         "refresh" => {
             cursor.eat(&["materialized", "view"]);
@@ -32,7 +43,7 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             } else {
                 "REFRESH MATERIALIZED VIEW"
             };
-            (Placement::InTransaction, one(name, cursor.name()))
+            in_transaction(one(name, cursor.name()))
         }
         "truncate" => {
             cursor.eat(&["table"]);
@@ -43,31 +54,29 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             } else {
                 "TRUNCATE"
             };
-            (Placement::InTransaction, all(name, names))
+            in_transaction(all(name, names))
         }
-        "lock" => (Placement::InTransaction, lock(cursor)),
-        "comment" => (Placement::InTransaction, comment(cursor)),
+        "lock" => in_transaction(lock(cursor)),
+        "comment" => in_transaction(comment(cursor)),
         "insert" => {
             cursor.eat(&["into"]);
-            (Placement::InTransaction, one("INSERT", cursor.name()))
+            in_transaction(one("INSERT", cursor.name()))
         }
         "update" => {
             cursor.eat(&["only"]);
-            (Placement::InTransaction, one("UPDATE", cursor.name()))
+            in_transaction(one("UPDATE", cursor.name()))
         }
         "delete" => {
             cursor.eat(&["from"]);
             cursor.eat(&["only"]);
-            (Placement::InTransaction, one("DELETE", cursor.name()))
+            in_transaction(one("DELETE", cursor.name()))
         }
         "begin" | "commit" | "rollback" | "abort" | "end" | "savepoint" | "release" | "start"
-        | "prepare" => (Placement::TransactionControl, Some(Vec::new())),
-        "set" => (setting(cursor), Some(Vec::new())),
-        "reset" | "discard" | "listen" => (Placement::SessionSetting, Some(Vec::new())),
-        "show" | "grant" | "revoke" | "notify" | "security" | "reassign" => {
-            (Placement::InTransaction, Some(Vec::new()))
-        }
-        _ => (Placement::InTransaction, None),
+        | "prepare" => (Placement::TransactionControl, NOTHING),
+        "set" => (setting(cursor), NOTHING),
+        "reset" | "discard" | "listen" => (Placement::SessionSetting, NOTHING),
+        "show" | "grant" | "revoke" | "notify" | "security" | "reassign" => in_transaction(NOTHING),
+        _ => in_transaction(None),
     }
 }
 
@@ -102,46 +111,35 @@ fn create(mut cursor: Cursor<'_>) -> Read {
     if cursor.eat(&["unique", "index"]) || cursor.eat(&["index"]) {
         return create_index(cursor);
     }
-    let nothing = (Placement::InTransaction, Some(Vec::new()));
+    let nothing = in_transaction(NOTHING);
     match cursor.word() {
         "table" => {
             cursor.skip(1);
-            (Placement::InTransaction, create_table(cursor))
+            in_transaction(create_table(cursor))
         }
         "temporary" | "temp" | "global" | "local" => nothing,
         "view" | "recursive" => {
             cursor.eat(&["recursive"]);
             cursor.eat(&["view"]);
-            (
-                Placement::InTransaction,
-                one("CREATE OR REPLACE VIEW", cursor.name()),
-            )
+            in_transaction(one("CREATE OR REPLACE VIEW", cursor.name()))
         }
-        "trigger" => (Placement::InTransaction, on_table("CREATE TRIGGER", cursor)),
-        "constraint" => (
-            Placement::InTransaction,
-            on_table("CREATE CONSTRAINT TRIGGER … FROM", cursor),
-        ),
+        "trigger" => in_transaction(on_table("CREATE TRIGGER", cursor)),
+        "constraint" => in_transaction(on_table("CREATE CONSTRAINT TRIGGER … FROM", cursor)),
         "rule" => {
             cursor.seek(&["to"]);
-            (Placement::InTransaction, one("CREATE RULE", cursor.name()))
+            in_transaction(one("CREATE RULE", cursor.name()))
         }
-        "policy" => (Placement::InTransaction, on_table("CREATE POLICY", cursor)),
+        "policy" => in_transaction(on_table("CREATE POLICY", cursor)),
         "statistics" => {
             cursor.seek(&["from"]);
-            (
-                Placement::InTransaction,
-                one("CREATE STATISTICS", cursor.name()),
-            )
+            in_transaction(one("CREATE STATISTICS", cursor.name()))
         }
-        "database" | "tablespace" | "subscription" => {
-            (Placement::OutsideTransaction, Some(Vec::new()))
-        }
+        "database" | "tablespace" | "subscription" => outside_transaction(NOTHING),
         "schema" | "role" | "user" | "function" | "procedure" | "type" | "domain" | "sequence"
         | "extension" | "materialized" | "aggregate" | "operator" | "cast" | "collation"
         | "server" | "foreign" | "publication" | "event" | "language" | "text" => nothing,
         _ if unlogged => nothing,
-        _ => (Placement::InTransaction, None),
+        _ => in_transaction(None),
     }
 }
 
@@ -150,9 +148,15 @@ fn on_table(name: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     one(name, cursor.name())
 }
 
+fn of_schema(name: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
+    Some(vec![Action {
+        target: Target::Schema(cursor.identifier()?),
+        ..Action::new(name, None)
+    }])
+}
+
 fn create_index(mut cursor: Cursor<'_>) -> Read {
-    let concurrently = cursor.eat(&["concurrently"]);
-    let (placement, name) = if concurrently {
+    let (placement, name) = if cursor.eat(&["concurrently"]) {
         (Placement::Concurrently, "CREATE INDEX CONCURRENTLY")
     } else {
         (Placement::InTransaction, "CREATE INDEX")
@@ -217,28 +221,24 @@ fn drop_statement(mut cursor: Cursor<'_>) -> Read {
         "materialized" => "DROP MATERIALIZED VIEW",
         "sequence" => "DROP SEQUENCE",
         "schema" if cascade => {
-            let schema = cursor.identifier().map(|schema| Action {
-                target: Target::Schema(schema),
-                ..Action::new("DROP SCHEMA … CASCADE", None)
-            });
-            return (Placement::InTransaction, schema.map(|action| vec![action]));
+            return in_transaction(of_schema("DROP SCHEMA … CASCADE", cursor));
         }
-        "trigger" => return (Placement::InTransaction, on_table("DROP TRIGGER", cursor)),
-        "rule" => return (Placement::InTransaction, on_table("DROP RULE", cursor)),
-        "policy" => return (Placement::InTransaction, on_table("DROP POLICY", cursor)),
+        "trigger" => return in_transaction(on_table("DROP TRIGGER", cursor)),
+        "rule" => return in_transaction(on_table("DROP RULE", cursor)),
+        "policy" => return in_transaction(on_table("DROP POLICY", cursor)),
         "database" | "tablespace" | "subscription" => {
-            return (Placement::OutsideTransaction, Some(Vec::new()));
+            return outside_transaction(NOTHING);
         }
         // With CASCADE, any dependent relation can be dropped, too.
         "schema" | "role" | "user" | "function" | "procedure" | "type" | "domain" | "extension"
         | "publication" | "server" | "aggregate"
             if !cascade =>
         {
-            return (Placement::InTransaction, Some(Vec::new()));
+            return in_transaction(NOTHING);
         }
-        _ => return (Placement::InTransaction, None),
+        _ => return in_transaction(None),
     };
-    (Placement::InTransaction, all(name, cursor.names()))
+    in_transaction(all(name, cursor.names()))
 }
 
 fn reindex(mut cursor: Cursor<'_>) -> Read {
@@ -251,29 +251,16 @@ fn reindex(mut cursor: Cursor<'_>) -> Read {
         ("index", true) => "REINDEX INDEX CONCURRENTLY",
         ("table", true) => "REINDEX TABLE CONCURRENTLY",
         ("index", false) => {
-            return (
-                Placement::InTransaction,
-                one("REINDEX INDEX", cursor.name()),
-            );
+            return in_transaction(one("REINDEX INDEX", cursor.name()));
         }
         ("table", false) => {
-            return (
-                Placement::InTransaction,
-                one("REINDEX TABLE", cursor.name()),
-            );
+            return in_transaction(one("REINDEX TABLE", cursor.name()));
         }
         ("schema", false) => {
-            let schema = cursor.identifier().map(|schema| Action {
-                target: Target::Schema(schema),
-                ..Action::new("REINDEX SCHEMA", None)
-            });
-            return (
-                Placement::OutsideTransaction,
-                schema.map(|action| vec![action]),
-            );
+            return outside_transaction(of_schema("REINDEX SCHEMA", cursor));
         }
         (_, true) => return (Placement::Concurrently, None),
-        _ => return (Placement::OutsideTransaction, None),
+        _ => return outside_transaction(None),
     };
     (Placement::Concurrently, one(name, cursor.name()))
 }
@@ -296,12 +283,9 @@ fn vacuum(mut cursor: Cursor<'_>) -> Read {
     let name = if full { "VACUUM FULL" } else { "VACUUM" };
     if names.is_empty() {
         // Every table of the database.
-        return (
-            Placement::OutsideTransaction,
-            Some(vec![Action::new(name, None)]),
-        );
+        return outside_transaction(Some(vec![Action::new(name, None)]));
     }
-    (Placement::OutsideTransaction, all(name, names))
+    outside_transaction(all(name, names))
 }
 
 fn cluster(mut cursor: Cursor<'_>) -> Read {
@@ -309,11 +293,8 @@ fn cluster(mut cursor: Cursor<'_>) -> Read {
         cursor.eat(&["verbose"]);
     }
     match cursor.name() {
-        Some(table) => (Placement::InTransaction, one("CLUSTER", Some(table))),
-        None => (
-            Placement::OutsideTransaction,
-            Some(vec![Action::new("CLUSTER (all)", None)]),
-        ),
+        Some(table) => in_transaction(one("CLUSTER", Some(table))),
+        None => outside_transaction(Some(vec![Action::new("CLUSTER (all)", None)])),
     }
 }
 
@@ -353,6 +334,6 @@ fn comment(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
         };
         one("COMMENT ON COLUMN", Some(table))
     } else {
-        Some(Vec::new())
+        NOTHING
     }
 }

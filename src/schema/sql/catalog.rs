@@ -4,8 +4,6 @@
 //! `regclass` in the output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and the like open the
 //! relation, and so wait for conflicting locks on it.
 
-use std::fmt::Write as _;
-
 use tokio_postgres::SimpleQueryMessage;
 
 use crate::blocker::Blocker;
@@ -153,13 +151,18 @@ pub(crate) fn read_relations(reply: &[SimpleQueryMessage]) -> Vec<CatalogRelatio
 
 /// The size of the relations in bytes. It takes ACCESS SHARE on each, and fails after a wait of this many milliseconds.
 pub(crate) fn size(oids: &[u32], lock_timeout: i32) -> String {
-    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
     format!(
         "SET LOCAL lock_timeout = {lock_timeout}; SELECT pg_catalog.sum(pg_catalog.pg_relation_size(c.oid)) AS size \
          FROM pg_catalog.pg_class AS c WHERE c.oid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[]) \
          AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r', 'm', 't']::pg_catalog.\"char\"[])",
-        oids.join(",")
+        oid_list(oids)
     )
+}
+
+/// The oids in an array's text.
+fn oid_list(oids: &[u32]) -> String {
+    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
+    oids.join(",")
 }
 
 pub(crate) fn read_size(reply: &[SimpleQueryMessage]) -> u64 {
@@ -168,7 +171,6 @@ pub(crate) fn read_size(reply: &[SimpleQueryMessage]) -> u64 {
 
 /// All other backends that hold or wait for a lock on one of the relations.
 pub(crate) fn holders_and_waiters(oids: &[u32]) -> String {
-    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
     format!(
         "SELECT l.relation, l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
          JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
@@ -183,7 +185,7 @@ pub(crate) fn holders_and_waiters(oids: &[u32]) -> String {
          WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database())) \
          AND (l.pid IS NULL OR l.pid OPERATOR(pg_catalog.<>) pg_catalog.pg_backend_pid()) \
          ORDER BY l.granted USING OPERATOR(pg_catalog.>), l.pid USING OPERATOR(pg_catalog.<)",
-        oids.join(",")
+        oid_list(oids)
     )
 }
 
@@ -241,12 +243,11 @@ pub(crate) fn read_own_locks(reply: &[SimpleQueryMessage]) -> Vec<OwnLock> {
 
 /// The names of relations.
 pub(crate) fn names_of(oids: &[u32]) -> String {
-    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
     format!(
         "SELECT c.oid, n.nspname, c.relname FROM pg_catalog.pg_class AS c \
          JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
          WHERE c.oid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[])",
-        oids.join(",")
+        oid_list(oids)
     )
 }
 
@@ -269,11 +270,8 @@ pub(crate) fn read_major_version(reply: &[SimpleQueryMessage]) -> Option<u32> {
 
 /// Whether one of these functions is volatile, and whether the type is a domain with constraints.
 pub(crate) fn new_column(ty: &str, calls: &[String]) -> String {
-    let mut names = String::new();
-    for (n, call) in calls.iter().enumerate() {
-        let comma = if n > 0 { ", " } else { "" };
-        let _ = write!(names, "{comma}{}", literal(call));
-    }
+    let names: Vec<_> = calls.iter().map(|call| literal(call)).collect();
+    let names = names.join(", ");
     format!(
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc AS p \
          WHERE p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[{names}]::pg_catalog.name[]) \

@@ -5,253 +5,203 @@ use super::{LockMode, LockedRelation, StatementLock, TableWork, optional};
 statements! {
     in_transaction_block: true;
 
-    "CREATE TABLE … REFERENCES" {
+    "CREATE TABLE … REFERENCES" => {
         Referenced: ShareRowExclusive Brief;
     }
-    "CREATE TABLE … LIKE" {
+    "CREATE TABLE … LIKE" => {
         Source: AccessShare Brief;
     }
-    "CREATE TABLE … INHERITS" {
+    "CREATE TABLE … INHERITS" => {
         Parent: ShareUpdateExclusive Brief;
     }
-    "CREATE TABLE … PARTITION OF" {
+    "CREATE TABLE … PARTITION OF" => {
         Parent: AccessExclusive Brief "ATTACH PARTITION takes less";
         DefaultPartition: AccessExclusive Scan;
     }
-    "CREATE TABLE … PARTITION OF (foreign key)" {
+    "CREATE TABLE … PARTITION OF (foreign key)" => {
         Parent: AccessExclusive Brief;
         Referenced: ShareRowExclusive Brief;
     }
-    "DROP TABLE" {
+    "DROP TABLE" => {
         Table: AccessExclusive Brief;
         Referenced: AccessExclusive Brief;
     }
-    "DROP TABLE … CASCADE" {
+    "DROP TABLE … CASCADE" => {
         Table: AccessExclusive Brief;
         Referencing: AccessExclusive Brief "they lose their foreign keys";
     }
-    "DROP TABLE (partition)" {
+    "DROP TABLE (partition)" => {
         Partition: AccessExclusive Brief;
         Parent: AccessExclusive Brief "DETACH PARTITION CONCURRENTLY first takes less";
         DefaultPartition: AccessExclusive Brief;
     }
-    "DROP TABLE (inheritance child)" {
+    "DROP TABLE (inheritance child)" => {
         Table: AccessExclusive Brief "the parent is not locked";
     }
-    "DROP FOREIGN TABLE" {
+    "DROP FOREIGN TABLE" => {
         Table: AccessExclusive Brief;
     }
-    "DROP SCHEMA … CASCADE" {
+    "DROP SCHEMA … CASCADE" => {
         Table: AccessExclusive Brief "every relation in it";
     }
-    "CREATE VIEW" {
+    "CREATE VIEW" => {
         Source: AccessShare Brief;
     }
-    "CREATE OR REPLACE VIEW" {
+    "CREATE OR REPLACE VIEW" => {
         View: AccessExclusive Brief;
         Source: AccessShare Brief;
     }
-    "ALTER VIEW … SET" {
+    "ALTER VIEW … SET"
+    | "ALTER VIEW … ALTER COLUMN … SET DEFAULT"
+    | "ALTER VIEW … RENAME"
+    | "ALTER VIEW … RENAME COLUMN"
+    | "ALTER VIEW … OWNER TO"
+    | "ALTER VIEW … SET SCHEMA" => {
         View: AccessExclusive Brief;
     }
-    "ALTER VIEW … ALTER COLUMN … SET DEFAULT" {
-        View: AccessExclusive Brief;
-    }
-    "ALTER VIEW … RENAME" {
-        View: AccessExclusive Brief;
-    }
-    "ALTER VIEW … RENAME COLUMN" {
-        View: AccessExclusive Brief;
-    }
-    "ALTER VIEW … OWNER TO" {
-        View: AccessExclusive Brief;
-    }
-    "ALTER VIEW … SET SCHEMA" {
-        View: AccessExclusive Brief;
-    }
-    "DROP VIEW" {
+    "DROP VIEW" => {
         View: AccessExclusive Brief "the tables it reads are not locked";
     }
-    "ALTER MATERIALIZED VIEW … SET (…)" {
+    "ALTER MATERIALIZED VIEW … SET (…)" => {
         MaterializedView: ShareUpdateExclusive Brief;
     }
-    "ALTER MATERIALIZED VIEW … CLUSTER ON" {
+    "ALTER MATERIALIZED VIEW … CLUSTER ON" => {
         MaterializedView: ShareUpdateExclusive Brief;
         Index: ShareUpdateExclusive Brief;
     }
-    "ALTER MATERIALIZED VIEW … ALTER COLUMN … SET STATISTICS" {
+    "ALTER MATERIALIZED VIEW … ALTER COLUMN … SET STATISTICS" => {
         MaterializedView: ShareUpdateExclusive Brief;
     }
-    "ALTER MATERIALIZED VIEW … RENAME" {
+    "ALTER MATERIALIZED VIEW … RENAME"
+    | "DROP MATERIALIZED VIEW" => {
         MaterializedView: AccessExclusive Brief;
     }
-    "DROP MATERIALIZED VIEW" {
-        MaterializedView: AccessExclusive Brief;
-    }
-    "CREATE SEQUENCE … OWNED BY" {
+    "CREATE SEQUENCE … OWNED BY" => {
         Table: AccessShare Brief;
     }
-    "ALTER SEQUENCE" {
+    "ALTER SEQUENCE" => {
         Sequence: ShareRowExclusive Brief "its numbers: RESTART, INCREMENT BY, MAXVALUE, CYCLE and so on";
     }
-    "ALTER SEQUENCE … OWNED BY" {
+    "ALTER SEQUENCE … OWNED BY" => {
         Sequence: ShareRowExclusive Brief;
         Table: AccessShare Brief;
     }
-    "ALTER SEQUENCE … SET UNLOGGED" {
+    "ALTER SEQUENCE … SET UNLOGGED" => {
         Sequence: AccessExclusive Brief since 15;
     }
-    "ALTER SEQUENCE … RENAME" {
+    "ALTER SEQUENCE … RENAME"
+    | "ALTER SEQUENCE … OWNER TO"
+    | "ALTER SEQUENCE … SET SCHEMA"
+    | "DROP SEQUENCE" => {
         Sequence: AccessExclusive Brief;
     }
-    "ALTER SEQUENCE … OWNER TO" {
-        Sequence: AccessExclusive Brief;
-    }
-    "ALTER SEQUENCE … SET SCHEMA" {
-        Sequence: AccessExclusive Brief;
-    }
-    "DROP SEQUENCE" {
-        Sequence: AccessExclusive Brief;
-    }
-    "CREATE TRIGGER" {
+    "CREATE TRIGGER"
+    | "CREATE OR REPLACE TRIGGER" => {
         Table: ShareRowExclusive Brief;
     }
-    "CREATE OR REPLACE TRIGGER" {
-        Table: ShareRowExclusive Brief;
-    }
-    "CREATE CONSTRAINT TRIGGER … FROM" {
+    "CREATE CONSTRAINT TRIGGER … FROM" => {
         Table: ShareRowExclusive Brief;
         Source: AccessShare Brief "the table behind FROM";
     }
-    "ALTER TRIGGER … RENAME" {
+    "ALTER TRIGGER … RENAME" => {
         Table: AccessExclusive Brief;
     }
-    "ALTER TRIGGER … DEPENDS ON EXTENSION" {
+    "ALTER TRIGGER … DEPENDS ON EXTENSION" => {
         Table: AccessShare Brief;
     }
-    "DROP TRIGGER" {
+    "DROP TRIGGER" => {
         Table: AccessExclusive Brief;
     }
-    "DROP FUNCTION … CASCADE" {
+    "DROP FUNCTION … CASCADE" => {
         Table: AccessExclusive Brief "tables with a trigger that calls it";
     }
-    "CREATE FUNCTION … BEGIN ATOMIC" {
+    "CREATE FUNCTION … BEGIN ATOMIC" => {
         Source: AccessShare Brief;
     }
-    "CREATE RULE" {
+    "CREATE RULE" => {
         Table: AccessExclusive Brief;
         Source: AccessShare Brief "what its command reads; what it writes, in that command's mode";
     }
-    "ALTER RULE … RENAME" {
+    "ALTER RULE … RENAME"
+    | "DROP RULE" => {
         Table: AccessExclusive Brief;
     }
-    "DROP RULE" {
-        Table: AccessExclusive Brief;
-    }
-    "CREATE POLICY" {
+    "CREATE POLICY" => {
         Table: AccessExclusive Brief;
         Source: AccessShare Brief "what its expression reads";
     }
-    "ALTER POLICY" {
+    "ALTER POLICY"
+    | "ALTER POLICY … RENAME"
+    | "DROP POLICY" => {
         Table: AccessExclusive Brief;
     }
-    "ALTER POLICY … RENAME" {
-        Table: AccessExclusive Brief;
-    }
-    "DROP POLICY" {
-        Table: AccessExclusive Brief;
-    }
-    "CREATE STATISTICS" {
+    "CREATE STATISTICS"
+    | "DROP STATISTICS"
+    | "COMMENT ON TABLE"
+    | "COMMENT ON COLUMN" => {
         Table: ShareUpdateExclusive Brief;
     }
-    "DROP STATISTICS" {
-        Table: ShareUpdateExclusive Brief;
-    }
-    "COMMENT ON TABLE" {
-        Table: ShareUpdateExclusive Brief;
-    }
-    "COMMENT ON COLUMN" {
-        Table: ShareUpdateExclusive Brief;
-    }
-    "COMMENT ON CONSTRAINT" {
+    "COMMENT ON CONSTRAINT"
+    | "COMMENT ON TRIGGER"
+    | "COMMENT ON POLICY"
+    | "COMMENT ON RULE" => {
         Table: AccessShare Brief;
     }
-    "COMMENT ON TRIGGER" {
-        Table: AccessShare Brief;
-    }
-    "COMMENT ON POLICY" {
-        Table: AccessShare Brief;
-    }
-    "COMMENT ON RULE" {
-        Table: AccessShare Brief;
-    }
-    "COMMENT ON VIEW" {
+    "COMMENT ON VIEW" => {
         View: ShareUpdateExclusive Brief;
     }
-    "COMMENT ON MATERIALIZED VIEW" {
+    "COMMENT ON MATERIALIZED VIEW" => {
         MaterializedView: ShareUpdateExclusive Brief;
     }
-    "COMMENT ON SEQUENCE" {
+    "COMMENT ON SEQUENCE" => {
         Sequence: ShareUpdateExclusive Brief;
     }
-    "GRANT" {
+    "GRANT"
+    | "REVOKE" => {
         Table: AccessShare Brief since 18 "none before";
     }
-    "REVOKE" {
-        Table: AccessShare Brief since 18 "none before";
-    }
-    "CREATE PUBLICATION … FOR TABLE" {
+    "CREATE PUBLICATION … FOR TABLE"
+    | "ALTER PUBLICATION … ADD TABLE" => {
         Table: ShareUpdateExclusive Brief;
     }
-    "ALTER PUBLICATION … ADD TABLE" {
-        Table: ShareUpdateExclusive Brief;
-    }
-    "ALTER PUBLICATION … SET TABLE" {
+    "ALTER PUBLICATION … SET TABLE" => {
         Table: ShareUpdateExclusive Brief "those that come and those that go";
     }
-    "ALTER PUBLICATION … DROP TABLE" {
+    "ALTER PUBLICATION … DROP TABLE" => {
         Table: ShareUpdateExclusive Brief;
     }
-    "ALTER DOMAIN … ADD CONSTRAINT" {
+    "ALTER DOMAIN … ADD CONSTRAINT" => {
         Table: Share Scan "each table with a column of the domain; none with NOT VALID";
     }
-    "ALTER DOMAIN … VALIDATE CONSTRAINT" {
+    "ALTER DOMAIN … VALIDATE CONSTRAINT"
+    | "ALTER DOMAIN … SET NOT NULL" => {
         Table: Share Scan "each table with a column of the domain";
     }
-    "ALTER DOMAIN … SET NOT NULL" {
-        Table: Share Scan "each table with a column of the domain";
-    }
-    "DROP DOMAIN … CASCADE" {
+    "DROP DOMAIN … CASCADE" => {
         Table: AccessExclusive Brief "tables that lose a column";
     }
-    "ALTER TYPE … ADD ATTRIBUTE … CASCADE" {
+    "ALTER TYPE … ADD ATTRIBUTE … CASCADE"
+    | "ALTER TYPE … DROP ATTRIBUTE … CASCADE" => {
         Table: AccessExclusive Brief "each table OF the type";
     }
-    "ALTER TYPE … DROP ATTRIBUTE … CASCADE" {
-        Table: AccessExclusive Brief "each table OF the type";
-    }
-    "ALTER TYPE … ALTER ATTRIBUTE … CASCADE" {
+    "ALTER TYPE … ALTER ATTRIBUTE … CASCADE" => {
         Table: AccessExclusive Rewrite "each table OF the type";
     }
-    "ALTER TYPE … RENAME ATTRIBUTE … CASCADE" {
+    "ALTER TYPE … RENAME ATTRIBUTE … CASCADE" => {
         Table: AccessExclusive Brief "each table OF the type";
     }
-    "DROP TYPE … CASCADE" {
+    "DROP TYPE … CASCADE" => {
         Table: AccessExclusive Brief "each table OF the type, and those that lose a column";
     }
-    "ALTER FOREIGN TABLE … OPTIONS" {
+    "ALTER FOREIGN TABLE … OPTIONS"
+    | "ALTER FOREIGN TABLE … ALTER COLUMN … OPTIONS" => {
         Table: AccessExclusive Brief;
     }
-    "ALTER FOREIGN TABLE … ALTER COLUMN … OPTIONS" {
-        Table: AccessExclusive Brief;
-    }
-    "ALTER EXTENSION … ADD TABLE" {
+    "ALTER EXTENSION … ADD TABLE" => {
         Table: ShareUpdateExclusive Brief;
     }
-    "pg_restore_relation_stats(…)" {
-        Table: ShareUpdateExclusive Brief since 18;
-    }
-    "pg_clear_relation_stats(…)" {
+    "pg_restore_relation_stats(…)"
+    | "pg_clear_relation_stats(…)" => {
         Table: ShareUpdateExclusive Brief since 18;
     }
 }

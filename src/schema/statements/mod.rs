@@ -7,17 +7,20 @@ use std::fmt;
 
 use crate::mode::{LockMode, RowLock};
 
-/// `"statement" { on: mode work; … }`, one lock per line, with optional parts: `rows` and the row lock that the
-/// statement takes as well, `since` and `until` a major version, a note.
+/// `"statement" => { on: mode work; … }`, one lock per line, with optional parts: `rows` and the row lock that the
+/// statement takes as well, `since` and `until` a major version, a note. Statements that take the same locks are joined
+/// by `|`.
 macro_rules! statements {
-    (
-        in_transaction_block: $in_block:literal;
-        $($statement:literal {$(
-            $on:ident: $mode:ident $work:ident
-                $(rows $row:ident)? $(since $since:literal)? $(until $until:literal)? $($note:literal)?;
-        )+})+
-    ) => {
-        pub(super) const ALL: &[StatementLock] = &[$($(
+    (in_transaction_block: $in_block:literal; $($($statement:literal)|+ => $locks:tt)+) => {
+        pub(super) const ALL: &[&[StatementLock]] = &[$($(
+            statements!(@locks $in_block, $statement, $locks),
+        )+)+];
+    };
+    (@locks $in_block:literal, $statement:literal, {$(
+        $on:ident: $mode:ident $work:ident
+            $(rows $row:ident)? $(since $since:literal)? $(until $until:literal)? $($note:literal)?;
+    )+}) => {
+        &[$(
             StatementLock {
                 statement: $statement,
                 on: LockedRelation::$on,
@@ -29,7 +32,7 @@ macro_rules! statements {
                 in_transaction_block: $in_block,
                 note: optional(&[$($note)?]),
             },
-        )+)+];
+        )+]
     };
 }
 
@@ -101,6 +104,8 @@ impl StatementLock {
             non_transactional::ALL,
         ]
         .into_iter()
+        .flatten()
+        .copied()
         .flatten()
     }
 
