@@ -117,7 +117,6 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[macro_use]
-#[cfg(any(feature = "incidents", feature = "server-log"))]
 mod getters;
 
 mod advisory;
