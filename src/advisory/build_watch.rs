@@ -29,7 +29,7 @@ const SHORTEST_DEADLOCK_TIMEOUT: Duration = Duration::from_millis(200);
 const LATE: u32 = 1;
 /// How many signals a wait may need: one that arrives before its statement does is lost.
 const MOST_SIGNALS: u32 = 3;
-/// For how long waits are short ones after more than that.
+/// For how long waits are short ones after more late answers or signals than that.
 const MISTRUST: Duration = Duration::from_secs(10);
 
 /// The watch of one keeper.
@@ -80,7 +80,7 @@ pub(super) enum Withdrawn {
     ForBuild(i32),
     /// Others are to wait at the server.
     ForOthers,
-    /// Or it was not watched any more. The cancel may still hit what comes next.
+    /// For one of these, or because it could not be watched any more. The cancel may still hit what comes next.
     Unsure,
 }
 

@@ -8,9 +8,10 @@
 //! it (see [`SessionGuard`](super::SessionGuard)). Only the first [`TRYING`] of a line try the lock at the server. Those who find
 //! it busy wait there if they get a place. The places are few for all lines together: [`places`].
 //!
-//! The first of a line stands in turn for the next place. When somebody stands in turn, a waiter with a place that is not
-//! the first of its line gives the place up at once, and a first that has had it for [`TURN`]. A place that no first wants goes to one that is second in its line. In the meantime its lock may become free: what this keeper releases wakes the first
-//! of its line; what others release is seen by a look at `pg_locks`, one for all lines each [`LOOK_INTERVAL`].
+//! The first of a line stands in turn for the next place. While one stands in turn, a waiter with a place gives it up: at
+//! once if it is not the first of its line, else after [`TURN`]. A place that no first wants goes to one that is second in its
+//! line. In the meantime its lock may become free: what this keeper releases wakes the first of its line; what others
+//! release is seen by a look at `pg_locks`, one for all lines each [`LOOK_INTERVAL`].
 //!
 //! A set stands in the line of its first key only: that one it waits for or holds, so whoever waits behind it here would
 //! wait for it at the server too. In the line of a later key it could keep others from a key that is free, and so even the

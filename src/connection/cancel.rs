@@ -11,11 +11,10 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{CancelToken, NoTls};
 
-use super::pool::{Answered, Asker, SPARE};
+use super::pool::Asker;
 use super::request::{poll_once, run_shielded};
-use super::side_connection::Purpose;
 use super::sql::server;
-use super::{Connections, Reply, Session};
+use super::{Connections, Session};
 use crate::error::Error;
 
 /// How long one attempt to cancel may take.
@@ -88,12 +87,14 @@ impl Canceller {
     /// Nothing is sent where the server has not answered yet. Whether there is a pooler is not known then, and a first
     /// message waits for no lock.
     pub(crate) async fn cancel(&self) {
-        let Some(pid) = self.server_pid else { return };
+        if self.server_pid.is_none() {
+            return;
+        }
         let attempt = async {
             if self.is_pooled() {
                 // A pooler's own way of passing a cancel on may hit another client's statement
                 // (<https://github.com/pgbouncer/pgbouncer/issues/801>): signal through the server instead.
-                return self.signal(pid).await;
+                return self.signal().await;
             }
             let sent = match self.connections.side() {
                 Some(side) => side.cancel(&self.token).await,
@@ -104,7 +105,7 @@ impl Canceller {
                 Ok(()) => Ok(()),
                 Err(error) => {
                     tracing::debug!(%error, "cancel request not sent, signalling the backend instead");
-                    self.signal(pid).await
+                    self.signal().await
                 }
             }
         };
@@ -122,20 +123,9 @@ impl Canceller {
     /// `pg_cancel_backend` over another connection.
     ///
     /// Cancel safety: once polled it goes on, so that the lock is held until the signal is answered.
-    async fn signal(&self, pid: i32) -> Result<(), Error> {
-        let this = self.clone();
-        let signalled = run_shielded(async move {
-            let question = server::executing(pid);
-            let asked = this
-                .connections
-                .ask_first(Purpose::Urgent, SPARE, &question);
-            let Ok(asked) = tokio::time::timeout(ATTEMPT, asked).await else {
-                return Ok(());
-            };
-            let (asked, reply) = asked?;
-            this.signal_on(asked, pid, &reply, || Some(()), drop).await
-        });
-        signalled.await.unwrap_or(Ok(()))
+    async fn signal(&self) -> Result<(), Error> {
+        let signalled = self.signal_if(Asker::default(), || Some(()), drop);
+        signalled.await
     }
 
     /// The same over the connection of an `asker`, for what is wanted at the moment when nothing else can follow on the
@@ -154,33 +144,27 @@ impl Canceller {
                 return Ok(());
             };
             let question = server::executing(pid);
-            let (asked, reply) = asker.ask_first(&this.connections, &question).await?;
-            this.signal_on(asked, pid, &reply, is_wanted, confirm).await
+            let asked = asker.ask_first(&this.connections, &question);
+            let Ok(asked) = tokio::time::timeout(ATTEMPT, asked).await else {
+                return Ok(());
+            };
+            let (asked, reply) = asked?;
+            let executing = server::xact_start(&reply);
+            let target = lock(&this.target).await;
+            // Where the connection is still open, the answer was about this session.
+            let executing = executing.filter(|xact_start| target.includes(*xact_start));
+            let Some((xact_start, wanted)) = executing.and_then(|at| Some((at, is_wanted()?)))
+            else {
+                asked.end();
+                return Ok(());
+            };
+            // Sent once: where its answer is lost, it may still arrive.
+            let signal = server::cancel_transaction(pid, xact_start);
+            drop(asked.ask(&signal).await?);
+            confirm(wanted);
+            Ok(())
         });
         signalled.await.unwrap_or(Ok(()))
-    }
-
-    async fn signal_on<T>(
-        &self,
-        asked: Answered<'_>,
-        pid: i32,
-        executing: &Reply,
-        is_wanted: impl FnOnce() -> Option<T>,
-        confirm: impl FnOnce(T),
-    ) -> Result<(), Error> {
-        let executing = server::xact_start(executing);
-        let target = lock(&self.target).await;
-        // Where the connection is still open, the answer was about this session.
-        let executing = executing.filter(|xact_start| target.includes(*xact_start));
-        let Some((xact_start, wanted)) = executing.and_then(|at| Some((at, is_wanted()?))) else {
-            asked.end();
-            return Ok(());
-        };
-        // Sent once: where its answer is lost, it may still arrive.
-        let signal = server::cancel_transaction(pid, xact_start);
-        drop(asked.ask(&signal).await?);
-        confirm(wanted);
-        Ok(())
     }
 }
 

@@ -31,7 +31,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Between two questions to a server that does not answer.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long to wait for a pool connection to look or cancel with.
-pub(super) const SPARE: Duration = Duration::from_secs(1);
+const SPARE: Duration = Duration::from_secs(1);
 /// The same for what is not worth waiting for.
 #[cfg(feature = "incidents")]
 const SPARE_SOON: Duration = Duration::from_millis(20);
@@ -352,6 +352,12 @@ impl Connections {
         self.side.is_some() || status.available > 0 || status.size < status.max_size
     }
 
+    /// Whether an [`Asker`] may keep one of the pool's connections: none where there is a side connection, which it asks first
+    /// each time.
+    fn can_keep_one(&self) -> bool {
+        self.side.is_none() && self.most() >= KEEPS_ONE
+    }
+
     /// As [`ask`](Self::ask), and the connection that has answered, for a question that must not be sent twice.
     pub(super) async fn ask_first(
         self: &Arc<Self>,
@@ -405,7 +411,7 @@ impl Asker {
         let asker = std::mem::take(self);
         let (answered, reply) = asker.ask_first(connections, sql).await?;
         match answered {
-            Answered::Pool(session) if connections.most() >= KEEPS_ONE => self.0 = Some(session),
+            Answered::Pool(session) if connections.can_keep_one() => self.0 = Some(session),
             answered => answered.end(),
         }
         Ok(reply)
@@ -418,7 +424,7 @@ impl Asker {
         sql: &str,
     ) -> Result<(Answered<'a>, Reply), Error> {
         let kept = self.0.take().filter(|session| !session.is_closed());
-        let Some(session) = kept.filter(|_| connections.side.is_none()) else {
+        let Some(session) = kept else {
             return connections.ask_first(Purpose::Urgent, SPARE, sql).await;
         };
         let reply = connections.answer(session.message(sql)).await??;

@@ -75,8 +75,8 @@ pub(crate) fn run_in_background(work: impl Future<Output = ()> + Send + 'static)
     true
 }
 
-#[cfg(feature = "incidents")]
 /// Runs an application's code on a thread where blocking does no harm.
+#[cfg(feature = "incidents")]
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, JoinError> {

@@ -273,8 +273,7 @@ impl Observed for StatementLog {
 
     fn begin_statement(&self, statement: Sent<'_>) -> u64 {
         match statement {
-            Sent::Text(text) => self.begin(Some(cut(text))),
-            Sent::Call(call) => self.begin(Some(cut(call))),
+            Sent::Text(text) | Sent::Call(text) => self.begin(Some(cut(text))),
             Sent::Prepared(statement) => {
                 let text = self.text_of(statement);
                 self.begin(text)

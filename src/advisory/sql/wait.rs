@@ -71,10 +71,9 @@ const FOR_A_WAIT: &str = "CASE WHEN pg_catalog.textregexeq(pg_catalog.version(),
      CASE WHEN pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL \
      THEN pg_catalog.set_config('transaction_timeout', '0', true) END";
 
-/// `set_config('lock_timeout', …), `: what the message's own clock leaves of `wait`. `lock_timeout` counts each wait by
+/// `set_config('lock_timeout', …), `: what the message's own clock leaves of `wait`, in milliseconds. `lock_timeout` counts each wait by
 /// itself; set so before each lock of several, the sum of their waits stays within it.
-fn push_set_lock_timeout(sql: &mut String, wait: Duration) {
-    let wait = timeout_millis(wait);
+fn push_set_lock_timeout(sql: &mut String, wait: i32) {
     let left = format!(
         "({wait} OPERATOR(pg_catalog.-) (1000 OPERATOR(pg_catalog.*) pg_catalog.date_part('epoch', \
          pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.statement_timestamp())))::pg_catalog.int4"
@@ -154,7 +153,7 @@ fn wait_for_xact_locks(sql: &mut String, locks: Locks<'_>, wait: Duration) {
     }
     for rows in KeyRows::of(locks.keys) {
         sql.push_str("SELECT ");
-        push_set_lock_timeout(sql, Duration::from_millis(u64::from(wait.unsigned_abs())));
+        push_set_lock_timeout(sql, wait);
         rows.call(sql, "pg_advisory_xact_lock", locks.mode);
         sql.push(' ');
         rows.from(sql);
