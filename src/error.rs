@@ -43,6 +43,9 @@ pub enum ErrorKind {
     KeyCollision,
     /// The statement was cancelled (SQLSTATE 57014): `statement_timeout`, or somebody's `pg_cancel_backend`.
     Cancelled,
+    /// A section asked for a lock that it holds itself, on another connection: it would wait for itself. The lock was not
+    /// asked for at the server. The closures of a session guard's own transactions are not sections.
+    AlreadyHeld,
     /// A section ended its own transaction, or exchanged it for another one. What it did before may be committed or not.
     /// Where it has begun another transaction after the first (`COMMIT AND CHAIN`), that is not found out.
     TransactionEnded,
@@ -72,6 +75,7 @@ impl ErrorKind {
             Self::NoAdvisoryLocks => "the server's advisory locks do not lock",
             Self::KeyCollision => "two names have one lock key",
             Self::Cancelled => "statement cancelled",
+            Self::AlreadyHeld => "the section holds this lock already",
             Self::TransactionEnded => "the section has ended its own transaction",
             Self::Pool => "no connection from the pool",
             Self::Config => "bad request",

@@ -8,15 +8,14 @@ use deadpool_postgres::Pool;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, Socket};
 
-use crate::advisory::{Advisory, AdvisoryLock, LockedBy, OpenLocked};
-use crate::backoff::{Backoff, Jitter, RetryBudget};
+use crate::advisory::{Advisory, AdvisoryLock, LockDescription, LockedBy, OpenLocked};
 use crate::call_site::{CallSite, application_name};
 use crate::connection::{Connections, LONGEST_SILENCE, SideConfig, SideConnection};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    self, AsyncFunc, NoRetry, Open, OpenPlain, Policy, RetryIf, TransactionOptions, Tx,
+    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, TransactionOptions, Tx,
 };
 
 /// How long a lock is waited for where nothing says otherwise.
@@ -32,26 +31,27 @@ const APPLICATION: &str = "lockkeeper";
 /// keeper, without one. At most a quarter of the pool waits at the server at a time, so that holders and other work find a
 /// connection: at least one request, at most two for a key, and all keys count together. The others wait inside the keeper.
 ///
-/// - A wait at the server is a single one, under a `lock_timeout` of all that is left of it. So it keeps its place in the
-///   server's queue, which is first come, first served over all processes, and `pg_locks.waitstart` and `log_lock_waits`
-///   show it at its full length. It writes one entry to the server's log, where it times out.
+/// - A wait at the server is a single one, under a `lock_timeout` of all that is left of it. It keeps its place in the
+///   server's queue, which is first come, first served over all processes. `pg_locks.waitstart` and `log_lock_waits` show
+///   its full length. If it times out, it writes one entry to the server's log.
 /// - The callers for one key (of a set: its first) are served in the order in which they found it busy.
-/// - Waiters for different keys take turns at the server only where more wait than there are places: then a waiter gives
-///   its place up after ten seconds. One of a [`conflict_group`](TransactionOptions::conflict_group) keeps it until its wait
-///   is over.
+/// - Where more keys are waited for than there are places, their waiters take turns. A waiter gives its place up after ten
+///   seconds, and at once if it is not the first for its key. One of a
+///   [`conflict_group`](TransactionOptions::conflict_group) keeps its place until its wait is over.
 /// - A waiter steps back for an index build. `CREATE INDEX CONCURRENTLY`, `REINDEX CONCURRENTLY` and
-///   `DETACH PARTITION CONCURRENTLY` wait until the transactions of waiters have ended, and would be in a deadlock with one
-///   that waits for a lock of theirs. As long as anybody waits, one query of `pg_locks` asks for all waiters together who
-///   waits for their transactions: two to three times in each `deadlock_timeout`. Such a waiter is cancelled, and goes to
-///   the end of the server's queue when the builder does not wait any more. Each time writes an entry to the server's log.
-/// - It is asked on the side connection. Without one, it is asked on a connection of the pool, which is kept for that as long as
-///   anybody waits; of a pool of less than four, one is borrowed for each question. Its role has to be one that may signal the
-///   pool's sessions: the same one, or a member of it.
+///   `DETACH PARTITION CONCURRENTLY` wait until other transactions have ended, those of waiters too. A waiter for a lock that
+///   the builder holds would be in a deadlock with it. So, as long as anybody waits, one query of `pg_locks` asks for all
+///   waiters of the keeper whether a session waits for their transactions: two to three times in each `deadlock_timeout`. If
+///   one does, the waiter is cancelled, which writes an entry to the server's log. It goes to the end of the server's queue
+///   when the builder does not wait any more.
+/// - That query is sent on the side connection, whose role has to be allowed to signal the pool's sessions: the same role, or
+///   a member of it. Without a side connection it is sent on a connection of the pool, which is kept for it as long as anybody
+///   waits. A pool of less than four lends one for each query.
 /// - Where that cannot be asked, waits are repeated instead, each half as long as `deadlock_timeout` and at most half a
 ///   second. Then there is no order between processes, and each of them writes an entry to the server's log. That is so
 ///   with a `deadlock_timeout` shorter than 200 ms, without SELECT on `pg_locks`, and without a side connection while all of
-///   the pool's connections are in use. For ten seconds it is also so after two questions in a row were not answered within a
-///   third of `deadlock_timeout`, or a waiter could not be signalled.
+///   the pool's connections are in use. It is also so for ten seconds after two queries in a row were not answered within a
+///   third of `deadlock_timeout`, and after a waiter could not be signalled.
 /// - Locks are waited for on connections of their own: two guards of one task that wait for each other's locks are no cycle
 ///   that the server could see, and wait until their time is over.
 /// - A waiter inside the keeper tries again as soon as this keeper releases the key it stands in line for. It learns up to
@@ -70,10 +70,6 @@ struct Inner {
     application: String,
     call_sites: bool,
     lock_wait: Duration,
-    jitter: Arc<Jitter>,
-    budget: Arc<RetryBudget>,
-    #[cfg(feature = "incidents")]
-    sampler: Arc<crate::sampler::Sampler>,
 }
 
 impl Keeper {
@@ -100,11 +96,8 @@ impl Keeper {
     /// An advisory lock, to be described further and then acquired.
     #[track_caller]
     pub fn advisory_lock(&self, key: impl Into<LockKey>) -> AdvisoryLock {
-        self.describe(
-            vec![key.into()],
-            &TransactionOptions::new(),
-            CallSite::caller(),
-        )
+        let options = TransactionOptions::new();
+        AdvisoryLock::new(self.describe(vec![key.into()], &options, CallSite::caller()))
     }
 
     /// Several advisory locks, to be acquired together: sorted, without repeats, all or none, under one total wait.
@@ -116,14 +109,17 @@ impl Keeper {
         keys: impl IntoIterator<Item = K>,
     ) -> AdvisoryLock {
         let keys = keys.into_iter().map(Into::into).collect();
-        self.describe(keys, &TransactionOptions::new(), CallSite::caller())
+        let options = TransactionOptions::new();
+        AdvisoryLock::new(self.describe(keys, &options, CallSite::caller()))
     }
 
-    /// Runs a critical section: one transaction that holds one transaction-level advisory lock.
+    /// Runs a critical section: one transaction that holds one transaction-level advisory lock. **It may run more than
+    /// once**: after a deadlock, a serialization failure or a lock timeout inside, all of it runs again, from a clone of the
+    /// closure.
     ///
-    /// `Ok` commits, `Err` rolls back and comes back as it was. The lock is released by the end of the transaction, so
-    /// the next holder sees what this one committed. A deadlock or a serialization failure inside runs the whole section
-    /// again, from a clone of the closure, as [`transaction`](Self::transaction) does.
+    /// This is [`advisory_lock(key).run(f)`](AdvisoryLock::run): see there for the options. `Ok` commits, `Err` rolls back and
+    /// comes back as it was. The lock is released by the end of the transaction, so the next holder sees what this one
+    /// committed.
     ///
     /// # SQL
     /// Two round trips besides the section's own: `BEGIN`, settings and lock in one message, and COMMIT. See
@@ -164,14 +160,11 @@ impl Keeper {
         E: From<Error> + Send,
         R: Send,
     {
-        let running = self.section(key.into(), LockedBy::Waiting, CallSite::caller(), f);
-        async move {
-            let value = running.await?;
-            value.ok_or_else(|| Error::new(ErrorKind::LockTimeout).into())
-        }
+        self.advisory_lock(key).run(f)
     }
 
-    /// The same if the lock is free; `None`, without running the section, if it is not. Never waits for the lock.
+    /// The same if the lock is free; `None`, without running the section, if it is not. Never waits for the lock. The section
+    /// may run more than once here too.
     ///
     /// # Errors
     /// As [`with_advisory_lock`](Self::with_advisory_lock), without `LockTimeout`.
@@ -195,31 +188,10 @@ impl Keeper {
         E: From<Error> + Send,
         R: Send,
     {
-        self.section(key.into(), LockedBy::Trying, CallSite::caller(), f)
+        self.advisory_lock(key).try_run(f)
     }
 
-    fn section<R, E, F>(
-        &self,
-        key: LockKey,
-        how: LockedBy,
-        caller: CallSite,
-        f: F,
-    ) -> impl Future<Output = Result<Option<R>, E>> + Send + use<R, E, F>
-    where
-        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
-            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
-            + Send
-            + Clone,
-        E: From<Error> + Send,
-        R: Send,
-    {
-        let options = TransactionOptions::new();
-        let policy = self.policy(&options);
-        let lock = self.describe(vec![key], &options, caller);
-        async move { transaction::run(&policy, &NoRetry, &OpenLocked { lock, how }, f).await }
-    }
-
-    /// Runs a transaction, and the whole of it again when PostgreSQL says that this can help.
+    /// Runs a transaction, and the whole of it again when PostgreSQL says that this can help: **it may run more than once**.
     ///
     /// As [`transaction_with`](Self::transaction_with) and the defaults of [`TransactionOptions`].
     ///
@@ -244,7 +216,8 @@ impl Keeper {
         self.transaction_with(TransactionOptions::new(), f)
     }
 
-    /// Runs a transaction as the options say: `Ok` commits, `Err` rolls back.
+    /// Runs a transaction as the options say: `Ok` commits, `Err` rolls back. **It may run more than once**, unless the options
+    /// say [`once`](TransactionOptions::once); [`Tx::attempt`] tells which run it is.
     ///
     /// A deadlock, a serialization failure (COMMIT's too) and a lock timeout of a statement (not NOWAIT's refusal) are
     /// followed by a rollback of the whole transaction, a random pause, and another run from a clone of the closure, as often as
@@ -298,6 +271,7 @@ impl Keeper {
             return Box::new(OpenLocked {
                 lock: self.describe(vec![key.clone()], options, caller),
                 how: LockedBy::ConflictGroup,
+                group: None,
             });
         }
         let call_site = self.call_site(caller);
@@ -314,10 +288,10 @@ impl Keeper {
         keys: Vec<LockKey>,
         options: &TransactionOptions<P>,
         caller: CallSite,
-    ) -> AdvisoryLock {
+    ) -> LockDescription {
         let call_site = self.call_site(caller);
         let begin = self.begin(options, call_site.as_ref());
-        AdvisoryLock::new(
+        LockDescription::new(
             Arc::clone(&self.inner.advisory),
             keys,
             self.inner.lock_wait,
@@ -335,18 +309,7 @@ impl Keeper {
     }
 
     fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
-        Policy {
-            attempts: options.max_attempts(),
-            deadline: options.total_deadline(),
-            backoff: Backoff::default(),
-            jitter: Arc::clone(&self.inner.jitter),
-            budget: Arc::clone(&self.inner.budget),
-            resolve: options.resolve(),
-            #[cfg(feature = "incidents")]
-            reporter: Some(Arc::clone(&self.inner.sampler) as _),
-            #[cfg(not(feature = "incidents"))]
-            reporter: None,
-        }
+        self.inner.advisory.runner.policy(options)
     }
 }
 
@@ -416,7 +379,7 @@ impl Keeper {
             application_name: application_name(&self.inner.application, call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
-            jitter: Arc::clone(&self.inner.jitter),
+            jitter: Arc::clone(&self.inner.advisory.runner.jitter),
         }
     }
 }
@@ -510,20 +473,20 @@ impl KeeperBuilder {
         #[cfg(not(feature = "incidents"))]
         let observer = None;
         let connections = Connections::new(self.pool, self.side, observer, self.longest_silence);
+        #[cfg(feature = "incidents")]
+        let reporter = Some(crate::sampler::Sampler::new(
+            Arc::clone(&connections),
+            transactions,
+            self.sampling,
+        ) as _);
+        #[cfg(not(feature = "incidents"))]
+        let reporter = None;
         Keeper {
             inner: Arc::new(Inner {
-                #[cfg(feature = "incidents")]
-                sampler: crate::sampler::Sampler::new(
-                    Arc::clone(&connections),
-                    transactions,
-                    self.sampling,
-                ),
-                advisory: Advisory::new(connections),
+                advisory: Advisory::new(connections, Runner::new(reporter)),
                 application: self.application,
                 call_sites: self.call_sites,
                 lock_wait: self.lock_wait,
-                jitter: Arc::new(Jitter::new()),
-                budget: Arc::new(RetryBudget::default()),
             }),
         }
     }

@@ -25,6 +25,7 @@
 //! | to … | see |
 //! |---|---|
 //! | run a critical section under a lock | [`Keeper::with_advisory_lock`], [`Keeper::try_with_advisory_lock`] |
+//! | run one under several locks, a shared one, or with options | [`AdvisoryLock::run`], [`AdvisoryLock::try_run`] |
 //! | hold a lock as a guard | [`Keeper::advisory_lock`], [`XactGuard`] |
 //! | hold a lock over several transactions | [`AdvisoryLock::session`], [`SessionGuard`] |
 //! | lock several keys without deadlocks | [`Keeper::advisory_locks`] |

@@ -13,7 +13,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::transaction::Tx;
+use crate::transaction::{Tx, check_not_held};
 
 /// Locks to be taken in a transaction that has begun: awaited, it waits for them.
 ///
@@ -138,6 +138,14 @@ impl<'a> TxAdvisoryLock<'a> {
     /// knows whether a savepoint that was rolled back has returned it.
     fn checked(self) -> Result<(&'a mut Tx, LockRequest), Error> {
         let request = LockRequest::new(self.keys, self.mode, self.wait)?;
+        let session = self.tx.session();
+        let (connections, own) = (session.connections(), Some(session.id()));
+        check_not_held(connections, own, request.keys(), self.mode, || {
+            let site = self.tx.call_site();
+            site.map_or(String::new(), |site| {
+                format!(" in the transaction of {site}")
+            })
+        })?;
         for key in request.keys() {
             if let Some(held) = self.tx.mode_of(key).filter(|held| *held != self.mode) {
                 return Err(Error::config(format!(

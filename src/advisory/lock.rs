@@ -1,26 +1,25 @@
 //! The description of a lock that is to be taken.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
 use tracing::Instrument as _;
 
-use super::{Advisory, LockRequest, SessionGuard, XactGuard};
+use super::{Advisory, LockRequest, LockedBy, OpenLocked, SessionGuard, XactGuard};
 use crate::call_site::CallSite;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::transaction::sql::Begin;
+use crate::transaction::{
+    AsyncFunc, NoRetry, RetryIf, TransactionOptions, Tx, check_not_held, run,
+};
 
-/// One or several advisory locks, described; [`acquire`](Self::acquire) and [`try_acquire`](Self::try_acquire) take
-/// them in a transaction of their own.
-///
-/// From [`Keeper::advisory_lock`](crate::Keeper::advisory_lock). Transaction-scoped and exclusive unless said
-/// otherwise; [`session`](Self::session) makes it a session lock.
-#[must_use = "a description takes no lock until it is acquired"]
+/// What a lock is, and how it is taken.
 #[derive(Clone, Debug)]
-pub struct AdvisoryLock {
+pub(crate) struct LockDescription {
     advisory: Arc<Advisory>,
     keys: Vec<LockKey>,
     mode: AdvisoryMode,
@@ -30,7 +29,7 @@ pub struct AdvisoryLock {
     call_site: Option<CallSite>,
 }
 
-impl AdvisoryLock {
+impl LockDescription {
     pub(crate) fn new(
         advisory: Arc<Advisory>,
         keys: Vec<LockKey>,
@@ -49,20 +48,88 @@ impl AdvisoryLock {
         }
     }
 
+    /// Refuses a key that is to be locked in the same transaction, where a section of this task holds it.
+    pub(crate) fn check_not_held(&self, key: &LockKey, mode: AdvisoryMode) -> Result<(), Error> {
+        let (connections, keys) = (&self.advisory.connections, std::slice::from_ref(key));
+        check_not_held(connections, None, keys, mode, || {
+            at(self.call_site.as_ref())
+        })
+    }
+
+    /// What a transaction of a conflict group runs under: a shared lock, or where it is to run alone an exclusive one.
+    pub(crate) fn conflict_group(
+        mut self,
+        alone: bool,
+    ) -> Result<(Arc<Advisory>, LockRequest), Error> {
+        if !alone {
+            self.mode = AdvisoryMode::Shared;
+        }
+        let (advisory, mut request) = self.request()?;
+        request.is_group = true;
+        Ok((advisory, request))
+    }
+
+    /// Checks what is asked for.
+    pub(crate) fn request(self) -> Result<(Arc<Advisory>, LockRequest), Error> {
+        let mut request = LockRequest::new(self.keys, self.mode, self.wait)?;
+        let connections = &self.advisory.connections;
+        check_not_held(connections, None, request.keys(), self.mode, || {
+            at(self.call_site.as_ref())
+        })?;
+        request.begin = self.begin;
+        request.call_site = self.call_site;
+        request.lock_wait = self.lock_wait;
+        Ok((self.advisory, request))
+    }
+}
+
+/// One or several advisory locks, described. [`run`](Self::run) and [`try_run`](Self::try_run) run a section under them;
+/// [`acquire`](Self::acquire) and [`try_acquire`](Self::try_acquire) give a guard.
+///
+/// From [`Keeper::advisory_lock`](crate::Keeper::advisory_lock). Transaction-scoped and exclusive unless said
+/// otherwise; [`session`](Self::session) makes it a session lock.
+#[must_use = "a description takes no lock until it is acquired or run"]
+#[derive(Clone)]
+pub struct AdvisoryLock<P = NoRetry> {
+    lock: LockDescription,
+    options: TransactionOptions<P>,
+    once: bool,
+}
+
+impl AdvisoryLock {
+    pub(crate) fn new(lock: LockDescription) -> Self {
+        Self {
+            lock,
+            options: TransactionOptions::new(),
+            once: false,
+        }
+    }
+}
+
+impl<P> fmt::Debug for AdvisoryLock<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AdvisoryLock")
+            .field("lock", &self.lock)
+            .field("options", &self.options)
+            .finish()
+    }
+}
+
+impl<P> AdvisoryLock<P> {
     /// Held together with other shared holders, never with an exclusive one.
     pub fn shared(mut self) -> Self {
-        self.mode = AdvisoryMode::Shared;
+        self.lock.mode = AdvisoryMode::Shared;
         self
     }
 
     /// How long to wait in all, for a connection and for all of the locks; instead of the keeper's
     /// [`lock_wait`](crate::KeeperBuilder::lock_wait). Zero tries once. There is no upper limit.
     pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
+        self.lock.wait = wait;
         self
     }
 
-    /// The isolation level of the guard's transaction; the session's default where it is not said.
+    /// The isolation level of the transaction; the session's default where it is not said.
     ///
     /// Under REPEATABLE READ and SERIALIZABLE the lock is taken before the transaction's snapshot, which costs one round
     /// trip more, so that what is read under the lock is what its last holder committed. Behind a transaction pooler
@@ -71,13 +138,37 @@ impl AdvisoryLock {
     ///
     /// A session lock has no transaction of its own, and takes no notice of this.
     pub fn isolation(mut self, level: IsolationLevel) -> Self {
-        self.begin.isolation = Some(level);
+        self.lock.begin.isolation = Some(level);
+        self
+    }
+
+    /// How the transaction is begun, and how often a section is tried: everything of [`TransactionOptions`], in the place of
+    /// what was said before. An [`isolation`](Self::isolation) stays, unless the options have one.
+    ///
+    /// A guard is begun with them, and has nothing else of them: its caller runs it once. The lock of a
+    /// [`conflict_group`](TransactionOptions::conflict_group) is taken after the locks described here, which costs one round
+    /// trip more, and has a wait of its own, as long as the keeper's. Under REPEATABLE READ and SERIALIZABLE that is refused.
+    pub fn options<Q>(self, options: TransactionOptions<Q>) -> AdvisoryLock<Q> {
+        let mut lock = self.lock;
+        let before = std::mem::replace(&mut lock.begin, options.begin(None));
+        lock.begin.application_name = before.application_name;
+        lock.begin.isolation = lock.begin.isolation.or(before.isolation);
+        AdvisoryLock {
+            lock,
+            options,
+            once: self.once,
+        }
+    }
+
+    /// One attempt, whatever fails: a section never runs again.
+    pub fn once(mut self) -> Self {
+        self.once = true;
         self
     }
 
     /// A session lock instead: held over several transactions, until it is released.
     pub fn session(self) -> SessionAdvisoryLock {
-        SessionAdvisoryLock { lock: self }
+        SessionAdvisoryLock { lock: self.lock }
     }
 
     /// Begins a transaction that holds the locks, waiting for them as long as [`wait`](Self::wait) says.
@@ -100,7 +191,8 @@ impl AdvisoryLock {
     /// [`KeyCollision`](crate::ErrorKind::KeyCollision) and [`Config`](crate::ErrorKind::Config) before anything is
     /// sent; [`ReadOnlyServer`](crate::ErrorKind::ReadOnlyServer),
     /// [`NoAdvisoryLocks`](crate::ErrorKind::NoAdvisoryLocks) and [`OutOfLocks`](crate::ErrorKind::OutOfLocks) when the
-    /// server cannot do it. Nothing is held after any of them.
+    /// server cannot do it. [`AlreadyHeld`](crate::ErrorKind::AlreadyHeld) inside the closure of a section that holds one of
+    /// the locks. Nothing is held after any of them.
     ///
     /// # Cancel safety
     /// May be dropped at any point. A wait under way is cancelled on the server and its connection closed; a lock that
@@ -109,7 +201,8 @@ impl AdvisoryLock {
     /// # Longest silence
     /// The wait of the lock, and one [`longest_silence`](crate::KeeperBuilder::longest_silence). A silent connection is replaced while the wait lasts.
     pub async fn acquire(self) -> Result<XactGuard, Error> {
-        let (advisory, request) = self.request()?;
+        self.options.check()?;
+        let (advisory, request) = self.lock.request()?;
         let span = request.span("acquire");
         advisory
             .acquire(request)
@@ -129,55 +222,151 @@ impl AdvisoryLock {
     /// # Longest silence
     /// As `acquire`, with the keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait) as its wait.
     pub async fn try_acquire(self) -> Result<Option<XactGuard>, Error> {
-        let (advisory, request) = self.request()?;
+        self.options.check()?;
+        let (advisory, request) = self.lock.request()?;
         let span = request.span("try_acquire");
         let tx = advisory.try_acquire(request).instrument(span).await?;
         Ok(tx.map(XactGuard::new))
     }
 
-    /// What a transaction of a conflict group runs under: a shared lock, or where it is to run alone an exclusive one.
-    pub(crate) fn conflict_group(
-        mut self,
-        alone: bool,
-    ) -> Result<(Arc<Advisory>, LockRequest), Error> {
-        if !alone {
-            self.mode = AdvisoryMode::Shared;
+    /// Runs a section: one transaction that holds the locks. **It may run more than once**: after a deadlock, a serialization
+    /// failure or a lock timeout inside, all of it runs again, from a clone of the closure. [`once`](Self::once) forbids it,
+    /// [`Tx::attempt`] tells the attempt, and [`Tx::after_commit`] is for what may happen only once.
+    ///
+    /// A lock that the section holds is refused inside the closure, on any other connection of this keeper, with
+    /// [`AlreadyHeld`](ErrorKind::AlreadyHeld): the section would wait for itself. The closure's own transaction takes it again
+    /// ([`Tx::advisory_lock`]). Shared inside shared is not refused, but waits behind an exclusive request that has queued
+    /// meanwhile. A task that is spawned inside the closure waits, and so do two sections that one task runs side by side.
+    ///
+    /// `Ok` commits, `Err` rolls back and comes back as it was. The locks are released by the end of the transaction, so
+    /// the next holder sees what this one committed.
+    ///
+    /// # SQL
+    /// Two round trips besides the section's own: `BEGIN`, settings and locks in one message, and COMMIT. See
+    /// [`acquire`](Self::acquire).
+    ///
+    /// # Errors
+    /// The closure's own; an [`Error`] as of [`acquire`](Self::acquire) and [`XactGuard::commit`], turned into the closure's
+    /// error type; [`RetriesExhausted`](ErrorKind::RetriesExhausted) when every attempt failed.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any point: a waiting lock request is cancelled on the server, an open transaction rolled back.
+    /// Dropped during COMMIT, it may have committed.
+    ///
+    /// # Longest silence
+    /// As [`acquire`](Self::acquire), and then as [`Keeper::transaction_with`](crate::Keeper::transaction_with).
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// let lock = keeper.advisory_lock(("invoice", "42")).wait(Duration::from_secs(2)).once();
+    /// lock.run(async |tx| {
+    ///     tx.execute("UPDATE invoice SET paid = true WHERE id = $1", &[&42_i64]).await?;
+    ///     Ok::<_, lockkeeper::Error>(())
+    /// })
+    /// .await
+    /// # }
+    /// ```
+    pub fn run<R, E, F>(self, f: F) -> impl Future<Output = Result<R, E>> + Send + use<P, R, E, F>
+    where
+        P: RetryIf<E>,
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        let running = self.section(LockedBy::Waiting, f);
+        async move {
+            let value = running.await?;
+            value.ok_or_else(|| Error::new(ErrorKind::LockTimeout).into())
         }
-        let (advisory, mut request) = self.request()?;
-        request.is_group = true;
-        Ok((advisory, request))
     }
 
-    /// Checks what is asked for.
-    pub(crate) fn request(self) -> Result<(Arc<Advisory>, LockRequest), Error> {
-        let mut request = LockRequest::new(self.keys, self.mode, self.wait)?;
-        request.begin = self.begin;
-        request.call_site = self.call_site;
-        request.lock_wait = self.lock_wait;
-        Ok((self.advisory, request))
+    /// The same if the locks are free; `None`, without running the section, if one of them is not. Never waits for a lock. As
+    /// with [`run`](Self::run), the section may run more than once.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), without `LockTimeout`.
+    ///
+    /// # Cancel safety
+    /// As [`run`](Self::run).
+    ///
+    /// # Longest silence
+    /// As [`run`](Self::run).
+    pub fn try_run<R, E, F>(
+        self,
+        f: F,
+    ) -> impl Future<Output = Result<Option<R>, E>> + Send + use<P, R, E, F>
+    where
+        P: RetryIf<E>,
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        self.section(LockedBy::Trying, f)
     }
+
+    fn section<R, E, F>(
+        self,
+        how: LockedBy,
+        f: F,
+    ) -> impl Future<Output = Result<Option<R>, E>> + Send + use<P, R, E, F>
+    where
+        P: RetryIf<E>,
+        for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
+            + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
+            + Send
+            + Clone,
+        E: From<Error> + Send,
+        R: Send,
+    {
+        let Self {
+            lock,
+            mut options,
+            once,
+        } = self;
+        if once {
+            options = options.once();
+        }
+        let policy = lock.advisory.runner.policy(&options);
+        let group = options.group().cloned();
+        let open = OpenLocked { lock, how, group };
+        async move {
+            options.check()?;
+            run(&policy, options.retries(), &open, f).await
+        }
+    }
+}
+
+/// Where something was asked for, as far as that is known.
+fn at(site: Option<&CallSite>) -> String {
+    site.map_or(String::new(), |site| format!(" at {site}"))
 }
 
 /// One or several session-level advisory locks, described; from [`AdvisoryLock::session`].
 #[must_use = "a description takes no lock until it is acquired"]
 #[derive(Clone, Debug)]
 pub struct SessionAdvisoryLock {
-    lock: AdvisoryLock,
+    lock: LockDescription,
 }
 
 impl SessionAdvisoryLock {
     /// See [`AdvisoryLock::shared`].
-    pub fn shared(self) -> Self {
-        Self {
-            lock: self.lock.shared(),
-        }
+    pub fn shared(mut self) -> Self {
+        self.lock.mode = AdvisoryMode::Shared;
+        self
     }
 
     /// See [`AdvisoryLock::wait`].
-    pub fn wait(self, wait: Duration) -> Self {
-        Self {
-            lock: self.lock.wait(wait),
-        }
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.lock.wait = wait;
+        self
     }
 
     /// Takes the locks, waiting for them as long as [`wait`](Self::wait) says.

@@ -24,6 +24,7 @@ mod found_out_again;
 use std::sync::Arc;
 
 pub use in_transaction::TxAdvisoryLock;
+pub(crate) use lock::LockDescription;
 pub use lock::{AdvisoryLock, SessionAdvisoryLock};
 pub(crate) use lock_request::LockRequest;
 pub(crate) use open::{LockedBy, OpenLocked};
@@ -31,21 +32,24 @@ pub use session_guard::SessionGuard;
 pub use xact_guard::XactGuard;
 
 use crate::connection::Connections;
+use crate::transaction::Runner;
 
 /// What all advisory locks of one keeper share.
 #[derive(Debug)]
 pub(crate) struct Advisory {
     pub(crate) connections: Arc<Connections>,
+    pub(crate) runner: Runner,
     queue: Arc<wait_queue::WaitQueue>,
     watch: Arc<build_watch::BuildWatch>,
 }
 
 impl Advisory {
-    pub(crate) fn new(connections: Arc<Connections>) -> Arc<Self> {
+    pub(crate) fn new(connections: Arc<Connections>, runner: Runner) -> Arc<Self> {
         let queue = Arc::default();
         Arc::new(Self {
             watch: build_watch::BuildWatch::new(Arc::clone(&connections), Arc::clone(&queue)),
             connections,
+            runner,
             queue,
         })
     }

@@ -2,8 +2,10 @@
 
 use tracing::Instrument as _;
 
-use super::AdvisoryLock;
+use super::LockDescription;
 use crate::error::Error;
+use crate::key::LockKey;
+use crate::mode::AdvisoryMode;
 use crate::transaction::{BoxFuture, Open, Tx};
 
 /// A transaction's deadlocks after which it runs alone in its conflict group.
@@ -11,8 +13,10 @@ const ALONE_AFTER_DEADLOCKS: u32 = 2;
 
 /// Transactions that hold the locks of a description.
 pub(crate) struct OpenLocked {
-    pub(crate) lock: AdvisoryLock,
+    pub(crate) lock: LockDescription,
     pub(crate) how: LockedBy,
+    /// What is locked in addition, in the same transaction.
+    pub(crate) group: Option<LockKey>,
 }
 
 /// How a transaction takes its locks.
@@ -30,7 +34,11 @@ impl Open for OpenLocked {
     fn open(&self, times_victim: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
         Box::pin(async move {
             let lock = self.lock.clone();
-            match self.how {
+            let is_alone = times_victim >= ALONE_AFTER_DEADLOCKS;
+            if let Some(group) = &self.group {
+                lock.check_not_held(group, group_mode(is_alone))?;
+            }
+            let opened = match self.how {
                 LockedBy::Waiting => {
                     let (advisory, request) = lock.request()?;
                     let span = request.span("with_advisory_lock");
@@ -42,12 +50,50 @@ impl Open for OpenLocked {
                     advisory.try_acquire(request).instrument(span).await
                 }
                 LockedBy::ConflictGroup => {
-                    let alone = times_victim >= ALONE_AFTER_DEADLOCKS;
-                    let (advisory, request) = lock.conflict_group(alone)?;
+                    let (advisory, request) = lock.conflict_group(is_alone)?;
                     let span = request.span("conflict_group");
                     advisory.acquire(request).instrument(span).await.map(Some)
                 }
+            };
+            match (opened?, &self.group) {
+                (Some(tx), Some(group)) => {
+                    let waits = !matches!(self.how, LockedBy::Trying);
+                    join_group(tx, group.clone(), group_mode(is_alone), waits).await
+                }
+                (opened, _) => Ok(opened),
             }
         })
     }
+}
+
+/// How a conflict group's lock is held.
+fn group_mode(is_alone: bool) -> AdvisoryMode {
+    match is_alone {
+        true => AdvisoryMode::Exclusive,
+        false => AdvisoryMode::Shared,
+    }
+}
+
+/// Takes the lock of a conflict group in a transaction that has its own. `None` where it is busy and not to be waited for.
+async fn join_group(
+    mut tx: Tx,
+    key: LockKey,
+    mode: AdvisoryMode,
+    waits: bool,
+) -> Result<Option<Tx>, Error> {
+    if let Some(observed) = tx.session().observed() {
+        observed.is_in_group(&key);
+    }
+    let lock = tx.advisory_lock(key);
+    let lock = match mode {
+        AdvisoryMode::Exclusive => lock,
+        AdvisoryMode::Shared => lock.shared(),
+    };
+    if waits {
+        lock.await?;
+    } else if !lock.try_acquire().await? {
+        tx.rollback().await;
+        return Ok(None);
+    }
+    Ok(Some(tx))
 }

@@ -362,7 +362,7 @@ impl<'a> Loan<'a> {
             let locks = guard.keys.iter().map(|key| (key.clone(), guard.mode));
             Tx::new(session, guard.call_site, guard.lock_wait, None)
                 .session_locks(locks)
-                .resolving(resolve)
+                .of_attempt(1, resolve)
         });
         let session = tx.as_ref().map(|tx| tx.session().id());
         Self {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::advisory::{Advisory, AdvisoryLock};
+use crate::advisory::{Advisory, AdvisoryLock, LockDescription};
 use crate::backoff::Jitter;
 use crate::call_site::CallSite;
 use crate::connection::{Checkout, Connections, OnAbandon, Reply, Session};
@@ -56,13 +56,13 @@ impl Env {
 
     pub(crate) fn lock(&self, key: LockKey) -> AdvisoryLock {
         let advisory = Arc::clone(&self.advisory);
-        AdvisoryLock::new(
+        AdvisoryLock::new(LockDescription::new(
             advisory,
             vec![key],
             self.lock_wait,
             self.begin(),
             self.call_site,
-        )
+        ))
     }
 
     /// Sends one message on a connection like those that changes run on, with the same `search_path`.

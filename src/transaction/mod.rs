@@ -11,6 +11,7 @@ mod report;
 mod rows;
 mod runner;
 mod savepoint;
+mod section;
 pub(crate) mod sql;
 mod tx;
 
@@ -23,7 +24,8 @@ pub use options::{NoRetry, RetryIf, TransactionOptions};
 #[cfg(feature = "incidents")]
 pub(crate) use report::{FailedAttempt, Reporter};
 pub use rows::LockRows;
-pub(crate) use runner::{Open, Policy, run};
+pub(crate) use runner::{Open, Policy, Runner, run};
+pub(crate) use section::check_not_held;
 
 /// A future whose type its caller need not know, nor compile.
 pub(crate) type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;

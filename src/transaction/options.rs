@@ -139,6 +139,11 @@ impl<P> TransactionOptions<P> {
         self
     }
 
+    /// One attempt, whatever fails: the closure never runs again.
+    pub fn once(self) -> Self {
+        self.attempts(1)
+    }
+
     /// No further attempt is started later than this after the first one was. An attempt that has been started may still
     /// wait for its connection and its lock.
     pub fn deadline(mut self, deadline: Duration) -> Self {

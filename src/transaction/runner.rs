@@ -1,11 +1,12 @@
 //! Runs a closure in a transaction, and the whole of it again when PostgreSQL says that this can help.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
-use super::options::{Resolve, RetryIf};
+use super::options::{Resolve, RetryIf, TransactionOptions};
 use super::report::{FailedAttempt, Reporter};
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
@@ -31,12 +32,48 @@ pub(crate) struct Policy {
     pub(crate) reporter: Option<Arc<dyn Reporter>>,
 }
 
+/// What all runs of one keeper share.
+pub(crate) struct Runner {
+    pub(crate) jitter: Arc<Jitter>,
+    pub(crate) budget: Arc<RetryBudget>,
+    pub(crate) reporter: Option<Arc<dyn Reporter>>,
+}
+
+impl Runner {
+    pub(crate) fn new(reporter: Option<Arc<dyn Reporter>>) -> Self {
+        Self {
+            jitter: Arc::new(Jitter::new()),
+            budget: Arc::default(),
+            reporter,
+        }
+    }
+
+    pub(crate) fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
+        Policy {
+            attempts: options.max_attempts(),
+            deadline: options.total_deadline(),
+            backoff: Backoff::default(),
+            jitter: Arc::clone(&self.jitter),
+            budget: Arc::clone(&self.budget),
+            resolve: options.resolve(),
+            reporter: self.reporter.clone(),
+        }
+    }
+}
+
+impl fmt::Debug for Runner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runner").finish_non_exhaustive()
+    }
+}
+
 /// Runs `f` in a transaction from `open`; `None` when `open` has none to give (a `try` that found its lock busy).
 ///
 /// Every attempt has its own transaction and its own clone of the closure; between two there is a random pause. What
 /// is repeated: deadlocks, serialization failures (COMMIT's too) and lock timeouts of the closure's own statements,
-/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type. What is not: errors
-/// of `open` (a lock's total wait has been spent there), any other error, and a COMMIT whose outcome is unknown.
+/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; and deadlocks of `open`,
+/// between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
+/// COMMIT whose outcome is unknown.
 ///
 /// This function is compiled once for each closure, in the caller's crate, so all that does not depend on the closure is
 /// in [`Attempts`], behind boxed futures.
@@ -62,7 +99,10 @@ where
         let Some(mut tx) = attempts.begin().await? else {
             return Ok(None);
         };
-        let (reason, own) = match f.clone()(&mut tx).await {
+        let section = scopeguard::guard(tx.begin_section(), |section| section.end());
+        let outcome = Arc::clone(&section).scope(f.clone()(&mut tx)).await;
+        drop(section);
+        let (reason, own) = match outcome {
             Ok(value) => match attempts.commit(tx).await? {
                 None => return Ok(Some(value)),
                 Some(reason) => (reason, None),
@@ -149,11 +189,21 @@ impl<'a> Attempts<'a> {
             if let Some(reporter) = &self.policy.reporter {
                 Arc::clone(reporter).begins();
             }
-            let opened = self.open.open(self.times_victim).await;
-            let opened = opened.map_err(|error| error.with_attempts(self.retry.attempts()))?;
-            let attempt = self.retry.begin();
+            let (opened, attempt) = loop {
+                match self.open.open(self.times_victim).await {
+                    Ok(opened) => break (opened, self.retry.begin()),
+                    // Whose transaction it was is not known here any more, so it is not reported.
+                    Err(error) if error.kind() == ErrorKind::Deadlock => {
+                        self.observed = None;
+                        let _ = self.retry.begin();
+                        let paused = self.pause(Reason::Commit(error)).await;
+                        paused.map_err(|exhausted| exhausted.error)?;
+                    }
+                    Err(error) => return Err(error.with_attempts(self.retry.attempts())),
+                }
+            };
             let Some(tx) = opened else { return Ok(None) };
-            let tx = tx.resolving(self.policy.resolve);
+            let tx = tx.of_attempt(attempt, self.policy.resolve);
             self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
             if let Some(observed) = tx.session().observed() {

@@ -1,8 +1,10 @@
 //! A transaction that owns its connection.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::hooks::Hooks;
+use super::section::Section;
 use super::{HeldLock, Resolve, sql};
 use crate::call_site::CallSite;
 use crate::connection::{Observation, OnAbandon, Session, query_methods};
@@ -30,6 +32,9 @@ pub struct Tx {
     pub(super) hooks: Hooks,
     /// How a COMMIT whose answer is lost is looked up.
     pub(super) resolve: Option<Resolve>,
+    attempt: u32,
+    /// The section whose closure it is given to.
+    section: Option<Arc<Section>>,
     /// The observation of the guard that has lent the session.
     outer: Option<Observation>,
 }
@@ -59,14 +64,33 @@ impl Tx {
             lock_wait,
             hooks: Hooks::default(),
             resolve: None,
+            attempt: 1,
+            section: None,
             outer,
         }
     }
 
-    /// Has COMMIT looked up where its answer is lost.
-    pub(crate) fn resolving(mut self, resolve: Option<Resolve>) -> Self {
+    /// Notes which attempt of its runner this is, and how COMMIT is looked up where its answer is lost.
+    pub(crate) fn of_attempt(mut self, attempt: u32, resolve: Option<Resolve>) -> Self {
+        self.attempt = attempt;
         self.resolve = resolve;
         self
+    }
+
+    /// The section that its closure runs in.
+    pub(super) fn begin_section(&mut self) -> Arc<Section> {
+        let session = self.session();
+        let connections = session.connections();
+        let section = Section::new(connections, session.id(), self.call_site, &self.held);
+        self.section = Some(Arc::clone(&section));
+        section
+    }
+
+    /// Tells its section what it holds.
+    fn note_held(&self) {
+        if let Some(section) = &self.section {
+            section.note(&self.held);
+        }
     }
 
     pub(crate) fn resolve(&self) -> Option<Resolve> {
@@ -91,6 +115,13 @@ impl Tx {
         self.call_site.as_ref()
     }
 
+    /// Which attempt of its section or transaction this is, from 1. An attempt that failed while it took its locks counts
+    /// too, although the closure did not run. 1 where nothing runs it again.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
     /// The advisory locks that this transaction holds through this crate, in the order they were granted.
     pub fn held_keys(&self) -> impl Iterator<Item = &LockKey> {
         self.held.iter().map(|held| &held.key)
@@ -111,6 +142,7 @@ impl Tx {
                 self.held.push(lock);
             }
         }
+        self.note_held();
     }
 
     pub(crate) fn holding(mut self, locks: impl IntoIterator<Item = HeldLock>) -> Self {
@@ -156,6 +188,7 @@ impl Tx {
                 held.depth = held.depth.min(self.depth);
             }
         }
+        self.note_held();
     }
 
     /// Refuses a transaction that is not the one that a closure was given: in safe code two `&mut Tx` can be swapped.

@@ -59,10 +59,13 @@ async fn a_section_holds_its_lock_while_it_runs() {
         .with_advisory_lock("k", async |tx| {
             assert_eq!(scene.holders("k").await, [tx.backend_pid().unwrap()]);
             assert_eq!(tx.held_keys().collect::<Vec<_>>(), [&LockKey::from("k")]);
-            let ran = keeper
-                .try_with_advisory_lock("k", async |_| Ok::<_, AppError>("ran"))
-                .await?;
-            assert_eq!(ran, None);
+            // On another connection, from outside of the section.
+            let other = keeper.clone();
+            let ran = tokio::spawn(async move {
+                let ran = async |_: &mut lockkeeper::Tx| Ok::<_, lockkeeper::Error>("ran");
+                other.try_with_advisory_lock("k", ran).await
+            });
+            assert_eq!(ran.await.unwrap().unwrap(), None);
             let elsewhere = keeper
                 .try_with_advisory_lock("another", async |other| {
                     assert_ne!(other.backend_pid(), tx.backend_pid());
