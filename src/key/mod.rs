@@ -25,8 +25,12 @@ const SEPARATOR: char = '\u{1f}';
 /// |---|---|
 /// | `i64` | one `int8` |
 /// | `(i32, i32)` | two `int4` |
-/// | `&str`, `String` | a name: one `int8`, derived as below, with the empty namespace |
+/// | `&str`, `String`, `Cow<str>`, `Arc<str>` | a name: one `int8`, derived as below, with the empty namespace |
 /// | `(&str, &str)`, `(String, String)`, … | a namespace and a name: one `int8`, derived as below |
+/// | `(&str, i64)`, also `i32`, `u32`, `u64` | a namespace and a number: the number's decimal text is the name |
+///
+/// The natural key of a row is its table and its primary key: `("invoice", 42_i64)`. It is the same key as
+/// `("invoice", "42")`.
 ///
 /// A name stays with its key and is what logs, errors and reports show. Clones share it.
 ///
@@ -55,6 +59,7 @@ const SEPARATOR: char = '\u{1f}';
 /// assert_eq!(key.to_string(), r#""billing"/"invoice:42""#);
 /// assert_eq!(key.as_i64(), Some(8_693_934_608_900_017_946));
 ///
+/// assert_eq!(LockKey::from(("invoice", 42)), LockKey::from(("invoice", "42")));
 /// assert_eq!(LockKey::from(7).as_i64(), Some(7));
 /// assert_eq!(LockKey::from((1, 2)).as_i32_pair(), Some((1, 2)));
 /// ```
@@ -284,6 +289,12 @@ macro_rules! from_name {
 }
 from_name!(&str, String, Cow<'_, str>);
 
+impl From<Arc<str>> for LockKey {
+    fn from(name: Arc<str>) -> Self {
+        Self::named("", &*name)
+    }
+}
+
 impl From<&String> for LockKey {
     fn from(name: &String) -> Self {
         Self::named("", name.as_str())
@@ -306,8 +317,27 @@ from_namespace_and_name!(
     (String, &str),
     (String, String),
     (&String, &str),
-    (&String, &String)
+    (&String, &String),
+    (&str, Cow<'_, str>),
+    (&str, Arc<str>)
 );
+
+macro_rules! from_namespace_and_number {
+    ($($number:ty),+) => {$(
+        impl From<(&str, $number)> for LockKey {
+            fn from((namespace, number): (&str, $number)) -> Self {
+                Self::named(namespace, number.to_string())
+            }
+        }
+
+        impl From<(String, $number)> for LockKey {
+            fn from((namespace, number): (String, $number)) -> Self {
+                Self::named(namespace, number.to_string())
+            }
+        }
+    )+};
+}
+from_namespace_and_number!(i32, i64, u32, u64);
 
 impl PartialEq for LockKey {
     fn eq(&self, other: &Self) -> bool {
@@ -479,6 +509,16 @@ mod tests {
     }
 
     #[test]
+    fn a_number_in_a_namespace_is_its_decimal_text() {
+        let same = |a: LockKey, b: &str| assert_eq!(a, LockKey::from(("row", b)));
+        same(("row", 42).into(), "42");
+        same(("row", i64::MIN).into(), "-9223372036854775808");
+        same(("row", u64::MAX).into(), "18446744073709551615");
+        same(("row", u32::MAX).into(), "4294967295");
+        same((String::from("row"), 0_i64).into(), "0");
+    }
+
+    #[test]
     fn every_form_of_a_name_is_one_key() {
         let bare = LockKey::from("x");
         let owned = String::from("x");
@@ -486,6 +526,7 @@ mod tests {
             LockKey::from(&owned),
             LockKey::from(owned.clone()),
             LockKey::from(Cow::Borrowed("x")),
+            LockKey::from(Arc::<str>::from("x")),
             LockKey::from(("", "x")),
             LockKey::from(&bare),
         ] {
