@@ -19,7 +19,7 @@ use crate::mode::AdvisoryMode;
 pub(super) struct Locked {
     pub(super) session: Session,
     pub(super) tried: TryLockRow,
-    pub(super) request: LockRequest,
+    pub(super) request: Box<LockRequest>,
     waiter: Option<QueuedWaiter>,
 }
 
@@ -27,7 +27,7 @@ impl Locked {
     fn new(
         session: Session,
         tried: TryLockRow,
-        request: LockRequest,
+        request: Box<LockRequest>,
         waiter: Option<QueuedWaiter>,
     ) -> Self {
         Self {
@@ -45,7 +45,7 @@ impl Advisory {
     /// Cancel safety: dropped at any point, what was sent is cancelled or unlocked in the background.
     pub(crate) async fn acquire_session(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
     ) -> Result<SessionGuard, Error> {
         let deadline = Deadline::after(request.wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
@@ -70,7 +70,7 @@ impl Advisory {
     /// Cancel safety: as [`acquire_session`](Self::acquire_session).
     pub(crate) async fn try_acquire_session(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
     ) -> Result<Option<SessionGuard>, Error> {
         let deadline = Deadline::after(request.lock_wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
@@ -113,7 +113,7 @@ impl Advisory {
             Ok(()) => Ok(guard),
             Err(error) => {
                 // Nothing is held when the caller sees the error.
-                drop(guard.release().await);
+                drop(Box::pin(guard.release()).await);
                 Err(error)
             }
         }
@@ -122,7 +122,7 @@ impl Advisory {
     /// The locks, on a session that goes by the request's name if it is to be `named`.
     pub(super) async fn acquire_session_locks(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         named: bool,
         mut waiter: Option<QueuedWaiter>,
@@ -136,7 +136,7 @@ impl Advisory {
                 Turn::TimedOut => {
                     drop(waiter);
                     let last = self.final_session_try_afresh(request, deadline, named);
-                    return last.await;
+                    return Box::pin(last).await;
                 }
                 Turn::Session(handed) => {
                     let (mut session, tried) = handed.take();
@@ -153,7 +153,7 @@ impl Advisory {
             }
             if deadline.has_passed() {
                 let last = self.final_session_try(session, request, deadline, named, false);
-                return last.await;
+                return Box::pin(last).await;
             }
             let queued =
                 waiter.get_or_insert_with(|| self.queue.enter(&request, self.places(), None, true));
@@ -167,13 +167,13 @@ impl Advisory {
                 sql::wait_session(request.locks(), names(&request, named), wait, after_timeout)
             };
             let waited = self.wait(session, &request, &tried, deadline, queued, text);
-            match waited.await? {
+            match Box::pin(waited).await? {
                 Waited::Granted(session) => {
                     return Ok(Locked::new(session, tried, request, waiter));
                 }
                 Waited::TimedOut(session) if deadline.has_passed() => {
                     let last = self.final_session_try(session, request, deadline, named, true);
-                    return last.await;
+                    return Box::pin(last).await;
                 }
                 Waited::TimedOut(session) => drop(end(session).await),
                 // What a session lock may have been granted on is closed.
@@ -210,7 +210,7 @@ impl Advisory {
             match tried.verdict {
                 TryLockOutcome::Granted | TryLockOutcome::Busy => return Ok((session, tried)),
                 TryLockOutcome::Pooled => {
-                    self.examine(&session, &tried, request).await?;
+                    Box::pin(self.examine(&session, &tried, request)).await?;
                     session.return_to_pool();
                 }
                 _ => {
@@ -282,7 +282,7 @@ impl Advisory {
 
     async fn final_session_try_afresh(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         named: bool,
     ) -> Result<Locked, Error> {
@@ -305,7 +305,7 @@ impl Advisory {
     async fn final_session_try(
         &self,
         session: Session,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         named: bool,
         after_timeout: bool,

@@ -136,7 +136,7 @@ impl<'a> TxAdvisoryLock<'a> {
     ///
     /// A lock that is held in the same mode is asked for again all the same: the server grants it at once, and it alone
     /// knows whether a savepoint that was rolled back has returned it.
-    fn checked(self) -> Result<(&'a mut Tx, LockRequest), Error> {
+    fn checked(self) -> Result<(&'a mut Tx, Box<LockRequest>), Error> {
         let request = LockRequest::new(self.keys, self.mode, self.wait)?;
         let session = self.tx.session();
         let (connections, own) = (session.connections(), Some(session.id()));
@@ -187,9 +187,9 @@ fn end<T>(pending: Option<PendingStatement>, locked: &Result<T, Error>) {
 }
 
 /// A lock that was busy, with all that is needed to wait for it.
-type Busy<'a> = (&'a mut Tx, LockRequest, Option<Server>);
+type Busy<'a> = (&'a mut Tx, Box<LockRequest>, Option<Server>);
 
-async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'_>>, Error> {
+async fn try_once(tx: &mut Tx, request: Box<LockRequest>) -> Result<Result<(), Busy<'_>>, Error> {
     if is_worth_counting(request.keys()) {
         check_capacity_on(tx.session(), request.keys(), true).await?;
     }
@@ -237,7 +237,7 @@ fn no_answer(request: &LockRequest) -> Error {
 
 async fn wait(
     tx: &mut Tx,
-    request: LockRequest,
+    request: Box<LockRequest>,
     server: Option<&Server>,
     deadline: &Deadline,
 ) -> Result<(), Error> {
@@ -280,7 +280,7 @@ async fn wait(
     ))
 }
 
-fn hold(tx: &mut Tx, request: LockRequest) {
+fn hold(tx: &mut Tx, request: Box<LockRequest>) {
     for key in request.keys() {
         tracing::debug!(%key, mode = %request.mode(), "advisory lock acquired in a transaction");
     }

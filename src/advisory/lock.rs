@@ -60,7 +60,7 @@ impl LockDescription {
     pub(crate) fn conflict_group(
         mut self,
         alone: bool,
-    ) -> Result<(Arc<Advisory>, LockRequest), Error> {
+    ) -> Result<(Arc<Advisory>, Box<LockRequest>), Error> {
         if !alone {
             self.mode = AdvisoryMode::Shared;
         }
@@ -70,7 +70,7 @@ impl LockDescription {
     }
 
     /// Checks what is asked for.
-    pub(crate) fn request(self) -> Result<(Arc<Advisory>, LockRequest), Error> {
+    pub(crate) fn request(self) -> Result<(Arc<Advisory>, Box<LockRequest>), Error> {
         let mut request = LockRequest::new(self.keys, self.mode, self.wait)?;
         let connections = &self.advisory.connections;
         check_not_held(connections, None, request.keys(), self.mode, || {

@@ -42,7 +42,7 @@ impl LockRequest {
         mut keys: Vec<LockKey>,
         mode: AdvisoryMode,
         wait: Duration,
-    ) -> Result<Self, Error> {
+    ) -> Result<Box<Self>, Error> {
         // One order for all callers, so that two of them never wait for each other.
         keys.sort();
         keys.dedup();
@@ -69,7 +69,8 @@ impl LockRequest {
             }
             same
         });
-        Ok(Self {
+        // Boxed, because requests move through many futures.
+        Ok(Box::new(Self {
             keys,
             names,
             mode,
@@ -78,7 +79,7 @@ impl LockRequest {
             call_site: None,
             lock_wait: wait,
             is_group: false,
-        })
+        }))
     }
 
     pub(crate) fn keys(&self) -> &[LockKey] {
@@ -151,7 +152,7 @@ impl LockRequest {
 mod tests {
     use super::*;
 
-    fn request(keys: Vec<LockKey>) -> Result<LockRequest, Error> {
+    fn request(keys: Vec<LockKey>) -> Result<Box<LockRequest>, Error> {
         LockRequest::new(keys, AdvisoryMode::Exclusive, Duration::ZERO)
     }
 

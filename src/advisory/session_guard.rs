@@ -63,7 +63,7 @@ pub struct SessionGuard {
 impl SessionGuard {
     pub(super) fn new(
         mut session: Session,
-        request: LockRequest,
+        request: Box<LockRequest>,
         application_name: Option<String>,
         prepared: Option<String>,
         held: HeldKeys,

@@ -687,7 +687,7 @@ impl Advisory {
                     () = wake.notified() => wake.notify_one(),
                 }
             };
-            deadline.bound(Duration::ZERO, until_woken).await;
+            Box::pin(deadline.bound(Duration::ZERO, until_woken)).await;
         }
     }
 }

@@ -24,6 +24,8 @@ pub(crate) mod task;
 mod tcp_timeouts;
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -63,19 +65,19 @@ pub use tcp_timeouts::tcp_timeouts;
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
 
 /// One connection that this crate has taken from the pool. The module's docs say how it ends.
-pub(crate) struct Session {
+///
+/// Boxed, because sessions move through many futures.
+pub(crate) struct Session(Box<Inner>);
+
+/// What is in a [`Session`].
+pub(crate) struct Inner {
     // Invariant: `Some` until `return_to_pool` or `drop` takes it.
-    // Boxed, like what is rarely there, because sessions move through many futures.
-    object: Option<Box<Object>>,
-    connections: Arc<Connections>,
+    object: Option<Object>,
     runtime: Handle,
-    /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
-    server_pid: Option<i32>,
+    canceller: Canceller,
     own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
     application_name: Option<String>,
-    /// What a signal to the backend may hit.
-    target: cancel::SharedSignalTarget,
     state: ConnectionState,
     /// Tells it from all other sessions of this process.
     id: u64,
@@ -85,7 +87,35 @@ pub(crate) struct Session {
     failure: Mutex<Option<Box<DbError>>>,
 }
 
+impl Deref for Session {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut Inner {
+        &mut self.0
+    }
+}
+
 impl Session {
+    fn new(object: Object, connections: Arc<Connections>, runtime: Handle, id: u64) -> Self {
+        Self(Box::new(Inner {
+            canceller: Canceller::new(object.cancel_token(), connections),
+            object: Some(object),
+            runtime,
+            own_backend: None,
+            application_name: None,
+            state: ConnectionState::default(),
+            id,
+            observation: None,
+            failure: Mutex::new(None),
+        }))
+    }
+
     /// The connection, for statements whose fate is not ours to know.
     pub(crate) fn untracked_client(&self) -> &Object {
         self.state.given_out();
@@ -152,7 +182,7 @@ impl Session {
         xact_start: Option<i64>,
         application_name: Option<&str>,
     ) {
-        self.server_pid = Some(pid);
+        self.canceller.set_server_pid(pid);
         self.set_xact_start(xact_start);
         if let Some(observed) = self.observed() {
             observed.identify(pid);
@@ -165,7 +195,7 @@ impl Session {
     pub(crate) fn set_xact_start(&self, xact_start: Option<i64>) {
         self.state.began_at(xact_start);
         // Where a signal is under way the connection never goes back, and is closed after it.
-        if let Ok(mut target) = self.target.try_lock() {
+        if let Ok(mut target) = self.canceller.target().try_lock() {
             *target = xact_start.map_or(SignalTarget::Backend, SignalTarget::Transaction);
         }
     }
@@ -194,38 +224,38 @@ impl Session {
 
     /// Where the connection comes from.
     pub(crate) fn connections(&self) -> &Arc<Connections> {
-        &self.connections
+        self.canceller.connections()
     }
 
     /// What its role may not read, as far as that is known.
     pub(crate) fn denied(&self) -> Denied {
-        let known = self.connections.cache().server(self);
+        let known = self.connections().cache().server(self);
         known.map_or_else(
-            || self.connections.capabilities().denied(),
+            || self.connections().capabilities().denied(),
             |server| server.denied,
         )
     }
 
     /// The backend's pid by its own word; `None` before it was asked.
     pub(crate) fn server_pid(&self) -> Option<i32> {
-        self.server_pid
+        self.canceller.server_pid()
     }
 
     /// The backend's pid as it was given at login. A pooler hands out one of its own there, so a backend that answers
     /// with another pid is behind one.
     pub(crate) fn login_pid(&self) -> Option<i32> {
-        cancel::login_pid(&self.client().cancel_token())
+        self.canceller.login_pid()
     }
 
     /// What cancels what runs on this session.
     pub(crate) fn canceller(&self) -> Canceller {
-        Canceller::of(self)
+        self.canceller.clone()
     }
 
     /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
     pub(crate) fn cancel_in_background(&self) {
         self.state.cancelling();
-        let canceller = cancel::Canceller::of(self);
+        let canceller = self.canceller();
         drop(self.runtime.spawn(async move { canceller.cancel().await }));
     }
 
@@ -322,7 +352,7 @@ impl Session {
     }
 
     fn note_end(&self, number: u64, error: Option<&tokio_postgres::Error>) {
-        self.connections.heard(error);
+        self.connections().heard(error);
         self.state.answered(number, error.is_some());
         let Some(error) = error else {
             return self.remember_failure(None);
@@ -354,8 +384,8 @@ impl Session {
             lock_timeout,
             is_guard,
         };
-        let observation = Observation::begin(self.connections.observer()?, beginning);
-        if let Some(pid) = self.server_pid {
+        let observation = Observation::begin(self.connections().observer()?, beginning);
+        if let Some(pid) = self.server_pid() {
             observation.observed().identify(pid);
         }
         self.observation.replace(observation)
@@ -382,14 +412,15 @@ impl Session {
         wait: Duration,
     ) -> Result<Reply, tokio_postgres::Error> {
         let statement = self.begin_tracked();
-        let most = wait.saturating_add(self.connections.longest_silence());
-        statement.end(self.bounded(most, self.client().simple_query(sql)).await)
+        let most = wait.saturating_add(self.connections().longest_silence());
+        let answer = pin!(self.client().simple_query(sql));
+        statement.end(self.bounded(most, answer).await)
     }
 
     /// The error of a message that fails.
     async fn refused(&self, refusal: &str) -> tokio_postgres::Error {
-        let most = self.connections.longest_silence();
-        let sent = self.client().batch_execute(refusal);
+        let most = self.connections().longest_silence();
+        let sent = pin!(self.client().batch_execute(refusal));
         self.bounded(most, sent).await.err().unwrap_or_else(closed)
     }
 
@@ -438,9 +469,11 @@ pub(crate) struct RunningStatement<'a> {
 
 impl RunningStatement<'_> {
     /// Runs a statement of the caller, which may take as long as its backend is executing it.
+    ///
+    /// It is pinned by the caller, whose future would else have several times its size.
     pub(crate) async fn run<T>(
         self,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
     ) -> Result<T, tokio_postgres::Error> {
         let result = self.answered(answer).await;
         self.end(result)
@@ -448,7 +481,7 @@ impl RunningStatement<'_> {
 
     async fn answered<T>(
         &self,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
     ) -> Result<T, tokio_postgres::Error> {
         if let Some(refusal) = &self.refusal {
             // Boxed, because it is rare and every statement's future would have its size.
@@ -475,7 +508,7 @@ impl RunningStatement<'_> {
     pub(crate) async fn prepare(
         mut self,
         sql: &str,
-        answer: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<Statement, tokio_postgres::Error>>>,
     ) -> Result<Statement, tokio_postgres::Error> {
         let result = self.answered(answer).await;
         if let Ok(statement) = &result
@@ -499,7 +532,7 @@ impl Drop for RunningStatement<'_> {
 impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session")
-            .field("server_pid", &self.server_pid)
+            .field("server_pid", &self.server_pid())
             .finish_non_exhaustive()
     }
 }
@@ -507,19 +540,19 @@ impl fmt::Debug for Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if let Some(object) = self.object.take() {
-            tracing::debug!(pid = self.server_pid, "connection discarded");
+            tracing::debug!(pid = self.server_pid(), "connection discarded");
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
-            let client = Object::take(*object);
+            let client = Object::take(object);
             let close = |mut target: OwnedMutexGuard<SignalTarget>| {
                 if *target == SignalTarget::Backend {
                     *target = SignalTarget::Nothing;
                 }
                 drop(client);
             };
-            match Arc::clone(&self.target).try_lock_owned() {
+            match Arc::clone(self.canceller.target()).try_lock_owned() {
                 Ok(target) => close(target),
                 Err(_) => {
-                    let target = Arc::clone(&self.target);
+                    let target = Arc::clone(self.canceller.target());
                     let closing = async move { close(cancel::lock(&target).await) };
                     drop(self.runtime.spawn(closing));
                 }

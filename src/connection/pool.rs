@@ -1,8 +1,8 @@
 //! Where sessions come from: the application's pool, and the side connection.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Pool, PoolError, TimeoutType};
@@ -12,7 +12,6 @@ use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
 use super::server_capabilities::Capabilities;
 use super::side_connection::{Purpose, Turn};
-use super::state::ConnectionState;
 use super::{Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
@@ -155,7 +154,8 @@ impl Connections {
     pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
         let runtime = Handle::try_current()
             .map_err(|error| Error::config("called outside a tokio runtime").with_source(error))?;
-        let mut getting = std::pin::pin!(self.pool.get());
+        // Boxed, because it is most of the size of whatever takes a connection.
+        let mut getting = Box::pin(self.pool.get());
         let mut got = deadline.bound(Duration::ZERO, &mut getting).await;
         let status = self.pool.status();
         let in_use = status.size.saturating_sub(status.available);
@@ -175,19 +175,8 @@ impl Connections {
             }
             Some(Err(error)) => return Err(Error::from(error)),
         };
-        Ok(Session {
-            object: Some(Box::new(object)),
-            connections: Arc::clone(self),
-            runtime,
-            server_pid: None,
-            own_backend: None,
-            application_name: None,
-            target: super::cancel::SharedSignalTarget::default(),
-            state: ConnectionState::default(),
-            id: NEXT_SESSION.fetch_add(1, Ordering::Relaxed),
-            observation: None,
-            failure: Mutex::new(None),
-        })
+        let id = NEXT_SESSION.fetch_add(1, Ordering::Relaxed);
+        Ok(Session::new(object, Arc::clone(self), runtime, id))
     }
 
     /// Whether a side connection is configured.
@@ -451,7 +440,7 @@ impl Answered<'_> {
         match self {
             Self::Side(mut turn, most) => within(most, ON_SIDE, turn.ask(sql)).await?,
             Self::Pool(session) => {
-                let most = session.connections.patience();
+                let most = session.connections().patience();
                 ask_on(session, most, sql).await
             }
         }

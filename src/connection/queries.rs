@@ -37,7 +37,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.run(session.client().query(statement, params)).await
+                running
+                    .run(std::pin::pin!(session.client().query(statement, params)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::query_one`].
@@ -59,7 +61,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().query_one(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().query_one(statement, params)
+                    ))
                     .await
             }
 
@@ -82,7 +86,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().query_opt(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().query_opt(statement, params)
+                    ))
                     .await
             }
 
@@ -108,7 +114,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.untracked_client().query_raw(statement, params))
+                    .run(std::pin::pin!(
+                        session.untracked_client().query_raw(statement, params)
+                    ))
                     .await
             }
 
@@ -131,7 +139,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(statement));
                 running
-                    .run(session.client().query_typed(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().query_typed(statement, params)
+                    ))
                     .await
             }
 
@@ -154,7 +164,7 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().execute(statement, params))
+                    .run(std::pin::pin!(session.client().execute(statement, params)))
                     .await
             }
 
@@ -177,7 +187,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(statement));
                 running
-                    .run(session.client().execute_typed(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().execute_typed(statement, params)
+                    ))
                     .await
             }
 
@@ -203,7 +215,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().execute_raw(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().execute_raw(statement, params)
+                    ))
                     .await
             }
 
@@ -218,7 +232,9 @@ macro_rules! query_methods {
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.run(session.client().batch_execute(sql)).await
+                running
+                    .run(std::pin::pin!(session.client().batch_execute(sql)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::simple_query`].
@@ -235,7 +251,9 @@ macro_rules! query_methods {
             ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.run(session.client().simple_query(sql)).await
+                running
+                    .run(std::pin::pin!(session.client().simple_query(sql)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::prepare`].
@@ -252,7 +270,9 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.prepare(sql, session.client().prepare(sql)).await
+                running
+                    .prepare(sql, std::pin::pin!(session.client().prepare(sql)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::prepare_typed`].
@@ -271,7 +291,10 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
                 running
-                    .prepare(sql, session.client().prepare_typed(sql, types))
+                    .prepare(
+                        sql,
+                        std::pin::pin!(session.client().prepare_typed(sql, types)),
+                    )
                     .await
             }
 
@@ -291,7 +314,7 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
                 running
-                    .prepare(sql, session.client().prepare_cached(sql))
+                    .prepare(sql, std::pin::pin!(session.client().prepare_cached(sql)))
                     .await
             }
 
@@ -311,7 +334,10 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
                 running
-                    .prepare(sql, session.client().prepare_typed_cached(sql, types))
+                    .prepare(
+                        sql,
+                        std::pin::pin!(session.client().prepare_typed_cached(sql, types)),
+                    )
                     .await
             }
 
@@ -334,7 +360,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.untracked_client().copy_in(statement))
+                    .run(std::pin::pin!(
+                        session.untracked_client().copy_in(statement)
+                    ))
                     .await
             }
 
@@ -356,7 +384,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.untracked_client().copy_out(statement))
+                    .run(std::pin::pin!(
+                        session.untracked_client().copy_out(statement)
+                    ))
                     .await
             }
 

@@ -57,7 +57,7 @@ pub(crate) async fn commit<C: Carry>(
     let connections = carrier.session().connections().clone();
     let mut mark = None;
     if resolve.is_some() {
-        match ask_mark(carrier).await {
+        match Box::pin(ask_mark(carrier)).await {
             Ok((asked, answer)) => {
                 carrier = asked;
                 mark = answer;
@@ -78,7 +78,10 @@ pub(crate) async fn commit<C: Carry>(
     }
     let Some((carrier, answer)) = answered else {
         let error = Error::new(ErrorKind::CommitUnknown).with_detail("no answer from the server");
-        return (None, resolved(&connections, resolve, mark, error).await);
+        return (
+            None,
+            Box::pin(resolved(&connections, resolve, mark, error)).await,
+        );
     };
     let error = match answer {
         Ok(reply) if carrier.session().has_ended_before(&reply) => {
@@ -103,19 +106,22 @@ pub(crate) async fn commit<C: Carry>(
             // Given up before another connection is asked for: the pool may have no more than this one.
             drop(carrier);
             let unknown = Error::new(ErrorKind::CommitUnknown).with_source(error);
-            (None, resolved(&connections, resolve, mark, unknown).await)
+            (
+                None,
+                Box::pin(resolved(&connections, resolve, mark, unknown)).await,
+            )
         }
         // Some earlier statement failed, and its error was not passed on.
         Failure::Aborted => {
             let error = swallowed(carrier.session().failure(), error);
-            (roll_back_on(carrier).await, Err(error))
+            (Box::pin(roll_back_on(carrier)).await, Err(error))
         }
         // An ERROR from COMMIT itself (a deferred constraint, a serialization failure): rolled back.
         failure => {
             let error = Error::new(failure.kind())
                 .with_detail("commit failed, the transaction was rolled back")
                 .with_source(error);
-            (end_failed(carrier).await, Err(error))
+            (Box::pin(end_failed(carrier)).await, Err(error))
         }
     }
 }
