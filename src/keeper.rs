@@ -9,7 +9,7 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, Socket};
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription, LockedBy, OpenLocked};
-use crate::call_site::{CallSite, application_name};
+use crate::call_site::{ApplicationNames, CallSite};
 use crate::connection::{Connections, LONGEST_SILENCE, SideConfig, SideConnection};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
@@ -67,7 +67,7 @@ pub struct Keeper {
 
 struct Inner {
     advisory: Arc<Advisory>,
-    application: String,
+    names: ApplicationNames,
     call_sites: bool,
     lock_wait: Duration,
 }
@@ -305,7 +305,7 @@ impl Keeper {
     }
 
     fn begin<P>(&self, options: &TransactionOptions<P>, call_site: Option<&CallSite>) -> Begin {
-        options.begin(Some(application_name(&self.inner.application, call_site)))
+        options.begin(Some(self.inner.names.of(call_site)))
     }
 
     fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
@@ -344,8 +344,7 @@ impl Keeper {
         &self,
         policy: crate::resolver::watchdog::WatchdogPolicy,
     ) -> Result<crate::resolver::watchdog::Watchdog, Error> {
-        let policy =
-            policy.default_zombie_application(&application_name(&self.inner.application, None));
+        let policy = policy.default_zombie_application(&self.inner.names.of(None));
         self.monitor().watchdog(policy)
     }
 }
@@ -376,7 +375,7 @@ impl Keeper {
         let call_site = self.call_site(caller);
         crate::schema::Env {
             advisory: Arc::clone(&self.inner.advisory),
-            application_name: application_name(&self.inner.application, call_site.as_ref()),
+            application_name: self.inner.names.of(call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
             jitter: Arc::clone(&self.inner.advisory.runner.jitter),
@@ -387,7 +386,7 @@ impl Keeper {
 impl fmt::Debug for Keeper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keeper")
-            .field("application", &self.inner.application)
+            .field("application", &self.inner.names.of(None))
             .field("lock_wait", &self.inner.lock_wait)
             .finish_non_exhaustive()
     }
@@ -484,7 +483,7 @@ impl KeeperBuilder {
         Keeper {
             inner: Arc::new(Inner {
                 advisory: Advisory::new(connections, Runner::new(reporter)),
-                application: self.application,
+                names: ApplicationNames::new(self.application),
                 call_sites: self.call_sites,
                 lock_wait: self.lock_wait,
             }),

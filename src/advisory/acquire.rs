@@ -532,7 +532,7 @@ impl Advisory {
         if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
         }
-        let name = request.begin.application_name.as_deref();
+        let name = request.begin.application_name.as_ref();
         session.identify(tried.pid, server::xact_start(&reply), name);
         self.granted(session, request, tried, deadline).await
     }

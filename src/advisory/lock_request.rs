@@ -32,7 +32,7 @@ pub(crate) struct LockRequest {
 impl LockRequest {
     /// Notes on a session what a `try` for this request has brought to light.
     pub(crate) fn identify(&self, session: &mut Session, tried: &TryLockRow) {
-        let name = self.begin.application_name.as_deref();
+        let name = self.begin.application_name.as_ref();
         session.identify(tried.pid, tried.xact_start, name);
     }
 

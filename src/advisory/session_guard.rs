@@ -52,7 +52,7 @@ pub struct SessionGuard {
     /// The session's own `application_name`, to be put back.
     application_name: Option<String>,
     /// The name of the prepared `try`, with which its unlock was prepared.
-    prepared: Option<String>,
+    prepared: Option<Arc<str>>,
     /// Where others of this process wait for its session.
     queue: Option<Arc<WaitQueue>>,
     call_site: Option<CallSite>,
@@ -65,7 +65,7 @@ impl SessionGuard {
         mut session: Session,
         request: Box<LockRequest>,
         application_name: Option<String>,
-        prepared: Option<String>,
+        prepared: Option<Arc<str>>,
         held: HeldKeys,
     ) -> Self {
         let mode = request.mode();

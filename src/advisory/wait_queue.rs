@@ -18,7 +18,7 @@
 //! one who holds its first key. [`Tx::advisory_lock`](crate::Tx::advisory_lock) waits on a connection that it has in any case: it
 //! stands in no line, and takes no place.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ pub(crate) struct WaitQueue(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    lines: HashMap<KeyId, Line>,
+    lines: BTreeMap<KeyId, Line>,
     places: usize,
     taken: usize,
     /// The first of their lines that found their lock busy and have no place, in their turn for one.
@@ -663,7 +663,7 @@ impl Advisory {
                 let held = match connections.ask(&sql).await {
                     Ok(reply) => sql::blockers::held_keys(&reply),
                     // Whoever may not look has to try.
-                    Err(error) if is_insufficient_privilege(&error) => HashMap::new(),
+                    Err(error) if is_insufficient_privilege(&error) => BTreeMap::new(),
                     Err(error) => {
                         return tracing::debug!(%error, "not found out which locks are free");
                     }

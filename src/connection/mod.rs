@@ -77,7 +77,7 @@ pub(crate) struct Inner {
     canceller: Canceller,
     own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
-    application_name: Option<String>,
+    application_name: Option<Arc<str>>,
     state: ConnectionState,
     /// Tells it from all other sessions of this process.
     id: u64,
@@ -180,7 +180,7 @@ impl Session {
         &mut self,
         pid: i32,
         xact_start: Option<i64>,
-        application_name: Option<&str>,
+        application_name: Option<&Arc<str>>,
     ) {
         self.canceller.set_server_pid(pid);
         self.set_xact_start(xact_start);
@@ -188,7 +188,7 @@ impl Session {
             observed.identify(pid);
         }
         self.own_backend = Some(own_backends::OwnBackend::of(pid));
-        self.application_name = application_name.map(str::to_owned);
+        self.application_name = application_name.cloned();
     }
 
     /// Notes when the transaction has begun, or that this is not known.
@@ -380,7 +380,7 @@ impl Session {
     ) -> Option<Observation> {
         let beginning = Beginning {
             call_site,
-            application_name: self.application_name.as_deref(),
+            application_name: self.application_name.as_ref(),
             lock_timeout,
             is_guard,
         };

@@ -201,7 +201,7 @@ fn participant(
     };
     let site_key = match journal {
         Some(journal) => journal.call_site.map(|site| {
-            let name = call_site::application_name("", Some(&site));
+            let name = call_site::ApplicationNames::new(String::new()).of(Some(&site));
             Arc::from(without_folders(&name))
         }),
         None => call_site.as_deref().map(without_folders).map(Arc::from),

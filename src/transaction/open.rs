@@ -45,7 +45,7 @@ impl OpenPlain {
                     Some(begun) if begun.fresh => {
                         let server = begun.server.as_ref();
                         cache.learn_reply(&session, &probe, statement, begun.pid, server);
-                        let name = begin.application_name.as_deref();
+                        let name = begin.application_name.as_ref();
                         session.identify(begun.pid, begun.xact_start, name);
                         return Ok(Tx::new(
                             session,

@@ -100,9 +100,23 @@ pub(crate) fn backend_pid(reply: &[SimpleQueryMessage]) -> Option<i32> {
     parsed(rows(reply).next()?, "pid")
 }
 
+macro_rules! is_fresh {
+    () => {
+        "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp())"
+    };
+}
+
+macro_rules! xact_start {
+    () => {
+        "(pg_catalog.date_part('epoch', pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8"
+    };
+}
+
 /// False in a transaction that was open before the message came.
-pub(crate) const FRESH: &str =
-    "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh, ";
+pub(crate) const IS_FRESH: &str = is_fresh!();
+
+/// [`IS_FRESH`] as a column.
+pub(crate) const FRESH: &str = concat!(is_fresh!(), " AS fresh, ");
 
 /// Whether a reply says so in [`FRESH`].
 pub(crate) fn is_fresh(reply: &[SimpleQueryMessage]) -> bool {
@@ -120,8 +134,10 @@ pub(crate) fn check_and_commit() -> Message {
 
 /// When the transaction began, which no other one of the backend has: in microseconds since 1970, whatever the session's
 /// settings make of a timestamp.
-pub(crate) const XACT_START: &str = "(pg_catalog.date_part('epoch', pg_catalog.now()) \
-     OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8 AS xact_start";
+pub(crate) const XACT_START_VALUE: &str = xact_start!();
+
+/// [`XACT_START_VALUE`] as a column.
+pub(crate) const XACT_START: &str = concat!(xact_start!(), " AS xact_start");
 
 pub(crate) fn xact_start(reply: &[SimpleQueryMessage]) -> Option<i64> {
     rows(reply).find_map(|row| parsed(row, "xact_start"))
