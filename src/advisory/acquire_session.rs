@@ -101,7 +101,7 @@ impl Advisory {
         let statement = request.locks().prepared_name(true);
         let cache = self.connections.cache();
         let unlock = cache.prepared_name(&session, statement);
-        let guard = SessionGuard::new(session, request, name, unlock, held);
+        let guard = SessionGuard::new(session, *request, name, unlock, held);
         let server = self.server(guard.session(), &tried);
         let checked = check_locking(
             guard.session(),

@@ -216,7 +216,7 @@ async fn try_once(tx: &mut Tx, request: Box<LockRequest>) -> Result<Result<(), B
     match tried.verdict {
         TryLockOutcome::Granted => {
             check_locking(tx.session(), LockScope::Transaction, tried.server.as_ref(), request.locks()).await?;
-            hold(tx, request);
+            hold(tx, *request);
             Ok(Ok(()))
         }
         TryLockOutcome::Snapshot if request.keys().iter().all(|key| tx.mode_of(key).is_some()) => Ok(Ok(())),
@@ -255,7 +255,7 @@ async fn wait(
         let answer = tx.session().message_waiting(&sql, wait).await;
         let _: &Session = scopeguard::ScopeGuard::into_inner(cancel);
         let Err(error) = answer else {
-            hold(tx, request);
+            hold(tx, *request);
             return Ok(());
         };
         if classify(&error) != Failure::LockTimeout {
@@ -280,7 +280,7 @@ async fn wait(
     ))
 }
 
-fn hold(tx: &mut Tx, request: Box<LockRequest>) {
+fn hold(tx: &mut Tx, request: LockRequest) {
     for key in request.keys() {
         tracing::debug!(%key, mode = %request.mode(), "advisory lock acquired in a transaction");
     }

@@ -63,7 +63,7 @@ pub struct SessionGuard {
 impl SessionGuard {
     pub(super) fn new(
         mut session: Session,
-        request: Box<LockRequest>,
+        request: LockRequest,
         application_name: Option<String>,
         prepared: Option<Arc<str>>,
         held: HeldKeys,

@@ -113,10 +113,10 @@ impl ConnectionCache {
 
     /// Remembers that what was to be prepared is: its message was answered.
     fn prepared(&self, session: &Session, statement: PreparedName) {
-        if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
-            if let Some(preparing) = connection.prepared.get_mut(&statement) {
-                preparing.is_prepared = true;
-            }
+        if let Some(connection) = self.lock().by_birth.get_mut(&session.created())
+            && let Some(preparing) = connection.prepared.get_mut(&statement)
+        {
+            preparing.is_prepared = true;
         }
     }
 
