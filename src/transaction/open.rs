@@ -47,6 +47,7 @@ impl OpenPlain {
                         cache.learn_reply(&session, &probe, statement, begun.pid, server);
                         let name = begin.application_name.as_deref();
                         session.identify(begun.pid, begun.xact_start, name);
+                        session.set_idle_timeout(begin.idle_in_transaction_session_timeout);
                         return Ok(Tx::new(
                             session,
                             self.call_site,

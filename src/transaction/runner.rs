@@ -71,8 +71,8 @@ impl fmt::Debug for Runner {
 ///
 /// Every attempt has its own transaction and its own clone of the closure; between two there is a random pause. What
 /// is repeated: deadlocks, serialization failures (COMMIT's too) and lock timeouts of the closure's own statements,
-/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; and deadlocks of `open`,
-/// between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
+/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; once, a prepared statement
+/// whose result has changed its type; and deadlocks of `open`, between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
 /// COMMIT whose outcome is unknown.
 ///
 /// This function is compiled once for each closure, in the caller's crate, so all that does not depend on the closure is
@@ -162,6 +162,8 @@ struct Attempts<'a> {
     open: &'a dyn Open,
     retry: Retry,
     times_victim: u32,
+    /// Whether it was repeated for a stale plan. What was prepared is forgotten by then, so a second one is the closure's own.
+    was_stale: bool,
     /// The session of the attempt.
     session: u64,
     observed: Option<Arc<dyn Observed>>,
@@ -179,6 +181,7 @@ impl<'a> Attempts<'a> {
                 policy.deadline.map(Deadline::after),
             ),
             times_victim: 0,
+            was_stale: false,
             session: 0,
             observed: None,
         }
@@ -223,7 +226,11 @@ impl<'a> Attempts<'a> {
                     self.policy.budget.succeeded();
                     Ok(None)
                 }
-                Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
+                Err(error)
+                    if error
+                        .as_db_error()
+                        .is_some_and(|error| self.is_worth_repeating(error)) =>
+                {
                     Ok(Some(Reason::Commit(error)))
                 }
                 // COMMIT was not run, or found to have been rolled back.
@@ -244,8 +251,16 @@ impl<'a> Attempts<'a> {
         Box::pin(async {
             let failure = tx.session().failure();
             tx.rollback().await;
-            failure.filter(|failure| is_worth_repeating(failure))
+            failure.filter(|failure| self.is_worth_repeating(failure))
         })
+    }
+
+    fn is_worth_repeating(&mut self, error: &DbError) -> bool {
+        match classify_db(error) {
+            Failure::Deadlock | Failure::Serialization | Failure::LockTimeout => true,
+            Failure::StalePlan => !std::mem::replace(&mut self.was_stale, true),
+            _ => false,
+        }
     }
 
     /// Pauses before the next attempt.
@@ -312,13 +327,6 @@ fn exhausted(
         error: error.with_report_if(report).with_attempts(attempt),
         passes_on,
     }
-}
-
-fn is_worth_repeating(error: &DbError) -> bool {
-    matches!(
-        classify_db(error),
-        Failure::Deadlock | Failure::Serialization | Failure::LockTimeout
-    )
 }
 
 fn is_about_locks(error: &DbError) -> bool {

@@ -285,6 +285,7 @@ impl Drop for Tx {
         if let Some(session) = self.session.take() {
             self.trace_end(&End::Rollback);
             if !session.is_lost() {
+                session.forget_prepared_if_untracked();
                 session.send(sql::rollback(), OnAbandon::Finish).detach();
             }
         }

@@ -10,6 +10,7 @@
 
 mod backfill;
 mod cancel_safety;
+mod causes;
 mod citations;
 mod commit_outcome;
 mod comparison;

@@ -6,6 +6,7 @@
 
 #[cfg(feature = "incidents")]
 mod fingerprint;
+mod idle_timeout;
 #[cfg(feature = "incidents")]
 mod kind;
 mod lexer;
@@ -15,6 +16,7 @@ mod refused;
 
 #[cfg(feature = "incidents")]
 pub(crate) use fingerprint::{StatementFingerprint, fingerprint};
+pub(crate) use idle_timeout::idle_timeout_set_by;
 #[cfg(feature = "incidents")]
 pub(crate) use kind::{StatementKind, kind};
 #[cfg(feature = "schema")]
