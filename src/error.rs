@@ -424,6 +424,12 @@ pub(crate) fn classify(error: &tokio_postgres::Error) -> Failure {
     }
 }
 
+/// Whether this SQLSTATE is that of a cancelled statement.
+#[cfg(feature = "incidents")]
+pub(crate) fn is_cancelled(code: &str) -> bool {
+    SqlState::from_code(code) == SqlState::QUERY_CANCELED
+}
+
 /// Whether this SQLSTATE is that of messages that are no errors.
 #[cfg(feature = "server-log")]
 pub(crate) fn is_success(code: &str) -> bool {

@@ -12,7 +12,9 @@ use crate::backoff::{Backoff, RetryBudget};
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, FailedAttempt, NoRetry, Policy, Reporter, Tx};
+use crate::transaction::{
+    self, AfterFailure, Deferred, FailedAttempt, NoRetry, Policy, Reporter, Tx,
+};
 
 /// The namespace of the lock keys.
 const LOCKS: &str = "lockkeeper_backfill";
@@ -185,10 +187,16 @@ impl Reporter for ReportsSelected {
     }
 
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
-        if failed.pause.is_some() && classify_db(failed.error) != Failure::Deadlock {
+        if matches!(failed.then, AfterFailure::Retry(_))
+            && classify_db(failed.error) != Failure::Deadlock
+        {
             return None;
         }
         self.0.failed(failed)
+    }
+
+    fn caught(self: Arc<Self>, failed: &FailedAttempt<'_>) -> Option<Deferred> {
+        Arc::clone(&self.0).caught(failed)
     }
 }
 

@@ -26,6 +26,7 @@ pub(crate) mod task;
 mod tcp_timeouts;
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -86,6 +87,8 @@ pub(crate) struct Session {
     observation: Option<Observation>,
     /// The server's error since which nothing has succeeded.
     failure: Mutex<Option<Box<DbError>>>,
+    /// How many there were.
+    failures: AtomicU64,
 }
 
 impl Session {
@@ -240,6 +243,11 @@ impl Session {
             .clone()
     }
 
+    /// How often the server has answered with an error of its own: tells one failure from another.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
     /// When the pool opened the connection: what tells it from all others of the pool.
     pub(crate) fn created(&self) -> Instant {
         Object::metrics(
@@ -367,6 +375,7 @@ impl Session {
             return;
         }
         if let Some(error) = error.as_db_error() {
+            self.failures.fetch_add(1, Ordering::Relaxed);
             self.remember_failure(Some(Box::new(error.clone())));
         }
     }

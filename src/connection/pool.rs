@@ -195,6 +195,7 @@ impl Connections {
             id: NEXT_SESSION.fetch_add(1, Ordering::Relaxed),
             observation: None,
             failure: Mutex::new(None),
+            failures: AtomicU64::new(0),
         })
     }
 

@@ -21,6 +21,7 @@ impl Serialize for Incident {
             Outcome::GaveUp => ("gave_up", None),
             Outcome::NotRetried => ("not_retried", None),
             Outcome::StillWaiting => ("still_waiting", None),
+            Outcome::CaughtBySavepoint => ("caught_by_savepoint", None),
         };
         let quality = match self.completeness() {
             Completeness::Complete => "complete",

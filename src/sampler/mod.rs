@@ -24,7 +24,7 @@ use crate::connection::{Connections, task};
 use crate::error::{Failure, Report, classify_db};
 use crate::incident::{Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, ServerError};
 use crate::postgres::message;
-use crate::transaction::{FailedAttempt, Reporter};
+use crate::transaction::{AfterFailure, Deferred, FailedAttempt, Reporter};
 pub(crate) use active_transactions::ActiveTransactions;
 use delivery::Delivery;
 pub(crate) use delivery::IncidentSink;
@@ -122,8 +122,8 @@ impl Sampler {
         let _ = task::run_in_background(run(guard, transactions));
     }
 
-    /// The incident of a failed attempt.
-    fn incident(&self, failed: &FailedAttempt<'_>, log: &StatementLog) -> Incident {
+    /// What is known of a failed attempt. `None` for a cancelled statement that the server did not show waiting.
+    fn evidence(&self, failed: &FailedAttempt<'_>, log: &StatementLog) -> Option<Evidence> {
         let trigger = match classify_db(failed.error) {
             Failure::Deadlock => IncidentTrigger::Deadlock,
             _ => IncidentTrigger::LockTimeout,
@@ -133,13 +133,18 @@ impl Sampler {
         // The closure may have run other statements since.
         let ended = failure.map_or(now, |failure| failure.ended);
         let mut caveats = Vec::new();
-        let (samples, seen) = {
+        let (samples, seen, was_waiting) = {
             let plans = lock(&self.plans);
             let plan = failure.and_then(|failure| plans.get(&(log.number, failure.number)));
-            plan.map_or((Vec::new(), None), |plan| {
-                (plan.samples(), plan.last_sampled())
+            plan.map_or((Vec::new(), None, false), |plan| {
+                let was_waiting = plan.waiting_since().is_some();
+                (plan.samples(), plan.last_sampled(), was_waiting)
             })
         };
+        let is_cancelled = classify_db(failed.error) == Failure::Cancelled;
+        if is_cancelled && !(was_waiting && !samples.is_empty()) {
+            return None;
+        }
         // A recent sample gives the better time, because the error may have reached its task late.
         let at = seen
             .map(|seen| seen.min(ended))
@@ -162,7 +167,7 @@ impl Sampler {
         };
         let detail = error.detail.as_deref();
         let others = self.others(log, &samples, detail, at.unwrap_or(ended));
-        let evidence = Evidence {
+        Some(Evidence {
             trigger,
             occurred: SystemTime::now()
                 .checked_sub(now.saturating_duration_since(ended))
@@ -170,18 +175,18 @@ impl Sampler {
             victim: journal::from_log(log, ended),
             attempt: failed.attempt,
             attempts: failed.attempts,
-            outcome: match failed.pause {
-                Some(pause) => Outcome::retried(pause),
-                None if failed.attempts == 1 => Outcome::NotRetried,
-                None => Outcome::GaveUp,
+            outcome: match failed.then {
+                AfterFailure::Retry(pause) => Outcome::retried(pause),
+                AfterFailure::GiveUp => Outcome::GaveUp,
+                AfterFailure::Pass => Outcome::NotRetried,
+                AfterFailure::Continue => Outcome::CaughtBySavepoint,
             },
             error: Some(error),
             samples,
             others,
             caveats,
             literals: self.options.literals,
-        };
-        Incident::new(evidence, &self.history)
+        })
     }
 
     /// The journals of the other participants that are transactions of this keeper and used their backends at that
@@ -234,9 +239,18 @@ impl Reporter for Sampler {
 
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
         let log = StatementLog::of(failed.observed)?;
-        let incident = self.incident(failed, &log);
+        let evidence = self.evidence(failed, &log)?;
+        let incident = Incident::new(evidence, &self.history);
         self.publish(&incident);
         Some(Box::new(incident))
+    }
+
+    fn caught(self: Arc<Self>, failed: &FailedAttempt<'_>) -> Option<Deferred> {
+        let log = StatementLog::of(failed.observed)?;
+        let evidence = self.evidence(failed, &log)?;
+        Some(Box::new(move || {
+            self.publish(&Incident::new(evidence, &self.history));
+        }))
     }
 }
 

@@ -52,7 +52,7 @@ impl OpenPlain {
                             session,
                             self.call_site,
                             self.lock_wait,
-                            begin.lock_timeout,
+                            begin.longest_wait(),
                         ));
                     }
                     _ => Error::new(ErrorKind::Pool).with_detail(

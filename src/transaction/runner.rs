@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_postgres::error::DbError;
 
 use super::options::{Resolve, RetryIf, TransactionOptions};
-use super::report::{FailedAttempt, Reporter};
+use super::report::{AfterFailure, FailedAttempt, Reporter, Reporting};
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
 use crate::connection::Observed;
@@ -206,7 +206,14 @@ impl<'a> Attempts<'a> {
                 }
             };
             let Some(tx) = opened else { return Ok(None) };
-            let tx = tx.of_attempt(attempt, self.policy.resolve);
+            let mut tx = tx.of_attempt(attempt, self.policy.resolve);
+            if let Some(reporter) = &self.policy.reporter {
+                tx.report_to(Reporting {
+                    reporter: Arc::clone(reporter),
+                    attempt,
+                    attempts: self.policy.attempts,
+                });
+            }
             self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
             if let Some(observed) = tx.session().observed() {
@@ -240,17 +247,39 @@ impl<'a> Attempts<'a> {
                 {
                     Ok(Some(Reason::Commit(error)))
                 }
-                Err(error) => Err(error.with_attempts(self.retry.attempts())),
+                Err(error) => {
+                    let report = error
+                        .as_db_error()
+                        .and_then(|error| self.report_passed(error));
+                    let error = error.with_attempts(self.retry.attempts());
+                    Err(match report {
+                        Some(report) => error.with_report_if(Some(report)),
+                        None => error,
+                    })
+                }
             }
         })
     }
 
+    /// Reports a wait that a cancel or `statement_timeout` ended, which is not repeated.
+    fn report_passed(&self, error: &DbError) -> Option<Box<dyn Report>> {
+        if classify_db(error) != Failure::Cancelled {
+            return None;
+        }
+        self.report(error, AfterFailure::Pass)
+    }
+
     /// Gives the failure that is worth another attempt, if there is one.
-    fn roll_back(&mut self, tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
+    fn roll_back(&mut self, mut tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
         self.observed = tx.session().observed().cloned();
         Box::pin(async {
             let failure = tx.session().failure();
+            // Passed on, so no savepoint has caught it in the end.
+            tx.forget_caught();
             tx.rollback().await;
+            if let Some(failure) = &failure {
+                drop(self.report_passed(failure));
+            }
             failure.filter(|failure| self.is_worth_repeating(failure))
         })
     }
@@ -283,7 +312,13 @@ impl<'a> Attempts<'a> {
                 out_of,
                 "transaction attempt failed"
             );
-            let report = self.report(&reason, out_of.is_none().then_some(pause));
+            let then = match out_of {
+                None => AfterFailure::Retry(pause),
+                Some(_) if policy.attempts == 1 => AfterFailure::Pass,
+                Some(_) => AfterFailure::GiveUp,
+            };
+            let error = reason.db_error().filter(|error| is_about_locks(error));
+            let report = error.and_then(|error| self.report(error, then));
             if let Some(out_of) = out_of {
                 return Err(exhausted(reason, attempt, out_of, report));
             }
@@ -294,15 +329,14 @@ impl<'a> Attempts<'a> {
         })
     }
 
-    fn report(&self, reason: &Reason, pause: Option<Duration>) -> Option<Box<dyn Report>> {
+    fn report(&self, error: &DbError, then: AfterFailure) -> Option<Box<dyn Report>> {
         let reporter = self.policy.reporter.as_ref()?;
-        let error = reason.db_error().filter(|error| is_about_locks(error))?;
         reporter.failed(&FailedAttempt {
             observed: self.observed.as_ref()?,
             error,
             attempt: self.retry.attempts(),
             attempts: self.policy.attempts,
-            pause,
+            then,
         })
     }
 }
@@ -329,6 +363,6 @@ fn exhausted(
     }
 }
 
-fn is_about_locks(error: &DbError) -> bool {
+pub(super) fn is_about_locks(error: &DbError) -> bool {
     matches!(classify_db(error), Failure::Deadlock | Failure::LockTimeout)
 }

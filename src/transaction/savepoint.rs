@@ -8,7 +8,7 @@ impl Tx {
     ///
     /// A deadlock or a serialization failure inside is not undone by a savepoint: the locks taken before it are still
     /// held, and the same statement would deadlock again. Pass the error on, and the runner repeats the whole
-    /// transaction.
+    /// transaction. A deadlock or a lock timeout that is not passed on is reported as caught by a savepoint.
     ///
     /// # SQL
     /// `SAVEPOINT lockkeeper_n` before; `RELEASE SAVEPOINT` or `ROLLBACK TO SAVEPOINT` and `RELEASE` after. One round
@@ -52,6 +52,10 @@ impl Tx {
                         Ok(value)
                     }
                     Err(error) => {
+                        let failure = inside.tx.session().failure();
+                        if let Some(failure) = &failure {
+                            inside.tx.note_caught(failure);
+                        }
                         let error = match inside.tx.session().message(&undo).await {
                             Ok(_) => Error::from(error)
                                 .with_detail("a statement inside the savepoint failed"),
@@ -64,6 +68,9 @@ impl Tx {
             }
             Err(error) => {
                 let failure = inside.tx.session().failure();
+                if let Some(failure) = &failure {
+                    inside.tx.note_caught(failure);
+                }
                 // Cancel safety: on its way, it need not be sent by a drop.
                 inside.end(true);
                 let undone = inside.tx.session().message(&undo).await;

@@ -10,6 +10,7 @@
 
 mod backfill;
 mod cancel_safety;
+mod caught;
 mod causes;
 mod citations;
 mod commit_outcome;

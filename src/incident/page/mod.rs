@@ -6,6 +6,7 @@ mod wait_tree;
 use std::collections::HashSet;
 use std::fmt;
 
+use crate::error::is_cancelled;
 use crate::graph::Relation;
 use crate::key::LockKey;
 
@@ -56,6 +57,9 @@ impl Incident {
         let mut text = match self.kind() {
             IncidentKind::Deadlock => "Deadlock",
             IncidentKind::HiddenDeadlock => "Deadlock that a timeout hid",
+            IncidentKind::LockTimeout if self.sqlstate().is_some_and(is_cancelled) => {
+                "Cancelled lock wait"
+            }
             IncidentKind::LockTimeout => "Lock timeout",
             IncidentKind::LongWait => "Long wait",
         }
@@ -127,6 +131,7 @@ impl Incident {
             Outcome::GaveUp => "given up".to_owned(),
             Outcome::NotRetried => "not retried".to_owned(),
             Outcome::StillWaiting => "still waiting".to_owned(),
+            Outcome::CaughtBySavepoint => "caught by a savepoint".to_owned(),
         };
         format!(
             "{}, attempt {} of {}, {outcome}",
