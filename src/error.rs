@@ -1,6 +1,7 @@
 //! The one error of the crate, and the only place where SQLSTATEs are told apart.
 
 mod cause;
+mod grant;
 
 use std::any::Any;
 use std::error::Error as StdError;
@@ -12,6 +13,7 @@ use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::blocker::Blocker;
 use crate::key::LockKey;
+pub(crate) use grant::READ_LOCKS;
 
 /// What went wrong, as far as a caller would act on it differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -212,7 +214,12 @@ impl fmt::Display for Error {
                 write!(f, ", {end}")?;
             }
             f.write_str(")")?;
-            if let Some(grant) = missing_grant(error) {
+            // Whoever knows what it was for has named it in the detail.
+            let is_named = inner
+                .detail
+                .as_deref()
+                .is_some_and(|it| it.contains("GRANT"));
+            if let Some(grant) = grant::missing(error).filter(|_| !is_named) {
                 write!(f, ", for want of {grant}")?;
             }
         }
@@ -275,8 +282,21 @@ impl Error {
         Self::new(ErrorKind::Config).with_detail(detail)
     }
 
+    #[cfg(feature = "schema")]
+    pub(crate) fn detail(&self) -> Option<&str> {
+        self.0.detail.as_deref()
+    }
+
     pub(crate) fn with_detail(mut self, detail: impl Into<String>) -> Self {
         self.0.detail = Some(detail.into());
+        self
+    }
+
+    /// Says what the role lacks, where that is why the server has refused.
+    pub(crate) fn lacking(self, what: impl FnOnce() -> String) -> Self {
+        if is_insufficient_privilege(&self) {
+            return self.with_detail(what());
+        }
         self
     }
 
@@ -597,34 +617,6 @@ pub(crate) fn is_not_supported(error: &Error) -> bool {
 /// Whether the role lacks the right to what was asked.
 pub(crate) fn is_insufficient_privilege(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
-}
-
-/// What lets a role know who holds which lock, and who waits.
-pub(crate) const READ_LOCKS: &str = "GRANT SELECT ON pg_locks";
-
-/// What this crate reads that is every role's by default, and how a role is given it back, in each database by itself.
-const GRANTS: [(&str, &str); 4] = [
-    ("pg_locks", READ_LOCKS),
-    (
-        "pg_control_system",
-        "GRANT EXECUTE ON FUNCTION pg_control_system()",
-    ),
-    ("pg_stat_activity", "GRANT SELECT ON pg_stat_activity"),
-    ("pg_prepared_xacts", "GRANT SELECT ON pg_prepared_xacts"),
-];
-
-/// The right that the role lacks, if it is one of those. The server's message is translated, but not the name in it.
-fn missing_grant(error: &DbError) -> Option<&'static str> {
-    if *error.code() != SqlState::INSUFFICIENT_PRIVILEGE {
-        return None;
-    }
-    let mut words = error
-        .message()
-        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-    words.find_map(|word| {
-        let grant = GRANTS.iter().find(|(name, _)| *name == word)?;
-        Some(grant.1)
-    })
 }
 
 /// Whether something of that name is there already: the server has found it, or another session has won the race for its

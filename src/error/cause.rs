@@ -165,7 +165,7 @@ fn masked(message: &str) -> String {
 }
 
 /// The text without characters that control a terminal or change the direction of text.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let acts = |c: char| {
         c.is_control()
             || matches!(c, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
