@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    self, AfterFailure, Deferred, FailedAttempt, NoRetry, Policy, Reporter, Tx,
+    self, AfterFailure, BoxFuture, Deferred, FailedAttempt, NoRetry, Policy, Reporter, Tx,
 };
 
 /// The namespace of the lock keys.
@@ -184,6 +184,10 @@ struct ReportsSelected(Arc<dyn Reporter>);
 impl Reporter for ReportsSelected {
     fn begins(self: Arc<Self>) {
         Arc::clone(&self.0).begins();
+    }
+
+    fn look_up<'a>(&'a self, failed: &'a FailedAttempt<'a>) -> BoxFuture<'a, ()> {
+        self.0.look_up(failed)
     }
 
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {

@@ -5,21 +5,26 @@ use deadpool_postgres::Pool;
 /// The hosts and ports of a pool's configuration: `db1:5432, db2:5433`.
 ///
 /// The pool shows its configuration in its `Debug` text only, where a password is masked. In that text a list such as
-/// `host: [Tcp("db")]` cannot be a part of another field, since those escape their quotes.
+/// `host: [Tcp("db")]` cannot be a part of another field, since those escape their quotes. The numbers behind it follow no text.
 pub(super) fn hosts(pool: &Pool) -> Option<String> {
     read(&format!("{:?}", pool.manager()))
 }
 
 fn read(debug: &str) -> Option<String> {
+    let starts = ["Tcp(\"", "Unix(\"", "]"];
+    let at = starts
+        .iter()
+        .filter_map(|start| debug.find(&format!(", host: [{start}")))
+        .min()?;
     let list = |name: &str| {
-        let (_, rest) = debug.split_once(&format!(", {name}: ["))?;
+        let (_, rest) = debug[at..].split_once(&format!(", {name}: ["))?;
         Some(rest)
     };
     let mut hosts = Vec::new();
     let mut rest = list("host")?;
-    while let Some(item) = ["Tcp(\"", "Unix(\""]
+    while let Some(item) = starts[..2]
         .iter()
-        .find_map(|start| rest.strip_prefix(start))
+        .find_map(|start| rest.strip_prefix(*start))
     {
         let (host, behind) = item.split_once("\")")?;
         hosts.push(host.to_owned());

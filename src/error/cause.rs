@@ -137,20 +137,14 @@ fn masked(message: &str) -> String {
                 | '」'
         )
     };
-    let mut shown = match message.find(is_quote) {
-        Some(open) => {
-            // A message whose last quote is missing is masked to its end.
-            let close = message.rfind(is_quote).filter(|close| *close > open);
-            let rest = close.map_or("", |close| &message[close..]);
-            let mut rest = rest.chars();
-            let closing = rest.next().map(String::from).unwrap_or_default();
-            let opening = message[open..].chars().next();
-            format!(
-                "{}{}…{closing}{}",
-                &message[..open],
-                opening.map(String::from).unwrap_or_default(),
-                rest.as_str()
-            )
+    let open = message.char_indices().find(|(_, c)| is_quote(*c));
+    let mut shown = match open {
+        Some((at, quote)) => {
+            let behind = at + quote.len_utf8();
+            // Without its own closing quote, all of the rest is masked.
+            let close = message[behind..].rfind(closing(quote));
+            let rest = close.map_or("", |close| &message[behind + close..]);
+            format!("{}…{rest}", &message[..behind])
         }
         None => message.to_owned(),
     };
@@ -162,6 +156,19 @@ fn masked(message: &str) -> String {
         shown.replace_range(at..at + 2 + end, "…");
     }
     shown
+}
+
+fn closing(quote: char) -> char {
+    match quote {
+        '«' => '»',
+        '»' => '«',
+        '‹' => '›',
+        '›' => '‹',
+        '„' | '“' => '”',
+        '‚' | '‘' => '’',
+        '「' => '」',
+        other => other,
+    }
 }
 
 /// The text without characters that control a terminal or change the direction of text.
@@ -203,6 +210,7 @@ mod tests {
                 "syntax error at or near \"'secret'\"",
                 "syntax error at or near \"…\"",
             ),
+            ("l'entrée « secret » est invalide", "l'…"),
             (
                 "ungültige Eingabesyntax für Typ integer: »secret«",
                 "ungültige Eingabesyntax für Typ integer: »…«",

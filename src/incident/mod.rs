@@ -112,6 +112,7 @@ impl Error {
 ///
 /// | field | what it is |
 /// |---|---|
+/// | `letter` | what `text` calls it: `A`, `B`, … |
 /// | `pid`, `prepared`, `backend_start` | the process id, or a prepared transaction's global identifier |
 /// | `call_site`, `application_name`, `user`, `database`, `client`, `backend_type` | the session |
 /// | `state`, `in_state_ms`, `transaction_age_ms`, `wait_age_ms` | its state when it was sampled, and for how long |

@@ -9,12 +9,13 @@
 mod active_transactions;
 mod delivery;
 mod journal;
+mod look_up;
 mod plan;
 mod sampling;
 mod sql;
 mod statement_log;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -22,9 +23,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::connection::{Connections, task};
 use crate::error::{Failure, Report, classify_db};
-use crate::incident::{Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, ServerError};
-use crate::postgres::message;
-use crate::transaction::{AfterFailure, Deferred, FailedAttempt, Reporter};
+use crate::graph::Relation;
+use crate::incident::{
+    Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, RowKey, ServerError,
+};
+use crate::postgres::message::{self, RowContext};
+use crate::transaction::{AfterFailure, BoxFuture, Deferred, FailedAttempt, Reporter};
 pub(crate) use active_transactions::ActiveTransactions;
 use delivery::Delivery;
 pub(crate) use delivery::IncidentSink;
@@ -39,6 +43,9 @@ const MAX_IDLE_CHECKS: u32 = 10;
 const SIMULTANEOUS: Duration = Duration::from_millis(100);
 /// How long the samples of a finished statement are kept, unless its transaction failed by it and continues.
 const KEEP_SAMPLES: Duration = Duration::from_secs(10);
+
+/// How long the names for a report are looked up at most.
+const LOOK_UP: Duration = Duration::from_millis(250);
 
 /// The default duration after which a wait that continues is reported.
 const DEFAULT_LONG_WAIT: Duration = Duration::from_secs(10);
@@ -75,6 +82,10 @@ pub(crate) struct Sampler {
     plans: Mutex<HashMap<(u64, u64), SamplePlan>>,
     /// The columns of primary keys, by the relation's oid.
     primary_keys: Mutex<HashMap<u32, Arc<[String]>>>,
+    /// Relations of which a server's DETAIL has only the oid.
+    relations: Mutex<HashMap<u32, Relation>>,
+    /// The rows of the last errors' CONTEXT, with their keys.
+    context_rows: Mutex<VecDeque<(RowContext, Relation, RowKey)>>,
     /// The earliest time of the next sample.
     next_sample: Mutex<Instant>,
     /// Why the last sample failed, if it did.
@@ -100,6 +111,8 @@ impl Sampler {
             running: AtomicBool::new(false),
             plans: Mutex::default(),
             primary_keys: Mutex::default(),
+            relations: Mutex::default(),
+            context_rows: Mutex::default(),
             next_sample: Mutex::new(Instant::now()),
             sampling_error: Mutex::default(),
             failed_samples: AtomicU32::new(0),
@@ -181,6 +194,8 @@ impl Sampler {
                 AfterFailure::Pass => Outcome::NotRetried,
                 AfterFailure::Continue => Outcome::CaughtBySavepoint,
             },
+            relations: self.relations_of(detail),
+            context_row: self.context_row(error.context.as_deref()),
             error: Some(error),
             samples,
             others,
@@ -235,6 +250,16 @@ impl Sampler {
 impl Reporter for Sampler {
     fn begins(self: Arc<Self>) {
         self.start();
+    }
+
+    fn look_up<'a>(&'a self, failed: &'a FailedAttempt<'a>) -> BoxFuture<'a, ()> {
+        Box::pin(async {
+            if !self.options.enabled || classify_db(failed.error) == Failure::Cancelled {
+                return;
+            }
+            // What is not known in time is not in the report.
+            let _ = tokio::time::timeout(LOOK_UP, self.look_up_names(failed)).await;
+        })
     }
 
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
+use super::BoxFuture;
 use crate::connection::Observed;
 use crate::error::Report;
 
@@ -16,6 +17,9 @@ pub(crate) type Deferred = Box<dyn FnOnce() + Send + Sync>;
 pub(crate) trait Reporter: Send + Sync + fmt::Debug {
     /// An attempt is about to begin.
     fn begins(self: Arc<Self>);
+
+    /// Looks up names that the server's error leaves out, for the report that is made next. It takes a moment at most.
+    fn look_up<'a>(&'a self, failed: &'a FailedAttempt<'a>) -> BoxFuture<'a, ()>;
 
     /// Makes a report. It neither waits nor fails.
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>>;

@@ -248,9 +248,10 @@ impl<'a> Attempts<'a> {
                     Ok(Some(Reason::Commit(error)))
                 }
                 Err(error) => {
-                    let report = error
-                        .as_db_error()
-                        .and_then(|error| self.report_passed(error));
+                    let report = match error.as_db_error() {
+                        Some(error) => self.report_passed(error).await,
+                        None => None,
+                    };
                     let error = error.with_attempts(self.retry.attempts());
                     Err(match report {
                         Some(report) => error.with_report_if(Some(report)),
@@ -262,11 +263,11 @@ impl<'a> Attempts<'a> {
     }
 
     /// Reports a wait that a cancel or `statement_timeout` ended, which is not repeated.
-    fn report_passed(&self, error: &DbError) -> Option<Box<dyn Report>> {
+    async fn report_passed(&self, error: &DbError) -> Option<Box<dyn Report>> {
         if classify_db(error) != Failure::Cancelled {
             return None;
         }
-        self.report(error, AfterFailure::Pass)
+        self.report(error, AfterFailure::Pass).await
     }
 
     /// Gives the failure that is worth another attempt, if there is one.
@@ -278,7 +279,7 @@ impl<'a> Attempts<'a> {
             tx.forget_caught();
             tx.rollback().await;
             if let Some(failure) = &failure {
-                drop(self.report_passed(failure));
+                drop(self.report_passed(failure).await);
             }
             failure.filter(|failure| self.is_worth_repeating(failure))
         })
@@ -318,7 +319,10 @@ impl<'a> Attempts<'a> {
                 Some(_) => AfterFailure::GiveUp,
             };
             let error = reason.db_error().filter(|error| is_about_locks(error));
-            let report = error.and_then(|error| self.report(error, then));
+            let report = match error {
+                Some(error) => self.report(error, then).await,
+                None => None,
+            };
             if let Some(out_of) = out_of {
                 return Err(exhausted(reason, attempt, out_of, report));
             }
@@ -329,15 +333,18 @@ impl<'a> Attempts<'a> {
         })
     }
 
-    fn report(&self, error: &DbError, then: AfterFailure) -> Option<Box<dyn Report>> {
+    async fn report(&self, error: &DbError, then: AfterFailure) -> Option<Box<dyn Report>> {
         let reporter = self.policy.reporter.as_ref()?;
-        reporter.failed(&FailedAttempt {
+        let failed = FailedAttempt {
             observed: self.observed.as_ref()?,
             error,
             attempt: self.retry.attempts(),
             attempts: self.policy.attempts,
             then,
-        })
+        };
+        // Cancel safety: nothing is held between two attempts.
+        reporter.look_up(&failed).await;
+        reporter.failed(&failed)
     }
 }
 

@@ -53,30 +53,30 @@ impl Tx {
                     }
                     Err(error) => {
                         let failure = inside.tx.session().failure();
-                        if let Some(failure) = &failure {
-                            inside.tx.note_caught(failure);
-                        }
                         let error = match inside.tx.session().message(&undo).await {
                             Ok(_) => Error::from(error)
                                 .with_detail("a statement inside the savepoint failed"),
                             Err(lost) => lost.into(),
                         };
                         inside.end(true);
+                        if let Some(failure) = failure {
+                            inside.tx.note_caught(&failure).await;
+                        }
                         Err(error.into())
                     }
                 }
             }
             Err(error) => {
                 let failure = inside.tx.session().failure();
-                if let Some(failure) = &failure {
-                    inside.tx.note_caught(failure);
-                }
                 // Cancel safety: on its way, it need not be sent by a drop.
                 inside.end(true);
                 let undone = inside.tx.session().message(&undo).await;
                 // The undo succeeded, but the failure is the transaction's still: until another statement succeeds, the
                 // closure may be about to pass it on.
-                inside.tx.session().remember_failure(failure);
+                inside.tx.session().remember_failure(failure.clone());
+                if let Some(failure) = failure {
+                    inside.tx.note_caught(&failure).await;
+                }
                 match undone {
                     Ok(_) => Err(error),
                     Err(lost) => {

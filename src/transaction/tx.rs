@@ -109,22 +109,28 @@ impl Tx {
 
     /// Notes that a savepoint was rolled back for a failure. It is reported when the transaction ends, unless it is that
     /// failure which ends it.
-    pub(super) fn note_caught(&mut self, error: &DbError) {
+    ///
+    /// Cancel safety: dropped, the failure is not reported.
+    pub(super) async fn note_caught(&mut self, error: &DbError) {
         if !is_about_locks(error) {
             return;
         }
         let (Some(reporting), Some(observed)) = (&self.reporting, self.session().observed()) else {
             return;
         };
-        let report = Arc::clone(&reporting.reporter).caught(&FailedAttempt {
-            observed,
+        let (reporting, observed) = (reporting.clone(), Arc::clone(observed));
+        let failure = self.session().failures();
+        let failed = FailedAttempt {
+            observed: &observed,
             error,
             attempt: reporting.attempt,
             attempts: reporting.attempts,
             then: AfterFailure::Continue,
-        });
-        let Some(report) = report else { return };
-        let failure = self.session().failures();
+        };
+        reporting.reporter.look_up(&failed).await;
+        let Some(report) = Arc::clone(&reporting.reporter).caught(&failed) else {
+            return;
+        };
         // An outer savepoint that is rolled back for the same failure.
         self.caught.retain(|caught| caught.failure != failure);
         self.caught.push(Caught { failure, report });

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lockkeeper::incident::Outcome;
-use lockkeeper::{Error, ErrorKind, IncidentKind, TransactionOptions};
+use lockkeeper::{Error, ErrorKind, IncidentKind, Keeper, TransactionOptions};
 use lockkeeper_testkit::{IncidentScene, assert_error, sqlstate};
 
 const ONE: &str = "UPDATE account SET balance = 1 WHERE id = 1";
@@ -177,4 +177,48 @@ async fn a_deadlock_that_a_savepoint_caught_is_reported() {
     assert_eq!(incident.outcome(), Outcome::CaughtBySavepoint);
     assert_eq!(incident.cycle().len(), 2, "{incident}");
     reported.scene.nothing_left().await;
+}
+
+/// What this crate sends of its own accord is not what the application ran last: neither in a report nor in the lock tree.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_crates_own_statements_are_not_the_applications() {
+    let reported = IncidentScene::new(3).await;
+    let scene = &reported.scene;
+    // The other process has no journal here.
+    let other = Keeper::new(scene.database.pool(1));
+    let mut seen = 0;
+    // Whole texts at first, and prepared statements later.
+    for _ in 0..3 {
+        for in_savepoint in [false, true] {
+            let mut guard = other.advisory_lock(743).acquire().await.unwrap();
+            if in_savepoint {
+                guard.savepoint(async |_| Ok::<_, Error>(())).await.unwrap();
+            }
+            let options = TransactionOptions::new().once();
+            let waiting = reported.keeper().transaction_with(
+                options.lock_timeout(Duration::from_millis(300)),
+                async |tx| {
+                    tx.batch_execute("SELECT pg_advisory_xact_lock(743)")
+                        .await?;
+                    Ok::<_, Error>(())
+                },
+            );
+            let (waited, tree) = tokio::join!(waiting, async {
+                scene.until_lock_waiters(1).await;
+                scene.monitor().lock_tree().await.unwrap().to_string()
+            });
+            waited.unwrap_err();
+            seen += 1;
+            let incident = reported.after(seen).await.remove(seen - 1);
+            assert_eq!(incident.participants().len(), 2, "{incident}");
+            assert_eq!(incident.participants()[1].statement(), None, "{incident}");
+            for text in [incident.to_string(), tree] {
+                for own in ["EXECUTE", "SAVEPOINT", "pg_backend_pid", "last ran"] {
+                    assert!(!text.contains(own), "{own}: {text}");
+                }
+            }
+            drop(guard);
+        }
+    }
+    scene.nothing_left().await;
 }

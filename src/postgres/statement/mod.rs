@@ -12,6 +12,8 @@ mod kind;
 mod lexer;
 #[cfg(feature = "incidents")]
 mod mention;
+#[cfg(feature = "incidents")]
+mod own;
 mod refused;
 
 #[cfg(feature = "incidents")]
@@ -23,6 +25,8 @@ pub(crate) use kind::{StatementKind, kind};
 pub(crate) use lexer::{TokenKind, ambiguous_string, spans};
 #[cfg(feature = "incidents")]
 pub(crate) use mention::mentions;
+#[cfg(feature = "incidents")]
+pub(crate) use own::is_own;
 pub(crate) use refused::{transaction_end, unlocks_all};
 
 /// The statement with `?` for each literal, without comments, on one line.
