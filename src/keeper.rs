@@ -222,7 +222,9 @@ impl Keeper {
     /// A deadlock, a serialization failure (COMMIT's too) and a lock timeout of a statement (not NOWAIT's refusal) are
     /// followed by a rollback of the whole transaction, a random pause, and another run from a clone of the closure, as often as
     /// [`attempts`](TransactionOptions::attempts) says. They are recognized by what the server said to the transaction
-    /// itself, whatever the closure's error type is.
+    /// itself, whatever the closure's error type is. So is a prepared statement whose result has another type since a schema
+    /// change (0A000, "cached plan must not change result type"): the pool's cached statements are forgotten, and the
+    /// transaction runs again, once.
     ///
     /// # SQL
     /// Two round trips besides the closure's own: `BEGIN` with all settings in one message, and COMMIT.

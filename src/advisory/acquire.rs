@@ -1,5 +1,6 @@
 //! Taking transaction-level locks: `BEGIN`, the settings and a `try` in one message; if busy, bounded waits.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::build_watch::Withdrawn;
@@ -14,7 +15,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, READ_LOCKS, classify, is_not_supported};
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, is_true, rows};
-use crate::transaction::Tx;
+use crate::transaction::{Reporting, Tx};
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
 /// its own clock; this is for its reply to arrive.
@@ -466,12 +467,20 @@ impl Advisory {
         for key in request.keys() {
             tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
         }
-        let tx = Tx::new(
+        let mut tx = Tx::new(
             session,
             request.call_site,
             request.lock_wait,
-            request.begin.lock_timeout,
+            request.begin.longest_wait(),
         );
+        if let Some(reporter) = &self.runner.reporter {
+            let reporter = Arc::clone(reporter);
+            tx.report_to(Reporting {
+                reporter,
+                attempt: 1,
+                attempts: 1,
+            });
+        }
         if let (true, Some(observed)) = (request.is_group, tx.session().observed()) {
             observed.is_in_group(&request.keys()[0]);
         }

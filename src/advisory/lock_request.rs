@@ -34,6 +34,7 @@ impl LockRequest {
     pub(crate) fn identify(&self, session: &mut Session, tried: &TryLockRow) {
         let name = self.begin.application_name.as_ref();
         session.identify(tried.pid, tried.xact_start, name);
+        session.set_idle_timeout(self.begin.idle_in_transaction_session_timeout);
     }
 
     /// # Errors

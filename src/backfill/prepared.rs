@@ -12,7 +12,9 @@ use crate::backoff::{Backoff, RetryBudget};
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
-use crate::transaction::{self, FailedAttempt, NoRetry, Policy, Reporter, Tx};
+use crate::transaction::{
+    self, AfterFailure, BoxFuture, Deferred, FailedAttempt, NoRetry, Policy, Reporter, Tx,
+};
 
 /// The namespace of the lock keys.
 const LOCKS: &str = "lockkeeper_backfill";
@@ -184,11 +186,21 @@ impl Reporter for ReportsSelected {
         Arc::clone(&self.0).begins();
     }
 
+    fn look_up<'a>(&'a self, failed: &'a FailedAttempt<'a>) -> BoxFuture<'a, ()> {
+        self.0.look_up(failed)
+    }
+
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
-        if failed.pause.is_some() && classify_db(failed.error) != Failure::Deadlock {
+        if matches!(failed.then, AfterFailure::Retry(_))
+            && classify_db(failed.error) != Failure::Deadlock
+        {
             return None;
         }
         self.0.failed(failed)
+    }
+
+    fn caught(self: Arc<Self>, failed: &FailedAttempt<'_>) -> Option<Deferred> {
+        Arc::clone(&self.0).caught(failed)
     }
 }
 

@@ -198,11 +198,20 @@ impl Canceller {
 
 /// The backend's pid as the protocol gave it at login. The driver keeps it to itself, so it is read from the cancel
 /// request that the driver would send.
-fn login_pid(token: &CancelToken) -> Option<i32> {
+pub(super) fn login_pid(token: &CancelToken) -> Option<i32> {
+    pid_to_cancel(&cancel_request(token)?)
+}
+
+/// What tells a connection from all others of the process: its cancel request, which has the pid and a secret.
+pub(super) fn login_name(token: &CancelToken) -> Option<Box<[u8]>> {
+    Some(cancel_request(token)?.into())
+}
+
+fn cancel_request(token: &CancelToken) -> Option<Vec<u8>> {
     let mut wire = Wire::default();
     // Everything in it is ready at the first poll.
     poll_once(std::pin::pin!(token.cancel_query_raw(&mut wire, PlainTls)))?.ok()?;
-    pid_to_cancel(&wire.written)
+    Some(wire.written)
 }
 
 /// The code of a cancel request (PostgreSQL's documentation, "Message Formats", CancelRequest).

@@ -10,6 +10,8 @@ mod cancel;
 mod checkout;
 mod coarse_timeout;
 mod connection_cache;
+mod ending;
+mod hosts;
 mod observer;
 mod own_backends;
 mod pool;
@@ -26,6 +28,7 @@ mod tcp_timeouts;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,12 +42,13 @@ use crate::call_site::CallSite;
 use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
-use crate::postgres::statement::{transaction_end, unlocks_all};
+use crate::postgres::statement::{idle_timeout_set_by, transaction_end, unlocks_all};
 
 use self::sql::server;
 pub(crate) use cancel::Canceller;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
+pub use ending::Connector;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
@@ -85,6 +89,8 @@ pub(crate) struct Inner {
     observation: Option<Observation>,
     /// The server's error since which nothing has succeeded.
     failure: Mutex<Option<Box<DbError>>>,
+    /// How many there were.
+    failures: AtomicU64,
 }
 
 impl Deref for Session {
@@ -113,6 +119,7 @@ impl Session {
             id,
             observation: None,
             failure: Mutex::new(None),
+            failures: AtomicU64::new(0),
         }))
     }
 
@@ -267,6 +274,11 @@ impl Session {
             .clone()
     }
 
+    /// How often the server has answered with an error of its own: tells one failure from another.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
     /// When the pool opened the connection: what tells it from all others of the pool.
     pub(crate) fn created(&self) -> Instant {
         Object::metrics(
@@ -280,6 +292,33 @@ impl Session {
     /// Puts an error in the place of the last one, or nothing where it has been dealt with.
     pub(crate) fn remember_failure(&self, failure: Option<Box<DbError>>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+
+    /// Has the pool's connections prepare their cached statements again: one of them gives rows of another type than when
+    /// it was prepared, and would fail for ever.
+    fn forget_prepared(&self) {
+        tracing::debug!("a cached statement's result has changed, cached statements are forgotten");
+        self.connections().forget_prepared();
+        self.client().statement_cache.clear();
+    }
+
+    /// The same for this connection, where statements may have failed that are not known.
+    pub(crate) fn forget_prepared_if_untracked(&self) {
+        if self.state.is_untracked() {
+            self.client().statement_cache.clear();
+        }
+    }
+
+    /// For how long no statement has been under way, where that is known.
+    pub(crate) fn idle(&self) -> Option<Duration> {
+        self.state.idle()
+    }
+
+    /// Notes the transaction's `idle_in_transaction_session_timeout`, where it was set for it.
+    pub(crate) fn set_idle_timeout(&self, timeout: Option<Duration>) {
+        if let Some(timeout) = timeout {
+            self.state.idles_for(timeout);
+        }
     }
 
     /// Notes when a transaction has begun on a session that keeps its backend.
@@ -317,6 +356,7 @@ impl Session {
     /// What is sent in the place of a text that shows that it would take away what is on this connection: it fails, and
     /// says why.
     fn refusal(&self, text: &str) -> Option<Box<str>> {
+        self.set_idle_timeout(idle_timeout_set_by(text));
         match transaction_end(text) {
             Some(end) if self.state.is_in_transaction() => {
                 return Some(sql::refuse(&end, "transaction, which ends by itself").into());
@@ -344,6 +384,7 @@ impl Session {
     fn begin_tracked(&self) -> RunningStatement<'_> {
         RunningStatement {
             session: self,
+            idle: self.state.idle(),
             may_copy: self.state.is_untracked(),
             number: Some(self.state.sent()),
             pending: None,
@@ -357,11 +398,15 @@ impl Session {
         let Some(error) = error else {
             return self.remember_failure(None);
         };
+        if classify(error) == Failure::StalePlan {
+            self.forget_prepared();
+        }
         // 25P02 only says that there was an error before: that one is kept.
         if classify(error) == Failure::Aborted && self.failure().is_some() {
             return;
         }
         if let Some(error) = error.as_db_error() {
+            self.failures.fetch_add(1, Ordering::Relaxed);
             self.remember_failure(Some(Box::new(error.clone())));
         }
     }
@@ -458,6 +503,8 @@ impl Session {
 /// before the connection is closed.
 pub(crate) struct RunningStatement<'a> {
     session: &'a Session,
+    /// For how long the session was idle before.
+    idle: Option<Duration>,
     /// Whether the caller may be sending the rows of a COPY that was begun before.
     may_copy: bool,
     // `None` once it has ended.
@@ -476,7 +523,20 @@ impl RunningStatement<'_> {
         answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
     ) -> Result<T, tokio_postgres::Error> {
         let result = self.answered(answer).await;
+        let result = self.explained(result).await;
         self.end(result)
+    }
+
+    /// With the reason for which the server has closed the connection, where it has.
+    async fn explained<T>(
+        &self,
+        result: Result<T, tokio_postgres::Error>,
+    ) -> Result<T, tokio_postgres::Error> {
+        match result {
+            // Boxed, because it is rare and every statement's future would have its size.
+            Err(error) => Err(Box::pin(self.session.explained(error, self.idle)).await),
+            answered => answered,
+        }
     }
 
     async fn answered<T>(
@@ -511,6 +571,7 @@ impl RunningStatement<'_> {
         answer: Pin<&mut impl Future<Output = Result<Statement, tokio_postgres::Error>>>,
     ) -> Result<Statement, tokio_postgres::Error> {
         let result = self.answered(answer).await;
+        let result = self.explained(result).await;
         if let Ok(statement) = &result
             && let Some(pending) = self.pending.take()
         {

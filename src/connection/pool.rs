@@ -96,6 +96,11 @@ impl Connections {
         &self.cache
     }
 
+    /// Has all connections of the pool prepare their cached statements again.
+    pub(super) fn forget_prepared(&self) {
+        self.pool.manager().statement_caches.clear();
+    }
+
     /// A message has ended: by the server's answer, unless its error is the driver's.
     pub(super) fn heard(&self, error: Option<&tokio_postgres::Error>) {
         if error.is_none_or(|error| error.as_db_error().is_some()) {
@@ -173,7 +178,10 @@ impl Connections {
                     ))
                     .with_waited(deadline.waited()));
             }
-            Some(Err(error)) => return Err(Error::from(error)),
+            Some(Err(error)) => {
+                let hosts = super::hosts::hosts(&self.pool);
+                return Err(Error::from(error).with_hosts(hosts));
+            }
         };
         let id = NEXT_SESSION.fetch_add(1, Ordering::Relaxed);
         Ok(Session::new(object, Arc::clone(self), runtime, id))

@@ -14,6 +14,11 @@ macro_rules! query_methods {
         /// [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more. The streams of `query_raw`,
         /// `copy_in` and `copy_out` are the driver's own: a wait for their next row has no bound but the caller's.
         ///
+        /// If the server has closed the connection before, the statement ends with the server's reason where that is known (25P03,
+        /// 57P01, 57P05), and else with the driver's error for a closed connection: see [`Connector`](crate::Connector). After
+        /// 0A000 ("cached plan must not change result type") the pool's cached statements are forgotten:
+        /// [`prepare_cached`](Self::prepare_cached) prepares again.
+        ///
         /// A text is not sent where it shows that it ends this crate's transaction (`COMMIT`, `ROLLBACK`, `PREPARE
         /// TRANSACTION`) or releases a guard's session locks (`DISCARD ALL`, `pg_advisory_unlock_all()`). It fails with
         /// SQLSTATE 2D000, and so does the transaction

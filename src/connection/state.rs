@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What is on a connection. Where several are true, the last of them counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,10 @@ struct Facts {
     used: bool,
     /// A statement has failed at some time, or its end is not known.
     failed_or_unknown: bool,
+    /// When the server last answered a statement.
+    answered: Option<Instant>,
+    /// The transaction's `idle_in_transaction_session_timeout`, where it was set for it.
+    idle_timeout: Option<Duration>,
     until_clean: Option<UntilClean>,
 }
 
@@ -80,7 +85,14 @@ impl Facts {
 impl ConnectionState {
     /// A transaction has begun.
     pub(super) fn began(&self) {
-        self.facts().in_transaction = true;
+        let mut facts = self.facts();
+        facts.in_transaction = true;
+        facts.answered = Some(Instant::now());
+    }
+
+    /// It was given this `idle_in_transaction_session_timeout`.
+    pub(super) fn idles_for(&self, timeout: Duration) {
+        self.facts().idle_timeout = Some(timeout);
     }
 
     /// It began at this time, where that is known.
@@ -90,7 +102,10 @@ impl ConnectionState {
 
     /// The server has answered that the transaction has ended.
     pub(super) fn ended(&self) {
-        self.end(|facts| facts.in_transaction = false);
+        self.end(|facts| {
+            facts.in_transaction = false;
+            facts.idle_timeout = None;
+        });
     }
 
     /// A guard has session locks on it.
@@ -130,6 +145,7 @@ impl ConnectionState {
     pub(super) fn answered(&self, number: u64, failed: bool) {
         let mut facts = self.facts();
         facts.running -= 1;
+        facts.answered = Some(Instant::now());
         facts.failed_or_unknown |= failed;
         facts.dropped_before = facts.dropped_before.filter(|before| number < *before);
     }
@@ -200,6 +216,20 @@ impl ConnectionState {
     pub(super) fn is_another(&self, xact_start: Option<i64>) -> bool {
         let own = self.facts().xact_start;
         own.is_some() && xact_start.is_some() && own != xact_start
+    }
+
+    /// For how long no statement has been under way; `None` where one is, or that is not known.
+    pub(super) fn idle(&self) -> Option<Duration> {
+        let facts = self.facts();
+        let is_known = !facts.untracked && !facts.is_unanswered();
+        facts
+            .answered
+            .filter(|_| is_known)
+            .map(|answered| answered.elapsed())
+    }
+
+    pub(super) fn idle_timeout(&self) -> Option<Duration> {
+        self.facts().idle_timeout
     }
 
     pub(super) fn is_in_transaction(&self) -> bool {

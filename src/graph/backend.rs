@@ -197,6 +197,14 @@ impl Backend {
         text wait_event;
     }
 
+    /// The [`statement`](Self::statement), unless it is idle since one that this crate sent of its own accord: that is not what
+    /// the application ran last.
+    pub(crate) fn shown_statement(&self) -> Option<&str> {
+        let is_active = self.state() == Some("active");
+        self.statement()
+            .filter(|text| is_active || !statement::is_own(text))
+    }
+
     /// The text of the statement as the client sent it, with all literals: the running one, or the last one if the backend
     /// is idle. The server keeps its first 1024 bytes (`track_activity_query_size`).
     ///

@@ -52,7 +52,15 @@ pub(crate) async fn commit<C: Carry>(
     check: Option<&str>,
 ) -> (Option<C>, Result<(), Error>) {
     if carrier.session().is_closed() {
-        return (None, Err(Error::new(ErrorKind::ConnectionLost)));
+        let session = carrier.session();
+        // Boxed, because it is rare.
+        let ending = Box::pin(session.ending(session.idle())).await;
+        let lost = Error::new(ErrorKind::ConnectionLost);
+        let lost = match ending {
+            Some(reason) => lost.with_source(reason),
+            None => lost,
+        };
+        return (None, Err(lost));
     }
     let connections = carrier.session().connections().clone();
     let mut mark = None;
@@ -239,6 +247,7 @@ pub(super) async fn roll_back(session: Session) {
     if session.is_lost() {
         return;
     }
+    session.forget_prepared_if_untracked();
     let request = session.send(sql::rollback(), OnAbandon::Finish);
     // Unanswered, the session closes its connection.
     if let Some((session, Ok(_))) = request.wait_or_detach().await {

@@ -21,8 +21,9 @@ pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;
 pub(crate) use options::Resolve;
 pub use options::{NoRetry, RetryIf, TransactionOptions};
+pub(crate) use report::Reporting;
 #[cfg(feature = "incidents")]
-pub(crate) use report::{FailedAttempt, Reporter};
+pub(crate) use report::{AfterFailure, Deferred, FailedAttempt, Reporter};
 pub use rows::LockRows;
 pub(crate) use runner::{Open, Policy, Runner, run};
 pub(crate) use section::check_not_held;

@@ -47,11 +47,12 @@ impl OpenPlain {
                         cache.learn_reply(&session, &probe, statement, begun.pid, server);
                         let name = begin.application_name.as_ref();
                         session.identify(begun.pid, begun.xact_start, name);
+                        session.set_idle_timeout(begin.idle_in_transaction_session_timeout);
                         return Ok(Tx::new(
                             session,
                             self.call_site,
                             self.lock_wait,
-                            begin.lock_timeout,
+                            begin.longest_wait(),
                         ));
                     }
                     _ => Error::new(ErrorKind::Pool).with_detail(

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_postgres::error::DbError;
 
 use super::options::{Resolve, RetryIf, TransactionOptions};
-use super::report::{FailedAttempt, Reporter};
+use super::report::{AfterFailure, FailedAttempt, Reporter, Reporting};
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
 use crate::connection::Observed;
@@ -71,8 +71,8 @@ impl fmt::Debug for Runner {
 ///
 /// Every attempt has its own transaction and its own clone of the closure; between two there is a random pause. What
 /// is repeated: deadlocks, serialization failures (COMMIT's too) and lock timeouts of the closure's own statements,
-/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; and deadlocks of `open`,
-/// between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
+/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; once, a prepared statement
+/// whose result has changed its type; and deadlocks of `open`, between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
 /// COMMIT whose outcome is unknown.
 ///
 /// This function is compiled once for each closure, in the caller's crate, so all that does not depend on the closure is
@@ -162,6 +162,8 @@ struct Attempts<'a> {
     open: &'a dyn Open,
     retry: Retry,
     times_victim: u32,
+    /// Whether it was repeated for a stale plan. What was prepared is forgotten by then, so a second one is the closure's own.
+    was_stale: bool,
     /// The session of the attempt.
     session: u64,
     observed: Option<Arc<dyn Observed>>,
@@ -179,6 +181,7 @@ impl<'a> Attempts<'a> {
                 policy.deadline.map(Deadline::after),
             ),
             times_victim: 0,
+            was_stale: false,
             session: 0,
             observed: None,
         }
@@ -203,7 +206,14 @@ impl<'a> Attempts<'a> {
                 }
             };
             let Some(tx) = opened else { return Ok(None) };
-            let tx = tx.of_attempt(attempt, self.policy.resolve);
+            let mut tx = tx.of_attempt(attempt, self.policy.resolve);
+            if let Some(reporter) = &self.policy.reporter {
+                tx.report_to(Reporting {
+                    reporter: Arc::clone(reporter),
+                    attempt,
+                    attempts: self.policy.attempts,
+                });
+            }
             self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
             if let Some(observed) = tx.session().observed() {
@@ -223,7 +233,11 @@ impl<'a> Attempts<'a> {
                     self.policy.budget.succeeded();
                     Ok(None)
                 }
-                Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
+                Err(error)
+                    if error
+                        .as_db_error()
+                        .is_some_and(|error| self.is_worth_repeating(error)) =>
+                {
                     Ok(Some(Reason::Commit(error)))
                 }
                 // COMMIT was not run, or found to have been rolled back.
@@ -233,19 +247,50 @@ impl<'a> Attempts<'a> {
                 {
                     Ok(Some(Reason::Commit(error)))
                 }
-                Err(error) => Err(error.with_attempts(self.retry.attempts())),
+                Err(error) => {
+                    let report = match error.as_db_error() {
+                        Some(error) => self.report_passed(error).await,
+                        None => None,
+                    };
+                    let error = error.with_attempts(self.retry.attempts());
+                    Err(match report {
+                        Some(report) => error.with_report_if(Some(report)),
+                        None => error,
+                    })
+                }
             }
         })
     }
 
+    /// Reports a wait that a cancel or `statement_timeout` ended, which is not repeated.
+    async fn report_passed(&self, error: &DbError) -> Option<Box<dyn Report>> {
+        if classify_db(error) != Failure::Cancelled {
+            return None;
+        }
+        self.report(error, AfterFailure::Pass).await
+    }
+
     /// Gives the failure that is worth another attempt, if there is one.
-    fn roll_back(&mut self, tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
+    fn roll_back(&mut self, mut tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
         self.observed = tx.session().observed().cloned();
         Box::pin(async {
             let failure = tx.session().failure();
+            // Passed on, so no savepoint has caught it in the end.
+            tx.forget_caught();
             tx.rollback().await;
-            failure.filter(|failure| is_worth_repeating(failure))
+            if let Some(failure) = &failure {
+                drop(self.report_passed(failure).await);
+            }
+            failure.filter(|failure| self.is_worth_repeating(failure))
         })
+    }
+
+    fn is_worth_repeating(&mut self, error: &DbError) -> bool {
+        match classify_db(error) {
+            Failure::Deadlock | Failure::Serialization | Failure::LockTimeout => true,
+            Failure::StalePlan => !std::mem::replace(&mut self.was_stale, true),
+            _ => false,
+        }
     }
 
     /// Pauses before the next attempt.
@@ -268,7 +313,16 @@ impl<'a> Attempts<'a> {
                 out_of,
                 "transaction attempt failed"
             );
-            let report = self.report(&reason, out_of.is_none().then_some(pause));
+            let then = match out_of {
+                None => AfterFailure::Retry(pause),
+                Some(_) if policy.attempts == 1 => AfterFailure::Pass,
+                Some(_) => AfterFailure::GiveUp,
+            };
+            let error = reason.db_error().filter(|error| is_about_locks(error));
+            let report = match error {
+                Some(error) => self.report(error, then).await,
+                None => None,
+            };
             if let Some(out_of) = out_of {
                 return Err(exhausted(reason, attempt, out_of, report));
             }
@@ -279,16 +333,18 @@ impl<'a> Attempts<'a> {
         })
     }
 
-    fn report(&self, reason: &Reason, pause: Option<Duration>) -> Option<Box<dyn Report>> {
+    async fn report(&self, error: &DbError, then: AfterFailure) -> Option<Box<dyn Report>> {
         let reporter = self.policy.reporter.as_ref()?;
-        let error = reason.db_error().filter(|error| is_about_locks(error))?;
-        reporter.failed(&FailedAttempt {
+        let failed = FailedAttempt {
             observed: self.observed.as_ref()?,
             error,
             attempt: self.retry.attempts(),
             attempts: self.policy.attempts,
-            pause,
-        })
+            then,
+        };
+        // Cancel safety: nothing is held between two attempts.
+        reporter.look_up(&failed).await;
+        reporter.failed(&failed)
     }
 }
 
@@ -314,13 +370,6 @@ fn exhausted(
     }
 }
 
-fn is_worth_repeating(error: &DbError) -> bool {
-    matches!(
-        classify_db(error),
-        Failure::Deadlock | Failure::Serialization | Failure::LockTimeout
-    )
-}
-
-fn is_about_locks(error: &DbError) -> bool {
+pub(super) fn is_about_locks(error: &DbError) -> bool {
     matches!(classify_db(error), Failure::Deadlock | Failure::LockTimeout)
 }

@@ -1,9 +1,14 @@
 //! A transaction that owns its connection.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_postgres::error::DbError;
+
 use super::hooks::Hooks;
+use super::report::{AfterFailure, Deferred, FailedAttempt, Reporting};
+use super::runner::is_about_locks;
 use super::section::Section;
 use super::{HeldLock, Resolve, sql};
 use crate::call_site::CallSite;
@@ -33,10 +38,28 @@ pub struct Tx {
     /// How a COMMIT whose answer is lost is looked up.
     pub(super) resolve: Option<Resolve>,
     attempt: u32,
+    /// Who is told of failures that a savepoint catches.
+    reporting: Option<Reporting>,
+    caught: Vec<Caught>,
     /// The section whose closure it is given to.
     section: Option<Arc<Section>>,
     /// The observation of the guard that has lent the session.
     outer: Option<Observation>,
+}
+
+/// A failure that a savepoint was rolled back for.
+struct Caught {
+    /// Which of the session's failures it is.
+    failure: u64,
+    report: Deferred,
+}
+
+impl fmt::Debug for Caught {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Caught")
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What ends a transaction's life by its owner's will.
@@ -65,6 +88,8 @@ impl Tx {
             hooks: Hooks::default(),
             resolve: None,
             attempt: 1,
+            reporting: None,
+            caught: Vec::new(),
             section: None,
             outer,
         }
@@ -75,6 +100,55 @@ impl Tx {
         self.attempt = attempt;
         self.resolve = resolve;
         self
+    }
+
+    /// Has failures reported that a savepoint catches.
+    pub(crate) fn report_to(&mut self, reporting: Reporting) {
+        self.reporting = Some(reporting);
+    }
+
+    /// Notes that a savepoint was rolled back for a failure. It is reported when the transaction ends, unless it is that
+    /// failure which ends it.
+    ///
+    /// Cancel safety: dropped, the failure is not reported.
+    pub(super) async fn note_caught(&mut self, error: &DbError) {
+        if !is_about_locks(error) {
+            return;
+        }
+        let (Some(reporting), Some(observed)) = (&self.reporting, self.session().observed()) else {
+            return;
+        };
+        let (reporting, observed) = (reporting.clone(), Arc::clone(observed));
+        let failure = self.session().failures();
+        let failed = FailedAttempt {
+            observed: &observed,
+            error,
+            attempt: reporting.attempt,
+            attempts: reporting.attempts,
+            then: AfterFailure::Continue,
+        };
+        reporting.reporter.look_up(&failed).await;
+        let Some(report) = Arc::clone(&reporting.reporter).caught(&failed) else {
+            return;
+        };
+        // An outer savepoint that is rolled back for the same failure.
+        self.caught.retain(|caught| caught.failure != failure);
+        self.caught.push(Caught { failure, report });
+    }
+
+    /// Reports no failure that is the transaction's still.
+    pub(super) fn forget_caught(&mut self) {
+        let session = self.session();
+        if session.failure().is_some() {
+            let failure = session.failures();
+            self.caught.retain(|caught| caught.failure != failure);
+        }
+    }
+
+    fn report_caught(&mut self) {
+        for caught in self.caught.drain(..) {
+            (caught.report)();
+        }
     }
 
     /// The section that its closure runs in.
@@ -282,9 +356,11 @@ query_methods!(Tx);
 
 impl Drop for Tx {
     fn drop(&mut self) {
+        self.report_caught();
         if let Some(session) = self.session.take() {
             self.trace_end(&End::Rollback);
             if !session.is_lost() {
+                session.forget_prepared_if_untracked();
                 session.send(sql::rollback(), OnAbandon::Finish).detach();
             }
         }

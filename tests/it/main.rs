@@ -10,6 +10,8 @@
 
 mod backfill;
 mod cancel_safety;
+mod caught;
+mod causes;
 mod citations;
 mod commit_outcome;
 mod comparison;

@@ -93,6 +93,18 @@ pub(crate) fn lock_table(reply: &[SimpleQueryMessage]) -> Option<LockTable> {
     })
 }
 
+/// A timeout of the server's settings; empty where it has none of that name.
+pub(crate) fn setting(name: &str) -> String {
+    format!(
+        "SELECT pg_catalog.current_setting({}, true) AS setting",
+        literal(name)
+    )
+}
+
+pub(crate) fn duration(reply: &[SimpleQueryMessage]) -> Option<Duration> {
+    setting_duration(&text(rows(reply).next()?, "setting")?)
+}
+
 /// The backend that answers here.
 pub(crate) const BACKEND_PID: &str = "SELECT pg_catalog.pg_backend_pid() AS pid";
 

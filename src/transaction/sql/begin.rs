@@ -33,6 +33,12 @@ pub(crate) struct Begin {
 }
 
 impl Begin {
+    /// What bounds each wait for a lock, where that is known.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        let timeouts = [self.lock_timeout, self.statement_timeout];
+        timeouts.into_iter().flatten().min()
+    }
+
     /// `BEGIN …; SET LOCAL …; `: all that is set ends with the transaction.
     pub(crate) fn message(&self) -> String {
         let mut sql = self.message_bare();
