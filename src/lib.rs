@@ -158,7 +158,7 @@ pub use backfill::{
 };
 pub use blocker::Blocker;
 pub use call_site::CallSite;
-pub use connection::{ToStatement, tcp_timeouts};
+pub use connection::{Loss, ToStatement, tcp_timeouts};
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
 #[cfg(feature = "incidents")]

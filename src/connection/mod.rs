@@ -10,6 +10,7 @@ mod cancel;
 mod checkout;
 mod coarse_timeout;
 mod connection_cache;
+mod loss;
 mod observer;
 mod own_backends;
 mod pool;
@@ -43,6 +44,8 @@ use self::sql::server;
 pub(crate) use cancel::Canceller;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
+pub use loss::Loss;
+pub(crate) use loss::LossSignal;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
