@@ -10,6 +10,7 @@ mod cancel;
 mod checkout;
 mod coarse_timeout;
 mod connection_cache;
+mod heartbeat;
 mod loss;
 mod observer;
 mod own_backends;
@@ -38,12 +39,13 @@ use crate::call_site::CallSite;
 use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
 use crate::postgres::sql::Message;
-use crate::postgres::statement::{transaction_end, unlocks_all};
+use crate::postgres::statement::{may_begin, transaction_end, unlocks_all};
 
 use self::sql::server;
 pub(crate) use cancel::Canceller;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
+pub(crate) use heartbeat::HeartbeatOptions;
 pub use loss::Loss;
 pub(crate) use loss::LossSignal;
 pub use observer::ToStatement;
@@ -68,8 +70,10 @@ pub(crate) type Reply = Vec<SimpleQueryMessage>;
 /// One connection that this crate has taken from the pool. The module's docs say how it ends.
 pub(crate) struct Session {
     // Invariant: `Some` until `return_to_pool` or `drop` takes it.
-    // Boxed, like what is rarely there, because sessions move through many futures.
-    object: Option<Box<Object>>,
+    // Behind a pointer, like what is rarely there, because sessions move through many futures.
+    object: Option<Arc<Object>>,
+    /// Through which others reach the connection.
+    link: Option<Arc<heartbeat::Link>>,
     connections: Arc<Connections>,
     runtime: Handle,
     /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
@@ -79,7 +83,7 @@ pub(crate) struct Session {
     application_name: Option<String>,
     /// What a signal to the backend may hit.
     target: cancel::SharedSignalTarget,
-    state: ConnectionState,
+    state: Arc<ConnectionState>,
     /// Tells it from all other sessions of this process.
     id: u64,
     /// The transaction or the guard on it, where somebody observes it.
@@ -303,6 +307,9 @@ impl Session {
         if !self.state.holds_locks() {
             return None;
         }
+        if !self.state.is_in_transaction() && may_begin(text) {
+            self.state.may_begin();
+        }
         let unlocks = unlocks_all(text)?;
         Some(
             sql::refuse(
@@ -420,7 +427,14 @@ impl Session {
     }
 
     fn give_back(&mut self, _: Clean) {
-        drop(self.object.take());
+        drop(self.take_object());
+    }
+
+    /// The connection, which nobody else reaches any more.
+    fn take_object(&mut self) -> Option<Object> {
+        self.end_watch();
+        // Invariant: only the link has made other references, and it has ended.
+        self.object.take().and_then(Arc::into_inner)
     }
 }
 
@@ -509,10 +523,10 @@ impl fmt::Debug for Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(object) = self.object.take() {
+        if let Some(object) = self.take_object() {
             tracing::debug!(pid = self.server_pid, "connection discarded");
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
-            let client = Object::take(*object);
+            let client = Object::take(object);
             let close = |mut target: OwnedMutexGuard<SignalTarget>| {
                 if *target == SignalTarget::Backend {
                     *target = SignalTarget::Nothing;

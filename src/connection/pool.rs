@@ -12,8 +12,8 @@ use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
 use super::server_capabilities::Capabilities;
 use super::side_connection::{Purpose, Turn};
-use super::state::ConnectionState;
-use super::{Observer, Reply, Session, SideConnection};
+use super::heartbeat::LossWatch;
+use super::{HeartbeatOptions, Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "incidents")]
@@ -50,6 +50,8 @@ pub(crate) struct Connections {
     timeout: CoarseTimer,
     observer: Option<Arc<dyn Observer>>,
     longest_silence: Duration,
+    heartbeat: HeartbeatOptions,
+    loss_watch: LossWatch,
     /// Whether the pool may open one connection more at the moment.
     extended: AtomicBool,
     begun: Instant,
@@ -72,6 +74,7 @@ impl Connections {
         side: Option<SideConnection>,
         observer: Option<Arc<dyn Observer>>,
         longest_silence: Duration,
+        heartbeat: HeartbeatOptions,
     ) -> Arc<Self> {
         Arc::new(Self {
             pool,
@@ -81,6 +84,8 @@ impl Connections {
             timeout: CoarseTimer::default(),
             observer,
             longest_silence,
+            heartbeat,
+            loss_watch: LossWatch::default(),
             extended: AtomicBool::new(false),
             begun: Instant::now(),
             heard: AtomicU64::new(0),
@@ -117,6 +122,16 @@ impl Connections {
     /// How long a server may be silent.
     pub(crate) fn longest_silence(&self) -> Duration {
         self.longest_silence
+    }
+
+    /// How often connections that hold session locks are asked whether they live.
+    pub(super) fn heartbeat(&self) -> HeartbeatOptions {
+        self.heartbeat
+    }
+
+    /// Who looks after those connections.
+    pub(super) fn loss_watch(&self) -> &LossWatch {
+        &self.loss_watch
     }
 
     /// Who is told of transactions and guards.
@@ -176,14 +191,15 @@ impl Connections {
             Some(Err(error)) => return Err(Error::from(error)),
         };
         Ok(Session {
-            object: Some(Box::new(object)),
+            object: Some(Arc::new(object)),
             connections: Arc::clone(self),
             runtime,
             server_pid: None,
             own_backend: None,
             application_name: None,
             target: super::cancel::SharedSignalTarget::default(),
-            state: ConnectionState::default(),
+            state: Arc::default(),
+            link: None,
             id: NEXT_SESSION.fetch_add(1, Ordering::Relaxed),
             observation: None,
             failure: Mutex::new(None),

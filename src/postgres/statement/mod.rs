@@ -21,7 +21,7 @@ pub(crate) use kind::{StatementKind, kind};
 pub(crate) use lexer::{TokenKind, ambiguous_string, spans};
 #[cfg(feature = "incidents")]
 pub(crate) use mention::mentions;
-pub(crate) use refused::{transaction_end, unlocks_all};
+pub(crate) use refused::{may_begin, transaction_end, unlocks_all};
 
 /// The statement with `?` for each literal, without comments, on one line.
 ///
