@@ -10,12 +10,14 @@ use tokio_postgres::{Config, Socket};
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription, LockedBy, OpenLocked};
 use crate::call_site::{CallSite, application_name};
-use crate::connection::{Connections, HeartbeatOptions, LONGEST_SILENCE, SideConfig, SideConnection};
+use crate::connection::{
+    Connections, HeartbeatOptions, LONGEST_SILENCE, SideConfig, SideConnection,
+};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, TransactionOptions, Tx,
+    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, RunsAgain, TransactionOptions, Tx,
 };
 
 /// How long a lock is waited for where nothing says otherwise.
@@ -159,7 +161,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -187,7 +189,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -212,7 +214,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -255,7 +257,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {

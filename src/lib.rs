@@ -49,6 +49,9 @@
 //! | clear a pile-up of lock waits in the safest order | [`Keeper::resolver`], [`resolver`] |
 //! | be told of leaked locks and of sessions idle in the way of others | [`Keeper::watchdog`], [`watchdog`] |
 //! | change a schema without keeping others waiting, and know beforehand who is in the way | [`Keeper::schema`], [`Schema`] |
+//! | understand what the compiler says of a closure, or copy the bounds of one | [`guide::compiler`] |
+//! | send a mail, return a result, name a row's lock | [`guide::recipes`] |
+//! | end work when its lock is lost | [`SessionGuard::run`], [`SessionGuard::loss`], [`KeeperBuilder::heartbeat`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //! | have a dead network noticed | [`tcp_timeouts`], [`KeeperBuilder::longest_silence`] |
 //!
@@ -91,8 +94,9 @@
 //! - Advisory locks exclude only sessions that request them. Nothing stops a statement that does not.
 //! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
 //!   ([`ErrorKind::ReadOnlyServer`]).
-//! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
-//!   drops packets silently is noticed only as soon as [`tcp_timeouts`] says. Work on the guard's own connection fails with it.
+//! - A session lock lives no longer than its connection. [`SessionGuard::loss`] tells when that ends, and within 13 seconds
+//!   by default when the server falls silent. Work on the guard's own connection fails with it; other work may go on for
+//!   that long while another session has the lock.
 //! - A process that is killed while a long statement of it runs keeps its locks until the server notices, which is at that
 //!   statement's end, or earlier where `client_connection_check_interval` is set.
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
@@ -131,6 +135,7 @@ mod deadline;
 mod error;
 #[cfg(feature = "incidents")]
 pub mod graph;
+pub mod guide;
 #[cfg(feature = "incidents")]
 pub mod incident;
 mod keeper;
@@ -188,7 +193,7 @@ pub use schema::{
     ReplaceTable, Schema, SetNotNull, StatementLock, TableWork,
 };
 pub use tokio_postgres;
-pub use transaction::{AsyncFunc, LockRows, NoRetry, RetryIf, TransactionOptions, Tx};
+pub use transaction::{AsyncFunc, LockRows, NoRetry, RetryIf, RunsAgain, TransactionOptions, Tx};
 #[cfg(feature = "resolver")]
 pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};
 

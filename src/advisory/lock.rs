@@ -14,7 +14,7 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    AsyncFunc, NoRetry, RetryIf, TransactionOptions, Tx, check_not_held, run,
+    AsyncFunc, NoRetry, RetryIf, RunsAgain, TransactionOptions, Tx, check_not_held, run,
 };
 
 /// What a lock is, and how it is taken.
@@ -274,7 +274,7 @@ impl<P> AdvisoryLock<P> {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -305,7 +305,7 @@ impl<P> AdvisoryLock<P> {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -322,7 +322,7 @@ impl<P> AdvisoryLock<P> {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {

@@ -281,7 +281,8 @@ impl SessionGuard {
         }
     }
 
-    /// Runs a transaction on the guard's own connection, so that it cannot commit once the locks are lost.
+    /// Runs a transaction on the guard's own connection, so that it cannot commit once the locks are lost. The closure runs
+    /// once, whatever fails.
     ///
     /// As [`transaction_with`](Self::transaction_with) and the defaults of [`TransactionOptions`].
     ///

@@ -10,9 +10,9 @@ use tokio::runtime::Handle;
 
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
+use super::heartbeat::LossWatch;
 use super::server_capabilities::Capabilities;
 use super::side_connection::{Purpose, Turn};
-use super::heartbeat::LossWatch;
 use super::{HeartbeatOptions, Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};

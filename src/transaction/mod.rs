@@ -15,7 +15,7 @@ mod section;
 pub(crate) mod sql;
 mod tx;
 
-pub use async_func::AsyncFunc;
+pub use async_func::{AsyncFunc, RunsAgain};
 pub(crate) use commit::{Carried, Carry, commit};
 pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;
