@@ -498,6 +498,7 @@ impl KeeperBuilder {
     /// The keeper. Nothing is opened or sent before it is used.
     #[must_use]
     pub fn build(self) -> Keeper {
+        crate::meter::describe();
         #[cfg(feature = "incidents")]
         let transactions = Arc::new(crate::sampler::ActiveTransactions::default());
         #[cfg(feature = "incidents")]

@@ -40,6 +40,7 @@
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
 //! | draw that, or an incident: a page of HTML, Mermaid, DOT | [`graph::LockTree::to_html`], [`Incident::to_html`] |
+//! | watch this process's locks and transactions in numbers | [`guide::numbers`] |
 //! | watch the server's locks in numbers, and export them | [`Monitor::health`], [`Health`] |
 //! | know whether the server is set up well for this | [`Monitor::settings`], [`SettingsFinding`] |
 //! | read what the server's own log says about locks | [`server_log`] |
@@ -66,7 +67,7 @@
 //! | `server-log` | reading the server's own log: `server_log` |
 //! | `pictures` | lock trees and incidents as HTML, Mermaid and DOT |
 //! | `compat` | keys as other programs derive them |
-//! | `metrics` | `Health::record`, together with `monitor`: the server's locks for the `metrics` facade |
+//! | `metrics` | waits, holds, timeouts, retries and deadlocks of this process for the `metrics` facade ([`guide::numbers`]); `Health::record`, together with `monitor`: the server's locks |
 //! | `serde` | incidents, trees, locks, health and settings as JSON |
 //! | `full` | all of them |
 //!
@@ -113,8 +114,9 @@
 //!
 //! # Logging
 //!
-//! Through `tracing`, with the lock's readable key: a `debug` span `advisory_lock` around each request for a lock, and
-//! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited` and `held`), and for
+//! Through `tracing`, with the lock's readable key: `debug` [spans](guide::numbers#spans) around each transaction, each of its
+//! attempts and each request for a lock, and
+//! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited_ms` and `held_ms`), and for
 //! attempts repeated; one `warn` event of target `lockkeeper::incident` for each [`Incident`]; `warn` for a pool that gives connections with transactions
 //! left open. Of target `lockkeeper::resolver` an `info` event for each step of a [`Resolver`], of target
 //! `lockkeeper::watchdog` a `warn` event for each [`Finding`]. Nothing at `info` and above where all is well.
@@ -140,6 +142,7 @@ pub mod guide;
 pub mod incident;
 mod keeper;
 mod key;
+mod meter;
 mod mode;
 #[cfg(feature = "monitor")]
 mod monitor;

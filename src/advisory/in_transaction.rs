@@ -12,6 +12,7 @@ use crate::connection::{LockScope, PendingStatement, Sent, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
+use crate::meter::Waiting;
 use crate::mode::AdvisoryMode;
 use crate::transaction::{Tx, check_not_held};
 
@@ -114,7 +115,9 @@ impl<'a> TxAdvisoryLock<'a> {
     pub async fn try_acquire(self) -> Result<bool, Error> {
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "try_advisory_lock", &request);
-        let locked = try_once(tx, request).await.map(|tried| tried.is_ok());
+        let call = request.call("tx.try_advisory_lock", tx.session().connections());
+        let tried = async { Ok(try_once(tx, request).await?.ok()) };
+        let locked = call.try_acquire(tried).await.map(|tried| tried.is_some());
         end(pending, &locked);
         locked
     }
@@ -123,11 +126,14 @@ impl<'a> TxAdvisoryLock<'a> {
         let deadline = Deadline::after(self.wait);
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "advisory_lock", &request);
-        let locked = match try_once(tx, request).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err((tx, request, server))) => wait(tx, request, server.as_ref(), &deadline).await,
-            Err(error) => Err(error),
+        let call = request.call("tx.advisory_lock", tx.session().connections());
+        let locking = async {
+            match try_once(tx, request).await? {
+                Ok(()) => Ok(()),
+                Err((tx, request, server)) => wait(tx, request, server.as_ref(), &deadline).await,
+            }
         };
+        let locked = call.acquire(locking).await;
         end(pending, &locked);
         locked
     }
@@ -241,6 +247,7 @@ async fn wait(
     server: Option<&Server>,
     deadline: &Deadline,
 ) -> Result<(), Error> {
+    let _counted = Waiting::begin();
     let mut after_timeout = false;
     while !deadline.has_passed() {
         let wait = deadline.remaining();

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
-use tracing::Instrument as _;
 
 use super::{Advisory, LockRequest, LockedBy, OpenLocked, SessionGuard, XactGuard};
 use crate::call_site::CallSite;
@@ -203,12 +202,9 @@ impl<P> AdvisoryLock<P> {
     pub async fn acquire(self) -> Result<XactGuard, Error> {
         self.options.check()?;
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("acquire");
-        advisory
-            .acquire(request)
-            .instrument(span)
-            .await
-            .map(XactGuard::new)
+        let call = request.call("acquire", &advisory.connections);
+        let acquired = call.acquire(advisory.acquire(request)).await;
+        acquired.map(XactGuard::new)
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -224,8 +220,8 @@ impl<P> AdvisoryLock<P> {
     pub async fn try_acquire(self) -> Result<Option<XactGuard>, Error> {
         self.options.check()?;
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("try_acquire");
-        let tx = advisory.try_acquire(request).instrument(span).await?;
+        let call = request.call("try_acquire", &advisory.connections);
+        let tx = call.try_acquire(advisory.try_acquire(request)).await?;
         Ok(tx.map(XactGuard::new))
     }
 
@@ -390,8 +386,8 @@ impl SessionAdvisoryLock {
     /// As [`AdvisoryLock::acquire`].
     pub async fn acquire(self) -> Result<SessionGuard, Error> {
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("acquire_session");
-        advisory.acquire_session(request).instrument(span).await
+        let call = request.call("acquire_session", &advisory.connections);
+        call.acquire(advisory.acquire_session(request)).await
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -406,7 +402,8 @@ impl SessionAdvisoryLock {
     /// As [`AdvisoryLock::try_acquire`].
     pub async fn try_acquire(self) -> Result<Option<SessionGuard>, Error> {
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("try_acquire_session");
-        advisory.try_acquire_session(request).instrument(span).await
+        let call = request.call("try_acquire_session", &advisory.connections);
+        call.try_acquire(advisory.try_acquire_session(request))
+            .await
     }
 }

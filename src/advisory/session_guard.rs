@@ -15,6 +15,7 @@ use crate::connection::{Loss, LossSignal, OnAbandon, Session, query_methods, run
 use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
+use crate::meter::{Held, milliseconds};
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::Message;
 use crate::transaction::sql::{Begin, begin_transaction};
@@ -57,6 +58,7 @@ pub struct SessionGuard {
     lock_wait: Duration,
     since: Instant,
     loss: LossSignal,
+    _counted: Held,
 }
 
 impl SessionGuard {
@@ -83,6 +85,7 @@ impl SessionGuard {
             sql::are_held(Locks { keys, mode })
         };
         session.watch(&loss, are_held);
+        let counted = Held::begin(&keys[0], "session");
         Self {
             session: Some(session),
             keys,
@@ -95,6 +98,7 @@ impl SessionGuard {
             lock_wait,
             since: Instant::now(),
             loss,
+            _counted: counted,
         }
     }
 
@@ -384,7 +388,7 @@ impl SessionGuard {
 
     fn trace_end(&self) {
         for key in &self.keys {
-            tracing::debug!(%key, mode = %self.mode, held = ?self.since.elapsed(), "session lock released");
+            tracing::debug!(%key, mode = %self.mode, held_ms = milliseconds(self.since.elapsed()), "session lock released");
         }
     }
 }

@@ -38,6 +38,7 @@ use tokio_postgres::{SimpleQueryMessage, Statement};
 use crate::call_site::CallSite;
 use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
+use crate::meter;
 use crate::postgres::sql::Message;
 use crate::postgres::statement::{may_begin, transaction_end, unlocks_all};
 
@@ -61,7 +62,7 @@ pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
 use silence::closed;
 pub(crate) use state::UntilClean;
-use state::{Clean, ConnectionState};
+use state::{Clean, ConnectionState, State};
 pub use tcp_timeouts::tcp_timeouts;
 
 /// The rows and ends of statements of one simple-query message.
@@ -430,6 +431,20 @@ impl Session {
         drop(self.take_object());
     }
 
+    /// Why it does not go back to the pool, as a metric's label.
+    fn why_discarded(&self, is_closed: bool) -> &'static str {
+        match self.state.state() {
+            _ if self.is_lost() => "silent",
+            _ if is_closed => "ended",
+            State::Unknown => "cancelled",
+            State::Unanswered => "unanswered",
+            State::HoldsLocks => "holds_locks",
+            State::InTransaction => "in_transaction",
+            // Before anything is known to be on it: what was sent first has failed.
+            State::Clean => "failed",
+        }
+    }
+
     /// The connection, which nobody else reaches any more.
     fn take_object(&mut self) -> Option<Object> {
         self.end_watch();
@@ -524,7 +539,9 @@ impl fmt::Debug for Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if let Some(object) = self.take_object() {
-            tracing::debug!(pid = self.server_pid, "connection discarded");
+            let reason = self.why_discarded(object.is_closed());
+            tracing::debug!(pid = self.server_pid, reason, "connection discarded");
+            meter::discarded(reason);
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
             let client = Object::take(object);
             let close = |mut target: OwnedMutexGuard<SignalTarget>| {

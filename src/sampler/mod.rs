@@ -23,6 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::connection::{Connections, task};
 use crate::error::{Failure, Report, classify_db};
 use crate::incident::{Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, ServerError};
+use crate::meter;
 use crate::postgres::message;
 use crate::transaction::{FailedAttempt, Reporter};
 pub(crate) use active_transactions::ActiveTransactions;
@@ -235,6 +236,9 @@ impl Reporter for Sampler {
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
         let log = StatementLog::of(failed.observed)?;
         let incident = self.incident(failed, &log);
+        if classify_db(failed.error) == Failure::Deadlock {
+            meter::deadlocked(&incident.fingerprint().to_string());
+        }
         self.publish(&incident);
         Some(Box::new(incident))
     }

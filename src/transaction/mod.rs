@@ -12,6 +12,7 @@ mod rows;
 mod runner;
 mod savepoint;
 mod section;
+mod spans;
 pub(crate) mod sql;
 mod tx;
 

@@ -5,14 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::error::DbError;
+use tracing::Instrument as _;
 
 use super::options::{Resolve, RetryIf, TransactionOptions};
 use super::report::{FailedAttempt, Reporter};
+use super::spans::Spans;
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
 use crate::connection::Observed;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
+use crate::meter::{self, OTHER_ERROR, error_type};
 
 /// The least pause after a deadlock. A row's lock is not handed over to the one who waits for it: who comes back at once
 /// can take it before the one who was woken, and close the cycle again.
@@ -100,7 +103,8 @@ where
             return Ok(None);
         };
         let section = scopeguard::guard(tx.begin_section(), |section| section.end());
-        let outcome = Arc::clone(&section).scope(f.clone()(&mut tx)).await;
+        let closure = Arc::clone(&section).scope(f.clone()(&mut tx));
+        let outcome = closure.instrument(attempts.spans.attempt()).await;
         drop(section);
         let (reason, own) = match outcome {
             Ok(value) => match attempts.commit(tx).await? {
@@ -127,6 +131,9 @@ pub(crate) trait Open: Send + Sync {
     /// One transaction, or `None` where there is none to be had without waiting. It is told how often the run has been a
     /// deadlock's victim.
     fn open(&self, times_victim: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>>;
+
+    /// What a run is called that takes its transactions from here.
+    fn operation(&self) -> &'static str;
 }
 
 /// Why a transaction is run again.
@@ -147,6 +154,14 @@ impl Reason {
             Self::Asked => None,
         }
     }
+
+    fn error_type(&self) -> String {
+        match self {
+            Self::Commit(error) => error_type(error),
+            Self::Statement(failure) => failure.code().code().to_owned(),
+            Self::Asked => OTHER_ERROR.to_owned(),
+        }
+    }
 }
 
 /// There is no further attempt.
@@ -165,6 +180,7 @@ struct Attempts<'a> {
     /// The session of the attempt.
     session: u64,
     observed: Option<Arc<dyn Observed>>,
+    spans: Spans,
 }
 
 impl<'a> Attempts<'a> {
@@ -181,11 +197,13 @@ impl<'a> Attempts<'a> {
             times_victim: 0,
             session: 0,
             observed: None,
+            spans: Spans::begin(open),
         }
     }
 
     fn begin(&mut self) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
-        Box::pin(async {
+        let span = self.spans.begin_attempt(self.retry.attempts() + 1);
+        let beginning = async {
             if let Some(reporter) = &self.policy.reporter {
                 Arc::clone(reporter).begins();
             }
@@ -199,10 +217,14 @@ impl<'a> Attempts<'a> {
                         let paused = self.pause(Reason::Commit(error)).await;
                         paused.map_err(|exhausted| exhausted.error)?;
                     }
-                    Err(error) => return Err(error.with_attempts(self.retry.attempts())),
+                    Err(error) => {
+                        self.spans.ended(|| Some(error_type(&error)));
+                        return Err(error.with_attempts(self.retry.attempts()));
+                    }
                 }
             };
             let Some(tx) = opened else { return Ok(None) };
+            self.spans.opened(attempt, tx.session());
             let tx = tx.of_attempt(attempt, self.policy.resolve);
             self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
@@ -210,42 +232,60 @@ impl<'a> Attempts<'a> {
                 observed.is_attempt(attempt, self.policy.attempts);
             }
             Ok(Some(tx))
-        })
+        };
+        Box::pin(beginning.instrument(span))
     }
 
     /// `None` where it has committed.
     fn commit(&mut self, tx: Tx) -> BoxFuture<'_, Result<Option<Reason>, Error>> {
         self.observed = tx.session().observed().cloned();
-        Box::pin(async {
-            tx.check_session(self.session)?;
-            match tx.commit().await {
-                Ok(()) => {
-                    self.policy.budget.succeeded();
-                    Ok(None)
-                }
-                Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
-                    Ok(Some(Reason::Commit(error)))
-                }
-                // COMMIT was not run, or found to have been rolled back.
-                Err(error)
-                    if self.policy.resolve.is_some()
-                        && error.kind() == ErrorKind::ConnectionLost =>
-                {
-                    Ok(Some(Reason::Commit(error)))
-                }
-                Err(error) => Err(error.with_attempts(self.retry.attempts())),
+        let span = self.spans.attempt();
+        let committing = async {
+            let committed = self.try_commit(tx).await;
+            self.spans.ended(|| match &committed {
+                Ok(None) => None,
+                Ok(Some(reason)) => Some(reason.error_type()),
+                Err(error) => Some(error_type(error)),
+            });
+            committed
+        };
+        Box::pin(committing.instrument(span))
+    }
+
+    async fn try_commit(&mut self, tx: Tx) -> Result<Option<Reason>, Error> {
+        tx.check_session(self.session)?;
+        match tx.commit().await {
+            Ok(()) => {
+                self.policy.budget.succeeded();
+                Ok(None)
             }
-        })
+            Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
+                Ok(Some(Reason::Commit(error)))
+            }
+            // COMMIT was not run, or found to have been rolled back.
+            Err(error)
+                if self.policy.resolve.is_some() && error.kind() == ErrorKind::ConnectionLost =>
+            {
+                Ok(Some(Reason::Commit(error)))
+            }
+            Err(error) => Err(error.with_attempts(self.retry.attempts())),
+        }
     }
 
     /// Gives the failure that is worth another attempt, if there is one.
     fn roll_back(&mut self, tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
         self.observed = tx.session().observed().cloned();
-        Box::pin(async {
+        let span = self.spans.attempt();
+        let rolling_back = async {
             let failure = tx.session().failure();
             tx.rollback().await;
+            self.spans.ended(|| {
+                let sqlstate = failure.as_ref().map(|error| error.code().code());
+                Some(sqlstate.unwrap_or(OTHER_ERROR).to_owned())
+            });
             failure.filter(|failure| is_worth_repeating(failure))
-        })
+        };
+        Box::pin(rolling_back.instrument(span))
     }
 
     /// Pauses before the next attempt.
@@ -269,10 +309,14 @@ impl<'a> Attempts<'a> {
                 "transaction attempt failed"
             );
             let report = self.report(&reason, out_of.is_none().then_some(pause));
+            if is_deadlock && report.is_none() {
+                meter::deadlocked("");
+            }
             if let Some(out_of) = out_of {
                 return Err(exhausted(reason, attempt, out_of, report));
             }
             drop(report);
+            meter::retried(reason.db_error().map_or("", |error| error.code().code()));
             // Cancel safety: nothing is held between two attempts.
             tokio::time::sleep(pause).await;
             Ok(())
