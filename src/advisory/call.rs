@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tracing::Instrument as _;
-
 use super::LockRequest;
 use crate::connection::Connections;
 use crate::error::{Error, ErrorKind};
 use crate::meter::{Namespace, SYSTEM, error_type, milliseconds};
 
-/// What is known of a call before it is made.
+/// A call that has begun.
 pub(super) struct Call {
+    began: Instant,
     span: tracing::Span,
     namespace: Namespace,
     /// Where anybody wants to know of it.
@@ -33,6 +32,7 @@ impl LockRequest {
             "error.type" = tracing::field::Empty,
         );
         Call {
+            began: Instant::now(),
             connections: (!span.is_disabled()).then(|| Arc::clone(connections)),
             span,
             namespace: Namespace::of(&self.keys()[0]),
@@ -40,35 +40,26 @@ impl LockRequest {
     }
 }
 
+// It does not wrap the call's future: each layer would have its size twice.
 impl Call {
-    /// Makes it: the locks, or an error.
-    ///
-    /// Cancel safety: as the work's own.
-    pub(super) async fn acquire<T>(
-        self,
-        work: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Error> {
-        let began = Instant::now();
-        let done = work.instrument(self.span.clone()).await;
-        self.end(began, done.as_ref().map(|_| true));
+    pub(super) fn span(&self) -> tracing::Span {
+        self.span.clone()
+    }
+
+    /// What it gave: the locks, or an error.
+    pub(super) fn acquired<T>(self, done: Result<T, Error>) -> Result<T, Error> {
+        self.end(done.as_ref().map(|_| true));
         done
     }
 
-    /// The same for a call that may find the locks busy.
-    ///
-    /// Cancel safety: as the work's own.
-    pub(super) async fn try_acquire<T>(
-        self,
-        work: impl Future<Output = Result<Option<T>, Error>>,
-    ) -> Result<Option<T>, Error> {
-        let began = Instant::now();
-        let done = work.instrument(self.span.clone()).await;
-        self.end(began, done.as_ref().map(Option::is_some));
+    /// The same of a call that may find the locks busy.
+    pub(super) fn tried<T>(self, done: Result<Option<T>, Error>) -> Result<Option<T>, Error> {
+        self.end(done.as_ref().map(Option::is_some));
         done
     }
 
-    fn end(self, began: Instant, done: Result<bool, &Error>) {
-        let waited = began.elapsed();
+    fn end(self, done: Result<bool, &Error>) {
+        let waited = self.began.elapsed();
         match done {
             Ok(true) => self.namespace.acquired(waited),
             Ok(false) => {}

@@ -4,6 +4,8 @@ use std::future::IntoFuture;
 use std::pin::Pin;
 use std::time::Duration;
 
+use tracing::Instrument as _;
+
 use super::preconditions::{check_capacity_on, check_locking, is_worth_counting};
 use super::{LockRequest, sql};
 use crate::advisory::sql::TryLockOutcome;
@@ -116,8 +118,10 @@ impl<'a> TxAdvisoryLock<'a> {
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "try_advisory_lock", &request);
         let call = request.call("tx.try_advisory_lock", tx.session().connections());
-        let tried = async { Ok(try_once(tx, request).await?.ok()) };
-        let locked = call.try_acquire(tried).await.map(|tried| tried.is_some());
+        let tried = try_once(tx, request).instrument(call.span()).await;
+        let locked = call
+            .tried(tried.map(Result::ok))
+            .map(|tried| tried.is_some());
         end(pending, &locked);
         locked
     }
@@ -127,13 +131,15 @@ impl<'a> TxAdvisoryLock<'a> {
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "advisory_lock", &request);
         let call = request.call("tx.advisory_lock", tx.session().connections());
-        let locking = async {
+        let locked = async {
             match try_once(tx, request).await? {
                 Ok(()) => Ok(()),
                 Err((tx, request, server)) => wait(tx, request, server.as_ref(), &deadline).await,
             }
-        };
-        let locked = call.acquire(locking).await;
+        }
+        .instrument(call.span())
+        .await;
+        let locked = call.acquired(locked);
         end(pending, &locked);
         locked
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
+use tracing::Instrument as _;
 
 use super::{Advisory, LockRequest, LockedBy, OpenLocked, SessionGuard, XactGuard};
 use crate::call_site::CallSite;
@@ -203,8 +204,8 @@ impl<P> AdvisoryLock<P> {
         self.options.check()?;
         let (advisory, request) = self.lock.request()?;
         let call = request.call("acquire", &advisory.connections);
-        let acquired = call.acquire(advisory.acquire(request)).await;
-        acquired.map(XactGuard::new)
+        let acquired = advisory.acquire(request).instrument(call.span()).await;
+        call.acquired(acquired).map(XactGuard::new)
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -221,7 +222,8 @@ impl<P> AdvisoryLock<P> {
         self.options.check()?;
         let (advisory, request) = self.lock.request()?;
         let call = request.call("try_acquire", &advisory.connections);
-        let tx = call.try_acquire(advisory.try_acquire(request)).await?;
+        let tried = advisory.try_acquire(request).instrument(call.span()).await;
+        let tx = call.tried(tried)?;
         Ok(tx.map(XactGuard::new))
     }
 
@@ -387,7 +389,8 @@ impl SessionAdvisoryLock {
     pub async fn acquire(self) -> Result<SessionGuard, Error> {
         let (advisory, request) = self.lock.request()?;
         let call = request.call("acquire_session", &advisory.connections);
-        call.acquire(advisory.acquire_session(request)).await
+        let span = call.span();
+        call.acquired(advisory.acquire_session(request).instrument(span).await)
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -403,7 +406,7 @@ impl SessionAdvisoryLock {
     pub async fn try_acquire(self) -> Result<Option<SessionGuard>, Error> {
         let (advisory, request) = self.lock.request()?;
         let call = request.call("try_acquire_session", &advisory.connections);
-        call.try_acquire(advisory.try_acquire_session(request))
-            .await
+        let span = call.span();
+        call.tried(advisory.try_acquire_session(request).instrument(span).await)
     }
 }

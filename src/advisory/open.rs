@@ -1,5 +1,7 @@
 //! Transactions that begin with advisory locks, for the runner.
 
+use tracing::Instrument as _;
+
 use super::LockDescription;
 use crate::error::Error;
 use crate::key::LockKey;
@@ -40,17 +42,20 @@ impl Open for OpenLocked {
                 LockedBy::Waiting => {
                     let (advisory, request) = lock.request()?;
                     let call = request.call("with_advisory_lock", &advisory.connections);
-                    call.acquire(advisory.acquire(request)).await.map(Some)
+                    let acquired = advisory.acquire(request).instrument(call.span()).await;
+                    call.acquired(acquired).map(Some)
                 }
                 LockedBy::Trying => {
                     let (advisory, request) = lock.request()?;
                     let call = request.call("try_with_advisory_lock", &advisory.connections);
-                    call.try_acquire(advisory.try_acquire(request)).await
+                    let tried = advisory.try_acquire(request).instrument(call.span()).await;
+                    call.tried(tried)
                 }
                 LockedBy::ConflictGroup => {
                     let (advisory, request) = lock.conflict_group(is_alone)?;
                     let call = request.call("conflict_group", &advisory.connections);
-                    call.acquire(advisory.acquire(request)).await.map(Some)
+                    let acquired = advisory.acquire(request).instrument(call.span()).await;
+                    call.acquired(acquired).map(Some)
                 }
             };
             match (opened?, &self.group) {

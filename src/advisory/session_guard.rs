@@ -156,7 +156,8 @@ impl SessionGuard {
     /// [`transaction`](Self::transaction) of the guard, or in another task. See [`Loss`].
     ///
     /// It completes within a fifth of a second after the end of the connection, mostly within 20 ms, and as
-    /// [`is_lost`](Self::is_lost) says otherwise. The runtime in which the guard was acquired finds that out.
+    /// [`is_lost`](Self::is_lost) says otherwise. The runtime in which the guard was acquired finds that out, and its end counts as
+    /// a loss.
     pub fn loss(&self) -> Loss {
         self.loss.loss()
     }

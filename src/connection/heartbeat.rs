@@ -94,6 +94,8 @@ struct Watching {
 struct Watched {
     link: Arc<Link>,
     state: Arc<ConnectionState>,
+    connections: Weak<Connections>,
+    runtime: Handle,
     pid: Option<i32>,
     /// Makes the expression that says whether it holds what it should.
     held: Box<dyn Fn() -> String + Send + Sync>,
@@ -122,6 +124,8 @@ impl Session {
         let watched = Arc::new(Watched {
             link,
             state: Arc::clone(&self.state),
+            connections: Arc::downgrade(&self.connections),
+            runtime: self.runtime.clone(),
             pid: self.server_pid,
             held: Box::new(held),
             by_pid_alone: AtomicBool::new(self.denied().pg_locks),
@@ -129,12 +133,11 @@ impl Session {
         });
         // A current-thread runtime stands still outside of `block_on`, and only its own are to stand still with it.
         let own = self.runtime.runtime_flavor() == RuntimeFlavor::CurrentThread;
-        let watch = if own {
-            LossWatch::default()
+        if own {
+            LossWatch::default().add(watched, false);
         } else {
-            self.connections.loss_watch().clone()
-        };
-        watch.add(&self.connections, &self.runtime, watched);
+            self.connections.loss_watch().add(watched, true);
+        }
     }
 
     /// Ends the watch. What it has sent before is answered before whatever is sent now.
@@ -150,47 +153,58 @@ impl LossWatch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, connections: &Arc<Connections>, runtime: &Handle, watched: Arc<Watched>) {
+    fn add(&self, watched: Arc<Watched>, is_shared: bool) {
+        let runtime = watched.runtime.clone();
         let mut watching = self.lock();
         watching.watched.push(watched);
         if std::mem::replace(&mut watching.ticking, true) {
             return;
         }
         drop(watching);
-        let ticking = Ticking(self.clone());
-        let connections = Arc::downgrade(connections);
+        let mut ticking = Ticking {
+            watch: self.clone(),
+            is_shared,
+            has_stopped: false,
+        };
         drop(runtime.spawn(async move {
-            let mut at_nothing = 0;
-            while at_nothing < LOOKS_AT_NOTHING {
-                let pause = match ticking.look(&connections) {
-                    Look::Nothing => {
-                        at_nothing += 1;
-                        NOT_AWAITED
-                    }
-                    Look::Awaited => AWAITED,
-                    Look::NotAwaited => NOT_AWAITED,
+            let mut looks_at_nothing = 0;
+            loop {
+                let look = ticking.look();
+                looks_at_nothing = match look {
+                    Look::Nothing => looks_at_nothing + 1,
+                    Look::Awaited | Look::NotAwaited => 0,
                 };
-                if pause == AWAITED {
-                    at_nothing = 0;
+                if looks_at_nothing > LOOKS_AT_NOTHING && ticking.stop() {
+                    break;
                 }
-                tokio::time::sleep(pause).await;
+                tokio::time::sleep(match look {
+                    Look::Awaited => AWAITED,
+                    Look::Nothing | Look::NotAwaited => NOT_AWAITED,
+                })
+                .await;
             }
         }));
     }
 }
 
+#[derive(Clone, Copy)]
 enum Look {
     Nothing,
     Awaited,
     NotAwaited,
 }
 
-/// The task. Where its runtime ends, the next one that is to be watched starts it again.
-struct Ticking(LossWatch);
+/// The task.
+struct Ticking {
+    watch: LossWatch,
+    /// Whether it watches for all runtimes, not for one connection.
+    is_shared: bool,
+    has_stopped: bool,
+}
 
 impl Ticking {
-    fn look(&self, connections: &Weak<Connections>) -> Look {
-        let mut watching = self.0.lock();
+    fn look(&self) -> Look {
+        let mut watching = self.watch.lock();
         let mut is_awaited = false;
         watching.watched.retain(|watched| {
             let goes_on = watched.lives();
@@ -198,7 +212,7 @@ impl Ticking {
             goes_on
         });
         for watched in &watching.watched {
-            watched.ask_if_due(connections);
+            watched.ask_if_due();
         }
         match (watching.watched.is_empty(), is_awaited) {
             (true, _) => Look::Nothing,
@@ -206,11 +220,37 @@ impl Ticking {
             (false, false) => Look::NotAwaited,
         }
     }
+
+    /// Stops where there is nothing to watch. What is to be watched next starts another task.
+    fn stop(&mut self) -> bool {
+        let mut watching = self.watch.lock();
+        self.has_stopped = watching.watched.is_empty();
+        watching.ticking = !self.has_stopped;
+        self.has_stopped
+    }
 }
 
+/// Its runtime has ended, if it has not stopped by itself. Others are watched by their own runtimes; whose runtime has ended
+/// too is not watched any more, which counts as lost.
 impl Drop for Ticking {
     fn drop(&mut self) {
-        self.0.lock().ticking = false;
+        if self.has_stopped {
+            return;
+        }
+        let mut watching = self.watch.lock();
+        watching.ticking = false;
+        let left = std::mem::take(&mut watching.watched);
+        drop(watching);
+        for watched in left {
+            if self.is_shared {
+                LossWatch::default().add(watched, false);
+            } else {
+                watched
+                    .link
+                    .loss
+                    .lose("the runtime that watched its connection has ended");
+            }
+        }
     }
 }
 
@@ -234,12 +274,12 @@ impl Watched {
         false
     }
 
-    fn ask_if_due(self: &Arc<Self>, connections: &Weak<Connections>) {
+    fn ask_if_due(self: &Arc<Self>) {
         let mut next = self.next();
         if next.is_none_or(|next| Instant::now() < next) {
             return;
         }
-        let Some(connections) = connections.upgrade() else {
+        let Some(connections) = self.connections.upgrade() else {
             return;
         };
         let Some(interval) = connections.heartbeat().interval else {

@@ -67,8 +67,10 @@ impl Env {
             attempts = tracing::field::Empty,
             "error.type" = tracing::field::Empty,
         );
-        let run = self.repeat(options, sql, method, progress);
-        let ran = run.instrument(span.clone()).await;
+        let ran = self
+            .repeat(options, sql, method, progress)
+            .instrument(span.clone())
+            .await;
         match &ran {
             Ok(report) => span.record("attempts", report.attempts.len()),
             Err(error) => span.record("error.type", &*error_type(error)),

@@ -103,8 +103,10 @@ where
             return Ok(None);
         };
         let section = scopeguard::guard(tx.begin_section(), |section| section.end());
-        let closure = Arc::clone(&section).scope(f.clone()(&mut tx));
-        let outcome = closure.instrument(attempts.spans.attempt()).await;
+        // In one expression: the future of the closure is not to be kept twice.
+        let outcome = (Arc::clone(&section).scope(f.clone()(&mut tx)))
+            .instrument(attempts.spans.attempt())
+            .await;
         drop(section);
         let (reason, own) = match outcome {
             Ok(value) => match attempts.commit(tx).await? {

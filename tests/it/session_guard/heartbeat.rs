@@ -232,3 +232,34 @@ async fn a_release_ends_the_work_of_others() {
         scene.nothing_left().await;
     }
 }
+
+/// Who waits for a loss in one runtime learns of the end of another, which has watched the connection.
+#[test]
+fn a_guard_whose_runtime_ends_is_lost() {
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (first, second, observing) = (runtime(), runtime(), runtime());
+    let scene = observing.block_on(Scene::new(2));
+    // Each its own connection, which ends with its runtime.
+    let keepers = [0, 1].map(|_| Keeper::new(scene.database.pool(2)));
+    let take = |runtime: &tokio::runtime::Runtime, keeper: usize, key: i64| {
+        runtime.block_on(take(&keepers[keeper], key))
+    };
+    let ends = take(&first, 0, 770);
+    let lives = take(&second, 1, 771);
+    let (loss, other) = (ends.loss(), lives.loss());
+    first.shutdown_background();
+    observing.block_on(in_time_of(CLEANED_UP_WITHIN, "not told", loss));
+    assert!(ends.is_lost());
+    assert!(!other.is_lost() && !lives.is_lost());
+    second.block_on(async {
+        lives.release().await.unwrap();
+        drop(ends);
+    });
+    observing.block_on(scene.nothing_left());
+}
