@@ -10,16 +10,20 @@ use tokio_postgres::{Config, Socket};
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription, LockedBy, OpenLocked};
 use crate::call_site::{ApplicationNames, CallSite};
-use crate::connection::{Connections, LONGEST_SILENCE, SideConfig, SideConnection};
+use crate::connection::{
+    Connections, HeartbeatOptions, LONGEST_SILENCE, SideConfig, SideConnection,
+};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, TransactionOptions, Tx,
+    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, RunsAgain, TransactionOptions, Tx,
 };
 
 /// How long a lock is waited for where nothing says otherwise.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// Shorter times would be a load on the server.
+const LEAST_HEARTBEAT: Duration = Duration::from_millis(100);
 const APPLICATION: &str = "lockkeeper";
 
 /// Advisory locks and deadlock-aware transactions over the application's own pool.
@@ -88,6 +92,7 @@ impl Keeper {
             call_sites: true,
             lock_wait: LOCK_WAIT,
             longest_silence: LONGEST_SILENCE,
+            heartbeat: HeartbeatOptions::DEFAULT,
             #[cfg(feature = "incidents")]
             sampling: crate::sampler::SamplerOptions::default(),
         }
@@ -156,7 +161,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -184,7 +189,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -209,7 +214,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -254,7 +259,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -403,6 +408,7 @@ pub struct KeeperBuilder {
     call_sites: bool,
     lock_wait: Duration,
     longest_silence: Duration,
+    heartbeat: HeartbeatOptions,
     #[cfg(feature = "incidents")]
     sampling: crate::sampler::SamplerOptions,
 }
@@ -464,16 +470,49 @@ impl KeeperBuilder {
         self
     }
 
+    /// How often the connection of an idle [`SessionGuard`](crate::SessionGuard) is asked whether it lives and still holds its
+    /// locks; 5 seconds by default, at least 100 ms. `None` for never: then a server that vanishes without a word is noticed
+    /// only when the connection is used.
+    ///
+    /// The heartbeat is one small query. It is not sent in a transaction, and not while a statement of the caller runs. It
+    /// also keeps the session from `idle_session_timeout`: it is sent at least twice in that time, unless that is shorter than
+    /// half a second. Where the caller may have begun a transaction by hand, another connection is asked first whether the
+    /// session idles outside of one; if none can be had, the heartbeat is left out.
+    ///
+    /// # SQL
+    /// A SELECT of `pg_backend_pid()`, of `idle_session_timeout`, and of the guard's rows in `pg_locks` (of its first hundred
+    /// keys; of none where the role may not read that).
+    pub fn heartbeat(mut self, interval: impl Into<Option<Duration>>) -> Self {
+        let interval = interval.into();
+        self.heartbeat.interval = interval.map(|interval| interval.max(LEAST_HEARTBEAT));
+        self
+    }
+
+    /// How long the answer to a [`heartbeat`](Self::heartbeat) may take before the locks count as lost; 8 seconds by default,
+    /// at least 100 ms. A lock on a server that falls silent is reported as lost after at most the interval and this, so
+    /// after 13 seconds by default.
+    pub fn heartbeat_patience(mut self, patience: Duration) -> Self {
+        self.heartbeat.patience = patience.max(LEAST_HEARTBEAT);
+        self
+    }
+
     /// The keeper. Nothing is opened or sent before it is used.
     #[must_use]
     pub fn build(self) -> Keeper {
+        crate::meter::describe();
         #[cfg(feature = "incidents")]
         let transactions = Arc::new(crate::sampler::ActiveTransactions::default());
         #[cfg(feature = "incidents")]
         let observer = Some(Arc::clone(&transactions) as _);
         #[cfg(not(feature = "incidents"))]
         let observer = None;
-        let connections = Connections::new(self.pool, self.side, observer, self.longest_silence);
+        let connections = Connections::new(
+            self.pool,
+            self.side,
+            observer,
+            self.longest_silence,
+            self.heartbeat,
+        );
         #[cfg(feature = "incidents")]
         let reporter = Some(crate::sampler::Sampler::new(
             Arc::clone(&connections),

@@ -13,6 +13,7 @@ use crate::connection::sql::{PreparedName, Probe};
 use crate::connection::{Checkout, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, READ_LOCKS, classify, is_not_supported};
+use crate::meter::milliseconds;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, is_true, rows};
 use crate::transaction::{Reporting, Tx};
@@ -465,7 +466,7 @@ impl Advisory {
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
         for key in request.keys() {
-            tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
+            tracing::debug!(%key, mode = %request.mode(), waited_ms = milliseconds(deadline.waited()), pid = tried.pid, "advisory lock acquired");
         }
         let mut tx = Tx::new(
             session,

@@ -13,6 +13,7 @@ use crate::connection::sql::{Probe, Refusal};
 use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
+use crate::meter::milliseconds;
 use crate::mode::AdvisoryMode;
 
 /// A session that holds the locks, what the server said of it, what was asked for, and the place in the line.
@@ -94,7 +95,7 @@ impl Advisory {
         // Only now, so that the next in line finds a guard whose session it can be handed.
         drop(waiter);
         for key in request.keys() {
-            tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
+            tracing::debug!(%key, mode = %request.mode(), waited_ms = milliseconds(deadline.waited()), pid = tried.pid, "session lock acquired");
         }
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());

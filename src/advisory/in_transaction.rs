@@ -4,6 +4,8 @@ use std::future::IntoFuture;
 use std::pin::Pin;
 use std::time::Duration;
 
+use tracing::Instrument as _;
+
 use super::preconditions::{check_capacity_on, check_locking, is_worth_counting};
 use super::{LockRequest, sql};
 use crate::advisory::sql::TryLockOutcome;
@@ -12,6 +14,7 @@ use crate::connection::{LockScope, PendingStatement, Sent, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
+use crate::meter::Waiting;
 use crate::mode::AdvisoryMode;
 use crate::transaction::{Tx, check_not_held};
 
@@ -114,7 +117,11 @@ impl<'a> TxAdvisoryLock<'a> {
     pub async fn try_acquire(self) -> Result<bool, Error> {
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "try_advisory_lock", &request);
-        let locked = try_once(tx, request).await.map(|tried| tried.is_ok());
+        let call = request.call("tx.try_advisory_lock", tx.session().connections());
+        let tried = try_once(tx, request).instrument(call.span()).await;
+        let locked = call
+            .tried(tried.map(Result::ok))
+            .map(|tried| tried.is_some());
         end(pending, &locked);
         locked
     }
@@ -123,11 +130,16 @@ impl<'a> TxAdvisoryLock<'a> {
         let deadline = Deadline::after(self.wait);
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "advisory_lock", &request);
-        let locked = match try_once(tx, request).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err((tx, request, server))) => wait(tx, request, server.as_ref(), &deadline).await,
-            Err(error) => Err(error),
-        };
+        let call = request.call("tx.advisory_lock", tx.session().connections());
+        let locked = async {
+            match try_once(tx, request).await? {
+                Ok(()) => Ok(()),
+                Err((tx, request, server)) => wait(tx, request, server.as_ref(), &deadline).await,
+            }
+        }
+        .instrument(call.span())
+        .await;
+        let locked = call.acquired(locked);
         end(pending, &locked);
         locked
     }
@@ -241,6 +253,7 @@ async fn wait(
     server: Option<&Server>,
     deadline: &Deadline,
 ) -> Result<(), Error> {
+    let _counted = Waiting::begin();
     let mut after_timeout = false;
     while !deadline.has_passed() {
         let wait = deadline.remaining();

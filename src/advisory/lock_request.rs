@@ -120,6 +120,7 @@ impl LockRequest {
                 mode,
                 since: Instant::now(),
                 depth,
+                counted: None,
                 // Which registration goes with which lock does not matter: they end together.
                 _names: if n == last {
                     std::mem::take(&mut names)
@@ -132,11 +133,6 @@ impl LockRequest {
     /// What a session guard keeps of it.
     pub(crate) fn into_parts(self) -> (Vec<LockKey>, Vec<Registration>) {
         (self.keys, self.names)
-    }
-
-    /// The span of one call for these locks.
-    pub(crate) fn span(&self, call: &'static str) -> tracing::Span {
-        tracing::debug_span!("advisory_lock", call, key = %self.keys[0], keys = self.keys.len(), mode = %self.mode)
     }
 
     /// An error about these locks.

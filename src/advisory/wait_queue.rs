@@ -32,6 +32,7 @@ use crate::connection::{Session, run_shielded};
 use crate::deadline::Deadline;
 use crate::error::is_insufficient_privilege;
 use crate::key::{KeyId, LockKey};
+use crate::meter::Waiting;
 use crate::mode::AdvisoryMode;
 
 /// How many of one line deal with the server. More than one, so that while the first is being granted the next is in the
@@ -168,6 +169,7 @@ impl WaitQueue {
             number,
             wake,
             has_waited: has_tried,
+            _counted: Waiting::begin(),
         }
     }
 
@@ -466,6 +468,7 @@ pub(super) struct QueuedWaiter {
     wake: Arc<Notify>,
     /// Whether it has found the lock busy, or others before it.
     pub(super) has_waited: bool,
+    _counted: Waiting,
 }
 
 /// What a waiter is to do next.

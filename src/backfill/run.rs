@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use tracing::Instrument as _;
+
 use super::batch_sizer::BatchSizer;
 use super::builder::Backfill;
 use super::prepared::{Prepared, unreadable};
@@ -12,6 +14,7 @@ use super::{BackfillPause, BackfillProgress};
 use crate::advisory::SessionGuard;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
+use crate::meter::{SYSTEM, milliseconds};
 use crate::transaction::{self, NoRetry, Tx};
 
 /// How long a sample of waiters and standbys is used.
@@ -221,7 +224,14 @@ impl Run {
     }
 
     async fn batch(&mut self) -> Result<(), Error> {
-        let committed = self.run_batch().await?;
+        let span = tracing::debug_span!(
+            "backfill_batch",
+            "db.system.name" = SYSTEM,
+            backfill = &*self.prepared.name,
+            batch = self.progress.batches + 1,
+            rows = self.sizer.rows(),
+        );
+        let committed = self.run_batch().instrument(span).await?;
         let duration = committed.began.elapsed();
         let BatchResult {
             processed,
@@ -243,7 +253,7 @@ impl Run {
             backfill = &*self.prepared.name,
             passed = processed,
             changed,
-            took = ?duration,
+            took_ms = milliseconds(duration),
             waiting = committed.waiting,
             "batch committed"
         );

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant as Birth;
 
 use tokio::time::Instant;
@@ -23,6 +23,7 @@ pub(crate) struct ConnectionCache {
     connections: Mutex<Connections>,
     /// Cleared when something deallocates what was prepared (`DISCARD ALL` between two borrowers of a pool).
     prepares: AtomicBool,
+    database: OnceLock<Arc<str>>,
 }
 
 #[derive(Debug)]
@@ -71,6 +72,7 @@ impl Default for ConnectionCache {
                 owner: owner(),
             }),
             prepares: AtomicBool::new(true),
+            database: OnceLock::new(),
         }
     }
 }
@@ -161,8 +163,14 @@ impl ConnectionCache {
             self.prepared(session, statement);
         }
         if let Some(server) = server {
+            self.database.get_or_init(|| Arc::clone(&server.database));
             self.learn(session, pid, server);
         }
+    }
+
+    /// The database that all connections of the pool lead to, once one of them has said it.
+    pub(crate) fn database(&self) -> Option<&str> {
+        self.database.get().map(|database| &**database)
     }
 
     /// The server behind a connection.

@@ -11,7 +11,9 @@ mod checkout;
 mod coarse_timeout;
 mod connection_cache;
 mod ending;
+mod heartbeat;
 mod hosts;
+mod loss;
 mod observer;
 mod own_backends;
 mod pool;
@@ -41,14 +43,18 @@ use tokio_postgres::{SimpleQueryMessage, Statement};
 use crate::call_site::CallSite;
 use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
+use crate::meter;
 use crate::postgres::sql::Message;
-use crate::postgres::statement::{idle_timeout_set_by, transaction_end, unlocks_all};
+use crate::postgres::statement::{idle_timeout_set_by, may_begin, transaction_end, unlocks_all};
 
 use self::sql::server;
 pub(crate) use cancel::Canceller;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
 pub use ending::Connector;
+pub(crate) use heartbeat::HeartbeatOptions;
+pub use loss::Loss;
+pub(crate) use loss::LossSignal;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
@@ -62,7 +68,7 @@ pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
 use silence::closed;
 pub(crate) use state::UntilClean;
-use state::{Clean, ConnectionState};
+use state::{Clean, ConnectionState, State};
 pub use tcp_timeouts::tcp_timeouts;
 
 /// The rows and ends of statements of one simple-query message.
@@ -76,13 +82,16 @@ pub(crate) struct Session(Box<Inner>);
 /// What is in a [`Session`].
 pub(crate) struct Inner {
     // Invariant: `Some` until `return_to_pool` or `drop` takes it.
-    object: Option<Object>,
+    // Shared for as long as others reach the connection through the link.
+    object: Option<Arc<Object>>,
+    /// Through which others reach the connection.
+    link: Option<Arc<heartbeat::Link>>,
     runtime: Handle,
     canceller: Canceller,
     own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
     application_name: Option<Arc<str>>,
-    state: ConnectionState,
+    state: Arc<ConnectionState>,
     /// Tells it from all other sessions of this process.
     id: u64,
     /// The transaction or the guard on it, where somebody observes it.
@@ -111,11 +120,12 @@ impl Session {
     fn new(object: Object, connections: Arc<Connections>, runtime: Handle, id: u64) -> Self {
         Self(Box::new(Inner {
             canceller: Canceller::new(object.cancel_token(), connections),
-            object: Some(object),
+            object: Some(Arc::new(object)),
+            link: None,
             runtime,
             own_backend: None,
             application_name: None,
-            state: ConnectionState::default(),
+            state: Arc::default(),
             id,
             observation: None,
             failure: Mutex::new(None),
@@ -370,6 +380,9 @@ impl Session {
         if !self.state.holds_locks() {
             return None;
         }
+        if !self.state.is_in_transaction() && may_begin(text) {
+            self.state.may_begin();
+        }
         let unlocks = unlocks_all(text)?;
         Some(
             sql::refuse(
@@ -493,7 +506,28 @@ impl Session {
     }
 
     fn give_back(&mut self, _: Clean) {
-        drop(self.object.take());
+        drop(self.take_object());
+    }
+
+    /// Why it does not go back to the pool, as a metric's label.
+    fn why_discarded(&self, is_closed: bool) -> &'static str {
+        match self.state.state() {
+            _ if self.is_lost() => "silent",
+            _ if is_closed => "ended",
+            State::Unknown => "cancelled",
+            State::Unanswered => "unanswered",
+            State::HoldsLocks => "holds_locks",
+            State::InTransaction => "in_transaction",
+            // Before anything is known to be on it: what was sent first has failed.
+            State::Clean => "failed",
+        }
+    }
+
+    /// The connection, which nobody else reaches any more.
+    fn take_object(&mut self) -> Option<Object> {
+        self.end_watch();
+        // Invariant: only the link has made other references, and it has ended.
+        self.object.take().and_then(Arc::into_inner)
     }
 }
 
@@ -600,8 +634,10 @@ impl fmt::Debug for Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(object) = self.object.take() {
-            tracing::debug!(pid = self.server_pid(), "connection discarded");
+        if let Some(object) = self.take_object() {
+            let reason = self.why_discarded(object.is_closed());
+            tracing::debug!(pid = self.server_pid(), reason, "connection discarded");
+            meter::discarded(reason);
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
             let client = Object::take(object);
             let close = |mut target: OwnedMutexGuard<SignalTarget>| {

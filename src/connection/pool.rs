@@ -10,9 +10,10 @@ use tokio::runtime::Handle;
 
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
+use super::heartbeat::LossWatch;
 use super::server_capabilities::Capabilities;
 use super::side_connection::{Purpose, Turn};
-use super::{Observer, Reply, Session, SideConnection};
+use super::{HeartbeatOptions, Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "incidents")]
@@ -49,6 +50,8 @@ pub(crate) struct Connections {
     timeout: CoarseTimer,
     observer: Option<Arc<dyn Observer>>,
     longest_silence: Duration,
+    heartbeat: HeartbeatOptions,
+    loss_watch: LossWatch,
     /// Whether the pool may open one connection more at the moment.
     extended: AtomicBool,
     begun: Instant,
@@ -71,6 +74,7 @@ impl Connections {
         side: Option<SideConnection>,
         observer: Option<Arc<dyn Observer>>,
         longest_silence: Duration,
+        heartbeat: HeartbeatOptions,
     ) -> Arc<Self> {
         Arc::new(Self {
             pool,
@@ -80,6 +84,8 @@ impl Connections {
             timeout: CoarseTimer::default(),
             observer,
             longest_silence,
+            heartbeat,
+            loss_watch: LossWatch::default(),
             extended: AtomicBool::new(false),
             begun: Instant::now(),
             heard: AtomicU64::new(0),
@@ -121,6 +127,16 @@ impl Connections {
     /// How long a server may be silent.
     pub(crate) fn longest_silence(&self) -> Duration {
         self.longest_silence
+    }
+
+    /// How often connections that hold session locks are asked whether they live.
+    pub(super) fn heartbeat(&self) -> HeartbeatOptions {
+        self.heartbeat
+    }
+
+    /// Who looks after those connections.
+    pub(super) fn loss_watch(&self) -> &LossWatch {
+        &self.loss_watch
     }
 
     /// Who is told of transactions and guards.

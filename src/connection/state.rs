@@ -50,6 +50,8 @@ struct Facts {
     lost: bool,
     /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
     untracked: bool,
+    /// The caller may have begun a transaction of their own.
+    may_have_begun: bool,
     /// Somebody has run something on it, beyond what takes and returns its locks.
     used: bool,
     /// A statement has failed at some time, or its end is not known.
@@ -177,6 +179,11 @@ impl ConnectionState {
         self.facts().failed_or_unknown = true;
     }
 
+    /// The caller may have begun a transaction of their own.
+    pub(super) fn may_begin(&self) {
+        self.facts().may_have_begun = true;
+    }
+
     /// A cancel is on its way that may hit any later statement.
     pub(super) fn cancelling(&self) {
         self.facts().cancel_pending = true;
@@ -239,6 +246,27 @@ impl ConnectionState {
     /// Whether a guard has session locks on it.
     pub(super) fn holds_locks(&self) -> bool {
         self.facts().session_locks
+    }
+
+    /// Whether the caller may have a transaction open that we do not know of.
+    pub(super) fn may_be_in_transaction(&self) -> bool {
+        let facts = self.facts();
+        facts.may_have_begun || facts.untracked
+    }
+
+    /// How many statements of the caller have been sent.
+    pub(super) fn statements(&self) -> u64 {
+        self.facts().next_number
+    }
+
+    /// Sends something on a connection with session locks, unless there is a transaction or a statement under way, or
+    /// another statement has been sent since there were so many. A statement of the caller is sent either before or after.
+    pub(super) fn if_idle<T>(&self, statements: u64, send: impl FnOnce() -> T) -> Option<T> {
+        let facts = self.facts();
+        let is_idle = facts.state() == State::HoldsLocks
+            && !facts.in_transaction
+            && facts.next_number == statements;
+        is_idle.then(send)
     }
 
     pub(super) fn was_used(&self) -> bool {

@@ -27,6 +27,7 @@ use crate::graph::Relation;
 use crate::incident::{
     Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, RowKey, ServerError,
 };
+use crate::meter;
 use crate::postgres::message::{self, RowContext};
 use crate::transaction::{AfterFailure, BoxFuture, Deferred, FailedAttempt, Reporter};
 pub(crate) use active_transactions::ActiveTransactions;
@@ -266,6 +267,9 @@ impl Reporter for Sampler {
         let log = StatementLog::of(failed.observed)?;
         let evidence = self.evidence(failed, &log)?;
         let incident = Incident::new(evidence, &self.history);
+        if classify_db(failed.error) == Failure::Deadlock {
+            meter::deadlocked(&incident.fingerprint().to_string());
+        }
         self.publish(&incident);
         Some(Box::new(incident))
     }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tracing::Instrument as _;
+
 use super::Env;
 use super::options::ChangeOptions;
 use super::preflight::Preflight;
@@ -11,6 +13,7 @@ use crate::backoff::Retry;
 use crate::blocker::Blocker;
 use crate::connection::{OnAbandon, Session};
 use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::meter::{SYSTEM, error_type, milliseconds};
 use crate::postgres::text::Joined;
 use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
@@ -57,6 +60,31 @@ impl Env {
         method: Method,
         progress: Option<&OnProgress>,
     ) -> Result<ChangeReport, Error> {
+        let span = tracing::debug_span!(
+            "schema_step",
+            "db.system.name" = SYSTEM,
+            "db.operation.name" = sql.split_whitespace().next(),
+            attempts = tracing::field::Empty,
+            "error.type" = tracing::field::Empty,
+        );
+        let ran = self
+            .repeat(options, sql, method, progress)
+            .instrument(span.clone())
+            .await;
+        match &ran {
+            Ok(report) => span.record("attempts", report.attempts.len()),
+            Err(error) => span.record("error.type", &*error_type(error)),
+        };
+        ran
+    }
+
+    async fn repeat(
+        &self,
+        options: &ChangeOptions,
+        sql: &str,
+        method: Method,
+        progress: Option<&OnProgress>,
+    ) -> Result<ChangeReport, Error> {
         options.check()?;
         let deadline = options.deadline();
         let started = Instant::now();
@@ -93,7 +121,8 @@ impl Env {
                 pause: None,
             };
             let Err(error) = result else {
-                tracing::debug!(number, took = ?attempt.elapsed, "schema change done");
+                let took_ms = milliseconds(attempt.elapsed);
+                tracing::debug!(number, took_ms, "schema change done");
                 options.report(&attempt);
                 attempts.push(attempt);
                 return Ok(ChangeReport {
@@ -111,7 +140,7 @@ impl Env {
             }
             tracing::debug!(
                 number,
-                took = ?attempt.elapsed,
+                took_ms = milliseconds(attempt.elapsed),
                 %error,
                 blockers = %Joined(&attempt.blockers, ", "),
                 pause = ?attempt.pause,

@@ -12,10 +12,11 @@ mod rows;
 mod runner;
 mod savepoint;
 mod section;
+mod spans;
 pub(crate) mod sql;
 mod tx;
 
-pub use async_func::AsyncFunc;
+pub use async_func::{AsyncFunc, RunsAgain};
 pub(crate) use commit::{Carried, Carry, commit};
 pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;

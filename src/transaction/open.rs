@@ -21,6 +21,10 @@ impl Open for OpenPlain {
     fn open(&self, _: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
         Box::pin(async { self.begin().await.map(Some) })
     }
+
+    fn operation(&self) -> &'static str {
+        "transaction"
+    }
 }
 
 impl OpenPlain {

@@ -5,14 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::error::DbError;
+use tracing::Instrument as _;
 
 use super::options::{Resolve, RetryIf, TransactionOptions};
 use super::report::{AfterFailure, FailedAttempt, Reporter, Reporting};
+use super::spans::Spans;
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
 use crate::connection::Observed;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
+use crate::meter::{self, OTHER_ERROR, error_type};
 
 /// The least pause after a deadlock. A row's lock is not handed over to the one who waits for it: who comes back at once
 /// can take it before the one who was woken, and close the cycle again.
@@ -100,7 +103,10 @@ where
             return Ok(None);
         };
         let section = scopeguard::guard(tx.begin_section(), |section| section.end());
-        let outcome = Arc::clone(&section).scope(f.clone()(&mut tx)).await;
+        // In one expression: the future of the closure is not to be kept twice.
+        let outcome = (Arc::clone(&section).scope(f.clone()(&mut tx)))
+            .instrument(attempts.spans.attempt())
+            .await;
         drop(section);
         let (reason, own) = match outcome {
             Ok(value) => match attempts.commit(tx).await? {
@@ -127,6 +133,9 @@ pub(crate) trait Open: Send + Sync {
     /// One transaction, or `None` where there is none to be had without waiting. It is told how often the run has been a
     /// deadlock's victim.
     fn open(&self, times_victim: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>>;
+
+    /// What a run is called that takes its transactions from here.
+    fn operation(&self) -> &'static str;
 }
 
 /// Why a transaction is run again.
@@ -145,6 +154,14 @@ impl Reason {
             Self::Commit(error) => error.as_db_error(),
             Self::Statement(failure) => Some(failure),
             Self::Asked => None,
+        }
+    }
+
+    fn error_type(&self) -> String {
+        match self {
+            Self::Commit(error) => error_type(error),
+            Self::Statement(failure) => failure.code().code().to_owned(),
+            Self::Asked => OTHER_ERROR.to_owned(),
         }
     }
 }
@@ -167,6 +184,7 @@ struct Attempts<'a> {
     /// The session of the attempt.
     session: u64,
     observed: Option<Arc<dyn Observed>>,
+    spans: Spans,
 }
 
 impl<'a> Attempts<'a> {
@@ -184,11 +202,13 @@ impl<'a> Attempts<'a> {
             was_stale: false,
             session: 0,
             observed: None,
+            spans: Spans::begin(open),
         }
     }
 
     fn begin(&mut self) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
-        Box::pin(async {
+        let span = self.spans.begin_attempt(self.retry.attempts() + 1);
+        let beginning = async {
             if let Some(reporter) = &self.policy.reporter {
                 Arc::clone(reporter).begins();
             }
@@ -202,10 +222,14 @@ impl<'a> Attempts<'a> {
                         let paused = self.pause(Reason::Commit(error)).await;
                         paused.map_err(|exhausted| exhausted.error)?;
                     }
-                    Err(error) => return Err(error.with_attempts(self.retry.attempts())),
+                    Err(error) => {
+                        self.spans.ended(|| Some(error_type(&error)));
+                        return Err(error.with_attempts(self.retry.attempts()));
+                    }
                 }
             };
             let Some(tx) = opened else { return Ok(None) };
+            self.spans.opened(attempt, tx.session());
             let mut tx = tx.of_attempt(attempt, self.policy.resolve);
             if let Some(reporter) = &self.policy.reporter {
                 tx.report_to(Reporting {
@@ -220,46 +244,58 @@ impl<'a> Attempts<'a> {
                 observed.is_attempt(attempt, self.policy.attempts);
             }
             Ok(Some(tx))
-        })
+        };
+        Box::pin(beginning.instrument(span))
     }
 
     /// `None` where it has committed.
     fn commit(&mut self, tx: Tx) -> BoxFuture<'_, Result<Option<Reason>, Error>> {
         self.observed = tx.session().observed().cloned();
-        Box::pin(async {
-            tx.check_session(self.session)?;
-            match tx.commit().await {
-                Ok(()) => {
-                    self.policy.budget.succeeded();
-                    Ok(None)
-                }
-                Err(error)
-                    if error
-                        .as_db_error()
-                        .is_some_and(|error| self.is_worth_repeating(error)) =>
-                {
-                    Ok(Some(Reason::Commit(error)))
-                }
-                // COMMIT was not run, or found to have been rolled back.
-                Err(error)
-                    if self.policy.resolve.is_some()
-                        && error.kind() == ErrorKind::ConnectionLost =>
-                {
-                    Ok(Some(Reason::Commit(error)))
-                }
-                Err(error) => {
-                    let report = match error.as_db_error() {
-                        Some(error) => self.report_passed(error).await,
-                        None => None,
-                    };
-                    let error = error.with_attempts(self.retry.attempts());
-                    Err(match report {
-                        Some(report) => error.with_report_if(Some(report)),
-                        None => error,
-                    })
-                }
+        let span = self.spans.attempt();
+        let committing = async {
+            let committed = self.try_commit(tx).await;
+            self.spans.ended(|| match &committed {
+                Ok(None) => None,
+                Ok(Some(reason)) => Some(reason.error_type()),
+                Err(error) => Some(error_type(error)),
+            });
+            committed
+        };
+        Box::pin(committing.instrument(span))
+    }
+
+    async fn try_commit(&mut self, tx: Tx) -> Result<Option<Reason>, Error> {
+        tx.check_session(self.session)?;
+        match tx.commit().await {
+            Ok(()) => {
+                self.policy.budget.succeeded();
+                Ok(None)
             }
-        })
+            Err(error)
+                if error
+                    .as_db_error()
+                    .is_some_and(|error| self.is_worth_repeating(error)) =>
+            {
+                Ok(Some(Reason::Commit(error)))
+            }
+            // COMMIT was not run, or found to have been rolled back.
+            Err(error)
+                if self.policy.resolve.is_some() && error.kind() == ErrorKind::ConnectionLost =>
+            {
+                Ok(Some(Reason::Commit(error)))
+            }
+            Err(error) => {
+                let report = match error.as_db_error() {
+                    Some(error) => self.report_passed(error).await,
+                    None => None,
+                };
+                let error = error.with_attempts(self.retry.attempts());
+                Err(match report {
+                    Some(report) => error.with_report_if(Some(report)),
+                    None => error,
+                })
+            }
+        }
     }
 
     /// Reports a wait that a cancel or `statement_timeout` ended, which is not repeated.
@@ -273,16 +309,22 @@ impl<'a> Attempts<'a> {
     /// Gives the failure that is worth another attempt, if there is one.
     fn roll_back(&mut self, mut tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
         self.observed = tx.session().observed().cloned();
-        Box::pin(async {
+        let span = self.spans.attempt();
+        let rolling_back = async {
             let failure = tx.session().failure();
             // Passed on, so no savepoint has caught it in the end.
             tx.forget_caught();
             tx.rollback().await;
+            self.spans.ended(|| {
+                let sqlstate = failure.as_ref().map(|error| error.code().code());
+                Some(sqlstate.unwrap_or(OTHER_ERROR).to_owned())
+            });
             if let Some(failure) = &failure {
                 drop(self.report_passed(failure).await);
             }
             failure.filter(|failure| self.is_worth_repeating(failure))
-        })
+        };
+        Box::pin(rolling_back.instrument(span))
     }
 
     fn is_worth_repeating(&mut self, error: &DbError) -> bool {
@@ -323,10 +365,14 @@ impl<'a> Attempts<'a> {
                 Some(error) => self.report(error, then).await,
                 None => None,
             };
+            if is_deadlock && report.is_none() {
+                meter::deadlocked("");
+            }
             if let Some(out_of) = out_of {
                 return Err(exhausted(reason, attempt, out_of, report));
             }
             drop(report);
+            meter::retried(reason.db_error().map_or("", |error| error.code().code()));
             // Cancel safety: nothing is held between two attempts.
             tokio::time::sleep(pause).await;
             Ok(())

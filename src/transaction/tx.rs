@@ -15,6 +15,7 @@ use crate::call_site::CallSite;
 use crate::connection::{Observation, OnAbandon, Session, query_methods};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
+use crate::meter::{Held, milliseconds};
 use crate::mode::AdvisoryMode;
 
 /// An open transaction on a connection of its own.
@@ -211,8 +212,13 @@ impl Tx {
             let taken = locks.iter().map(|lock| (lock.key.clone(), lock.mode));
             observed.locks_taken(taken.collect());
         }
-        for lock in locks {
+        let mut counted = false;
+        for mut lock in locks {
             if !self.held.iter().any(|held| held.key.same_lock(&lock.key)) {
+                // Those of one call count as one.
+                if !std::mem::replace(&mut counted, true) {
+                    lock.counted = Some(Held::begin(&lock.key, "transaction"));
+                }
                 self.held.push(lock);
             }
         }
@@ -341,7 +347,7 @@ impl Tx {
             tracing::debug!(
                 key = %held.key,
                 mode = %held.mode,
-                held = ?held.since.elapsed(),
+                held_ms = milliseconds(held.since.elapsed()),
                 by = match end {
                     End::Commit => "commit",
                     End::Rollback => "rollback",

@@ -272,7 +272,7 @@ async fn with_a_connector_the_servers_word_is_known() {
         .batch_execute("SET idle_session_timeout = '50ms'")
         .await
         .unwrap();
-    guard.lost().await;
+    guard.loss().await;
     let error = Error::from(guard.execute("SELECT 1", &[]).await.unwrap_err());
     assert_error(&error, ErrorKind::ConnectionLost, "SQLSTATE 57P05");
 }

@@ -56,6 +56,7 @@ mod several;
 mod side_connections;
 mod signals;
 mod silence;
+mod spans;
 mod tidy;
 mod timeouts;
 mod tls;

@@ -206,7 +206,7 @@ async fn session_guards_work() {
             .await
             .expect(what);
         scene.terminate(guard.backend_pid().unwrap()).await;
-        in_time("the loss", guard.lost()).await;
+        in_time("the loss", guard.loss()).await;
         assert_error_in(
             what,
             &guard.release().await.unwrap_err(),

@@ -170,6 +170,25 @@ pub(crate) fn check_held(locks: Locks<'_>) -> String {
     sql
 }
 
+/// The most keys that [`are_held`] searches `pg_locks` for.
+pub(crate) const MOST_SEARCHED: usize = 100;
+
+/// An expression: whether `pg_locks` shows this backend as the holder of these locks. It takes nothing and returns nothing.
+pub(crate) fn are_held(locks: Locks<'_>) -> String {
+    let mut sql = format!(
+        "(SELECT pg_catalog.int8eq(pg_catalog.count(*), {}) FROM ",
+        locks.keys.len()
+    );
+    blockers::rows_of(&mut sql, locks.keys);
+    let _ = write!(
+        sql,
+        " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid()) \
+         AND pg_catalog.texteq(l.mode, '{}'))",
+        locks.mode.as_pg_locks()
+    );
+    sql
+}
+
 /// Whether `pg_locks` shows the first of the locks as held by this very backend: an engine whose lock functions do
 /// nothing shows none.
 pub(crate) fn shown_in_pg_locks(locks: Locks<'_>) -> String {

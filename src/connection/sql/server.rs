@@ -16,6 +16,7 @@ pub(crate) struct Server {
     pub(crate) identity: Arc<str>,
     pub(crate) deadlock_timeout: Duration,
     pub(crate) is_standby: bool,
+    pub(crate) database: Arc<str>,
     pub(crate) denied: Denied,
 }
 
@@ -31,7 +32,7 @@ pub(crate) struct Denied {
 /// The names are looked up, not cast: an engine that has none of that name gives NULL.
 pub(crate) const SERVER: &str = ", pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) AS server, \
      pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout, \
-     pg_catalog.pg_is_in_recovery() AS recovery, \
+     pg_catalog.pg_is_in_recovery() AS recovery, pg_catalog.current_database() AS database, \
      pg_catalog.has_table_privilege(pg_catalog.to_regclass('pg_catalog.pg_locks'), 'SELECT') AS may_read_locks, \
      pg_catalog.has_function_privilege(pg_catalog.to_regprocedure('pg_catalog.pg_control_system()'), 'EXECUTE') \
      AS may_read_control";
@@ -41,6 +42,7 @@ pub(crate) fn server(row: &SimpleQueryRow) -> Option<Server> {
         identity: text(row, "server")?.into(),
         deadlock_timeout: setting_duration(&text(row, "deadlock_timeout")?)?,
         is_standby: is_true(row, "recovery"),
+        database: text(row, "database").unwrap_or_default().into(),
         denied: Denied {
             pg_locks: is_false(row, "may_read_locks"),
             pg_control_system: is_false(row, "may_read_control"),

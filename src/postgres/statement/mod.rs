@@ -27,7 +27,7 @@ pub(crate) use lexer::{TokenKind, ambiguous_string, spans};
 pub(crate) use mention::mentions;
 #[cfg(feature = "incidents")]
 pub(crate) use own::is_own;
-pub(crate) use refused::{transaction_end, unlocks_all};
+pub(crate) use refused::{may_begin, transaction_end, unlocks_all};
 
 /// The statement with `?` for each literal, without comments, on one line.
 ///
