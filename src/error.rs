@@ -209,11 +209,10 @@ impl fmt::Display for Error {
             write!(f, ", {} attempts", inner.attempts)?;
         }
         if let Some(error) = self.as_db_error() {
-            write!(f, " (SQLSTATE {}", error.code().code())?;
+            write!(f, " (SQLSTATE {})", error.code().code())?;
             if let Some(end) = end_of_session(error) {
                 write!(f, ", {end}")?;
             }
-            f.write_str(")")?;
             // Whoever knows what it was for has named it in the detail.
             let is_named = inner
                 .detail
@@ -497,12 +496,13 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     } else if *code == SqlState::OUT_OF_MEMORY {
         // The hint names the setting in every language (PostgreSQL's `src/backend/storage/lmgr/lock.c` and
         // `predicate.c`; test `a_full_lock_table_is_told_from_exhausted_memory`).
+        let is_of_locks =
+            |hint: &str| hint.contains("max_locks_per_") || hint.contains("max_pred_locks_per_");
+        // A function that raises it without saying more most likely passes on what the lock table said.
+        let is_raised = error.routine() == Some("exec_stmt_raise");
         match error.hint() {
-            Some(hint)
-                if hint.contains("max_locks_per_") || hint.contains("max_pred_locks_per_") =>
-            {
-                Failure::OutOfLocks
-            }
+            Some(hint) if is_of_locks(hint) => Failure::OutOfLocks,
+            None if is_raised && error.message() != "out of memory" => Failure::OutOfLocks,
             _ => Failure::OutOfMemory,
         }
     } else if *code == SqlState::FEATURE_NOT_SUPPORTED

@@ -26,6 +26,8 @@ use crate::error::{Failure, IdleEnd, classify};
 const MOST: usize = 1024;
 /// How much longer than its timeout a session lives, or appears to live, because of the network.
 const SLACK: Duration = Duration::from_millis(50);
+/// How often a reason is searched again.
+const LOOKS: usize = 3;
 /// How long to wait for the settings that may be the reason.
 const ASKING: Duration = Duration::from_secs(1);
 
@@ -147,7 +149,15 @@ impl Session {
         // What the server has said to an earlier statement.
         let said = self.failure().map(|failure| *failure);
         let said = said.filter(crate::error::is_end_of_session);
-        if let Some(reason) = said.or_else(|| reason(&self.client().cancel_token())) {
+        let mut known = said.or_else(|| reason(&self.client().cancel_token()));
+        for _ in 0..LOOKS {
+            if known.is_none() {
+                // The driver tells that a connection has ended a moment before its task has its error.
+                tokio::task::yield_now().await;
+                known = reason(&self.client().cancel_token());
+            }
+        }
+        if let Some(reason) = known {
             return Some(error_of(&reason));
         }
         let idle = idle?;

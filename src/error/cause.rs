@@ -57,7 +57,9 @@ pub(super) fn shown(error: &(dyn StdError + 'static)) -> String {
 /// The text of one error without that of its sources; `None` where it may contain data.
 fn text(error: &(dyn StdError + 'static)) -> Option<String> {
     if let Some(error) = error.downcast_ref::<Error>() {
-        return Some(printable(&error.to_string()));
+        let hosts = error.0.hosts.as_deref();
+        let hosts = hosts.map_or_else(String::new, |hosts| format!(": {hosts}"));
+        return Some(printable(&format!("{error}{hosts}")));
     }
     if let Some(error) = error.downcast_ref::<PoolError>() {
         let text = match error {
@@ -235,6 +237,8 @@ mod tests {
             shown(&nested),
             "no connection from the pool: the pool is closed"
         );
+        let far = Error::new(crate::ErrorKind::Pool).with_hosts(Some("db:5432".to_owned()));
+        assert_eq!(shown(&far), "no connection from the pool: db:5432");
         // Of an unknown type.
         assert_eq!(
             shown(&"x".parse::<i32>().expect_err("no number")),

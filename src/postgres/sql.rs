@@ -54,6 +54,24 @@ pub(crate) fn rollback() -> Message {
 /// Succeeds outside a transaction and in one that has not failed.
 pub(crate) const PROBE: &str = "SELECT";
 
+/// What only this crate's messages have in them: names that begin with its own, and columns that it asks for when it begins,
+/// locks and commits. The server keeps the beginning of a text only, so one of them has to be near it.
+#[cfg(feature = "incidents")]
+pub(crate) const OWN: [&str; 8] = [
+    "EXECUTE lockkeeper_",
+    "PREPARE lockkeeper_",
+    "SAVEPOINT lockkeeper_",
+    "$lockkeeper$",
+    "'lockkeeper.",
+    "pg_catalog.pg_backend_pid() AS pid",
+    "pg_catalog.statement_timestamp()) AS fresh",
+    "pg_catalog.pg_advisory_unlock",
+];
+
+/// What all of its questions about the server have in them: they name every operator by its schema, which nobody else does.
+#[cfg(feature = "incidents")]
+pub(crate) const QUESTION: [&str; 2] = ["FROM pg_catalog.pg_", "OPERATOR(pg_catalog."];
+
 /// COMMIT of a transaction none of whose statements has failed.
 pub(crate) const COMMIT: &str = "COMMIT";
 

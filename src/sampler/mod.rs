@@ -156,7 +156,8 @@ impl Sampler {
             })
         };
         let is_cancelled = classify_db(failed.error) == Failure::Cancelled;
-        if is_cancelled && !(was_waiting && !samples.is_empty()) {
+        let is_a_wait = was_waiting && !samples.is_empty();
+        if is_cancelled && !is_a_wait {
             return None;
         }
         // A recent sample gives the better time, because the error may have reached its task late.

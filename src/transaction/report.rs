@@ -37,10 +37,6 @@ pub(crate) struct Reporting {
 }
 
 /// What happens after a failed attempt.
-#[cfg_attr(
-    not(feature = "incidents"),
-    expect(dead_code, reason = "read by a reporter, and there is none")
-)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AfterFailure {
     /// Another attempt, after this pause.

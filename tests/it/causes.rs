@@ -259,7 +259,7 @@ async fn with_a_connector_the_servers_word_is_known() {
         assert_error(
             &error,
             ErrorKind::ConnectionLost,
-            "SQLSTATE 57P01, terminated",
+            "(SQLSTATE 57P01), terminated",
         );
         let shown = shown(error);
         assert!(
@@ -294,7 +294,7 @@ async fn a_reason_that_was_swallowed_comes_back_at_commit() {
     assert_error(
         &error,
         ErrorKind::ConnectionLost,
-        "SQLSTATE 57P01, terminated",
+        "(SQLSTATE 57P01), terminated",
     );
     scene.nothing_left().await;
 }
@@ -459,19 +459,23 @@ async fn a_savepoint_can_catch_it() {
 #[tokio::test]
 async fn a_full_lock_table_is_told_from_exhausted_memory() {
     let scene = Scene::new(1).await;
-    for (hint, kind) in [
+    for (message, hint, kind) in [
         (
-            "You might need to increase \"max_locks_per_transaction\".",
+            "out of shared memory",
+            ", HINT = 'You might need to increase \"max_locks_per_transaction\".'",
             ErrorKind::OutOfLocks,
         ),
         (
-            "Vielleicht sollten Sie max_pred_locks_per_transaction erhöhen.",
+            "kein Shared Memory mehr",
+            ", HINT = 'Vielleicht sollten Sie max_pred_locks_per_transaction erhöhen.'",
             ErrorKind::OutOfLocks,
         ),
-        ("", ErrorKind::OutOfMemory),
+        ("raised", "", ErrorKind::OutOfLocks),
+        ("out of memory", "", ErrorKind::OutOfMemory),
+        ("raised", ", HINT = 'Buy more.'", ErrorKind::OutOfMemory),
     ] {
         let sql = format!(
-            "DO $$ BEGIN RAISE EXCEPTION 'out of it' USING ERRCODE = '53200', HINT = '{hint}'; END $$"
+            "DO $$ BEGIN RAISE EXCEPTION '{message}' USING ERRCODE = '53200'{hint}; END $$"
         );
         let error = scene
             .keeper

@@ -375,7 +375,7 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
     }
     let names = facts.waiters();
     let context = cycle.iter().find(|edge| edge.context.is_some());
-    let row = context.map_or_else(|| "a row".to_owned(), |edge| wording::object(edge));
+    let row = context.map_or_else(|| "a row".to_owned(), wording::object);
     let text = format!(
         "{} held {row} in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check), and each wanted \
          to change it, which the others' hold did not allow.",

@@ -1,25 +1,11 @@
 //! Which statements are this crate's own, and not the application's.
 
-use crate::postgres::sql::PROBE;
-
-/// What only this crate's messages have in them: names that begin with its own, and columns that it asks for when it begins,
-/// locks and commits. The server keeps the beginning of a text only, so one of them has to be near it.
-const MARKS: [&str; 8] = [
-    "EXECUTE lockkeeper_",
-    "PREPARE lockkeeper_",
-    "SAVEPOINT lockkeeper_",
-    "$lockkeeper$",
-    "'lockkeeper.",
-    "pg_catalog.pg_backend_pid() AS pid",
-    "pg_catalog.statement_timestamp()) AS fresh",
-    "pg_catalog.pg_advisory_unlock",
-];
+use crate::postgres::sql::{OWN, PROBE, QUESTION};
 
 /// Whether a text was sent by this crate of its own accord: `BEGIN` with its settings, a savepoint, a probe.
 pub(crate) fn is_own(sql: &str) -> bool {
-    // Its questions about the server name every operator by its schema, which nobody else does.
-    let asks = sql.contains("FROM pg_catalog.pg_") && sql.contains("OPERATOR(pg_catalog.");
-    sql == PROBE || asks || MARKS.iter().any(|mark| sql.contains(mark))
+    let has = |mark: &&str| sql.contains(*mark);
+    sql == PROBE || QUESTION.iter().all(has) || OWN.iter().any(has)
 }
 
 #[cfg(test)]
