@@ -177,7 +177,12 @@ impl Future for Loss {
             wakers.find(|(of, _)| *of == place)
         });
         match known {
-            Some((_, waker)) => waker.clone_from(cx.waker()),
+            // The old one is dropped unlocked: with it may go a task that has such a future too.
+            Some((_, waker)) => {
+                let before = std::mem::replace(waker, cx.waker().clone());
+                drop(facts);
+                drop(before);
+            }
             None => {
                 let place = facts.next_place;
                 facts.next_place += 1;
