@@ -46,6 +46,7 @@ mod schema_change;
 mod schema_index;
 mod schema_killed;
 mod schema_recipes;
+mod schema_replace;
 mod sections;
 mod server_log;
 mod session_guard;
