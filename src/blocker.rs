@@ -24,6 +24,31 @@ pub struct Blocker {
     /// The locked object and the mode, if it is not the requested advisory lock.
     pub(crate) object: Option<(String, LockMode)>,
     pub(crate) granted: bool,
+    pub(crate) autovacuum: Option<Autovacuum>,
+    /// What it waits for that this process holds, in words.
+    pub(crate) waits_for_us: Option<String>,
+}
+
+/// Why an autovacuum worker processes the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Autovacuum {
+    /// The server ends it once a session has waited for it for `deadlock_timeout`.
+    Routine,
+    /// The server never ends it.
+    PreventsWraparound,
+    /// The role may not see it.
+    Unknown,
+}
+
+impl Autovacuum {
+    /// By the worker's `pg_stat_activity.query`, if it is visible.
+    pub(crate) fn of(query: Option<&str>) -> Self {
+        match query {
+            Some(query) if query.ends_with("(to prevent wraparound)") => Self::PreventsWraparound,
+            Some(query) if query.starts_with("autovacuum: ") => Self::Routine,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 impl Blocker {
@@ -70,6 +95,30 @@ impl Blocker {
         self.object.as_ref().map(|(object, _)| object.as_str())
     }
 
+    /// Whether it is an autovacuum worker. It yields to a session that waits for longer than `deadlock_timeout`, unless
+    /// it [prevents wraparound](Self::prevents_wraparound).
+    #[must_use]
+    pub fn is_autovacuum(&self) -> bool {
+        self.autovacuum.is_some()
+    }
+
+    /// Whether it is an autovacuum worker that prevents transaction id wraparound, which yields to no session. `None` if
+    /// that is unknown, because the role may not see it.
+    #[must_use]
+    pub fn prevents_wraparound(&self) -> Option<bool> {
+        match self.autovacuum {
+            Some(Autovacuum::Unknown) => None,
+            kind => Some(kind == Some(Autovacuum::PreventsWraparound)),
+        }
+    }
+
+    /// What the session itself waits for that this process holds, in words: then this process waits for itself, and the
+    /// server does not always find such a deadlock. `None` if there is no such wait, or none was seen.
+    #[must_use]
+    pub fn waits_for_us(&self) -> Option<&str> {
+        self.waits_for_us.as_deref()
+    }
+
     /// Whether it holds the lock; `false` if it waits ahead in the lock's queue.
     #[must_use]
     pub fn is_holder(&self) -> bool {
@@ -87,16 +136,23 @@ impl fmt::Display for Blocker {
         }
         if self.pid.is_some() {
             f.write_str(" (")?;
-            match self.application_name.as_deref() {
-                None => f.write_str("application hidden")?,
-                Some("") => f.write_str("no application_name")?,
-                Some(name) => write!(f, "{}", name.escape_debug())?,
+            match (self.autovacuum, self.application_name.as_deref()) {
+                (Some(Autovacuum::PreventsWraparound), _) => {
+                    f.write_str("autovacuum worker that prevents wraparound")?;
+                }
+                (Some(_), _) => f.write_str("autovacuum worker")?,
+                (None, None) => f.write_str("application hidden")?,
+                (None, Some("")) => f.write_str("no application_name")?,
+                (None, Some(name)) => write!(f, "{}", name.escape_debug())?,
             }
             match &self.user {
                 Some(user) => write!(f, ", user {}", user.escape_debug())?,
+                // A worker has no user.
+                None if self.autovacuum.is_some() => {}
                 None => f.write_str(", user hidden")?,
             }
             match (&self.state, self.state_age) {
+                (None, _) if self.autovacuum.is_some() => {}
                 (Some(state), Some(age)) => write!(f, ", {state} for {age:.1?}")?,
                 (Some(state), None) => write!(f, ", {state}")?,
                 (None, _) => f.write_str(", state hidden")?,
@@ -108,8 +164,16 @@ impl fmt::Display for Blocker {
         }
         let verb = if self.granted { "holds" } else { "waits for" };
         match &self.object {
-            Some((object, mode)) => write!(f, " {verb} {mode} on {}", object.escape_debug()),
-            None => write!(f, " {verb} {}", self.mode),
+            Some((object, mode)) => write!(f, " {verb} {mode} on {}", object.escape_debug())?,
+            None => write!(f, " {verb} {}", self.mode)?,
+        }
+        match &self.waits_for_us {
+            Some(object) => write!(
+                f,
+                ", and itself waits for our lock on {}",
+                object.escape_debug()
+            ),
+            None => Ok(()),
         }
     }
 }
@@ -130,7 +194,48 @@ mod tests {
             mode: AdvisoryMode::Exclusive,
             object: None,
             granted: true,
+            autovacuum: None,
+            waits_for_us: None,
         }
+    }
+
+    #[test]
+    fn an_autovacuum_worker_is_named() {
+        let worker = |query| Blocker {
+            application_name: Some(String::new()),
+            user: None,
+            state: None,
+            state_age: None,
+            autovacuum: Some(Autovacuum::of(query)),
+            ..blocker()
+        };
+        let routine = worker(Some("autovacuum: VACUUM public.t"));
+        assert_eq!(
+            routine.to_string(),
+            "pid 4711 (autovacuum worker) holds ExclusiveLock"
+        );
+        assert_eq!(routine.prevents_wraparound(), Some(false));
+        let wraparound = worker(Some("autovacuum: VACUUM public.t (to prevent wraparound)"));
+        assert!(
+            wraparound
+                .to_string()
+                .contains("worker that prevents wraparound)")
+        );
+        assert_eq!(wraparound.prevents_wraparound(), Some(true));
+        assert_eq!(
+            worker(Some("<insufficient privilege>")).prevents_wraparound(),
+            None
+        );
+        assert!(!blocker().is_autovacuum());
+        let waits = Blocker {
+            waits_for_us: Some("advisory lock 7".into()),
+            ..blocker()
+        };
+        assert!(
+            waits
+                .to_string()
+                .ends_with("and itself waits for our lock on advisory lock 7")
+        );
     }
 
     #[test]

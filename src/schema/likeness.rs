@@ -51,10 +51,10 @@ impl ReplaceTable {
             }
         }
         if !before.is_empty() {
-            procedure.step(before.join("; ")).await?;
+            procedure.unhurried_step(before.join("; ")).await?;
         }
         for sql in validated {
-            procedure.step(sql.clone()).await?;
+            procedure.unhurried_step(sql.clone()).await?;
         }
         Ok(with_swap)
     }

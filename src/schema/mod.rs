@@ -20,6 +20,7 @@ mod plan;
 mod preflight;
 mod procedure;
 mod progress;
+mod refusals;
 mod replace;
 mod report;
 mod run;

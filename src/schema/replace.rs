@@ -146,7 +146,7 @@ impl ReplaceTable {
                     "there is no table {new} to put in the place of {full}; build it, or give the SQL that does"
                 )));
             };
-            let options = self.options.until(&procedure.deadline);
+            let options = self.options.until(&procedure.deadline).unhurried();
             let done = self.env.run(&options, build, Method::InTransaction).await?;
             procedure.report.push(build, done);
             if Table::find(&self.env, new).await?.is_none() {

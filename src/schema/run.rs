@@ -10,13 +10,21 @@ use super::statement_poll::{OnProgress, POLLS_PER_WAIT, StatementPoll};
 use crate::backoff::Retry;
 use crate::blocker::Blocker;
 use crate::connection::{OnAbandon, Session};
+use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::postgres::text::Joined;
+use crate::schema::sql::catalog;
 use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
 
 /// The longest interval at which a statement outside of a transaction is polled.
 const MAX_POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How much longer than `deadlock_timeout` an attempt waits for an autovacuum worker: the server cancels the worker then,
+/// which takes a moment.
+const AUTOVACUUM_MARGIN: Duration = Duration::from_millis(500);
+/// With a longer `deadlock_timeout`, no attempt waits for an autovacuum worker.
+const LONGEST_AUTOVACUUM_WAIT: Duration = Duration::from_secs(10);
 
 /// How statements are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,17 +70,24 @@ impl Env {
         let started = Instant::now();
         let mut attempts = Vec::new();
         let mut retry = options.retry(deadline, u32::MAX);
+        let mut autovacuum = AutovacuumWait::default();
         loop {
             let number = retry.begin();
             let began = Instant::now();
+            let options = &ChangeOptions {
+                lock_timeout: autovacuum.next.take().unwrap_or(options.lock_timeout),
+                ..options.clone()
+            };
+            let wait = match method {
+                Method::Concurrently => deadline.remaining().max(options.lock_timeout),
+                _ => options.lock_timeout,
+            };
             let (result, blockers) = match method {
                 Method::InTransaction => self.in_transaction(options, sql).await,
                 Method::OutsideTransaction | Method::OutsideTransactionOnce => {
-                    self.outside_transaction(options, sql, options.lock_timeout, None)
-                        .await
+                    self.outside_transaction(options, sql, wait, None).await
                 }
                 Method::Concurrently => {
-                    let wait = deadline.remaining().max(options.lock_timeout);
                     self.outside_transaction(options, sql, wait, progress).await
                 }
             };
@@ -86,6 +101,7 @@ impl Env {
             let mut attempt = ChangeAttempt {
                 number,
                 elapsed,
+                lock_timeout: wait,
                 failure: result.as_ref().err().map(Error::kind),
                 sqlstate: (result.as_ref().err())
                     .and_then(|error| Some(error.sqlstate()?.code().to_owned())),
@@ -108,6 +124,10 @@ impl Env {
                 );
             if may_repeat {
                 attempt.pause = self.pause_before_retry(&retry);
+            }
+            if attempt.pause.is_some() {
+                self.yield_of_autovacuum(options, &attempt.blockers, &deadline, &mut autovacuum)
+                    .await;
             }
             tracing::debug!(
                 number,
@@ -147,6 +167,54 @@ impl Env {
                 tracing::debug!(%error, "nobody can look at who is in the way");
                 Vec::new()
             }
+        }
+    }
+
+    /// Cancels the autovacuum workers among the blockers, if the role may. Otherwise it arranges one attempt that waits
+    /// until the server cancels them, unless the caller has limited the wait.
+    ///
+    /// Cancel safety: only sends a query.
+    async fn yield_of_autovacuum(
+        &self,
+        options: &ChangeOptions,
+        blockers: &[Blocker],
+        deadline: &Deadline,
+        wait: &mut AutovacuumWait,
+    ) {
+        let pids: Vec<i32> = blockers
+            .iter()
+            .filter(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true))
+            .filter_map(Blocker::pid)
+            .filter(|pid| !wait.seen.contains(pid))
+            .collect();
+        if pids.is_empty() {
+            return;
+        }
+        let answer = match self.ask(&catalog::cancel_autovacuum(&pids)).await {
+            Ok(reply) => catalog::read_cancelled(&reply),
+            Err(error) => {
+                tracing::debug!(%error, "autovacuum workers cannot be cancelled");
+                None
+            }
+        };
+        let Some((cancelled, deadlock_timeout)) = answer else {
+            return;
+        };
+        wait.seen.extend(&pids);
+        if cancelled > 0 {
+            tracing::debug!(
+                ?pids,
+                "an autovacuum worker was cancelled, which blocked a schema change"
+            );
+            return;
+        }
+        let long = deadlock_timeout.saturating_add(AUTOVACUUM_MARGIN);
+        if !options.has_lock_timeout
+            && long <= LONGEST_AUTOVACUUM_WAIT
+            && long < deadline.remaining()
+        {
+            tracing::debug!(?pids, wait = ?long, "the next attempt waits until the server cancels an autovacuum worker");
+            wait.next = Some(long);
         }
     }
 
@@ -275,6 +343,15 @@ impl Env {
     }
 }
 
+/// The wait for autovacuum workers.
+#[derive(Default)]
+struct AutovacuumWait {
+    /// The lock timeout of the next attempt.
+    next: Option<Duration>,
+    /// The workers that were cancelled or waited for.
+    seen: Vec<i32>,
+}
+
 fn is_worth_repeating(error: &Error) -> bool {
     matches!(
         error.kind(),
@@ -287,8 +364,20 @@ fn given_up(error: Error, blockers: Vec<Blocker>, report: ChangeReport) -> Error
         return error;
     }
     let attempts = u32::try_from(report.attempts.len()).unwrap_or(u32::MAX);
+    let detail = if blockers
+        .iter()
+        .any(|one| one.prevents_wraparound() == Some(true))
+    {
+        "an autovacuum worker that prevents wraparound yields to no session, so the change has to wait for its end; the \
+         change was given up"
+    } else if blockers.iter().any(Blocker::is_autovacuum) {
+        "an autovacuum worker yields only to a wait longer than deadlock_timeout, which lock_timeout() forbids; leave that \
+         out, or cancel the worker; the change was given up"
+    } else {
+        "the change was given up"
+    };
     Error::new(error.kind())
-        .with_detail("the change was given up")
+        .with_detail(detail)
         .with_waited(report.elapsed)
         .with_attempts(attempts)
         .with_blockers(blockers)

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::progress::IndexProgress;
-use crate::blocker::Blocker;
-use crate::connection::Connections;
+use crate::blocker::{Autovacuum, Blocker};
+use crate::connection::{Connections, is_own_backend};
 use crate::graph::{self, Backend, BackendId, Snapshot};
+use crate::key::names;
 use crate::mode::AdvisoryMode;
 use crate::schema::sql::index;
 
@@ -105,13 +106,18 @@ impl StatementPoll {
                     continue;
                 }
             };
-            let Some(seen) = graph::sql::read_sample(&reply, &|key| key) else {
+            let Some(seen) =
+                graph::sql::read_sample(&reply, &|key| names::lookup(key.id()).unwrap_or(key))
+            else {
                 continue;
             };
             let snapshot = seen.snapshot(Duration::ZERO);
             let blockers = blockers(&snapshot, self.pid);
             if blockers.is_empty() {
                 continue;
+            }
+            for blocker in blockers.iter().filter(|one| one.waits_for_us.is_some()) {
+                tracing::warn!(%blocker, "a statement waits for a session that waits for this process");
             }
             *self.lock() = blockers;
             let me = BackendId::Pid(self.pid);
@@ -130,6 +136,23 @@ impl StatementPoll {
             }
         }
     }
+}
+
+/// Whether it is an autovacuum worker. A role that may not see the kind of process sees that it has a database and no
+/// user, which other processes with locks on tables have.
+fn autovacuum(backend: &Backend) -> Option<Autovacuum> {
+    let is_worker = match backend.backend_type() {
+        Some(kind) => kind == "autovacuum worker",
+        None => backend.is_hidden() && backend.user().is_none() && backend.database().is_some(),
+    };
+    is_worker.then(|| Autovacuum::of(backend.statement()))
+}
+
+/// What a blocker waits for that a session of this process holds.
+fn waits_for_us(snapshot: &Snapshot, blocker: &BackendId) -> Option<String> {
+    let mut waits = snapshot.edges_of(blocker);
+    let edge = waits.find(|edge| edge.blocker().pid().is_some_and(is_own_backend))?;
+    Some(edge.object().to_string())
 }
 
 /// The blockers of a backend in a snapshot.
@@ -154,6 +177,8 @@ fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
                 mode.unwrap_or(edge.mode_wanted()),
             )),
             granted: edge.mode_held().is_some(),
+            autovacuum: backend.and_then(autovacuum),
+            waits_for_us: waits_for_us(snapshot, edge.blocker()),
         }
     };
     edges.map(blocker).collect()
