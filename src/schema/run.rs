@@ -13,7 +13,6 @@ use crate::connection::{OnAbandon, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::postgres::text::Joined;
-use crate::schema::sql::catalog;
 use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
 
@@ -23,6 +22,8 @@ const MAX_POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// How much longer than `deadlock_timeout` an attempt waits for an autovacuum worker: the server cancels the worker then,
 /// which takes a moment.
 const AUTOVACUUM_MARGIN: Duration = Duration::from_millis(500);
+/// The default of `deadlock_timeout`.
+const DEADLOCK_TIMEOUT: Duration = Duration::from_secs(1);
 /// With a longer `deadlock_timeout`, no attempt waits for an autovacuum worker.
 const LONGEST_AUTOVACUUM_WAIT: Duration = Duration::from_secs(10);
 
@@ -82,7 +83,7 @@ impl Env {
                 Method::Concurrently => deadline.remaining().max(options.lock_timeout),
                 _ => options.lock_timeout,
             };
-            let (result, blockers) = match method {
+            let (result, blockers, deadlock_timeout) = match method {
                 Method::InTransaction => self.in_transaction(options, sql).await,
                 Method::OutsideTransaction | Method::OutsideTransactionOnce => {
                     self.outside_transaction(options, sql, wait, None).await
@@ -126,8 +127,7 @@ impl Env {
                 attempt.pause = self.pause_before_retry(&retry);
             }
             if attempt.pause.is_some() {
-                self.yield_of_autovacuum(options, &attempt.blockers, &deadline, &mut autovacuum)
-                    .await;
+                autovacuum.plan(options, &attempt.blockers, deadlock_timeout, &deadline);
             }
             tracing::debug!(
                 number,
@@ -170,59 +170,11 @@ impl Env {
         }
     }
 
-    /// Cancels the autovacuum workers among the blockers, if the role may. Otherwise it arranges one attempt that waits
-    /// until the server cancels them, unless the caller has limited the wait.
-    ///
-    /// Cancel safety: only sends a query.
-    async fn yield_of_autovacuum(
-        &self,
-        options: &ChangeOptions,
-        blockers: &[Blocker],
-        deadline: &Deadline,
-        wait: &mut AutovacuumWait,
-    ) {
-        let pids: Vec<i32> = blockers
-            .iter()
-            .filter(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true))
-            .filter_map(Blocker::pid)
-            .filter(|pid| !wait.seen.contains(pid))
-            .collect();
-        if pids.is_empty() {
-            return;
-        }
-        let answer = match self.ask(&catalog::cancel_autovacuum(&pids)).await {
-            Ok(reply) => catalog::read_cancelled(&reply),
-            Err(error) => {
-                tracing::debug!(%error, "autovacuum workers cannot be cancelled");
-                None
-            }
-        };
-        let Some((cancelled, deadlock_timeout)) = answer else {
-            return;
-        };
-        wait.seen.extend(&pids);
-        if cancelled > 0 {
-            tracing::debug!(
-                ?pids,
-                "an autovacuum worker was cancelled, which blocked a schema change"
-            );
-            return;
-        }
-        let long = deadlock_timeout.saturating_add(AUTOVACUUM_MARGIN);
-        if !options.has_lock_timeout
-            && long <= LONGEST_AUTOVACUUM_WAIT
-            && long < deadline.remaining()
-        {
-            tracing::debug!(?pids, wait = ?long, "the next attempt waits until the server cancels an autovacuum worker");
-            wait.next = Some(long);
-        }
-    }
-
     async fn in_transaction(
         &self,
         options: &ChangeOptions,
         sql: &str,
-    ) -> (Result<(), Error>, Vec<Blocker>) {
+    ) -> (Result<(), Error>, Vec<Blocker>, Option<Duration>) {
         let begin = Begin {
             lock_timeout: Some(options.lock_timeout),
             statement_timeout: options.statement_timeout,
@@ -230,7 +182,7 @@ impl Env {
         };
         let tx = match self.open(&begin).await {
             Ok(tx) => tx,
-            Err(error) => return (Err(error), Vec::new()),
+            Err(error) => return (Err(error), Vec::new(), None),
         };
         let pid = tx.backend_pid().unwrap_or_default();
         let poll = StatementPoll::new(pid, options.lock_timeout, Some(options.lock_timeout));
@@ -267,7 +219,7 @@ impl Env {
             }
         };
         let (result, ()) = tokio::join!(work, poll.run(self.connections()));
-        (result, poll.blockers())
+        (result, poll.blockers(), poll.deadlock_timeout())
     }
 
     async fn outside_transaction(
@@ -276,11 +228,11 @@ impl Env {
         sql: &str,
         wait: Duration,
         progress: Option<&OnProgress>,
-    ) -> (Result<(), Error>, Vec<Blocker>) {
+    ) -> (Result<(), Error>, Vec<Blocker>, Option<Duration>) {
         let (session, previous) = match self.prepare_session(wait, options.statement_timeout).await
         {
             Ok(prepared) => prepared,
-            Err(error) => return (Err(error), Vec::new()),
+            Err(error) => return (Err(error), Vec::new(), None),
         };
         let poll = StatementPoll::new(
             previous.pid,
@@ -308,7 +260,7 @@ impl Env {
             answer.map(drop).map_err(Error::from)
         };
         let (result, ()) = tokio::join!(work, poll.run(self.connections()));
-        (result, poll.blockers())
+        (result, poll.blockers(), poll.deadlock_timeout())
     }
 
     /// A session with this change's settings, and the settings it had before.
@@ -348,8 +300,36 @@ impl Env {
 struct AutovacuumWait {
     /// The lock timeout of the next attempt.
     next: Option<Duration>,
-    /// The workers that were cancelled or waited for.
-    seen: Vec<i32>,
+    /// Whether an attempt has had it.
+    is_over: bool,
+}
+
+impl AutovacuumWait {
+    /// Arranges one attempt that waits until the server ends an autovacuum worker, unless the caller has limited the wait.
+    fn plan(
+        &mut self,
+        options: &ChangeOptions,
+        blockers: &[Blocker],
+        deadlock_timeout: Option<Duration>,
+        deadline: &Deadline,
+    ) {
+        let is_blocked = blockers
+            .iter()
+            .any(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true));
+        if !is_blocked || options.has_lock_timeout || self.is_over {
+            return;
+        }
+        let wait = deadlock_timeout
+            .unwrap_or(DEADLOCK_TIMEOUT)
+            .saturating_add(AUTOVACUUM_MARGIN);
+        if wait <= LONGEST_AUTOVACUUM_WAIT && wait < deadline.remaining() {
+            tracing::debug!(
+                ?wait,
+                "the next attempt waits until the server ends an autovacuum worker"
+            );
+            (self.next, self.is_over) = (Some(wait), true);
+        }
+    }
 }
 
 fn is_worth_repeating(error: &Error) -> bool {

@@ -12,7 +12,7 @@ use crate::connection::{Connections, is_own_backend};
 use crate::graph::{self, Backend, BackendId, Snapshot};
 use crate::key::names;
 use crate::mode::AdvisoryMode;
-use crate::schema::sql::index;
+use crate::schema::sql::{catalog, index};
 
 /// How often a wait of the length of the timeout is polled.
 pub(super) const POLLS_PER_WAIT: u32 = 4;
@@ -35,6 +35,8 @@ pub(super) struct StatementPoll {
     waited_too_long: Notify,
     blockers: Mutex<Vec<Blocker>>,
     on_progress: Option<OnProgress>,
+    /// The server's `deadlock_timeout`, once an autovacuum worker was seen.
+    deadlock_timeout: Mutex<Option<Duration>>,
 }
 
 impl StatementPoll {
@@ -48,6 +50,7 @@ impl StatementPoll {
             waited_too_long: Notify::new(),
             blockers: Mutex::default(),
             on_progress: None,
+            deadlock_timeout: Mutex::default(),
         }
     }
 
@@ -72,6 +75,50 @@ impl StatementPoll {
         self.lock().clone()
     }
 
+    /// How long a session has to wait before the server ends the autovacuum worker that blocks it, if one was seen.
+    pub(super) fn deadlock_timeout(&self) -> Option<Duration> {
+        *self
+            .deadlock_timeout
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cancels the autovacuum workers among the blockers, if the role may and they do not prevent wraparound. It is done
+    /// while the statement waits, so that it is the next to get the lock: autovacuum soon returns to the table.
+    async fn cancel_autovacuum(
+        &self,
+        connections: &Arc<Connections>,
+        blockers: &[Blocker],
+        asked: &mut Vec<i32>,
+    ) {
+        let workers = blockers
+            .iter()
+            .filter(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true));
+        let pids: Vec<i32> = workers
+            .filter_map(Blocker::pid)
+            .filter(|pid| !asked.contains(pid))
+            .collect();
+        if pids.is_empty() {
+            return;
+        }
+        let sql = catalog::cancel_autovacuum(&pids);
+        match connections.look_within(CONNECTION_WAIT, &sql).await {
+            Ok(reply) => {
+                let Some((cancelled, deadlock_timeout)) = catalog::read_cancelled(&reply) else {
+                    return;
+                };
+                tracing::debug!(?pids, cancelled, "autovacuum workers block a statement");
+                let mut known = self
+                    .deadlock_timeout
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *known = Some(deadlock_timeout);
+                asked.extend(pids);
+            }
+            Err(error) => tracing::debug!(%error, "autovacuum workers cannot be cancelled"),
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Blocker>> {
         self.blockers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -83,6 +130,7 @@ impl StatementPoll {
         // The sum of the waits that are over; and when the current wait began, and its age when it was last seen.
         let mut over = Duration::ZERO;
         let mut last: Option<(Option<std::time::SystemTime>, Duration)> = None;
+        let mut asked = Vec::new();
         while !self.ended.load(Ordering::Relaxed) {
             let next = Instant::now() + self.interval;
             tokio::select! {
@@ -119,6 +167,8 @@ impl StatementPoll {
             for blocker in blockers.iter().filter(|one| one.waits_for_us.is_some()) {
                 tracing::warn!(%blocker, "a statement waits for a session that waits for this process");
             }
+            self.cancel_autovacuum(connections, &blockers, &mut asked)
+                .await;
             *self.lock() = blockers;
             let me = BackendId::Pid(self.pid);
             let mut edges = snapshot.edges_of(&me);
