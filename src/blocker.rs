@@ -24,31 +24,19 @@ pub struct Blocker {
     /// The locked object and the mode, if it is not the requested advisory lock.
     pub(crate) object: Option<(String, LockMode)>,
     pub(crate) granted: bool,
-    pub(crate) autovacuum: Option<Autovacuum>,
+    pub(crate) autovacuum: bool,
+    /// Whether it prevents wraparound, if it is an autovacuum worker and that is known.
+    pub(crate) wraparound: Option<bool>,
     /// What it waits for that this process holds, in words.
     pub(crate) waits_for_us: Option<String>,
 }
 
-/// Why an autovacuum worker processes the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Autovacuum {
-    /// The server ends it once a session has waited for it for `deadlock_timeout`.
-    Routine,
-    /// The server never ends it.
-    PreventsWraparound,
-    /// The role may not see it.
-    Unknown,
-}
-
-impl Autovacuum {
-    /// By the worker's `pg_stat_activity.query`, if it is visible.
-    pub(crate) fn of(query: Option<&str>) -> Self {
-        match query {
-            Some(query) if query.ends_with("(to prevent wraparound)") => Self::PreventsWraparound,
-            Some(query) if query.starts_with("autovacuum: ") => Self::Routine,
-            _ => Self::Unknown,
-        }
-    }
+/// Whether an autovacuum worker prevents wraparound, by its `pg_stat_activity.query`; `None` if that is not visible. The
+/// server ends any other worker once a session has waited for it for `deadlock_timeout`.
+#[cfg(feature = "schema")]
+pub(crate) fn prevents_wraparound(query: Option<&str>) -> Option<bool> {
+    let query = query.filter(|query| query.starts_with("autovacuum: "))?;
+    Some(query.ends_with("(to prevent wraparound)"))
 }
 
 impl Blocker {
@@ -99,16 +87,17 @@ impl Blocker {
     /// it [prevents wraparound](Self::prevents_wraparound).
     #[must_use]
     pub fn is_autovacuum(&self) -> bool {
-        self.autovacuum.is_some()
+        self.autovacuum
     }
 
     /// Whether it is an autovacuum worker that prevents transaction id wraparound, which yields to no session. `None` if
     /// that is unknown, because the role may not see it.
     #[must_use]
     pub fn prevents_wraparound(&self) -> Option<bool> {
-        match self.autovacuum {
-            Some(Autovacuum::Unknown) => None,
-            kind => Some(kind == Some(Autovacuum::PreventsWraparound)),
+        if self.autovacuum {
+            self.wraparound
+        } else {
+            Some(false)
         }
     }
 
@@ -136,23 +125,23 @@ impl fmt::Display for Blocker {
         }
         if self.pid.is_some() {
             f.write_str(" (")?;
-            match (self.autovacuum, self.application_name.as_deref()) {
-                (Some(Autovacuum::PreventsWraparound), _) => {
+            match self.application_name.as_deref() {
+                _ if self.autovacuum && self.wraparound == Some(true) => {
                     f.write_str("autovacuum worker that prevents wraparound")?;
                 }
-                (Some(_), _) => f.write_str("autovacuum worker")?,
-                (None, None) => f.write_str("application hidden")?,
-                (None, Some("")) => f.write_str("no application_name")?,
-                (None, Some(name)) => write!(f, "{}", name.escape_debug())?,
+                _ if self.autovacuum => f.write_str("autovacuum worker")?,
+                None => f.write_str("application hidden")?,
+                Some("") => f.write_str("no application_name")?,
+                Some(name) => write!(f, "{}", name.escape_debug())?,
             }
             match &self.user {
                 Some(user) => write!(f, ", user {}", user.escape_debug())?,
                 // A worker has no user.
-                None if self.autovacuum.is_some() => {}
+                None if self.autovacuum => {}
                 None => f.write_str(", user hidden")?,
             }
             match (&self.state, self.state_age) {
-                (None, _) if self.autovacuum.is_some() => {}
+                (None, _) if self.autovacuum => {}
                 (Some(state), Some(age)) => write!(f, ", {state} for {age:.1?}")?,
                 (Some(state), None) => write!(f, ", {state}")?,
                 (None, _) => f.write_str(", state hidden")?,
@@ -194,11 +183,13 @@ mod tests {
             mode: AdvisoryMode::Exclusive,
             object: None,
             granted: true,
-            autovacuum: None,
+            autovacuum: false,
+            wraparound: None,
             waits_for_us: None,
         }
     }
 
+    #[cfg(feature = "schema")]
     #[test]
     fn an_autovacuum_worker_is_named() {
         let worker = |query| Blocker {
@@ -206,7 +197,8 @@ mod tests {
             user: None,
             state: None,
             state_age: None,
-            autovacuum: Some(Autovacuum::of(query)),
+            autovacuum: true,
+            wraparound: prevents_wraparound(query),
             ..blocker()
         };
         let routine = worker(Some("autovacuum: VACUUM public.t"));

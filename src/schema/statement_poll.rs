@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::progress::IndexProgress;
-use crate::blocker::{Autovacuum, Blocker};
+use crate::blocker::{self, Blocker};
 use crate::connection::{Connections, is_own_backend};
 use crate::graph::{self, Backend, BackendId, Snapshot};
 use crate::key::names;
@@ -190,12 +190,11 @@ impl StatementPoll {
 
 /// Whether it is an autovacuum worker. A role that may not see the kind of process sees that it has a database and no
 /// user, which other processes with locks on tables have.
-fn autovacuum(backend: &Backend) -> Option<Autovacuum> {
-    let is_worker = match backend.backend_type() {
+fn is_autovacuum(backend: &Backend) -> bool {
+    match backend.backend_type() {
         Some(kind) => kind == "autovacuum worker",
         None => backend.is_hidden() && backend.user().is_none() && backend.database().is_some(),
-    };
-    is_worker.then(|| Autovacuum::of(backend.statement()))
+    }
 }
 
 /// What a blocker waits for that a session of this process holds.
@@ -227,7 +226,8 @@ fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
                 mode.unwrap_or(edge.mode_wanted()),
             )),
             granted: edge.mode_held().is_some(),
-            autovacuum: backend.and_then(autovacuum),
+            autovacuum: backend.is_some_and(is_autovacuum),
+            wraparound: blocker::prevents_wraparound(backend.and_then(Backend::statement)),
             waits_for_us: waits_for_us(snapshot, edge.blocker()),
         }
     };

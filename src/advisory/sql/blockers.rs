@@ -107,7 +107,8 @@ pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<
                 mode: held,
                 object: None,
                 granted: is_true(row, "granted"),
-                autovacuum: None,
+                autovacuum: false,
+                wraparound: None,
                 waits_for_us: None,
             })
         })

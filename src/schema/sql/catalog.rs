@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::blocker::{Autovacuum, Blocker};
+use crate::blocker::{self, Blocker};
 use crate::mode::{AdvisoryMode, LockMode};
 use crate::postgres::sql::{is_true, literal, parsed, rows, seconds, text};
 use crate::postgres::table_name::TableName;
@@ -244,8 +244,8 @@ pub(crate) fn read_holders_and_waiters(
             mode: AdvisoryMode::Exclusive,
             object: Some((format!("relation {}", named(oid)), mode)),
             granted: is_true(row, "granted"),
-            autovacuum: is_true(row, "is_autovacuum")
-                .then(|| Autovacuum::of(text(row, "query").as_deref())),
+            autovacuum: is_true(row, "is_autovacuum"),
+            wraparound: blocker::prevents_wraparound(text(row, "query").as_deref()),
             waits_for_us: None,
         };
         Some((oid, blocker))
