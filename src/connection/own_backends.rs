@@ -35,7 +35,7 @@ impl Drop for OwnBackend {
 }
 
 /// Whether a guard, or a transaction, of this process has the backend.
-#[cfg(feature = "monitor")]
+#[cfg(any(feature = "monitor", feature = "schema"))]
 pub(crate) fn is_own_backend(pid: i32) -> bool {
     register().contains_key(&pid)
 }

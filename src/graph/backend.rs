@@ -160,7 +160,8 @@ impl Backend {
         /// When the open transaction began, to the microsecond, or when the transaction was prepared.
         transaction_start: Option<SystemTime>;
 
-        /// The backend's `application_name`, which contains the call site if the session uses this crate.
+        /// The backend's `application_name`, which contains the call site if the session uses this crate. A worker of a
+        /// subscription has none, and is named by it: `subscription orders`.
         text application_name;
 
         /// The role that the backend is logged in as, or that prepared the transaction.

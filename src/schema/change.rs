@@ -4,6 +4,7 @@ use super::Env;
 use super::ddl::{self, Placement, Target};
 use super::lint::{self, Allowed};
 use super::options::{ChangeOptions, change_options, into_future};
+use super::refusals;
 use super::report::ChangeReport;
 use super::run::Method;
 use crate::error::{Error, ErrorKind};
@@ -62,7 +63,8 @@ impl Change {
     /// [`Serialization`](crate::ErrorKind::Serialization), depending on the last attempt, if the deadline left no time
     /// for another attempt: with the [`blockers`](Error::blockers) of the last attempt, and all attempts in a
     /// [`ChangeFailed`](crate::ChangeFailed) as its source. [`Config`](crate::ErrorKind::Config), with the reason and a
-    /// better way, if the change is refused; nothing has been changed then. Every other error of a statement is
+    /// better way, if the change is refused; nothing has been changed then. So are CREATE INDEX … IF NOT EXISTS over an
+    /// INVALID index, COPY … FROM STDIN, and a text that begins with a byte-order mark. Every other error of a statement is
     /// returned at once. After an error, nothing of the batch has been changed, except by statements outside of
     /// transactions, and except possibly after [`CommitUnknown`](crate::ErrorKind::CommitUnknown).
     ///
@@ -74,6 +76,9 @@ impl Change {
     /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ChangeReport, Error> {
         self.options.check()?;
+        if let Some(flaw) = refusals::file_flaw(&self.sql) {
+            return Err(Error::config(flaw));
+        }
         let statements = ddl::read(&self.sql);
         let method = match ddl::flaw(&self.sql) {
             Some(flaw) => return Err(Error::config(flaw)),
@@ -86,6 +91,9 @@ impl Change {
             self.options.lock_timeout,
         )
         .await?;
+        for statement in &statements {
+            refusals::check_index(&self.env, statement.text).await?;
+        }
         let detach = match method {
             Method::OutsideTransactionOnce => detach(&statements),
             _ => None,

@@ -12,6 +12,7 @@ mod dry_run;
 mod env;
 mod index;
 mod index_name;
+mod likeness;
 mod lint;
 mod migrate_once;
 mod options;
@@ -19,6 +20,7 @@ mod plan;
 mod preflight;
 mod procedure;
 mod progress;
+mod refusals;
 mod replace;
 mod report;
 mod run;
@@ -345,6 +347,8 @@ impl Schema {
             build: None,
             catch_up: None,
             drop_old: false,
+            like_old: false,
+            allow_differences: false,
         }
     }
 

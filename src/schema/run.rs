@@ -12,6 +12,7 @@ use super::statement_poll::{OnProgress, POLLS_PER_WAIT, StatementPoll};
 use crate::backoff::Retry;
 use crate::blocker::Blocker;
 use crate::connection::{OnAbandon, Session};
+use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
 use crate::meter::{SYSTEM, error_type, milliseconds};
 use crate::postgres::text::Joined;
@@ -20,6 +21,14 @@ use crate::transaction::sql::Begin;
 
 /// The longest interval at which a statement outside of a transaction is polled.
 const MAX_POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How much longer than `deadlock_timeout` an attempt waits for an autovacuum worker: the server cancels the worker then,
+/// which takes a moment.
+const AUTOVACUUM_MARGIN: Duration = Duration::from_millis(500);
+/// The default of `deadlock_timeout`.
+const DEADLOCK_TIMEOUT: Duration = Duration::from_secs(1);
+/// With a longer `deadlock_timeout`, no attempt waits for an autovacuum worker.
+const LONGEST_AUTOVACUUM_WAIT: Duration = Duration::from_secs(10);
 
 /// How statements are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,17 +99,24 @@ impl Env {
         let started = Instant::now();
         let mut attempts = Vec::new();
         let mut retry = options.retry(deadline, u32::MAX);
+        let mut autovacuum = AutovacuumWait::default();
         loop {
             let number = retry.begin();
             let began = Instant::now();
-            let (result, blockers) = match method {
+            let options = &ChangeOptions {
+                lock_timeout: autovacuum.next.take().unwrap_or(options.lock_timeout),
+                ..options.clone()
+            };
+            let wait = match method {
+                Method::Concurrently => deadline.remaining().max(options.lock_timeout),
+                _ => options.lock_timeout,
+            };
+            let (result, blockers, deadlock_timeout) = match method {
                 Method::InTransaction => self.in_transaction(options, sql).await,
                 Method::OutsideTransaction | Method::OutsideTransactionOnce => {
-                    self.outside_transaction(options, sql, options.lock_timeout, None)
-                        .await
+                    self.outside_transaction(options, sql, wait, None).await
                 }
                 Method::Concurrently => {
-                    let wait = deadline.remaining().max(options.lock_timeout);
                     self.outside_transaction(options, sql, wait, progress).await
                 }
             };
@@ -114,6 +130,7 @@ impl Env {
             let mut attempt = ChangeAttempt {
                 number,
                 elapsed,
+                lock_timeout: wait,
                 failure: result.as_ref().err().map(Error::kind),
                 sqlstate: (result.as_ref().err())
                     .and_then(|error| Some(error.sqlstate()?.code().to_owned())),
@@ -137,6 +154,9 @@ impl Env {
                 );
             if may_repeat {
                 attempt.pause = self.pause_before_retry(&retry);
+            }
+            if attempt.pause.is_some() {
+                autovacuum.plan(options, &attempt.blockers, deadlock_timeout, &deadline);
             }
             tracing::debug!(
                 number,
@@ -183,7 +203,7 @@ impl Env {
         &self,
         options: &ChangeOptions,
         sql: &str,
-    ) -> (Result<(), Error>, Vec<Blocker>) {
+    ) -> (Result<(), Error>, Vec<Blocker>, Option<Duration>) {
         let begin = Begin {
             lock_timeout: Some(options.lock_timeout),
             statement_timeout: options.statement_timeout,
@@ -191,7 +211,7 @@ impl Env {
         };
         let tx = match self.open(&begin).await {
             Ok(tx) => tx,
-            Err(error) => return (Err(error), Vec::new()),
+            Err(error) => return (Err(error), Vec::new(), None),
         };
         let pid = tx.backend_pid().unwrap_or_default();
         let poll = StatementPoll::new(pid, options.lock_timeout, Some(options.lock_timeout));
@@ -228,7 +248,7 @@ impl Env {
             }
         };
         let (result, ()) = tokio::join!(work, poll.run(self.connections()));
-        (result, poll.blockers())
+        (result, poll.blockers(), poll.deadlock_timeout())
     }
 
     async fn outside_transaction(
@@ -237,11 +257,11 @@ impl Env {
         sql: &str,
         wait: Duration,
         progress: Option<&OnProgress>,
-    ) -> (Result<(), Error>, Vec<Blocker>) {
+    ) -> (Result<(), Error>, Vec<Blocker>, Option<Duration>) {
         let (session, previous) = match self.prepare_session(wait, options.statement_timeout).await
         {
             Ok(prepared) => prepared,
-            Err(error) => return (Err(error), Vec::new()),
+            Err(error) => return (Err(error), Vec::new(), None),
         };
         let poll = StatementPoll::new(
             previous.pid,
@@ -269,7 +289,7 @@ impl Env {
             answer.map(drop).map_err(Error::from)
         };
         let (result, ()) = tokio::join!(work, poll.run(self.connections()));
-        (result, poll.blockers())
+        (result, poll.blockers(), poll.deadlock_timeout())
     }
 
     /// A session with this change's settings, and the settings it had before.
@@ -304,6 +324,43 @@ impl Env {
     }
 }
 
+/// The wait for autovacuum workers.
+#[derive(Default)]
+struct AutovacuumWait {
+    /// The lock timeout of the next attempt.
+    next: Option<Duration>,
+    /// Whether an attempt has had it.
+    is_over: bool,
+}
+
+impl AutovacuumWait {
+    /// Arranges one attempt that waits until the server ends an autovacuum worker, unless the caller has limited the wait.
+    fn plan(
+        &mut self,
+        options: &ChangeOptions,
+        blockers: &[Blocker],
+        deadlock_timeout: Option<Duration>,
+        deadline: &Deadline,
+    ) {
+        let is_blocked = blockers
+            .iter()
+            .any(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true));
+        if !is_blocked || options.has_lock_timeout || self.is_over {
+            return;
+        }
+        let wait = deadlock_timeout
+            .unwrap_or(DEADLOCK_TIMEOUT)
+            .saturating_add(AUTOVACUUM_MARGIN);
+        if wait <= LONGEST_AUTOVACUUM_WAIT && wait < deadline.remaining() {
+            tracing::debug!(
+                ?wait,
+                "the next attempt waits until the server ends an autovacuum worker"
+            );
+            (self.next, self.is_over) = (Some(wait), true);
+        }
+    }
+}
+
 fn is_worth_repeating(error: &Error) -> bool {
     matches!(
         error.kind(),
@@ -316,8 +373,20 @@ fn given_up(error: Error, blockers: Vec<Blocker>, report: ChangeReport) -> Error
         return error;
     }
     let attempts = u32::try_from(report.attempts.len()).unwrap_or(u32::MAX);
+    let detail = if blockers
+        .iter()
+        .any(|one| one.prevents_wraparound() == Some(true))
+    {
+        "an autovacuum worker that prevents wraparound yields to no session, so the change has to wait for its end; the \
+         change was given up"
+    } else if blockers.iter().any(Blocker::is_autovacuum) {
+        "an autovacuum worker yields only to a wait longer than deadlock_timeout, which lock_timeout() forbids; leave that \
+         out, or cancel the worker; the change was given up"
+    } else {
+        "the change was given up"
+    };
     Error::new(error.kind())
-        .with_detail("the change was given up")
+        .with_detail(detail)
         .with_waited(report.elapsed)
         .with_attempts(attempts)
         .with_blockers(blockers)

@@ -8,6 +8,7 @@
     reason = "a test says what went wrong by panicking"
 )]
 
+mod autovacuum;
 mod backfill;
 mod cancel_safety;
 mod caught;
@@ -48,6 +49,8 @@ mod schema_change;
 mod schema_index;
 mod schema_killed;
 mod schema_recipes;
+mod schema_refusals;
+mod schema_replace;
 mod sections;
 mod server_log;
 mod session_guard;

@@ -107,6 +107,9 @@ pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<
                 mode: held,
                 object: None,
                 granted: is_true(row, "granted"),
+                autovacuum: false,
+                wraparound: None,
+                waits_for_us: None,
             })
         })
         .collect()

@@ -4,9 +4,11 @@
 //! `regclass` in the output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and the like open the
 //! relation, and so wait for conflicting locks on it.
 
+use std::time::Duration;
+
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::blocker::Blocker;
+use crate::blocker::{self, Blocker};
 use crate::mode::{AdvisoryMode, LockMode};
 use crate::postgres::sql::{is_true, literal, parsed, rows, seconds, text};
 use crate::postgres::table_name::TableName;
@@ -169,13 +171,47 @@ pub(crate) fn read_size(reply: &[SimpleQueryMessage]) -> u64 {
     rows(reply).find_map(|row| parsed(row, "size")).unwrap_or(0)
 }
 
+/// Whether the activity `a` is that of an autovacuum worker. A role that may not see the kind of process sees that it has
+/// a database and no user, which other processes with locks on tables have.
+const IS_AUTOVACUUM: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum worker'), \
+     a.pid IS NOT NULL AND a.datid IS NOT NULL AND a.usesysid IS NULL)";
+
+/// Cancels these autovacuum workers, if the role may and if they do not prevent wraparound, and queries how long a session
+/// has to wait before the server does it (`deadlock_timeout`, in milliseconds).
+///
+/// A superuser may, and since 18 a member of `pg_signal_autovacuum_worker`.
+pub(crate) fn cancel_autovacuum(pids: &[i32]) -> String {
+    let pids: Vec<_> = pids.iter().map(i32::to_string).collect();
+    format!(
+        "SELECT (SELECT y.setting FROM pg_catalog.pg_settings AS y \
+         WHERE pg_catalog.texteq(y.name, 'deadlock_timeout')) AS deadlock_timeout, \
+         (SELECT pg_catalog.count(*) FROM (SELECT a.pid FROM pg_catalog.pg_stat_activity AS a \
+         WHERE a.pid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.int4[]) \
+         AND pg_catalog.texteq(a.backend_type, 'autovacuum worker') \
+         AND NOT a.query OPERATOR(pg_catalog.~~) '%(to prevent wraparound)' OFFSET 0) AS w \
+         WHERE CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_roles AS r \
+         WHERE pg_catalog.nameeq(r.rolname, current_user) AND r.rolsuper) \
+         OR EXISTS (SELECT FROM pg_catalog.pg_roles AS r \
+         WHERE pg_catalog.nameeq(r.rolname, 'pg_signal_autovacuum_worker') \
+         AND pg_catalog.pg_has_role(r.oid, 'USAGE')) THEN pg_catalog.pg_cancel_backend(w.pid) ELSE false END) AS cancelled",
+        pids.join(",")
+    )
+}
+
+/// Reads the reply of [`cancel_autovacuum`]: how many were cancelled, and `deadlock_timeout`.
+pub(crate) fn read_cancelled(reply: &[SimpleQueryMessage]) -> Option<(u64, Duration)> {
+    let row = rows(reply).next()?;
+    let millis = parsed(row, "deadlock_timeout")?;
+    Some((parsed(row, "cancelled")?, Duration::from_millis(millis)))
+}
+
 /// All other backends that hold or wait for a lock on one of the relations.
 pub(crate) fn holders_and_waiters(oids: &[u32]) -> String {
     format!(
         "SELECT l.relation, l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
          JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
          WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
-         a.application_name, a.usename, a.state, l.mode, l.granted, \
+         a.application_name, a.usename, a.state, l.mode, l.granted, a.query, {IS_AUTOVACUUM} AS is_autovacuum, \
          pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS state_age, \
          pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS transaction_age \
          FROM pg_catalog.pg_locks AS l LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid OPERATOR(pg_catalog.=) l.pid \
@@ -208,6 +244,9 @@ pub(crate) fn read_holders_and_waiters(
             mode: AdvisoryMode::Exclusive,
             object: Some((format!("relation {}", named(oid)), mode)),
             granted: is_true(row, "granted"),
+            autovacuum: is_true(row, "is_autovacuum"),
+            wraparound: blocker::prevents_wraparound(text(row, "query").as_deref()),
+            waits_for_us: None,
         };
         Some((oid, blocker))
     };

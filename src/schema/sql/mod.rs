@@ -3,6 +3,7 @@
 
 pub(crate) mod catalog;
 pub(crate) mod index;
+pub(crate) mod likeness;
 pub(crate) mod migrate_once;
 pub(crate) mod procedure;
 pub(crate) mod session_settings;
