@@ -2,6 +2,7 @@
 //! procedures.
 
 pub(crate) mod catalog;
+pub(crate) mod graph;
 pub(crate) mod index;
 pub(crate) mod migrate_once;
 pub(crate) mod procedure;

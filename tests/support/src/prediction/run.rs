@@ -168,12 +168,14 @@ async fn compare(keeper: &Keeper, pool: &Pool, statement: &str, figures: &mut Fi
     let preflight = match keeper.schema().preflight(statement).await {
         Ok(preflight) => preflight,
         Err(error) => {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            figures.differences.push(format!(
-                "NO ANSWER {error} {} | {}",
-                cause.unwrap_or_default(),
-                line(statement)
-            ));
+            let mut causes = String::new();
+            let mut cause = std::error::Error::source(&error);
+            while let Some(one) = cause {
+                causes = format!("{causes}: {one}");
+                cause = one.source();
+            }
+            let text = format!("NO ANSWER {error}{causes} | {}", line(statement));
+            figures.differences.push(text);
             return Outcome::Failed;
         }
     };
