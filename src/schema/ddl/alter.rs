@@ -2,7 +2,7 @@
 
 use super::cursor::Cursor;
 use super::table_action::{self, Kind};
-use super::{Action, Effect, Placement, Target, excerpt};
+use super::{Action, Dropped, Effect, Placement, Target, excerpt};
 use crate::mode::LockMode;
 
 type Read = (Placement, Option<Vec<Action>>, Option<String>);
@@ -47,7 +47,10 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
             placement = Placement::Detach;
         }
         match table_action::read(part.clone(), &table, kind) {
-            Some(read) => actions.extend(read.into_iter().map(|one| one.only(only))),
+            Some(read) => actions.extend(read.into_iter().map(|one| {
+                let only = only || one.only;
+                one.only(only)
+            })),
             None => unknown = Some(excerpt(part.rest())),
         }
     }
@@ -121,18 +124,27 @@ fn type_(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     while !cursor.is_at_end() {
         let part = cursor.until_comma();
         let cascade = part.has(&["cascade"]);
-        actions.push(match (part.word(), part.word_at(1)) {
+        let action = match (part.word(), part.word_at(1)) {
             ("add", "value") | ("rename", "value") => return Some(Vec::new()),
             ("set", "schema") | ("owner", _) | ("rename", "to") => {
                 on("ALTER TYPE … RENAME ATTRIBUTE … CASCADE", false)
             }
             ("set", _) => return Some(Vec::new()),
             ("add", "attribute") => on("ALTER TYPE … ADD ATTRIBUTE … CASCADE", cascade),
-            ("drop", "attribute") => on("ALTER TYPE … DROP ATTRIBUTE … CASCADE", cascade),
+            ("drop", "attribute") => {
+                let mut part = part;
+                part.skip(2);
+                part.eat(&["if", "exists"]);
+                let dropped = Dropped::Column(name.clone(), part.identifier()?);
+                let name = "ALTER TYPE … DROP ATTRIBUTE … CASCADE";
+                actions.push(Action::on(name, Target::Dropped(dropped)));
+                on(name, cascade)
+            }
             ("alter", "attribute") => on("ALTER TYPE … ALTER ATTRIBUTE … CASCADE", cascade),
             ("rename", "attribute") => on("ALTER TYPE … RENAME ATTRIBUTE … CASCADE", cascade),
             _ => return None,
-        });
+        };
+        actions.push(action);
     }
     (!actions.is_empty()).then_some(actions)
 }

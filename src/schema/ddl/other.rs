@@ -405,6 +405,14 @@ fn drop_statement(mut cursor: Cursor<'_>) -> Read {
     if cursor.one_of(&["role", "user", "group"]) {
         return in_transaction(NOTHING);
     }
+    if cursor.eat(&["event", "trigger"]) {
+        return in_transaction(NOTHING);
+    }
+    // Nothing that has rows depends on these without CASCADE: it would have to be dropped, too.
+    let of_types = [&["operator"][..], &["cast"], &["text", "search"], &["transform"], &["access", "method"]];
+    if of_types.iter().any(|words| cursor.sees(words)) && !cursor.has(&["cascade"]) {
+        return in_transaction(NOTHING);
+    }
     in_transaction(drop_object(cursor))
 }
 

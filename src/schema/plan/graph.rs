@@ -305,7 +305,6 @@ impl Graph {
 
     pub(super) fn add_key(&mut self, table: u32, referenced: u32, name: &str) {
         self.keys.push(GraphKey {
-            oid: 0,
             parent: None,
             table,
             referenced,

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
 use crate::schema::sql::catalog::{self, CatalogRelation};
+use crate::schema::sql::graph as graph_sql;
 use crate::schema::statements::{LockedRelation, TableWork};
 
 /// One lock that would be taken.
@@ -91,6 +92,7 @@ impl LockPlan {
                 }
             }
             plan.locks = rules.locks;
+            plan.event_triggers(env, statements).await?;
         }
         let mut path_changed = false;
         for statement in statements {
@@ -111,6 +113,31 @@ impl LockPlan {
         }
         plan.locks_held();
         Ok(plan)
+    }
+
+    /// The functions of event triggers can do anything during a definition.
+    async fn event_triggers(&mut self, env: &Env, statements: &[ddl::Statement<'_>]) -> Result<(), Error> {
+        fn fires(action: &Action) -> bool {
+            !["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE", "LOCK", "VACUUM", "ANALYZE", "CLUSTER"]
+                .iter()
+                .any(|word| action.name.starts_with(word))
+        }
+        let mut fired = Vec::new();
+        for one in statements {
+            if one.actions.iter().flatten().any(fires) {
+                fired.push(one.text);
+            }
+        }
+        if fired.is_empty() {
+            return Ok(());
+        }
+        let names = graph_sql::read_names(&env.ask(graph_sql::EVENT_TRIGGERS).await?);
+        if let Some(name) = names.first() {
+            for statement in fired {
+                self.not_understood(statement, format!("the function of the event trigger {name:?}"));
+            }
+        }
+        Ok(())
     }
 
     fn not_understood(&mut self, statement: &str, part: String) {

@@ -127,7 +127,12 @@ impl<'e> Rules<'e> {
     async fn on_relation(&mut self, action: &Action, table: &TableName, oid: u32) -> Result<Option<String>, Error> {
         let kind = self.graph.kind(oid);
         match action.name {
-            "TRUNCATE" | "TRUNCATE … CASCADE" => self.truncate(action, oid),
+            "TRUNCATE" | "TRUNCATE … CASCADE" => {
+                let all = self.truncate(action, oid);
+                let sql = facts::truncate_triggers(&all);
+                let names = facts::read_names(&self.env.ask(&sql).await?);
+                return Ok(names.first().map(|name| format!("the function of the trigger {name:?}")));
+            }
             "LOCK TABLE" => self.lock_table(action, oid),
             "REINDEX TABLE" | "REINDEX INDEX" | "REINDEX TABLE CONCURRENTLY" | "REINDEX INDEX CONCURRENTLY"
             | "DROP INDEX CONCURRENTLY" => self.by_index(action, oid),
@@ -170,6 +175,10 @@ impl<'e> Rules<'e> {
                 LockMode::ShareUpdateExclusive,
                 TableWork::Brief,
             ),
+            "ALTER INDEX … RENAME" if !matches!(kind, 'i' | 'I') => {
+                let role = LockedRelation::Table;
+                self.lock(oid, action.name, role, LockMode::AccessExclusive, TableWork::Brief);
+            }
             "CREATE OR REPLACE VIEW" if kind != 'v' => {}
             _ => self.by_rows(action, oid),
         }
@@ -354,6 +363,9 @@ impl<'e> Rules<'e> {
         if form == "DROP COLUMN" {
             // Without recursion, the children's columns become their own.
             if action.only { Recursion::Children } else { Recursion::All }
+        } else if form == "ADD PRIMARY KEY" && action.only {
+            // The children's columns have to be NOT NULL, too.
+            Recursion::Children
         } else if form == "RESET (…)" || action.only {
             Recursion::Itself
         } else if form.starts_with("ADD COLUMN … UNIQUE") {
@@ -368,7 +380,9 @@ impl<'e> Rules<'e> {
             Recursion::Partitions
         } else if name.contains("PUBLICATION") && self.graph.kind(oid) != 'p' {
             Recursion::All
-        } else if matches!(name, "SELECT" | "UPDATE" | "DELETE" | "MERGE … UPDATE" | "CLUSTER")
+        } else if name == "CLUSTER" {
+            Recursion::Partitions
+        } else if matches!(name, "SELECT" | "UPDATE" | "DELETE" | "MERGE … UPDATE")
             || name.starts_with("INSERT")
         {
             Recursion::All
@@ -377,7 +391,8 @@ impl<'e> Rules<'e> {
         }
     }
 
-    fn truncate(&mut self, action: &Action, oid: u32) {
+    /// Returns the tables that are emptied.
+    fn truncate(&mut self, action: &Action, oid: u32) -> Vec<u32> {
         let mut all = self.targets(oid, if action.only { Recursion::Itself } else { Recursion::All });
         let named = all.len();
         if action.name == "TRUNCATE … CASCADE" {
@@ -400,6 +415,7 @@ impl<'e> Rules<'e> {
                 self.lock_all(&owned, "TRUNCATE … RESTART IDENTITY", LockedRelation::Sequence, mode, TableWork::Brief);
             }
         }
+        all
     }
 
     fn lock_table(&mut self, action: &Action, oid: u32) {
@@ -483,15 +499,16 @@ impl<'e> Rules<'e> {
             let has_same = partition.is_some_and(|partition| self.has_key_to(parent, partition, table));
             // The partition's own key is taken over, and its triggers on the other table dropped.
             let mode = if has_same { LockMode::AccessExclusive } else { LockMode::ShareRowExclusive };
-            self.lock(table, name, LockedRelation::Referenced, mode, TableWork::Brief);
+            let work = if partition.is_some() { TableWork::Scan } else { TableWork::Brief };
+            self.lock(table, name, LockedRelation::Referenced, mode, work);
         }
         let mode = match (partition, self.major) {
             (Some(_), ..15) => LockMode::AccessShare,
             _ => LockMode::ShareRowExclusive,
         };
-        for table in self.graph.referencing(parent) {
-            self.lock(table, name, LockedRelation::Referencing, mode, TableWork::Brief);
-        }
+        let whole = |key: &&facts::GraphKey| key.referenced == parent && key.parent.is_none();
+        let referencing: Vec<u32> = (self.graph.keys.iter()).filter(whole).map(|key| key.table).collect();
+        self.lock_all(&referencing, name, LockedRelation::Referencing, mode, TableWork::Brief);
     }
 
     /// Whether a partition, or one below it, has a key of the parent's columns to the same table.
@@ -507,19 +524,10 @@ impl<'e> Rules<'e> {
         })
     }
 
-    /// The parent's indexes get a part for the new partition.
-    fn indexes_of_partition(&mut self, name: &'static str, parent: u32, partition: Option<u32>) {
-        let mut all = Vec::new();
-        for index in self.graph.indexes_of(parent) {
-            let is_there = partition.is_some_and(|partition| {
-                (self.graph.indexes_of(partition)).any(|own| {
-                    own.columns == index.columns && self.graph.parents(own.index).is_empty()
-                })
-            });
-            if !is_there {
-                all.push(index.index);
-            }
-        }
+    /// The parent's indexes get a part for the new partition. Whether an index that the partition has can be that part
+    /// depends on more than its columns, so each is taken as one that is built.
+    fn indexes_of_partition(&mut self, name: &'static str, parent: u32) {
+        let all: Vec<u32> = self.graph.indexes_of(parent).map(|one| one.index).collect();
         let mode = LockMode::ShareUpdateExclusive;
         self.lock_all(&all, name, LockedRelation::Index, mode, TableWork::Brief);
     }
@@ -529,7 +537,7 @@ impl<'e> Rules<'e> {
         self.lock(parent, name, LockedRelation::Parent, LockMode::AccessExclusive, TableWork::Brief);
         self.search_default(name, parent, None);
         self.keys_of_partition("CREATE TABLE … PARTITION OF (foreign key)", parent, None);
-        self.indexes_of_partition(name, parent, None);
+        self.indexes_of_partition(name, parent);
         for (_, new) in &action.others {
             if let Some(new) = self.graph.find(new).filter(|oid| Graph::is_new(*oid)) {
                 self.graph.attach(new, parent);
@@ -550,7 +558,7 @@ impl<'e> Rules<'e> {
             }
             self.search_default(name, parent, Some(partition));
             self.keys_of_partition("ALTER TABLE … ATTACH PARTITION (foreign key)", parent, Some(partition));
-            self.indexes_of_partition(name, parent, Some(partition));
+            self.indexes_of_partition(name, parent);
             self.graph.attach(partition, parent);
             self.altering.push(partition);
         }
@@ -578,7 +586,9 @@ impl<'e> Rules<'e> {
             };
             let referencing = self.graph.referencing(parent);
             let work = if referencing.is_empty() { TableWork::Brief } else { TableWork::Scan };
-            self.lock(partition, name, LockedRelation::Partition, strongest, work);
+            let below = if is_concurrent { Recursion::Itself } else { Recursion::All };
+            let below = self.targets(partition, below);
+            self.lock_all(&below, name, LockedRelation::Partition, strongest, work);
             for table in self.graph.referenced(partition) {
                 let name = "ALTER TABLE … DETACH PARTITION (foreign key)";
                 self.lock(table, name, LockedRelation::Referenced, LockMode::ShareRowExclusive, TableWork::Brief);
@@ -781,7 +791,10 @@ impl<'e> Rules<'e> {
             is_alone: false,
             referenced: 0,
         });
-        let recursion = if action.only {
+        let recursion = if action.only && action.name.ends_with("DROP CONSTRAINT") && !found.is_alone {
+            // The children's constraints become their own.
+            Recursion::Children
+        } else if action.only {
             Recursion::Itself
         } else if found.is_alone {
             if action.name.ends_with("RENAME CONSTRAINT") { Recursion::Itself } else { Recursion::Partitions }
@@ -961,7 +974,7 @@ impl<'e> Rules<'e> {
             let found = if calls.is_empty() {
                 Vec::new()
             } else {
-                facts::read_functions(&self.env.ask(&sql).await?)
+                facts::read_names(&self.env.ask(&sql).await?)
             };
             return Ok(found.first().map(|name| format!("the function {name:?}")));
         }

@@ -75,7 +75,7 @@ pub(crate) fn graph(names: &[TableName]) -> String {
          (SELECT pg_catalog.string_agg(a.attname::pg_catalog.text, ',' ORDER BY z.n USING OPERATOR(pg_catalog.<)) \
          FROM pg_catalog.unnest(k.conkey) WITH ORDINALITY AS z (attnum, n) \
          JOIN pg_attribute AS a ON a.attrelid == k.conrelid AND a.attnum == z.attnum), NULL, NULL, NULL, \
-         k.conparentid::pg_catalog.int8, k.oid \
+         k.conparentid::pg_catalog.int8, NULL \
          FROM k JOIN f ON f.oid == k.conrelid \
          UNION ALL SELECT 'sequence', s.refobjsubid, s.objid, s.refobjid, NULL, s.deptype == 'i', NULL, \
          (SELECT a.attname::pg_catalog.text FROM pg_attribute AS a WHERE a.attrelid == s.refobjid AND a.attnum == s.refobjsubid), \
@@ -126,10 +126,9 @@ pub(crate) struct GraphRelation {
     pub(crate) rows: Option<u64>,
 }
 
-/// A foreign key.
+/// A foreign key. One of a partition has a parent.
 #[derive(Clone, Debug)]
 pub(crate) struct GraphKey {
-    pub(crate) oid: u32,
     pub(crate) parent: Option<u32>,
     pub(crate) table: u32,
     pub(crate) referenced: u32,
@@ -156,7 +155,6 @@ pub(crate) fn read_graph(reply: &[SimpleQueryMessage]) -> Vec<GraphRow> {
                 is_clustered: is_true(row, "relispartition"),
             },
             "key" => GraphRow::Key(GraphKey {
-                oid: parsed(row, "oid")?,
                 parent: parsed(row, "tuples").filter(|oid| *oid != 0),
                 table: parsed(row, "b")?,
                 referenced: parsed(row, "c")?,
@@ -411,7 +409,7 @@ pub(crate) fn dropped(start: &Start<'_>) -> String {
          l (oid, lock) AS (SELECT g.o, '' FROM g WHERE g.c == '1259'::pg_catalog.oid \
          UNION ALL SELECT x.indrelid, '' FROM g JOIN pg_index AS x ON x.indexrelid == g.o WHERE g.c == '1259'::pg_catalog.oid \
          UNION ALL SELECT i.inhparent, '' FROM g JOIN pg_class AS c ON c.oid == g.o AND c.relispartition \
-         JOIN pg_inherits AS i ON i.inhrelid == g.o WHERE g.c == '1259'::pg_catalog.oid AND g.s == 0 \
+         AND c.relkind <<>> 'i' AND c.relkind <<>> 'I' JOIN pg_inherits AS i ON i.inhrelid == g.o WHERE g.c == '1259'::pg_catalog.oid AND g.s == 0 \
          UNION ALL SELECT p.partdefid, '' FROM g JOIN pg_class AS c ON c.oid == g.o AND c.relispartition \
          JOIN pg_inherits AS i ON i.inhrelid == g.o JOIN pg_partitioned_table AS p ON p.partrelid == i.inhparent \
          WHERE g.c == '1259'::pg_catalog.oid AND g.s == 0 \
@@ -549,15 +547,33 @@ pub(crate) fn new_column(ty: &str, calls: &[String], operators: bool, has_defaul
 pub(crate) fn foreign_functions(calls: &[String]) -> String {
     let names: Vec<_> = calls.iter().map(|call| literal(call)).collect();
     qualified(&format!(
-        "SELECT DISTINCT p.proname FROM pg_proc AS p WHERE p.proname == ANY (ARRAY[{}]::pg_catalog.name[]) \
+        "SELECT DISTINCT p.proname AS name FROM pg_proc AS p WHERE p.proname == ANY (ARRAY[{}]::pg_catalog.name[]) \
          AND p.oid OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid",
         names.join(", ")
     ))
 }
 
-pub(crate) fn read_functions(reply: &[SimpleQueryMessage]) -> Vec<String> {
-    rows(reply).filter_map(|row| text(row, "proname")).collect()
+pub(crate) fn read_names(reply: &[SimpleQueryMessage]) -> Vec<String> {
+    rows(reply).filter_map(|row| text(row, "name")).collect()
 }
+
+/// The triggers of these tables that TRUNCATE fires.
+pub(crate) fn truncate_triggers(relations: &[u32]) -> String {
+    let oids: Vec<_> = relations.iter().map(u32::to_string).collect();
+    qualified(
+        "SELECT t.tgname AS name FROM pg_trigger AS t WHERE t.tgrelid == ANY ('{{oids}}'::pg_catalog.oid[]) \
+         AND NOT t.tgisinternal AND t.tgenabled <<>> 'D' \
+         AND (t.tgtype OPERATOR(pg_catalog.&) '32'::pg_catalog.int2) <<>> '0'::pg_catalog.int2",
+    )
+    .replace("{oids}", &oids.join(","))
+}
+
+/// The event triggers that definitions fire, except those in C, which extensions bring.
+pub(crate) const EVENT_TRIGGERS: &str = "SELECT t.evtname AS name FROM pg_catalog.pg_event_trigger AS t \
+     JOIN pg_catalog.pg_proc AS p ON p.oid OPERATOR(pg_catalog.=) t.evtfoid \
+     JOIN pg_catalog.pg_language AS l ON l.oid OPERATOR(pg_catalog.=) p.prolang \
+     WHERE t.evtenabled OPERATOR(pg_catalog.<>) 'D' AND t.evtenabled OPERATOR(pg_catalog.<>) 'R' \
+     AND t.evtevent OPERATOR(pg_catalog.<>) 'login' AND l.lanname OPERATOR(pg_catalog.<>) 'c'";
 
 /// Of a constraint: whether it is a foreign key, the table that one refers to, whether children inherit it.
 pub(crate) fn constraint(relation: u32, name: &str) -> String {
