@@ -1,7 +1,7 @@
 //! Refuses statements that read or rewrite a table while they block other sessions.
 
 use super::plan::{LockPlan, PlannedLock, printable};
-use super::{Env, ddl};
+use super::{Env, bounds, ddl};
 use crate::deadline::timeout_millis;
 use crate::error::Error;
 use crate::mode::LockMode;
@@ -78,12 +78,12 @@ pub(super) async fn check(
             Err(error) => return Err(error),
         };
         let is_small = !is_heavy && lock.work == TableWork::Rows && bytes <= SMALL;
-        if bytes == 0 || is_small || (is_attached(lock) && has_check(env, lock).await?) {
+        if bytes == 0 || is_small || is_spared(env, &plan, statements, lock, lock_timeout).await? {
             continue;
         }
         return Err(match elsewhere {
-            Some(other) if !is_heavy || other.relation.oid == lock.relation.oid => of_batch(lock, other),
-            _ if lock.under > lock.mode => of_batch(lock, lock),
+            Some(other) if !is_heavy => of_batch(lock, other),
+            _ if !blocks(lock.mode) => of_batch(lock, lock),
             _ => refused(lock),
         });
     }
@@ -130,14 +130,43 @@ fn shortened(statement: &str) -> String {
     short
 }
 
-fn is_attached(lock: &PlannedLock) -> bool {
-    lock.statement.contains("ATTACH PARTITION")
-}
-
-/// Whether the partition to be attached has a CHECK that may make the scan unnecessary.
-async fn has_check(env: &Env, lock: &PlannedLock) -> Result<bool, Error> {
-    let sql = catalog::has_valid_check(lock.relation.oid);
-    Ok(catalog::read_two(&env.ask(&sql).await?, "has", "other").0)
+/// Whether the lock is that of a partition that is not read, because one of its CHECKs implies its bounds.
+async fn is_spared(
+    env: &Env,
+    plan: &LockPlan,
+    statements: &[ddl::Statement<'_>],
+    lock: &PlannedLock,
+    lock_timeout: Duration,
+) -> Result<bool, Error> {
+    let is_attached = lock.statement == "ALTER TABLE … ATTACH PARTITION" && lock.on == LockedRelation::Partition;
+    let bounds = statements.get(lock.at).into_iter().flat_map(|one| one.actions.iter().flatten());
+    let bounds = bounds.into_iter().find_map(|action| match &action.check {
+        ddl::CatalogCheck::Bounds(bounds) => Some(bounds.as_str()),
+        _ => None,
+    });
+    let (true, Some(bounds)) = (is_attached, bounds) else {
+        return Ok(false);
+    };
+    let of_statement = |role| {
+        let mut all = plan.locks.iter();
+        all.find(|one| one.at == lock.at && one.on == role && one.statement == lock.statement)
+    };
+    // The partition itself comes before what is below it.
+    let (Some(parent), Some(partition)) =
+        (of_statement(LockedRelation::Parent), of_statement(LockedRelation::Partition))
+    else {
+        return Ok(false);
+    };
+    // What the batch has changed before is not what the catalogs say.
+    let is_changed = (plan.locks.iter()).any(|one| one.at < lock.at && one.relation.oid == partition.relation.oid);
+    if is_changed {
+        return Ok(false);
+    }
+    let (parent, partition) = (parent.relation.oid, partition.relation.oid);
+    match bounds::are_implied(env, parent, partition, bounds, lock_timeout).await {
+        Err(error) if error.kind() == crate::error::ErrorKind::LockTimeout => Ok(false),
+        found => found,
+    }
 }
 
 fn about(lock: &PlannedLock) -> String {
@@ -160,7 +189,11 @@ fn refused(lock: &PlannedLock) -> Error {
         "{} on {} keeps others waiting while it {does}; {}, or .{allow}() if that may be",
         lock.statement,
         about(lock),
-        advice(lock.statement)
+        if lock.on == LockedRelation::DefaultPartition {
+            "better while the default partition is empty"
+        } else {
+            advice(lock.statement)
+        }
     ))
 }
 

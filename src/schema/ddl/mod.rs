@@ -162,6 +162,8 @@ pub(super) enum CatalogCheck {
     Options(Vec<String>),
     /// The functions that a query calls.
     Calls(Vec<String>),
+    /// The bounds of a partition: what follows FOR VALUES.
+    Bounds(String),
 }
 
 impl Action {

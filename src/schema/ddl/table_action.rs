@@ -228,9 +228,10 @@ fn attach(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
     cursor.eat(&["partition"]).then_some(())?;
     let partition = cursor.name()?;
     let is_default = cursor.sees(&["default"]);
-    (is_default || cursor.sees(&["for", "values"])).then_some(())?;
+    (is_default || cursor.eat(&["for", "values"])).then_some(())?;
     let name = "ALTER TABLE … ATTACH PARTITION";
     let action = Action::new(name, table.clone()).with(LockedRelation::Partition, partition);
+    let action = action.checking(CatalogCheck::Bounds(cursor.rest().to_owned()));
     Some(vec![action.then(Effect::Alters)])
 }
 
@@ -332,13 +333,29 @@ const AFTER_DEFAULT: &[&str] = &[
 
 const SERIAL: [&str; 6] = ["serial", "bigserial", "smallserial", "serial2", "serial4", "serial8"];
 
+/// Whether a text is the name of a type, with modifiers and array brackets or without.
+fn is_type(ty: &str) -> bool {
+    let words = [
+        "precision", "varying", "with", "without", "time", "zone", "character", "char", "year", "month", "day", "hour",
+        "minute", "second", "to", "array",
+    ];
+    let mut cursor = Cursor::of(ty);
+    let mut is_type = cursor.name().is_some();
+    while is_type && !cursor.is_at_end() {
+        is_type = cursor.one_of(&words)
+            || cursor.group().is_some()
+            || cursor.eat_literal()
+            || cursor.eat_symbol('[')
+            || cursor.eat_symbol(']');
+    }
+    is_type
+}
+
 /// Reads the type and constraints of a new column.
 fn column(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
     let new = |name| Action::new(name, table.clone());
     let ty = cursor.text_until(AFTER_TYPE).to_owned();
-    if ty.is_empty() {
-        return None;
-    }
+    is_type(&ty).then_some(())?;
     let is_serial = SERIAL.contains(&ty.to_lowercase().as_str());
     let mut has_default = is_serial;
     let (mut calls, mut operators) = (Vec::new(), false);
@@ -521,6 +538,7 @@ fn alter_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> 
     };
     if cursor.eat(&["type"]) || cursor.eat(&["set", "data", "type"]) {
         let ty = cursor.text_until(&["collate", "using"]).to_owned();
+        is_type(&ty).then_some(())?;
         let using = cursor.has(&["using"]) || cursor.has(&["collate"]);
         let check = CatalogCheck::NewType { column, ty, using };
         return Some(vec![

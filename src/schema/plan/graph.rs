@@ -16,7 +16,6 @@ const NEW: u32 = u32::MAX - 100_000;
 pub(super) struct Index {
     pub(super) index: u32,
     pub(super) table: u32,
-    pub(super) columns: String,
     pub(super) is_clustered: bool,
 }
 
@@ -74,12 +73,10 @@ impl Graph {
                 GraphRow::Index {
                     index,
                     table,
-                    columns,
                     is_clustered,
                 } => loaded.indexes.push(Index {
                     index,
                     table,
-                    columns,
                     is_clustered,
                 }),
                 GraphRow::Key(key) => loaded.keys.push(key),

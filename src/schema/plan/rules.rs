@@ -363,8 +363,8 @@ impl<'e> Rules<'e> {
         if form == "DROP COLUMN" {
             // Without recursion, the children's columns become their own.
             if action.only { Recursion::Children } else { Recursion::All }
-        } else if form == "ADD PRIMARY KEY" && action.only {
-            // The children's columns have to be NOT NULL, too.
+        } else if (form == "ADD PRIMARY KEY" || form == "ALTER COLUMN … DROP NOT NULL") && action.only {
+            // The children's columns have to be NOT NULL, too, or become so on their own.
             Recursion::Children
         } else if form == "RESET (…)" || action.only {
             Recursion::Itself
@@ -793,7 +793,7 @@ impl<'e> Rules<'e> {
         });
         let recursion = if action.only && action.name.ends_with("DROP CONSTRAINT") && !found.is_alone {
             // The children's constraints become their own.
-            Recursion::Children
+            if self.major >= 18 { Recursion::All } else { Recursion::Children }
         } else if action.only {
             Recursion::Itself
         } else if found.is_alone {

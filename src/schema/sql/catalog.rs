@@ -326,15 +326,6 @@ pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
     )
 }
 
-/// Whether a relation has a valid CHECK.
-pub(crate) fn has_valid_check(oid: u32) -> String {
-    format!(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid \
-         AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated) AS has, false AS other"
-    )
-}
-
 /// The direct partitions of a table.
 pub(crate) fn partitions(oid: u32) -> String {
     format!(

@@ -66,11 +66,7 @@ pub(crate) fn graph(names: &[TableName]) -> String {
          LEFT JOIN pg_partitioned_table AS p ON p.partrelid == c.oid \
          UNION ALL SELECT 'inherits', 0, i.inhrelid, i.inhparent, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL \
          FROM pg_inherits AS i JOIN f ON f.oid == i.inhparent \
-         UNION ALL SELECT 'index', 0, x.indexrelid, x.indrelid, \
-         (SELECT pg_catalog.string_agg(COALESCE(a.attname::pg_catalog.text, '(expression)'), ',' ORDER BY z.n USING OPERATOR(pg_catalog.<)) \
-         FROM pg_catalog.unnest(x.indkey::pg_catalog.int2[]) WITH ORDINALITY AS z (attnum, n) \
-         LEFT JOIN pg_attribute AS a ON a.attrelid == x.indrelid AND a.attnum == z.attnum), \
-         x.indpred IS NOT NULL, NULL, NULL, NULL, x.indisclustered, NULL, NULL FROM pg_index AS x JOIN f ON f.oid == x.indrelid \
+         UNION ALL SELECT 'index', 0, x.indexrelid, x.indrelid, NULL, NULL, NULL, NULL, NULL, x.indisclustered, NULL, NULL FROM pg_index AS x JOIN f ON f.oid == x.indrelid \
          UNION ALL SELECT 'key', 0, k.conrelid, k.confrelid, k.conname::pg_catalog.text, k.conparentid == '0'::pg_catalog.oid, \
          (SELECT pg_catalog.string_agg(a.attname::pg_catalog.text, ',' ORDER BY z.n USING OPERATOR(pg_catalog.<)) \
          FROM pg_catalog.unnest(k.conkey) WITH ORDINALITY AS z (attnum, n) \
@@ -100,7 +96,6 @@ pub(crate) enum GraphRow {
     Index {
         index: u32,
         table: u32,
-        columns: String,
         is_clustered: bool,
     },
     Key(GraphKey),
@@ -151,7 +146,6 @@ pub(crate) fn read_graph(reply: &[SimpleQueryMessage]) -> Vec<GraphRow> {
             "index" => GraphRow::Index {
                 index: parsed(row, "b")?,
                 table: parsed(row, "c")?,
-                columns: text(row, "d").unwrap_or_default(),
                 is_clustered: is_true(row, "relispartition"),
             },
             "key" => GraphRow::Key(GraphKey {

@@ -1,6 +1,7 @@
 //! The SQL of schema changes: catalog queries that do not lock the relations they describe, and the statements of the
 //! procedures.
 
+pub(crate) mod bounds;
 pub(crate) mod catalog;
 pub(crate) mod graph;
 pub(crate) mod index;

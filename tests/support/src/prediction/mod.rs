@@ -6,5 +6,5 @@ mod run;
 mod script;
 
 pub use figures::Figures;
-pub use run::{Fill, measure};
+pub use run::{Fill, measure, measure_alone};
 pub use script::statements;

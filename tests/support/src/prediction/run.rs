@@ -78,6 +78,24 @@ pub async fn measure(keeper: &Keeper, pool: &Pool, statements: &[String], fill: 
     figures
 }
 
+/// Compares each statement with its prediction, and rolls it back, so that each finds what was there before.
+///
+/// # Panics
+///
+/// When the server is gone.
+pub async fn measure_alone(keeper: &Keeper, pool: &Pool, statements: &[String]) -> Figures {
+    let mut figures = Figures::default();
+    for statement in statements {
+        let client = pool.get().await.expect("the server is there");
+        client.batch_execute("BEGIN").await.expect("BEGIN succeeds");
+        drop(client);
+        compare(keeper, pool, statement, &mut figures).await;
+        let client = pool.get().await.expect("the server is there");
+        client.batch_execute("ROLLBACK").await.expect("ROLLBACK succeeds");
+    }
+    figures
+}
+
 /// Text without leading comments.
 fn without_comments(statement: &str) -> &str {
     let mut rest = statement.trim_start();
