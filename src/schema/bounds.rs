@@ -53,7 +53,9 @@ fn tokens(text: &str) -> Option<Vec<Token<'_>>> {
                 end
             }
             c if c.is_ascii_digit() || c == '.' => {
-                let end = rest.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(rest.len());
+                let end = rest
+                    .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+                    .unwrap_or(rest.len());
                 let sign = if all.last() == Some(&Token::Symbol('-')) {
                     all.pop();
                     "-"
@@ -64,7 +66,9 @@ fn tokens(text: &str) -> Option<Vec<Token<'_>>> {
                 end
             }
             c if c.is_alphabetic() || c == '_' => {
-                let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len());
+                let end = rest
+                    .find(|c: char| !(c.is_alphanumeric() || c == '_'))
+                    .unwrap_or(rest.len());
                 all.push(Token::Word(&rest[..end]));
                 end
             }
@@ -90,7 +94,9 @@ fn constant(tokens: &[Token<'_>]) -> Option<Constant> {
             Token::Symbol(c) => ":()[]".contains(*c),
             // The length of a type.
             Token::Constant(length) => length.chars().all(|c| c.is_ascii_digit()),
-        }) && rest.first().is_none_or(|first| *first == Token::Symbol(':'))
+        }) && rest
+            .first()
+            .is_none_or(|first| *first == Token::Symbol(':'))
     };
     is_cast(rest).then(|| value.clone())
 }
@@ -141,7 +147,10 @@ fn bounds(text: &str) -> Option<Bounds> {
     let lower = text.to_ascii_lowercase();
     let limit = |tokens: &[Token<'_>]| -> Option<Option<Constant>> {
         match within_parentheses(tokens) {
-            [Token::Word(word)] if word.eq_ignore_ascii_case("minvalue") || word.eq_ignore_ascii_case("maxvalue") => {
+            [Token::Word(word)]
+                if word.eq_ignore_ascii_case("minvalue")
+                    || word.eq_ignore_ascii_case("maxvalue") =>
+            {
                 Some(None)
             }
             one => constant(one).map(Some),
@@ -156,7 +165,9 @@ fn bounds(text: &str) -> Option<Bounds> {
         }
         (Token::Word(word), _) if word.eq_ignore_ascii_case("from") => {
             let to = if lower.contains(" to ") || lower.contains(")to") || lower.contains(" to(") {
-                tokens.iter().position(|token| matches!(token, Token::Word(word) if word.eq_ignore_ascii_case("to")))?
+                tokens.iter().position(
+                    |token| matches!(token, Token::Word(word) if word.eq_ignore_ascii_case("to")),
+                )?
             } else {
                 return None;
             };
@@ -198,7 +209,9 @@ impl Proof {
         }
         match rest {
             [Token::Word("IS"), Token::Word("NOT"), Token::Word("NULL")] => self.not_null = true,
-            [Token::Symbol('>'), Token::Symbol('='), value @ ..] => self.at_least.extend(constant(value)),
+            [Token::Symbol('>'), Token::Symbol('='), value @ ..] => {
+                self.at_least.extend(constant(value))
+            }
             [Token::Symbol('<'), value @ ..] if value.first() != Some(&Token::Symbol('=')) => {
                 self.less_than.extend(constant(value));
             }
@@ -292,24 +305,42 @@ mod tests {
             from: from.map(str::to_owned),
             to: to.map(str::to_owned),
         };
-        assert_eq!(bounds("FROM (0) TO (-10)"), Some(range(Some("0"), Some("-10"))));
+        assert_eq!(
+            bounds("FROM (0) TO (-10)"),
+            Some(range(Some("0"), Some("-10")))
+        );
         let dates = "from ('2024-01-01') to (MAXVALUE)";
         assert_eq!(bounds(dates), Some(range(Some("2024-01-01"), None)));
-        assert_eq!(bounds("IN ('a', 'b')"), Some(Bounds::List(vec!["a".into(), "b".into()])));
-        for other in ["FROM (1, 2) TO (3, 4)", "FROM (now()) TO (MAXVALUE)", "WITH (MODULUS 2, REMAINDER 0)", "IN (NULL)"] {
+        assert_eq!(
+            bounds("IN ('a', 'b')"),
+            Some(Bounds::List(vec!["a".into(), "b".into()]))
+        );
+        for other in [
+            "FROM (1, 2) TO (3, 4)",
+            "FROM (now()) TO (MAXVALUE)",
+            "WITH (MODULUS 2, REMAINDER 0)",
+            "IN (NULL)",
+        ] {
             assert_eq!(bounds(other), None, "{other}");
         }
     }
 
     #[test]
     fn conditions_are_read_as_the_server_writes_them() {
-        let found = proof("(((v >= '2024-01-01'::date) AND (v < ('2025-01-01'::date)) AND (w > 3)))");
+        let found =
+            proof("(((v >= '2024-01-01'::date) AND (v < ('2025-01-01'::date)) AND (w > 3)))");
         assert_eq!(found.at_least, ["2024-01-01"]);
         assert_eq!(found.less_than, ["2025-01-01"]);
         assert!(proof("((v IS NOT NULL))").not_null);
         assert_eq!(proof("((v = ANY (ARRAY[1, 2])))").one_of, ["1", "2"]);
         assert_eq!(proof("((v = '-5'::integer))").one_of, ["-5"]);
-        for nothing in ["(((v >= 0) OR (v < 10)))", "((v <= 10))", "(((v + 1) >= 0))", "((w >= 0))", "((v >= f(1)))"] {
+        for nothing in [
+            "(((v >= 0) OR (v < 10)))",
+            "((v <= 10))",
+            "(((v + 1) >= 0))",
+            "((w >= 0))",
+            "((v >= f(1)))",
+        ] {
             assert_eq!(proof(nothing), Proof::default(), "{nothing}");
         }
     }

@@ -138,8 +138,12 @@ async fn is_spared(
     lock: &PlannedLock,
     lock_timeout: Duration,
 ) -> Result<bool, Error> {
-    let is_attached = lock.statement == "ALTER TABLE … ATTACH PARTITION" && lock.on == LockedRelation::Partition;
-    let bounds = statements.get(lock.at).into_iter().flat_map(|one| one.actions.iter().flatten());
+    let is_attached =
+        lock.statement == "ALTER TABLE … ATTACH PARTITION" && lock.on == LockedRelation::Partition;
+    let bounds = statements
+        .get(lock.at)
+        .into_iter()
+        .flat_map(|one| one.actions.iter().flatten());
     let bounds = bounds.into_iter().find_map(|action| match &action.check {
         ddl::CatalogCheck::Bounds(bounds) => Some(bounds.as_str()),
         _ => None,
@@ -152,13 +156,15 @@ async fn is_spared(
         all.find(|one| one.at == lock.at && one.on == role && one.statement == lock.statement)
     };
     // The partition itself comes before what is below it.
-    let (Some(parent), Some(partition)) =
-        (of_statement(LockedRelation::Parent), of_statement(LockedRelation::Partition))
-    else {
+    let (Some(parent), Some(partition)) = (
+        of_statement(LockedRelation::Parent),
+        of_statement(LockedRelation::Partition),
+    ) else {
         return Ok(false);
     };
     // What the batch has changed before is not what the catalogs say.
-    let is_changed = (plan.locks.iter()).any(|one| one.at < lock.at && one.relation.oid == partition.relation.oid);
+    let is_changed = (plan.locks.iter())
+        .any(|one| one.at < lock.at && one.relation.oid == partition.relation.oid);
     if is_changed {
         return Ok(false);
     }

@@ -221,7 +221,12 @@ impl fmt::Display for Preflight {
 /// `ACCESS EXCLUSIVE on "public"."t" (about 1000 rows), rewrites it, blocks …; in the way: pid 4711 (…) holds …`
 impl fmt::Display for PreflightLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} on {}", self.mode().as_sql(), self.planned.relation.label())?;
+        write!(
+            f,
+            "{} on {}",
+            self.mode().as_sql(),
+            self.planned.relation.label()
+        )?;
         if let Some(rows) = self.rows() {
             write!(f, " (about {rows} rows)")?;
         }

@@ -211,7 +211,10 @@ fn extension(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
         ("add" | "drop", "table" | "view" | "sequence" | "materialized" | "foreign") => {
             cursor.skip(2);
             cursor.one_of(&["view", "table"]);
-            Some(vec![Action::new("ALTER EXTENSION … ADD TABLE", cursor.name()?)])
+            Some(vec![Action::new(
+                "ALTER EXTENSION … ADD TABLE",
+                cursor.name()?,
+            )])
         }
         ("set", "schema") => None,
         _ => Some(Vec::new()),
@@ -236,7 +239,10 @@ mod tests {
             let read = &read(sql)[0];
             assert_eq!(read.actions, Some(Vec::new()), "{sql}");
         }
-        for sql in ["ALTER EXTENSION e UPDATE", "ALTER TABLE ALL IN TABLESPACE a SET TABLESPACE b"] {
+        for sql in [
+            "ALTER EXTENSION e UPDATE",
+            "ALTER TABLE ALL IN TABLESPACE a SET TABLESPACE b",
+        ] {
             assert!(read(sql)[0].unknown.is_some(), "{sql}");
         }
     }

@@ -208,7 +208,8 @@ impl<'a> Cursor<'a> {
     pub(super) fn names_after(&self, words: &[&str]) -> Vec<TableName> {
         let mut found = Vec::new();
         for at in self.at..self.tokens.len() {
-            let follows = matches!(&self.tokens[at].2, Token::Word(word) if words.contains(&word.as_str()));
+            let follows =
+                matches!(&self.tokens[at].2, Token::Word(word) if words.contains(&word.as_str()));
             if !follows {
                 continue;
             }
@@ -227,8 +228,11 @@ impl<'a> Cursor<'a> {
                 }
                 rest.eat(&["as"]);
                 let is_alias = !rest.word().is_empty()
-                    && !["where", "join", "on", "left", "inner", "set", "group", "order", "values", "select"]
-                        .contains(&rest.word());
+                    && ![
+                        "where", "join", "on", "left", "inner", "set", "group", "order", "values",
+                        "select",
+                    ]
+                    .contains(&rest.word());
                 if is_alias {
                     rest.skip(1);
                 }
@@ -406,7 +410,10 @@ mod tests {
             [body, "DROP TABLE t"]
         );
         let rule = "CREATE RULE r AS ON DELETE TO t DO (DELETE FROM a; DELETE FROM b)";
-        assert_eq!(split(&format!("{rule}; DROP TABLE t")), [rule, "DROP TABLE t"]);
+        assert_eq!(
+            split(&format!("{rule}; DROP TABLE t")),
+            [rule, "DROP TABLE t"]
+        );
         assert!(split(" ; -- nothing").is_empty());
     }
 

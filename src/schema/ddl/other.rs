@@ -121,7 +121,11 @@ fn calling(cursor: &Cursor<'_>) -> Action {
 fn insert(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     let target = cursor.name()?;
     let selects = cursor.has(&["select"]) || cursor.has(&["with"]) || cursor.has(&["table"]);
-    let name = if selects { "INSERT … SELECT" } else { "INSERT" };
+    let name = if selects {
+        "INSERT … SELECT"
+    } else {
+        "INSERT"
+    };
     let mut actions = vec![Action::new(name, target)];
     actions.extend(sources("SELECT", &cursor));
     // The list of columns is not a call.
@@ -141,7 +145,10 @@ fn modify(name: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
 fn reassign(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     cursor.eat(&["owned", "by"]).then_some(())?;
     let roles = roles(&mut cursor)?;
-    Some(vec![Action::on("ALTER TABLE … OWNER TO", Target::OwnedBy(roles))])
+    Some(vec![Action::on(
+        "ALTER TABLE … OWNER TO",
+        Target::OwnedBy(roles),
+    )])
 }
 
 /// Reads names of roles. CURRENT_USER and the like are the empty name.
@@ -203,12 +210,17 @@ fn create(mut cursor: Cursor<'_>) -> Read {
             // The elements are statements.
             let mut rest = cursor;
             rest.skip(1);
-            in_transaction(if rest.has(&["create"]) || rest.has(&["grant"]) { None } else { NOTHING })
+            in_transaction(if rest.has(&["create"]) || rest.has(&["grant"]) {
+                None
+            } else {
+                NOTHING
+            })
         }
         "database" | "tablespace" | "subscription" => outside_transaction(NOTHING),
-        "role" | "user" | "function" | "procedure" | "type" | "domain" | "extension" | "aggregate"
-        | "operator" | "cast" | "collation" | "server" | "foreign" | "event" | "language" | "text"
-        | "conversion" | "default" | "access" | "transform" | "group" | "trusted" | "procedural" => nothing,
+        "role" | "user" | "function" | "procedure" | "type" | "domain" | "extension"
+        | "aggregate" | "operator" | "cast" | "collation" | "server" | "foreign" | "event"
+        | "language" | "text" | "conversion" | "default" | "access" | "transform" | "group"
+        | "trusted" | "procedural" => nothing,
         _ if unlogged => nothing,
         _ => in_transaction(None),
     }
@@ -277,7 +289,7 @@ fn create_index(mut cursor: Cursor<'_>) -> Read {
         "CREATE INDEX" if only => "CREATE INDEX … ON ONLY",
         name => name,
     };
-    let mut action = Action::new(name, table.clone());
+    let mut action = Action::new(name, table.clone()).only(only);
     if let Some(index) = index {
         let index = match table.schema() {
             Some(schema) => TableName::in_schema(schema, index),
@@ -291,7 +303,11 @@ fn create_index(mut cursor: Cursor<'_>) -> Read {
 fn create_table(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
     cursor.eat(&["if", "not", "exists"]);
     let name = cursor.name()?;
-    let mut kind = if cursor.has(&["partition", "by"]) { 'p' } else { 'r' };
+    let mut kind = if cursor.has(&["partition", "by"]) {
+        'p'
+    } else {
+        'r'
+    };
     if cursor.has(&["server"]) {
         kind = 'f';
     }
@@ -373,7 +389,10 @@ fn drop_statement(mut cursor: Cursor<'_>) -> Read {
         };
         if concurrently {
             let names = names.into_iter().map(|name| (name, false)).collect();
-            return (Placement::Concurrently, all("DROP INDEX CONCURRENTLY", names));
+            return (
+                Placement::Concurrently,
+                all("DROP INDEX CONCURRENTLY", names),
+            );
         }
         let name = if name == "DROP TABLE" && cursor.sees(&["cascade"]) {
             "DROP TABLE … CASCADE"
@@ -409,14 +428,24 @@ fn drop_statement(mut cursor: Cursor<'_>) -> Read {
         return in_transaction(NOTHING);
     }
     // Nothing that has rows depends on these without CASCADE: it would have to be dropped, too.
-    let of_types = [&["operator"][..], &["cast"], &["text", "search"], &["transform"], &["access", "method"]];
+    let of_types = [
+        &["operator"][..],
+        &["cast"],
+        &["text", "search"],
+        &["transform"],
+        &["access", "method"],
+    ];
     if of_types.iter().any(|words| cursor.sees(words)) && !cursor.has(&["cascade"]) {
         return in_transaction(NOTHING);
     }
     in_transaction(drop_object(cursor))
 }
 
-fn drop_of_table(name: &'static str, catalog: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
+fn drop_of_table(
+    name: &'static str,
+    catalog: &'static str,
+    mut cursor: Cursor<'_>,
+) -> Option<Vec<Action>> {
     cursor.eat(&["if", "exists"]);
     let of = cursor.identifier()?;
     cursor.eat(&["on"]).then_some(())?;
@@ -441,7 +470,10 @@ fn drop_object(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
         let object = cursor.name()?;
         // The arguments of a function. Without them, all functions of the name are taken.
         cursor.group();
-        actions.push(Action::on(name, Target::Dropped(Dropped::Object(catalog, object))));
+        actions.push(Action::on(
+            name,
+            Target::Dropped(Dropped::Object(catalog, object)),
+        ));
         if !cursor.eat_symbol(',') {
             break;
         }
@@ -489,7 +521,10 @@ fn with_columns(mut cursor: Cursor<'_>) -> Option<Vec<(TableName, bool)>> {
 }
 
 fn every_table(name: &'static str) -> Option<Vec<Action>> {
-    Some(vec![Action::on(name, Target::Database(name == "CLUSTER (all)"))])
+    Some(vec![Action::on(
+        name,
+        Target::Database(name == "CLUSTER (all)"),
+    )])
 }
 
 fn analyze(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
@@ -512,7 +547,10 @@ fn vacuum(mut cursor: Cursor<'_>) -> Read {
             full |= part.word() == "full" && !off;
             analyze |= ["analyze", "analyse"].contains(&part.word()) && !off;
             // `FULL 0` or `FULL 'off'` is a value that is not read here.
-            if part.word() == "full" && part.word_at(1).is_empty() && part.rest().len() > "full".len() {
+            if part.word() == "full"
+                && part.word_at(1).is_empty()
+                && part.rest().len() > "full".len()
+            {
                 return outside_transaction(None);
             }
         }

@@ -29,7 +29,9 @@ pub(super) fn together(actions: &mut [Action]) {
     // out only if no other foreign key is added by the statement (`transformAlterTableStmt` in
     // `src/backend/parser/parse_utilcmd.c`).
     let drops = actions.iter().any(|one| one.name.contains("DROP "));
-    let has_key = actions.iter().any(|one| one.name.starts_with("ALTER TABLE … ADD FOREIGN KEY"));
+    let has_key = actions
+        .iter()
+        .any(|one| one.name.starts_with("ALTER TABLE … ADD FOREIGN KEY"));
     for action in actions {
         if has_key && action.name == "ALTER TABLE … ADD COLUMN … REFERENCES" {
             action.work = Some(TableWork::Scan);
@@ -64,7 +66,9 @@ fn index_action(mut cursor: Cursor<'_>, index: &TableName) -> Option<Vec<Action>
         ("attach", "partition") => {
             cursor.skip(2);
             let action = Action::new("ALTER INDEX … ATTACH PARTITION", index.clone());
-            Some(vec![action.with(LockedRelation::PartitionIndex, cursor.name()?)])
+            Some(vec![
+                action.with(LockedRelation::PartitionIndex, cursor.name()?),
+            ])
         }
         ("depends", _) => one("ALTER INDEX … DEPENDS ON EXTENSION"),
         ("no", "depends") => one("ALTER INDEX … DEPENDS ON EXTENSION"),
@@ -118,7 +122,9 @@ fn table_action(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>
                 "" => "ALTER TABLE … DETACH PARTITION",
                 _ => return None,
             };
-            Some(vec![altering(name).with(LockedRelation::Partition, partition)])
+            Some(vec![
+                altering(name).with(LockedRelation::Partition, partition),
+            ])
         }
         "set" => match cursor.word() {
             "schema" => {
@@ -213,7 +219,9 @@ fn rename(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
         cursor.eat(&["to"]).then_some(())?;
         let effect = Effect::RenameConstraint(old.clone(), cursor.identifier()?);
         let check = CatalogCheck::Constraint { name: old };
-        new("ALTER TABLE … RENAME CONSTRAINT").checking(check).then(effect)
+        new("ALTER TABLE … RENAME CONSTRAINT")
+            .checking(check)
+            .then(effect)
     } else {
         cursor.eat(&["column"]);
         let old = cursor.identifier()?;
@@ -321,23 +329,71 @@ fn constraint(cursor: &mut Cursor<'_>, table: &TableName) -> Option<Action> {
 
 /// The keywords that can follow a column's type.
 const AFTER_TYPE: &[&str] = &[
-    "collate", "default", "not", "null", "constraint", "check", "unique", "primary", "references", "generated",
-    "storage", "compression", "deferrable", "initially", "options", "enforced", "using",
+    "collate",
+    "default",
+    "not",
+    "null",
+    "constraint",
+    "check",
+    "unique",
+    "primary",
+    "references",
+    "generated",
+    "storage",
+    "compression",
+    "deferrable",
+    "initially",
+    "options",
+    "enforced",
+    "using",
 ];
 
 /// The keywords that end the expression of a default.
 const AFTER_DEFAULT: &[&str] = &[
-    "not", "null", "constraint", "check", "unique", "primary", "references", "collate", "generated", "deferrable",
-    "initially", "enforced", "storage", "compression",
+    "not",
+    "null",
+    "constraint",
+    "check",
+    "unique",
+    "primary",
+    "references",
+    "collate",
+    "generated",
+    "deferrable",
+    "initially",
+    "enforced",
+    "storage",
+    "compression",
 ];
 
-const SERIAL: [&str; 6] = ["serial", "bigserial", "smallserial", "serial2", "serial4", "serial8"];
+const SERIAL: [&str; 6] = [
+    "serial",
+    "bigserial",
+    "smallserial",
+    "serial2",
+    "serial4",
+    "serial8",
+];
 
 /// Whether a text is the name of a type, with modifiers and array brackets or without.
 fn is_type(ty: &str) -> bool {
     let words = [
-        "precision", "varying", "with", "without", "time", "zone", "character", "char", "year", "month", "day", "hour",
-        "minute", "second", "to", "array",
+        "precision",
+        "varying",
+        "with",
+        "without",
+        "time",
+        "zone",
+        "character",
+        "char",
+        "year",
+        "month",
+        "day",
+        "hour",
+        "minute",
+        "second",
+        "to",
+        "array",
     ];
     let mut cursor = Cursor::of(ty);
     let mut is_type = cursor.name().is_some();
@@ -372,7 +428,9 @@ fn column(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
                 cursor.name()?;
             }
             "not" => {
-                cursor.one_of(&["null", "deferrable", "enforced", "valid"]).then_some(())?;
+                cursor
+                    .one_of(&["null", "deferrable", "enforced", "valid"])
+                    .then_some(())?;
             }
             "null" | "deferrable" | "enforced" => {}
             "no" => cursor.eat(&["inherit"]).then_some(())?,
@@ -504,7 +562,10 @@ fn drop_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
     if is_constraint {
         of_table = of_table.checking(CatalogCheck::Constraint { name });
     }
-    Some(vec![of_table, Action::on(statement, Target::Dropped(dropped))])
+    Some(vec![
+        of_table,
+        Action::on(statement, Target::Dropped(dropped)),
+    ])
 }
 
 fn alter_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> {
@@ -519,7 +580,10 @@ fn alter_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> 
             ("ALTER TABLE … ALTER CONSTRAINT … NO INHERIT", None)
         } else if cursor.has(&["inherit"]) {
             // The children are checked.
-            ("ALTER TABLE … ALTER CONSTRAINT … INHERIT", Some(TableWork::Scan))
+            (
+                "ALTER TABLE … ALTER CONSTRAINT … INHERIT",
+                Some(TableWork::Scan),
+            )
         } else if cursor.has(&["deferrable"]) || cursor.has(&["initially"]) {
             ("ALTER TABLE … ALTER CONSTRAINT … DEFERRABLE", None)
         } else {
@@ -561,8 +625,8 @@ fn alter_part(mut cursor: Cursor<'_>, table: &TableName) -> Option<Vec<Action>> 
         // SET GENERATED, SET INCREMENT BY and so on, in any order.
         (
             "set",
-            "generated" | "increment" | "minvalue" | "maxvalue" | "start" | "restart" | "cache" | "cycle" | "no"
-            | "sequence" | "logged" | "unlogged" | "as",
+            "generated" | "increment" | "minvalue" | "maxvalue" | "start" | "restart" | "cache"
+            | "cycle" | "no" | "sequence" | "logged" | "unlogged" | "as",
         ) => return identity("ALTER TABLE … ALTER COLUMN … SET GENERATED"),
         ("set", "expression") => "ALTER TABLE … ALTER COLUMN … SET EXPRESSION",
         ("set", "") => "ALTER TABLE … ALTER COLUMN … SET (…)",

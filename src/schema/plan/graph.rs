@@ -105,7 +105,8 @@ impl Graph {
         // A name of the batch's own, with a schema in one place and without one in the other.
         let same = |(other, oid): (&TableName, &u32)| {
             let differ = other.schema().is_some() && name.schema().is_some();
-            (other.name() == name.name() && !differ && !self.gone.contains(other) && *oid >= NEW).then_some(*oid)
+            (other.name() == name.name() && !differ && !self.gone.contains(other) && *oid >= NEW)
+                .then_some(*oid)
         };
         let own = self.names.iter().find_map(same);
         own.or_else(|| {
@@ -195,13 +196,17 @@ impl Graph {
 
     /// The tables that this one's foreign keys refer to, and their partitions.
     pub(super) fn referenced(&self, table: u32) -> Vec<u32> {
-        let of = (self.keys.iter()).filter(|key| key.table == table).map(|key| key.referenced);
+        let of = (self.keys.iter())
+            .filter(|key| key.table == table)
+            .map(|key| key.referenced);
         self.with_partitions(of)
     }
 
     /// The tables whose foreign keys refer to this one, and their partitions.
     pub(super) fn referencing(&self, table: u32) -> Vec<u32> {
-        let of = (self.keys.iter()).filter(|key| key.referenced == table).map(|key| key.table);
+        let of = (self.keys.iter())
+            .filter(|key| key.referenced == table)
+            .map(|key| key.table);
         self.with_partitions(of)
     }
 

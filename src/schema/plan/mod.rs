@@ -79,11 +79,12 @@ impl LockPlan {
         names.sort_unstable();
         names.dedup();
         if asks {
-            let major = catalog::read_major_version(&env.ask(catalog::VERSION).await?)
-                .ok_or_else(|| {
+            let major = catalog::read_major_version(&env.ask(catalog::VERSION).await?).ok_or_else(
+                || {
                     Error::new(ErrorKind::Database)
                         .with_detail("the server does not say its version")
-                })?;
+                },
+            )?;
             let graph = graph::Graph::load(env, &names).await?;
             let mut rules = rules::Rules::new(env, major, graph);
             for (at, action) in actions_of(statements) {
@@ -116,11 +117,18 @@ impl LockPlan {
     }
 
     /// The functions of event triggers can do anything during a definition.
-    async fn event_triggers(&mut self, env: &Env, statements: &[ddl::Statement<'_>]) -> Result<(), Error> {
+    async fn event_triggers(
+        &mut self,
+        env: &Env,
+        statements: &[ddl::Statement<'_>],
+    ) -> Result<(), Error> {
         fn fires(action: &Action) -> bool {
-            !["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE", "LOCK", "VACUUM", "ANALYZE", "CLUSTER"]
-                .iter()
-                .any(|word| action.name.starts_with(word))
+            ![
+                "SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE", "LOCK", "VACUUM",
+                "ANALYZE", "CLUSTER",
+            ]
+            .iter()
+            .any(|word| action.name.starts_with(word))
         }
         let mut fired = Vec::new();
         for one in statements {
@@ -134,14 +142,21 @@ impl LockPlan {
         let names = graph_sql::read_names(&env.ask(graph_sql::EVENT_TRIGGERS).await?);
         if let Some(name) = names.first() {
             for statement in fired {
-                self.not_understood(statement, format!("the function of the event trigger {name:?}"));
+                self.not_understood(
+                    statement,
+                    format!("the function of the event trigger {name:?}"),
+                );
             }
         }
         Ok(())
     }
 
     fn not_understood(&mut self, statement: &str, part: String) {
-        if !self.unrecognized.iter().any(|one| one.statement == statement) {
+        if !self
+            .unrecognized
+            .iter()
+            .any(|one| one.statement == statement)
+        {
             self.unrecognized.push(NotUnderstood {
                 statement: statement.to_owned(),
                 part,
@@ -226,7 +241,9 @@ impl CatalogRelation {
 pub(super) fn printable(text: &str) -> String {
     let mut printable = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
+        if c.is_control()
+            || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        {
             printable.extend(c.escape_unicode());
         } else {
             printable.push(c);

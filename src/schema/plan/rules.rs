@@ -61,7 +61,11 @@ impl<'e> Rules<'e> {
     /// Adds the locks of an action. Returns what of it is not understood.
     ///
     /// Cancel safety: only reads the catalogs.
-    pub(super) async fn add(&mut self, at: usize, action: &Action) -> Result<Option<String>, Error> {
+    pub(super) async fn add(
+        &mut self,
+        at: usize,
+        action: &Action,
+    ) -> Result<Option<String>, Error> {
         if self.at != at {
             self.altered.extend(self.altering.drain(..));
         }
@@ -86,7 +90,14 @@ impl<'e> Rules<'e> {
         Ok(unknown)
     }
 
-    fn lock(&mut self, oid: u32, name: &'static str, on: LockedRelation, mode: LockMode, work: TableWork) {
+    fn lock(
+        &mut self,
+        oid: u32,
+        name: &'static str,
+        on: LockedRelation,
+        mode: LockMode,
+        work: TableWork,
+    ) {
         if let Some(relation) = self.graph.relation(oid) {
             self.locks.push(PlannedLock {
                 relation,
@@ -100,7 +111,14 @@ impl<'e> Rules<'e> {
         }
     }
 
-    fn lock_all(&mut self, oids: &[u32], name: &'static str, on: LockedRelation, mode: LockMode, work: TableWork) {
+    fn lock_all(
+        &mut self,
+        oids: &[u32],
+        name: &'static str,
+        on: LockedRelation,
+        mode: LockMode,
+        work: TableWork,
+    ) {
         for oid in oids {
             self.lock(*oid, name, on, mode, work);
         }
@@ -124,17 +142,27 @@ impl<'e> Rules<'e> {
         StatementLock::all().filter(move |lock| lock.statement() == name && lock.applies_to(major))
     }
 
-    async fn on_relation(&mut self, action: &Action, table: &TableName, oid: u32) -> Result<Option<String>, Error> {
+    async fn on_relation(
+        &mut self,
+        action: &Action,
+        table: &TableName,
+        oid: u32,
+    ) -> Result<Option<String>, Error> {
         let kind = self.graph.kind(oid);
         match action.name {
             "TRUNCATE" | "TRUNCATE … CASCADE" => {
                 let all = self.truncate(action, oid);
                 let sql = facts::truncate_triggers(&all);
                 let names = facts::read_names(&self.env.ask(&sql).await?);
-                return Ok(names.first().map(|name| format!("the function of the trigger {name:?}")));
+                return Ok(names
+                    .first()
+                    .map(|name| format!("the function of the trigger {name:?}")));
             }
             "LOCK TABLE" => self.lock_table(action, oid),
-            "REINDEX TABLE" | "REINDEX INDEX" | "REINDEX TABLE CONCURRENTLY" | "REINDEX INDEX CONCURRENTLY"
+            "REINDEX TABLE"
+            | "REINDEX INDEX"
+            | "REINDEX TABLE CONCURRENTLY"
+            | "REINDEX INDEX CONCURRENTLY"
             | "DROP INDEX CONCURRENTLY" => self.by_index(action, oid),
             "CREATE INDEX" | "CREATE INDEX … ON ONLY" => self.create_index(action, oid),
             "CREATE TABLE … PARTITION OF" => self.partition_of(action, oid),
@@ -147,7 +175,13 @@ impl<'e> Rules<'e> {
                 for (_, part) in &action.others {
                     if let Some(part) = self.graph.find(part) {
                         let role = LockedRelation::PartitionIndex;
-                        self.lock(part, action.name, role, LockMode::AccessExclusive, TableWork::Brief);
+                        self.lock(
+                            part,
+                            action.name,
+                            role,
+                            LockMode::AccessExclusive,
+                            TableWork::Brief,
+                        );
                     }
                 }
             }
@@ -166,7 +200,9 @@ impl<'e> Rules<'e> {
             name if name.starts_with("ALTER TABLE … ALTER CONSTRAINT") => {
                 return self.constraint(action, oid).await;
             }
-            "ALTER TABLE … ADD PRIMARY KEY USING INDEX" => self.using_index(action, table, oid).await?,
+            "ALTER TABLE … ADD PRIMARY KEY USING INDEX" => {
+                self.using_index(action, table, oid).await?
+            }
             "VACUUM" | "VACUUM FULL" | "VACUUM (ANALYZE)" | "ANALYZE" => self.maintain(action, oid),
             "COMMENT ON INDEX" => self.lock(
                 oid,
@@ -177,7 +213,13 @@ impl<'e> Rules<'e> {
             ),
             "ALTER INDEX … RENAME" if !matches!(kind, 'i' | 'I') => {
                 let role = LockedRelation::Table;
-                self.lock(oid, action.name, role, LockMode::AccessExclusive, TableWork::Brief);
+                self.lock(
+                    oid,
+                    action.name,
+                    role,
+                    LockMode::AccessExclusive,
+                    TableWork::Brief,
+                );
             }
             "CREATE OR REPLACE VIEW" if kind != 'v' => {}
             _ => self.by_rows(action, oid),
@@ -191,7 +233,10 @@ impl<'e> Rules<'e> {
         match &action.check {
             CatalogCheck::NamedIndex { index } => {
                 if let Some(index) = self.graph.index_named(oid, index) {
-                    let rows: Vec<_> = self.rows(action.name).filter(|row| row.on() == LockedRelation::Index).collect();
+                    let rows: Vec<_> = self
+                        .rows(action.name)
+                        .filter(|row| row.on() == LockedRelation::Index)
+                        .collect();
                     for row in rows {
                         self.lock(index, action.name, row.on(), row.mode(), row.work());
                     }
@@ -200,10 +245,13 @@ impl<'e> Rules<'e> {
             CatalogCheck::Sequences { column } => {
                 let mode = match action.name {
                     // A sequence follows its table since it can be unlogged.
-                    "ALTER TABLE … SET LOGGED" | "ALTER TABLE … SET UNLOGGED" if self.major < 15 => return,
-                    "ALTER TABLE … ALTER COLUMN … SET GENERATED" | "ALTER TABLE … ALTER COLUMN … RESTART" => {
-                        LockMode::ShareRowExclusive
+                    "ALTER TABLE … SET LOGGED" | "ALTER TABLE … SET UNLOGGED"
+                        if self.major < 15 =>
+                    {
+                        return;
                     }
+                    "ALTER TABLE … ALTER COLUMN … SET GENERATED"
+                    | "ALTER TABLE … ALTER COLUMN … RESTART" => LockMode::ShareRowExclusive,
                     _ => LockMode::AccessExclusive,
                 };
                 let owned = self.sequences(oid, column.as_deref(), false);
@@ -261,8 +309,16 @@ impl<'e> Rules<'e> {
             return;
         };
         for oid in oids {
-            let mode = action.mode.unwrap_or_else(|| self.mode_for(action, *oid, row.mode()));
-            self.lock(*oid, name, row.on(), mode, action.work.unwrap_or(row.work()));
+            let mode = action
+                .mode
+                .unwrap_or_else(|| self.mode_for(action, *oid, row.mode()));
+            self.lock(
+                *oid,
+                name,
+                row.on(),
+                mode,
+                action.work.unwrap_or(row.work()),
+            );
         }
     }
 
@@ -307,10 +363,12 @@ impl<'e> Rules<'e> {
             let role = row.on();
             let found: Vec<u32> = match role {
                 LockedRelation::Index if name == "CLUSTER" => self.clustered(action, oid),
-                LockedRelation::Referenced if name.starts_with("INSERT") => self.graph.referenced(oid),
-                LockedRelation::Parent if name.ends_with("INHERIT") => {
-                    (action.others.iter()).filter_map(|(_, name)| self.graph.find(name)).collect()
+                LockedRelation::Referenced if name.starts_with("INSERT") => {
+                    self.graph.referenced(oid)
                 }
+                LockedRelation::Parent if name.ends_with("INHERIT") => (action.others.iter())
+                    .filter_map(|(_, name)| self.graph.find(name))
+                    .collect(),
                 _ => continue,
             };
             self.lock_all(&found, name, role, row.mode(), row.work());
@@ -327,7 +385,9 @@ impl<'e> Rules<'e> {
             return self.graph.index_named(oid, index).into_iter().collect();
         }
         let all = self.graph.indexes_of(oid);
-        all.filter(|one| one.is_clustered).map(|one| one.index).collect()
+        all.filter(|one| one.is_clustered)
+            .map(|one| one.index)
+            .collect()
     }
 
     /// `ATPrepCmd` and what it calls in `src/backend/commands/tablecmds.c`.
@@ -350,10 +410,9 @@ impl<'e> Rules<'e> {
             "ADD PRIMARY KEY",
             "RENAME COLUMN",
         ];
-        let of_partitions = [
-            "ADD UNIQUE",
-            "ADD EXCLUDE",
-            "DISABLE TRIGGER",
+        let of_partitions = ["ADD UNIQUE", "ADD EXCLUDE", "DISABLE TRIGGER"];
+        // Partitions share identity columns since 17.
+        let identity = [
             "ALTER COLUMN … ADD GENERATED",
             "ALTER COLUMN … SET GENERATED",
             "ALTER COLUMN … RESTART",
@@ -362,8 +421,14 @@ impl<'e> Rules<'e> {
         let begins = |all: &[&str]| all.iter().any(|one| form.starts_with(one));
         if form == "DROP COLUMN" {
             // Without recursion, the children's columns become their own.
-            if action.only { Recursion::Children } else { Recursion::All }
-        } else if (form == "ADD PRIMARY KEY" || form == "ALTER COLUMN … DROP NOT NULL") && action.only {
+            if action.only {
+                Recursion::Children
+            } else {
+                Recursion::All
+            }
+        } else if (form == "ADD PRIMARY KEY" || form == "ALTER COLUMN … DROP NOT NULL")
+            && action.only
+        {
             // The children's columns have to be NOT NULL, too, or become so on their own.
             Recursion::Children
         } else if form == "RESET (…)" || action.only {
@@ -372,7 +437,7 @@ impl<'e> Rules<'e> {
             Recursion::Partitions
         } else if begins(&of_all) {
             Recursion::All
-        } else if begins(&of_partitions) {
+        } else if begins(&of_partitions) || (self.major >= 17 && begins(&identity)) {
             Recursion::Partitions
         } else if matches!(name, "CREATE TRIGGER" | "CREATE CONSTRAINT TRIGGER … FROM") {
             Recursion::Partitions
@@ -393,7 +458,14 @@ impl<'e> Rules<'e> {
 
     /// Returns the tables that are emptied.
     fn truncate(&mut self, action: &Action, oid: u32) -> Vec<u32> {
-        let mut all = self.targets(oid, if action.only { Recursion::Itself } else { Recursion::All });
+        let mut all = self.targets(
+            oid,
+            if action.only {
+                Recursion::Itself
+            } else {
+                Recursion::All
+            },
+        );
         let named = all.len();
         if action.name == "TRUNCATE … CASCADE" {
             let mut at = 0;
@@ -408,11 +480,21 @@ impl<'e> Rules<'e> {
         }
         let mode = LockMode::AccessExclusive;
         for (at, table) in all.clone().into_iter().enumerate() {
-            let role = if at < named { LockedRelation::Table } else { LockedRelation::Referencing };
+            let role = if at < named {
+                LockedRelation::Table
+            } else {
+                LockedRelation::Referencing
+            };
             self.lock(table, action.name, role, mode, TableWork::Brief);
             if matches!(action.check, CatalogCheck::Sequences { .. }) {
                 let owned = self.sequences(table, None, false);
-                self.lock_all(&owned, "TRUNCATE … RESTART IDENTITY", LockedRelation::Sequence, mode, TableWork::Brief);
+                self.lock_all(
+                    &owned,
+                    "TRUNCATE … RESTART IDENTITY",
+                    LockedRelation::Sequence,
+                    mode,
+                    TableWork::Brief,
+                );
             }
         }
         all
@@ -425,8 +507,21 @@ impl<'e> Rules<'e> {
             named.extend(self.graph.read_by(oid));
         }
         for one in named {
-            let all = self.targets(one, if action.only { Recursion::Itself } else { Recursion::All });
-            self.lock_all(&all, action.name, LockedRelation::Table, mode, TableWork::Brief);
+            let all = self.targets(
+                one,
+                if action.only {
+                    Recursion::Itself
+                } else {
+                    Recursion::All
+                },
+            );
+            self.lock_all(
+                &all,
+                action.name,
+                LockedRelation::Table,
+                mode,
+                TableWork::Brief,
+            );
         }
     }
 
@@ -436,11 +531,18 @@ impl<'e> Rules<'e> {
         let rows: Vec<_> = self.rows(name).collect();
         for one in self.targets(oid, Recursion::Partitions) {
             let is_index = matches!(self.graph.kind(one), 'i' | 'I');
-            let table = if is_index { self.graph.table_of(one) } else { Some(one) };
+            let table = if is_index {
+                self.graph.table_of(one)
+            } else {
+                Some(one)
+            };
             let indexes: Vec<u32> = if is_index {
                 vec![one]
             } else {
-                self.graph.indexes_of(one).map(|index| index.index).collect()
+                self.graph
+                    .indexes_of(one)
+                    .map(|index| index.index)
+                    .collect()
             };
             for row in &rows {
                 if row.on() == LockedRelation::Index {
@@ -454,20 +556,43 @@ impl<'e> Rules<'e> {
 
     fn create_index(&mut self, action: &Action, oid: u32) {
         let is_partitioned = self.graph.kind(oid) == 'p';
-        if !is_partitioned || action.name == "CREATE INDEX … ON ONLY" {
-            self.row_locks(action.name, &[oid], action);
+        if !is_partitioned {
+            // ONLY means nothing here: the index has no part elsewhere.
+            self.row_locks("CREATE INDEX", &[oid], action);
+            return;
+        }
+        if action.only {
+            self.row_locks("CREATE INDEX … ON ONLY", &[oid], action);
             return;
         }
         let name = "CREATE INDEX (partitioned)";
-        self.lock(oid, name, LockedRelation::Parent, LockMode::Share, TableWork::Brief);
+        self.lock(
+            oid,
+            name,
+            LockedRelation::Parent,
+            LockMode::Share,
+            TableWork::Brief,
+        );
         for partition in self.graph.partitions(oid) {
-            self.lock(partition, name, LockedRelation::Partition, LockMode::Share, TableWork::Scan);
+            self.lock(
+                partition,
+                name,
+                LockedRelation::Partition,
+                LockMode::Share,
+                TableWork::Scan,
+            );
             // Those that could become a part of the new one are opened in the same mode.
             let loose: Vec<u32> = (self.graph.indexes_of(partition))
                 .filter(|one| self.graph.parents(one.index).is_empty())
                 .map(|one| one.index)
                 .collect();
-            self.lock_all(&loose, name, LockedRelation::PartitionIndex, LockMode::Share, TableWork::Brief);
+            self.lock_all(
+                &loose,
+                name,
+                LockedRelation::PartitionIndex,
+                LockMode::Share,
+                TableWork::Brief,
+            );
         }
     }
 
@@ -478,7 +603,13 @@ impl<'e> Rules<'e> {
                 .filter(|one| self.graph.parents(one.index).is_empty())
                 .map(|one| one.index)
                 .collect();
-            self.lock_all(&loose, action.name, LockedRelation::PartitionIndex, LockMode::Share, TableWork::Brief);
+            self.lock_all(
+                &loose,
+                action.name,
+                LockedRelation::PartitionIndex,
+                LockMode::Share,
+                TableWork::Brief,
+            );
         }
     }
 
@@ -487,7 +618,13 @@ impl<'e> Rules<'e> {
         for default in self.graph.default_partitions(parent) {
             if Some(default) != except {
                 let role = LockedRelation::DefaultPartition;
-                self.lock(default, name, role, LockMode::AccessExclusive, TableWork::Scan);
+                self.lock(
+                    default,
+                    name,
+                    role,
+                    LockMode::AccessExclusive,
+                    TableWork::Scan,
+                );
             }
         }
     }
@@ -496,19 +633,42 @@ impl<'e> Rules<'e> {
     fn keys_of_partition(&mut self, name: &'static str, parent: u32, partition: Option<u32>) {
         let referenced = self.graph.referenced(parent);
         for table in referenced {
-            let has_same = partition.is_some_and(|partition| self.has_key_to(parent, partition, table));
+            let has_same =
+                partition.is_some_and(|partition| self.has_key_to(parent, partition, table));
             // The partition's own key is taken over, and its triggers on the other table dropped.
-            let mode = if has_same { LockMode::AccessExclusive } else { LockMode::ShareRowExclusive };
-            let work = if partition.is_some() { TableWork::Scan } else { TableWork::Brief };
+            let mode = if has_same {
+                LockMode::AccessExclusive
+            } else {
+                LockMode::ShareRowExclusive
+            };
+            let work = if partition.is_some() {
+                TableWork::Scan
+            } else {
+                TableWork::Brief
+            };
             self.lock(table, name, LockedRelation::Referenced, mode, work);
         }
         let mode = match (partition, self.major) {
             (Some(_), ..15) => LockMode::AccessShare,
             _ => LockMode::ShareRowExclusive,
         };
-        let whole = |key: &&facts::GraphKey| key.referenced == parent && key.parent.is_none();
-        let referencing: Vec<u32> = (self.graph.keys.iter()).filter(whole).map(|key| key.table).collect();
-        self.lock_all(&referencing, name, LockedRelation::Referencing, mode, TableWork::Brief);
+        // The key of a partition follows from that of its parent.
+        let follows = |key: &facts::GraphKey| {
+            let parents = self.graph.parents(key.table);
+            (self.graph.keys.iter())
+                .any(|one| parents.contains(&one.table) && one.referenced == key.referenced)
+        };
+        let referencing: Vec<u32> = (self.graph.keys.iter())
+            .filter(|key| key.referenced == parent && !follows(key))
+            .map(|key| key.table)
+            .collect();
+        self.lock_all(
+            &referencing,
+            name,
+            LockedRelation::Referencing,
+            mode,
+            TableWork::Brief,
+        );
     }
 
     /// Whether a partition, or one below it, has a key of the parent's columns to the same table.
@@ -519,7 +679,9 @@ impl<'e> Rules<'e> {
             let same = self.graph.with_partitions(std::iter::once(key.referenced));
             same.contains(&referenced)
                 && (self.graph.keys.iter()).any(|own| {
-                    below.contains(&own.table) && own.parent.is_none() && own.referenced == key.referenced
+                    below.contains(&own.table)
+                        && own.parent.is_none()
+                        && own.referenced == key.referenced
                 })
         })
     }
@@ -534,7 +696,13 @@ impl<'e> Rules<'e> {
 
     fn partition_of(&mut self, action: &Action, parent: u32) {
         let name = action.name;
-        self.lock(parent, name, LockedRelation::Parent, LockMode::AccessExclusive, TableWork::Brief);
+        self.lock(
+            parent,
+            name,
+            LockedRelation::Parent,
+            LockMode::AccessExclusive,
+            TableWork::Brief,
+        );
         self.search_default(name, parent, None);
         self.keys_of_partition("CREATE TABLE … PARTITION OF (foreign key)", parent, None);
         self.indexes_of_partition(name, parent);
@@ -547,7 +715,13 @@ impl<'e> Rules<'e> {
 
     fn attach(&mut self, action: &Action, parent: u32) {
         let name = action.name;
-        self.lock(parent, name, LockedRelation::Parent, LockMode::ShareUpdateExclusive, TableWork::Brief);
+        self.lock(
+            parent,
+            name,
+            LockedRelation::Parent,
+            LockMode::ShareUpdateExclusive,
+            TableWork::Brief,
+        );
         for (_, partition) in &action.others {
             let Some(partition) = self.graph.find(partition) else {
                 continue;
@@ -557,7 +731,11 @@ impl<'e> Rules<'e> {
                 self.lock(one, name, role, LockMode::AccessExclusive, TableWork::Scan);
             }
             self.search_default(name, parent, Some(partition));
-            self.keys_of_partition("ALTER TABLE … ATTACH PARTITION (foreign key)", parent, Some(partition));
+            self.keys_of_partition(
+                "ALTER TABLE … ATTACH PARTITION (foreign key)",
+                parent,
+                Some(partition),
+            );
             self.indexes_of_partition(name, parent);
             self.graph.attach(partition, parent);
             self.altering.push(partition);
@@ -577,7 +755,13 @@ impl<'e> Rules<'e> {
         if !is_concurrent {
             let default = self.graph.default_partitions(parent);
             if let Some(default) = default.first() {
-                self.lock(*default, name, LockedRelation::DefaultPartition, strongest, TableWork::Brief);
+                self.lock(
+                    *default,
+                    name,
+                    LockedRelation::DefaultPartition,
+                    strongest,
+                    TableWork::Brief,
+                );
             }
         }
         for (_, partition) in &action.others {
@@ -585,17 +769,37 @@ impl<'e> Rules<'e> {
                 continue;
             };
             let referencing = self.graph.referencing(parent);
-            let work = if referencing.is_empty() { TableWork::Brief } else { TableWork::Scan };
-            let below = if is_concurrent { Recursion::Itself } else { Recursion::All };
+            let work = if referencing.is_empty() {
+                TableWork::Brief
+            } else {
+                TableWork::Scan
+            };
+            let below = if is_concurrent {
+                Recursion::Itself
+            } else {
+                Recursion::All
+            };
             let below = self.targets(partition, below);
             self.lock_all(&below, name, LockedRelation::Partition, strongest, work);
             for table in self.graph.referenced(partition) {
                 let name = "ALTER TABLE … DETACH PARTITION (foreign key)";
-                self.lock(table, name, LockedRelation::Referenced, LockMode::ShareRowExclusive, TableWork::Brief);
+                self.lock(
+                    table,
+                    name,
+                    LockedRelation::Referenced,
+                    LockMode::ShareRowExclusive,
+                    TableWork::Brief,
+                );
             }
             for table in referencing {
                 let name = "ALTER TABLE … DETACH PARTITION (referred to)";
-                self.lock(table, name, LockedRelation::Referencing, strongest, TableWork::Scan);
+                self.lock(
+                    table,
+                    name,
+                    LockedRelation::Referencing,
+                    strongest,
+                    TableWork::Scan,
+                );
             }
         }
     }
@@ -615,12 +819,26 @@ impl<'e> Rules<'e> {
                 continue;
             };
             let is_taken_over = targets[1..].iter().any(|partition| {
-                (self.graph.keys.iter()).any(|key| key.table == *partition && key.referenced == referenced)
+                (self.graph.keys.iter())
+                    .any(|key| key.table == *partition && key.referenced == referenced)
             });
-            for row in rows.iter().filter(|row| row.on() == LockedRelation::Referenced) {
-                let mode = if is_taken_over { LockMode::AccessExclusive } else { row.mode() };
+            for row in rows
+                .iter()
+                .filter(|row| row.on() == LockedRelation::Referenced)
+            {
+                let mode = if is_taken_over {
+                    LockMode::AccessExclusive
+                } else {
+                    row.mode()
+                };
                 let all = self.targets(referenced, Recursion::Partitions);
-                self.lock_all(&all, name, row.on(), mode, row.work());
+                self.lock_all(
+                    &all,
+                    name,
+                    row.on(),
+                    mode,
+                    action.work.unwrap_or(row.work()),
+                );
             }
             let key = match &action.effect {
                 Effect::AddConstraint(key, _) => key.clone(),
@@ -632,7 +850,11 @@ impl<'e> Rules<'e> {
 
     /// The facts of a column in these relations; empty for a column that the batch adds.
     async fn facts(&self, oids: &[u32], column: &str, ty: &str) -> Result<Vec<ColumnFacts>, Error> {
-        let oids: Vec<u32> = oids.iter().copied().filter(|oid| !Graph::is_new(*oid)).collect();
+        let oids: Vec<u32> = oids
+            .iter()
+            .copied()
+            .filter(|oid| !Graph::is_new(*oid))
+            .collect();
         let Some(column) = oids.first().and_then(|oid| self.column(*oid, column)) else {
             return Ok(Vec::new());
         };
@@ -656,34 +878,52 @@ impl<'e> Rules<'e> {
             let of_partitions = self.graph.kind(oid) == 'p'
                 && (all.iter().find(|one| one.relation == oid)).is_some_and(|one| one.is_indexed);
             let (name, work) = match found {
-                Some(one) if keeps && !one.is_checked && !one.rebuilds_index && !of_partitions => {
-                    ("ALTER TABLE … ALTER COLUMN … TYPE (binary coercible)", TableWork::Brief)
-                }
-                Some(_) if keeps => ("ALTER TABLE … ALTER COLUMN … TYPE (binary coercible)", TableWork::Scan),
+                Some(one) if keeps && !one.is_checked && !one.rebuilds_index && !of_partitions => (
+                    "ALTER TABLE … ALTER COLUMN … TYPE (binary coercible)",
+                    TableWork::Brief,
+                ),
+                Some(_) if keeps => (
+                    "ALTER TABLE … ALTER COLUMN … TYPE (binary coercible)",
+                    TableWork::Scan,
+                ),
                 _ => {
                     is_brief = false;
                     ("ALTER TABLE … ALTER COLUMN … TYPE", TableWork::Rewrite)
                 }
             };
-            self.lock(*target, name, LockedRelation::Table, LockMode::AccessExclusive, work);
+            self.lock(
+                *target,
+                name,
+                LockedRelation::Table,
+                LockMode::AccessExclusive,
+                work,
+            );
             // Keys are built again, or at least checked for whether they have to be.
             let old = self.column(*target, column).map(str::to_owned);
             let keys: Vec<(u32, u32)> = (self.graph.keys.iter())
                 .filter(|key| key.table == *target || key.referenced == *target)
                 .filter(|key| {
                     key.referenced == *target
-                        || old.as_deref().is_none_or(|old| key.columns.split(',').any(|own| own == old))
+                        || old
+                            .as_deref()
+                            .is_none_or(|old| key.columns.split(',').any(|own| own == old))
                 })
                 .map(|key| (key.table, key.referenced))
                 .collect();
             for (table, referenced) in keys {
-                let work = if is_brief { TableWork::Brief } else { TableWork::Scan };
+                let work = if is_brief {
+                    TableWork::Brief
+                } else {
+                    TableWork::Scan
+                };
                 let strongest = LockMode::AccessExclusive;
                 if table == *target {
                     let name = "ALTER TABLE … ALTER COLUMN … TYPE (foreign key)";
                     let all = self.graph.with_partitions(std::iter::once(referenced));
                     self.lock_all(&all, name, LockedRelation::Referenced, strongest, work);
-                } else if (all.iter().find(|one| one.relation == *target)).is_none_or(|one| one.is_indexed) {
+                } else if (all.iter().find(|one| one.relation == *target))
+                    .is_none_or(|one| one.is_indexed)
+                {
                     let name = "ALTER TABLE … ALTER COLUMN … TYPE (key)";
                     let all = self.graph.with_partitions(std::iter::once(table));
                     self.lock_all(&all, name, LockedRelation::Referencing, strongest, work);
@@ -692,7 +932,13 @@ impl<'e> Rules<'e> {
             // The sequence of an identity column gets the type, too.
             let owned = self.sequences(*target, Some(column), true);
             let (name, mode) = ("ALTER SEQUENCE", LockMode::ShareRowExclusive);
-            self.lock_all(&owned, name, LockedRelation::Sequence, mode, TableWork::Brief);
+            self.lock_all(
+                &owned,
+                name,
+                LockedRelation::Sequence,
+                mode,
+                TableWork::Brief,
+            );
         }
         Ok(())
     }
@@ -702,7 +948,11 @@ impl<'e> Rules<'e> {
             self.by_rows(action, oid);
             return Ok(());
         };
-        let recursion = if action.only { Recursion::Itself } else { Recursion::All };
+        let recursion = if action.only {
+            Recursion::Itself
+        } else {
+            Recursion::All
+        };
         let targets = self.targets(oid, recursion);
         let all = self.facts(&targets, column, "").await?;
         for target in targets {
@@ -713,11 +963,20 @@ impl<'e> Rules<'e> {
             });
             // Under ADD NOT NULL, the same scan finds the same proof.
             let (name, work) = if is_proven && !self.is_altered(target) {
-                ("ALTER TABLE … ALTER COLUMN … SET NOT NULL (implied by a CHECK)", TableWork::Brief)
+                (
+                    "ALTER TABLE … ALTER COLUMN … SET NOT NULL (implied by a CHECK)",
+                    TableWork::Brief,
+                )
             } else {
                 (action.name, TableWork::Scan)
             };
-            self.lock(target, name, LockedRelation::Table, LockMode::AccessExclusive, work);
+            self.lock(
+                target,
+                name,
+                LockedRelation::Table,
+                LockMode::AccessExclusive,
+                work,
+            );
         }
         Ok(())
     }
@@ -734,7 +993,8 @@ impl<'e> Rules<'e> {
             return Ok(());
         };
         let sql = facts::new_column(ty, calls, *operators, *has_default);
-        let (volatile, domain) = catalog::read_two(&self.env.ask(&sql).await?, "volatile", "domain");
+        let (volatile, domain) =
+            catalog::read_two(&self.env.ask(&sql).await?, "volatile", "domain");
         let name = if volatile {
             "ALTER TABLE … ADD COLUMN (volatile default)"
         } else if domain {
@@ -742,13 +1002,22 @@ impl<'e> Rules<'e> {
         } else {
             "ALTER TABLE … ADD COLUMN"
         };
-        let recursion = if action.only { Recursion::Itself } else { Recursion::All };
+        let recursion = if action.only {
+            Recursion::Itself
+        } else {
+            Recursion::All
+        };
         let targets = self.targets(oid, recursion);
         self.row_locks(name, &targets, action);
         Ok(())
     }
 
-    async fn using_index(&mut self, action: &Action, table: &TableName, oid: u32) -> Result<(), Error> {
+    async fn using_index(
+        &mut self,
+        action: &Action,
+        table: &TableName,
+        oid: u32,
+    ) -> Result<(), Error> {
         let CatalogCheck::UsingIndex { index } = &action.check else {
             return Ok(());
         };
@@ -791,16 +1060,25 @@ impl<'e> Rules<'e> {
             is_alone: false,
             referenced: 0,
         });
-        let recursion = if action.only && action.name.ends_with("DROP CONSTRAINT") && !found.is_alone {
-            // The children's constraints become their own.
-            if self.major >= 18 { Recursion::All } else { Recursion::Children }
-        } else if action.only {
-            Recursion::Itself
-        } else if found.is_alone {
-            if action.name.ends_with("RENAME CONSTRAINT") { Recursion::Itself } else { Recursion::Partitions }
-        } else {
-            Recursion::All
-        };
+        let recursion =
+            if action.only && action.name.ends_with("DROP CONSTRAINT") && !found.is_alone {
+                // The children's constraints become their own.
+                if self.major >= 18 {
+                    Recursion::All
+                } else {
+                    Recursion::Children
+                }
+            } else if action.only {
+                Recursion::Itself
+            } else if found.is_alone {
+                if action.name.ends_with("RENAME CONSTRAINT") {
+                    Recursion::Itself
+                } else {
+                    Recursion::Partitions
+                }
+            } else {
+                Recursion::All
+            };
         let targets = self.targets(oid, recursion);
         let name = action.name;
         match name {
@@ -808,17 +1086,31 @@ impl<'e> Rules<'e> {
                 let name = "ALTER TABLE … VALIDATE CONSTRAINT (foreign key)";
                 self.row_locks(name, &targets, action);
                 let referenced: Vec<u32> = (self.graph.keys.iter())
-                    .filter(|key| key.table == oid && (key.name == *of || Some(&key.name) == in_catalogs.as_ref()))
+                    .filter(|key| {
+                        key.table == oid
+                            && (key.name == *of || Some(&key.name) == in_catalogs.as_ref())
+                    })
                     .map(|key| key.referenced)
                     .collect();
                 let referenced = self.graph.with_partitions(referenced.into_iter());
-                self.lock_all(&referenced, name, LockedRelation::Referenced, LockMode::RowShare, TableWork::Scan);
+                self.lock_all(
+                    &referenced,
+                    name,
+                    LockedRelation::Referenced,
+                    LockMode::RowShare,
+                    TableWork::Scan,
+                );
             }
             _ if name.contains("ENFORCED") && found.referenced != 0 => {
                 let all = self.targets(oid, Recursion::Partitions);
                 self.row_locks(name, &all, action);
-                let rows: Vec<_> = self.rows(name).filter(|row| row.on() == LockedRelation::Referenced).collect();
-                let referenced = self.graph.with_partitions(std::iter::once(found.referenced));
+                let rows: Vec<_> = self
+                    .rows(name)
+                    .filter(|row| row.on() == LockedRelation::Referenced)
+                    .collect();
+                let referenced = self
+                    .graph
+                    .with_partitions(std::iter::once(found.referenced));
                 for row in rows {
                     self.lock_all(&referenced, name, row.on(), row.mode(), row.work());
                 }
@@ -833,24 +1125,45 @@ impl<'e> Rules<'e> {
         let name = action.name;
         let is_partitioned = self.graph.kind(oid) == 'p';
         let recurses = !action.only && (is_partitioned || self.major >= 18);
-        let targets = self.targets(oid, if recurses { Recursion::All } else { Recursion::Itself });
+        let targets = self.targets(
+            oid,
+            if recurses {
+                Recursion::All
+            } else {
+                Recursion::Itself
+            },
+        );
         for target in targets {
             let analyzes = name.contains("ANALYZE");
-            if self.graph.kind(target) == 'p' && !analyzes {
+            let has_rows = matches!(self.graph.kind(target), 'r' | 'm' | 'p' | 'f');
+            if !has_rows || (self.graph.kind(target) == 'p' && !analyzes) {
                 // Only its partitions have rows.
                 continue;
             }
             self.row_locks(name, &[target], action);
             if name == "VACUUM FULL" {
-                let indexes: Vec<u32> = self.graph.indexes_of(target).map(|one| one.index).collect();
+                let indexes: Vec<u32> =
+                    self.graph.indexes_of(target).map(|one| one.index).collect();
                 let mode = LockMode::AccessExclusive;
-                self.lock_all(&indexes, name, LockedRelation::Index, mode, TableWork::Rewrite);
+                self.lock_all(
+                    &indexes,
+                    name,
+                    LockedRelation::Index,
+                    mode,
+                    TableWork::Rewrite,
+                );
             }
         }
         if name == "ANALYZE" && !is_partitioned && self.major < 18 && !action.only {
             let children = self.graph.below(oid);
             let name = "ANALYZE (inheritance parent)";
-            self.lock_all(&children, name, LockedRelation::Child, LockMode::AccessShare, TableWork::Scan);
+            self.lock_all(
+                &children,
+                name,
+                LockedRelation::Child,
+                LockMode::AccessShare,
+                TableWork::Scan,
+            );
         }
     }
 
@@ -871,7 +1184,13 @@ impl<'e> Rules<'e> {
                     let role = LockedRelation::Table;
                     let partitioned_only = self.graph.kind(oid) == 'I' || below.len() == 1;
                     if partitioned_only {
-                        self.lock_all(&below, name, role, LockMode::AccessExclusive, TableWork::Brief);
+                        self.lock_all(
+                            &below,
+                            name,
+                            role,
+                            LockMode::AccessExclusive,
+                            TableWork::Brief,
+                        );
                     }
                     Start::Relation(oid)
                 }
@@ -946,9 +1265,15 @@ impl<'e> Rules<'e> {
             Target::Publication(name) => facts::of_publication(name),
             _ => return Ok(()),
         };
-        let rows: Vec<_> = self.rows(action.name).filter(|row| row.on() != LockedRelation::Index).collect();
+        let rows: Vec<_> = self
+            .rows(action.name)
+            .filter(|row| row.on() != LockedRelation::Index)
+            .collect();
         for (relation, _) in facts::read_relations(&self.env.ask(&sql).await?) {
-            if relation.kind == 'p' && action.name.starts_with("VACUUM") && !action.name.contains("ANALYZE") {
+            if relation.kind == 'p'
+                && action.name.starts_with("VACUUM")
+                && !action.name.contains("ANALYZE")
+            {
                 continue;
             }
             for row in &rows {

@@ -44,7 +44,8 @@ fn keeps(old: u32, old_modifier: i32, new: u32, is_binary: bool, ty: &str) -> bo
         // `interval_support` in `src/backend/utils/adt/timestamp.c`. Fields, such as `interval day`, cut values off.
         (INTERVAL, _) if has_fields(ty) => false,
         (INTERVAL, [precision]) => {
-            *precision >= 6 || (is_full_interval(old_modifier) && *precision >= (old_modifier & 0xffff))
+            *precision >= 6
+                || (is_full_interval(old_modifier) && *precision >= (old_modifier & 0xffff))
         }
         (_, [precision]) if TIMES.contains(&new) => {
             *precision >= 6 || (old_modifier >= 0 && *precision >= old_modifier)
@@ -57,7 +58,9 @@ fn keeps(old: u32, old_modifier: i32, new: u32, is_binary: bool, ty: &str) -> bo
 /// Whether an interval's type names fields.
 fn has_fields(ty: &str) -> bool {
     let lower = ty.to_lowercase();
-    ["year", "month", "day", "hour", "minute", "second"].iter().any(|field| lower.contains(field))
+    ["year", "month", "day", "hour", "minute", "second"]
+        .iter()
+        .any(|field| lower.contains(field))
 }
 
 /// Whether the modifier of an interval has a precision and no fields (`INTERVAL_FULL_RANGE` in
@@ -177,15 +180,28 @@ mod tests {
         assert!(!keeps(INTERVAL, full(3), INTERVAL, false, "interval(0)"));
         assert!(!keeps(INTERVAL, -1, INTERVAL, false, "interval(3)"));
         assert!(keeps(INTERVAL, full(2), INTERVAL, false, "interval"));
-        assert!(!keeps(INTERVAL, -1, INTERVAL, false, "interval year to month"));
-        assert!(!keeps(INTERVAL, full(0), INTERVAL, false, "interval second(3)"));
+        assert!(!keeps(
+            INTERVAL,
+            -1,
+            INTERVAL,
+            false,
+            "interval year to month"
+        ));
+        assert!(!keeps(
+            INTERVAL,
+            full(0),
+            INTERVAL,
+            false,
+            "interval second(3)"
+        ));
     }
 
     #[test]
     fn not_null_is_proven_by_one_of_several_conditions() {
         let test = "{NULLTEST :arg {VAR :varno 1 :varattno 2 :vartype 23} :nulltesttype 1 :argisrow false :location 1}";
         let other = "{OPEXPR :opno 521 :args ({VAR :varno 1 :varattno 2} {CONST :constvalue 4})}";
-        let joined = |op: &str| format!("{{BOOLEXPR :boolop {op} :args ({other} {test}) :location 3}}");
+        let joined =
+            |op: &str| format!("{{BOOLEXPR :boolop {op} :args ({other} {test}) :location 3}}");
         assert!(proves_not_null(test, 2));
         assert!(!proves_not_null(test, 22));
         assert!(!proves_not_null(&test.replace("type 1", "type 0"), 2));

@@ -30,7 +30,10 @@ pub(crate) fn graph(names: &[TableName]) -> String {
                 Some(schema) => format!("{}::pg_catalog.name", literal(schema)),
                 None => "NULL::pg_catalog.name".to_owned(),
             };
-            format!("({at}, {schema}, {}::pg_catalog.name)", literal(name.name()))
+            format!(
+                "({at}, {schema}, {}::pg_catalog.name)",
+                literal(name.name())
+            )
         })
         .collect();
     let template = "WITH RECURSIVE w (at, schema, name) AS (VALUES {names}), \
@@ -304,12 +307,15 @@ pub(crate) enum Start<'a> {
 impl Start<'_> {
     fn sql(&self) -> String {
         let oid = |oid: &u32| format!("'{oid}'::pg_catalog.oid");
-        let class = |catalog: &str| format!("'pg_catalog.{catalog}'::pg_catalog.regclass::pg_catalog.oid");
+        let class =
+            |catalog: &str| format!("'pg_catalog.{catalog}'::pg_catalog.regclass::pg_catalog.oid");
         let qualified_with = |template: &str, name: &str| {
             qualified(template).replace("{name}", &format!("{}::pg_catalog.name", literal(name)))
         };
         match self {
-            Self::Relation(relation) => format!("SELECT '1259'::pg_catalog.oid, {}, 0", oid(relation)),
+            Self::Relation(relation) => {
+                format!("SELECT '1259'::pg_catalog.oid, {}, 0", oid(relation))
+            }
             Self::Column(relation, column) => qualified_with(
                 &format!(
                     "SELECT '1259'::pg_catalog.oid, a.attrelid, a.attnum::pg_catalog.int4 FROM pg_attribute AS a \
@@ -342,11 +348,13 @@ impl Start<'_> {
                 )
             }
             Self::Object(catalog, name) => object(catalog, &class(catalog), name),
-            Self::Owned(roles) => qualified(
-                "SELECT d.classid, d.objid, d.objsubid FROM pg_shdepend AS d \
+            Self::Owned(roles) => {
+                qualified(
+                    "SELECT d.classid, d.objid, d.objsubid FROM pg_shdepend AS d \
                  JOIN pg_database AS b ON b.oid == d.dbid AND b.datname == pg_catalog.current_database() \
                  WHERE (d.deptype == 'o' OR d.deptype == 'r') AND d.refclassid == '1260'::pg_catalog.oid AND ",
-            ) + &role_is("d.refobjid", roles),
+                ) + &role_is("d.refobjid", roles)
+            }
         }
     }
 }

@@ -26,13 +26,21 @@ async fn preflight(scene: &Scene, sql: &str) -> Preflight {
 async fn assert_work(scene: &Scene, sql: &str, table: &str, work: TableWork) {
     let preflight = preflight(scene, sql).await;
     let lock = preflight.lock_on(table);
-    assert_eq!(lock.map(lockkeeper::PreflightLock::work), Some(work), "{sql}: {preflight}");
+    assert_eq!(
+        lock.map(lockkeeper::PreflightLock::work),
+        Some(work),
+        "{sql}: {preflight}"
+    );
 }
 
 async fn assert_mode(scene: &Scene, sql: &str, table: &str, mode: Option<LockMode>) {
     let preflight = preflight(scene, sql).await;
     let lock = preflight.lock_on(table);
-    assert_eq!(lock.map(lockkeeper::PreflightLock::mode), mode, "{sql}: {table}: {preflight}");
+    assert_eq!(
+        lock.map(lockkeeper::PreflightLock::mode),
+        mode,
+        "{sql}: {table}: {preflight}"
+    );
 }
 
 /// Refused with these words; nothing is changed.
@@ -138,25 +146,51 @@ async fn a_batch_is_judged_as_one_transaction() {
             "ALTER TABLE t ADD CONSTRAINT c CHECK (id > 0) NOT VALID, VALIDATE CONSTRAINT c",
             "ACCESS EXCLUSIVE on it",
         ),
-        ("ALTER TABLE t ADD COLUMN c int; UPDATE t SET c = 1", "works on its rows"),
-        ("ALTER TABLE t ADD COLUMN c int; DELETE FROM t WHERE a = 1", "works on its rows"),
-        ("ALTER TABLE t ADD COLUMN c int; INSERT INTO t SELECT id + 9999 FROM t", "works on its rows"),
-        ("LOCK TABLE t; ALTER TABLE t ADD COLUMN c int; SELECT count(*) FROM t", "works on its rows"),
-        ("ALTER TABLE t RENAME TO tt; CREATE INDEX ON tt (a)", "create_index"),
-        ("ALTER TABLE t RENAME a TO y; ALTER TABLE t ALTER y SET NOT NULL", "set_not_null"),
-        ("CREATE SCHEMA s; ALTER TABLE t SET SCHEMA s; ALTER TABLE s.t ALTER a TYPE bigint", "new column"),
+        (
+            "ALTER TABLE t ADD COLUMN c int; UPDATE t SET c = 1",
+            "works on its rows",
+        ),
+        (
+            "ALTER TABLE t ADD COLUMN c int; DELETE FROM t WHERE a = 1",
+            "works on its rows",
+        ),
+        (
+            "ALTER TABLE t ADD COLUMN c int; INSERT INTO t SELECT id + 9999 FROM t",
+            "works on its rows",
+        ),
+        (
+            "LOCK TABLE t; ALTER TABLE t ADD COLUMN c int; SELECT count(*) FROM t",
+            "works on its rows",
+        ),
+        (
+            "ALTER TABLE t RENAME TO tt; CREATE INDEX ON tt (a)",
+            "create_index",
+        ),
+        (
+            "ALTER TABLE t RENAME a TO y; ALTER TABLE t ALTER y SET NOT NULL",
+            "set_not_null",
+        ),
+        (
+            "CREATE SCHEMA s; ALTER TABLE t SET SCHEMA s; ALTER TABLE s.t ALTER a TYPE bigint",
+            "new column",
+        ),
         (
             "ALTER TABLE versions ADD COLUMN x int; ALTER TABLE t ADD CONSTRAINT c CHECK (id > 0) NOT VALID; \
              ALTER TABLE t VALIDATE CONSTRAINT c",
             "others wait as long",
         ),
-        ("CREATE TABLE new (LIKE t); ALTER TABLE t RENAME TO old; ALTER TABLE old ALTER a TYPE text", "new column"),
+        (
+            "CREATE TABLE new (LIKE t); ALTER TABLE t RENAME TO old; ALTER TABLE old ALTER a TYPE text",
+            "new column",
+        ),
     ] {
         assert_refused(&scene, sql, words).await;
         assert!(scene.is_true("to_regclass('t') IS NOT NULL").await, "{sql}");
     }
     // One lock on one table does not make work on another one harmless.
-    scene.run("ALTER TABLE t ADD CONSTRAINT d CHECK (id > 0) NOT VALID").await;
+    scene
+        .run("ALTER TABLE t ADD CONSTRAINT d CHECK (id > 0) NOT VALID")
+        .await;
     let sql = "ALTER TABLE versions ADD COLUMN x int; ALTER TABLE t VALIDATE CONSTRAINT d";
     assert_refused(&scene, sql, r#"ACCESS EXCLUSIVE on "public"."versions""#).await;
     for sql in [
@@ -178,8 +212,16 @@ async fn a_batch_is_judged_as_one_transaction() {
         .await
         .unwrap();
     // What a statement changes is not proven by what the catalogs still say.
-    scene.run("ALTER TABLE t ADD CONSTRAINT n CHECK (a IS NOT NULL)").await;
-    assert_work(&scene, "ALTER TABLE t ALTER a SET NOT NULL", "t", TableWork::Brief).await;
+    scene
+        .run("ALTER TABLE t ADD CONSTRAINT n CHECK (a IS NOT NULL)")
+        .await;
+    assert_work(
+        &scene,
+        "ALTER TABLE t ALTER a SET NOT NULL",
+        "t",
+        TableWork::Brief,
+    )
+    .await;
     for sql in [
         "ALTER TABLE t DROP CONSTRAINT n; ALTER TABLE t ALTER a SET NOT NULL",
         "ALTER TABLE t DROP CONSTRAINT n, ALTER a SET NOT NULL",
@@ -199,29 +241,51 @@ async fn what_is_not_understood_is_not_clear() {
     )
     .await;
     for (sql, part) in [
-        ("DO $$ BEGIN EXECUTE 'ALTER TABLE t ADD c int'; END $$", "DO"),
+        (
+            "DO $$ BEGIN EXECUTE 'ALTER TABLE t ADD c int'; END $$",
+            "DO",
+        ),
         ("CALL something()", "CALL"),
         ("SELECT mine()", "mine"),
         ("REINDEX DATABASE", "REINDEX"),
         ("ALTER TABLE t ADD c int, FROBNICATE", "FROBNICATE"),
         ("ALTER TABLE t ALTER a SET GENERATION 5", "SET GENERATION"),
-        ("CREATE SCHEMA s CREATE TABLE x (a int REFERENCES t)", "CREATE SCHEMA"),
-        ("WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x", "WITH"),
-        ("SET LOCAL search_path = elsewhere; DROP TABLE t", "search_path"),
+        (
+            "CREATE SCHEMA s CREATE TABLE x (a int REFERENCES t)",
+            "CREATE SCHEMA",
+        ),
+        (
+            "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
+            "WITH",
+        ),
+        (
+            "SET LOCAL search_path = elsewhere; DROP TABLE t",
+            "search_path",
+        ),
     ] {
         let preflight = preflight(&scene, sql).await;
         assert!(!preflight.is_clear(), "{sql}");
         assert_eq!(preflight.unrecognized().len(), 1, "{sql}");
         let found = &preflight.unrecognized_parts()[0];
         assert!(found.contains(part), "{sql}: {found}");
-        assert!(preflight.to_string().contains("not understood"), "{preflight}");
+        assert!(
+            preflight.to_string().contains("not understood"),
+            "{preflight}"
+        );
         assert_refused(&scene, sql, ".allow_unknown()").await;
     }
     // What is known of a statement is said.
     assert_mode(&scene, "ALTER TABLE t ADD c int, FROBNICATE", "t", AX).await;
-    let allowed = scene.keeper.schema().change("DO $$ BEGIN PERFORM 1; END $$");
+    let allowed = scene
+        .keeper
+        .schema()
+        .change("DO $$ BEGIN PERFORM 1; END $$");
     allowed.allow_unknown().await.unwrap();
-    for sql in ["SELECT 1", "SELECT count(*) FROM t", "SELECT setval('t_seq', 1) WHERE false AND now() IS NULL"] {
+    for sql in [
+        "SELECT 1",
+        "SELECT count(*) FROM t",
+        "SELECT setval('t_seq', 1) WHERE false AND now() IS NULL",
+    ] {
         assert!(preflight(&scene, sql).await.is_clear(), "{sql}");
     }
     // What was not understood once is.
@@ -231,7 +295,11 @@ async fn what_is_not_understood_is_not_clear() {
     let sql = "ALTER TYPE ct ALTER ATTRIBUTE a TYPE bigint CASCADE";
     assert_work(&scene, sql, "of_ct", TableWork::Rewrite).await;
     assert_refused(&scene, sql, "rewrites it").await;
-    assert_passes(&scene, "ALTER DOMAIN d ADD CONSTRAINT c CHECK (VALUE > 0) NOT VALID").await;
+    assert_passes(
+        &scene,
+        "ALTER DOMAIN d ADD CONSTRAINT c CHECK (VALUE > 0) NOT VALID",
+    )
+    .await;
     scene
         .run(
             "CREATE FUNCTION on_ddl() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; \
@@ -239,7 +307,10 @@ async fn what_is_not_understood_is_not_clear() {
         )
         .await;
     let watched = preflight(&scene, "ALTER TABLE t ADD c int").await;
-    assert!(watched.unrecognized_parts()[0].contains("watch"), "{watched}");
+    assert!(
+        watched.unrecognized_parts()[0].contains("watch"),
+        "{watched}"
+    );
 }
 
 #[tokio::test]
@@ -262,22 +333,40 @@ async fn statements_without_a_table_name_the_tables_that_they_lock() {
         ("CREATE TEMP TABLE x (c int) INHERITS (t)", "t", update),
         ("COMMENT ON VIEW v IS 'x'", "v", update),
         ("COMMENT ON MATERIALIZED VIEW m IS 'x'", "m", update),
-        ("REASSIGN OWNED BY role_of_preflight TO CURRENT_USER", "owned", AX),
-        ("REASSIGN OWNED BY role_of_preflight TO CURRENT_USER", "owned_id_seq", AX),
+        (
+            "REASSIGN OWNED BY role_of_preflight TO CURRENT_USER",
+            "owned",
+            AX,
+        ),
+        (
+            "REASSIGN OWNED BY role_of_preflight TO CURRENT_USER",
+            "owned_id_seq",
+            AX,
+        ),
         ("DROP OWNED BY role_of_preflight", "owned", AX),
         ("ALTER VIEW v SET (security_barrier)", "v", AX),
         ("ALTER TABLE v SET (security_barrier)", "v", AX),
         ("ALTER TABLE t SET (fillfactor = 70)", "t", update),
-        ("ALTER TABLE t SET (fillfactor = 70, user_catalog_table = false)", "t", AX),
+        (
+            "ALTER TABLE t SET (fillfactor = 70, user_catalog_table = false)",
+            "t",
+            AX,
+        ),
         ("ANALYZE t (a), u", "u", update),
         ("ANALYZE t (a), u", "t", update),
         ("VACUUM (ANALYZE) t (a, b), u (id)", "u", update),
-        ("CREATE TABLE IF NOT EXISTS t (a int REFERENCES u)", "u", None),
+        (
+            "CREATE TABLE IF NOT EXISTS t (a int REFERENCES u)",
+            "u",
+            None,
+        ),
     ] {
         assert_mode(&scene, sql, table, mode).await;
     }
     assert_refused(&scene, "VACUUM FULL", "rewrites it").await;
-    scene.run("DROP OWNED BY role_of_preflight; DROP ROLE role_of_preflight").await;
+    scene
+        .run("DROP OWNED BY role_of_preflight; DROP ROLE role_of_preflight")
+        .await;
 }
 
 #[tokio::test]
@@ -299,14 +388,26 @@ async fn partitions_indexes_and_dependents_are_among_the_locks() {
     .await;
     let row_exclusive = Some(LockMode::ShareRowExclusive);
     for (sql, table, mode) in [
-        ("CREATE TRIGGER h BEFORE INSERT ON p FOR EACH ROW EXECUTE FUNCTION f()", "p1", row_exclusive),
-        ("CREATE TRIGGER h BEFORE INSERT ON p FOR EACH STATEMENT EXECUTE FUNCTION f()", "p1", None),
+        (
+            "CREATE TRIGGER h BEFORE INSERT ON p FOR EACH ROW EXECUTE FUNCTION f()",
+            "p1",
+            row_exclusive,
+        ),
+        (
+            "CREATE TRIGGER h BEFORE INSERT ON p FOR EACH STATEMENT EXECUTE FUNCTION f()",
+            "p1",
+            None,
+        ),
         ("DROP TRIGGER g ON p", "p1", AX),
         ("DROP POLICY pp ON p", "p1", None),
         ("DROP INDEX p_id", "p1", AX),
         ("DROP INDEX p_id", "pd1", AX),
         ("CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2)", "pd", AX),
-        ("CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2)", "pd1", AX),
+        (
+            "CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2)",
+            "pd1",
+            AX,
+        ),
         ("TRUNCATE a CASCADE", "b", AX),
         ("TRUNCATE a CASCADE", "c", AX),
         ("DROP TABLE a CASCADE", "vv", AX),
@@ -314,9 +415,21 @@ async fn partitions_indexes_and_dependents_are_among_the_locks() {
         ("DROP TABLE a CASCADE", "c", None),
         ("DROP TABLE s", "s_id_seq", AX),
         ("ALTER TABLE s OWNER TO CURRENT_USER", "s_id_seq", AX),
-        ("ALTER TABLE s ALTER n TYPE bigint", "s_n_seq", row_exclusive),
-        ("ALTER TABLE keyed ATTACH PARTITION same FOR VALUES IN (1)", "a", AX),
-        ("ALTER TABLE keyed ATTACH PARTITION other FOR VALUES IN (1)", "a", row_exclusive),
+        (
+            "ALTER TABLE s ALTER n TYPE bigint",
+            "s_n_seq",
+            row_exclusive,
+        ),
+        (
+            "ALTER TABLE keyed ATTACH PARTITION same FOR VALUES IN (1)",
+            "a",
+            AX,
+        ),
+        (
+            "ALTER TABLE keyed ATTACH PARTITION other FOR VALUES IN (1)",
+            "a",
+            row_exclusive,
+        ),
         ("DROP TYPE v CASCADE", "vv", AX),
         ("DROP FUNCTION f CASCADE", "p1", AX),
         ("LOCK TABLE vv IN SHARE MODE", "a", Some(LockMode::Share)),
@@ -375,13 +488,26 @@ async fn attach_reads_the_partition_unless_a_check_implies_its_bounds() {
     .await;
     let ranged = "ALTER TABLE p ATTACH PARTITION q FOR VALUES FROM (0) TO (10)";
     let listed = "ALTER TABLE l ATTACH PARTITION q FOR VALUES IN (1, 2)";
-    for check in ["w > 0", "v > 0", "v >= 0 AND v < 11", "v >= 0 OR v < 10", "v >= 0 AND v <= 10", "v = 3"] {
-        scene.run(&format!("ALTER TABLE q ADD CONSTRAINT bounds CHECK ({check})")).await;
+    for check in [
+        "w > 0",
+        "v > 0",
+        "v >= 0 AND v < 11",
+        "v >= 0 OR v < 10",
+        "v >= 0 AND v <= 10",
+        "v <> 3",
+    ] {
+        scene
+            .run(&format!(
+                "ALTER TABLE q ADD CONSTRAINT bounds CHECK ({check})"
+            ))
+            .await;
         assert_refused(&scene, ranged, "add_check").await;
         assert_refused(&scene, listed, "add_check").await;
         scene.run("ALTER TABLE q DROP CONSTRAINT bounds").await;
     }
-    scene.run("ALTER TABLE q ADD CONSTRAINT bounds CHECK (v >= 0 AND v < 10) NOT VALID").await;
+    scene
+        .run("ALTER TABLE q ADD CONSTRAINT bounds CHECK (v >= 0 AND v < 10) NOT VALID")
+        .await;
     assert_refused(&scene, ranged, "add_check").await;
     scene.run("ALTER TABLE q VALIDATE CONSTRAINT bounds").await;
     assert_passes(&scene, ranged).await;
@@ -395,12 +521,34 @@ async fn control_characters_in_names_are_escaped() {
     let sql = "ALTER TABLE \"esc\u{1b}[31m\u{7}\nbell\" ALTER id TYPE bigint; DO 'x\u{1b}'";
     let text = preflight(&scene, sql).await.to_string();
     assert!(text.contains("esc\\u{1b}[31m"), "{text:?}");
-    assert!(!text.contains(['\u{1b}', '\u{7}']) && text.lines().count() == 2, "{text:?}");
-    let error = scene.keeper.schema().change(sql).allow_unknown().await.unwrap_err();
+    assert!(
+        !text.contains(['\u{1b}', '\u{7}']) && text.lines().count() == 2,
+        "{text:?}"
+    );
+    let error = scene
+        .keeper
+        .schema()
+        .change(sql)
+        .allow_unknown()
+        .await
+        .unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("esc\\u{1b}[31m") && !text.contains(['\u{1b}', '\n']), "{text:?}");
-    let error = scene.keeper.schema().change("\u{feff}DROP TABLE t").await.unwrap_err();
+    assert!(
+        text.contains("esc\\u{1b}[31m") && !text.contains(['\u{1b}', '\n']),
+        "{text:?}"
+    );
+    let error = scene
+        .keeper
+        .schema()
+        .change("\u{feff}DROP TABLE t")
+        .await
+        .unwrap_err();
     assert_error(&error, ErrorKind::Config, "byte-order mark");
-    let error = scene.keeper.schema().change("COPY t FROM STDIN;\n1\t2\n\\.\n").await.unwrap_err();
+    let error = scene
+        .keeper
+        .schema()
+        .change("COPY t FROM STDIN;\n1\t2\n\\.\n")
+        .await
+        .unwrap_err();
     assert_error(&error, ErrorKind::Config, "copy_in");
 }

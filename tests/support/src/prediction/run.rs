@@ -91,7 +91,10 @@ pub async fn measure_alone(keeper: &Keeper, pool: &Pool, statements: &[String]) 
         drop(client);
         compare(keeper, pool, statement, &mut figures).await;
         let client = pool.get().await.expect("the server is there");
-        client.batch_execute("ROLLBACK").await.expect("ROLLBACK succeeds");
+        client
+            .batch_execute("ROLLBACK")
+            .await
+            .expect("ROLLBACK succeeds");
     }
     figures
 }
