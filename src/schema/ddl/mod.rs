@@ -5,7 +5,10 @@
 //! guessed.
 
 mod alter;
+mod create;
 mod cursor;
+mod drop;
+mod new_column;
 mod other;
 mod table_action;
 

@@ -1,22 +1,21 @@
-//! All statements except ALTER.
+//! All statements except ALTER, CREATE and DROP.
 
-use super::alter::published;
 use super::cursor::Cursor;
-use super::{Action, CatalogCheck, Dropped, Effect, Placement, Target};
+use super::{Action, CatalogCheck, Placement, Target, create, drop};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
-use crate::schema::statements::{LockedRelation, TableWork};
+use crate::schema::statements::TableWork;
 
-type Read = (Placement, Option<Vec<Action>>);
+pub(super) type Read = (Placement, Option<Vec<Action>>);
 
 /// The statement locks nothing that the plan is about.
-const NOTHING: Option<Vec<Action>> = Some(Vec::new());
+pub(super) const NOTHING: Option<Vec<Action>> = Some(Vec::new());
 
-fn in_transaction(actions: Option<Vec<Action>>) -> Read {
+pub(super) fn in_transaction(actions: Option<Vec<Action>>) -> Read {
     (Placement::InTransaction, actions)
 }
 
-fn outside_transaction(actions: Option<Vec<Action>>) -> Read {
+pub(super) fn outside_transaction(actions: Option<Vec<Action>>) -> Read {
     (Placement::OutsideTransaction, actions)
 }
 
@@ -29,8 +28,8 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
     let whole = cursor.clone();
     cursor.skip(1);
     match word.as_str() {
-        "create" => create(cursor),
-        "drop" => drop_statement(cursor),
+        "create" => create::read(cursor),
+        "drop" => drop::read(cursor),
         "reindex" => reindex(cursor),
         "vacuum" => vacuum(cursor),
         "cluster" => cluster(cursor),
@@ -80,11 +79,11 @@ fn setting(mut cursor: Cursor<'_>) -> Placement {
     }
 }
 
-fn one(name: &'static str, target: Option<TableName>) -> Option<Vec<Action>> {
+pub(super) fn one(name: &'static str, target: Option<TableName>) -> Option<Vec<Action>> {
     Some(vec![Action::new(name, target?)])
 }
 
-fn all(name: &'static str, targets: Vec<(TableName, bool)>) -> Option<Vec<Action>> {
+pub(super) fn all(name: &'static str, targets: Vec<(TableName, bool)>) -> Option<Vec<Action>> {
     let actions = (targets.into_iter()).map(|(target, only)| Action::new(name, target).only(only));
     Some(actions.collect())
 }
@@ -152,7 +151,7 @@ fn reassign(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
 }
 
 /// Reads names of roles. CURRENT_USER and the like are the empty name.
-fn roles(cursor: &mut Cursor<'_>) -> Option<Vec<String>> {
+pub(super) fn roles(cursor: &mut Cursor<'_>) -> Option<Vec<String>> {
     let mut roles = Vec::new();
     loop {
         let special = ["current_user", "session_user", "current_role"];
@@ -165,321 +164,6 @@ fn roles(cursor: &mut Cursor<'_>) -> Option<Vec<String>> {
             return Some(roles);
         }
     }
-}
-
-fn create(mut cursor: Cursor<'_>) -> Read {
-    cursor.eat(&["or", "replace"]);
-    let unlogged = cursor.eat(&["unlogged"]);
-    if cursor.eat(&["unique", "index"]) || cursor.eat(&["index"]) {
-        return create_index(cursor);
-    }
-    cursor.one_of(&["global", "local"]);
-    cursor.one_of(&["temporary", "temp"]);
-    if cursor.eat(&["table"]) || cursor.eat(&["foreign", "table"]) {
-        return in_transaction(create_table(cursor));
-    }
-    if cursor.eat(&["materialized", "view"]) {
-        cursor.eat(&["if", "not", "exists"]);
-        return in_transaction(created(cursor, 'm'));
-    }
-    let nothing = in_transaction(NOTHING);
-    match cursor.word() {
-        "sequence" => {
-            cursor.skip(1);
-            cursor.eat(&["if", "not", "exists"]);
-            in_transaction(created(cursor, 'S'))
-        }
-        "view" | "recursive" => {
-            cursor.eat(&["recursive"]);
-            cursor.eat(&["view"]);
-            in_transaction(create_view(cursor))
-        }
-        "trigger" => in_transaction(trigger("CREATE TRIGGER", cursor)),
-        "constraint" => in_transaction(trigger("CREATE CONSTRAINT TRIGGER … FROM", cursor)),
-        "rule" => {
-            cursor.seek(&["to"]);
-            in_transaction(one("CREATE RULE", cursor.name()))
-        }
-        "policy" => in_transaction(on_table("CREATE POLICY", cursor)),
-        "statistics" => {
-            cursor.seek(&["from"]);
-            in_transaction(one("CREATE STATISTICS", cursor.name()))
-        }
-        "publication" => in_transaction(publication(cursor)),
-        "schema" => {
-            // The elements are statements.
-            let mut rest = cursor;
-            rest.skip(1);
-            in_transaction(if rest.has(&["create"]) || rest.has(&["grant"]) {
-                None
-            } else {
-                NOTHING
-            })
-        }
-        "database" | "tablespace" | "subscription" => outside_transaction(NOTHING),
-        "role" | "user" | "function" | "procedure" | "type" | "domain" | "extension"
-        | "aggregate" | "operator" | "cast" | "collation" | "server" | "foreign" | "event"
-        | "language" | "text" | "conversion" | "default" | "access" | "transform" | "group"
-        | "trusted" | "procedural" => nothing,
-        _ if unlogged => nothing,
-        _ => in_transaction(None),
-    }
-}
-
-/// Reads the name of something new.
-fn created(mut cursor: Cursor<'_>, kind: char) -> Option<Vec<Action>> {
-    let name = cursor.name()?;
-    let action = Action::new("CREATE TABLE AS", None);
-    Some(vec![action.then(Effect::Create(name, kind))])
-}
-
-fn create_view(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
-    let name = cursor.name()?;
-    let action = Action::new("CREATE OR REPLACE VIEW", name.clone());
-    Some(vec![action.then(Effect::Create(name, 'v'))])
-}
-
-fn on_table(name: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
-    cursor.seek(&["on"]).then_some(())?;
-    one(name, cursor.name())
-}
-
-fn trigger(name: &'static str, mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
-    // The name of the trigger can be a keyword; so can that of a column behind OF.
-    cursor.skip(2);
-    cursor.seek(&["on"]).then_some(())?;
-    let table = cursor.name()?;
-    let each_row = cursor.has(&["for", "each", "row"]) || cursor.has(&["for", "row"]);
-    // A trigger for each statement is not one of the partitions.
-    Some(vec![Action::new(name, table).only(!each_row)])
-}
-
-fn publication(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
-    cursor.skip(1);
-    cursor.identifier()?;
-    if !cursor.eat(&["for"]) {
-        return NOTHING;
-    }
-    if cursor.sees(&["all"]) {
-        return NOTHING;
-    }
-    // WITH follows in the last part, after the name.
-    published("CREATE PUBLICATION … FOR TABLE", cursor)
-}
-
-fn create_index(mut cursor: Cursor<'_>) -> Read {
-    let (placement, name) = if cursor.eat(&["concurrently"]) {
-        (Placement::Concurrently, "CREATE INDEX CONCURRENTLY")
-    } else {
-        (Placement::InTransaction, "CREATE INDEX")
-    };
-    cursor.eat(&["if", "not", "exists"]);
-    let index = if cursor.sees(&["on"]) {
-        None
-    } else {
-        cursor.identifier()
-    };
-    if !cursor.eat(&["on"]) {
-        return (placement, None);
-    }
-    let Some((table, only)) = cursor.relation() else {
-        return (placement, None);
-    };
-    let name = match name {
-        "CREATE INDEX" if only => "CREATE INDEX … ON ONLY",
-        name => name,
-    };
-    let mut action = Action::new(name, table.clone()).only(only);
-    if let Some(index) = index {
-        let index = match table.schema() {
-            Some(schema) => TableName::in_schema(schema, index),
-            None => TableName::new(index),
-        };
-        action.effect = Effect::Create(index, 'i');
-    }
-    (placement, Some(vec![action]))
-}
-
-fn create_table(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
-    cursor.eat(&["if", "not", "exists"]);
-    let name = cursor.name()?;
-    let mut kind = if cursor.has(&["partition", "by"]) {
-        'p'
-    } else {
-        'r'
-    };
-    if cursor.has(&["server"]) {
-        kind = 'f';
-    }
-    let new = Action::new("CREATE TABLE AS", None).then(Effect::Create(name.clone(), kind));
-    let mut actions = vec![new];
-    if cursor.eat(&["partition", "of"]) {
-        let parent = cursor.name()?;
-        let action = Action::new("CREATE TABLE … PARTITION OF", parent);
-        actions.push(action.with(LockedRelation::Partition, name));
-        return Some(actions);
-    }
-    if cursor.eat(&["of"]) {
-        cursor.name()?;
-    }
-    if let Some(mut columns) = cursor.group() {
-        while !columns.is_at_end() {
-            let mut part = columns.until_comma();
-            if part.eat(&["like"]) {
-                let source = Action::new("CREATE TABLE … LIKE", None);
-                actions.push(source.with(LockedRelation::Source, part.name()));
-            }
-            while part.seek(&["references"]) {
-                let action = Action::new("CREATE TABLE … REFERENCES", None);
-                let action = action.with(LockedRelation::Referenced, part.name());
-                actions.push(action.with(LockedRelation::Table, name.clone()));
-            }
-        }
-    }
-    if cursor.eat(&["inherits"]) {
-        for parent in cursor.group()?.names()? {
-            let action = Action::new("CREATE TABLE … INHERITS", None);
-            let action = action.with(LockedRelation::Parent, parent);
-            actions.push(action.with(LockedRelation::Table, name.clone()));
-        }
-    }
-    Some(actions)
-}
-
-/// The catalogs of the objects that a DROP names.
-const CATALOGS: [(&[&str], &str); 19] = [
-    (&["schema"], "pg_namespace"),
-    (&["type"], "pg_type"),
-    (&["domain"], "pg_type"),
-    (&["function"], "pg_proc"),
-    (&["procedure"], "pg_proc"),
-    (&["routine"], "pg_proc"),
-    (&["aggregate"], "pg_proc"),
-    (&["extension"], "pg_extension"),
-    (&["collation"], "pg_collation"),
-    (&["conversion"], "pg_conversion"),
-    (&["server"], "pg_foreign_server"),
-    (&["foreign", "data", "wrapper"], "pg_foreign_data_wrapper"),
-    (&["statistics"], "pg_statistic_ext"),
-    (&["language"], "pg_language"),
-    (&["procedural", "language"], "pg_language"),
-    (&["publication"], "pg_publication"),
-    (&["text", "search", "configuration"], "pg_ts_config"),
-    (&["text", "search", "dictionary"], "pg_ts_dict"),
-    (&["access", "method"], "pg_am"),
-];
-
-fn drop_statement(mut cursor: Cursor<'_>) -> Read {
-    let relation = [
-        (&["materialized", "view"][..], "DROP MATERIALIZED VIEW"),
-        (&["foreign", "table"], "DROP FOREIGN TABLE"),
-        (&["index"], "DROP INDEX"),
-        (&["table"], "DROP TABLE"),
-        (&["view"], "DROP VIEW"),
-        (&["sequence"], "DROP SEQUENCE"),
-    ];
-    for (words, name) in relation {
-        if !cursor.eat(words) {
-            continue;
-        }
-        let concurrently = name == "DROP INDEX" && cursor.eat(&["concurrently"]);
-        cursor.eat(&["if", "exists"]);
-        let Some(names) = cursor.names() else {
-            return in_transaction(None);
-        };
-        if concurrently {
-            let names = names.into_iter().map(|name| (name, false)).collect();
-            return (
-                Placement::Concurrently,
-                all("DROP INDEX CONCURRENTLY", names),
-            );
-        }
-        let name = if name == "DROP TABLE" && cursor.sees(&["cascade"]) {
-            "DROP TABLE … CASCADE"
-        } else {
-            name
-        };
-        let dropped = |one| Action::on(name, Target::Dropped(Dropped::Relation(one)));
-        return in_transaction(Some(names.into_iter().map(dropped).collect()));
-    }
-    let of_table = [
-        ("trigger", "DROP TRIGGER", "pg_trigger"),
-        ("rule", "DROP RULE", "pg_rewrite"),
-        ("policy", "DROP POLICY", "pg_policy"),
-    ];
-    for (word, name, catalog) in of_table {
-        if cursor.eat(&[word]) {
-            return in_transaction(drop_of_table(name, catalog, cursor));
-        }
-    }
-    if cursor.one_of(&["database", "tablespace", "subscription"]) {
-        return outside_transaction(NOTHING);
-    }
-    if cursor.eat(&["owned", "by"]) {
-        let roles = roles(&mut cursor);
-        let dropped = roles.map(|roles| Target::Dropped(Dropped::Owned(roles)));
-        let action = dropped.map(|dropped| vec![Action::on("DROP SCHEMA … CASCADE", dropped)]);
-        return in_transaction(action);
-    }
-    if cursor.one_of(&["role", "user", "group"]) {
-        return in_transaction(NOTHING);
-    }
-    if cursor.eat(&["event", "trigger"]) {
-        return in_transaction(NOTHING);
-    }
-    // Nothing that has rows depends on these without CASCADE: it would have to be dropped, too.
-    let of_types = [
-        &["operator"][..],
-        &["cast"],
-        &["text", "search"],
-        &["transform"],
-        &["access", "method"],
-    ];
-    if of_types.iter().any(|words| cursor.sees(words)) && !cursor.has(&["cascade"]) {
-        return in_transaction(NOTHING);
-    }
-    in_transaction(drop_object(cursor))
-}
-
-fn drop_of_table(
-    name: &'static str,
-    catalog: &'static str,
-    mut cursor: Cursor<'_>,
-) -> Option<Vec<Action>> {
-    cursor.eat(&["if", "exists"]);
-    let of = cursor.identifier()?;
-    cursor.eat(&["on"]).then_some(())?;
-    let table = cursor.name()?;
-    let dropped = Target::Dropped(Dropped::OfTable(catalog, table, of));
-    Some(vec![Action::on(name, dropped)])
-}
-
-fn drop_object(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
-    let (words, catalog) = CATALOGS.into_iter().find(|(words, _)| cursor.sees(words))?;
-    cursor.eat(words);
-    cursor.eat(&["if", "exists"]);
-    let name = match catalog {
-        "pg_namespace" => "DROP SCHEMA … CASCADE",
-        "pg_type" if words == ["domain"] => "DROP DOMAIN … CASCADE",
-        "pg_type" => "DROP TYPE … CASCADE",
-        "pg_statistic_ext" => "DROP STATISTICS",
-        _ => "DROP FUNCTION … CASCADE",
-    };
-    let mut actions = Vec::new();
-    loop {
-        let object = cursor.name()?;
-        // The arguments of a function. Without them, all functions of the name are taken.
-        cursor.group();
-        actions.push(Action::on(
-            name,
-            Target::Dropped(Dropped::Object(catalog, object)),
-        ));
-        if !cursor.eat_symbol(',') {
-            break;
-        }
-    }
-    cursor.one_of(&["cascade", "restrict"]);
-    cursor.is_at_end().then_some(actions)
 }
 
 fn reindex(mut cursor: Cursor<'_>) -> Read {

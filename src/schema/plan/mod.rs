@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind};
 use crate::mode::LockMode;
 use crate::postgres::TableName;
 use crate::schema::sql::catalog::{self, CatalogRelation};
-use crate::schema::sql::graph as graph_sql;
+use crate::schema::sql::facts;
 use crate::schema::statements::{LockedRelation, TableWork};
 
 /// One lock that would be taken.
@@ -139,7 +139,7 @@ impl LockPlan {
         if fired.is_empty() {
             return Ok(());
         }
-        let names = graph_sql::read_names(&env.ask(graph_sql::EVENT_TRIGGERS).await?);
+        let names = facts::read_names(&env.ask(facts::EVENT_TRIGGERS).await?);
         if let Some(name) = names.first() {
             for statement in fired {
                 self.not_understood(

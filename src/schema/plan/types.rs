@@ -1,6 +1,6 @@
 //! Whether a column's values stay unchanged under a new type, and whether a CHECK proves NOT NULL.
 
-use crate::schema::sql::graph::ColumnFacts;
+use crate::schema::sql::facts::ColumnFacts;
 
 // `src/include/catalog/pg_type.dat`.
 const BPCHAR: u32 = 1042;

@@ -3,6 +3,8 @@
 
 pub(crate) mod bounds;
 pub(crate) mod catalog;
+pub(crate) mod dropped;
+pub(crate) mod facts;
 pub(crate) mod graph;
 pub(crate) mod index;
 pub(crate) mod migrate_once;
