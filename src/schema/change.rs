@@ -46,6 +46,14 @@ impl Change {
         self
     }
 
+    /// Allows statements that are not understood, and statements that are understood in part, such as DO, CALL, a query
+    /// that calls a function of the database, or a form of ALTER TABLE that is newer than this library. What they lock, and
+    /// for how long, is unknown.
+    pub fn allow_unknown(mut self) -> Self {
+        self.allowed.unknown = true;
+        self
+    }
+
     /// Makes the change.
     ///
     /// # SQL

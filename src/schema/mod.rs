@@ -4,6 +4,7 @@
 //! that block for long, `run` makes the attempts while `statement_poll` samples the blockers. The other modules are
 //! procedures of several steps.
 
+mod bounds;
 mod change;
 mod column;
 mod constraint;

@@ -111,19 +111,6 @@ pub(crate) fn related_relations(name: &TableName) -> String {
     )
 }
 
-/// Every table, view and materialized view of a schema.
-pub(crate) fn of_schema(schema: &str) -> String {
-    format!(
-        "SELECT 'itself' AS relationship, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, \
-         GREATEST(c.reltuples::pg_catalog.int8, pg_catalog.pg_stat_get_live_tuples(c.oid)) AS tuples \
-         FROM pg_catalog.pg_class AS c \
-         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
-         WHERE n.nspname OPERATOR(pg_catalog.=) {}::pg_catalog.name \
-         AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r', 'p', 'v', 'm', 'f']::pg_catalog.\"char\"[])",
-        literal(schema)
-    )
-}
-
 pub(crate) fn read_relations(reply: &[SimpleQueryMessage]) -> Vec<CatalogRelation> {
     let read = |row| {
         let relationship = match text(row, "relationship")?.as_str() {
@@ -337,58 +324,6 @@ pub(crate) fn read_two(reply: &[SimpleQueryMessage], first: &str, second: &str) 
     )
 }
 
-/// A column's type before and after.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ColumnTypes {
-    pub(crate) old: u32,
-    pub(crate) old_modifier: i32,
-    pub(crate) new: u32,
-    /// Whether there is a cast that leaves the stored values unchanged.
-    pub(crate) is_binary: bool,
-}
-
-pub(crate) fn new_type(table: &TableName, column: &str, ty: &str) -> String {
-    format!(
-        "WITH {} SELECT a.atttypid AS old, a.atttypmod AS old_modifier, \
-         pg_catalog.to_regtype({1})::pg_catalog.oid AS new, EXISTS (SELECT FROM pg_catalog.pg_cast AS k \
-         WHERE k.castsource OPERATOR(pg_catalog.=) a.atttypid AND k.castmethod OPERATOR(pg_catalog.=) 'b' \
-         AND k.casttarget OPERATOR(pg_catalog.=) pg_catalog.to_regtype({1})::pg_catalog.oid) AS binary \
-         FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
-         WHERE a.attname OPERATOR(pg_catalog.=) {2}::pg_catalog.name AND NOT a.attisdropped",
-        with_t(table),
-        literal(ty),
-        literal(column)
-    )
-}
-
-pub(crate) fn read_types(reply: &[SimpleQueryMessage]) -> Option<ColumnTypes> {
-    let row = rows(reply).next()?;
-    Some(ColumnTypes {
-        old: parsed(row, "old")?,
-        old_modifier: parsed(row, "old_modifier")?,
-        new: parsed(row, "new")?,
-        is_binary: is_true(row, "binary"),
-    })
-}
-
-/// Whether a column is defined as NOT NULL, and whether it has a valid CHECK that implies this and nothing else.
-///
-/// The CHECK is recognized by its expression tree, because deparsing it would lock the table.
-pub(crate) fn not_null(table: &TableName, column: &str) -> String {
-    format!(
-        "WITH {} SELECT a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'n' \
-         AND NOT k.convalidated AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]) AS defined, EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated \
-         AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum] AND {}) \
-         AS implied FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
-         WHERE a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND NOT a.attisdropped",
-        with_t(table),
-        proves_not_null("k"),
-        literal(column)
-    )
-}
-
 /// Whether a DETACH PARTITION CONCURRENTLY of the partition is pending.
 pub(crate) fn is_detach_pending(partition: &TableName) -> String {
     format!(
@@ -427,41 +362,6 @@ pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
          FROM t",
         with_t(table),
         literal(index)
-    )
-}
-
-/// Whether the constraint is a foreign key, and whether it is a key that a foreign key references. With `column`,
-/// whether any constraint of the column is.
-pub(crate) fn constraint(table: &TableName, name: Option<&str>, column: Option<&str>) -> String {
-    let named = name.map_or_else(String::new, |name| {
-        format!(
-            " AND k.conname OPERATOR(pg_catalog.=) {}::pg_catalog.name",
-            literal(name)
-        )
-    });
-    let of_column = column.map_or_else(String::new, |column| {
-        format!(
-            " AND EXISTS (SELECT FROM pg_catalog.pg_attribute AS a WHERE a.attrelid OPERATOR(pg_catalog.=) t.oid \
-             AND a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND a.attnum OPERATOR(pg_catalog.=) ANY (k.conkey))",
-            literal(column)
-        )
-    });
-    format!(
-        "WITH {} SELECT COALESCE(pg_catalog.bool_or(k.contype OPERATOR(pg_catalog.=) 'f'), false) AS foreign_key, \
-         COALESCE(pg_catalog.bool_or(EXISTS (SELECT FROM pg_catalog.pg_constraint AS r \
-         WHERE r.contype OPERATOR(pg_catalog.=) 'f' AND r.confrelid OPERATOR(pg_catalog.=) t.oid \
-         AND r.conindid OPERATOR(pg_catalog.=) k.conindid)), false) AS key FROM t \
-         JOIN pg_catalog.pg_constraint AS k ON k.conrelid OPERATOR(pg_catalog.=) t.oid WHERE true{named}{of_column}",
-        with_t(table),
-    )
-}
-
-/// Whether a relation has a valid CHECK.
-pub(crate) fn has_valid_check(oid: u32) -> String {
-    format!(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid \
-         AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated) AS has, false AS other"
     )
 }
 
