@@ -58,7 +58,7 @@ impl Change {
     ///
     /// # SQL
     /// First, queries of the catalogs, which take no locks, except ACCESS SHARE to read the size of a table that the
-    /// change would process. Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's SQL in one
+    /// change would process, and the CHECKs of a partition that it would attach. Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's SQL in one
     /// message, and COMMIT; meanwhile another connection samples the blockers. A statement that cannot run in a
     /// transaction block is sent alone, under session settings that are restored afterwards. A statement with
     /// CONCURRENTLY waits up to the deadline, because no readers or writers queue behind it, and is not repeated: see

@@ -228,6 +228,10 @@ pub(super) fn advice(statement: &str) -> &'static str {
         "better by create_index, which builds it concurrently"
     } else if begins("REINDEX") {
         "better with CONCURRENTLY"
+    } else if begins("ALTER DOMAIN") {
+        "better a CHECK on each table by add_check, which validates it beside others' work"
+    } else if alters("ALTER CONSTRAINT … INHERIT") {
+        "better by set_not_null on each child first"
     } else if begins("VACUUM") || begins("CLUSTER") {
         "better a plain VACUUM, or replace_table, which builds the new table aside"
     } else if begins("REFRESH") {

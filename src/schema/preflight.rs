@@ -41,6 +41,8 @@ impl<T: Into<TableName>> From<(T, LockMode)> for Intent {
 }
 
 /// The locks that a change would take, and its current blockers.
+///
+#[doc = include_str!("preflight.md")]
 #[derive(Clone, Debug)]
 pub struct Preflight {
     locks: Vec<PreflightLock>,

@@ -2,7 +2,7 @@
 
 use super::alter::published;
 use super::cursor::Cursor;
-use super::other::{NOTHING, Read, in_transaction, one, outside_transaction};
+use super::other::{NOTHING, Read, in_transaction, one, outside_transaction, query};
 use super::{Action, Effect, Placement};
 use crate::postgres::TableName;
 use crate::schema::statements::LockedRelation;
@@ -70,7 +70,11 @@ pub(super) fn read(mut cursor: Cursor<'_>) -> Read {
 fn created(mut cursor: Cursor<'_>, kind: char) -> Option<Vec<Action>> {
     let name = cursor.name()?;
     let action = Action::new("CREATE TABLE AS", None);
-    Some(vec![action.then(Effect::Create(name, kind))])
+    let mut actions = vec![action.then(Effect::Create(name, kind))];
+    if kind == 'm' {
+        actions.extend(query("SELECT", &cursor)?);
+    }
+    Some(actions)
 }
 
 fn create_view(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
@@ -175,6 +179,12 @@ fn create_table(mut cursor: Cursor<'_>) -> Option<Vec<Action>> {
                 actions.push(action.with(LockedRelation::Table, name.clone()));
             }
         }
+    }
+    if cursor.seek(&["as"]) {
+        // The rows of a prepared statement are not known.
+        (!cursor.sees(&["execute"])).then_some(())?;
+        actions.extend(query("SELECT", &cursor)?);
+        return Some(actions);
     }
     if cursor.eat(&["inherits"]) {
         for parent in cursor.group()?.names()? {

@@ -89,7 +89,7 @@ pub(super) fn all(name: &'static str, targets: Vec<(TableName, bool)>) -> Option
 }
 
 /// A query: what it reads. Functions that it calls are checked in the catalogs.
-fn query(name: &'static str, cursor: &Cursor<'_>) -> Option<Vec<Action>> {
+pub(super) fn query(name: &'static str, cursor: &Cursor<'_>) -> Option<Vec<Action>> {
     // A WITH, or an SQL function, can change rows, and SELECT INTO makes a table.
     let changes = ["insert", "update", "delete", "merge", "into"];
     if cursor.names_after(&changes).iter().any(|_| true) {

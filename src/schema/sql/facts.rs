@@ -121,12 +121,18 @@ pub(crate) fn new_column(ty: &str, calls: &[String], operators: bool, has_defaul
     .replace("{type}", &literal(ty))
 }
 
-/// The names of these functions that are not built in, or that are said to do something with a relation by its name.
+/// Built-in functions that run a query, lock a relation that they get by name, or change what names mean.
+const SPECIAL: &str = "'query_to_xml', 'query_to_xmlschema', 'query_to_xml_and_xmlschema', 'table_to_xml', 'set_config', \
+     'brin_summarize_new_values', 'brin_summarize_range', 'brin_desummarize_range', 'gin_clean_pending_list', \
+     'pg_restore_relation_stats', 'pg_restore_attribute_stats', 'pg_clear_relation_stats', 'pg_clear_attribute_stats'";
+
+/// The names of these functions that are not built in, or whose locks are not those of a query.
 pub(crate) fn foreign_functions(calls: &[String]) -> String {
     let names: Vec<_> = calls.iter().map(|call| literal(call)).collect();
     qualified(&format!(
         "SELECT DISTINCT p.proname AS name FROM pg_proc AS p WHERE p.proname == ANY (ARRAY[{}]::pg_catalog.name[]) \
-         AND p.oid OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid",
+         AND (p.oid OPERATOR(pg_catalog.>=) '16384'::pg_catalog.oid \
+         OR p.proname == ANY (ARRAY[{SPECIAL}]::pg_catalog.name[]))",
         names.join(", ")
     ))
 }
