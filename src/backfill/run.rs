@@ -231,7 +231,8 @@ impl Run {
             batch = self.progress.batches + 1,
             rows = self.sizer.rows(),
         );
-        let committed = self.run_batch().instrument(span).await?;
+        // Boxed, so that the compiler need not look through it in each caller's future.
+        let committed = Box::pin(self.run_batch()).instrument(span).await?;
         let duration = committed.began.elapsed();
         let BatchResult {
             processed,
