@@ -141,9 +141,9 @@ mod tests {
     fn a_label_has_a_bounded_number_of_values() {
         let values = Values::new();
         for n in 0..MOST_VALUES {
-            assert_eq!(values.bounded(&n.to_string()), n.to_string());
+            assert_eq!(&*values.bounded(&n.to_string()), n.to_string());
         }
-        assert_eq!(values.bounded("one more"), OTHER);
-        assert_eq!(values.bounded("7"), "7");
+        assert_eq!(&*values.bounded("one more"), OTHER);
+        assert_eq!(&*values.bounded("7"), "7");
     }
 }
