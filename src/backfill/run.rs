@@ -257,7 +257,8 @@ impl Run {
             rows = self.sizer.rows(),
         );
         let is_other = AtomicBool::new(false);
-        let committed = match self.run_batch(&is_other).instrument(span).await {
+        // Boxed, so that the compiler need not look through it in each caller's future.
+        let committed = match Box::pin(self.run_batch(&is_other)).instrument(span).await {
             // The batch was rolled back. The table has been changed meanwhile, and maybe the run can continue.
             Err(_) if is_other.load(Ordering::Relaxed) => {
                 self.checkpoint = self.prepared.continued().await?;

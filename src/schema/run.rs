@@ -76,10 +76,9 @@ impl Env {
             attempts = tracing::field::Empty,
             "error.type" = tracing::field::Empty,
         );
-        let ran = self
-            .repeat(options, sql, method, progress)
-            .instrument(span.clone())
-            .await;
+        // Boxed, so that the compiler need not look through it in each caller's future.
+        let run = Box::pin(self.repeat(options, sql, method, progress));
+        let ran = run.instrument(span.clone()).await;
         match &ran {
             Ok(report) => span.record("attempts", report.attempts.len()),
             Err(error) => span.record("error.type", &*error_type(error)),
