@@ -65,7 +65,7 @@ impl Diagnosis {
         /// Whether the evidence proves the cause; otherwise it is the most likely one. Always false for [`Cause::Unknown`].
         is_certain: bool;
 
-        /// What happened, in complete sentences.
+        /// What happened, in complete sentences. Sessions are called by their [letters](super::Participant::letter).
         text: &str;
 
         /// How to fix it, in complete sentences.
