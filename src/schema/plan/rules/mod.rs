@@ -441,11 +441,11 @@ impl<'e> Rules<'e> {
             Recursion::Partitions
         } else if begins(&of_all) {
             Recursion::All
-        } else if begins(&of_partitions) || (self.major >= 17 && begins(&identity)) {
-            Recursion::Partitions
-        } else if matches!(name, "CREATE TRIGGER" | "CREATE CONSTRAINT TRIGGER … FROM") {
-            Recursion::Partitions
-        } else if name.starts_with("ALTER TRIGGER") && self.major >= 15 {
+        } else if begins(&of_partitions)
+            || (self.major >= 17 && begins(&identity))
+            || matches!(name, "CREATE TRIGGER" | "CREATE CONSTRAINT TRIGGER … FROM")
+            || (name.starts_with("ALTER TRIGGER") && self.major >= 15)
+        {
             Recursion::Partitions
         } else if name.contains("PUBLICATION") && self.graph.kind(oid) != 'p' {
             Recursion::All
