@@ -104,6 +104,7 @@ pub(super) fn rows() -> Vec<Row> {
             let schema = keeper.schema().deadline(WITHIN);
             schema
                 .replace_table("parent", "parent_new")
+                .like_old()
                 .build(
                     "DROP TABLE IF EXISTS parent_new; CREATE TABLE parent_new (LIKE parent); \
                         INSERT INTO parent_new SELECT * FROM parent",
