@@ -90,6 +90,8 @@ impl Keeper {
             longest_silence: LONGEST_SILENCE,
             #[cfg(feature = "incidents")]
             sampling: crate::sampler::SamplerOptions::default(),
+            #[cfg(feature = "coordination")]
+            coordination_schema: "public".to_owned(),
         }
     }
 
@@ -384,6 +386,26 @@ impl Keeper {
     }
 }
 
+/// What several processes agree on.
+#[cfg(feature = "coordination")]
+impl Keeper {
+    /// Fencing tokens: numbers that increase with each tenure of a lock. Nothing is sent before it is set up.
+    #[track_caller]
+    pub fn fencing(&self) -> crate::coordination::Fencing {
+        crate::coordination::Fencing::new(self.coordination(CallSite::caller()))
+    }
+
+    fn coordination(&self, caller: CallSite) -> crate::coordination::Coordination {
+        let call_site = self.call_site(caller);
+        crate::coordination::Coordination {
+            advisory: Arc::clone(&self.inner.advisory),
+            application_name: application_name(&self.inner.application, call_site.as_ref()),
+            call_site,
+            lock_wait: self.inner.lock_wait,
+        }
+    }
+}
+
 impl fmt::Debug for Keeper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keeper")
@@ -404,6 +426,8 @@ pub struct KeeperBuilder {
     longest_silence: Duration,
     #[cfg(feature = "incidents")]
     sampling: crate::sampler::SamplerOptions,
+    #[cfg(feature = "coordination")]
+    coordination_schema: String,
 }
 
 impl KeeperBuilder {
@@ -473,6 +497,8 @@ impl KeeperBuilder {
         #[cfg(not(feature = "incidents"))]
         let observer = None;
         let connections = Connections::new(self.pool, self.side, observer, self.longest_silence);
+        #[cfg(feature = "coordination")]
+        connections.set_tables_schema(self.coordination_schema);
         #[cfg(feature = "incidents")]
         let reporter = Some(crate::sampler::Sampler::new(
             Arc::clone(&connections),
@@ -489,6 +515,17 @@ impl KeeperBuilder {
                 lock_wait: self.lock_wait,
             }),
         }
+    }
+}
+
+/// Where coordination keeps what outlives a session.
+#[cfg(feature = "coordination")]
+impl KeeperBuilder {
+    /// The schema of the tables `lockkeeper_fencing`, `lockkeeper_fencing_server` and `lockkeeper_once`; `public` by
+    /// default. All processes have to name the same one. It has to exist before the tables are set up.
+    pub fn coordination_schema(mut self, schema: impl Into<String>) -> Self {
+        self.coordination_schema = schema.into();
+        self
     }
 }
 

@@ -63,6 +63,7 @@
 //! | `server-log` | reading the server's own log: `server_log` |
 //! | `pictures` | lock trees and incidents as HTML, Mermaid and DOT |
 //! | `compat` | keys as other programs derive them |
+//! | `coordination` | `SessionGuard::fencing_token`, `Keeper::leader`, `Keeper::semaphore`, `Keeper::once` |
 //! | `metrics` | `Health::record`, together with `monitor`: the server's locks for the `metrics` facade |
 //! | `serde` | incidents, trees, locks, health and settings as JSON |
 //! | `full` | all of them |
@@ -127,6 +128,8 @@ mod backoff;
 mod blocker;
 mod call_site;
 mod connection;
+#[cfg(feature = "coordination")]
+mod coordination;
 mod deadline;
 mod error;
 #[cfg(feature = "incidents")]
@@ -159,6 +162,8 @@ pub use backfill::{
 pub use blocker::Blocker;
 pub use call_site::CallSite;
 pub use connection::{Loss, ToStatement, tcp_timeouts};
+#[cfg(feature = "coordination")]
+pub use coordination::{Fencing, FencingToken};
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
 #[cfg(feature = "incidents")]

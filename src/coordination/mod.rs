@@ -1,0 +1,75 @@
+//! What several processes agree on over advisory locks: fencing tokens ([`fencing`]), and what is built on them.
+//!
+//! The rest of the crate needs no table. Here some things have to outlive the session that holds a lock, so they are rows of
+//! tables, which `set_up()` makes ([`set_up`]).
+
+mod fencing;
+mod set_up;
+mod sql;
+mod token;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use fencing::Fencing;
+pub use token::FencingToken;
+
+use crate::advisory::{Advisory, AdvisoryLock, LockDescription};
+use crate::call_site::CallSite;
+use crate::connection::Connections;
+use crate::error::Error;
+use crate::key::LockKey;
+use crate::postgres::TableName;
+use crate::transaction::TransactionOptions;
+use crate::transaction::sql::Begin;
+
+/// The part of a keeper that all of this shares.
+#[derive(Clone, Debug)]
+pub(crate) struct Coordination {
+    pub(crate) advisory: Arc<Advisory>,
+    pub(crate) application_name: String,
+    pub(crate) call_site: Option<CallSite>,
+    pub(crate) lock_wait: Duration,
+}
+
+impl Coordination {
+    fn connections(&self) -> &Arc<Connections> {
+        &self.advisory.connections
+    }
+
+    /// What every transaction here begins with, whatever the session's defaults are: a statement sees what was committed
+    /// before it, and may write.
+    fn begin(&self) -> Begin {
+        plain().begin(Some(self.application_name.clone()))
+    }
+
+    fn describe(&self, key: LockKey) -> LockDescription {
+        LockDescription::new(
+            Arc::clone(&self.advisory),
+            vec![key],
+            self.lock_wait,
+            self.begin(),
+            self.call_site,
+        )
+    }
+
+    fn lock(&self, key: LockKey) -> AdvisoryLock {
+        AdvisoryLock::new(self.describe(key))
+    }
+}
+
+/// The options of a transaction in which a statement sees what was committed before it.
+fn plain() -> TransactionOptions {
+    TransactionOptions::new()
+        .isolation(tokio_postgres::IsolationLevel::ReadCommitted)
+        .read_only(false)
+}
+
+/// A table of this crate.
+fn table(connections: &Connections, name: &str) -> Result<TableName, Error> {
+    let table = TableName::in_schema(connections.tables_schema(), name);
+    match table.flaw() {
+        Some(flaw) => Err(Error::config(flaw)),
+        None => Ok(table),
+    }
+}
