@@ -395,6 +395,13 @@ impl Keeper {
         crate::coordination::Fencing::new(self.coordination(CallSite::caller()))
     }
 
+    /// Work that runs once in each period, over all processes: `keeper.once("nightly", a_day).run(async |tx| …)`.
+    #[track_caller]
+    pub fn once(&self, name: impl Into<String>, period: Duration) -> crate::coordination::Once {
+        let coordination = self.coordination(CallSite::caller());
+        crate::coordination::Once::new(coordination, name.into(), period)
+    }
+
     fn coordination(&self, caller: CallSite) -> crate::coordination::Coordination {
         let call_site = self.call_site(caller);
         crate::coordination::Coordination {

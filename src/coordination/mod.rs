@@ -4,6 +4,7 @@
 //! tables, which `set_up()` makes ([`set_up`]).
 
 mod fencing;
+mod once;
 mod set_up;
 mod sql;
 mod token;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use fencing::Fencing;
+pub use once::Once;
 pub use token::FencingToken;
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription};

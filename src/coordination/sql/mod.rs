@@ -1,6 +1,7 @@
 //! The tables of coordination, and what is sent to them.
 
 pub(crate) mod fencing;
+pub(crate) mod once;
 
 use tokio_postgres::SimpleQueryMessage;
 

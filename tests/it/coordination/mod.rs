@@ -1,6 +1,7 @@
 //! What several processes agree on.
 
 mod fencing;
+mod once;
 
 use lockkeeper::{Keeper, SessionGuard};
 use lockkeeper_testkit::Scene;
