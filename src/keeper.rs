@@ -70,6 +70,8 @@ struct Inner {
     application: String,
     call_sites: bool,
     lock_wait: Duration,
+    #[cfg(feature = "coordination")]
+    lines: Arc<crate::coordination::Lines>,
 }
 
 impl Keeper {
@@ -395,6 +397,18 @@ impl Keeper {
         crate::coordination::Fencing::new(self.coordination(CallSite::caller()))
     }
 
+    /// A number of permits that all processes share: `keeper.semaphore("thumbnails", 4).acquire()`. All have to name the same
+    /// number.
+    #[track_caller]
+    pub fn semaphore(
+        &self,
+        name: impl Into<String>,
+        permits: u32,
+    ) -> crate::coordination::Semaphore {
+        let coordination = self.coordination(CallSite::caller());
+        crate::coordination::Semaphore::new(coordination, name.into(), permits)
+    }
+
     /// Work that runs once in each period, over all processes: `keeper.once("nightly", a_day).run(async |tx| …)`.
     #[track_caller]
     pub fn once(&self, name: impl Into<String>, period: Duration) -> crate::coordination::Once {
@@ -409,6 +423,7 @@ impl Keeper {
             application_name: application_name(&self.inner.application, call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
+            lines: Arc::clone(&self.inner.lines),
         }
     }
 }
@@ -520,6 +535,8 @@ impl KeeperBuilder {
                 application: self.application,
                 call_sites: self.call_sites,
                 lock_wait: self.lock_wait,
+                #[cfg(feature = "coordination")]
+                lines: Arc::default(),
             }),
         }
     }

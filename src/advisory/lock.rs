@@ -48,12 +48,6 @@ impl LockDescription {
         }
     }
 
-    /// How long to wait in all.
-    #[cfg(feature = "coordination")]
-    pub(crate) fn set_wait(&mut self, wait: Duration) {
-        self.wait = wait;
-    }
-
     /// Refuses a key that is to be locked in the same transaction, where a section of this task holds it.
     pub(crate) fn check_not_held(&self, key: &LockKey, mode: AdvisoryMode) -> Result<(), Error> {
         let (connections, keys) = (&self.advisory.connections, std::slice::from_ref(key));

@@ -4,7 +4,9 @@
 //! tables, which `set_up()` makes ([`set_up`]).
 
 mod fencing;
+mod line;
 mod once;
+mod semaphore;
 mod set_up;
 mod sql;
 mod token;
@@ -13,7 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use fencing::Fencing;
+pub(crate) use line::Lines;
 pub use once::Once;
+pub use semaphore::{Semaphore, SemaphorePermit};
 pub use token::FencingToken;
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription};
@@ -32,6 +36,7 @@ pub(crate) struct Coordination {
     pub(crate) application_name: String,
     pub(crate) call_site: Option<CallSite>,
     pub(crate) lock_wait: Duration,
+    pub(crate) lines: Arc<Lines>,
 }
 
 impl Coordination {
@@ -45,18 +50,23 @@ impl Coordination {
         plain().begin(Some(self.application_name.clone()))
     }
 
-    fn describe(&self, key: LockKey) -> LockDescription {
+    fn describe(&self, key: LockKey, wait: Duration) -> LockDescription {
         LockDescription::new(
             Arc::clone(&self.advisory),
             vec![key],
-            self.lock_wait,
+            wait,
             self.begin(),
             self.call_site,
         )
     }
 
     fn lock(&self, key: LockKey) -> AdvisoryLock {
-        AdvisoryLock::new(self.describe(key))
+        self.lock_within(key, self.lock_wait)
+    }
+
+    /// A lock for which a connection, too, is waited for no longer.
+    fn lock_within(&self, key: LockKey, wait: Duration) -> AdvisoryLock {
+        AdvisoryLock::new(self.describe(key, wait))
     }
 }
 

@@ -191,14 +191,11 @@ impl Once {
         self.check()?;
         let table = self.table()?;
         let key = LockKey::from(("lockkeeper once", &self.name));
-        let mut lock = self.coordination.describe(key.clone());
-        let how = match self.wait {
-            Some(wait) => {
-                lock.set_wait(wait);
-                LockedBy::Waiting
-            }
-            None => LockedBy::Trying,
+        let (how, wait) = match self.wait {
+            Some(wait) => (LockedBy::Waiting, wait),
+            None => (LockedBy::Trying, self.coordination.lock_wait),
         };
+        let lock = self.coordination.describe(key.clone(), wait);
         let claim = Claim {
             name: &self.name,
             by: &self.coordination.application_name,

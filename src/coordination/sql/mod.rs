@@ -2,6 +2,7 @@
 
 pub(crate) mod fencing;
 pub(crate) mod once;
+pub(crate) mod semaphore;
 
 use tokio_postgres::SimpleQueryMessage;
 

@@ -2,6 +2,7 @@
 
 mod fencing;
 mod once;
+mod semaphore;
 
 use lockkeeper::{Keeper, SessionGuard};
 use lockkeeper_testkit::Scene;
