@@ -140,7 +140,7 @@ impl Semaphore {
         Error::new(ErrorKind::LockTimeout)
             .with_key(&self.key())
             .with_detail(match self.permits {
-                1 => "the one permit is held".to_owned(),
+                1 => "the one permit is held, or waited for".to_owned(),
                 permits => format!("all {permits} permits are held, or waited for"),
             })
             .with_waited(deadline.waited())

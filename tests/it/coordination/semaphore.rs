@@ -95,10 +95,13 @@ async fn waiters_of_a_keeper_are_served_in_order() {
         }
         waiting.push(waiter);
     }
-    // Those who try do not overtake, and one who leaves is no hindrance.
-    assert!(is_full(&scene.keeper, 1).await);
+    // One who leaves is no hindrance, and who comes later does not overtake, also where a permit is free.
     drop(waiting.remove(2));
     first.release().await.unwrap();
+    assert!(is_full(&scene.keeper, 1).await);
+    let overtaking = scene.keeper.semaphore("s", 1).wait(Duration::ZERO);
+    let error = overtaking.acquire().await.unwrap_err();
+    assert_error(&error, ErrorKind::LockTimeout, "held, or waited for");
     in_time("the line", join_all(waiting)).await;
     assert_eq!(*order.lock().unwrap(), [0, 1, 3, 4]);
     scene.nothing_left().await;
