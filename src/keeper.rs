@@ -397,6 +397,14 @@ impl Keeper {
         crate::coordination::Fencing::new(self.coordination(CallSite::caller()))
     }
 
+    /// One leader among all processes: `keeper.leader("scheduler").run(async |term| …)`. Its term's number is a fencing token, so
+    /// [`fencing`](Self::fencing) has to be set up.
+    #[track_caller]
+    pub fn leader(&self, name: impl Into<String>) -> crate::coordination::Leader {
+        let coordination = self.coordination(CallSite::caller());
+        crate::coordination::Leader::new(coordination, name.into())
+    }
+
     /// A number of permits that all processes share: `keeper.semaphore("thumbnails", 4).acquire()`. All have to name the same
     /// number.
     #[track_caller]

@@ -163,7 +163,9 @@ pub use blocker::Blocker;
 pub use call_site::CallSite;
 pub use connection::{Loss, ToStatement, tcp_timeouts};
 #[cfg(feature = "coordination")]
-pub use coordination::{Fencing, FencingToken, Once, Semaphore, SemaphorePermit};
+pub use coordination::{
+    Fencing, FencingToken, Leader, Leadership, Once, Semaphore, SemaphorePermit, Term,
+};
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
 #[cfg(feature = "incidents")]

@@ -213,6 +213,23 @@ pub(super) async fn issue(guard: &mut SessionGuard) -> Result<IssuedRow, Error> 
     Ok(issued)
 }
 
+/// Records that the holder of a token has given its lock up in order, as far as the token is the newest.
+///
+/// Cancel safety: dropped, it is recorded or not; the guard keeps its lock.
+pub(super) async fn resign(guard: &mut SessionGuard, token: FencingToken) -> Result<(), Error> {
+    let key = token.key();
+    let tables = tables(guard.session().connections())?;
+    let text = sql::resign(&tables, key.id(), token.into());
+    let (tables, key, text) = (&tables, &key, &text);
+    let wait = guard.lock_wait().max(Duration::from_millis(1));
+    guard
+        .transaction_with(plain().lock_timeout(wait), async |tx| {
+            let reply = tx.session().message_waiting(text, wait).await;
+            reply.map(drop).map_err(|error| explain(error, tables, key))
+        })
+        .await
+}
+
 /// Fencing tokens.
 impl SessionGuard {
     /// The fencing token of this tenure: greater than that of each earlier holder of the same lock, through lost connections,

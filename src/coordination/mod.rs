@@ -4,20 +4,24 @@
 //! tables, which `set_up()` makes ([`set_up`]).
 
 mod fencing;
+mod leader;
 mod line;
 mod once;
 mod semaphore;
 mod set_up;
 mod sql;
+mod term;
 mod token;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use fencing::Fencing;
+pub use leader::Leader;
 pub(crate) use line::Lines;
 pub use once::Once;
 pub use semaphore::{Semaphore, SemaphorePermit};
+pub use term::{Leadership, Term};
 pub use token::FencingToken;
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription};

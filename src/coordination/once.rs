@@ -173,7 +173,7 @@ impl Once {
     ///
     /// # Longest silence
     /// As [`AdvisoryLock::run`](crate::AdvisoryLock::run), and one more for the record.
-    pub async fn run<R, E, F>(&self, f: F) -> Result<Option<R>, E>
+    pub async fn run<R, E, F>(self, f: F) -> Result<Option<R>, E>
     where
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>

@@ -135,6 +135,17 @@ pub(crate) fn read_issued(reply: &[SimpleQueryMessage]) -> Option<IssuedRow> {
     })
 }
 
+/// Notes that the tenure with this token has ended in order: one message.
+pub(crate) fn resign(tables: &FencingTables, key: KeyId, (epoch, counter): (i64, i64)) -> String {
+    format!(
+        "{DURABLE}; UPDATE {} AS f SET resigned = true WHERE pg_catalog.texteq(f.key, {}) \
+         AND pg_catalog.int8eq(f.epoch, ('{epoch}')::pg_catalog.int8) \
+         AND pg_catalog.int8eq(f.counter, ('{counter}')::pg_catalog.int8)",
+        tables.tokens,
+        key_text(key)
+    )
+}
+
 /// The newest token of a lock, whose row is locked until the end of the transaction: who issues the next one waits for it.
 pub(crate) fn newest_locked(tables: &FencingTables, key: KeyId) -> String {
     format!(

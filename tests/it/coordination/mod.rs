@@ -1,6 +1,7 @@
 //! What several processes agree on.
 
 mod fencing;
+mod leader;
 mod once;
 mod semaphore;
 

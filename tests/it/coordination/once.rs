@@ -23,8 +23,9 @@ async fn scene() -> Scene {
 
 /// Work that leaves a row.
 async fn work(once: &Once) -> Option<u64> {
-    let ran =
-        once.run(async |tx| Ok::<_, Error>(tx.execute("INSERT INTO run VALUES (1)", &[]).await?));
+    let ran = once
+        .clone()
+        .run(async |tx| Ok::<_, Error>(tx.execute("INSERT INTO run VALUES (1)", &[]).await?));
     ran.await.unwrap()
 }
 
@@ -158,7 +159,12 @@ async fn what_is_missing_is_named() {
     scene.run(&format!("CREATE ROLE {role} LOGIN")).await;
     let restricted = Keeper::new(scene.database.pool_as(&role, 2));
     let once = restricted.once("k", DAY);
-    let run = async |once: &Once| once.run(async |_| Ok::<_, Error>(())).await.unwrap_err();
+    let run = async |once: &Once| {
+        once.clone()
+            .run(async |_| Ok::<_, Error>(()))
+            .await
+            .unwrap_err()
+    };
     let error = run(&once).await;
     let text = "there is no \"public\".\"lockkeeper_once\"; call set_up() of keeper.once(…)";
     assert_error(&error, ErrorKind::Database, text);
@@ -175,7 +181,10 @@ async fn what_is_missing_is_named() {
         ))
         .await;
     assert_eq!(
-        once.run(async |_| Ok::<_, Error>(())).await.unwrap(),
+        once.clone()
+            .run(async |_| Ok::<_, Error>(()))
+            .await
+            .unwrap(),
         Some(())
     );
     let error = run(&restricted.once("l", DAY).time_zone("Europe/Nowhere")).await;
