@@ -11,6 +11,7 @@ use crate::error::{
     Error, ErrorKind, classify, is_insufficient_privilege, is_missing_table, is_undefined_function,
 };
 use crate::key::LockKey;
+use crate::key::names::named;
 use crate::mode::AdvisoryMode;
 use crate::transaction::Tx;
 
@@ -296,7 +297,7 @@ impl Tx {
     /// As a statement of the caller: it may wait for a row lock, as long as the transaction's
     /// [`lock_timeout`](crate::TransactionOptions::lock_timeout) says.
     pub async fn check_fencing(&self, token: FencingToken) -> Result<(), Error> {
-        let key = token.key();
+        let key = named(token.key());
         let tables = tables(self.session().connections())?;
         let own = token.into();
         let newest_locked = sql::newest_locked(&tables, key.id());

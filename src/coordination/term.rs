@@ -237,7 +237,7 @@ impl Drop for Leadership {
 ///
 /// Cancel safety: dropped, with its runtime, the lock is released.
 async fn keep(
-    mut guard: SessionGuard,
+    guard: SessionGuard,
     state: Arc<TermState>,
     mut commands: mpsc::UnboundedReceiver<Command>,
 ) {

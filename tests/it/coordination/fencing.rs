@@ -271,10 +271,8 @@ async fn a_checked_token_orders_what_is_written() {
     assert!(old < new);
 
     let error = write(&scene.keeper, old).await.unwrap_err();
-    let text = format!(
-        "a newer fencing token was issued: {}: {old} is not the newest, which is {new}",
-        old.key()
-    );
+    let text =
+        format!("a newer fencing token was issued: \"k\": {old} is not the newest, which is {new}");
     assert_error(&error, ErrorKind::Fenced, &text);
     assert!(!error.is_retryable());
     write(&scene.keeper, new).await.unwrap();
