@@ -173,7 +173,7 @@ fn explain(error: tokio_postgres::Error, tables: &FencingTables, key: &LockKey) 
 
 /// Issues the next token of a guard's lock. It is committed when this returns.
 ///
-/// Cancel safety: dropped, no token is issued, or one that nobody knows of; the guard keeps its lock.
+/// Cancel safety: dropped, no token is issued, or one is left out; the guard keeps its lock.
 pub(super) async fn issue(guard: &mut SessionGuard) -> Result<IssuedRow, Error> {
     let key = guard.held_keys()[0].clone();
     if guard.held_keys().len() > 1 {
@@ -274,7 +274,7 @@ impl SessionGuard {
 
 /// Fencing tokens.
 impl Tx {
-    /// Refuses to go on where a newer token of the same lock was seen, and has nobody issue one until this transaction ends.
+    /// Fails where a newer token of the same lock was seen. Otherwise no newer one is issued until this transaction ends.
     ///
     /// So what the transaction writes is ordered with the tenures: it is committed before a later holder of the lock has its
     /// token, or it is not committed. The guard may be lost meanwhile, and may be of another connection or process.

@@ -1,9 +1,10 @@
 //! Becoming the one leader among all processes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::fencing::issue;
 use super::sql::fencing::IssuedRow;
+use super::term::Confirmed;
 use super::{Coordination, FencingToken, Leadership, Term};
 use crate::advisory::SessionGuard;
 use crate::deadline::Deadline;
@@ -38,6 +39,7 @@ const LEAST: Duration = Duration::from_millis(30);
 /// `is_leader()` true at the same time, to the precision with which their clocks run. What remains without tokens:
 ///
 /// - An effect that was begun before the term ended: between the check and the effect a process can be frozen for any time.
+/// - A machine that was suspended, until its clock is set.
 /// - A delay that is shorter: two leaders for as long as it is shorter.
 /// - A failover in which the old primary lives on, and a leader stays connected to it: two leaders until one of the servers is
 ///   stopped. Also where the standby had not received the very first token of the name.
@@ -112,7 +114,7 @@ impl Leader {
         self
     }
 
-    /// How long [`campaign`](Self::campaign) waits to be elected; without end where nothing is said.
+    /// How long [`campaign`](Self::campaign) waits to be elected; without end by default.
     /// [`run`](Self::run) takes no notice of it.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = Some(wait);
@@ -161,7 +163,7 @@ impl Leader {
     /// Leads whenever this process is elected, until the work is done: through lost connections, restarts and failover.
     ///
     /// Each term runs a clone of the closure. **When a term ends, its future is dropped where it stands**, and the process is a
-    /// candidate again; what it has spawned goes on, and has to ask [`Term::is_leader`] or [`Term::loss`]. When the closure
+    /// candidate again; what it has spawned continues, and has to ask [`Term::is_leader`] or [`Term::loss`]. When the closure
     /// returns, the leader resigns, and its result is the result of this.
     ///
     /// A closure that fails because its connection or its lock was lost often notices before the term does. So when it returns
@@ -284,7 +286,7 @@ impl Leader {
         };
         let delay = Deadline::after(delay);
         loop {
-            let sent = Instant::now();
+            let sent = Confirmed::now();
             if let Err(error) = guard.confirm().await {
                 tracing::debug!(%key, %error, "the lock was lost before the term has begun");
                 return Ok(None);

@@ -27,7 +27,7 @@ pub use token::FencingToken;
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription};
 use crate::call_site::CallSite;
 use crate::connection::Connections;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind, is_not_supported};
 use crate::key::LockKey;
 use crate::postgres::TableName;
 use crate::transaction::TransactionOptions;
@@ -87,5 +87,13 @@ fn table(connections: &Connections, name: &str) -> Result<TableName, Error> {
     match table.flaw() {
         Some(flaw) => Err(Error::config(flaw)),
         None => Ok(table),
+    }
+}
+
+/// The error of a transaction that could not begin. A standby refuses one that may write.
+fn begin_error(error: Error) -> Error {
+    match is_not_supported(&error) {
+        true => error.with_kind(ErrorKind::ReadOnlyServer),
+        false => error,
     }
 }

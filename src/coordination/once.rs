@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::set_up::{SetUp, set_up};
 use super::sql::once::{self as sql, Claim};
-use super::{Coordination, plain, table};
+use super::{Coordination, begin_error, plain, table};
 use crate::advisory::{LockedBy, OpenLocked};
 use crate::error::{Error, ErrorKind, is_insufficient_privilege, is_missing_table};
 use crate::key::LockKey;
@@ -227,7 +227,8 @@ struct OpenOnce {
 impl Open for OpenOnce {
     fn open(&self, times_victim: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
         Box::pin(async move {
-            let Some(tx) = self.locked.open(times_victim).await? else {
+            let opened = self.locked.open(times_victim).await;
+            let Some(tx) = opened.map_err(begin_error)? else {
                 return Ok(None);
             };
             // Cancel safety: dropped, the transaction is rolled back in the background.

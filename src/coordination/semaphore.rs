@@ -111,7 +111,7 @@ impl Semaphore {
         }
     }
 
-    /// The same if a permit is free and nobody of this keeper waits for one; `None` otherwise. Never waits for a permit, only
+    /// The same if a permit is free and no other task of this keeper waits for one; `None` otherwise. Never waits for a permit, only
     /// for a connection.
     ///
     /// # Errors
@@ -213,7 +213,7 @@ impl<'a> Attempts<'a> {
         lock.session().try_acquire().await
     }
 
-    /// Gives a permit out, unless somebody disagrees about how many there are.
+    /// Gives a permit out, unless another process has another number of them.
     ///
     /// Each holds its lock before it asks, so that of two who disagree at least the later one sees the other.
     async fn admit(&self, guard: SessionGuard, number: u32) -> Result<SemaphorePermit, Error> {

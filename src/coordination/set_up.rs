@@ -1,6 +1,6 @@
 //! Making the tables that coordination needs, once, whoever comes first.
 
-use super::{Coordination, sql};
+use super::{Coordination, begin_error, sql};
 use crate::error::{Error, is_insufficient_privilege, is_missing_table};
 use crate::key::LockKey;
 use crate::postgres::TableName;
@@ -24,7 +24,11 @@ pub(super) struct SetUp<'a> {
 /// Cancel safety: dropped, the transaction is rolled back in the background.
 pub(super) async fn set_up(coordination: &Coordination, what: &SetUp<'_>) -> Result<(), Error> {
     let key = LockKey::from(("lockkeeper set_up", what.tables[0].to_string()));
-    let guard = coordination.lock(key).acquire().await?;
+    let guard = coordination
+        .lock(key)
+        .acquire()
+        .await
+        .map_err(begin_error)?;
     let explain = |error: tokio_postgres::Error| {
         let error = Error::from(error);
         let schema = what.tables[0].schema().unwrap_or_default();

@@ -3,10 +3,9 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -28,23 +27,51 @@ struct TermState {
     key: LockKey,
     token: FencingToken,
     signal: LossSignal,
-    began: Instant,
-    /// When the last question was sent to which the server has answered that the lock is held: nanoseconds after `began`.
-    confirmed: AtomicU64,
+    confirmed: Mutex<Confirmed>,
     step_down_after: Duration,
 }
 
+/// When a question was sent, by both clocks: the monotonic one stands still while a machine is suspended, and the other one can
+/// be set back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Confirmed {
+    sent: Instant,
+    by_the_calendar: SystemTime,
+}
+
+impl Confirmed {
+    /// A question that is about to be sent.
+    pub(super) fn now() -> Self {
+        Self {
+            sent: Instant::now(),
+            by_the_calendar: SystemTime::now(),
+        }
+    }
+
+    /// How much longer its answer counts. A clock that is set forward makes it less.
+    fn remaining(&self, time: Duration, now: Instant, by_the_calendar: SystemTime) -> Duration {
+        let by_the_calendar = by_the_calendar.duration_since(self.by_the_calendar);
+        let elapsed = now.saturating_duration_since(self.sent);
+        time.saturating_sub(elapsed.max(by_the_calendar.unwrap_or_default()))
+    }
+}
+
 impl TermState {
-    fn confirm(&self, sent: Instant) {
-        let nanos = sent.saturating_duration_since(self.began).as_nanos();
-        let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
-        self.confirmed.fetch_max(nanos, Ordering::AcqRel);
+    fn confirmed(&self) -> MutexGuard<'_, Confirmed> {
+        // Nothing that panics runs while it is locked.
+        self.confirmed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn confirm(&self, confirmed: Confirmed) {
+        *self.confirmed() = confirmed;
     }
 
     /// How much longer the last answer counts.
     fn remaining(&self) -> Duration {
-        let confirmed = Duration::from_nanos(self.confirmed.load(Ordering::Acquire));
-        (confirmed + self.step_down_after).saturating_sub(self.began.elapsed())
+        let confirmed = *self.confirmed();
+        confirmed.remaining(self.step_down_after, Instant::now(), SystemTime::now())
     }
 }
 
@@ -125,22 +152,21 @@ pub struct Leadership {
 }
 
 impl Leadership {
-    /// A term that begins with a lock that the server has just confirmed, to a question sent at `confirmed`.
+    /// A term that begins with a lock that the server has just confirmed.
     ///
     /// # Errors
     /// `Config` outside of a runtime.
     pub(super) fn begin(
         guard: SessionGuard,
         token: FencingToken,
-        confirmed: Instant,
+        confirmed: Confirmed,
         step_down_after: Duration,
     ) -> Result<Self, Error> {
         let state = Arc::new(TermState {
             key: guard.held_keys()[0].clone(),
             token,
             signal: LossSignal::new(),
-            began: confirmed,
-            confirmed: AtomicU64::new(0),
+            confirmed: Mutex::new(confirmed),
             step_down_after,
         });
         let (commands, received) = mpsc::unbounded_channel();
@@ -228,7 +254,7 @@ impl fmt::Debug for Leadership {
 
 impl Drop for Leadership {
     fn drop(&mut self) {
-        // Here at once; the task lets the lock go when it finds that nobody commands it.
+        // Here at once; the task lets the lock go when it finds that this is gone.
         self.term.0.signal.release();
     }
 }
@@ -249,7 +275,7 @@ async fn keep(
                 None => return,
                 Some(Command::Resign(reply)) => {
                     let resigned = resign(guard, &state).await;
-                    // Nobody may wait for it.
+                    // The caller may have stopped waiting for it.
                     drop(reply.send(resigned));
                     return;
                 }
@@ -261,7 +287,7 @@ async fn keep(
             }
             () = tokio::time::sleep(interval.min(state.remaining())) => None,
         };
-        let sent = Instant::now();
+        let sent = Confirmed::now();
         match tokio::time::timeout(state.remaining(), guard.confirm()).await {
             Ok(Ok(())) => state.confirm(sent),
             Ok(Err(error)) => {
@@ -282,7 +308,7 @@ async fn keep(
             return;
         }
         if let Some(reply) = asked {
-            // Nobody may wait for it.
+            // The caller may have stopped waiting for it.
             reply.send(true).ok();
         }
     }
@@ -306,4 +332,29 @@ async fn resign(mut guard: SessionGuard, state: &TermState) -> Result<(), Error>
     let released = guard.release().await;
     tracing::debug!(key = %state.key, token = %state.token, "leadership resigned");
     recorded.and(released)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_that_has_gone_further_counts() {
+        let sent = Confirmed::now();
+        let remaining = |monotonic: u64, calendar: i64| {
+            let by_the_calendar = match u64::try_from(calendar) {
+                Ok(seconds) => sent.by_the_calendar + Duration::from_secs(seconds),
+                Err(_) => sent.by_the_calendar - Duration::from_secs(calendar.unsigned_abs()),
+            };
+            let now = sent.sent + Duration::from_secs(monotonic);
+            let time = Duration::from_secs(10);
+            sent.remaining(time, now, by_the_calendar).as_secs()
+        };
+        assert_eq!(remaining(3, 3), 7);
+        // Suspended for an hour.
+        assert_eq!(remaining(3, 3603), 0);
+        // Set back.
+        assert_eq!(remaining(3, -3600), 7);
+        assert_eq!(remaining(11, -3600), 0);
+    }
 }

@@ -12,7 +12,7 @@ pub(crate) const MOST: u32 = 1 << BITS;
 pub(crate) const NAMESPACE: &str = "lockkeeper semaphore";
 
 /// The keys of a semaphore's permits: 40 bits of its name's hash, 12 bits that say how many permits there are, and 12 bits
-/// for the permit. So the locks that are held tell those who disagree about the number from one another.
+/// for the permit. So the locks that are held show which number of permits their holders have.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PermitKeys {
     prefix: i64,

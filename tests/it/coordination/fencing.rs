@@ -139,9 +139,16 @@ async fn tokens_increase_over_a_failover_that_loses_commits() {
     let mut config = standby.config();
     config.dbname(scene.database.name());
     let observer = until_connected(&config).await;
-    observer.batch_execute("SELECT pg_promote()").await.unwrap();
     let promoted = Keeper::new(pool_of(config, 2));
-    // Before any token of the new primary, what was written under an old one is in order.
+    // Before that it is a standby.
+    let error = promoted.fencing().floor(newest).set_up().await.unwrap_err();
+    assert_error(&error, ErrorKind::ReadOnlyServer, "server is a standby");
+    let once = promoted.once("k", Duration::from_secs(1));
+    let error = once.run(async |_| Ok::<_, Error>(())).await.unwrap_err();
+    assert_error(&error, ErrorKind::ReadOnlyServer, "server is a standby");
+    let error = promoted.leader("l").campaign().await.unwrap_err();
+    assert_error(&error, ErrorKind::ReadOnlyServer, "server is a standby");
+    observer.batch_execute("SELECT pg_promote()").await.unwrap();
     let check = async |token| {
         let checked = promoted
             .transaction(async |tx| tx.check_fencing(token).await)
