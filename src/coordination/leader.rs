@@ -86,7 +86,7 @@ impl Leader {
         Self {
             coordination,
             name,
-            step_down_after: silence * 2 / 3,
+            step_down_after: silence / 3 * 2,
             takeover_delay: silence,
             poll_interval: PAUSE,
             wait: None,
@@ -228,7 +228,7 @@ impl Leader {
     fn pause(&self) -> Duration {
         let random = self.coordination.advisory.runner.jitter.next();
         let part = u32::try_from(random % 512).unwrap_or_default();
-        self.poll_interval * (768 + part) / 1024
+        self.poll_interval.saturating_mul(768 + part) / 1024
     }
 
     /// `last` is the token of this candidate's own last term, which has ended.
