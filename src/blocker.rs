@@ -24,6 +24,19 @@ pub struct Blocker {
     /// The locked object and the mode, if it is not the requested advisory lock.
     pub(crate) object: Option<(String, LockMode)>,
     pub(crate) granted: bool,
+    pub(crate) autovacuum: bool,
+    /// Whether it prevents wraparound, if it is an autovacuum worker and that is known.
+    pub(crate) wraparound: Option<bool>,
+    /// What it waits for that this process holds, in words.
+    pub(crate) waits_for_us: Option<String>,
+}
+
+/// Whether an autovacuum worker prevents wraparound, by its `pg_stat_activity.query`; `None` if that is not visible. The
+/// server ends any other worker once a session has waited for it for `deadlock_timeout`.
+#[cfg(feature = "schema")]
+pub(crate) fn prevents_wraparound(query: Option<&str>) -> Option<bool> {
+    let query = query.filter(|query| query.starts_with("autovacuum: "))?;
+    Some(query.ends_with("(to prevent wraparound)"))
 }
 
 impl Blocker {
@@ -70,6 +83,31 @@ impl Blocker {
         self.object.as_ref().map(|(object, _)| object.as_str())
     }
 
+    /// Whether it is an autovacuum worker. It yields to a session that waits for longer than `deadlock_timeout`, unless
+    /// it [prevents wraparound](Self::prevents_wraparound).
+    #[must_use]
+    pub fn is_autovacuum(&self) -> bool {
+        self.autovacuum
+    }
+
+    /// Whether it is an autovacuum worker that prevents transaction id wraparound, which yields to no session. `None` if
+    /// that is unknown, because the role may not see it.
+    #[must_use]
+    pub fn prevents_wraparound(&self) -> Option<bool> {
+        if self.autovacuum {
+            self.wraparound
+        } else {
+            Some(false)
+        }
+    }
+
+    /// What the session itself waits for that this process holds, in words: then this process waits for itself, and the
+    /// server does not always find such a deadlock. `None` if there is no such wait, or none was seen.
+    #[must_use]
+    pub fn waits_for_us(&self) -> Option<&str> {
+        self.waits_for_us.as_deref()
+    }
+
     /// Whether it holds the lock; `false` if it waits ahead in the lock's queue.
     #[must_use]
     pub fn is_holder(&self) -> bool {
@@ -88,15 +126,22 @@ impl fmt::Display for Blocker {
         if self.pid.is_some() {
             f.write_str(" (")?;
             match self.application_name.as_deref() {
+                _ if self.autovacuum && self.wraparound == Some(true) => {
+                    f.write_str("autovacuum worker that prevents wraparound")?;
+                }
+                _ if self.autovacuum => f.write_str("autovacuum worker")?,
                 None => f.write_str("application hidden")?,
                 Some("") => f.write_str("no application_name")?,
                 Some(name) => write!(f, "{}", name.escape_debug())?,
             }
             match &self.user {
                 Some(user) => write!(f, ", user {}", user.escape_debug())?,
+                // A worker has no user.
+                None if self.autovacuum => {}
                 None => f.write_str(", user hidden")?,
             }
             match (&self.state, self.state_age) {
+                (None, _) if self.autovacuum => {}
                 (Some(state), Some(age)) => write!(f, ", {state} for {age:.1?}")?,
                 (Some(state), None) => write!(f, ", {state}")?,
                 (None, _) => f.write_str(", state hidden")?,
@@ -108,8 +153,16 @@ impl fmt::Display for Blocker {
         }
         let verb = if self.granted { "holds" } else { "waits for" };
         match &self.object {
-            Some((object, mode)) => write!(f, " {verb} {mode} on {}", object.escape_debug()),
-            None => write!(f, " {verb} {}", self.mode),
+            Some((object, mode)) => write!(f, " {verb} {mode} on {}", object.escape_debug())?,
+            None => write!(f, " {verb} {}", self.mode)?,
+        }
+        match &self.waits_for_us {
+            Some(object) => write!(
+                f,
+                ", and itself waits for our lock on {}",
+                object.escape_debug()
+            ),
+            None => Ok(()),
         }
     }
 }
@@ -130,7 +183,51 @@ mod tests {
             mode: AdvisoryMode::Exclusive,
             object: None,
             granted: true,
+            autovacuum: false,
+            wraparound: None,
+            waits_for_us: None,
         }
+    }
+
+    #[cfg(feature = "schema")]
+    #[test]
+    fn an_autovacuum_worker_is_named() {
+        let worker = |query| Blocker {
+            application_name: Some(String::new()),
+            user: None,
+            state: None,
+            state_age: None,
+            autovacuum: true,
+            wraparound: prevents_wraparound(query),
+            ..blocker()
+        };
+        let routine = worker(Some("autovacuum: VACUUM public.t"));
+        assert_eq!(
+            routine.to_string(),
+            "pid 4711 (autovacuum worker) holds ExclusiveLock"
+        );
+        assert_eq!(routine.prevents_wraparound(), Some(false));
+        let wraparound = worker(Some("autovacuum: VACUUM public.t (to prevent wraparound)"));
+        assert!(
+            wraparound
+                .to_string()
+                .contains("worker that prevents wraparound)")
+        );
+        assert_eq!(wraparound.prevents_wraparound(), Some(true));
+        assert_eq!(
+            worker(Some("<insufficient privilege>")).prevents_wraparound(),
+            None
+        );
+        assert!(!blocker().is_autovacuum());
+        let waits = Blocker {
+            waits_for_us: Some("advisory lock 7".into()),
+            ..blocker()
+        };
+        assert!(
+            waits
+                .to_string()
+                .ends_with("and itself waits for our lock on advisory lock 7")
+        );
     }
 
     #[test]

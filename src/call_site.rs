@@ -1,7 +1,9 @@
 //! Where in the program a lock or transaction was requested, and how the server learns it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::Location;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// PostgreSQL truncates `application_name` to this many bytes (`NAMEDATALEN - 1`), with a NOTICE.
 const MAX_BYTES: usize = 63;
@@ -70,12 +72,46 @@ impl fmt::Display for CallSite {
     }
 }
 
+/// The application names of one keeper: each is built once for its call site.
+///
+/// A program has no more of them than lines that call this crate.
+#[derive(Debug)]
+pub(crate) struct ApplicationNames {
+    prefix: String,
+    without_site: Arc<str>,
+    // By what a call site is: where its file's name is, and its line.
+    by_site: Mutex<BTreeMap<(usize, usize, u32), Arc<str>>>,
+}
+
+impl ApplicationNames {
+    pub(crate) fn new(prefix: String) -> Self {
+        Self {
+            without_site: application_name(&prefix, None).into(),
+            prefix,
+            by_site: Mutex::default(),
+        }
+    }
+
+    /// See [`application_name`].
+    pub(crate) fn of(&self, site: Option<&CallSite>) -> Arc<str> {
+        let Some(site) = site else {
+            return Arc::clone(&self.without_site);
+        };
+        let mut by_site = self.by_site.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (site.file.as_ptr().addr(), site.file.len(), site.line);
+        let name = by_site
+            .entry(key)
+            .or_insert_with(|| application_name(&self.prefix, Some(site)).into());
+        Arc::clone(name)
+    }
+}
+
 /// The server's `application_name`: `<prefix> <path>:<line>`, or the prefix alone.
 ///
 /// At most 63 bytes of printable ASCII without `'` and `\`: no server version changes or truncates it, no NOTICE is
 /// sent, and it needs no escaping in an SQL literal. What does not fit is cut from the beginning of the path, at a `/`
 /// if possible, and from the end of a prefix longer than 24 bytes; the line number is always kept.
-pub(crate) fn application_name(prefix: &str, site: Option<&CallSite>) -> String {
+fn application_name(prefix: &str, site: Option<&CallSite>) -> String {
     let mut name: String = prefix.chars().map(printable).collect();
     let Some(site) = site else {
         name.truncate(MAX_BYTES);
@@ -151,6 +187,17 @@ mod tests {
         let (here, line) = (CallSite::caller(), line!());
         assert_eq!((here.file(), here.line()), (file!(), line));
         assert_eq!(here.to_string(), format!("{}:{line}", file!()));
+    }
+
+    #[test]
+    fn a_name_is_built_once() {
+        let names = ApplicationNames::new("billing".to_owned());
+        let (one, other) = (site("src/pay.rs", 1), site("src/pay.rs", 2));
+        let name = names.of(Some(&one));
+        assert_eq!(&*name, "billing src/pay.rs:1");
+        assert!(Arc::ptr_eq(&name, &names.of(Some(&one))));
+        assert_eq!(&*names.of(Some(&other)), "billing src/pay.rs:2");
+        assert_eq!(&*names.of(None), "billing");
     }
 
     #[test]

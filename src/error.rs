@@ -1,5 +1,8 @@
 //! The one error of the crate, and the only place where SQLSTATEs are told apart.
 
+mod cause;
+mod grant;
+
 use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
@@ -10,6 +13,7 @@ use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::blocker::Blocker;
 use crate::key::LockKey;
+pub(crate) use grant::READ_LOCKS;
 
 /// What went wrong, as far as a caller would act on it differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,8 +35,11 @@ pub enum ErrorKind {
     ConnectionLost,
     /// A session guard's lock is gone: its connection ended while the guard was alive.
     LockLost,
-    /// The lock table has no room (SQLSTATE 53200), or the request could not fit in it and was not sent.
+    /// The lock table has no room (SQLSTATE 53200 with a hint about `max_locks_per_transaction` or one of its like), or the
+    /// request could not fit in it and was not sent.
     OutOfLocks,
+    /// The server is out of memory (SQLSTATE 53200 without such a hint): the lock table is not what is full.
+    OutOfMemory,
     /// The server is a hot standby, where an advisory lock excludes nobody but that standby's own sessions.
     ReadOnlyServer,
     /// A session lock was asked for through a pooler that hands one server session to several clients.
@@ -74,6 +81,7 @@ impl ErrorKind {
             Self::ConnectionLost => "connection lost before commit, nothing is applied",
             Self::LockLost => "lock lost with its connection",
             Self::OutOfLocks => "no room in the server's lock table",
+            Self::OutOfMemory => "the server is out of memory",
             Self::ReadOnlyServer => {
                 "server is a standby, where an advisory lock would exclude nobody on the primary"
             }
@@ -94,8 +102,18 @@ impl ErrorKind {
 
 /// The error of every call of this crate.
 ///
-/// One line by [`Display`](fmt::Display): what failed, the lock's readable key, how long it was waited for, who holds
-/// it, and the SQLSTATE. The cause's own text is not repeated in it; it is the [`source`](StdError::source).
+/// # What may be logged
+///
+/// This type decides what a log, a panic message or a bug report may show:
+///
+/// - `{}` ([`Display`](fmt::Display)) is one line: what failed, the lock's readable key, how long it was waited for, who
+///   holds it, and the SQLSTATE. It contains no text of the server and no value.
+/// - `{:?}` ([`Debug`]), which `unwrap()` and `main() -> Result<(), Box<dyn Error>>` print, adds the cause. For a server that
+///   cannot be reached that is the host and the reason. For a request that the server refused it is the SQLSTATE and the
+///   server's message. Quoted values are masked where a message of its class can quote them: classes 22 (data exceptions)
+///   and 23 (constraint violations), and 42601 (syntax errors). A message that a function raised is left out.
+/// - [`source`](StdError::source) is the driver's error as it came, with the DETAIL, the HINT and all values. Log it only
+///   where data of the application may be logged.
 ///
 /// `From<tokio_postgres::Error>` is there so that `?` works in a closure that returns this type.
 pub struct Error(Box<Inner>);
@@ -111,6 +129,8 @@ struct Inner {
     blockers: Vec<Blocker>,
     attempts: u32,
     report: Option<Box<dyn Report>>,
+    /// The hosts that the connection was to lead to.
+    hosts: Option<String>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -142,7 +162,8 @@ impl Error {
 
     /// Whether running the whole transaction once more can succeed without anything being changed.
     ///
-    /// True for a deadlock, a serialization failure, a lock timeout, and a connection lost before COMMIT. Not for a lock
+    /// True for a deadlock, a serialization failure, a lock timeout, a connection lost before COMMIT, and a prepared
+    /// statement whose result has changed its type (0A000, after a schema change). Not for a lock
     /// that NOWAIT did not get, which is the answer that was asked for. Never for [`ErrorKind::CommitUnknown`]: that
     /// transaction may have been applied.
     #[must_use]
@@ -150,6 +171,8 @@ impl Error {
         match self.0.kind {
             ErrorKind::Deadlock | ErrorKind::Serialization | ErrorKind::ConnectionLost => true,
             ErrorKind::LockTimeout => self.failure() != Some(Failure::NotAvailable),
+            // What was prepared is forgotten by then.
+            ErrorKind::Database => self.failure() == Some(Failure::StalePlan),
             _ => false,
         }
     }
@@ -195,7 +218,15 @@ impl fmt::Display for Error {
         }
         if let Some(error) = self.as_db_error() {
             write!(f, " (SQLSTATE {})", error.code().code())?;
-            if let Some(grant) = missing_grant(error) {
+            if let Some(end) = end_of_session(error) {
+                write!(f, ", {end}")?;
+            }
+            // Whoever knows what it was for has named it in the detail.
+            let is_named = inner
+                .detail
+                .as_deref()
+                .is_some_and(|it| it.contains("GRANT"));
+            if let Some(grant) = grant::missing(error).filter(|_| !is_named) {
                 write!(f, ", for want of {grant}")?;
             }
         }
@@ -205,15 +236,17 @@ impl fmt::Display for Error {
 
 const SHOWN_BLOCKERS: usize = 5;
 
-/// Without the texts of the server's error behind it, which can quote what the statement's literals were: ask the
-/// [`source`](StdError::source) for those.
+/// With the cause, as far as it may be logged: see [`Error`].
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error")
+        let mut shown = f.debug_struct("Error");
+        shown
             .field("kind", &self.0.kind)
-            .field("message", &self.to_string())
-            .field("has_source", &self.0.source.is_some())
-            .finish_non_exhaustive()
+            .field("message", &format_args!("{self}"));
+        if let Some(cause) = self.cause() {
+            shown.field("cause", &format_args!("{cause}"));
+        }
+        shown.finish_non_exhaustive()
     }
 }
 
@@ -247,6 +280,7 @@ impl Error {
             blockers: Vec::new(),
             attempts: 0,
             report: None,
+            hosts: None,
             source: None,
         }))
     }
@@ -255,8 +289,21 @@ impl Error {
         Self::new(ErrorKind::Config).with_detail(detail)
     }
 
+    #[cfg(feature = "schema")]
+    pub(crate) fn detail(&self) -> Option<&str> {
+        self.0.detail.as_deref()
+    }
+
     pub(crate) fn with_detail(mut self, detail: impl Into<String>) -> Self {
         self.0.detail = Some(detail.into());
+        self
+    }
+
+    /// Says what the role lacks, where that is why the server has refused.
+    pub(crate) fn lacking(self, what: impl FnOnce() -> String) -> Self {
+        if is_insufficient_privilege(&self) {
+            return self.with_detail(what());
+        }
         self
     }
 
@@ -290,6 +337,23 @@ impl Error {
         self
     }
 
+    /// Notes where the connection was to lead to.
+    pub(crate) fn with_hosts(mut self, hosts: Option<String>) -> Self {
+        self.0.hosts = hosts;
+        self
+    }
+
+    /// What the cause says, as far as it may be logged.
+    fn cause(&self) -> Option<String> {
+        let source = self.0.source.as_deref();
+        let shown = source.map(|source| cause::shown(source));
+        match (&self.0.hosts, shown) {
+            (Some(hosts), Some(shown)) => Some(format!("{hosts}: {shown}")),
+            (Some(hosts), None) => Some(hosts.clone()),
+            (None, shown) => shown,
+        }
+    }
+
     pub(crate) fn with_source(
         mut self,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
@@ -312,8 +376,12 @@ pub(crate) enum Failure {
     Serialization,
     /// 57014.
     Cancelled,
-    /// 53200.
+    /// 53200, of the lock table.
     OutOfLocks,
+    /// 53200, of anything else.
+    OutOfMemory,
+    /// 0A000 of a prepared statement whose result has another type by now. Prepared again, it succeeds.
+    StalePlan,
     /// 2D000: a statement would have ended the transaction that it ran in.
     TransactionEnded,
     /// 25P02: an earlier statement of the transaction failed.
@@ -341,12 +409,14 @@ impl Failure {
             Self::Serialization => ErrorKind::Serialization,
             Self::Cancelled => ErrorKind::Cancelled,
             Self::OutOfLocks => ErrorKind::OutOfLocks,
+            Self::OutOfMemory => ErrorKind::OutOfMemory,
             Self::TransactionEnded => ErrorKind::TransactionEnded,
             Self::ConnectionLost => ErrorKind::ConnectionLost,
             Self::Aborted
             | Self::InTransaction
             | Self::MissingStatement
             | Self::DuplicateStatement
+            | Self::StalePlan
             | Self::Other
             | Self::Driver => ErrorKind::Database,
         }
@@ -379,6 +449,12 @@ pub(crate) fn classify(error: &tokio_postgres::Error) -> Failure {
             }
         }
     }
+}
+
+/// Whether this SQLSTATE is that of a cancelled statement.
+#[cfg(feature = "incidents")]
+pub(crate) fn is_cancelled(code: &str) -> bool {
+    SqlState::from_code(code) == SqlState::QUERY_CANCELED
 }
 
 /// Whether this SQLSTATE is that of messages that are no errors.
@@ -426,7 +502,22 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
     } else if *code == SqlState::QUERY_CANCELED {
         Failure::Cancelled
     } else if *code == SqlState::OUT_OF_MEMORY {
-        Failure::OutOfLocks
+        // The hint names the setting in every language (PostgreSQL's `src/backend/storage/lmgr/lock.c` and
+        // `predicate.c`; test `a_full_lock_table_is_told_from_exhausted_memory`).
+        let is_of_locks =
+            |hint: &str| hint.contains("max_locks_per_") || hint.contains("max_pred_locks_per_");
+        // A function that raises it without saying more most likely passes on what the lock table said.
+        let is_raised = error.routine() == Some("exec_stmt_raise");
+        match error.hint() {
+            Some(hint) if is_of_locks(hint) => Failure::OutOfLocks,
+            None if is_raised && error.message() != "out of memory" => Failure::OutOfLocks,
+            _ => Failure::OutOfMemory,
+        }
+    } else if *code == SqlState::FEATURE_NOT_SUPPORTED
+        // The routine is not translated (PostgreSQL's `src/backend/utils/cache/plancache.c`).
+        && error.routine() == Some("RevalidateCachedQuery")
+    {
+        Failure::StalePlan
     } else if *code == SqlState::INVALID_TRANSACTION_TERMINATION {
         Failure::TransactionEnded
     } else if *code == SqlState::IN_FAILED_SQL_TRANSACTION {
@@ -447,6 +538,52 @@ pub(crate) fn classify_db(error: &DbError) -> Failure {
         Failure::ConnectionLost
     } else {
         Failure::Other
+    }
+}
+
+/// A timeout by which the server ends a session that is idle.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum IdleEnd {
+    InTransaction,
+    OutsideTransaction,
+}
+
+impl IdleEnd {
+    pub(crate) fn setting(self) -> &'static str {
+        match self {
+            Self::InTransaction => "idle_in_transaction_session_timeout",
+            Self::OutsideTransaction => "idle_session_timeout",
+        }
+    }
+
+    pub(crate) fn sqlstate(self) -> &'static str {
+        match self {
+            Self::InTransaction => "25P03",
+            Self::OutsideTransaction => "57P05",
+        }
+    }
+}
+
+/// Whether the server has said with this that the session ends.
+pub(crate) fn is_end_of_session(error: &DbError) -> bool {
+    end_of_session(error).is_some()
+}
+
+/// Why the server, or a pooler, ends the session or does not begin it.
+fn end_of_session(error: &DbError) -> Option<&'static str> {
+    if classify_db(error) != Failure::ConnectionLost {
+        return None;
+    }
+    match error.code().code() {
+        "25P03" => Some("ended by idle_in_transaction_session_timeout"),
+        "25P04" => Some("ended by transaction_timeout"),
+        "57P01" => Some("terminated"),
+        "57P02" => Some("ended because another backend crashed"),
+        "57P03" => Some("the server is starting or stopping"),
+        "57P04" => Some("the database was dropped"),
+        "57P05" => Some("ended by idle_session_timeout"),
+        "53300" => Some("the server has no connection to spare"),
+        _ => None,
     }
 }
 
@@ -496,34 +633,6 @@ pub(crate) fn is_not_supported(error: &Error) -> bool {
 /// Whether the role lacks the right to what was asked.
 pub(crate) fn is_insufficient_privilege(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
-}
-
-/// What lets a role know who holds which lock, and who waits.
-pub(crate) const READ_LOCKS: &str = "GRANT SELECT ON pg_locks";
-
-/// What this crate reads that is every role's by default, and how a role is given it back, in each database by itself.
-const GRANTS: [(&str, &str); 4] = [
-    ("pg_locks", READ_LOCKS),
-    (
-        "pg_control_system",
-        "GRANT EXECUTE ON FUNCTION pg_control_system()",
-    ),
-    ("pg_stat_activity", "GRANT SELECT ON pg_stat_activity"),
-    ("pg_prepared_xacts", "GRANT SELECT ON pg_prepared_xacts"),
-];
-
-/// The right that the role lacks, if it is one of those. The server's message is translated, but not the name in it.
-fn missing_grant(error: &DbError) -> Option<&'static str> {
-    if *error.code() != SqlState::INSUFFICIENT_PRIVILEGE {
-        return None;
-    }
-    let mut words = error
-        .message()
-        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-    words.find_map(|word| {
-        let grant = GRANTS.iter().find(|(name, _)| *name == word)?;
-        Some(grant.1)
-    })
 }
 
 /// Whether something of that name is there already: the server has found it, or another session has won the race for its
@@ -577,7 +686,10 @@ pub fn is_retryable(error: &(dyn StdError + 'static)) -> bool {
         if let Some(error) = error.downcast_ref::<DbError>() {
             return matches!(
                 classify_db(error),
-                Failure::Deadlock | Failure::Serialization | Failure::LockTimeout
+                Failure::Deadlock
+                    | Failure::Serialization
+                    | Failure::LockTimeout
+                    | Failure::StalePlan
             );
         }
         next = error.source();

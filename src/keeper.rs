@@ -9,17 +9,21 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, Socket};
 
 use crate::advisory::{Advisory, AdvisoryLock, LockDescription, LockedBy, OpenLocked};
-use crate::call_site::{CallSite, application_name};
-use crate::connection::{Connections, LONGEST_SILENCE, SideConfig, SideConnection};
+use crate::call_site::{ApplicationNames, CallSite};
+use crate::connection::{
+    Connections, HeartbeatOptions, LONGEST_SILENCE, SideConfig, SideConnection,
+};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, TransactionOptions, Tx,
+    self, AsyncFunc, Open, OpenPlain, Policy, RetryIf, Runner, RunsAgain, TransactionOptions, Tx,
 };
 
 /// How long a lock is waited for where nothing says otherwise.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// Shorter times would be a load on the server.
+const LEAST_HEARTBEAT: Duration = Duration::from_millis(100);
 const APPLICATION: &str = "lockkeeper";
 
 /// Advisory locks and deadlock-aware transactions over the application's own pool.
@@ -67,7 +71,7 @@ pub struct Keeper {
 
 struct Inner {
     advisory: Arc<Advisory>,
-    application: String,
+    names: ApplicationNames,
     call_sites: bool,
     lock_wait: Duration,
     #[cfg(feature = "coordination")]
@@ -90,6 +94,7 @@ impl Keeper {
             call_sites: true,
             lock_wait: LOCK_WAIT,
             longest_silence: LONGEST_SILENCE,
+            heartbeat: HeartbeatOptions::DEFAULT,
             #[cfg(feature = "incidents")]
             sampling: crate::sampler::SamplerOptions::default(),
             #[cfg(feature = "coordination")]
@@ -160,7 +165,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -188,7 +193,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -213,7 +218,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -226,7 +231,9 @@ impl Keeper {
     /// A deadlock, a serialization failure (COMMIT's too) and a lock timeout of a statement (not NOWAIT's refusal) are
     /// followed by a rollback of the whole transaction, a random pause, and another run from a clone of the closure, as often as
     /// [`attempts`](TransactionOptions::attempts) says. They are recognized by what the server said to the transaction
-    /// itself, whatever the closure's error type is.
+    /// itself, whatever the closure's error type is. So is a prepared statement whose result has another type since a schema
+    /// change (0A000, "cached plan must not change result type"): the pool's cached statements are forgotten, and the
+    /// transaction runs again, once.
     ///
     /// # SQL
     /// Two round trips besides the closure's own: `BEGIN` with all settings in one message, and COMMIT.
@@ -256,7 +263,7 @@ impl Keeper {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -309,7 +316,7 @@ impl Keeper {
     }
 
     fn begin<P>(&self, options: &TransactionOptions<P>, call_site: Option<&CallSite>) -> Begin {
-        options.begin(Some(application_name(&self.inner.application, call_site)))
+        options.begin(Some(self.inner.names.of(call_site)))
     }
 
     fn policy<P>(&self, options: &TransactionOptions<P>) -> Policy {
@@ -348,8 +355,7 @@ impl Keeper {
         &self,
         policy: crate::resolver::watchdog::WatchdogPolicy,
     ) -> Result<crate::resolver::watchdog::Watchdog, Error> {
-        let policy =
-            policy.default_zombie_application(&application_name(&self.inner.application, None));
+        let policy = policy.default_zombie_application(&self.inner.names.of(None));
         self.monitor().watchdog(policy)
     }
 }
@@ -380,7 +386,7 @@ impl Keeper {
         let call_site = self.call_site(caller);
         crate::schema::Env {
             advisory: Arc::clone(&self.inner.advisory),
-            application_name: application_name(&self.inner.application, call_site.as_ref()),
+            application_name: self.inner.names.of(call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
             jitter: Arc::clone(&self.inner.advisory.runner.jitter),
@@ -428,7 +434,7 @@ impl Keeper {
         let call_site = self.call_site(caller);
         crate::coordination::Coordination {
             advisory: Arc::clone(&self.inner.advisory),
-            application_name: application_name(&self.inner.application, call_site.as_ref()),
+            application_name: self.inner.names.of(call_site.as_ref()),
             call_site,
             lock_wait: self.inner.lock_wait,
             lines: Arc::clone(&self.inner.lines),
@@ -439,7 +445,7 @@ impl Keeper {
 impl fmt::Debug for Keeper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keeper")
-            .field("application", &self.inner.application)
+            .field("application", &self.inner.names.of(None))
             .field("lock_wait", &self.inner.lock_wait)
             .finish_non_exhaustive()
     }
@@ -454,6 +460,7 @@ pub struct KeeperBuilder {
     call_sites: bool,
     lock_wait: Duration,
     longest_silence: Duration,
+    heartbeat: HeartbeatOptions,
     #[cfg(feature = "incidents")]
     sampling: crate::sampler::SamplerOptions,
     #[cfg(feature = "coordination")]
@@ -517,16 +524,49 @@ impl KeeperBuilder {
         self
     }
 
+    /// How often the connection of an idle [`SessionGuard`](crate::SessionGuard) is asked whether it lives and still holds its
+    /// locks; 5 seconds by default, at least 100 ms. `None` for never: then a server that vanishes without a word is noticed
+    /// only when the connection is used.
+    ///
+    /// The heartbeat is one small query. It is not sent in a transaction, and not while a statement of the caller runs. It
+    /// also keeps the session from `idle_session_timeout`: it is sent at least twice in that time, unless that is shorter than
+    /// half a second. Where the caller may have begun a transaction by hand, another connection is asked first whether the
+    /// session idles outside of one; if none can be had, the heartbeat is left out.
+    ///
+    /// # SQL
+    /// A SELECT of `pg_backend_pid()`, of `idle_session_timeout`, and of the guard's rows in `pg_locks` (of its first hundred
+    /// keys; of none where the role may not read that).
+    pub fn heartbeat(mut self, interval: impl Into<Option<Duration>>) -> Self {
+        let interval = interval.into();
+        self.heartbeat.interval = interval.map(|interval| interval.max(LEAST_HEARTBEAT));
+        self
+    }
+
+    /// How long the answer to a [`heartbeat`](Self::heartbeat) may take before the locks count as lost; 8 seconds by default,
+    /// at least 100 ms. A lock on a server that falls silent is reported as lost after at most the interval and this, so
+    /// after 13 seconds by default.
+    pub fn heartbeat_patience(mut self, patience: Duration) -> Self {
+        self.heartbeat.patience = patience.max(LEAST_HEARTBEAT);
+        self
+    }
+
     /// The keeper. Nothing is opened or sent before it is used.
     #[must_use]
     pub fn build(self) -> Keeper {
+        crate::meter::describe();
         #[cfg(feature = "incidents")]
         let transactions = Arc::new(crate::sampler::ActiveTransactions::default());
         #[cfg(feature = "incidents")]
         let observer = Some(Arc::clone(&transactions) as _);
         #[cfg(not(feature = "incidents"))]
         let observer = None;
-        let connections = Connections::new(self.pool, self.side, observer, self.longest_silence);
+        let connections = Connections::new(
+            self.pool,
+            self.side,
+            observer,
+            self.longest_silence,
+            self.heartbeat,
+        );
         #[cfg(feature = "coordination")]
         connections.set_tables_schema(self.coordination_schema);
         #[cfg(feature = "incidents")]
@@ -540,7 +580,7 @@ impl KeeperBuilder {
         Keeper {
             inner: Arc::new(Inner {
                 advisory: Advisory::new(connections, Runner::new(reporter)),
-                application: self.application,
+                names: ApplicationNames::new(self.application),
                 call_sites: self.call_sites,
                 lock_wait: self.lock_wait,
                 #[cfg(feature = "coordination")]

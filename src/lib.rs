@@ -44,6 +44,7 @@
 //! | tell errors apart, and see who is in the way | [`Error`], [`ErrorKind`], [`Blocker`] |
 //! | see who waits for whom, and which advisory locks are held | [`Keeper::monitor`], [`Monitor`], [`graph`] |
 //! | draw that, or an incident: a page of HTML, Mermaid, DOT | [`graph::LockTree::to_html`], [`Incident::to_html`] |
+//! | watch this process's locks and transactions in numbers | [`guide::numbers`] |
 //! | watch the server's locks in numbers, and export them | [`Monitor::health`], [`Health`] |
 //! | know whether the server is set up well for this | [`Monitor::settings`], [`SettingsFinding`] |
 //! | read what the server's own log says about locks | [`server_log`] |
@@ -53,6 +54,9 @@
 //! | clear a pile-up of lock waits in the safest order | [`Keeper::resolver`], [`resolver`] |
 //! | be told of leaked locks and of sessions idle in the way of others | [`Keeper::watchdog`], [`watchdog`] |
 //! | change a schema without keeping others waiting, and know beforehand who is in the way | [`Keeper::schema`], [`Schema`] |
+//! | understand what the compiler says of a closure, or copy the bounds of one | [`guide::compiler`] |
+//! | send a mail, return a result, name a row's lock | [`guide::recipes`] |
+//! | end work when its lock is lost | [`SessionGuard::run`], [`SessionGuard::loss`], [`KeeperBuilder::heartbeat`] |
 //! | configure | [`Keeper::builder`], [`KeeperBuilder`] |
 //! | have a dead network noticed | [`tcp_timeouts`], [`KeeperBuilder::longest_silence`] |
 //!
@@ -68,7 +72,7 @@
 //! | `pictures` | lock trees and incidents as HTML, Mermaid and DOT |
 //! | `compat` | keys as other programs derive them |
 //! | `coordination` | what many processes agree on: fencing tokens, `Keeper::leader`, `Keeper::semaphore`, `Keeper::once` |
-//! | `metrics` | `Health::record`, together with `monitor`: the server's locks for the `metrics` facade |
+//! | `metrics` | waits, holds, timeouts, retries and deadlocks of this process for the `metrics` facade ([`guide::numbers`]); `Health::record`, together with `monitor`: the server's locks |
 //! | `serde` | incidents, trees, locks, health and settings as JSON |
 //! | `full` | all of them |
 //!
@@ -96,8 +100,9 @@
 //! - Advisory locks exclude only sessions that request them. Nothing stops a statement that does not.
 //! - A lock is per database, and per server: on a standby it would exclude nobody on the primary, so it is refused there
 //!   ([`ErrorKind::ReadOnlyServer`]).
-//! - A session lock lives no longer than its connection. [`SessionGuard::lost`] tells when that ends; a network that
-//!   drops packets silently is noticed only as soon as [`tcp_timeouts`] says. Work on the guard's own connection fails with it.
+//! - A session lock lives no longer than its connection. [`SessionGuard::loss`] tells when that ends, and within 13 seconds
+//!   by default when the server falls silent. Work on the guard's own connection fails with it; other work may go on for
+//!   that long while another session has the lock.
 //! - A process that is killed while a long statement of it runs keeps its locks until the server notices, which is at that
 //!   statement's end, or earlier where `client_connection_check_interval` is set.
 //! - Behind a pooler in transaction mode session locks are refused ([`ErrorKind::TransactionPooler`]).
@@ -114,8 +119,9 @@
 //!
 //! # Logging
 //!
-//! Through `tracing`, with the lock's readable key: a `debug` span `advisory_lock` around each request for a lock, and
-//! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited` and `held`), and for
+//! Through `tracing`, with the lock's readable key: `debug` [spans](guide::numbers#spans) around each transaction, each of its
+//! attempts and each request for a lock, and
+//! `debug` events for locks acquired, waited for, released, busy and timed out (with `waited_ms` and `held_ms`), and for
 //! attempts repeated; one `warn` event of target `lockkeeper::incident` for each [`Incident`]; `warn` for a pool that gives connections with transactions
 //! left open. Of target `lockkeeper::resolver` an `info` event for each step of a [`Resolver`], of target
 //! `lockkeeper::watchdog` a `warn` event for each [`Finding`]. Nothing at `info` and above where all is well.
@@ -138,10 +144,12 @@ mod deadline;
 mod error;
 #[cfg(feature = "incidents")]
 pub mod graph;
+pub mod guide;
 #[cfg(feature = "incidents")]
 pub mod incident;
 mod keeper;
 mod key;
+mod meter;
 mod mode;
 #[cfg(feature = "monitor")]
 mod monitor;
@@ -165,7 +173,7 @@ pub use backfill::{
 };
 pub use blocker::Blocker;
 pub use call_site::CallSite;
-pub use connection::{Loss, ToStatement, tcp_timeouts};
+pub use connection::{Connector, Loss, ToStatement, tcp_timeouts};
 #[cfg(feature = "coordination")]
 pub use coordination::{
     Fencing, FencingToken, Leader, Leadership, Once, Semaphore, SemaphorePermit, Term,
@@ -199,7 +207,7 @@ pub use schema::{
     ReplaceTable, Schema, SetNotNull, StatementLock, TableWork,
 };
 pub use tokio_postgres;
-pub use transaction::{AsyncFunc, LockRows, NoRetry, RetryIf, TransactionOptions, Tx};
+pub use transaction::{AsyncFunc, LockRows, NoRetry, RetryIf, RunsAgain, TransactionOptions, Tx};
 #[cfg(feature = "resolver")]
 pub use watchdog::{Finding, FindingKind, Watchdog, WatchdogPolicy};
 

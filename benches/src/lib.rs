@@ -5,6 +5,7 @@
 //! cargo bench -p lockkeeper-benches --bench table        all figures as one Markdown table, in about two minutes
 //! cargo bench -p lockkeeper-benches --bench latency      the same calls under criterion
 //! cargo bench -p lockkeeper-benches --bench round_trips  through a proxy that makes the server a far one
+//! cargo bench -p lockkeeper-benches --bench client       instructions, cache misses, allocations of a call (valgrind)
 //! cargo bench -p lockkeeper-benches --bench contended    32 tasks, one key
 //! cargo bench -p lockkeeper-benches --bench cancelled    calls that are given up at random moments
 //! cargo bench -p lockkeeper-benches --bench transaction  transactions without locks: times, ratios, round trips
@@ -53,6 +54,7 @@ mod pools;
 mod random;
 
 pub mod cancelled;
+pub mod client;
 pub mod contended;
 pub mod deadlocks;
 pub mod graph;

@@ -1,5 +1,6 @@
 //! Taking transaction-level locks: `BEGIN`, the settings and a `try` in one message; if busy, bounded waits.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::build_watch::Withdrawn;
@@ -12,9 +13,10 @@ use crate::connection::sql::{PreparedName, Probe};
 use crate::connection::{Checkout, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, READ_LOCKS, classify, is_not_supported};
+use crate::meter::milliseconds;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{Message, is_true, rows};
-use crate::transaction::Tx;
+use crate::transaction::{Reporting, Tx};
 
 /// How much later than its deadline an answer may come before the connection counts as lost. The server ends a wait by
 /// its own clock; this is for its reply to arrive.
@@ -48,7 +50,7 @@ impl Advisory {
     ///
     /// Cancel safety: dropped at any point, what was sent is cancelled or rolled back in the background, and what was
     /// not sent never is.
-    pub(crate) async fn acquire(&self, request: LockRequest) -> Result<Tx, Error> {
+    pub(crate) async fn acquire(&self, request: Box<LockRequest>) -> Result<Tx, Error> {
         let deadline = Deadline::after(request.wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
             .await?;
@@ -57,7 +59,7 @@ impl Advisory {
             if let Some(waiter) = &mut waiter
                 && let Turn::TimedOut = self.turn(waiter, &deadline).await
             {
-                return self.final_try_afresh(request, &deadline).await;
+                return Box::pin(self.final_try_afresh(request, &deadline)).await;
             }
             let begun = self.begin_and_try(&request, &deadline).await;
             let (session, tried) =
@@ -73,7 +75,7 @@ impl Advisory {
                         waiter.try_again();
                     }
                     let acquired = self.acquire_before_snapshot(request, &deadline, waiter);
-                    return acquired.await;
+                    return Box::pin(acquired).await;
                 }
                 _ => {
                     end(session).await;
@@ -81,7 +83,7 @@ impl Advisory {
                 }
             }
             if deadline.has_passed() {
-                return self.final_try(session, request, &deadline, true).await;
+                return Box::pin(self.final_try(session, request, &deadline, true)).await;
             }
             let waiter =
                 waiter.get_or_insert_with(|| self.queue.enter(&request, self.places(), None, true));
@@ -96,12 +98,12 @@ impl Advisory {
                 false => sql::wait_in_transaction(request.locks(), wait),
             };
             let waited = self.wait(session, &request, &tried, &deadline, waiter, text);
-            match waited.await? {
+            match Box::pin(waited).await? {
                 Waited::Granted(session) => {
                     return self.granted(session, request, &tried, &deadline).await;
                 }
                 Waited::TimedOut(session) if deadline.has_passed() => {
-                    return self.final_try(session, request, &deadline, true).await;
+                    return Box::pin(self.final_try(session, request, &deadline, true)).await;
                 }
                 Waited::TimedOut(session) | Waited::Cancelled(session) => drop(end(session).await),
                 Waited::Lost => {}
@@ -117,7 +119,7 @@ impl Advisory {
     /// Takes the locks in a new transaction if they are free; never waits for one.
     ///
     /// Cancel safety: as [`acquire`](Self::acquire).
-    pub(crate) async fn try_acquire(&self, request: LockRequest) -> Result<Option<Tx>, Error> {
+    pub(crate) async fn try_acquire(&self, request: Box<LockRequest>) -> Result<Option<Tx>, Error> {
         let deadline = Deadline::after(request.lock_wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
             .await?;
@@ -134,7 +136,7 @@ impl Advisory {
             }
             TryLockOutcome::Snapshot => {
                 end_granted(session, &request, &deadline).await?;
-                self.try_before_snapshot(request, &deadline).await
+                Box::pin(self.try_before_snapshot(request, &deadline)).await
             }
             _ => {
                 end(session).await;
@@ -233,7 +235,8 @@ impl Advisory {
                 // A standby refuses to begin a SERIALIZABLE transaction.
                 Err(error) if is_not_supported(&error) => {
                     // Under that default it refuses the question as well.
-                    let standby_said = match self.connections.ask(server::IN_RECOVERY).await {
+                    let asked = Box::pin(self.connections.ask(server::IN_RECOVERY));
+                    let standby_said = match asked.await {
                         Ok(reply) => server::in_recovery(&reply),
                         Err(refusal) => is_not_supported(&refusal),
                     };
@@ -398,7 +401,7 @@ impl Advisory {
     /// The last look of a wait whose deadline has passed while it stood in line in this process.
     async fn final_try_afresh(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
         match self
@@ -415,7 +418,7 @@ impl Advisory {
     async fn final_try(
         &self,
         session: Session,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         in_transaction: bool,
     ) -> Result<Tx, Error> {
@@ -458,19 +461,27 @@ impl Advisory {
     async fn granted(
         &self,
         session: Session,
-        request: LockRequest,
+        request: Box<LockRequest>,
         tried: &TryLockRow,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
         for key in request.keys() {
-            tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "advisory lock acquired");
+            tracing::debug!(%key, mode = %request.mode(), waited_ms = milliseconds(deadline.waited()), pid = tried.pid, "advisory lock acquired");
         }
-        let tx = Tx::new(
+        let mut tx = Tx::new(
             session,
             request.call_site,
             request.lock_wait,
-            request.begin.lock_timeout,
+            request.begin.longest_wait(),
         );
+        if let Some(reporter) = &self.runner.reporter {
+            let reporter = Arc::clone(reporter);
+            tx.report_to(Reporting {
+                reporter,
+                attempt: 1,
+                attempts: 1,
+            });
+        }
         if let (true, Some(observed)) = (request.is_group, tx.session().observed()) {
             observed.is_in_group(&request.keys()[0]);
         }
@@ -492,7 +503,7 @@ impl Advisory {
     /// holder committed.
     async fn acquire_before_snapshot(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         waiter: Option<QueuedWaiter>,
     ) -> Result<Tx, Error> {
@@ -504,7 +515,7 @@ impl Advisory {
 
     async fn try_before_snapshot(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
     ) -> Result<Option<Tx>, Error> {
         match self.try_session_locks(&request, deadline, false).await? {
@@ -519,7 +530,7 @@ impl Advisory {
     async fn begin_over_session_locks(
         &self,
         session: Session,
-        request: LockRequest,
+        request: Box<LockRequest>,
         tried: &TryLockRow,
         deadline: &Deadline,
     ) -> Result<Tx, Error> {
@@ -531,7 +542,7 @@ impl Advisory {
         if !rows(&reply).any(|row| is_true(row, "unlocked")) {
             return Err(request.error(ErrorKind::LockLost));
         }
-        let name = request.begin.application_name.as_deref();
+        let name = request.begin.application_name.as_ref();
         session.identify(tried.pid, server::xact_start(&reply), name);
         self.granted(session, request, tried, deadline).await
     }

@@ -13,13 +13,14 @@ use crate::connection::sql::{Probe, Refusal};
 use crate::connection::{AfterReply, LockScope, OnAbandon, Reply, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
+use crate::meter::milliseconds;
 use crate::mode::AdvisoryMode;
 
 /// A session that holds the locks, what the server said of it, what was asked for, and the place in the line.
 pub(super) struct Locked {
     pub(super) session: Session,
     pub(super) tried: TryLockRow,
-    pub(super) request: LockRequest,
+    pub(super) request: Box<LockRequest>,
     waiter: Option<QueuedWaiter>,
 }
 
@@ -27,7 +28,7 @@ impl Locked {
     fn new(
         session: Session,
         tried: TryLockRow,
-        request: LockRequest,
+        request: Box<LockRequest>,
         waiter: Option<QueuedWaiter>,
     ) -> Self {
         Self {
@@ -45,7 +46,7 @@ impl Advisory {
     /// Cancel safety: dropped at any point, what was sent is cancelled or unlocked in the background.
     pub(crate) async fn acquire_session(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
     ) -> Result<SessionGuard, Error> {
         let deadline = Deadline::after(request.wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
@@ -70,7 +71,7 @@ impl Advisory {
     /// Cancel safety: as [`acquire_session`](Self::acquire_session).
     pub(crate) async fn try_acquire_session(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
     ) -> Result<Option<SessionGuard>, Error> {
         let deadline = Deadline::after(request.lock_wait);
         self.check_lock_table_capacity(request.keys(), &deadline)
@@ -94,14 +95,14 @@ impl Advisory {
         // Only now, so that the next in line finds a guard whose session it can be handed.
         drop(waiter);
         for key in request.keys() {
-            tracing::debug!(%key, mode = %request.mode(), waited = ?deadline.waited(), pid = tried.pid, "session lock acquired");
+            tracing::debug!(%key, mode = %request.mode(), waited_ms = milliseconds(deadline.waited()), pid = tried.pid, "session lock acquired");
         }
         let renamed = request.begin.application_name.is_some();
         let name = renamed.then(|| tried.application_name.clone());
         let statement = request.locks().prepared_name(true);
         let cache = self.connections.cache();
         let unlock = cache.prepared_name(&session, statement);
-        let guard = SessionGuard::new(session, request, name, unlock, held);
+        let guard = SessionGuard::new(session, *request, name, unlock, held);
         let server = self.server(guard.session(), &tried);
         let checked = check_locking(
             guard.session(),
@@ -113,7 +114,7 @@ impl Advisory {
             Ok(()) => Ok(guard),
             Err(error) => {
                 // Nothing is held when the caller sees the error.
-                drop(guard.release().await);
+                drop(Box::pin(guard.release()).await);
                 Err(error)
             }
         }
@@ -122,7 +123,7 @@ impl Advisory {
     /// The locks, on a session that goes by the request's name if it is to be `named`.
     pub(super) async fn acquire_session_locks(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         named: bool,
         mut waiter: Option<QueuedWaiter>,
@@ -136,7 +137,7 @@ impl Advisory {
                 Turn::TimedOut => {
                     drop(waiter);
                     let last = self.final_session_try_afresh(request, deadline, named);
-                    return last.await;
+                    return Box::pin(last).await;
                 }
                 Turn::Session(handed) => {
                     let (mut session, tried) = handed.take();
@@ -153,7 +154,7 @@ impl Advisory {
             }
             if deadline.has_passed() {
                 let last = self.final_session_try(session, request, deadline, named, false);
-                return last.await;
+                return Box::pin(last).await;
             }
             let queued =
                 waiter.get_or_insert_with(|| self.queue.enter(&request, self.places(), None, true));
@@ -167,13 +168,13 @@ impl Advisory {
                 sql::wait_session(request.locks(), names(&request, named), wait, after_timeout)
             };
             let waited = self.wait(session, &request, &tried, deadline, queued, text);
-            match waited.await? {
+            match Box::pin(waited).await? {
                 Waited::Granted(session) => {
                     return Ok(Locked::new(session, tried, request, waiter));
                 }
                 Waited::TimedOut(session) if deadline.has_passed() => {
                     let last = self.final_session_try(session, request, deadline, named, true);
-                    return last.await;
+                    return Box::pin(last).await;
                 }
                 Waited::TimedOut(session) => drop(end(session).await),
                 // What a session lock may have been granted on is closed.
@@ -210,7 +211,7 @@ impl Advisory {
             match tried.verdict {
                 TryLockOutcome::Granted | TryLockOutcome::Busy => return Ok((session, tried)),
                 TryLockOutcome::Pooled => {
-                    self.examine(&session, &tried, request).await?;
+                    Box::pin(self.examine(&session, &tried, request)).await?;
                     session.return_to_pool();
                 }
                 _ => {
@@ -282,7 +283,7 @@ impl Advisory {
 
     async fn final_session_try_afresh(
         &self,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         named: bool,
     ) -> Result<Locked, Error> {
@@ -305,7 +306,7 @@ impl Advisory {
     async fn final_session_try(
         &self,
         session: Session,
-        request: LockRequest,
+        request: Box<LockRequest>,
         deadline: &Deadline,
         named: bool,
         after_timeout: bool,

@@ -10,7 +10,7 @@
 //! process meanwhile, and goes to the end of the server's queue when the builder does not wait any more.
 //! `pg_blocking_pids` would not do: it also names those who merely stand behind in the queue.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +41,7 @@ pub(super) struct BuildWatch {
 
 #[derive(Default)]
 struct State {
-    waits: HashMap<u64, Arc<Wait>>,
+    waits: BTreeMap<u64, Arc<Wait>>,
     next_number: u64,
     /// Those who have stepped back, with the pid of the builder.
     aside: Vec<(i32, Aside)>,

@@ -4,6 +4,8 @@ use std::future::IntoFuture;
 use std::pin::Pin;
 use std::time::Duration;
 
+use tracing::Instrument as _;
+
 use super::preconditions::{check_capacity_on, check_locking, is_worth_counting};
 use super::{LockRequest, sql};
 use crate::advisory::sql::TryLockOutcome;
@@ -12,6 +14,7 @@ use crate::connection::{LockScope, PendingStatement, Sent, Session};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify, classify_db};
 use crate::key::LockKey;
+use crate::meter::Waiting;
 use crate::mode::AdvisoryMode;
 use crate::transaction::{Tx, check_not_held};
 
@@ -114,7 +117,11 @@ impl<'a> TxAdvisoryLock<'a> {
     pub async fn try_acquire(self) -> Result<bool, Error> {
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "try_advisory_lock", &request);
-        let locked = try_once(tx, request).await.map(|tried| tried.is_ok());
+        let call = request.call("tx.try_advisory_lock", tx.session().connections());
+        let tried = try_once(tx, request).instrument(call.span()).await;
+        let locked = call
+            .tried(tried.map(Result::ok))
+            .map(|tried| tried.is_some());
         end(pending, &locked);
         locked
     }
@@ -123,11 +130,16 @@ impl<'a> TxAdvisoryLock<'a> {
         let deadline = Deadline::after(self.wait);
         let (tx, request) = self.checked()?;
         let pending = begin_call(tx, "advisory_lock", &request);
-        let locked = match try_once(tx, request).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err((tx, request, server))) => wait(tx, request, server.as_ref(), &deadline).await,
-            Err(error) => Err(error),
-        };
+        let call = request.call("tx.advisory_lock", tx.session().connections());
+        let locked = async {
+            match try_once(tx, request).await? {
+                Ok(()) => Ok(()),
+                Err((tx, request, server)) => wait(tx, request, server.as_ref(), &deadline).await,
+            }
+        }
+        .instrument(call.span())
+        .await;
+        let locked = call.acquired(locked);
         end(pending, &locked);
         locked
     }
@@ -136,7 +148,7 @@ impl<'a> TxAdvisoryLock<'a> {
     ///
     /// A lock that is held in the same mode is asked for again all the same: the server grants it at once, and it alone
     /// knows whether a savepoint that was rolled back has returned it.
-    fn checked(self) -> Result<(&'a mut Tx, LockRequest), Error> {
+    fn checked(self) -> Result<(&'a mut Tx, Box<LockRequest>), Error> {
         let request = LockRequest::new(self.keys, self.mode, self.wait)?;
         let session = self.tx.session();
         let (connections, own) = (session.connections(), Some(session.id()));
@@ -187,9 +199,9 @@ fn end<T>(pending: Option<PendingStatement>, locked: &Result<T, Error>) {
 }
 
 /// A lock that was busy, with all that is needed to wait for it.
-type Busy<'a> = (&'a mut Tx, LockRequest, Option<Server>);
+type Busy<'a> = (&'a mut Tx, Box<LockRequest>, Option<Server>);
 
-async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'_>>, Error> {
+async fn try_once(tx: &mut Tx, request: Box<LockRequest>) -> Result<Result<(), Busy<'_>>, Error> {
     if is_worth_counting(request.keys()) {
         check_capacity_on(tx.session(), request.keys(), true).await?;
     }
@@ -216,7 +228,7 @@ async fn try_once(tx: &mut Tx, request: LockRequest) -> Result<Result<(), Busy<'
     match tried.verdict {
         TryLockOutcome::Granted => {
             check_locking(tx.session(), LockScope::Transaction, tried.server.as_ref(), request.locks()).await?;
-            hold(tx, request);
+            hold(tx, *request);
             Ok(Ok(()))
         }
         TryLockOutcome::Snapshot if request.keys().iter().all(|key| tx.mode_of(key).is_some()) => Ok(Ok(())),
@@ -237,10 +249,11 @@ fn no_answer(request: &LockRequest) -> Error {
 
 async fn wait(
     tx: &mut Tx,
-    request: LockRequest,
+    request: Box<LockRequest>,
     server: Option<&Server>,
     deadline: &Deadline,
 ) -> Result<(), Error> {
+    let _counted = Waiting::begin();
     let mut after_timeout = false;
     while !deadline.has_passed() {
         let wait = deadline.remaining();
@@ -255,7 +268,7 @@ async fn wait(
         let answer = tx.session().message_waiting(&sql, wait).await;
         let _: &Session = scopeguard::ScopeGuard::into_inner(cancel);
         let Err(error) = answer else {
-            hold(tx, request);
+            hold(tx, *request);
             return Ok(());
         };
         if classify(&error) != Failure::LockTimeout {

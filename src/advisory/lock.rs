@@ -14,7 +14,7 @@ use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::transaction::sql::Begin;
 use crate::transaction::{
-    AsyncFunc, NoRetry, RetryIf, TransactionOptions, Tx, check_not_held, run,
+    AsyncFunc, NoRetry, RetryIf, RunsAgain, TransactionOptions, Tx, check_not_held, run,
 };
 
 /// What a lock is, and how it is taken.
@@ -60,7 +60,7 @@ impl LockDescription {
     pub(crate) fn conflict_group(
         mut self,
         alone: bool,
-    ) -> Result<(Arc<Advisory>, LockRequest), Error> {
+    ) -> Result<(Arc<Advisory>, Box<LockRequest>), Error> {
         if !alone {
             self.mode = AdvisoryMode::Shared;
         }
@@ -70,7 +70,7 @@ impl LockDescription {
     }
 
     /// Checks what is asked for.
-    pub(crate) fn request(self) -> Result<(Arc<Advisory>, LockRequest), Error> {
+    pub(crate) fn request(self) -> Result<(Arc<Advisory>, Box<LockRequest>), Error> {
         let mut request = LockRequest::new(self.keys, self.mode, self.wait)?;
         let connections = &self.advisory.connections;
         check_not_held(connections, None, request.keys(), self.mode, || {
@@ -203,12 +203,9 @@ impl<P> AdvisoryLock<P> {
     pub async fn acquire(self) -> Result<XactGuard, Error> {
         self.options.check()?;
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("acquire");
-        advisory
-            .acquire(request)
-            .instrument(span)
-            .await
-            .map(XactGuard::new)
+        let call = request.call("acquire", &advisory.connections);
+        let acquired = advisory.acquire(request).instrument(call.span()).await;
+        call.acquired(acquired).map(XactGuard::new)
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -224,8 +221,9 @@ impl<P> AdvisoryLock<P> {
     pub async fn try_acquire(self) -> Result<Option<XactGuard>, Error> {
         self.options.check()?;
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("try_acquire");
-        let tx = advisory.try_acquire(request).instrument(span).await?;
+        let call = request.call("try_acquire", &advisory.connections);
+        let tried = advisory.try_acquire(request).instrument(call.span()).await;
+        let tx = call.tried(tried)?;
         Ok(tx.map(XactGuard::new))
     }
 
@@ -274,7 +272,7 @@ impl<P> AdvisoryLock<P> {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -305,7 +303,7 @@ impl<P> AdvisoryLock<P> {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -322,7 +320,7 @@ impl<P> AdvisoryLock<P> {
         for<'r> F: AsyncFnOnce(&'r mut Tx) -> Result<R, E>
             + AsyncFunc<&'r mut Tx, Result<R, E>, Fut: Send>
             + Send
-            + Clone,
+            + RunsAgain,
         E: From<Error> + Send,
         R: Send,
     {
@@ -390,8 +388,9 @@ impl SessionAdvisoryLock {
     /// As [`AdvisoryLock::acquire`].
     pub async fn acquire(self) -> Result<SessionGuard, Error> {
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("acquire_session");
-        advisory.acquire_session(request).instrument(span).await
+        let call = request.call("acquire_session", &advisory.connections);
+        let span = call.span();
+        call.acquired(advisory.acquire_session(request).instrument(span).await)
     }
 
     /// The same if the locks are free; `None` if one of them is not. Never waits for a lock, only for a connection.
@@ -406,7 +405,8 @@ impl SessionAdvisoryLock {
     /// As [`AdvisoryLock::try_acquire`].
     pub async fn try_acquire(self) -> Result<Option<SessionGuard>, Error> {
         let (advisory, request) = self.lock.request()?;
-        let span = request.span("try_acquire_session");
-        advisory.try_acquire_session(request).instrument(span).await
+        let call = request.call("try_acquire_session", &advisory.connections);
+        let span = call.span();
+        call.tried(advisory.try_acquire_session(request).instrument(span).await)
     }
 }

@@ -32,8 +32,9 @@ pub(crate) struct LockRequest {
 impl LockRequest {
     /// Notes on a session what a `try` for this request has brought to light.
     pub(crate) fn identify(&self, session: &mut Session, tried: &TryLockRow) {
-        let name = self.begin.application_name.as_deref();
+        let name = self.begin.application_name.as_ref();
         session.identify(tried.pid, tried.xact_start, name);
+        session.set_idle_timeout(self.begin.idle_in_transaction_session_timeout);
     }
 
     /// # Errors
@@ -42,7 +43,7 @@ impl LockRequest {
         mut keys: Vec<LockKey>,
         mode: AdvisoryMode,
         wait: Duration,
-    ) -> Result<Self, Error> {
+    ) -> Result<Box<Self>, Error> {
         // One order for all callers, so that two of them never wait for each other.
         keys.sort();
         keys.dedup();
@@ -69,7 +70,8 @@ impl LockRequest {
             }
             same
         });
-        Ok(Self {
+        // Boxed, because requests move through many futures.
+        Ok(Box::new(Self {
             keys,
             names,
             mode,
@@ -78,7 +80,7 @@ impl LockRequest {
             call_site: None,
             lock_wait: wait,
             is_group: false,
-        })
+        }))
     }
 
     pub(crate) fn keys(&self) -> &[LockKey] {
@@ -118,6 +120,7 @@ impl LockRequest {
                 mode,
                 since: Instant::now(),
                 depth,
+                counted: None,
                 // Which registration goes with which lock does not matter: they end together.
                 _names: if n == last {
                     std::mem::take(&mut names)
@@ -130,11 +133,6 @@ impl LockRequest {
     /// What a session guard keeps of it.
     pub(crate) fn into_parts(self) -> (Vec<LockKey>, Vec<Registration>) {
         (self.keys, self.names)
-    }
-
-    /// The span of one call for these locks.
-    pub(crate) fn span(&self, call: &'static str) -> tracing::Span {
-        tracing::debug_span!("advisory_lock", call, key = %self.keys[0], keys = self.keys.len(), mode = %self.mode)
     }
 
     /// An error about these locks.
@@ -151,7 +149,7 @@ impl LockRequest {
 mod tests {
     use super::*;
 
-    fn request(keys: Vec<LockKey>) -> Result<LockRequest, Error> {
+    fn request(keys: Vec<LockKey>) -> Result<Box<LockRequest>, Error> {
         LockRequest::new(keys, AdvisoryMode::Exclusive, Duration::ZERO)
     }
 

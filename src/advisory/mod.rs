@@ -7,6 +7,7 @@
 mod acquire;
 mod acquire_session;
 mod build_watch;
+mod call;
 mod in_transaction;
 mod lock;
 mod lock_request;

@@ -41,18 +41,21 @@ impl Open for OpenLocked {
             let opened = match self.how {
                 LockedBy::Waiting => {
                     let (advisory, request) = lock.request()?;
-                    let span = request.span("with_advisory_lock");
-                    advisory.acquire(request).instrument(span).await.map(Some)
+                    let call = request.call("with_advisory_lock", &advisory.connections);
+                    let acquired = advisory.acquire(request).instrument(call.span()).await;
+                    call.acquired(acquired).map(Some)
                 }
                 LockedBy::Trying => {
                     let (advisory, request) = lock.request()?;
-                    let span = request.span("try_with_advisory_lock");
-                    advisory.try_acquire(request).instrument(span).await
+                    let call = request.call("try_with_advisory_lock", &advisory.connections);
+                    let tried = advisory.try_acquire(request).instrument(call.span()).await;
+                    call.tried(tried)
                 }
                 LockedBy::ConflictGroup => {
                     let (advisory, request) = lock.conflict_group(is_alone)?;
-                    let span = request.span("conflict_group");
-                    advisory.acquire(request).instrument(span).await.map(Some)
+                    let call = request.call("conflict_group", &advisory.connections);
+                    let acquired = advisory.acquire(request).instrument(call.span()).await;
+                    call.acquired(acquired).map(Some)
                 }
             };
             match (opened?, &self.group) {
@@ -63,6 +66,14 @@ impl Open for OpenLocked {
                 (opened, _) => Ok(opened),
             }
         })
+    }
+
+    fn operation(&self) -> &'static str {
+        match self.how {
+            LockedBy::Waiting => "with_advisory_lock",
+            LockedBy::Trying => "try_with_advisory_lock",
+            LockedBy::ConflictGroup => "transaction",
+        }
     }
 }
 

@@ -45,6 +45,17 @@ pub(super) async fn check_locking(
     if capabilities.locks(scope, &server.identity) {
         return Ok(());
     }
+    // Boxed, because it is rare and the future of every lock would have its size.
+    Box::pin(find_locks(session, scope, server, locks)).await
+}
+
+async fn find_locks(
+    session: &Session,
+    scope: LockScope,
+    server: &Server,
+    locks: Locks<'_>,
+) -> Result<(), Error> {
+    let capabilities = session.connections().capabilities();
     let shown = if session.denied().pg_locks {
         sql::are_counted(locks, scope)
     } else {
@@ -198,6 +209,14 @@ impl Advisory {
         if !is_worth_counting(keys) {
             return Ok(());
         }
+        Box::pin(self.compare_with_capacity(keys, deadline)).await
+    }
+
+    async fn compare_with_capacity(
+        &self,
+        keys: &[LockKey],
+        deadline: &Deadline,
+    ) -> Result<(), Error> {
         let mut checkout =
             Checkout::within(&self.connections, deadline, self.answer_bound(deadline));
         loop {

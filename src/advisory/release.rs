@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::wait_queue::NextWaiter;
 use super::{SessionGuard, sql};
 use crate::advisory::sql::{TryLockOutcome, TryLockRow};
-use crate::connection::sql::server::is_fresh;
 use crate::connection::{AfterReply, OnAbandon, Reply, ReplyHandler, Session};
 use crate::key::LockKey;
 use crate::postgres::sql::{Message, is_true, rows};
@@ -127,11 +126,10 @@ fn hand_over(
 /// with it.
 fn after_unlock(application_name: Option<String>) -> ReplyHandler {
     Box::new(move |reply| {
-        if !is_unlocked(reply) {
-            return AfterReply::Close;
-        }
-        if is_fresh(reply) {
-            return AfterReply::ReturnToPool;
+        match sql::unlocked(reply) {
+            (false, _) => return AfterReply::Close,
+            (true, true) => return AfterReply::ReturnToPool,
+            (true, false) => {}
         }
         let mut sql = String::from(sql::ROLLBACK);
         if let Some(name) = &application_name {
@@ -143,5 +141,5 @@ fn after_unlock(application_name: Option<String>) -> ReplyHandler {
 }
 
 pub(super) fn is_unlocked(reply: &Reply) -> bool {
-    rows(reply).any(|row| is_true(row, "unlocked"))
+    sql::unlocked(reply).0
 }

@@ -11,23 +11,22 @@ use crate::advisory::sql::Locks;
 use crate::call_site::CallSite;
 use crate::connection::sql::Probe;
 use crate::connection::sql::server::{is_fresh, xact_start};
-use crate::connection::{OnAbandon, Session, query_methods, run_shielded};
+use crate::connection::{Loss, LossSignal, OnAbandon, Session, query_methods, run_shielded};
 use crate::error::{Error, ErrorKind, Failure, classify, is_failed_check};
 use crate::key::LockKey;
 use crate::key::names::Registration;
+use crate::meter::{Held, milliseconds};
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::Message;
 use crate::transaction::sql::{Begin, begin_transaction};
 use crate::transaction::{AsyncFunc, Carried, Carry, Resolve, TransactionOptions, Tx, commit};
 
-/// How often [`SessionGuard::lost`] looks.
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
-
 /// Session-level advisory locks, held over any number of transactions.
 ///
 /// The guard owns the connection that holds the locks, and the locks live no longer than that connection: when it ends
 /// (the backend is terminated, the server restarts, the network fails) they are gone, whatever this process believes.
-/// [`is_lost`](Self::is_lost) and [`lost`](Self::lost) tell without a query. Work that must not happen without the
+/// [`is_lost`](Self::is_lost) and [`loss`](Self::loss) tell without waiting for a query, and [`run`](Self::run) ends work when
+/// they are gone. Work that must not happen without the
 /// lock is safest on the guard's own connection, with [`transaction`](Self::transaction): it fails with it.
 ///
 /// The connection goes by the call site in `application_name` while it holds the locks.
@@ -52,12 +51,14 @@ pub struct SessionGuard {
     /// The session's own `application_name`, to be put back.
     application_name: Option<String>,
     /// The name of the prepared `try`, with which its unlock was prepared.
-    prepared: Option<String>,
+    prepared: Option<Arc<str>>,
     /// Where others of this process wait for its session.
     queue: Option<Arc<WaitQueue>>,
     call_site: Option<CallSite>,
     lock_wait: Duration,
     since: Instant,
+    loss: LossSignal,
+    _counted: Held,
     #[cfg(feature = "coordination")]
     issued: Option<(i64, i64)>,
 }
@@ -67,7 +68,7 @@ impl SessionGuard {
         mut session: Session,
         request: LockRequest,
         application_name: Option<String>,
-        prepared: Option<String>,
+        prepared: Option<Arc<str>>,
         held: HeldKeys,
     ) -> Self {
         let mode = request.mode();
@@ -79,6 +80,14 @@ impl SessionGuard {
         drop(session.begin_observation(call_site, None, true));
         let lock_wait = request.lock_wait;
         let (keys, names) = request.into_parts();
+        let loss = LossSignal::new();
+        let searched: Vec<_> = keys.iter().take(sql::MOST_SEARCHED).cloned().collect();
+        let are_held = move || {
+            let keys = &searched;
+            sql::are_held(Locks { keys, mode })
+        };
+        session.watch(&loss, are_held);
+        let counted = Held::begin(&keys[0], "session");
         Self {
             session: Some(session),
             keys,
@@ -90,6 +99,8 @@ impl SessionGuard {
             call_site,
             lock_wait,
             since: Instant::now(),
+            loss,
+            _counted: counted,
             #[cfg(feature = "coordination")]
             issued: None,
         }
@@ -132,28 +143,63 @@ impl SessionGuard {
         self.session().server_pid()
     }
 
-    /// Whether the connection has ended, and the locks with it. Costs nothing, and sends nothing.
+    /// Whether the locks are lost: the connection has ended, or the server does not answer, or does not show them any more.
+    /// Costs nothing, and sends nothing.
     ///
     /// A server that ends the connection is noticed at once. A server that vanishes without a word (a power cut, a
-    /// network that drops packets) is noticed when the operating system gives the connection up: call
-    /// [`tcp_timeouts`](crate::tcp_timeouts) on the pool's `Config`.
+    /// network that drops packets) is noticed by the [`heartbeat`](crate::KeeperBuilder::heartbeat), within 13 seconds by
+    /// default, while the guard is idle; during a statement after
+    /// [`longest_silence`](crate::KeeperBuilder::longest_silence). Whether such a server still holds the locks cannot be
+    /// known.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        self.session.as_ref().is_none_or(Session::is_closed)
+        self.loss.is_lost() || self.session.as_ref().is_none_or(Session::is_closed)
     }
 
-    /// Waits until the locks are lost; see [`is_lost`](Self::is_lost). For a `select!` beside the work.
+    /// A future that completes when the locks are lost, or released. It is owned, so that it can stand in a `select!` beside a
+    /// [`transaction`](Self::transaction) of the guard, or in another task. See [`Loss`].
+    ///
+    /// It completes within a fifth of a second after the end of the connection, mostly within 20 ms, and as
+    /// [`is_lost`](Self::is_lost) says otherwise. The runtime in which the guard was acquired finds that out, and its end counts as
+    /// a loss.
+    pub fn loss(&self) -> Loss {
+        self.loss.loss()
+    }
+
+    /// Runs work, and ends it when the locks are lost: its future is dropped where it stands.
+    ///
+    /// Dropping it ends neither what it has spawned nor what it has sent to other servers. For what must not happen without
+    /// the lock use a [`transaction`](Self::transaction), whose COMMIT fails without it.
+    ///
+    /// # Errors
+    /// [`LockLost`](ErrorKind::LockLost) where the locks were lost before the work was done. It says why. What the work had
+    /// done by then stays done.
     ///
     /// # Cancel safety
-    /// May be dropped and called again at any time.
+    /// As the work's own. The locks stay held.
     ///
     /// # Longest silence
-    /// Without end: it asks the server nothing, and a server that is silent without ending the connection is not noticed
-    /// here. [`tcp_timeouts`](crate::tcp_timeouts) on the pool's configuration has the operating system notice it.
-    pub async fn lost(&self) {
-        while !self.is_lost() {
-            tokio::time::sleep(POLL_INTERVAL).await;
+    /// As long as the work: it asks the server nothing.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn consume() {}
+    /// # async fn example(keeper: lockkeeper::Keeper) -> Result<(), lockkeeper::Error> {
+    /// let guard = keeper.advisory_lock("consumer").session().acquire().await?;
+    /// guard.run(async { consume().await }).await?;
+    /// guard.release().await
+    /// # }
+    /// ```
+    pub async fn run<F: Future>(&self, work: F) -> Result<F::Output, Error> {
+        let done = self.loss.run(&self.keys[0], work).await?;
+        if self.is_lost() {
+            return Err(self.lost());
         }
+        Ok(done)
+    }
+
+    fn lost(&self) -> Error {
+        self.loss.error(&self.keys[0])
     }
 
     /// Releases the locks, and reports whether they were held to the end.
@@ -176,25 +222,33 @@ impl SessionGuard {
     /// connection is cancelled, and for the rollback of a transaction that was left open and has failed. A server that falls
     /// silent and stays so takes it at most twice.
     pub async fn release(mut self) -> Result<(), Error> {
-        let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
+        let lost = self.lost();
         let Some(mut session) = self.session.take() else {
             return Err(lost);
         };
         if session.is_closed() {
             return Err(lost);
         }
+        self.end_loss(&mut session);
+        // Reported as lost before: others have acted on that, whatever the server says now.
+        let was_lost = self.loss.is_lost();
         let ending = ReleasePlan::of(&self, &mut session);
         self.trace_end();
-        if !ending.hands_off {
-            return self.end(session, ending).await;
+        let released = if ending.hands_off {
+            // The next one shall not have to wait until this future is polled again.
+            run_shielded(self.end(session, ending)).await
+        } else {
+            Some(self.end(session, ending).await)
+        };
+        match released {
+            Some(Ok(())) if was_lost => Err(lost),
+            Some(released) => released,
+            None => Err(lost),
         }
-        // The next one shall not have to wait until this future is polled again.
-        let released = run_shielded(self.end(session, ending)).await;
-        released.unwrap_or(Err(lost))
     }
 
     async fn end(self, session: Session, ending: ReleasePlan) -> Result<(), Error> {
-        let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
+        let lost = self.lost();
         let ReleasePlan { message, then, .. } = ending;
         // A statement that was given up is cancelled; what became of the locks is asked all the same.
         let request = session.send(message, then.undo());
@@ -236,7 +290,8 @@ impl SessionGuard {
         }
     }
 
-    /// Runs a transaction on the guard's own connection, so that it cannot commit once the locks are lost.
+    /// Runs a transaction on the guard's own connection, so that it cannot commit once the locks are lost. The closure runs
+    /// once, whatever fails.
     ///
     /// As [`transaction_with`](Self::transaction_with) and the defaults of [`TransactionOptions`].
     ///
@@ -294,9 +349,8 @@ impl SessionGuard {
         P: Send,
     {
         options.check()?;
-        let lost = || Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
         if self.is_lost() {
-            return Err(lost().into());
+            return Err(self.lost().into());
         }
         let begin = options.begin(None);
         let mut loan = Loan::new(self, options.resolve());
@@ -357,9 +411,15 @@ impl SessionGuard {
         sql::unlock(self.locks(), self.application_name.as_deref())
     }
 
+    /// Who works under the locks is told to end, and no heartbeat comes behind what releases them.
+    fn end_loss(&self, session: &mut Session) {
+        self.loss.release();
+        session.end_watch();
+    }
+
     fn trace_end(&self) {
         for key in &self.keys {
-            tracing::debug!(%key, mode = %self.mode, held = ?self.since.elapsed(), "session lock released");
+            tracing::debug!(%key, mode = %self.mode, held_ms = milliseconds(self.since.elapsed()), "session lock released");
         }
     }
 }
@@ -369,6 +429,7 @@ query_methods!(SessionGuard);
 impl Drop for SessionGuard {
     fn drop(&mut self) {
         if let Some(mut session) = self.session.take() {
+            self.end_loss(&mut session);
             self.trace_end();
             let ReleasePlan { message, then, .. } = ReleasePlan::of(self, &mut session);
             session.send(message, then.undo()).detach();

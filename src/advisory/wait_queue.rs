@@ -18,7 +18,7 @@
 //! one who holds its first key. [`Tx::advisory_lock`](crate::Tx::advisory_lock) waits on a connection that it has in any case: it
 //! stands in no line, and takes no place.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,6 +32,7 @@ use crate::connection::{Session, run_shielded};
 use crate::deadline::Deadline;
 use crate::error::is_insufficient_privilege;
 use crate::key::{KeyId, LockKey};
+use crate::meter::Waiting;
 use crate::mode::AdvisoryMode;
 
 /// How many of one line deal with the server. More than one, so that while the first is being granted the next is in the
@@ -58,7 +59,7 @@ pub(crate) struct WaitQueue(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    lines: HashMap<KeyId, Line>,
+    lines: BTreeMap<KeyId, Line>,
     places: usize,
     taken: usize,
     /// The first of their lines that found their lock busy and have no place, in their turn for one.
@@ -168,6 +169,7 @@ impl WaitQueue {
             number,
             wake,
             has_waited: has_tried,
+            _counted: Waiting::begin(),
         }
     }
 
@@ -466,6 +468,7 @@ pub(super) struct QueuedWaiter {
     wake: Arc<Notify>,
     /// Whether it has found the lock busy, or others before it.
     pub(super) has_waited: bool,
+    _counted: Waiting,
 }
 
 /// What a waiter is to do next.
@@ -663,7 +666,7 @@ impl Advisory {
                 let held = match connections.ask(&sql).await {
                     Ok(reply) => sql::blockers::held_keys(&reply),
                     // Whoever may not look has to try.
-                    Err(error) if is_insufficient_privilege(&error) => HashMap::new(),
+                    Err(error) if is_insufficient_privilege(&error) => BTreeMap::new(),
                     Err(error) => {
                         return tracing::debug!(%error, "not found out which locks are free");
                     }
@@ -687,7 +690,7 @@ impl Advisory {
                     () = wake.notified() => wake.notify_one(),
                 }
             };
-            deadline.bound(Duration::ZERO, until_woken).await;
+            Box::pin(deadline.bound(Duration::ZERO, until_woken)).await;
         }
     }
 }

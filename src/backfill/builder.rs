@@ -78,12 +78,28 @@ impl<S: Into<String>> From<Vec<S>> for BackfillKey {
 ///
 /// # Which rows
 ///
-/// Every row that exists when the run begins, each once. A row that is inserted during the run is processed if its key
-/// is greater than the current batch's and it is committed before the batch reaches it. So once a backfill begins,
+/// Every row that exists when the run begins, each once. The run ends at the last of their keys, so inserts of greater
+/// keys do not prolong it; [`follow_inserts`](Self::follow_inserts) goes on to the last row there is. A row that is
+/// inserted among the others is processed if it is committed before the batch reaches it. So once a backfill begins,
 /// inserts should set the new value themselves (by a default, a trigger, or the application). A row whose *key* changes
-/// during the run can be processed twice or not at all. Rows that row-level security hides from the role, and rows that
-/// a trigger does not allow to change, count like rows that the filter leaves out. The filter is tested on the row
-/// version that is locked, so it sees changes that other transactions have committed by then.
+/// during the run can be processed twice or not at all. The filter is tested on the row version that is locked, so it
+/// sees changes that other transactions have committed by then. If row-level security applies to the role, the run is
+/// refused, unless [`visible_rows`](Self::visible_rows) asks for the visible rows only.
+///
+/// # When it is done
+///
+/// Without a filter: when every batch of that range has been committed to this table. With a filter: when another pass
+/// over the range has found no row that matches it. Rows that match are changed by that pass, and the check is repeated,
+/// up to three times; if rows match still, because a trigger keeps them from being changed or because other sessions
+/// insert rows without their new values, the run ends with an error and is not done. A filter that rows match after their
+/// change, too, does not tell which rows are left: then only the batches count.
+///
+/// A checkpoint belongs to the table and its columns, not just to their names. A run notices that the table or a column of
+/// the definition was dropped and created again, restored, or truncated. If the filter tells which rows are left, it
+/// starts over; otherwise it is refused, and the error names what to call: [`restart`](Self::restart) or
+/// [`trust_checkpoint`](Self::trust_checkpoint). VACUUM FULL, CLUSTER and changes of types do not matter, as long as a row
+/// of the last batch is as that batch has left it. Rows that were deleted and loaded again by INSERT or COPY, and
+/// partitions that were attached later, are not noticed: they count as inserted later.
 ///
 /// # The caller's SQL
 ///
@@ -137,6 +153,9 @@ pub struct Backfill {
     pub(super) max_lag_bytes: Option<u64>,
     pub(super) pauses_for_waiters: bool,
     pub(super) restarts: bool,
+    pub(super) trusts_checkpoint: bool,
+    pub(super) visible_rows: bool,
+    pub(super) follows_inserts: bool,
     pub(super) wait: Duration,
     pub(super) on_progress: Option<Arc<OnProgress>>,
 }
@@ -161,6 +180,9 @@ impl Backfill {
             max_lag_bytes: Some(LAG_BYTES),
             pauses_for_waiters: true,
             restarts: false,
+            trusts_checkpoint: false,
+            visible_rows: false,
+            follows_inserts: false,
             on_progress: None,
         }
     }
@@ -249,6 +271,29 @@ impl Backfill {
         self
     }
 
+    /// Continues from the checkpoint even if it is not of the table as it is now: the table or a column was dropped and
+    /// created again, restored, truncated or rewritten. Call it only if the rows before the checkpoint have their new
+    /// values.
+    pub fn trust_checkpoint(mut self) -> Self {
+        self.trusts_checkpoint = true;
+        self
+    }
+
+    /// Changes only the rows that row-level security lets this role see. By default the run is refused before it changes
+    /// a row if row-level security applies to the role, because hidden rows would be left out without a word. A
+    /// checkpoint of visible rows is not continued by another role.
+    pub fn visible_rows(mut self) -> Self {
+        self.visible_rows = true;
+        self
+    }
+
+    /// Ends when no rows are left, rather than at the last row that existed when the run began. If rows are inserted
+    /// faster than they are changed, the run does not end.
+    pub fn follow_inserts(mut self) -> Self {
+        self.follows_inserts = true;
+        self
+    }
+
     /// How long [`run`](Self::run) and [`stream`](Self::stream) wait if another process runs this backfill; the
     /// keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait) by default.
     pub fn wait(mut self, wait: Duration) -> Self {
@@ -283,7 +328,9 @@ impl Backfill {
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) if the definition is invalid (it is checked against the catalogs before
     /// anything is changed), or if there is a checkpoint of that name from which the run cannot continue: of a
-    /// different definition, or of a key whose type, collation or index has changed since.
+    /// different definition, of a key whose type, collation or index has changed since, or of another table or other
+    /// columns (see [the type](Self)); and if row-level security applies to the role.
+    /// [`Database`](crate::ErrorKind::Database) if the final check found rows that match the filter still.
     /// [`LockTimeout`](crate::ErrorKind::LockTimeout) if another process has been running the backfill for the whole
     /// [`wait`](Self::wait). [`LockLost`](crate::ErrorKind::LockLost) if the connection with the lock has ended, or
     /// another process has continued the backfill. [`RetriesExhausted`](crate::ErrorKind::RetriesExhausted) if a batch

@@ -1,17 +1,23 @@
 //! Running a backfill whose lock is held: batches and pauses.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use tracing::Instrument as _;
 
 use super::batch_sizer::BatchSizer;
 use super::builder::Backfill;
 use super::prepared::{Prepared, unreadable};
-use super::sql::{self, BatchQuery, BatchResult, Checkpoint, CheckpointId, LoadSample};
+use super::sql::{
+    self, BatchQuery, BatchResult, BatchStep, Checkpoint, CheckpointId, End, LoadSample, Sameness,
+    Target,
+};
 use super::{BackfillPause, BackfillProgress};
 use crate::advisory::SessionGuard;
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
+use crate::meter::{SYSTEM, milliseconds};
 use crate::transaction::{self, NoRetry, Tx};
 
 /// How long a sample of waiters and standbys is used.
@@ -22,6 +28,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause for sessions that wait for rows, in batch times: on a table with hot rows, some session always
 /// waits.
 const MAX_PAUSE_FOR_ROWS: u32 = 10;
+/// How often the final check passes the rows, where it finds rows that match the filter: other sessions may have inserted
+/// them meanwhile.
+const MAX_CHECKS: u32 = 3;
 
 /// A backfill whose lock is held.
 pub(super) struct Run {
@@ -29,6 +38,8 @@ pub(super) struct Run {
     // `None` once the backfill is complete.
     guard: Option<SessionGuard>,
     checkpoint: Checkpoint,
+    end: End,
+    check: Option<FinalCheck>,
     sizer: BatchSizer,
     progress: BackfillProgress,
     started: Instant,
@@ -36,6 +47,16 @@ pub(super) struct Run {
     sample: LoadSample,
     next_pause: Duration,
     paused_since_batch: Duration,
+}
+
+/// The state of the final check: rows that match the filter and were not changed before are changed by it.
+#[derive(Clone, Debug, Default)]
+struct FinalCheck {
+    last_key: Option<Vec<String>>,
+    /// Which pass over the rows it is, from 0.
+    pass: u32,
+    matching: u64,
+    changed: u64,
 }
 
 impl Run {
@@ -57,6 +78,11 @@ impl Run {
 
     async fn new(prepared: Prepared, guard: SessionGuard) -> Result<Self, Error> {
         let checkpoint = prepared.checkpoint().await?;
+        let end = if checkpoint.done {
+            End::Empty
+        } else {
+            prepared.end().await?
+        };
         let backfill = &prepared.backfill;
         let sizer = BatchSizer::new(backfill.batch_rows.clone(), backfill.batch_time);
         let progress = BackfillProgress {
@@ -80,6 +106,8 @@ impl Run {
             prepared,
             guard: Some(guard),
             checkpoint,
+            end,
+            check: None,
             sizer,
             progress,
             started: Instant::now(),
@@ -221,20 +249,47 @@ impl Run {
     }
 
     async fn batch(&mut self) -> Result<(), Error> {
-        let committed = self.run_batch().await?;
+        let span = tracing::debug_span!(
+            "backfill_batch",
+            "db.system.name" = SYSTEM,
+            backfill = &*self.prepared.name,
+            batch = self.progress.batches + 1,
+            rows = self.sizer.rows(),
+        );
+        let is_other = AtomicBool::new(false);
+        // Boxed, so that the compiler need not look through it in each caller's future.
+        let committed = match Box::pin(self.run_batch(&is_other)).instrument(span).await {
+            // The batch was rolled back. The table has been changed meanwhile, and maybe the run can continue.
+            Err(_) if is_other.load(Ordering::Relaxed) => {
+                self.checkpoint = self.prepared.continued().await?;
+                self.end = self.prepared.end().await?;
+                self.check = None;
+                return Ok(());
+            }
+            committed => committed?,
+        };
         let duration = committed.began.elapsed();
-        let BatchResult {
-            processed,
-            changed,
-            last_key,
-        } = committed.result;
-        self.checkpoint.processed += processed;
+        let result = committed.result;
+        let (processed, changed) = (result.processed, result.changed);
         self.checkpoint.changed += changed;
-        self.checkpoint.last_key = last_key.or(self.checkpoint.last_key.take());
-        self.checkpoint.done = committed.is_end;
+        self.checkpoint.filter_stays |= result.still_matching > 0;
+        self.checkpoint.done = committed.is_done;
+        if let Some(check) = &mut self.check {
+            check.matching += result.matching;
+            check.changed += changed;
+            check.last_key = result.last_key.or(check.last_key.take());
+        } else {
+            self.checkpoint.processed += processed;
+            self.checkpoint.last_key = result.last_key.or(self.checkpoint.last_key.take());
+        }
+        if committed.is_end && !committed.is_done {
+            self.next_check()?;
+        }
         self.paused_since_batch = Duration::ZERO;
         let progress = &mut self.progress;
-        progress.processed_now += processed;
+        if self.check.is_none() {
+            progress.processed_now += processed;
+        }
         progress.changed_now += changed;
         progress.batches += 1;
         progress.last_batch = Some(duration);
@@ -243,7 +298,7 @@ impl Run {
             backfill = &*self.prepared.name,
             passed = processed,
             changed,
-            took = ?duration,
+            took_ms = milliseconds(duration),
             waiting = committed.waiting,
             "batch committed"
         );
@@ -262,18 +317,54 @@ impl Run {
         Ok(())
     }
 
-    async fn run_batch(&self) -> Result<CommittedBatch, Error> {
+    /// Begins the final check, or its next pass.
+    fn next_check(&mut self) -> Result<(), Error> {
+        let Some(FinalCheck {
+            pass,
+            matching,
+            changed,
+            ..
+        }) = self.check.take()
+        else {
+            self.check = Some(FinalCheck::default());
+            return Ok(());
+        };
+        // Without progress, another pass finds the same rows.
+        if changed == 0 || pass + 1 == MAX_CHECKS {
+            return Err(Error::new(ErrorKind::Database).with_detail(format!(
+                "the final check of the backfill {:?} found rows that match its filter still: {matching}, of which it \
+                 changed {changed}; a trigger may keep rows from being changed, or other sessions may insert rows without \
+                 their new values; it is not done",
+                self.prepared.name
+            )));
+        }
+        self.check = Some(FinalCheck {
+            pass: pass + 1,
+            ..FinalCheck::default()
+        });
+        Ok(())
+    }
+
+    async fn run_batch(&self, is_other: &AtomicBool) -> Result<CommittedBatch, Error> {
         let prepared = &self.prepared;
         let failures = AtomicU32::new(0);
+        let last_key = match &self.check {
+            Some(check) => check.last_key.as_deref(),
+            None => self.checkpoint.last_key.as_deref(),
+        };
         let batch = Batch {
             query: BatchQuery {
                 target: &prepared.target,
                 set: &prepared.set,
                 filter: prepared.backfill.filter.as_deref(),
-                last_key: self.checkpoint.last_key.as_deref(),
+                last_key,
+                end: &self.end,
+                visible_rows: prepared.backfill.visible_rows,
             },
             id: prepared.checkpoint_id(),
             checkpoint: &self.checkpoint,
+            check: self.check.as_ref(),
+            is_other,
             rows: self.sizer.rows(),
             failures: &failures,
             key: &prepared.key,
@@ -296,7 +387,9 @@ struct CommittedBatch {
     rows: u32,
     began: Instant,
     waiting: u64,
+    /// Whether no rows are left behind it.
     is_end: bool,
+    is_done: bool,
 }
 
 /// One batch, which can be attempted any number of times.
@@ -305,6 +398,9 @@ struct Batch<'a> {
     query: BatchQuery<'a>,
     id: CheckpointId<'a>,
     checkpoint: &'a Checkpoint,
+    check: Option<&'a FinalCheck>,
+    /// Set if the table is not the checkpoint's any more.
+    is_other: &'a AtomicBool,
     rows: u32,
     failures: &'a AtomicU32,
     key: &'a LockKey,
@@ -319,21 +415,54 @@ impl Batch<'_> {
         let reply = tx.simple_query(&sql::batch(&self.query, rows)).await?;
         let result = sql::read_batch(self.query.target, &reply).ok_or_else(unreadable)?;
         let is_end = result.processed < u64::from(rows);
-        let advance = sql::advance(&self.id, self.checkpoint, &result, is_end);
+        let step = BatchStep {
+            is_done: is_end && self.is_done_with(&result),
+            is_check: self.check.is_some(),
+            visible_rows: self.query.visible_rows,
+        };
+        let target: &Target = self.query.target;
+        let advance = sql::advance(&self.id, target, self.checkpoint, &result, step);
         let reply = tx.simple_query(&advance).await?;
-        let Some(waiting) = sql::read_advance(&reply) else {
+        let Some((waiting, same)) = sql::read_advance(&reply) else {
             return Err(Error::new(ErrorKind::LockLost)
                 .with_key(self.key)
                 .with_detail(
                     "another process has gone on with the backfill, this batch was rolled back",
                 ));
         };
+        let Sameness {
+            table,
+            columns,
+            rows: same_rows,
+            files,
+            ..
+        } = same;
+        if !(table && columns && same_rows && files) {
+            self.is_other.store(true, Ordering::Relaxed);
+            return Err(Error::config(format!(
+                "{} has been changed since the last batch",
+                target.table
+            )));
+        }
         Ok(CommittedBatch {
             result,
             rows,
             began,
             waiting,
             is_end,
+            is_done: step.is_done,
         })
+    }
+
+    /// Whether nothing is left to do if this batch is the last one of its pass.
+    fn is_done_with(&self, result: &BatchResult) -> bool {
+        // Without a filter, all batches of the range have been committed. A filter that changed rows match still does not
+        // tell what is left.
+        if self.query.filter.is_none() || self.checkpoint.filter_stays || result.still_matching > 0
+        {
+            return true;
+        }
+        self.check
+            .is_some_and(|check| check.matching + result.matching == 0)
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -11,10 +12,10 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{CancelToken, NoTls};
 
+use super::Connections;
 use super::pool::Asker;
 use super::request::{poll_once, run_shielded};
 use super::sql::server;
-use super::{Connections, Session};
 use crate::error::Error;
 
 /// How long one attempt to cancel may take.
@@ -58,28 +59,55 @@ pub(super) async fn lock(target: &SharedSignalTarget) -> OwnedMutexGuard<SignalT
     }
 }
 
-/// What it takes to cancel one backend's statement after its session is out of reach.
+/// What it takes to cancel one backend's statement after its session is out of reach. One for each session.
 #[derive(Clone)]
-pub(crate) struct Canceller {
+pub(crate) struct Canceller(Arc<Reach>);
+
+struct Reach {
     token: CancelToken,
-    pub(super) server_pid: Option<i32>,
+    /// The pid the server itself gave, where it was asked; 0 before. Behind a pooler it differs from the one of the protocol.
+    server_pid: AtomicI32,
+    /// What a signal to the backend may hit.
     target: SharedSignalTarget,
-    pub(super) connections: Arc<Connections>,
+    connections: Arc<Connections>,
 }
 
 impl Canceller {
-    pub(super) fn of(session: &Session) -> Self {
-        Self {
-            token: session.client().cancel_token(),
-            server_pid: session.server_pid,
-            target: Arc::clone(&session.target),
-            connections: Arc::clone(&session.connections),
-        }
+    pub(super) fn new(token: CancelToken, connections: Arc<Connections>) -> Self {
+        Self(Arc::new(Reach {
+            token,
+            server_pid: AtomicI32::new(0),
+            target: SharedSignalTarget::default(),
+            connections,
+        }))
+    }
+
+    pub(super) fn connections(&self) -> &Arc<Connections> {
+        &self.0.connections
+    }
+
+    pub(super) fn target(&self) -> &SharedSignalTarget {
+        &self.0.target
+    }
+
+    /// `None` before the server was asked.
+    pub(super) fn server_pid(&self) -> Option<i32> {
+        let pid = self.0.server_pid.load(Ordering::Relaxed);
+        (pid != 0).then_some(pid)
+    }
+
+    pub(super) fn set_server_pid(&self, pid: i32) {
+        self.0.server_pid.store(pid, Ordering::Relaxed);
+    }
+
+    /// The pid that the protocol gave at login.
+    pub(super) fn login_pid(&self) -> Option<i32> {
+        login_pid(&self.0.token)
     }
 
     /// Ready when no signal is under way.
     pub(crate) async fn settled(&self) {
-        drop(lock(&self.target).await);
+        drop(lock(self.target()).await);
     }
 
     /// Sends one cancel. Failures are logged: the caller sees by the answer whether it helped.
@@ -87,7 +115,7 @@ impl Canceller {
     /// Nothing is sent where the server has not answered yet. Whether there is a pooler is not known then, and a first
     /// message waits for no lock.
     pub(crate) async fn cancel(&self) {
-        if self.server_pid.is_none() {
+        if self.server_pid().is_none() {
             return;
         }
         let attempt = async {
@@ -96,10 +124,10 @@ impl Canceller {
                 // (<https://github.com/pgbouncer/pgbouncer/issues/801>): signal through the server instead.
                 return self.signal().await;
             }
-            let sent = match self.connections.side() {
-                Some(side) => side.cancel(&self.token).await,
+            let sent = match self.connections().side() {
+                Some(side) => side.cancel(&self.0.token).await,
                 // A server takes a cancel request unencrypted, whatever its pg_hba.conf says of logins.
-                None => self.token.cancel_query(NoTls).await,
+                None => self.0.token.cancel_query(NoTls).await,
             };
             match sent {
                 Ok(()) => Ok(()),
@@ -111,13 +139,13 @@ impl Canceller {
         };
         match tokio::time::timeout(ATTEMPT, attempt).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, pid = self.server_pid, "cancel failed"),
-            Err(_) => tracing::debug!(pid = self.server_pid, "cancel took too long"),
+            Ok(Err(error)) => tracing::debug!(%error, pid = self.server_pid(), "cancel failed"),
+            Err(_) => tracing::debug!(pid = self.server_pid(), "cancel took too long"),
         }
     }
 
     pub(super) fn is_pooled(&self) -> bool {
-        matches!((login_pid(&self.token), self.server_pid), (Some(login), Some(server)) if login != server)
+        matches!((self.login_pid(), self.server_pid()), (Some(login), Some(server)) if login != server)
     }
 
     /// `pg_cancel_backend` over another connection.
@@ -140,17 +168,17 @@ impl Canceller {
     ) -> Result<(), Error> {
         let this = self.clone();
         let signalled = run_shielded(async move {
-            let Some(pid) = this.server_pid else {
+            let Some(pid) = this.server_pid() else {
                 return Ok(());
             };
             let question = server::executing(pid);
-            let asked = asker.ask_first(&this.connections, &question);
+            let asked = asker.ask_first(this.connections(), &question);
             let Ok(asked) = tokio::time::timeout(ATTEMPT, asked).await else {
                 return Ok(());
             };
             let (asked, reply) = asked?;
             let executing = server::xact_start(&reply);
-            let target = lock(&this.target).await;
+            let target = lock(this.target()).await;
             // Where the connection is still open, the answer was about this session.
             let executing = executing.filter(|xact_start| target.includes(*xact_start));
             let Some((xact_start, wanted)) = executing.and_then(|at| Some((at, is_wanted()?)))
@@ -171,10 +199,19 @@ impl Canceller {
 /// The backend's pid as the protocol gave it at login. The driver keeps it to itself, so it is read from the cancel
 /// request that the driver would send.
 pub(super) fn login_pid(token: &CancelToken) -> Option<i32> {
+    pid_to_cancel(&cancel_request(token)?)
+}
+
+/// What tells a connection from all others of the process: its cancel request, which has the pid and a secret.
+pub(super) fn login_name(token: &CancelToken) -> Option<Box<[u8]>> {
+    Some(cancel_request(token)?.into())
+}
+
+fn cancel_request(token: &CancelToken) -> Option<Vec<u8>> {
     let mut wire = Wire::default();
     // Everything in it is ready at the first poll.
     poll_once(std::pin::pin!(token.cancel_query_raw(&mut wire, PlainTls)))?.ok()?;
-    pid_to_cancel(&wire.written)
+    Some(wire.written)
 }
 
 /// The code of a cancel request (PostgreSQL's documentation, "Message Formats", CancelRequest).

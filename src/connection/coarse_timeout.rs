@@ -9,7 +9,7 @@
 //! That task has to run on threads of its runtime: a current-thread runtime stands still outside of `block_on`, and the
 //! bounds of all others with it. There each bound is a timer, which wakes nobody: the thread that sets it drives it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -37,7 +37,7 @@ struct Waits {
     next: u64,
     /// Whether anything was bounded since the last tick.
     used: bool,
-    pending: HashMap<u64, (Instant, Waker)>,
+    pending: BTreeMap<u64, (Instant, Waker)>,
 }
 
 impl CoarseTimer {

@@ -1,9 +1,9 @@
 //! What is known of the pool's connections, so that it is not asked each time.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant as Birth;
 
 use tokio::time::Instant;
@@ -23,12 +23,13 @@ pub(crate) struct ConnectionCache {
     connections: Mutex<Connections>,
     /// Cleared when something deallocates what was prepared (`DISCARD ALL` between two borrowers of a pool).
     prepares: AtomicBool,
+    database: OnceLock<Arc<str>>,
 }
 
 #[derive(Debug)]
 struct Connections {
     // By the time the pool opened them, which tells them apart.
-    by_birth: HashMap<Birth, Connection>,
+    by_birth: BTreeMap<Birth, Connection>,
     /// In the names of statements: unlike that of any other keeper, or of those forgotten.
     owner: String,
 }
@@ -37,7 +38,7 @@ struct Connections {
 struct Connection {
     server: Server,
     learnt: Instant,
-    prepared: HashMap<PreparedName, Preparing>,
+    prepared: BTreeMap<PreparedName, Preparing>,
 }
 
 /// How far a statement has come on a connection.
@@ -46,15 +47,20 @@ struct Preparing {
     /// How often it was to be prepared: each time under another name, since a message that was given up may have prepared it.
     tries: u32,
     is_prepared: bool,
+    /// What the last try named it.
+    name: Arc<str>,
 }
 
 impl Preparing {
-    fn name(&self, statement: PreparedName, owner: &str) -> String {
+    /// Its name for one more try.
+    fn next_name(&mut self, statement: PreparedName, owner: &str) -> Arc<str> {
+        self.tries = self.tries.saturating_add(1);
         let name = statement.name(owner);
-        match self.tries {
-            0 | 1 => name,
-            tries => format!("{name}_{tries}"),
-        }
+        self.name = match self.tries {
+            1 => name.into(),
+            tries => format!("{name}_{tries}").into(),
+        };
+        Arc::clone(&self.name)
     }
 }
 
@@ -62,10 +68,11 @@ impl Default for ConnectionCache {
     fn default() -> Self {
         Self {
             connections: Mutex::new(Connections {
-                by_birth: HashMap::new(),
+                by_birth: BTreeMap::new(),
                 owner: owner(),
             }),
             prepares: AtomicBool::new(true),
+            database: OnceLock::new(),
         }
     }
 }
@@ -85,10 +92,9 @@ impl ConnectionCache {
             Some(statement) if self.prepares.load(Ordering::Relaxed) => {
                 let preparing = connection.prepared.entry(statement).or_default();
                 if preparing.is_prepared {
-                    return Probe::Execute(preparing.name(statement, owner));
+                    return Probe::Execute(Arc::clone(&preparing.name));
                 }
-                preparing.tries = preparing.tries.saturating_add(1);
-                Probe::Prepare(preparing.name(statement, owner))
+                Probe::Prepare(preparing.next_name(statement, owner))
             }
             _ => Probe::Minimal,
         }
@@ -99,23 +105,20 @@ impl ConnectionCache {
         &self,
         session: &Session,
         statement: Option<PreparedName>,
-    ) -> Option<String> {
+    ) -> Option<Arc<str>> {
         let connections = self.lock();
         let connection = connections.by_birth.get(&session.created())?;
         let statement = statement.filter(|_| self.prepares.load(Ordering::Relaxed))?;
         let preparing = connection.prepared.get(&statement)?;
-        let name = || preparing.name(statement, &connections.owner);
-        preparing.is_prepared.then(name)
+        preparing.is_prepared.then(|| Arc::clone(&preparing.name))
     }
 
     /// Remembers that what was to be prepared is: its message was answered.
     fn prepared(&self, session: &Session, statement: PreparedName) {
-        if let Some(connection) = self.lock().by_birth.get_mut(&session.created()) {
-            connection
-                .prepared
-                .entry(statement)
-                .or_default()
-                .is_prepared = true;
+        if let Some(connection) = self.lock().by_birth.get_mut(&session.created())
+            && let Some(preparing) = connection.prepared.get_mut(&statement)
+        {
+            preparing.is_prepared = true;
         }
     }
 
@@ -142,7 +145,7 @@ impl ConnectionCache {
         let connection = Connection {
             server,
             learnt,
-            prepared: HashMap::new(),
+            prepared: BTreeMap::new(),
         };
         connections.by_birth.insert(session.created(), connection);
     }
@@ -160,8 +163,14 @@ impl ConnectionCache {
             self.prepared(session, statement);
         }
         if let Some(server) = server {
+            self.database.get_or_init(|| Arc::clone(&server.database));
             self.learn(session, pid, server);
         }
+    }
+
+    /// The database that all connections of the pool lead to, once one of them has said it.
+    pub(crate) fn database(&self) -> Option<&str> {
+        self.database.get().map(|database| &**database)
     }
 
     /// The server behind a connection.

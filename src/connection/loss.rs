@@ -4,11 +4,10 @@
 //! (`heartbeat.rs`).
 
 use std::fmt;
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-
-use tokio::sync::Notify;
 
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
@@ -54,11 +53,7 @@ pub(crate) struct LossSignal {
 }
 
 #[derive(Default)]
-struct Cell {
-    facts: Mutex<Facts>,
-    /// Tells who finds losses out that the first waits for one, or that there is nothing more to find out.
-    changed: Notify,
-}
+struct Cell(Mutex<Facts>);
 
 #[derive(Default)]
 struct Facts {
@@ -70,14 +65,14 @@ struct Facts {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     /// With the reason, as the detail of an error.
-    Lost(&'static str),
+    Lost(Option<&'static str>),
     Released,
 }
 
 impl Cell {
     fn facts(&self) -> MutexGuard<'_, Facts> {
         // Nothing that panics runs while it is locked.
-        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -89,9 +84,10 @@ impl LossSignal {
         }
     }
 
-    /// It is lost, if it was held until now. The reason becomes the detail of an error.
-    pub(crate) fn lose(&self, why: &'static str) {
-        self.end(End::Lost(why));
+    /// It is lost, if it was held until now. The reason becomes the detail of an error; none where its connection has simply
+    /// ended, which the error says anyway.
+    pub(crate) fn lose(&self, why: impl Into<Option<&'static str>>) {
+        self.end(End::Lost(why.into()));
     }
 
     /// It is given up by its holder, if it was held until now.
@@ -107,7 +103,6 @@ impl LossSignal {
         facts.ended = Some(end);
         let wakers = std::mem::take(&mut facts.wakers);
         drop(facts);
-        self.cell.changed.notify_one();
         for (_, waker) in wakers {
             waker.wake();
         }
@@ -128,13 +123,6 @@ impl LossSignal {
         !self.cell.facts().wakers.is_empty()
     }
 
-    /// Until the first [`Loss`] is awaited, or it has ended; now and then for no reason. For one task at a time.
-    ///
-    /// Cancel safety: may be dropped at any time.
-    pub(crate) async fn changed(&self) {
-        self.cell.changed.notified().await;
-    }
-
     /// The future of its loss.
     pub(crate) fn loss(&self) -> Loss {
         Loss {
@@ -143,11 +131,24 @@ impl LossSignal {
         }
     }
 
+    /// Runs work until it is lost.
+    ///
+    /// Cancel safety: as the work's own.
+    pub(crate) async fn run<F: Future>(&self, key: &LockKey, work: F) -> Result<F::Output, Error> {
+        let mut loss = pin!(self.loss());
+        let mut work = pin!(work);
+        let both = poll_fn(|cx| match loss.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(None),
+            Poll::Pending => work.as_mut().poll(cx).map(Some),
+        });
+        both.await.ok_or_else(|| self.error(key))
+    }
+
     /// The error of what needs the lock after its loss.
     pub(crate) fn error(&self, key: &LockKey) -> Error {
         let error = Error::new(ErrorKind::LockLost).with_key(key);
         match self.cell.facts().ended {
-            Some(End::Lost(why)) => error.with_detail(why),
+            Some(End::Lost(Some(why))) => error.with_detail(why),
             _ => error,
         }
     }
@@ -176,17 +177,17 @@ impl Future for Loss {
             wakers.find(|(of, _)| *of == place)
         });
         match known {
-            Some((_, waker)) => waker.clone_from(cx.waker()),
+            // The old one is dropped unlocked: with it may go a task that has such a future too.
+            Some((_, waker)) => {
+                let before = std::mem::replace(waker, cx.waker().clone());
+                drop(facts);
+                drop(before);
+            }
             None => {
                 let place = facts.next_place;
                 facts.next_place += 1;
                 facts.wakers.push((place, cx.waker().clone()));
                 this.place = Some(place);
-                let is_first = facts.wakers.len() == 1;
-                drop(facts);
-                if is_first {
-                    this.cell.changed.notify_one();
-                }
             }
         }
         Poll::Pending
@@ -232,8 +233,6 @@ impl fmt::Debug for LossSignal {
 
 #[cfg(test)]
 mod tests {
-    use std::pin::pin;
-
     use super::*;
 
     fn poll(loss: &mut Loss) -> Poll<()> {
@@ -270,13 +269,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_wakes_its_task() {
+    async fn it_wakes_its_task_and_ends_the_work() {
         let signal = LossSignal::new();
-        let waiting = tokio::spawn(signal.loss());
-        signal.changed().await;
-        assert!(signal.is_awaited());
+        let key = LockKey::from(7);
+        assert_eq!(signal.run(&key, async { 1 }).await.unwrap(), 1);
+        let (other, work) = (signal.clone(), std::future::pending::<()>());
+        let waiting = tokio::spawn(async move { other.run(&LockKey::from(7), work).await });
+        while !signal.is_awaited() {
+            tokio::task::yield_now().await;
+        }
         signal.lose("why");
-        waiting.await.unwrap();
+        let error = waiting.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::LockLost);
+        assert!(signal.run(&key, async { 1 }).await.is_err());
+        assert!(!signal.is_awaited());
     }
 
     #[test]

@@ -10,6 +10,9 @@ mod cancel;
 mod checkout;
 mod coarse_timeout;
 mod connection_cache;
+mod ending;
+mod heartbeat;
+mod hosts;
 mod loss;
 mod observer;
 mod own_backends;
@@ -25,6 +28,9 @@ pub(crate) mod task;
 mod tcp_timeouts;
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,20 +43,23 @@ use tokio_postgres::{SimpleQueryMessage, Statement};
 use crate::call_site::CallSite;
 use crate::connection::sql::server::Denied;
 use crate::error::{Failure, classify};
+use crate::meter;
 use crate::postgres::sql::Message;
-use crate::postgres::statement::{transaction_end, unlocks_all};
+use crate::postgres::statement::{idle_timeout_set_by, may_begin, transaction_end, unlocks_all};
 
 use self::sql::server;
 pub(crate) use cancel::Canceller;
 use cancel::SignalTarget;
 pub(crate) use checkout::Checkout;
+pub use ending::Connector;
+pub(crate) use heartbeat::HeartbeatOptions;
 pub use loss::Loss;
 pub(crate) use loss::LossSignal;
 pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
 };
-#[cfg(feature = "monitor")]
+#[cfg(any(feature = "monitor", feature = "schema"))]
 pub(crate) use own_backends::is_own_backend;
 pub(crate) use pool::{Asker, Connections, LONGEST_SILENCE};
 pub(crate) use queries::query_methods;
@@ -59,36 +68,71 @@ pub(crate) use server_capabilities::LockScope;
 pub(crate) use side_connection::{SideConfig, SideConnection};
 use silence::closed;
 pub(crate) use state::UntilClean;
-use state::{Clean, ConnectionState};
+use state::{Clean, ConnectionState, State};
 pub use tcp_timeouts::tcp_timeouts;
 
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
 
 /// One connection that this crate has taken from the pool. The module's docs say how it ends.
-pub(crate) struct Session {
+///
+/// Boxed, because sessions move through many futures.
+pub(crate) struct Session(Box<Inner>);
+
+/// What is in a [`Session`].
+pub(crate) struct Inner {
     // Invariant: `Some` until `return_to_pool` or `drop` takes it.
-    // Boxed, like what is rarely there, because sessions move through many futures.
-    object: Option<Box<Object>>,
-    connections: Arc<Connections>,
+    // Shared for as long as others reach the connection through the link.
+    object: Option<Arc<Object>>,
+    /// Through which others reach the connection.
+    link: Option<Arc<heartbeat::Link>>,
     runtime: Handle,
-    /// The pid the server itself gave, where it was asked. Behind a pooler it differs from the one of the protocol.
-    server_pid: Option<i32>,
+    canceller: Canceller,
     own_backend: Option<own_backends::OwnBackend>,
     /// What we named the backend, to recognize it by.
-    application_name: Option<String>,
-    /// What a signal to the backend may hit.
-    target: cancel::SharedSignalTarget,
-    state: ConnectionState,
+    application_name: Option<Arc<str>>,
+    state: Arc<ConnectionState>,
     /// Tells it from all other sessions of this process.
     id: u64,
     /// The transaction or the guard on it, where somebody observes it.
     observation: Option<Observation>,
     /// The server's error since which nothing has succeeded.
     failure: Mutex<Option<Box<DbError>>>,
+    /// How many there were.
+    failures: AtomicU64,
+}
+
+impl Deref for Session {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut Inner {
+        &mut self.0
+    }
 }
 
 impl Session {
+    fn new(object: Object, connections: Arc<Connections>, runtime: Handle, id: u64) -> Self {
+        Self(Box::new(Inner {
+            canceller: Canceller::new(object.cancel_token(), connections),
+            object: Some(Arc::new(object)),
+            link: None,
+            runtime,
+            own_backend: None,
+            application_name: None,
+            state: Arc::default(),
+            id,
+            observation: None,
+            failure: Mutex::new(None),
+            failures: AtomicU64::new(0),
+        }))
+    }
+
     /// The connection, for statements whose fate is not ours to know.
     pub(crate) fn untracked_client(&self) -> &Object {
         self.state.given_out();
@@ -153,22 +197,22 @@ impl Session {
         &mut self,
         pid: i32,
         xact_start: Option<i64>,
-        application_name: Option<&str>,
+        application_name: Option<&Arc<str>>,
     ) {
-        self.server_pid = Some(pid);
+        self.canceller.set_server_pid(pid);
         self.set_xact_start(xact_start);
         if let Some(observed) = self.observed() {
             observed.identify(pid);
         }
         self.own_backend = Some(own_backends::OwnBackend::of(pid));
-        self.application_name = application_name.map(str::to_owned);
+        self.application_name = application_name.cloned();
     }
 
     /// Notes when the transaction has begun, or that this is not known.
     pub(crate) fn set_xact_start(&self, xact_start: Option<i64>) {
         self.state.began_at(xact_start);
         // Where a signal is under way the connection never goes back, and is closed after it.
-        if let Ok(mut target) = self.target.try_lock() {
+        if let Ok(mut target) = self.canceller.target().try_lock() {
             *target = xact_start.map_or(SignalTarget::Backend, SignalTarget::Transaction);
         }
     }
@@ -197,38 +241,38 @@ impl Session {
 
     /// Where the connection comes from.
     pub(crate) fn connections(&self) -> &Arc<Connections> {
-        &self.connections
+        self.canceller.connections()
     }
 
     /// What its role may not read, as far as that is known.
     pub(crate) fn denied(&self) -> Denied {
-        let known = self.connections.cache().server(self);
+        let known = self.connections().cache().server(self);
         known.map_or_else(
-            || self.connections.capabilities().denied(),
+            || self.connections().capabilities().denied(),
             |server| server.denied,
         )
     }
 
     /// The backend's pid by its own word; `None` before it was asked.
     pub(crate) fn server_pid(&self) -> Option<i32> {
-        self.server_pid
+        self.canceller.server_pid()
     }
 
     /// The backend's pid as it was given at login. A pooler hands out one of its own there, so a backend that answers
     /// with another pid is behind one.
     pub(crate) fn login_pid(&self) -> Option<i32> {
-        cancel::login_pid(&self.client().cancel_token())
+        self.canceller.login_pid()
     }
 
     /// What cancels what runs on this session.
     pub(crate) fn canceller(&self) -> Canceller {
-        Canceller::of(self)
+        self.canceller.clone()
     }
 
     /// Cancels what runs on this session, in the background, and sees to it that the connection never goes back.
     pub(crate) fn cancel_in_background(&self) {
         self.state.cancelling();
-        let canceller = cancel::Canceller::of(self);
+        let canceller = self.canceller();
         drop(self.runtime.spawn(async move { canceller.cancel().await }));
     }
 
@@ -238,6 +282,11 @@ impl Session {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// How often the server has answered with an error of its own: tells one failure from another.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
     }
 
     /// When the pool opened the connection: what tells it from all others of the pool.
@@ -253,6 +302,33 @@ impl Session {
     /// Puts an error in the place of the last one, or nothing where it has been dealt with.
     pub(crate) fn remember_failure(&self, failure: Option<Box<DbError>>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+
+    /// Has the pool's connections prepare their cached statements again: one of them gives rows of another type than when
+    /// it was prepared, and would fail for ever.
+    fn forget_prepared(&self) {
+        tracing::debug!("a cached statement's result has changed, cached statements are forgotten");
+        self.connections().forget_prepared();
+        self.client().statement_cache.clear();
+    }
+
+    /// The same for this connection, where statements may have failed that are not known.
+    pub(crate) fn forget_prepared_if_untracked(&self) {
+        if self.state.is_untracked() {
+            self.client().statement_cache.clear();
+        }
+    }
+
+    /// For how long no statement has been under way, where that is known.
+    pub(crate) fn idle(&self) -> Option<Duration> {
+        self.state.idle()
+    }
+
+    /// Notes the transaction's `idle_in_transaction_session_timeout`, where it was set for it.
+    pub(crate) fn set_idle_timeout(&self, timeout: Option<Duration>) {
+        if let Some(timeout) = timeout {
+            self.state.idles_for(timeout);
+        }
     }
 
     /// Notes when a transaction has begun on a session that keeps its backend.
@@ -290,6 +366,7 @@ impl Session {
     /// What is sent in the place of a text that shows that it would take away what is on this connection: it fails, and
     /// says why.
     fn refusal(&self, text: &str) -> Option<Box<str>> {
+        self.set_idle_timeout(idle_timeout_set_by(text));
         match transaction_end(text) {
             Some(end) if self.state.is_in_transaction() => {
                 return Some(sql::refuse(&end, "transaction, which ends by itself").into());
@@ -302,6 +379,9 @@ impl Session {
         }
         if !self.state.holds_locks() {
             return None;
+        }
+        if !self.state.is_in_transaction() && may_begin(text) {
+            self.state.may_begin();
         }
         let unlocks = unlocks_all(text)?;
         Some(
@@ -317,6 +397,7 @@ impl Session {
     fn begin_tracked(&self) -> RunningStatement<'_> {
         RunningStatement {
             session: self,
+            idle: self.state.idle(),
             may_copy: self.state.is_untracked(),
             number: Some(self.state.sent()),
             pending: None,
@@ -325,16 +406,20 @@ impl Session {
     }
 
     fn note_end(&self, number: u64, error: Option<&tokio_postgres::Error>) {
-        self.connections.heard(error);
+        self.connections().heard(error);
         self.state.answered(number, error.is_some());
         let Some(error) = error else {
             return self.remember_failure(None);
         };
+        if classify(error) == Failure::StalePlan {
+            self.forget_prepared();
+        }
         // 25P02 only says that there was an error before: that one is kept.
         if classify(error) == Failure::Aborted && self.failure().is_some() {
             return;
         }
         if let Some(error) = error.as_db_error() {
+            self.failures.fetch_add(1, Ordering::Relaxed);
             self.remember_failure(Some(Box::new(error.clone())));
         }
     }
@@ -353,12 +438,12 @@ impl Session {
     ) -> Option<Observation> {
         let beginning = Beginning {
             call_site,
-            application_name: self.application_name.as_deref(),
+            application_name: self.application_name.as_ref(),
             lock_timeout,
             is_guard,
         };
-        let observation = Observation::begin(self.connections.observer()?, beginning);
-        if let Some(pid) = self.server_pid {
+        let observation = Observation::begin(self.connections().observer()?, beginning);
+        if let Some(pid) = self.server_pid() {
             observation.observed().identify(pid);
         }
         self.observation.replace(observation)
@@ -385,14 +470,15 @@ impl Session {
         wait: Duration,
     ) -> Result<Reply, tokio_postgres::Error> {
         let statement = self.begin_tracked();
-        let most = wait.saturating_add(self.connections.longest_silence());
-        statement.end(self.bounded(most, self.client().simple_query(sql)).await)
+        let most = wait.saturating_add(self.connections().longest_silence());
+        let answer = pin!(self.client().simple_query(sql));
+        statement.end(self.bounded(most, answer).await)
     }
 
     /// The error of a message that fails.
     async fn refused(&self, refusal: &str) -> tokio_postgres::Error {
-        let most = self.connections.longest_silence();
-        let sent = self.client().batch_execute(refusal);
+        let most = self.connections().longest_silence();
+        let sent = pin!(self.client().batch_execute(refusal));
         self.bounded(most, sent).await.err().unwrap_or_else(closed)
     }
 
@@ -420,7 +506,28 @@ impl Session {
     }
 
     fn give_back(&mut self, _: Clean) {
-        drop(self.object.take());
+        drop(self.take_object());
+    }
+
+    /// Why it does not go back to the pool, as a metric's label.
+    fn why_discarded(&self, is_closed: bool) -> &'static str {
+        match self.state.state() {
+            _ if self.is_lost() => "silent",
+            _ if is_closed => "ended",
+            State::Unknown => "cancelled",
+            State::Unanswered => "unanswered",
+            State::HoldsLocks => "holds_locks",
+            State::InTransaction => "in_transaction",
+            // Before anything is known to be on it: what was sent first has failed.
+            State::Clean => "failed",
+        }
+    }
+
+    /// The connection, which nobody else reaches any more.
+    fn take_object(&mut self) -> Option<Object> {
+        self.end_watch();
+        // Invariant: only the link has made other references, and it has ended.
+        self.object.take().and_then(Arc::into_inner)
     }
 }
 
@@ -430,6 +537,8 @@ impl Session {
 /// before the connection is closed.
 pub(crate) struct RunningStatement<'a> {
     session: &'a Session,
+    /// For how long the session was idle before.
+    idle: Option<Duration>,
     /// Whether the caller may be sending the rows of a COPY that was begun before.
     may_copy: bool,
     // `None` once it has ended.
@@ -441,17 +550,32 @@ pub(crate) struct RunningStatement<'a> {
 
 impl RunningStatement<'_> {
     /// Runs a statement of the caller, which may take as long as its backend is executing it.
+    ///
+    /// It is pinned by the caller, whose future would else have several times its size.
     pub(crate) async fn run<T>(
         self,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
     ) -> Result<T, tokio_postgres::Error> {
         let result = self.answered(answer).await;
+        let result = self.explained(result).await;
         self.end(result)
+    }
+
+    /// With the reason for which the server has closed the connection, where it has.
+    async fn explained<T>(
+        &self,
+        result: Result<T, tokio_postgres::Error>,
+    ) -> Result<T, tokio_postgres::Error> {
+        match result {
+            // Boxed, because it is rare and every statement's future would have its size.
+            Err(error) => Err(Box::pin(self.session.explained(error, self.idle)).await),
+            answered => answered,
+        }
     }
 
     async fn answered<T>(
         &self,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
     ) -> Result<T, tokio_postgres::Error> {
         if let Some(refusal) = &self.refusal {
             // Boxed, because it is rare and every statement's future would have its size.
@@ -478,9 +602,10 @@ impl RunningStatement<'_> {
     pub(crate) async fn prepare(
         mut self,
         sql: &str,
-        answer: impl Future<Output = Result<Statement, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<Statement, tokio_postgres::Error>>>,
     ) -> Result<Statement, tokio_postgres::Error> {
         let result = self.answered(answer).await;
+        let result = self.explained(result).await;
         if let Ok(statement) = &result
             && let Some(pending) = self.pending.take()
         {
@@ -502,27 +627,29 @@ impl Drop for RunningStatement<'_> {
 impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session")
-            .field("server_pid", &self.server_pid)
+            .field("server_pid", &self.server_pid())
             .finish_non_exhaustive()
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(object) = self.object.take() {
-            tracing::debug!(pid = self.server_pid, "connection discarded");
+        if let Some(object) = self.take_object() {
+            let reason = self.why_discarded(object.is_closed());
+            tracing::debug!(pid = self.server_pid(), reason, "connection discarded");
+            meter::discarded(reason);
             // Out of the pool, which may open another, and closed: the pool's wrapper ends its socket's task.
-            let client = Object::take(*object);
+            let client = Object::take(object);
             let close = |mut target: OwnedMutexGuard<SignalTarget>| {
                 if *target == SignalTarget::Backend {
                     *target = SignalTarget::Nothing;
                 }
                 drop(client);
             };
-            match Arc::clone(&self.target).try_lock_owned() {
+            match Arc::clone(self.canceller.target()).try_lock_owned() {
                 Ok(target) => close(target),
                 Err(_) => {
-                    let target = Arc::clone(&self.target);
+                    let target = Arc::clone(self.canceller.target());
                     let closing = async move { close(cancel::lock(&target).await) };
                     drop(self.runtime.spawn(closing));
                 }

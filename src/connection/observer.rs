@@ -33,7 +33,7 @@ pub(crate) trait Observer: Send + Sync + fmt::Debug {
 #[derive(Debug)]
 pub(crate) struct Beginning<'a> {
     pub(crate) call_site: Option<CallSite>,
-    pub(crate) application_name: Option<&'a str>,
+    pub(crate) application_name: Option<&'a Arc<str>>,
     /// What bounds each of its waits for a lock, where that is known.
     pub(crate) lock_timeout: Option<Duration>,
     /// Whether it is a session guard, which holds locks between its statements.

@@ -4,10 +4,10 @@
 //! A backend is known by its process id alone. On another server somebody else may have the same: then one is taken for
 //! owned that is not, and never the other way round.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-static REGISTER: LazyLock<Mutex<HashMap<i32, usize>>> = LazyLock::new(Mutex::default);
+static REGISTER: LazyLock<Mutex<BTreeMap<i32, usize>>> = LazyLock::new(Mutex::default);
 
 /// A backend that this process uses, until this is dropped.
 #[derive(Debug)]
@@ -35,12 +35,12 @@ impl Drop for OwnBackend {
 }
 
 /// Whether a guard, or a transaction, of this process has the backend.
-#[cfg(feature = "monitor")]
+#[cfg(any(feature = "monitor", feature = "schema"))]
 pub(crate) fn is_own_backend(pid: i32) -> bool {
     register().contains_key(&pid)
 }
 
-fn register() -> MutexGuard<'static, HashMap<i32, usize>> {
+fn register() -> MutexGuard<'static, BTreeMap<i32, usize>> {
     // Nothing that panics runs while it is locked.
     REGISTER.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,8 @@
 //! Where sessions come from: the application's pool, and the side connection.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Pool, PoolError, TimeoutType};
@@ -10,10 +10,10 @@ use tokio::runtime::Handle;
 
 use super::coarse_timeout::{CoarseTimeout, CoarseTimer};
 use super::connection_cache::ConnectionCache;
+use super::heartbeat::LossWatch;
 use super::server_capabilities::Capabilities;
 use super::side_connection::{Purpose, Turn};
-use super::state::ConnectionState;
-use super::{Observer, Reply, Session, SideConnection};
+use super::{HeartbeatOptions, Observer, Reply, Session, SideConnection};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "incidents")]
@@ -50,6 +50,8 @@ pub(crate) struct Connections {
     timeout: CoarseTimer,
     observer: Option<Arc<dyn Observer>>,
     longest_silence: Duration,
+    heartbeat: HeartbeatOptions,
+    loss_watch: LossWatch,
     /// Whether the pool may open one connection more at the moment.
     extended: AtomicBool,
     begun: Instant,
@@ -75,6 +77,7 @@ impl Connections {
         side: Option<SideConnection>,
         observer: Option<Arc<dyn Observer>>,
         longest_silence: Duration,
+        heartbeat: HeartbeatOptions,
     ) -> Arc<Self> {
         Arc::new(Self {
             pool,
@@ -84,6 +87,8 @@ impl Connections {
             timeout: CoarseTimer::default(),
             observer,
             longest_silence,
+            heartbeat,
+            loss_watch: LossWatch::default(),
             extended: AtomicBool::new(false),
             begun: Instant::now(),
             heard: AtomicU64::new(0),
@@ -115,6 +120,11 @@ impl Connections {
         &self.cache
     }
 
+    /// Has all connections of the pool prepare their cached statements again.
+    pub(super) fn forget_prepared(&self) {
+        self.pool.manager().statement_caches.clear();
+    }
+
     /// A message has ended: by the server's answer, unless its error is the driver's.
     pub(super) fn heard(&self, error: Option<&tokio_postgres::Error>) {
         if error.is_none_or(|error| error.as_db_error().is_some()) {
@@ -135,6 +145,16 @@ impl Connections {
     /// How long a server may be silent.
     pub(crate) fn longest_silence(&self) -> Duration {
         self.longest_silence
+    }
+
+    /// How often connections that hold session locks are asked whether they live.
+    pub(super) fn heartbeat(&self) -> HeartbeatOptions {
+        self.heartbeat
+    }
+
+    /// Who looks after those connections.
+    pub(super) fn loss_watch(&self) -> &LossWatch {
+        &self.loss_watch
     }
 
     /// Who is told of transactions and guards.
@@ -173,7 +193,8 @@ impl Connections {
     pub(crate) async fn check_out(self: &Arc<Self>, deadline: &Deadline) -> Result<Session, Error> {
         let runtime = Handle::try_current()
             .map_err(|error| Error::config("called outside a tokio runtime").with_source(error))?;
-        let mut getting = std::pin::pin!(self.pool.get());
+        // Boxed, because it is most of the size of whatever takes a connection.
+        let mut getting = Box::pin(self.pool.get());
         let mut got = deadline.bound(Duration::ZERO, &mut getting).await;
         let status = self.pool.status();
         let in_use = status.size.saturating_sub(status.available);
@@ -191,21 +212,13 @@ impl Connections {
                     ))
                     .with_waited(deadline.waited()));
             }
-            Some(Err(error)) => return Err(Error::from(error)),
+            Some(Err(error)) => {
+                let hosts = super::hosts::hosts(&self.pool);
+                return Err(Error::from(error).with_hosts(hosts));
+            }
         };
-        Ok(Session {
-            object: Some(Box::new(object)),
-            connections: Arc::clone(self),
-            runtime,
-            server_pid: None,
-            own_backend: None,
-            application_name: None,
-            target: super::cancel::SharedSignalTarget::default(),
-            state: ConnectionState::default(),
-            id: NEXT_SESSION.fetch_add(1, Ordering::Relaxed),
-            observation: None,
-            failure: Mutex::new(None),
-        })
+        let id = NEXT_SESSION.fetch_add(1, Ordering::Relaxed);
+        Ok(Session::new(object, Arc::clone(self), runtime, id))
     }
 
     /// Whether a side connection is configured.
@@ -469,7 +482,7 @@ impl Answered<'_> {
         match self {
             Self::Side(mut turn, most) => within(most, ON_SIDE, turn.ask(sql)).await?,
             Self::Pool(session) => {
-                let most = session.connections.patience();
+                let most = session.connections().patience();
                 ask_on(session, most, sql).await
             }
         }

@@ -14,6 +14,11 @@ macro_rules! query_methods {
         /// [`longest_silence`](crate::KeeperBuilder::longest_silence), and up to a second more. The streams of `query_raw`,
         /// `copy_in` and `copy_out` are the driver's own: a wait for their next row has no bound but the caller's.
         ///
+        /// If the server has closed the connection before, the statement ends with the server's reason where that is known (25P03,
+        /// 57P01, 57P05), and else with the driver's error for a closed connection: see [`Connector`](crate::Connector). After
+        /// 0A000 ("cached plan must not change result type") the pool's cached statements are forgotten:
+        /// [`prepare_cached`](Self::prepare_cached) prepares again.
+        ///
         /// A text is not sent where it shows that it ends this crate's transaction (`COMMIT`, `ROLLBACK`, `PREPARE
         /// TRANSACTION`) or releases a guard's session locks (`DISCARD ALL`, `pg_advisory_unlock_all()`). It fails with
         /// SQLSTATE 2D000, and so does the transaction
@@ -37,7 +42,9 @@ macro_rules! query_methods {
             {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
-                running.run(session.client().query(statement, params)).await
+                running
+                    .run(std::pin::pin!(session.client().query(statement, params)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::query_one`].
@@ -59,7 +66,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().query_one(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().query_one(statement, params)
+                    ))
                     .await
             }
 
@@ -82,7 +91,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().query_opt(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().query_opt(statement, params)
+                    ))
                     .await
             }
 
@@ -108,7 +119,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.untracked_client().query_raw(statement, params))
+                    .run(std::pin::pin!(
+                        session.untracked_client().query_raw(statement, params)
+                    ))
                     .await
             }
 
@@ -131,7 +144,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(statement));
                 running
-                    .run(session.client().query_typed(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().query_typed(statement, params)
+                    ))
                     .await
             }
 
@@ -154,7 +169,7 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().execute(statement, params))
+                    .run(std::pin::pin!(session.client().execute(statement, params)))
                     .await
             }
 
@@ -177,7 +192,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(statement));
                 running
-                    .run(session.client().execute_typed(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().execute_typed(statement, params)
+                    ))
                     .await
             }
 
@@ -203,7 +220,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.client().execute_raw(statement, params))
+                    .run(std::pin::pin!(
+                        session.client().execute_raw(statement, params)
+                    ))
                     .await
             }
 
@@ -218,7 +237,9 @@ macro_rules! query_methods {
             pub async fn batch_execute(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.run(session.client().batch_execute(sql)).await
+                running
+                    .run(std::pin::pin!(session.client().batch_execute(sql)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::simple_query`].
@@ -235,7 +256,9 @@ macro_rules! query_methods {
             ) -> Result<Vec<tokio_postgres::SimpleQueryMessage>, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.run(session.client().simple_query(sql)).await
+                running
+                    .run(std::pin::pin!(session.client().simple_query(sql)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::prepare`].
@@ -252,7 +275,9 @@ macro_rules! query_methods {
             ) -> Result<tokio_postgres::Statement, tokio_postgres::Error> {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
-                running.prepare(sql, session.client().prepare(sql)).await
+                running
+                    .prepare(sql, std::pin::pin!(session.client().prepare(sql)))
+                    .await
             }
 
             /// See [`tokio_postgres::Client::prepare_typed`].
@@ -271,7 +296,10 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
                 running
-                    .prepare(sql, session.client().prepare_typed(sql, types))
+                    .prepare(
+                        sql,
+                        std::pin::pin!(session.client().prepare_typed(sql, types)),
+                    )
                     .await
             }
 
@@ -291,7 +319,7 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
                 running
-                    .prepare(sql, session.client().prepare_cached(sql))
+                    .prepare(sql, std::pin::pin!(session.client().prepare_cached(sql)))
                     .await
             }
 
@@ -311,7 +339,10 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged($crate::connection::Sent::Text(sql));
                 running
-                    .prepare(sql, session.client().prepare_typed_cached(sql, types))
+                    .prepare(
+                        sql,
+                        std::pin::pin!(session.client().prepare_typed_cached(sql, types)),
+                    )
                     .await
             }
 
@@ -334,7 +365,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.untracked_client().copy_in(statement))
+                    .run(std::pin::pin!(
+                        session.untracked_client().copy_in(statement)
+                    ))
                     .await
             }
 
@@ -356,7 +389,9 @@ macro_rules! query_methods {
                 let session = self.session();
                 let running = session.begin_logged(statement.as_sent());
                 running
-                    .run(session.untracked_client().copy_out(statement))
+                    .run(std::pin::pin!(
+                        session.untracked_client().copy_out(statement)
+                    ))
                     .await
             }
 

@@ -137,13 +137,13 @@ impl Request {
                 }
                 return Some((session, answer));
             }
-            let silence = self.canceller.connections.longest_silence();
+            let silence = self.canceller.connections().longest_silence();
             let end = end.get_or_insert_with(|| Deadline::after(silence));
             if end.has_passed() {
                 self.lose();
                 return None;
             }
-            end.bound(Duration::ZERO, self.canceller.cancel()).await;
+            Box::pin(end.bound(Duration::ZERO, self.canceller.cancel())).await;
             timeout = CANCEL_AGAIN.min(end.remaining());
         }
     }
@@ -152,7 +152,7 @@ impl Request {
     ///
     /// Cancel safety: as [`Request`] itself.
     pub(crate) async fn answered(self) -> Option<Answer> {
-        let most = self.canceller.connections.longest_silence();
+        let most = self.canceller.connections().longest_silence();
         self.within(most).await
     }
 
@@ -173,13 +173,9 @@ impl Request {
     /// Cancel safety: as [`Request`] itself.
     #[cfg(feature = "schema")]
     pub(crate) async fn while_executing(mut self) -> Option<Answer> {
-        let Canceller {
-            connections,
-            server_pid,
-            ..
-        } = &self.canceller;
-        let sending = &mut self.sending;
-        let (runtime, pid, may_copy) = (&self.runtime, *server_pid, self.untracked);
+        let (canceller, sending) = (&self.canceller, &mut self.sending);
+        let (runtime, pid, may_copy) = (&self.runtime, canceller.server_pid(), self.untracked);
+        let connections = canceller.connections();
         let answer = while_executing(connections, runtime, pid, may_copy, sending).await;
         if answer.is_none() {
             self.lose();
@@ -199,7 +195,7 @@ impl Request {
         mut look_up: impl FnMut(),
     ) -> Option<Answer> {
         let (canceller, runtime, sending) = (&self.canceller, &self.runtime, &mut self.sending);
-        let (connections, pid) = (&canceller.connections, canceller.server_pid);
+        let (connections, pid) = (canceller.connections(), canceller.server_pid());
         let executing = while_executing(connections, runtime, pid, false, sending);
         // Boxed, because it is rare to wait.
         let mut executing = Box::pin(executing);
@@ -214,7 +210,7 @@ impl Request {
     }
 
     async fn wait(&mut self, most: Duration) -> Option<Answer> {
-        let connections = &self.canceller.connections;
+        let connections = self.canceller.connections();
         connections
             .bound(&self.runtime, most, &mut self.sending)
             .await
@@ -234,7 +230,7 @@ impl Request {
     pub(super) fn new(session: Session, message: Message, undo: OnAbandon) -> Self {
         let unanswered = session.state.is_unanswered();
         let untracked = session.state.is_untracked();
-        let canceller = Canceller::of(&session);
+        let canceller = session.canceller();
         // Behind a pooler the end of the transaction is not sent before the statements in it have ended: they are
         // cancelled, and it would free the backend for another client just then.
         let ends = matches!(undo, OnAbandon::Finish) && !session.state.holds_locks();
@@ -252,7 +248,7 @@ impl Request {
             timeout: if untracked {
                 ANSWER_TIMEOUT_UNTRACKED
             } else {
-                session.connections.longest_silence()
+                session.connections().longest_silence()
             },
             behind_unanswered: unanswered,
             sending: Sending {
@@ -262,13 +258,13 @@ impl Request {
                         drop(session.client().simple_query(PROBE).await);
                     }
                     if ends {
-                        let mut target = lock(&session.target).await;
+                        let mut target = lock(session.canceller.target()).await;
                         if separately || !(unanswered || untracked) {
                             *target = SignalTarget::Nothing;
                         }
                     }
                     let answer = answer(&session, &message).await;
-                    session.connections.heard(answer.as_ref().err());
+                    session.connections().heard(answer.as_ref().err());
                     // Answers come in order: with this one all earlier statements have ended.
                     session.state.all_answered();
                     (session, answer)
@@ -390,7 +386,7 @@ async fn drive_abandoned(
         OnAbandon::Finish => None,
         OnAbandon::Then(text) => Some(text),
     };
-    let connections = &canceller.canceller.connections;
+    let connections = canceller.canceller.connections().clone();
     let answered = connections.bound(&Handle::current(), timeout, &mut answering);
     let Some((session, answer)) = answered.await else {
         canceller.armed = true;

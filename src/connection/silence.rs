@@ -28,13 +28,12 @@ impl Session {
     pub(super) async fn bounded<T>(
         &self,
         most: Duration,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
     ) -> Result<T, tokio_postgres::Error> {
         if self.is_lost() {
             return Err(closed());
         }
-        let answer = pin!(answer);
-        match self.connections.bound(&self.runtime, most, answer).await {
+        match self.connections().bound(&self.runtime, most, answer).await {
             Some(answer) => answer,
             None => {
                 self.lose("no answer to a message");
@@ -46,14 +45,13 @@ impl Session {
     /// The answer to a statement of the caller, which may take as long as its backend is executing it.
     pub(super) async fn while_executing<T>(
         &self,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+        answer: Pin<&mut impl Future<Output = Result<T, tokio_postgres::Error>>>,
         may_copy: bool,
     ) -> Result<T, tokio_postgres::Error> {
         if self.is_lost() {
             return Err(closed());
         }
-        let answer = pin!(answer);
-        let (connections, runtime) = (&self.connections, &self.runtime);
+        let (connections, runtime) = (self.connections(), &self.runtime);
         let pid = self.server_pid();
         match while_executing(connections, runtime, pid, may_copy, answer).await {
             Some(answer) => answer,
@@ -70,7 +68,7 @@ impl Session {
     pub(super) fn lose(&self, why: &'static str) {
         tracing::warn!(
             pid = self.server_pid(),
-            silence = ?self.connections.longest_silence(),
+            silence = ?self.connections().longest_silence(),
             "connection lost: {why}"
         );
         self.state.lost();

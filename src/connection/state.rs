@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What is on a connection. Where several are true, the last of them counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,10 +50,16 @@ struct Facts {
     lost: bool,
     /// The caller had the bare client, or a stream of rows: there may be statements we do not know of.
     untracked: bool,
+    /// The caller may have begun a transaction of their own.
+    may_have_begun: bool,
     /// Somebody has run something on it, beyond what takes and returns its locks.
     used: bool,
     /// A statement has failed at some time, or its end is not known.
     failed_or_unknown: bool,
+    /// When the server last answered a statement.
+    answered: Option<Instant>,
+    /// The transaction's `idle_in_transaction_session_timeout`, where it was set for it.
+    idle_timeout: Option<Duration>,
     until_clean: Option<UntilClean>,
 }
 
@@ -80,7 +87,14 @@ impl Facts {
 impl ConnectionState {
     /// A transaction has begun.
     pub(super) fn began(&self) {
-        self.facts().in_transaction = true;
+        let mut facts = self.facts();
+        facts.in_transaction = true;
+        facts.answered = Some(Instant::now());
+    }
+
+    /// It was given this `idle_in_transaction_session_timeout`.
+    pub(super) fn idles_for(&self, timeout: Duration) {
+        self.facts().idle_timeout = Some(timeout);
     }
 
     /// It began at this time, where that is known.
@@ -90,7 +104,10 @@ impl ConnectionState {
 
     /// The server has answered that the transaction has ended.
     pub(super) fn ended(&self) {
-        self.end(|facts| facts.in_transaction = false);
+        self.end(|facts| {
+            facts.in_transaction = false;
+            facts.idle_timeout = None;
+        });
     }
 
     /// A guard has session locks on it.
@@ -130,6 +147,7 @@ impl ConnectionState {
     pub(super) fn answered(&self, number: u64, failed: bool) {
         let mut facts = self.facts();
         facts.running -= 1;
+        facts.answered = Some(Instant::now());
         facts.failed_or_unknown |= failed;
         facts.dropped_before = facts.dropped_before.filter(|before| number < *before);
     }
@@ -159,6 +177,11 @@ impl ConnectionState {
     /// A statement has failed, or nobody will see whether it does.
     pub(super) fn failed(&self) {
         self.facts().failed_or_unknown = true;
+    }
+
+    /// The caller may have begun a transaction of their own.
+    pub(super) fn may_begin(&self) {
+        self.facts().may_have_begun = true;
     }
 
     /// A cancel is on its way that may hit any later statement.
@@ -202,6 +225,20 @@ impl ConnectionState {
         own.is_some() && xact_start.is_some() && own != xact_start
     }
 
+    /// For how long no statement has been under way; `None` where one is, or that is not known.
+    pub(super) fn idle(&self) -> Option<Duration> {
+        let facts = self.facts();
+        let is_known = !facts.untracked && !facts.is_unanswered();
+        facts
+            .answered
+            .filter(|_| is_known)
+            .map(|answered| answered.elapsed())
+    }
+
+    pub(super) fn idle_timeout(&self) -> Option<Duration> {
+        self.facts().idle_timeout
+    }
+
     pub(super) fn is_in_transaction(&self) -> bool {
         self.facts().in_transaction
     }
@@ -209,6 +246,27 @@ impl ConnectionState {
     /// Whether a guard has session locks on it.
     pub(super) fn holds_locks(&self) -> bool {
         self.facts().session_locks
+    }
+
+    /// Whether the caller may have a transaction open that we do not know of.
+    pub(super) fn may_be_in_transaction(&self) -> bool {
+        let facts = self.facts();
+        facts.may_have_begun || facts.untracked
+    }
+
+    /// How many statements of the caller have been sent.
+    pub(super) fn statements(&self) -> u64 {
+        self.facts().next_number
+    }
+
+    /// Sends something on a connection with session locks, unless there is a transaction or a statement under way, or
+    /// another statement has been sent since there were so many. A statement of the caller is sent either before or after.
+    pub(super) fn if_idle<T>(&self, statements: u64, send: impl FnOnce() -> T) -> Option<T> {
+        let facts = self.facts();
+        let is_idle = facts.state() == State::HoldsLocks
+            && !facts.in_transaction
+            && facts.next_number == statements;
+        is_idle.then(send)
     }
 
     pub(super) fn was_used(&self) -> bool {

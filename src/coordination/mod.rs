@@ -37,7 +37,7 @@ use crate::transaction::sql::Begin;
 #[derive(Clone, Debug)]
 pub(crate) struct Coordination {
     pub(crate) advisory: Arc<Advisory>,
-    pub(crate) application_name: String,
+    pub(crate) application_name: Arc<str>,
     pub(crate) call_site: Option<CallSite>,
     pub(crate) lock_wait: Duration,
     pub(crate) lines: Arc<Lines>,
@@ -51,7 +51,7 @@ impl Coordination {
     /// What every transaction here begins with, whatever the session's defaults are: a statement sees what was committed
     /// before it, and may write.
     fn begin(&self) -> Begin {
-        plain().begin(Some(self.application_name.clone()))
+        plain().begin(Some(Arc::clone(&self.application_name)))
     }
 
     fn describe(&self, key: LockKey, wait: Duration) -> LockDescription {

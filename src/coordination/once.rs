@@ -240,6 +240,10 @@ impl Open for OpenOnce {
             claimed.map(|_| None).map_err(|error| self.explain(error))
         })
     }
+
+    fn operation(&self) -> &'static str {
+        "once"
+    }
 }
 
 impl OpenOnce {

@@ -160,7 +160,8 @@ impl Backend {
         /// When the open transaction began, to the microsecond, or when the transaction was prepared.
         transaction_start: Option<SystemTime>;
 
-        /// The backend's `application_name`, which contains the call site if the session uses this crate.
+        /// The backend's `application_name`, which contains the call site if the session uses this crate. A worker of a
+        /// subscription has none, and is named by it: `subscription orders`.
         text application_name;
 
         /// The role that the backend is logged in as, or that prepared the transaction.
@@ -195,6 +196,14 @@ impl Backend {
 
         /// The event that it waits for, as PostgreSQL names it (`transactionid`, `ClientRead`, …).
         text wait_event;
+    }
+
+    /// The [`statement`](Self::statement), unless it is idle since one that this crate sent of its own accord: that is not what
+    /// the application ran last.
+    pub(crate) fn shown_statement(&self) -> Option<&str> {
+        let is_active = self.state() == Some("active");
+        self.statement()
+            .filter(|text| is_active || !statement::is_own(text))
     }
 
     /// The text of the statement as the client sent it, with all literals: the running one, or the last one if the backend

@@ -190,7 +190,7 @@ fn diagram_node(node: &TreeNode<'_>, at: usize) -> Node {
         lines.push(TextLine::new(wait(edge)));
         lines.push(TextLine::keeping_end(object(edge)));
     }
-    if let Some(statement) = backend.statement() {
+    if let Some(statement) = backend.shown_statement() {
         lines.push(TextLine::new(redact(statement)));
     }
     Node {
@@ -284,7 +284,7 @@ fn cells(node: &TreeNode<'_>) -> Vec<HtmlCell> {
     if node.blocked_count() > 0 {
         session.push(format!("blocks {}", node.blocked_count()));
     }
-    let statement = match backend.statement() {
+    let statement = match backend.shown_statement() {
         Some(statement) => shortened(&redact(statement), MAX_STATEMENT).into_owned(),
         None if backend.is_hidden() => "hidden from this role".to_owned(),
         None => String::new(),

@@ -49,7 +49,7 @@ impl Serialize for Backend {
         document.serialize_field("connection_age_ms", &self.connection_age().map(millis))?;
         document.serialize_field("wait_event_type", &self.wait_event_type())?;
         document.serialize_field("wait_event", &self.wait_event())?;
-        document.serialize_field("statement", &self.statement().map(redact))?;
+        document.serialize_field("statement", &self.shown_statement().map(redact))?;
         document.serialize_field("query_id", &self.query_id().map(|id| id.to_string()))?;
         document.serialize_field("leader_pid", &self.leader_pid())?;
         document.end()

@@ -234,7 +234,7 @@ impl TreeNode<'_> {
             Some("active") => "runs",
             _ => "last ran",
         };
-        match backend.statement() {
+        match backend.shown_statement() {
             Some(statement) if verbatim => {
                 writeln!(f, "{prefix}{verb}: {}", one_line(statement))
             }

@@ -45,7 +45,10 @@ const ACTIVITY_CTE: &str = "a AS MATERIALIZED (SELECT a.* FROM pg_catalog.pg_sta
 
 /// The columns that describe a backend, from `a`.
 pub(crate) const BACKEND_COLUMNS: &str = concat!(
-    "a.pid AS who, a.application_name, a.usename, a.datname, pg_catalog.host(a.client_addr) AS client, a.backend_type, \
+    "a.pid AS who, CASE WHEN pg_catalog.texteq(a.application_name, '') \
+     AND pg_catalog.starts_with(a.backend_type, 'logical replication') THEN COALESCE((SELECT \
+     pg_catalog.concat('subscription ', s.subname) FROM pg_catalog.pg_stat_subscription AS s \
+     WHERE s.pid OPERATOR(pg_catalog.=) a.pid LIMIT 1), '') ELSE a.application_name END AS application_name, a.usename, a.datname, pg_catalog.host(a.client_addr) AS client, a.backend_type, \
      a.state, a.wait_event_type, a.wait_event, a.query, a.query_id, a.leader_pid, ",
     micros!("a.backend_start"),
     " AS backend_start, ",
@@ -69,7 +72,7 @@ const LOCKS_JOIN: &str = concat!(
     "SELECT x.*, who.* FROM (SELECT x.locktype, x.relation, x.page, x.tuple, x.virtualxid, x.transactionid, x.classid, \
      x.objid, x.objsubid, x.pid, x.mode, x.granted, x.blockers, ",
     micros!("x.waitstart"),
-    " AS waitstart, n.nspname, c.relname, c.relkind, \
+    " AS waitstart, n.nspname, c.relname, c.relkind, y.typname, yn.nspname AS typnspname, \
      CASE WHEN NOT pg_catalog.nameeq(d.datname, pg_catalog.current_database()) THEN d.datname END AS elsewhere, \
      p.gid, p.owner, p.database AS prepared_in, ",
     micros!("p.prepared"),
@@ -80,7 +83,11 @@ const LOCKS_JOIN: &str = concat!(
      WHEN pg_catalog.texteq(x.locktype, 'object') THEN x.classid \
      WHEN pg_catalog.oideq(x.database, '0'::pg_catalog.oid) \
      OR pg_catalog.nameeq(d.datname, pg_catalog.current_database()) THEN x.relation END) \
-     LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace) AS x \
+     LEFT JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+     LEFT JOIN pg_catalog.pg_type AS y ON y.oid OPERATOR(pg_catalog.=) (CASE \
+     WHEN pg_catalog.texteq(x.locktype, 'object') AND pg_catalog.oideq(x.classid, '1247'::pg_catalog.oid) \
+     AND pg_catalog.nameeq(d.datname, pg_catalog.current_database()) THEN x.objid END) \
+     LEFT JOIN pg_catalog.pg_namespace AS yn ON yn.oid OPERATOR(pg_catalog.=) y.typnamespace) AS x \
      FULL JOIN (SELECT "
 );
 
@@ -317,6 +324,7 @@ fn locked_object(row: &Columns<'_>, name_key: &dyn Fn(LockKey) -> LockKey) -> Op
             oid: row.parsed("objid")?,
             column: row.parsed("objsubid").unwrap_or(0),
             database: row.text("elsewhere"),
+            name: row.text("typnspname").zip(row.text("typname")),
         }),
         "advisory" => {
             let (classid, objid) = (row.parsed("classid")?, row.parsed("objid")?);

@@ -274,10 +274,8 @@ fn arrow(edge: &IncidentEdge, waiter: usize, blocker: usize) -> Arrow {
 }
 
 fn name(participant: &Participant) -> String {
-    match participant.id() {
-        Some(id) => id.to_string(),
-        None => "the victim".to_owned(),
-    }
+    // The diagnosis calls it by its letter.
+    format!("{}: {}", participant.letter(), wording::id(participant))
 }
 
 fn state(participant: &Participant) -> Option<String> {
@@ -379,7 +377,7 @@ mod tests {
             "on row id = 2 of public.account",
             "pid 12 held ExclusiveLock",
             "To do: Lock the rows of public.account in one order",
-            "<summary>The transaction of pid 12 (src/refund.rs:17) until then</summary>",
+            "<summary>The transaction of B until then</summary>",
             "while updating tuple (0,2) in relation &quot;account&quot;",
             "The whole cycle was seen 960ms after the victim&#39;s statement began.",
         ] {
@@ -420,7 +418,11 @@ mod tests {
             .collect();
         assert_eq!(
             parents,
-            [("pid 23", None), ("pid 22", Some(0)), ("pid 21", Some(1))]
+            [
+                ("C: pid 23", None),
+                ("B: pid 22", Some(0)),
+                ("A: pid 21", Some(1))
+            ]
         );
         assert_eq!(diagram.nodes[0].style, NodeStyle::Root);
         assert_eq!(diagram.nodes[2].badge.as_deref(), Some("victim"));

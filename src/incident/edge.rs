@@ -27,6 +27,8 @@ pub struct IncidentEdge {
     pub(super) in_cycle: bool,
     /// The row according to the error's CONTEXT, if no sample shows it.
     pub(super) context: Option<Arc<RowContext>>,
+    /// The relation of that row, if it could be found.
+    pub(super) context_relation: Option<Relation>,
 }
 
 impl IncidentEdge {
@@ -44,6 +46,7 @@ impl IncidentEdge {
             wait_age: edge.wait_age(),
             in_cycle: false,
             context: None,
+            context_relation: None,
         }
     }
 
@@ -65,6 +68,7 @@ impl IncidentEdge {
             wait_age: None,
             in_cycle: false,
             context: None,
+            context_relation: None,
         }
     }
 

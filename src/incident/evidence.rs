@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::call_site::CallSite;
-use crate::graph::{RowId, Snapshot};
+use crate::graph::{Relation, RowId, Snapshot};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::statement;
@@ -39,6 +39,10 @@ pub(crate) struct Evidence {
     pub(crate) error: Option<ServerError>,
     /// In chronological order.
     pub(crate) samples: Vec<WaitSample>,
+    /// Names of relations that the error's DETAIL has only the oids of.
+    pub(crate) relations: Vec<Relation>,
+    /// The row in the error's CONTEXT, by its key.
+    pub(crate) context_row: Option<(Relation, RowKey)>,
     /// Other transactions of this process whose pid is in a sample or in the DETAIL.
     pub(crate) others: Vec<Journal>,
     /// What could not be found out, and why: one sentence each, without a full stop.

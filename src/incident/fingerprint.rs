@@ -251,7 +251,8 @@ mod tests {
         for (at, part) in parts.iter().enumerate() {
             let waiter = accident.pids[at];
             let blocker = accident.pids[(at + 1) % parts.len()];
-            let name = call_site::application_name(accident.prefix, Some(&part.site));
+            let name =
+                call_site::ApplicationNames::new(accident.prefix.to_owned()).of(Some(&part.site));
             server = server.session(waiter, &name, "active", &sql(part, accident));
             let number = u16::try_from(at).expect("a small number");
             server = match part.what {

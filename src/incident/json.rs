@@ -21,6 +21,7 @@ impl Serialize for Incident {
             Outcome::GaveUp => ("gave_up", None),
             Outcome::NotRetried => ("not_retried", None),
             Outcome::StillWaiting => ("still_waiting", None),
+            Outcome::CaughtBySavepoint => ("caught_by_savepoint", None),
         };
         let quality = match self.completeness() {
             Completeness::Complete => "complete",
@@ -93,7 +94,8 @@ impl Serialize for ParticipantJson<'_> {
         let query_id = participant.query_id().map(|id| id.to_string());
         let group = participant.conflict_group().map(LockKeyJson::new);
         let journal: Vec<_> = participant.journal().iter().map(LineJson).collect();
-        let mut document = serializer.serialize_struct("Participant", 23)?;
+        let mut document = serializer.serialize_struct("Participant", 24)?;
+        document.serialize_field("letter", participant.letter())?;
         document.serialize_field("pid", &participant.pid())?;
         document.serialize_field("prepared", &prepared)?;
         document.serialize_field("backend_start", &backend_start)?;
@@ -226,8 +228,8 @@ mod tests {
   "diagnosis": {
     "cause": "order_inversion",
     "certain": true,
-    "text": "The same locks were taken in different orders: pid 11 (src/transfer.rs:41) held row id = 1 of public.account and wanted row id = 2 of public.account; pid 12 (src/refund.rs:17) held row id = 2 of public.account and wanted row id = 1 of public.account.",
-    "fix": "Lock the rows of public.account in one order in every transaction, that of id, before the first of them is written: SELECT … ORDER BY id FOR NO KEY UPDATE."
+    "text": "The same locks were taken in different orders: A held row id = 1 of public.account and wanted row id = 2 of public.account; B held row id = 2 of public.account and wanted row id = 1 of public.account.",
+    "fix": "Lock the rows of public.account in one order in every transaction, that of id, before the first of them is written: tx.lock_rows(\"public.account\", \"id\", ids), or SELECT … ORDER BY id FOR NO KEY UPDATE."
   },
   "quality": "complete",
   "captured_after_ms": 960.0,
@@ -240,6 +242,7 @@ mod tests {
   },
   "participants": [
     {
+      "letter": "A",
       "pid": 11,
       "prepared": null,
       "backend_start": "2026-01-31T12:33:56.000000Z",
@@ -282,6 +285,7 @@ mod tests {
       ]
     },
     {
+      "letter": "B",
       "pid": 12,
       "prepared": null,
       "backend_start": "2026-01-31T12:33:56.000000Z",

@@ -100,7 +100,7 @@ impl Error {
 /// | `fingerprint` | 16 hexadecimal digits: [`Fingerprint`] |
 /// | `occurred`, `first_seen`, `last_seen`, `previously_seen`, `count` | when, and how often with this fingerprint |
 /// | `attempt`, `attempts` | which attempt of the transaction, of how many |
-/// | `outcome`, `pause_ms` | `retried` after that pause, `gave_up`, `not_retried`, `still_waiting` |
+/// | `outcome`, `pause_ms` | `retried` after that pause, `gave_up`, `not_retried`, `still_waiting`, `caught_by_savepoint` |
 /// | `diagnosis` | `cause` ([`Cause::as_str`]), `certain`, `text`, `fix` |
 /// | `quality`, `captured_after_ms` | `complete`, `partial`, `detail_only`, `nothing`; when it was sampled, since the victim's statement began |
 /// | `missing` | what is unknown and why, an array of sentences |
@@ -112,6 +112,7 @@ impl Error {
 ///
 /// | field | what it is |
 /// |---|---|
+/// | `letter` | what `text` calls it: `A`, `B`, … |
 /// | `pid`, `prepared`, `backend_start` | the process id, or a prepared transaction's global identifier |
 /// | `call_site`, `application_name`, `user`, `database`, `client`, `backend_type` | the session |
 /// | `state`, `in_state_ms`, `transaction_age_ms`, `wait_age_ms` | its state when it was sampled, and for how long |
@@ -168,7 +169,8 @@ pub enum IncidentKind {
     Deadlock,
     /// A wait cycle that ended by a lock timeout, or was observed, before the server's deadlock check ran.
     HiddenDeadlock,
-    /// A lock was not granted before the timeout.
+    /// A lock was not granted before a timeout: `lock_timeout`, or `statement_timeout` while the session waited (SQLSTATE
+    /// 57014). A wait that another session cancelled is one too.
     LockTimeout,
     /// A lock wait that has lasted long and continues.
     LongWait,
@@ -190,6 +192,8 @@ pub enum Outcome {
     NotRetried,
     /// It is still waiting.
     StillWaiting,
+    /// A savepoint caught the failure, and the transaction continued.
+    CaughtBySavepoint,
 }
 
 /// How much of an incident was observed.

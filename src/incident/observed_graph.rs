@@ -75,7 +75,7 @@ impl ObservedGraph {
             observed.edges = detail;
             observed.completeness = Completeness::DetailOnly;
         }
-        observed.describe(&evidence.samples, message, &names);
+        observed.describe(evidence, message, &names);
         observed
     }
 
@@ -144,7 +144,8 @@ impl ObservedGraph {
         }
     }
 
-    fn describe(&mut self, samples: &[WaitSample], message: &ServerMessage, names: &Names<'_>) {
+    fn describe(&mut self, evidence: &Evidence, message: &ServerMessage, names: &Names<'_>) {
+        let samples = &evidence.samples[..];
         // The sample that the edges are from comes first, then the later ones.
         let best = self.sample.and_then(|at| samples.get(at));
         let keys = best.into_iter().chain(samples.iter().rev());
@@ -163,6 +164,10 @@ impl ObservedGraph {
                 edge.row.is_none() && matches!(edge.object, LockObject::Transaction(_));
             if Some(&edge.waiter) == self.victim.as_ref() && is_unknown_row {
                 edge.context.clone_from(&message.row);
+                if let (Some(_), Some((relation, key))) = (&edge.context, &evidence.context_row) {
+                    edge.context_relation = Some(relation.clone());
+                    edge.row_key = Some(key.clone());
+                }
             }
         }
     }
@@ -264,6 +269,8 @@ impl<'a> Names<'a> {
             leaders: HashMap::new(),
             keys: Vec::new(),
         };
+        let asked = evidence.relations.iter();
+        names.relations = asked.map(|relation| (relation.oid, relation)).collect();
         for sample in &evidence.samples {
             for edge in sample.snapshot.edges() {
                 let of_row = edge.row().map(RowId::relation);

@@ -18,6 +18,7 @@ use super::{Evidence, IncidentEdge, Journal, JournalLine, WaitSample};
 /// A value is `None` if it is unknown, or hidden from the querying role.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Participant {
+    pub(super) letter: Arc<str>,
     pub(super) id: Option<BackendId>,
     pub(super) backend_start: Option<SystemTime>,
     pub(super) call_site: Option<Arc<str>>,
@@ -53,6 +54,12 @@ impl Participant {
     #[must_use]
     pub fn id(&self) -> Option<&BackendId> {
         self.id.as_ref()
+    }
+
+    /// What the report calls it: `A` for the victim, then `B` and so on.
+    #[must_use]
+    pub fn letter(&self) -> &str {
+        &self.letter
     }
 
     /// The process id; also `None` for a prepared transaction.
@@ -144,8 +151,20 @@ pub(super) fn participants(
     }
     let numbered = ids.into_iter().enumerate();
     numbered
-        .map(|(at, id)| participant(evidence, observed, redaction, id, at == 0))
+        .map(|(at, id)| participant(evidence, observed, redaction, id, at))
         .collect()
+}
+
+/// `A` to `Z`, then `AA` and so on.
+fn letter(at: usize) -> String {
+    let mut letters = Vec::new();
+    let mut left = at + 1;
+    while left > 0 {
+        let digit = (left - 1) % 26;
+        letters.push((b'A'..=b'Z').nth(digit).map_or('A', char::from));
+        left = (left - 1) / 26;
+    }
+    letters.iter().rev().collect()
 }
 
 fn participant(
@@ -153,8 +172,9 @@ fn participant(
     observed: &ObservedGraph,
     redaction: Redaction,
     id: Option<BackendId>,
-    is_victim: bool,
+    at: usize,
 ) -> Participant {
+    let is_victim = at == 0;
     let sampled = id.as_ref().and_then(|id| sampled(evidence, observed, id));
     let backend = sampled.map(|(_, backend)| backend);
     let waits_for = |edge: &&IncidentEdge| Some(&edge.waiter) == id.as_ref();
@@ -191,7 +211,8 @@ fn participant(
         waited.or(on_server)
     } else {
         let last = reading.as_ref().and_then(JournalReader::last);
-        on_server.or(last)
+        let shown = backend.and_then(Backend::shown_statement);
+        shown.or(last)
     };
     let name = backend.and_then(Backend::application_name).map(Arc::from);
     let name = name.or_else(|| journal?.application_name.clone());
@@ -201,7 +222,7 @@ fn participant(
     };
     let site_key = match journal {
         Some(journal) => journal.call_site.map(|site| {
-            let name = call_site::application_name("", Some(&site));
+            let name = call_site::ApplicationNames::new(String::new()).of(Some(&site));
             Arc::from(without_folders(&name))
         }),
         None => call_site.as_deref().map(without_folders).map(Arc::from),
@@ -210,6 +231,7 @@ fn participant(
     let journal_age =
         journal.and_then(|journal| evidence.occurred.duration_since(journal.began).ok());
     Participant {
+        letter: letter(at).into(),
         backend_start: backend.and_then(Backend::backend_start),
         call_site,
         site_key,
@@ -277,4 +299,15 @@ fn journal<'a>(
 /// The file name and line: the path may have been cut at its beginning.
 fn without_folders(site: &str) -> &str {
     site.rsplit('/').next().unwrap_or(site)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::letter;
+
+    #[test]
+    fn letters_go_on_after_z() {
+        let letters: Vec<_> = [0, 25, 26, 51, 52, 701, 702].map(letter).to_vec();
+        assert_eq!(letters, ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]);
+    }
 }

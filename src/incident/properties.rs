@@ -222,6 +222,8 @@ fn any_evidence(
                 samples,
                 others,
                 outcome: Outcome::NotRetried,
+                relations: Vec::new(),
+                context_row: None,
                 ..evidence(trigger)
             },
         )

@@ -195,6 +195,8 @@ pub(super) fn evidence(trigger: IncidentTrigger) -> Evidence {
         outcome: Outcome::retried(ms(12)),
         error: None,
         samples: Vec::new(),
+        relations: Vec::new(),
+        context_row: None,
         others: Vec::new(),
         caveats: Vec::new(),
         literals: false,

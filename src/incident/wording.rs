@@ -18,16 +18,69 @@ pub(super) fn call_site(participant: &Participant) -> Option<String> {
     participant.call_site().or(name).map(printable)
 }
 
-/// `pid 4711 (src/pay.rs:42)`
+/// `A`: what a session is called within one report.
 pub(super) fn name(participant: &Participant) -> String {
-    let id = match &participant.id {
+    participant.letter().to_owned()
+}
+
+/// `src/pay.rs:42`, or `pid 4711`: what a session is called on its own.
+pub(super) fn site_or_id(participant: &Participant) -> String {
+    call_site(participant).unwrap_or_else(|| id(participant))
+}
+
+/// `pid 4711`
+pub(super) fn id(participant: &Participant) -> String {
+    match &participant.id {
         Some(id) => printable(&id.to_string()),
         None => "the victim".to_owned(),
-    };
+    }
+}
+
+/// `pid 4711 (src/pay.rs:42)`
+pub(super) fn full_name(participant: &Participant) -> String {
+    let id = id(participant);
     match call_site(participant) {
         Some(call_site) => format!("{id} ({call_site})"),
         None => id,
     }
+}
+
+/// `a, b and c`, with `two transactions of a` for names that are there more than once.
+pub(super) fn counted(names: &[String]) -> String {
+    let mut counts: Vec<(&String, usize)> = Vec::new();
+    for name in names {
+        match counts.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((name, 1)),
+        }
+    }
+    let counts = counts.into_iter().map(|(name, count)| match count {
+        1 => name.clone(),
+        _ => format!("{} transactions of {name}", number(count)),
+    });
+    list(&counts.collect::<Vec<_>>())
+}
+
+fn number(count: usize) -> String {
+    const WORDS: [&str; 11] = [
+        "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    ];
+    let word = count.checked_sub(2).and_then(|at| WORDS.get(at));
+    word.map_or_else(|| count.to_string(), |word| (*word).to_owned())
+}
+
+/// `a, b and c`
+pub(super) fn list(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => one.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
+/// Whether the wait is for the place at the head of a row's queue: whoever has it does not hold the row, but waits for it.
+pub(super) fn is_row_queue(edge: &IncidentEdge) -> bool {
+    matches!(edge.object, LockObject::Tuple(_))
 }
 
 /// `row id = 7 of public.users`, `table public.users`, `advisory lock "invoice:42"`.
@@ -39,7 +92,10 @@ pub(super) fn object(edge: &IncidentEdge) -> String {
         };
     }
     if let Some(context) = &edge.context {
-        return row_of_context(context);
+        return match (&edge.context_relation, &edge.row_key) {
+            (Some(relation), Some(key)) => format!("row {key} of {relation}"),
+            _ => row_of_context(context),
+        };
     }
     match &edge.object {
         LockObject::Relation(relation) => format!("{} {relation}", relation_kind(relation)),

@@ -6,7 +6,7 @@
 //! Names in use are never forgotten. Of those no longer in use the register remembers a bounded number; one that comes
 //! back now and then stays longer than one used once.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use super::{KeyId, LockKey};
@@ -87,7 +87,7 @@ fn lock() -> MutexGuard<'static, Register> {
 
 #[derive(Debug, Default)]
 struct Register {
-    entries: HashMap<KeyId, Entry>,
+    entries: BTreeMap<KeyId, Entry>,
     /// Each entry that was ever released, once, in the order in which they are considered for removal (“second
     /// chance”). Invariant: `idle` entries are in it; it is never longer than `entries`.
     queue: VecDeque<KeyId>,
@@ -279,7 +279,7 @@ mod tests {
         #[test]
         fn the_books_balance(steps in prop::collection::vec((0..6_i64, any::<bool>(), any::<bool>()), 0..80)) {
             let mut register = Register::default();
-            let mut uses = HashMap::<i64, usize>::new();
+            let mut uses = BTreeMap::<i64, usize>::new();
             for (number, release, other_name) in steps {
                 let held = uses.entry(number).or_default();
                 if release && *held > 0 {

@@ -5,6 +5,10 @@ use std::fmt;
 use super::message;
 use crate::key::LockKey;
 
+/// The oids of catalogs, which never change (`src/include/catalog`).
+const PG_TYPE: u32 = 1247;
+const PG_DATABASE: u32 = 1262;
+
 /// A locked object, with one variant for each `pg_locks.locktype`.
 ///
 /// `Display` is one line: `relation public.users`, `row (0,9) of public.users`, `transaction 733`, `advisory lock
@@ -50,6 +54,8 @@ pub enum LockObject {
         column: u16,
         /// Its database, if that is another one than the querying role was connected to.
         database: Option<Box<str>>,
+        /// The schema and the name of a type, if it is committed and in this database.
+        name: Option<(Box<str>, Box<str>)>,
     },
     /// An advisory lock.
     #[non_exhaustive]
@@ -189,6 +195,7 @@ impl LockObject {
                 oid: object,
                 column: 0,
                 database: None,
+                name: None,
             },
             Tag::UserLock { fields: [a, b, c] } => {
                 Self::Userlock(a, b, u16::try_from(c).unwrap_or(u16::MAX))
@@ -291,11 +298,25 @@ impl fmt::Display for LockObject {
                 write!(f, "speculative token {token}")?;
                 transaction.map_or(Ok(()), |xid| write!(f, " of transaction {xid}"))
             }
+            // `PreCommit_Notify` in PostgreSQL's `src/backend/commands/async.c`.
+            Self::Object {
+                catalog, oid: 0, ..
+            } if catalog.oid == PG_DATABASE => {
+                f.write_str("the lock of NOTIFY, under which one transaction at a time commits")
+            }
+            Self::Object {
+                catalog,
+                name: Some((schema, name)),
+                ..
+            } if catalog.oid == PG_TYPE => {
+                write!(f, "type {}.{}", Identifier(schema), Identifier(name))
+            }
             Self::Object {
                 catalog,
                 oid,
                 column,
                 database,
+                ..
             } => {
                 write!(f, "object {oid} of {catalog}")?;
                 if *column > 0 {
@@ -443,8 +464,35 @@ mod tests {
                     oid: 2200,
                     column: 0,
                     database: None,
+                    name: None,
                 },
                 "object 2200 of pg_catalog.pg_namespace",
+            ),
+            (
+                LockObject::Object {
+                    catalog: Relation {
+                        oid: PG_TYPE,
+                        ..users()
+                    },
+                    oid: 16829,
+                    column: 0,
+                    database: None,
+                    name: Some(("public".into(), "Mood".into())),
+                },
+                "type public.\"Mood\"",
+            ),
+            (
+                LockObject::Object {
+                    catalog: Relation {
+                        oid: PG_DATABASE,
+                        ..users()
+                    },
+                    oid: 0,
+                    column: 0,
+                    database: None,
+                    name: None,
+                },
+                "the lock of NOTIFY, under which one transaction at a time commits",
             ),
             (
                 LockObject::Advisory {

@@ -56,17 +56,58 @@ pub(crate) fn rollback() -> Message {
 /// Succeeds outside a transaction and in one that has not failed.
 pub(crate) const PROBE: &str = "SELECT";
 
+/// What only this crate's messages have in them: names that begin with its own, and columns that it asks for when it begins,
+/// locks and commits. The server keeps the beginning of a text only, so one of them has to be near it.
+#[cfg(feature = "incidents")]
+pub(crate) const OWN: [&str; 8] = [
+    "EXECUTE lockkeeper_",
+    "PREPARE lockkeeper_",
+    "SAVEPOINT lockkeeper_",
+    "$lockkeeper$",
+    "'lockkeeper.",
+    "pg_catalog.pg_backend_pid() AS pid",
+    "pg_catalog.statement_timestamp()) AS fresh",
+    "pg_catalog.pg_advisory_unlock",
+];
+
+/// What all of its questions about the server have in them: they name every operator by its schema, which nobody else does.
+#[cfg(feature = "incidents")]
+pub(crate) const QUESTION: [&str; 2] = ["FROM pg_catalog.pg_", "OPERATOR(pg_catalog."];
+
 /// COMMIT of a transaction none of whose statements has failed.
 pub(crate) const COMMIT: &str = "COMMIT";
 
 /// A string literal that means the same whatever `standard_conforming_strings` is. The server has no text with NUL in it.
 pub(crate) fn literal(text: &str) -> String {
-    let quoted = text.replace('\'', "''").replace('\0', "");
-    if quoted.contains('\\') {
-        format!("E'{}'", quoted.replace('\\', "\\\\"))
-    } else {
-        format!("'{quoted}'")
+    let mut sql = String::with_capacity(text.len() + 2);
+    push_literal(&mut sql, text);
+    sql
+}
+
+/// The same, behind what is there.
+pub(crate) fn push_literal(sql: &mut String, text: &str) {
+    sql.push_str(if text.contains('\\') { "E'" } else { "'" });
+    let mut rest = text;
+    while let Some((plain, special, after)) = split_at_special(rest) {
+        sql.push_str(plain);
+        sql.push_str(match special {
+            b'\'' => "''",
+            b'\\' => "\\\\",
+            _ => "",
+        });
+        rest = after;
     }
+    sql.push_str(rest);
+    sql.push('\'');
+}
+
+/// What is before and after the first quote, backslash or NUL, and which of them it is.
+fn split_at_special(text: &str) -> Option<(&str, u8, &str)> {
+    let bytes = text.as_bytes();
+    let at = bytes
+        .iter()
+        .position(|byte| matches!(byte, b'\'' | b'\\' | 0))?;
+    Some((&text[..at], bytes[at], &text[at + 1..]))
 }
 
 /// A text that a server of any encoding takes, and another one for each text: plain ASCII as it is, and else with
@@ -117,6 +158,23 @@ pub(crate) fn is_true(row: &SimpleQueryRow, column: &str) -> bool {
 /// `false` in a simple query's text form: not NULL, and not missing.
 pub(crate) fn is_false(row: &SimpleQueryRow, column: &str) -> bool {
     row.try_get(column).ok().flatten() == Some("f")
+}
+
+/// `SELECT …`: several values as the one column [`fields`] of a row. Columns have names, and each is sent with each reply.
+///
+/// None may be NULL, and only the first may contain a `|`.
+pub(crate) fn push_select_fields(sql: &mut String, values: &[&str]) {
+    let _ = write!(
+        sql,
+        "SELECT pg_catalog.concat_ws('|', {}) AS fields",
+        values.join(", ")
+    );
+}
+
+/// The values of [`push_select_fields`] in a reply, the last one first.
+pub(crate) fn fields(reply: &[SimpleQueryMessage]) -> Option<impl Iterator<Item = &str>> {
+    let row = rows(reply).find(|row| row.columns()[0].name() == "fields")?;
+    row.get(0).map(|fields| fields.rsplit('|'))
 }
 
 /// A column parsed; `None` where it is NULL or something else.

@@ -1,6 +1,6 @@
 //! The running transactions and session guards of one keeper, and those that ended recently.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -39,7 +39,7 @@ pub(crate) struct ActiveTransactions {
 #[derive(Default)]
 struct RegistryState {
     next: u64,
-    live: HashMap<u64, Arc<StatementLog>>,
+    live: BTreeMap<u64, Arc<StatementLog>>,
     recent: VecDeque<EndedTransaction>,
     /// The sum over `recent`.
     recent_bytes: usize,

@@ -9,12 +9,13 @@
 mod active_transactions;
 mod delivery;
 mod journal;
+mod look_up;
 mod plan;
 mod sampling;
 mod sql;
 mod statement_log;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -22,9 +23,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::connection::{Connections, task};
 use crate::error::{Failure, Report, classify_db};
-use crate::incident::{Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, ServerError};
-use crate::postgres::message;
-use crate::transaction::{FailedAttempt, Reporter};
+use crate::graph::Relation;
+use crate::incident::{
+    Evidence, Incident, IncidentHistory, IncidentTrigger, Outcome, RowKey, ServerError,
+};
+use crate::meter;
+use crate::postgres::message::{self, RowContext};
+use crate::transaction::{AfterFailure, BoxFuture, Deferred, FailedAttempt, Reporter};
 pub(crate) use active_transactions::ActiveTransactions;
 use delivery::Delivery;
 pub(crate) use delivery::IncidentSink;
@@ -39,6 +44,9 @@ const MAX_IDLE_CHECKS: u32 = 10;
 const SIMULTANEOUS: Duration = Duration::from_millis(100);
 /// How long the samples of a finished statement are kept, unless its transaction failed by it and continues.
 const KEEP_SAMPLES: Duration = Duration::from_secs(10);
+
+/// How long the names for a report are looked up at most.
+const LOOK_UP: Duration = Duration::from_millis(250);
 
 /// The default duration after which a wait that continues is reported.
 const DEFAULT_LONG_WAIT: Duration = Duration::from_secs(10);
@@ -75,6 +83,10 @@ pub(crate) struct Sampler {
     plans: Mutex<HashMap<(u64, u64), SamplePlan>>,
     /// The columns of primary keys, by the relation's oid.
     primary_keys: Mutex<HashMap<u32, Arc<[String]>>>,
+    /// Relations of which a server's DETAIL has only the oid.
+    relations: Mutex<HashMap<u32, Relation>>,
+    /// The rows of the last errors' CONTEXT, with their keys.
+    context_rows: Mutex<VecDeque<(RowContext, Relation, RowKey)>>,
     /// The earliest time of the next sample.
     next_sample: Mutex<Instant>,
     /// Why the last sample failed, if it did.
@@ -100,6 +112,8 @@ impl Sampler {
             running: AtomicBool::new(false),
             plans: Mutex::default(),
             primary_keys: Mutex::default(),
+            relations: Mutex::default(),
+            context_rows: Mutex::default(),
             next_sample: Mutex::new(Instant::now()),
             sampling_error: Mutex::default(),
             failed_samples: AtomicU32::new(0),
@@ -122,8 +136,8 @@ impl Sampler {
         let _ = task::run_in_background(run(guard, transactions));
     }
 
-    /// The incident of a failed attempt.
-    fn incident(&self, failed: &FailedAttempt<'_>, log: &StatementLog) -> Incident {
+    /// What is known of a failed attempt. `None` for a cancelled statement that the server did not show waiting.
+    fn evidence(&self, failed: &FailedAttempt<'_>, log: &StatementLog) -> Option<Evidence> {
         let trigger = match classify_db(failed.error) {
             Failure::Deadlock => IncidentTrigger::Deadlock,
             _ => IncidentTrigger::LockTimeout,
@@ -133,13 +147,19 @@ impl Sampler {
         // The closure may have run other statements since.
         let ended = failure.map_or(now, |failure| failure.ended);
         let mut caveats = Vec::new();
-        let (samples, seen) = {
+        let (samples, seen, was_waiting) = {
             let plans = lock(&self.plans);
             let plan = failure.and_then(|failure| plans.get(&(log.number, failure.number)));
-            plan.map_or((Vec::new(), None), |plan| {
-                (plan.samples(), plan.last_sampled())
+            plan.map_or((Vec::new(), None, false), |plan| {
+                let was_waiting = plan.waiting_since().is_some();
+                (plan.samples(), plan.last_sampled(), was_waiting)
             })
         };
+        let is_cancelled = classify_db(failed.error) == Failure::Cancelled;
+        let is_a_wait = was_waiting && !samples.is_empty();
+        if is_cancelled && !is_a_wait {
+            return None;
+        }
         // A recent sample gives the better time, because the error may have reached its task late.
         let at = seen
             .map(|seen| seen.min(ended))
@@ -162,7 +182,7 @@ impl Sampler {
         };
         let detail = error.detail.as_deref();
         let others = self.others(log, &samples, detail, at.unwrap_or(ended));
-        let evidence = Evidence {
+        Some(Evidence {
             trigger,
             occurred: SystemTime::now()
                 .checked_sub(now.saturating_duration_since(ended))
@@ -170,18 +190,20 @@ impl Sampler {
             victim: journal::from_log(log, ended),
             attempt: failed.attempt,
             attempts: failed.attempts,
-            outcome: match failed.pause {
-                Some(pause) => Outcome::retried(pause),
-                None if failed.attempts == 1 => Outcome::NotRetried,
-                None => Outcome::GaveUp,
+            outcome: match failed.then {
+                AfterFailure::Retry(pause) => Outcome::retried(pause),
+                AfterFailure::GiveUp => Outcome::GaveUp,
+                AfterFailure::Pass => Outcome::NotRetried,
+                AfterFailure::Continue => Outcome::CaughtBySavepoint,
             },
+            relations: self.relations_of(detail),
+            context_row: self.context_row(error.context.as_deref()),
             error: Some(error),
             samples,
             others,
             caveats,
             literals: self.options.literals,
-        };
-        Incident::new(evidence, &self.history)
+        })
     }
 
     /// The journals of the other participants that are transactions of this keeper and used their backends at that
@@ -232,11 +254,33 @@ impl Reporter for Sampler {
         self.start();
     }
 
+    fn look_up<'a>(&'a self, failed: &'a FailedAttempt<'a>) -> BoxFuture<'a, ()> {
+        Box::pin(async {
+            if !self.options.enabled || classify_db(failed.error) == Failure::Cancelled {
+                return;
+            }
+            // What is not known in time is not in the report.
+            let _ = tokio::time::timeout(LOOK_UP, self.look_up_names(failed)).await;
+        })
+    }
+
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>> {
         let log = StatementLog::of(failed.observed)?;
-        let incident = self.incident(failed, &log);
+        let evidence = self.evidence(failed, &log)?;
+        let incident = Incident::new(evidence, &self.history);
+        if classify_db(failed.error) == Failure::Deadlock {
+            meter::deadlocked(&incident.fingerprint().to_string());
+        }
         self.publish(&incident);
         Some(Box::new(incident))
+    }
+
+    fn caught(self: Arc<Self>, failed: &FailedAttempt<'_>) -> Option<Deferred> {
+        let log = StatementLog::of(failed.observed)?;
+        let evidence = self.evidence(failed, &log)?;
+        Some(Box::new(move || {
+            self.publish(&Incident::new(evidence, &self.history));
+        }))
     }
 }
 

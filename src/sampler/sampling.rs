@@ -213,7 +213,7 @@ impl Sampler {
         keys
     }
 
-    async fn row_key(&self, row: &RowId) -> Result<Option<RowKey>, Error> {
+    pub(super) async fn row_key(&self, row: &RowId) -> Result<Option<RowKey>, Error> {
         if row.relation().database().is_some() {
             return Ok(None);
         }
@@ -272,6 +272,8 @@ impl Sampler {
                 outcome: Outcome::StillWaiting,
                 error: None,
                 samples,
+                relations: Vec::new(),
+                context_row: None,
                 others,
                 caveats: Vec::new(),
                 literals: self.options.literals,
@@ -280,7 +282,7 @@ impl Sampler {
         }
     }
 
-    async fn query(&self, sql: &str) -> Result<Reply, Error> {
+    pub(super) async fn query(&self, sql: &str) -> Result<Reply, Error> {
         self.connections.ask_soon(sql).await
     }
 }

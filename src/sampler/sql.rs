@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::graph::RowId;
+use crate::graph::{Relation, RowId};
 use crate::postgres::sql::{
     identifier, int4_array, literal, parsed, rows, seconds, setting_duration, text,
 };
@@ -43,6 +43,43 @@ pub(crate) fn waiting_backends(reply: &[SimpleQueryMessage]) -> Vec<WaitingBacke
             })
         })
         .collect()
+}
+
+const RELATION: &str = "SET LOCAL lock_timeout = 50; SET LOCAL statement_timeout = 200; \
+     SELECT c.oid, n.nspname, c.relname, c.relkind FROM pg_catalog.pg_class AS c \
+     JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace WHERE ";
+
+/// The relations with these oids.
+pub(crate) fn relations_by_oid(oids: &[u32]) -> String {
+    let oids: Vec<_> = oids.iter().map(u32::to_string).collect();
+    format!(
+        "{RELATION} c.oid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.oid[])",
+        oids.join(",")
+    )
+}
+
+/// The tables of this name, at most two.
+pub(crate) fn relations_by_name(name: &str) -> String {
+    format!(
+        "{RELATION} pg_catalog.nameeq(c.relname, {}) \
+         AND pg_catalog.strpos('rpm', c.relkind::pg_catalog.text) OPERATOR(pg_catalog.>) 0 LIMIT 2",
+        literal(name)
+    )
+}
+
+pub(crate) fn found_relations(reply: &[SimpleQueryMessage]) -> Vec<Relation> {
+    let relation = |row| {
+        Some(Relation {
+            oid: parsed(row, "oid")?,
+            name: Some((
+                text(row, "nspname")?.as_str().into(),
+                text(row, "relname")?.as_str().into(),
+            )),
+            kind: text(row, "relkind").and_then(|kind| kind.chars().next()),
+            database: None,
+        })
+    };
+    rows(reply).filter_map(relation).collect()
 }
 
 /// The columns of a relation's primary key, in order.

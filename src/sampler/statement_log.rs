@@ -112,7 +112,7 @@ impl StatementLog {
         Self {
             number,
             call_site: beginning.call_site,
-            application_name: beginning.application_name.map(Arc::from),
+            application_name: beginning.application_name.cloned(),
             began: Instant::now(),
             began_at: SystemTime::now(),
             lock_timeout: beginning.lock_timeout,
@@ -334,7 +334,7 @@ mod tests {
             1,
             &Beginning {
                 call_site: None,
-                application_name: Some("test"),
+                application_name: Some(&"test".into()),
                 lock_timeout: None,
                 is_guard: false,
             },

@@ -4,6 +4,7 @@ use super::Env;
 use super::ddl::{self, Placement, Target};
 use super::lint::{self, Allowed};
 use super::options::{ChangeOptions, change_options, into_future};
+use super::refusals;
 use super::report::ChangeReport;
 use super::run::Method;
 use crate::error::{Error, ErrorKind};
@@ -45,11 +46,19 @@ impl Change {
         self
     }
 
+    /// Allows statements that are not understood, and statements that are understood in part, such as DO, CALL, a query
+    /// that calls a function of the database, or a form of ALTER TABLE that is newer than this library. What they lock, and
+    /// for how long, is unknown.
+    pub fn allow_unknown(mut self) -> Self {
+        self.allowed.unknown = true;
+        self
+    }
+
     /// Makes the change.
     ///
     /// # SQL
     /// First, queries of the catalogs, which take no locks, except ACCESS SHARE to read the size of a table that the
-    /// change would process. Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's SQL in one
+    /// change would process, and the CHECKs of a partition that it would attach. Then for each attempt `BEGIN; SET LOCAL lock_timeout = …`, the caller's SQL in one
     /// message, and COMMIT; meanwhile another connection samples the blockers. A statement that cannot run in a
     /// transaction block is sent alone, under session settings that are restored afterwards. A statement with
     /// CONCURRENTLY waits up to the deadline, because no readers or writers queue behind it, and is not repeated: see
@@ -62,7 +71,8 @@ impl Change {
     /// [`Serialization`](crate::ErrorKind::Serialization), depending on the last attempt, if the deadline left no time
     /// for another attempt: with the [`blockers`](Error::blockers) of the last attempt, and all attempts in a
     /// [`ChangeFailed`](crate::ChangeFailed) as its source. [`Config`](crate::ErrorKind::Config), with the reason and a
-    /// better way, if the change is refused; nothing has been changed then. Every other error of a statement is
+    /// better way, if the change is refused; nothing has been changed then. So are CREATE INDEX … IF NOT EXISTS over an
+    /// INVALID index, COPY … FROM STDIN, and a text that begins with a byte-order mark. Every other error of a statement is
     /// returned at once. After an error, nothing of the batch has been changed, except by statements outside of
     /// transactions, and except possibly after [`CommitUnknown`](crate::ErrorKind::CommitUnknown).
     ///
@@ -74,6 +84,9 @@ impl Change {
     /// That of each [change of the schema](crate::Schema#longest-silence).
     pub async fn run(self) -> Result<ChangeReport, Error> {
         self.options.check()?;
+        if let Some(flaw) = refusals::file_flaw(&self.sql) {
+            return Err(Error::config(flaw));
+        }
         let statements = ddl::read(&self.sql);
         let method = match ddl::flaw(&self.sql) {
             Some(flaw) => return Err(Error::config(flaw)),
@@ -86,6 +99,9 @@ impl Change {
             self.options.lock_timeout,
         )
         .await?;
+        for statement in &statements {
+            refusals::check_index(&self.env, statement.text).await?;
+        }
         let detach = match method {
             Method::OutsideTransactionOnce => detach(&statements),
             _ => None,

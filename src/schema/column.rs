@@ -3,10 +3,11 @@
 use super::lint::{self, Allowed};
 use super::options::{ChangeOptions, change_options, into_future};
 use super::procedure::{Procedure, Steps, check_name};
+use super::refusals;
 use super::report::ProcedureReport;
 use super::table::Table;
 use super::{Env, ddl};
-use crate::error::{Error, has_the_column};
+use crate::error::{Error, ErrorKind, has_the_column};
 use crate::postgres::TableName;
 use crate::schema::sql::{catalog, procedure};
 
@@ -97,7 +98,18 @@ impl Steps for AddColumn {
             let add = procedure::add_column(&full, &self.column, &self.ty, at_once, not_null);
             let statements = ddl::read(&add);
             let timeout = self.options.lock_timeout;
-            lint::check(&self.env, &statements, Allowed::default(), timeout).await?;
+            if let Err(error) =
+                lint::check(&self.env, &statements, Allowed::default(), timeout).await
+            {
+                let advice = refusals::column_advice(&self.ty, &self.column);
+                return Err(match advice {
+                    Some(advice) if error.kind() == ErrorKind::Config => Error::config(format!(
+                        "ADD COLUMN {:?} {} on {full} keeps others waiting while it rewrites the table; {advice}",
+                        self.column, self.ty
+                    )),
+                    _ => error,
+                });
+            }
             let mut batch = vec![add];
             if let (true, Some(default)) = (split, default) {
                 batch.push(procedure::set_default(&full, &self.column, default));

@@ -18,7 +18,7 @@ use crate::transaction::{OpenPlain, Tx};
 #[derive(Clone, Debug)]
 pub(crate) struct Env {
     pub(crate) advisory: Arc<Advisory>,
-    pub(crate) application_name: String,
+    pub(crate) application_name: Arc<str>,
     pub(crate) call_site: Option<CallSite>,
     pub(crate) lock_wait: Duration,
     pub(crate) jitter: Arc<Jitter>,

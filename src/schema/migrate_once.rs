@@ -8,6 +8,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, is_already_there};
 use crate::key::LockKey;
 use crate::postgres::TableName;
+use crate::postgres::sql::identifier;
 use crate::schema::sql::{catalog, migrate_once};
 use crate::transaction::AsyncFunc;
 
@@ -56,7 +57,14 @@ where
     }
     let table = table(schema)?;
     let options = schema.options.or_deadline(DEADLINE);
-    let Some(guard) = lock(env, &table, &key, &options.deadline()).await? else {
+    let Some(guard) = lock(
+        env,
+        (&table, &schema.bookkeeping),
+        &key,
+        &options.deadline(),
+    )
+    .await?
+    else {
         return Ok(None);
     };
     let mut migration = Migration {
@@ -94,7 +102,12 @@ where
         };
         return Err(Error::new(kind)
             .with_key(&lock_key(&key))
-            .with_detail("the migration has run, and could not be noted as done")
+            .with_detail(format!(
+                "the migration has run, and could not be noted as done{}",
+                error
+                    .detail()
+                    .map_or_else(String::new, |detail| format!(": {detail}"))
+            ))
             .with_source(error)
             .into());
     }
@@ -113,9 +126,10 @@ async fn record(guard: &SessionGuard, table: &TableName, key: &str, by: &str) ->
             "the migration has left a transaction open on its guard's connection, which is rolled back; commit it",
         ));
     }
-    Ok(guard
+    let recorded = guard
         .batch_execute(&migrate_once::done(table, key, by))
-        .await?)
+        .await;
+    recorded.map_err(|error| lacking(error.into(), table, "SELECT, INSERT"))
 }
 
 /// Completes when the server has ended the backend that holds the lock.
@@ -144,7 +158,7 @@ async fn lock_lost(env: &Env, pid: Option<i32>) {
 /// migration would wait for such a snapshot.
 async fn lock(
     env: &Env,
-    table: &TableName,
+    (table, bookkeeping): (&TableName, &str),
     key: &str,
     deadline: &Deadline,
 ) -> Result<Option<SessionGuard>, Error> {
@@ -155,7 +169,7 @@ async fn lock(
         }
         if let Some(guard) = env.lock(lock_key(key)).session().try_acquire().await? {
             if !has_table {
-                create(env, table).await?;
+                create(env, table, bookkeeping).await?;
             }
             // No other process can complete the migration while this one holds the lock.
             if is_done(env, table, key).await? {
@@ -186,14 +200,32 @@ fn lock_key(key: &str) -> LockKey {
 }
 
 async fn is_done(env: &Env, table: &TableName, key: &str) -> Result<bool, Error> {
-    env.is_yes(&migrate_once::is_done(table, key)).await
+    let done = env.is_yes(&migrate_once::is_done(table, key)).await;
+    done.map_err(|error| lacking(error, table, "SELECT, INSERT"))
 }
 
-async fn create(env: &Env, table: &TableName) -> Result<(), Error> {
+/// An error that names what the role lacks on the table, or on its schema.
+fn lacking(error: Error, table: &TableName, rights: &str) -> Error {
+    error.lacking(|| {
+        format!(
+            "the role may not use table {table}: GRANT {rights} ON {table}, or have another schema for it by Schema::bookkeeping"
+        )
+    })
+}
+
+async fn create(env: &Env, table: &TableName, schema: &str) -> Result<(), Error> {
+    let schema = identifier(schema);
     match env.ask(&migrate_once::create(table)).await {
         // A process with another key has created it at the same time.
         Err(error) if is_already_there(&error) => Ok(()),
-        created => created.map(drop),
+        created => created.map(drop).map_err(|error| {
+            error.lacking(|| {
+                format!(
+                    "the role may not create table {table}: GRANT CREATE ON SCHEMA {schema}, or have the table created by a role that \
+                     may, with GRANT SELECT, INSERT on it, or in another schema by Schema::bookkeeping"
+                )
+            })
+        }),
     }
 }
 

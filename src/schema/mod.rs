@@ -1,9 +1,10 @@
 //! Schema changes that do not block other sessions for long.
 //!
 //! `ddl` recognizes statements, `plan` predicts their locks with the help of the catalogs, `lint` refuses statements
-//! that block for long, `run` makes the attempts while `statement_poll` samples the blockers. The other modules are
+//! that block for long or are not understood (`bounds` proves that a partition is not read), `run` makes the attempts while `statement_poll` samples the blockers. The other modules are
 //! procedures of several steps.
 
+mod bounds;
 mod change;
 mod column;
 mod constraint;
@@ -12,6 +13,7 @@ mod dry_run;
 mod env;
 mod index;
 mod index_name;
+mod likeness;
 mod lint;
 mod migrate_once;
 mod options;
@@ -19,6 +21,7 @@ mod plan;
 mod preflight;
 mod procedure;
 mod progress;
+mod refusals;
 mod replace;
 mod report;
 mod run;
@@ -121,7 +124,9 @@ impl Schema {
     /// Statements that block other sessions while they process a whole table are refused if the table has rows. The
     /// error contains the reason and a better way. These are CREATE INDEX without CONCURRENTLY, a column type that
     /// requires a rewrite, a volatile default, constraints that are checked at once, VACUUM FULL, CLUSTER;
-    /// [`allow_scan`](Change::allow_scan) and [`allow_rewrite`](Change::allow_rewrite) allow them.
+    /// [`allow_scan`](Change::allow_scan) and [`allow_rewrite`](Change::allow_rewrite) allow them. So are statements that
+    /// process rows while an earlier statement of the batch keeps other sessions waiting, and statements that are not
+    /// understood, which [`allow_unknown`](Change::allow_unknown) allows.
     ///
     /// # Examples
     ///
@@ -149,7 +154,8 @@ impl Schema {
     /// does not wait.
     ///
     /// The SQL is parsed, not run, and combined with the table of [`StatementLock`](crate::StatementLock) and the
-    /// catalogs. The prediction does not include what triggers and functions lock.
+    /// catalogs. A batch is judged as one transaction: each statement runs under the locks of those before it, and finds
+    /// what they renamed. [`Preflight`](crate::Preflight#how-far-preflight-can-be-believed) contains measurements.
     ///
     /// # SQL
     /// A few queries of the catalogs, which find names by joins; and one of `pg_locks` and `pg_stat_activity`.
@@ -345,6 +351,8 @@ impl Schema {
             build: None,
             catch_up: None,
             drop_old: false,
+            like_old: false,
+            allow_differences: false,
         }
     }
 

@@ -24,6 +24,8 @@ pub(super) type OnAttempt = Arc<dyn Fn(&ChangeAttempt) + Send + Sync>;
 #[derive(Clone)]
 pub(super) struct ChangeOptions {
     pub(super) lock_timeout: Duration,
+    /// Whether the caller has set it.
+    pub(super) has_lock_timeout: bool,
     /// `None` if the caller has not set it.
     pub(super) deadline: Option<Duration>,
     pub(super) statement_timeout: Option<Duration>,
@@ -34,6 +36,7 @@ impl Default for ChangeOptions {
     fn default() -> Self {
         Self {
             lock_timeout: LOCK_TIMEOUT,
+            has_lock_timeout: false,
             deadline: None,
             statement_timeout: None,
             on_attempt: None,
@@ -44,6 +47,15 @@ impl Default for ChangeOptions {
 impl ChangeOptions {
     pub(super) fn deadline(&self) -> Deadline {
         Deadline::after(self.deadline.unwrap_or(DEADLINE))
+    }
+
+    /// The same options, without a limit for one statement unless the caller has set one: the role's own
+    /// `statement_timeout` is not meant for what takes long and blocks no other session.
+    pub(super) fn unhurried(&self) -> Self {
+        Self {
+            statement_timeout: self.statement_timeout.or(Some(Duration::MAX)),
+            ..self.clone()
+        }
     }
 
     /// The same options, with this deadline if the caller has not set one.
@@ -110,8 +122,13 @@ macro_rules! change_options {
             /// How long one attempt may wait for its locks; 100 ms by default, rounded up to whole milliseconds.
             /// Readers and writers that queue behind the attempt can wait as long. Zero, which PostgreSQL takes to mean
             /// no limit, is refused.
+            ///
+            /// An autovacuum worker yields only to a session that waits for `deadlock_timeout`, one second by default.
+            /// If such a worker blocks an attempt and the role may not cancel it, one later attempt waits that long and
+            /// half a second more, and so do sessions that queue behind it. Setting this timeout forbids it.
             pub fn lock_timeout(mut self, timeout: std::time::Duration) -> Self {
                 self.options.lock_timeout = timeout;
+                self.options.has_lock_timeout = true;
                 self
             }
 
@@ -123,7 +140,9 @@ macro_rules! change_options {
             }
 
             /// How long one statement may take, including its time after it has got its locks. By default the setting
-            /// of the server and the role applies, and a statement outside of a transaction has no limit.
+            /// of the server and the role applies. Statements that take long and block neither readers nor writers have
+            /// no limit by default: statements outside of a transaction, VALIDATE CONSTRAINT, and what builds a new
+            /// table.
             pub fn statement_timeout(mut self, timeout: std::time::Duration) -> Self {
                 self.options.statement_timeout = Some(timeout);
                 self

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::plan::{LockPlan, PlannedLock};
+use super::plan::{LockPlan, NotUnderstood, PlannedLock, printable};
 use super::{Env, ddl, lint};
 use crate::blocker::Blocker;
 use crate::error::Error;
@@ -41,10 +41,13 @@ impl<T: Into<TableName>> From<(T, LockMode)> for Intent {
 }
 
 /// The locks that a change would take, and its current blockers.
+///
+#[doc = include_str!("preflight.md")]
 #[derive(Clone, Debug)]
 pub struct Preflight {
     locks: Vec<PreflightLock>,
     unrecognized: Vec<String>,
+    parts: Vec<String>,
 }
 
 impl Preflight {
@@ -88,9 +91,13 @@ impl Preflight {
                     .collect(),
             }
         };
+        let (unrecognized, parts) = (unrecognized.into_iter())
+            .map(|NotUnderstood { statement, part }| (statement, part))
+            .unzip();
         Ok(Self {
             locks: planned.iter().map(lock).collect(),
             unrecognized,
+            parts,
         })
     }
 
@@ -112,10 +119,18 @@ impl Preflight {
         })
     }
 
-    /// The text of statements that were not recognized. Their locks are unknown.
+    /// The text of statements that were not understood, or understood in part. They can lock more than
+    /// [`locks`](Self::locks) contains.
     #[must_use]
     pub fn unrecognized(&self) -> &[String] {
         &self.unrecognized
+    }
+
+    /// The parts that were not understood, one of each statement in [`unrecognized`](Self::unrecognized): words of the
+    /// statement, or what it depends on.
+    #[must_use]
+    pub fn unrecognized_parts(&self) -> &[String] {
+        &self.parts
     }
 
     /// The sessions that block the change now: they hold a conflicting lock or wait for one.
@@ -123,7 +138,7 @@ impl Preflight {
         self.locks.iter().flat_map(|lock| lock.blockers.iter())
     }
 
-    /// Whether every statement was recognized and no session blocks the change at this moment.
+    /// Whether every statement was understood and no session blocks the change at this moment.
     #[must_use]
     pub fn is_clear(&self) -> bool {
         self.unrecognized.is_empty() && self.blockers().next().is_none()
@@ -189,15 +204,18 @@ impl PreflightLock {
     }
 }
 
-/// One lock or unrecognized statement per line.
+/// One lock or statement that was not understood per line. Control characters in names are escaped.
 impl fmt::Display for Preflight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.locks.is_empty() && self.unrecognized.is_empty() {
             return f.write_str("locks nothing that is there");
         }
         let locks = self.locks.iter().map(ToString::to_string);
-        let others = self.unrecognized.iter();
-        let others = others.map(|sql| format!("not understood: {sql}"));
+        let others = self.unrecognized.iter().zip(&self.parts);
+        let others = others.map(|(sql, part)| {
+            let (sql, part) = (printable(sql), printable(part));
+            format!("not understood, may lock anything: {sql} ({part})")
+        });
         Joined(&locks.chain(others).collect::<Vec<_>>(), "\n").fmt(f)
     }
 }
@@ -205,7 +223,12 @@ impl fmt::Display for Preflight {
 /// `ACCESS EXCLUSIVE on "public"."t" (about 1000 rows), rewrites it, blocks …; in the way: pid 4711 (…) holds …`
 impl fmt::Display for PreflightLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} on {}", self.mode().as_sql(), self.relation())?;
+        write!(
+            f,
+            "{} on {}",
+            self.mode().as_sql(),
+            self.planned.relation.label()
+        )?;
         if let Some(rows) = self.rows() {
             write!(f, " (about {rows} rows)")?;
         }
@@ -236,13 +259,7 @@ async fn locks_for_mode(
             relation.relationship,
             Relationship::Itself | Relationship::Below
         ) {
-            locks.push(PlannedLock {
-                on: crate::schema::statements::LockedRelation::Table,
-                statement: "",
-                mode,
-                work: TableWork::Brief,
-                relation,
-            });
+            locks.push(PlannedLock::alone(relation, mode));
         }
     }
     if locks.is_empty() {

@@ -82,6 +82,14 @@ impl<'a> Procedure<'a> {
         Ok(())
     }
 
+    /// Runs one statement or a batch that may take long and blocks no other session meanwhile.
+    pub(super) async fn unhurried_step(&mut self, sql: String) -> Result<(), Error> {
+        let options = self.options.until(&self.deadline).unhurried();
+        let done = self.env.run(&options, &sql, Method::InTransaction).await?;
+        self.report.push(sql, done);
+        Ok(())
+    }
+
     /// Runs a step that fails with an `overtaken` error if another session has done it meanwhile.
     pub(super) async fn step_unless_overtaken(
         &mut self,
@@ -141,7 +149,7 @@ impl<'a> Procedure<'a> {
             ))),
             Some(there) if !there.is_valid => {
                 let validated = self
-                    .step(procedure::validate(&table.full_name(), name))
+                    .unhurried_step(procedure::validate(&table.full_name(), name))
                     .await;
                 if validated.is_err() {
                     // Another session that sets the column NOT NULL drops the CHECK when it is done.
@@ -275,7 +283,8 @@ impl<'a> Procedure<'a> {
         let full = table.full_name();
         let unproven = self.existing_column(table, column).await?.unproven;
         if let Some(constraint) = unproven {
-            self.step(procedure::validate(&full, &constraint)).await?;
+            self.unhurried_step(procedure::validate(&full, &constraint))
+                .await?;
         }
         if let Some(proof) = self.prove_not_null(table, column).await? {
             let set = procedure::set_not_null(&full, column);

@@ -22,6 +22,8 @@ pub struct ReplaceTable {
     pub(super) build: Option<String>,
     pub(super) catch_up: Option<String>,
     pub(super) drop_old: bool,
+    pub(super) like_old: bool,
+    pub(super) allow_differences: bool,
 }
 
 impl ReplaceTable {
@@ -45,23 +47,50 @@ impl ReplaceTable {
         self
     }
 
+    /// Gives the new table what the old one has and it lacks, as far as a plain statement does: owner, grants, row-level
+    /// security and policies, NOT NULL, defaults, identity columns, constraints, indexes, storage options, statistics
+    /// targets and comments before the swap; triggers, owned sequences, the position of identity sequences, publications
+    /// and the replica identity in the transaction that swaps the tables, after [`catch_up`](Self::catch_up). Indexes
+    /// and their constraints get the names of the old ones, which get `_old` appended, unless such a name is taken. What
+    /// is copied to a table that was built before the index builds and checks takes
+    /// its time, but blocks no other session.
+    pub fn like_old(mut self) -> Self {
+        self.like_old = true;
+        self
+    }
+
+    /// Swaps the tables even if the new one lacks something that the old one has.
+    pub fn allow_differences(mut self) -> Self {
+        self.allow_differences = true;
+        self
+    }
+
     /// Builds the new table, unless it exists, and swaps it with the old one.
     ///
-    /// The caller has to give the new table everything that belongs to the table rather than to its rows: indexes,
-    /// constraints, grants, triggers, owned sequences. Views continue to read the old table. A table that is referenced
-    /// by foreign keys is refused, because they would reference the old table. Writes between the build and the swap
+    /// Before the swap the two tables are compared. If the new one lacks something that belongs to the old one, the
+    /// replacement is refused, and the error lists it: owner, grants (without them the application loses its rights),
+    /// row-level security and policies (without them hidden rows become visible), NOT NULL, defaults, identity and
+    /// generated columns, owned sequences, indexes, constraints, triggers, rules, extended statistics, publications,
+    /// replica identity, storage options, comments, and the place among partitions. So are views, materialized views and
+    /// functions that continue to read the old table. [`like_old`](Self::like_old) copies what it can;
+    /// [`allow_differences`](Self::allow_differences) accepts the rest. Types of columns, and columns that the new table
+    /// does not have, are not compared: they are why tables are replaced. Functions whose body is a text find the new
+    /// table by its name.
+    ///
+    /// A table that is referenced by foreign keys is refused, because they would reference the old table. Writes between the build and the swap
     /// are lost, except those that [`catch_up`](Self::catch_up) copies: record them with a trigger. The swap sets a
     /// comment on the old table (COMMENT ON TABLE), by which a repeated call recognizes it. Drop the old table before
     /// the next replacement. An `…_old` table without that comment is not a result of a swap, and is refused.
     ///
     /// # SQL
-    /// The caller's `build`, in a transaction; then, with short waits and long pauses, one transaction of
+    /// The caller's `build`, in a transaction; two catalog queries; with [`like_old`](Self::like_old) the statements that
+    /// copy; then, with short waits and long pauses, one transaction of
     /// `LOCK TABLE … IN ACCESS EXCLUSIVE MODE`, `catch_up`, two `ALTER TABLE … RENAME` and a COMMENT; then, with
     /// [`drop_old`](Self::drop_old), `DROP TABLE IF EXISTS`.
     ///
     /// # Errors
     /// As [`Change::run`](crate::Change::run); [`Config`](crate::ErrorKind::Config) if foreign keys reference the
-    /// table, or if the new table does not exist and nothing builds it.
+    /// table, if the new table lacks something that the old one has, or if the new table does not exist and nothing builds it.
     ///
     /// # Cancel safety
     /// Can be dropped at any point, and called again: a table that was built is not built again, and a swap that was
@@ -117,7 +146,7 @@ impl ReplaceTable {
                     "there is no table {new} to put in the place of {full}; build it, or give the SQL that does"
                 )));
             };
-            let options = self.options.until(&procedure.deadline);
+            let options = self.options.until(&procedure.deadline).unhurried();
             let done = self.env.run(&options, build, Method::InTransaction).await?;
             procedure.report.push(build, done);
             if Table::find(&self.env, new).await?.is_none() {
@@ -126,7 +155,13 @@ impl ReplaceTable {
                 )));
             }
         }
-        let sql = procedure::swap(&full, new, old, self.catch_up.as_deref());
+        let Some(new_table) = Table::find(&self.env, new).await? else {
+            // Another session has swapped it.
+            procedure.is_overtaken = true;
+            return Err(Error::config(format!("there is no table {new} any more")));
+        };
+        let likeness = self.likeness(procedure, table, &new_table).await?;
+        let sql = procedure::swap(&full, new, old, self.catch_up.as_deref(), &likeness);
         let swapped = procedure.step(sql).await;
         if swapped.is_err() {
             let old = Table::find(&self.env, &table.sibling(old)).await;

@@ -12,6 +12,7 @@ use crate::postgres::text::Joined;
 pub struct ChangeAttempt {
     pub(super) number: u32,
     pub(super) elapsed: Duration,
+    pub(super) lock_timeout: Duration,
     pub(super) failure: Option<ErrorKind>,
     pub(super) sqlstate: Option<String>,
     pub(super) blockers: Vec<Blocker>,
@@ -25,6 +26,10 @@ impl ChangeAttempt {
 
         /// The duration of the attempt, from its BEGIN to its end.
         elapsed: Duration;
+
+        /// How long the attempt might wait for its locks, and other sessions behind it. It is longer than that of the
+        /// others if the attempt waits for an autovacuum worker.
+        lock_timeout: Duration;
     }
 
     /// Whether the attempt made the change.

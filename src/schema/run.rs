@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use tracing::Instrument as _;
+
 use super::Env;
 use super::options::ChangeOptions;
 use super::preflight::Preflight;
@@ -10,13 +12,23 @@ use super::statement_poll::{OnProgress, POLLS_PER_WAIT, StatementPoll};
 use crate::backoff::Retry;
 use crate::blocker::Blocker;
 use crate::connection::{OnAbandon, Session};
+use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, classify};
+use crate::meter::{SYSTEM, error_type, milliseconds};
 use crate::postgres::text::Joined;
 use crate::schema::sql::session_settings::{self, PreviousSettings};
 use crate::transaction::sql::Begin;
 
 /// The longest interval at which a statement outside of a transaction is polled.
 const MAX_POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How much longer than `deadlock_timeout` an attempt waits for an autovacuum worker: the server cancels the worker then,
+/// which takes a moment.
+const AUTOVACUUM_MARGIN: Duration = Duration::from_millis(500);
+/// The default of `deadlock_timeout`.
+const DEADLOCK_TIMEOUT: Duration = Duration::from_secs(1);
+/// With a longer `deadlock_timeout`, no attempt waits for an autovacuum worker.
+const LONGEST_AUTOVACUUM_WAIT: Duration = Duration::from_secs(10);
 
 /// How statements are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,22 +69,53 @@ impl Env {
         method: Method,
         progress: Option<&OnProgress>,
     ) -> Result<ChangeReport, Error> {
+        let span = tracing::debug_span!(
+            "schema_step",
+            "db.system.name" = SYSTEM,
+            "db.operation.name" = sql.split_whitespace().next(),
+            attempts = tracing::field::Empty,
+            "error.type" = tracing::field::Empty,
+        );
+        // Boxed, so that the compiler need not look through it in each caller's future.
+        let run = Box::pin(self.repeat(options, sql, method, progress));
+        let ran = run.instrument(span.clone()).await;
+        match &ran {
+            Ok(report) => span.record("attempts", report.attempts.len()),
+            Err(error) => span.record("error.type", &*error_type(error)),
+        };
+        ran
+    }
+
+    async fn repeat(
+        &self,
+        options: &ChangeOptions,
+        sql: &str,
+        method: Method,
+        progress: Option<&OnProgress>,
+    ) -> Result<ChangeReport, Error> {
         options.check()?;
         let deadline = options.deadline();
         let started = Instant::now();
         let mut attempts = Vec::new();
         let mut retry = options.retry(deadline, u32::MAX);
+        let mut autovacuum = AutovacuumWait::default();
         loop {
             let number = retry.begin();
             let began = Instant::now();
-            let (result, blockers) = match method {
+            let options = &ChangeOptions {
+                lock_timeout: autovacuum.next.take().unwrap_or(options.lock_timeout),
+                ..options.clone()
+            };
+            let wait = match method {
+                Method::Concurrently => deadline.remaining().max(options.lock_timeout),
+                _ => options.lock_timeout,
+            };
+            let (result, blockers, deadlock_timeout) = match method {
                 Method::InTransaction => self.in_transaction(options, sql).await,
                 Method::OutsideTransaction | Method::OutsideTransactionOnce => {
-                    self.outside_transaction(options, sql, options.lock_timeout, None)
-                        .await
+                    self.outside_transaction(options, sql, wait, None).await
                 }
                 Method::Concurrently => {
-                    let wait = deadline.remaining().max(options.lock_timeout);
                     self.outside_transaction(options, sql, wait, progress).await
                 }
             };
@@ -86,6 +129,7 @@ impl Env {
             let mut attempt = ChangeAttempt {
                 number,
                 elapsed,
+                lock_timeout: wait,
                 failure: result.as_ref().err().map(Error::kind),
                 sqlstate: (result.as_ref().err())
                     .and_then(|error| Some(error.sqlstate()?.code().to_owned())),
@@ -93,7 +137,8 @@ impl Env {
                 pause: None,
             };
             let Err(error) = result else {
-                tracing::debug!(number, took = ?attempt.elapsed, "schema change done");
+                let took_ms = milliseconds(attempt.elapsed);
+                tracing::debug!(number, took_ms, "schema change done");
                 options.report(&attempt);
                 attempts.push(attempt);
                 return Ok(ChangeReport {
@@ -109,9 +154,12 @@ impl Env {
             if may_repeat {
                 attempt.pause = self.pause_before_retry(&retry);
             }
+            if attempt.pause.is_some() {
+                autovacuum.plan(options, &attempt.blockers, deadlock_timeout, &deadline);
+            }
             tracing::debug!(
                 number,
-                took = ?attempt.elapsed,
+                took_ms = milliseconds(attempt.elapsed),
                 %error,
                 blockers = %Joined(&attempt.blockers, ", "),
                 pause = ?attempt.pause,
@@ -154,7 +202,7 @@ impl Env {
         &self,
         options: &ChangeOptions,
         sql: &str,
-    ) -> (Result<(), Error>, Vec<Blocker>) {
+    ) -> (Result<(), Error>, Vec<Blocker>, Option<Duration>) {
         let begin = Begin {
             lock_timeout: Some(options.lock_timeout),
             statement_timeout: options.statement_timeout,
@@ -162,7 +210,7 @@ impl Env {
         };
         let tx = match self.open(&begin).await {
             Ok(tx) => tx,
-            Err(error) => return (Err(error), Vec::new()),
+            Err(error) => return (Err(error), Vec::new(), None),
         };
         let pid = tx.backend_pid().unwrap_or_default();
         let poll = StatementPoll::new(pid, options.lock_timeout, Some(options.lock_timeout));
@@ -199,7 +247,7 @@ impl Env {
             }
         };
         let (result, ()) = tokio::join!(work, poll.run(self.connections()));
-        (result, poll.blockers())
+        (result, poll.blockers(), poll.deadlock_timeout())
     }
 
     async fn outside_transaction(
@@ -208,11 +256,11 @@ impl Env {
         sql: &str,
         wait: Duration,
         progress: Option<&OnProgress>,
-    ) -> (Result<(), Error>, Vec<Blocker>) {
+    ) -> (Result<(), Error>, Vec<Blocker>, Option<Duration>) {
         let (session, previous) = match self.prepare_session(wait, options.statement_timeout).await
         {
             Ok(prepared) => prepared,
-            Err(error) => return (Err(error), Vec::new()),
+            Err(error) => return (Err(error), Vec::new(), None),
         };
         let poll = StatementPoll::new(
             previous.pid,
@@ -240,7 +288,7 @@ impl Env {
             answer.map(drop).map_err(Error::from)
         };
         let (result, ()) = tokio::join!(work, poll.run(self.connections()));
-        (result, poll.blockers())
+        (result, poll.blockers(), poll.deadlock_timeout())
     }
 
     /// A session with this change's settings, and the settings it had before.
@@ -275,6 +323,43 @@ impl Env {
     }
 }
 
+/// The wait for autovacuum workers.
+#[derive(Default)]
+struct AutovacuumWait {
+    /// The lock timeout of the next attempt.
+    next: Option<Duration>,
+    /// Whether an attempt has had it.
+    is_over: bool,
+}
+
+impl AutovacuumWait {
+    /// Arranges one attempt that waits until the server ends an autovacuum worker, unless the caller has limited the wait.
+    fn plan(
+        &mut self,
+        options: &ChangeOptions,
+        blockers: &[Blocker],
+        deadlock_timeout: Option<Duration>,
+        deadline: &Deadline,
+    ) {
+        let is_blocked = blockers
+            .iter()
+            .any(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true));
+        if !is_blocked || options.has_lock_timeout || self.is_over {
+            return;
+        }
+        let wait = deadlock_timeout
+            .unwrap_or(DEADLOCK_TIMEOUT)
+            .saturating_add(AUTOVACUUM_MARGIN);
+        if wait <= LONGEST_AUTOVACUUM_WAIT && wait < deadline.remaining() {
+            tracing::debug!(
+                ?wait,
+                "the next attempt waits until the server ends an autovacuum worker"
+            );
+            (self.next, self.is_over) = (Some(wait), true);
+        }
+    }
+}
+
 fn is_worth_repeating(error: &Error) -> bool {
     matches!(
         error.kind(),
@@ -287,8 +372,20 @@ fn given_up(error: Error, blockers: Vec<Blocker>, report: ChangeReport) -> Error
         return error;
     }
     let attempts = u32::try_from(report.attempts.len()).unwrap_or(u32::MAX);
+    let detail = if blockers
+        .iter()
+        .any(|one| one.prevents_wraparound() == Some(true))
+    {
+        "an autovacuum worker that prevents wraparound yields to no session, so the change has to wait for its end; the \
+         change was given up"
+    } else if blockers.iter().any(Blocker::is_autovacuum) {
+        "an autovacuum worker yields only to a wait longer than deadlock_timeout, which lock_timeout() forbids; leave that \
+         out, or cancel the worker; the change was given up"
+    } else {
+        "the change was given up"
+    };
     Error::new(error.kind())
-        .with_detail("the change was given up")
+        .with_detail(detail)
         .with_waited(report.elapsed)
         .with_attempts(attempts)
         .with_blockers(blockers)

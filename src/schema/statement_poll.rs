@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::progress::IndexProgress;
-use crate::blocker::Blocker;
-use crate::connection::Connections;
+use crate::blocker::{self, Blocker};
+use crate::connection::{Connections, is_own_backend};
 use crate::graph::{self, Backend, BackendId, Snapshot};
+use crate::key::names;
 use crate::mode::AdvisoryMode;
-use crate::schema::sql::index;
+use crate::schema::sql::{catalog, index};
 
 /// How often a wait of the length of the timeout is polled.
 pub(super) const POLLS_PER_WAIT: u32 = 4;
@@ -34,6 +35,8 @@ pub(super) struct StatementPoll {
     waited_too_long: Notify,
     blockers: Mutex<Vec<Blocker>>,
     on_progress: Option<OnProgress>,
+    /// The server's `deadlock_timeout`, once an autovacuum worker was seen.
+    deadlock_timeout: Mutex<Option<Duration>>,
 }
 
 impl StatementPoll {
@@ -47,6 +50,7 @@ impl StatementPoll {
             waited_too_long: Notify::new(),
             blockers: Mutex::default(),
             on_progress: None,
+            deadlock_timeout: Mutex::default(),
         }
     }
 
@@ -71,6 +75,50 @@ impl StatementPoll {
         self.lock().clone()
     }
 
+    /// How long a session has to wait before the server ends the autovacuum worker that blocks it, if one was seen.
+    pub(super) fn deadlock_timeout(&self) -> Option<Duration> {
+        *self
+            .deadlock_timeout
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cancels the autovacuum workers among the blockers, if the role may and they do not prevent wraparound. It is done
+    /// while the statement waits, so that it is the next to get the lock: autovacuum soon returns to the table.
+    async fn cancel_autovacuum(
+        &self,
+        connections: &Arc<Connections>,
+        blockers: &[Blocker],
+        asked: &mut Vec<i32>,
+    ) {
+        let workers = blockers
+            .iter()
+            .filter(|one| one.is_autovacuum() && one.prevents_wraparound() != Some(true));
+        let pids: Vec<i32> = workers
+            .filter_map(Blocker::pid)
+            .filter(|pid| !asked.contains(pid))
+            .collect();
+        if pids.is_empty() {
+            return;
+        }
+        let sql = catalog::cancel_autovacuum(&pids);
+        match connections.look_within(CONNECTION_WAIT, &sql).await {
+            Ok(reply) => {
+                let Some((cancelled, deadlock_timeout)) = catalog::read_cancelled(&reply) else {
+                    return;
+                };
+                tracing::debug!(?pids, cancelled, "autovacuum workers block a statement");
+                let mut known = self
+                    .deadlock_timeout
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *known = Some(deadlock_timeout);
+                asked.extend(pids);
+            }
+            Err(error) => tracing::debug!(%error, "autovacuum workers cannot be cancelled"),
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Blocker>> {
         self.blockers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -82,6 +130,7 @@ impl StatementPoll {
         // The sum of the waits that are over; and when the current wait began, and its age when it was last seen.
         let mut over = Duration::ZERO;
         let mut last: Option<(Option<std::time::SystemTime>, Duration)> = None;
+        let mut asked = Vec::new();
         while !self.ended.load(Ordering::Relaxed) {
             let next = Instant::now() + self.interval;
             tokio::select! {
@@ -105,7 +154,9 @@ impl StatementPoll {
                     continue;
                 }
             };
-            let Some(seen) = graph::sql::read_sample(&reply, &|key| key) else {
+            let Some(seen) =
+                graph::sql::read_sample(&reply, &|key| names::lookup(key.id()).unwrap_or(key))
+            else {
                 continue;
             };
             let snapshot = seen.snapshot(Duration::ZERO);
@@ -113,6 +164,11 @@ impl StatementPoll {
             if blockers.is_empty() {
                 continue;
             }
+            for blocker in blockers.iter().filter(|one| one.waits_for_us.is_some()) {
+                tracing::warn!(%blocker, "a statement waits for a session that waits for this process");
+            }
+            self.cancel_autovacuum(connections, &blockers, &mut asked)
+                .await;
             *self.lock() = blockers;
             let me = BackendId::Pid(self.pid);
             let mut edges = snapshot.edges_of(&me);
@@ -130,6 +186,22 @@ impl StatementPoll {
             }
         }
     }
+}
+
+/// Whether it is an autovacuum worker. A role that may not see the kind of process sees that it has a database and no
+/// user, which other processes with locks on tables have.
+fn is_autovacuum(backend: &Backend) -> bool {
+    match backend.backend_type() {
+        Some(kind) => kind == "autovacuum worker",
+        None => backend.is_hidden() && backend.user().is_none() && backend.database().is_some(),
+    }
+}
+
+/// What a blocker waits for that a session of this process holds.
+fn waits_for_us(snapshot: &Snapshot, blocker: &BackendId) -> Option<String> {
+    let mut waits = snapshot.edges_of(blocker);
+    let edge = waits.find(|edge| edge.blocker().pid().is_some_and(is_own_backend))?;
+    Some(edge.object().to_string())
 }
 
 /// The blockers of a backend in a snapshot.
@@ -154,6 +226,9 @@ fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
                 mode.unwrap_or(edge.mode_wanted()),
             )),
             granted: edge.mode_held().is_some(),
+            autovacuum: backend.is_some_and(is_autovacuum),
+            wraparound: blocker::prevents_wraparound(backend.and_then(Backend::statement)),
+            waits_for_us: waits_for_us(snapshot, edge.blocker()),
         }
     };
     edges.map(blocker).collect()

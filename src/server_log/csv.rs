@@ -19,6 +19,8 @@ pub(super) struct Csv {
     state: State,
     /// How many bytes of its fields are kept so far.
     kept: usize,
+    /// How many lines the record has so far.
+    lines: u64,
     /// Whether a record has begun.
     open: bool,
     /// Whether the current line belongs to no record.
@@ -38,24 +40,28 @@ enum State {
 }
 
 impl Csv {
-    /// Reads a line, given without its line end. Returns the record if the line ends it.
-    pub(super) fn line(&mut self, line: &str, zones: &TimeZones) -> Option<Entry> {
+    /// Reads a line, given without its line end. Returns the record if the line ends it, and how many lines belong to no
+    /// record.
+    pub(super) fn line(&mut self, line: &str, zones: &TimeZones) -> (Option<Entry>, u64) {
         self.part(line);
         if std::mem::take(&mut self.skips_line) {
-            return None;
+            return (None, u64::from(!line.trim().is_empty()));
         }
+        self.lines += 1;
         let pending_return = std::mem::take(&mut self.pending_return);
         if self.state == State::Quoted {
             if pending_return {
                 self.keep('\r');
             }
             self.keep('\n');
-            return None;
+            return (None, 0);
         }
         self.end_field();
         let fields = std::mem::take(&mut self.fields);
-        self.reset();
-        entry(fields, zones)
+        let lines = self.reset();
+        let entry = entry(fields, zones);
+        let skipped = if entry.is_none() { lines } else { 0 };
+        (entry, skipped)
     }
 
     /// Reads part of a line that is too long to keep. It cannot be skipped, because a quoted field may end in it.
@@ -79,8 +85,9 @@ impl Csv {
         }
     }
 
-    pub(super) fn reset(&mut self) {
-        *self = Self::default();
+    /// Forgets an unfinished record; returns how many lines it had.
+    pub(super) fn reset(&mut self) -> u64 {
+        std::mem::take(self).lines
     }
 
     fn char(&mut self, c: char) {
@@ -122,8 +129,9 @@ impl Csv {
     }
 }
 
-/// `2026-01-31 12:34:56.789 UTC,`
+/// `2026-01-31 12:34:56.789 UTC,`, with or without quotes.
 fn begins_record(line: &str) -> bool {
+    let line = line.strip_prefix('"').unwrap_or(line);
     let shape = "dddd-dd-dd dd:dd:dd.ddd ";
     line.len() > shape.len()
         && line

@@ -8,8 +8,8 @@ use crate::key::names;
 use crate::mode::LockMode;
 use crate::postgres::lock_object::LockObject;
 use crate::postgres::message::{
-    self, ContextKind, DetailWait, WaitNews, context, deadlock_detail, is_lock_timeout, lock_queue,
-    lock_wait,
+    self, ContextKind, DetailWait, WaitNews, context, deadlock_detail, is_deadlock_message,
+    is_lock_timeout, is_nowait, lock_queue, lock_wait,
 };
 use crate::postgres::text::beginning;
 
@@ -65,7 +65,14 @@ impl Entry {
             (None, Some(true)) if is_lock_timeout(&self.message) => {
                 Some(Event::new(LogEventKind::LockTimeout))
             }
-            (None, Some(true)) => Some(self.deadlock()).filter(|event| !event.waits.is_empty()),
+            (None, Some(true)) if is_nowait(&self.message) => {
+                Some(Event::new(LogEventKind::NotAvailable))
+            }
+            (None, Some(true)) => Some(self.deadlock()).filter(|event| {
+                // `log_error_verbosity = terse` leaves out the DETAIL.
+                let is_terse = self.detail.is_empty() && is_deadlock_message(&self.message);
+                !event.waits.is_empty() || is_terse
+            }),
             (None, Some(false)) => self.lock_wait(),
             (None, None) => None,
         };
@@ -79,6 +86,11 @@ impl Entry {
             .filter(|statement| !statement.is_empty())
             .map(|statement| StatementText(statement.into()));
         Some(LogEvent::new(origin, event))
+    }
+
+    /// The bytes of its texts.
+    pub(super) fn length(&self) -> usize {
+        self.message.len() + self.detail.len() + self.context.len() + self.statement.len()
     }
 
     fn lock_wait(&self) -> Option<Event> {

@@ -8,10 +8,15 @@
 //!
 //! Messages are in the server's language (`lc_messages`). They are recognized by their SQLSTATE if the format contains
 //! it (`csvlog`, `jsonlog`, and `stderr` with `%e` in `log_line_prefix`). Otherwise they are recognized by their form
-//! and a few words, in all languages that PostgreSQL has translations for.
+//! and a few words, in all languages that PostgreSQL has translations for; [`Reader::limits`] says so.
 //!
-//! Lines that are not about locks, come from another program, are damaged or cut off are skipped. No input causes a
-//! panic, and memory is bounded: a message longer than four megabytes is truncated, and skipped in `jsonlog`.
+//! What carries a log is removed from its lines: syslog, Heroku, docker compose, docker's JSON, Kubernetes, the JSON of
+//! CloudNativePG, Cloud SQL and Azure. A message is put together even if lines of other sessions and programs stand
+//! between its lines.
+//!
+//! Lines that come from another program, are damaged or cut off are skipped and [counted](Reader::lines_skipped), so that
+//! a log that could not be read is not mistaken for one without problems. No input causes a panic, and memory is bounded:
+//! a message longer than four megabytes is truncated, and skipped in `jsonlog`.
 //!
 //! # Trust
 //!
@@ -51,20 +56,24 @@
 mod csv;
 mod entry;
 mod event;
+mod guess;
 mod json;
 mod labels;
 mod prefix;
 mod stderr;
 mod time_zones;
+mod transport;
 
 use std::fmt;
 
 pub use event::{LogEvent, LogEventKind, LogRow, LogWait};
 
 use csv::Csv;
+use json::{Found, Objects};
 use prefix::Prefix;
 use stderr::Stderr;
 use time_zones::TimeZones;
+use transport::Carried;
 
 /// How many bytes of a line are kept.
 const MAX_LINE_BYTES: usize = 4 << 20;
@@ -81,13 +90,24 @@ pub struct Reader {
     line: String,
     /// Whether the rest of that line is dropped.
     too_long: bool,
+    has_begun: bool,
+    lines_read: u64,
+    lines_skipped: u64,
 }
 
 #[derive(Clone)]
 enum Format {
-    Stderr(Box<Stderr>),
+    Text(Box<Text>),
     Csv(Csv),
-    Json,
+}
+
+/// Lines of text or JSON, in what carries them.
+#[derive(Clone, Default)]
+struct Text {
+    stderr: Stderr,
+    objects: Objects,
+    /// Whether only JSON is read.
+    is_json: bool,
 }
 
 impl Reader {
@@ -96,19 +116,21 @@ impl Reader {
     ///
     /// Time, process id, user, database, `application_name`, SQLSTATE and query identifier are read from the prefix if
     /// it contains them (`%t`, `%m`, `%n`, `%p`, `%u`, `%d`, `%a`, `%e`, `%Q`). Lines that do not begin with the prefix
-    /// are skipped.
+    /// are skipped and [counted](Self::lines_skipped). What cannot be told apart in lines with this prefix is in
+    /// [`limits`](Self::limits), before any line is read.
     #[must_use]
     pub fn stderr(log_line_prefix: &str) -> Self {
-        Self::new(Format::Stderr(Box::new(Stderr::of_prefix(Prefix::new(
-            log_line_prefix,
-        )))))
+        Self::new(Format::Text(Box::new(Text {
+            stderr: Stderr::of_prefix(Prefix::new(log_line_prefix)),
+            ..Text::default()
+        })))
     }
 
     /// For `log_destination = stderr` with an unknown prefix. Times, process ids, `user@database` and `user=…` are
     /// recognized by their form; other fields are not available.
     #[must_use]
     pub fn stderr_of_any_prefix() -> Self {
-        Self::new(Format::Stderr(Box::default()))
+        Self::new(Format::Text(Box::default()))
     }
 
     /// For `log_destination = csvlog`.
@@ -117,10 +139,15 @@ impl Reader {
         Self::new(Format::Csv(Csv::default()))
     }
 
-    /// For `log_destination = jsonlog`.
+    /// For `log_destination = jsonlog`, and for JSON that other programs make of the log: records with their own names
+    /// for the fields, as of CloudNativePG and Azure, and lines of text in an object, as of docker and Cloud SQL. Lines of
+    /// text are read as by [`stderr_of_any_prefix`](Self::stderr_of_any_prefix).
     #[must_use]
     pub fn json() -> Self {
-        Self::new(Format::Json)
+        Self::new(Format::Text(Box::new(Text {
+            is_json: true,
+            ..Text::default()
+        })))
     }
 
     /// Defines a time zone abbreviation of this log, in seconds ahead of UTC. The server writes times in
@@ -139,9 +166,58 @@ impl Reader {
         self
     }
 
+    /// What this reader cannot tell apart, in a sentence each: fields of the prefix that nothing separates, sessions
+    /// without a process id, errors without a SQLSTATE. It is known before any line is read. Empty for `csvlog` and
+    /// `jsonlog`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use lockkeeper::server_log::Reader;
+    ///
+    /// assert!(Reader::stderr("%m [%p] %e ").limits().is_empty());
+    /// let limits = Reader::stderr("%m %u%d %e ").limits();
+    /// assert_eq!(
+    ///     limits[0],
+    ///     "nothing separates %u from %d in this prefix, so neither value is read"
+    /// );
+    /// ```
+    #[must_use]
+    pub fn limits(&self) -> Vec<String> {
+        match &self.format {
+            Format::Text(text) if !text.is_json => text.stderr.limits().to_vec(),
+            Format::Text(_) | Format::Csv(_) => Vec::new(),
+        }
+    }
+
+    /// How many lines were read as the server's, whether they are about locks or not.
+    #[must_use]
+    pub fn lines_read(&self) -> u64 {
+        self.lines_read
+    }
+
+    /// How many lines were not read: lines of other programs, lines without the prefix, and lines that are damaged, cut
+    /// off or too long. Empty lines are not counted. If most lines are skipped, the log has another format or prefix, and
+    /// the absence of events means nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use lockkeeper::server_log::Reader;
+    ///
+    /// let mut reader = Reader::stderr("%m [%p] ");
+    /// assert_eq!(reader.push("2026-01-31 12:34:56 UTC:app@shop:[7]:LOG:  checkpoint starting: time\n").count(), 0);
+    /// assert_eq!((reader.lines_read(), reader.lines_skipped()), (0, 1));
+    /// ```
+    #[must_use]
+    pub fn lines_skipped(&self) -> u64 {
+        self.lines_skipped
+    }
+
     /// Reads the next part of the log's text: a line, several lines, or part of a line.
     ///
-    /// In the `stderr` format a message ends where the next one begins: it is returned then, or by
+    /// In the `stderr` format nothing marks the end of a message. It is returned when the same session's next message
+    /// begins, when a line follows its STATEMENT, when no part of it has come for 1000 lines, or by
     /// [`finish`](Self::finish).
     ///
     /// Databases with different encodings write to one log: convert lines that are not UTF-8 with
@@ -157,7 +233,9 @@ impl Reader {
             } else {
                 self.keep(line);
                 let line = std::mem::take(&mut self.line);
-                if !std::mem::take(&mut self.too_long) {
+                if std::mem::take(&mut self.too_long) {
+                    self.lines_skipped += 1;
+                } else {
                     events.extend(self.whole_line(&line));
                 }
             }
@@ -177,18 +255,20 @@ impl Reader {
     pub fn finish(&mut self) -> impl Iterator<Item = LogEvent> + use<> {
         let mut events = Vec::new();
         let line = std::mem::take(&mut self.line);
-        if !std::mem::take(&mut self.too_long) && !line.is_empty() {
+        if std::mem::take(&mut self.too_long) {
+            self.lines_skipped += 1;
+        } else if !line.is_empty() {
             events.extend(self.whole_line(&line));
         }
-        let last = match &mut self.format {
-            Format::Stderr(stderr) => stderr.finish(),
-            Format::Csv(csv) => {
-                csv.reset();
-                None
+        match &mut self.format {
+            Format::Text(text) => {
+                text.stderr.finish();
+                let last = text.stderr.take_complete();
+                events.extend(last.into_iter().filter_map(entry::Entry::event));
+                self.lines_skipped += text.objects.reset();
             }
-            Format::Json => None,
-        };
-        events.extend(last.and_then(entry::Entry::event));
+            Format::Csv(csv) => self.lines_skipped += csv.reset(),
+        }
         events.into_iter()
     }
 
@@ -198,6 +278,9 @@ impl Reader {
             zones: TimeZones::default(),
             line: String::new(),
             too_long: false,
+            has_begun: false,
+            lines_read: 0,
+            lines_skipped: 0,
         }
     }
 
@@ -210,7 +293,7 @@ impl Reader {
                     csv.part(&beginning);
                     return;
                 }
-                Format::Stderr(_) | Format::Json => self.too_long = true,
+                Format::Text(_) => self.too_long = true,
             }
         }
         if !self.too_long {
@@ -218,14 +301,85 @@ impl Reader {
         }
     }
 
-    fn whole_line(&mut self, line: &str) -> Option<LogEvent> {
-        let without_return = line.strip_suffix('\r').unwrap_or(line);
-        let entry = match &mut self.format {
-            Format::Stderr(stderr) => stderr.line(without_return, &self.zones),
-            Format::Csv(csv) => csv.line(line, &self.zones),
-            Format::Json => json::line(without_return, &self.zones),
+    fn whole_line(&mut self, line: &str) -> Vec<LogEvent> {
+        // A file that an editor has saved can begin with a byte-order mark.
+        let line = if std::mem::replace(&mut self.has_begun, true) {
+            line
+        } else {
+            line.strip_prefix('\u{feff}').unwrap_or(line)
         };
-        entry?.event()
+        let (entries, skipped) = match &mut self.format {
+            Format::Text(text) => text.line(line.strip_suffix('\r').unwrap_or(line), &self.zones),
+            Format::Csv(csv) => {
+                let (entry, skipped) = csv.line(line, &self.zones);
+                (entry.into_iter().collect(), skipped)
+            }
+        };
+        self.lines_skipped += skipped;
+        if skipped == 0 && !line.trim().is_empty() {
+            self.lines_read += 1;
+        }
+        entries
+            .into_iter()
+            .filter_map(entry::Entry::event)
+            .collect()
+    }
+}
+
+impl Text {
+    /// Reads a line, given without its line end. Returns the messages that have ended, and how many lines were not read.
+    fn line(&mut self, line: &str, zones: &TimeZones) -> (Vec<entry::Entry>, u64) {
+        let is_plain =
+            !self.is_json && (line.starts_with('\t') || self.stderr.is_plain(line, zones));
+        let carried = if is_plain {
+            None
+        } else {
+            Carried::unwrap(line)
+        };
+        let carried = carried.unwrap_or_else(|| Carried::plain(line));
+        let is_object = self.is_json || carried.text.starts_with('{') && !is_plain;
+        let mut entries = Vec::new();
+        let skipped = if is_object {
+            self.objects(&carried, zones, &mut entries)
+        } else {
+            u64::from(!self.stderr.line(&carried, zones))
+        };
+        entries.extend(self.stderr.take_complete());
+        (entries, skipped)
+    }
+
+    fn objects(
+        &mut self,
+        carried: &Carried<'_>,
+        zones: &TimeZones,
+        entries: &mut Vec<entry::Entry>,
+    ) -> u64 {
+        let (found, skipped) = self.objects.line(&carried.text, zones);
+        let (mut any, mut any_read) = (false, false);
+        for found in found {
+            any = true;
+            match found {
+                Found::Record(entry) => {
+                    any_read = true;
+                    entries.push(*entry);
+                }
+                Found::Text(lines) => {
+                    let text = lines.text.strip_suffix('\n').unwrap_or(&lines.text);
+                    any_read |= self.stderr.line(
+                        &Carried {
+                            source: carried.source,
+                            pid: lines.pid.or(carried.pid),
+                            pid_is_guessed: lines.pid.is_none() && carried.pid_is_guessed,
+                            time: lines.time.as_deref().or(carried.time),
+                            is_cut: lines.is_cut,
+                            ..Carried::plain(text)
+                        },
+                        zones,
+                    );
+                }
+            }
+        }
+        skipped + u64::from(any && !any_read)
     }
 }
 
@@ -235,10 +389,10 @@ impl fmt::Debug for Reader {
         f.debug_struct("Reader")
             .field(
                 "format",
-                &match self.format {
-                    Format::Stderr(_) => "stderr",
+                &match &self.format {
+                    Format::Text(text) if text.is_json => "json",
+                    Format::Text(_) => "stderr",
                     Format::Csv(_) => "csv",
-                    Format::Json => "json",
                 },
             )
             .finish_non_exhaustive()
@@ -247,5 +401,7 @@ impl fmt::Debug for Reader {
 
 #[cfg(test)]
 mod adversarial;
+#[cfg(test)]
+mod arrivals;
 #[cfg(test)]
 mod tests;

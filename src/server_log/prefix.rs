@@ -5,7 +5,7 @@ use super::labels::{self, Label};
 use super::time_zones::TimeZones;
 
 /// The maximum length of a line's prefix, in bytes.
-const MAX_PREFIX_BYTES: usize = 1024;
+pub(super) const MAX_PREFIX_BYTES: usize = 1024;
 /// The maximum length of a free text field, in bytes: names have up to 63, other fields little more.
 const MAX_TEXT_BYTES: usize = 256;
 /// The maximum number of fields and characters of a prefix. With a longer prefix no line is read.
@@ -15,6 +15,10 @@ const MAX_PARTS: usize = 300;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Prefix {
     parts: Vec<Part>,
+    /// The fields whose values are not known, because nothing separates them from their neighbours.
+    unclear: Vec<char>,
+    /// What cannot be told apart in lines with this prefix, a sentence each.
+    limits: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +61,66 @@ impl Prefix {
                 _ => {}
             }
         }
-        Self { parts }
+        let mut prefix = Self {
+            parts,
+            ..Self::default()
+        };
+        prefix.find_limits();
+        prefix
+    }
+
+    /// What cannot be told apart in lines with this prefix.
+    pub(super) fn limits(&self) -> &[String] {
+        &self.limits
+    }
+
+    fn find_limits(&mut self) {
+        if self.parts.len() > MAX_PARTS {
+            self.limits = vec![format!(
+                "this prefix cannot be read: it has more than {MAX_PARTS} characters and fields"
+            )];
+            return;
+        }
+        let parts: Vec<_> = self
+            .parts
+            .iter()
+            .filter(|part| **part != Part::SessionsOnly)
+            .collect();
+        for pair in parts.windows(2) {
+            let [Part::Field(first), Part::Field(second)] = pair else {
+                continue;
+            };
+            if is_separate(*first, *second) {
+                continue;
+            }
+            // Names usually begin with a letter.
+            if matches!(first, 'p' | 'P' | 'l' | 'x') && is_free_text(*second) {
+                self.limits.push(format!(
+                    "nothing separates %{first} from %{second} in this prefix, so %{first} is wrong where %{second} \
+                     begins with a digit"
+                ));
+                continue;
+            }
+            self.unclear.extend([*first, *second]);
+            self.limits.push(format!(
+                "nothing separates %{first} from %{second} in this prefix, so neither value is read"
+            ));
+        }
+        let has = |field| parts.contains(&&Part::Field(field)) && !self.unclear.contains(&field);
+        if !has('p') && !has('c') {
+            self.limits.push(
+                "the prefix contains neither %p nor %c, so the lines of sessions that log at the same time cannot be \
+                 told apart"
+                    .to_owned(),
+            );
+        }
+        if !has('e') {
+            self.limits.push(
+                "the prefix does not contain %e, so errors are recognized by their text, in the languages that \
+                 PostgreSQL has translations for"
+                    .to_owned(),
+            );
+        }
     }
 
     /// Splits a line that begins with the prefix and a label; `None` for any other line.
@@ -74,6 +137,7 @@ impl Prefix {
             let mut search = Search {
                 parts: &self.parts[..end],
                 line,
+                zones,
                 failed: Vec::new(),
                 fields: Vec::new(),
             };
@@ -83,7 +147,8 @@ impl Prefix {
                 rest,
                 ..Head::default()
             };
-            for (field, text) in search.fields.into_iter().rev() {
+            let fields = search.fields.into_iter().rev();
+            for (field, text) in fields.filter(|(field, _)| !self.unclear.contains(field)) {
                 head.field(field, text, zones);
             }
             Some(head)
@@ -96,6 +161,7 @@ impl Prefix {
 struct Search<'p, 'a> {
     parts: &'p [Part],
     line: &'a str,
+    zones: &'p TimeZones,
     /// What has failed, by part and position; empty until something fails.
     failed: Vec<bool>,
     /// The matched fields, last first.
@@ -128,64 +194,95 @@ impl<'a> Search<'_, 'a> {
 
     fn field(&mut self, field: char, part: usize, at: usize) -> Option<(Label, &'a str)> {
         let rest = &self.line[at..];
+        let ends = lengths(field, rest, self.zones);
         let mut attempt = |length: usize| {
             let found = self.from(part + 1, at + length)?;
             self.fields.push((field, &rest[..length]));
             Some(found)
         };
-        match length(field, rest) {
-            Some((length, blanks)) => {
-                (0..=blanks.min(64)).find_map(|blanks| attempt(length + blanks))
-            }
-            // Free text: the shortest match first.
-            None => {
-                let ends = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
-                let mut ends = ends.take_while(|end| *end <= MAX_TEXT_BYTES);
-                ends.find_map(attempt)
+        for length in ends {
+            let blanks = rest[length..].len() - rest[length..].trim_start_matches(' ').len();
+            let found = (0..=blanks.min(64)).find_map(|blanks| attempt(length + blanks));
+            if found.is_some() {
+                return found;
             }
         }
+        if !is_free_text(field) {
+            return None;
+        }
+        // The shortest match first.
+        let ends = rest.char_indices().map(|(at, _)| at).chain([rest.len()]);
+        let mut ends = ends.take_while(|end| *end <= MAX_TEXT_BYTES);
+        ends.find_map(attempt)
     }
 }
 
-/// The length of the field that begins here, including the padding before it, and the number of blanks after it; `None`
-/// for free text.
-fn length(field: char, text: &str) -> Option<(usize, usize)> {
+/// Whether a field can contain any character.
+fn is_free_text(field: char) -> bool {
+    "aubdhirLY".contains(field)
+}
+
+/// Whether the end of a field is known without a character between it and the next one.
+fn is_separate(first: char, second: char) -> bool {
+    match first {
+        // A SQLSTATE has five characters, and a time ends with the name of its zone.
+        // A host ends with a port in parentheses.
+        'e' | 't' | 'm' | 's' | 'r' => true,
+        'p' | 'P' | 'l' | 'x' | 'Q' | 'n' | 'v' | 'c' => false,
+        _ => second == 't' || second == 'm' || second == 's',
+    }
+}
+
+/// The possible lengths of the field that begins here, with the padding before it, best first. A field of free text can
+/// have any other length too.
+fn lengths(field: char, text: &str, zones: &TimeZones) -> Vec<usize> {
     let padding = text.len() - text.trim_start_matches(' ').len();
     let value = &text[padding..];
     let run = |allowed: fn(char) -> bool| value.find(|c| !allowed(c)).unwrap_or(value.len());
-    let length = match field {
-        'p' | 'P' | 'l' | 'x' => run(|c| c.is_ascii_digit()),
-        'Q' => run(|c| c.is_ascii_digit() || c == '-'),
-        'n' => run(|c| c.is_ascii_digit() || c == '.'),
-        'e' => run(|c| c.is_ascii_uppercase() || c.is_ascii_digit()),
-        'c' => run(|c| c.is_ascii_hexdigit() || c == '.'),
-        'v' => run(|c| c.is_ascii_digit() || c == '/' || c == '-'),
-        't' | 'm' | 's' => time_length(value),
-        _ => return None,
+    let mut lengths = match field {
+        'p' | 'P' | 'l' | 'x' => vec![run(|c| c.is_ascii_digit())],
+        'Q' => vec![run(|c| c.is_ascii_digit() || c == '-')],
+        'n' => vec![run(|c| c.is_ascii_digit() || c == '.')],
+        'e' => match run(|c| c.is_ascii_uppercase() || c.is_ascii_digit()) {
+            whole @ ..=5 => vec![whole],
+            whole => vec![5, whole],
+        },
+        'c' => vec![run(|c| c.is_ascii_hexdigit() || c == '.')],
+        'v' => vec![run(|c| c.is_ascii_digit() || matches!(c, '/' | '-'))],
+        't' | 'm' | 's' => zones.lengths(value),
+        'r' => remote(value).into_iter().collect(),
+        'h' | 'L' => addresses(value),
+        _ => return Vec::new(),
     };
-    let after = &value[length..];
-    let blanks = after.len() - after.trim_start_matches(' ').len();
-    Some((padding + length, blanks))
+    if lengths.is_empty() && !is_free_text(field) {
+        lengths.push(0);
+    }
+    lengths.iter().map(|length| padding + length).collect()
 }
 
-/// The length of a time such as `2026-01-31 12:34:56.789 CET`, with or without the fraction.
-fn time_length(text: &str) -> usize {
-    let mut words = text.splitn(4, ' ');
-    let (Some(date), Some(time), Some(zone)) = (words.next(), words.next(), words.next()) else {
-        return 0;
-    };
-    let is_number = |c: char| c.is_ascii_digit() || matches!(c, '-' | ':' | '.');
-    if date.len() != 10 || time.len() < 8 || !date.chars().chain(time.chars()).all(is_number) {
-        return 0;
-    }
-    let zone = zone
-        .find(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '_')))
-        .unwrap_or(zone.len());
-    date.len() + time.len() + 2 + zone
+/// The length of `2001:db8::1(5555)`, `db.example(5555)` or `[local]`.
+fn remote(text: &str) -> Option<usize> {
+    let host = host(text)?;
+    let port = text[host..].strip_prefix('(')?;
+    let digits = port.find(|c: char| !c.is_ascii_digit())?;
+    (digits > 0 && port[digits..].starts_with(')')).then_some(host + digits + 2)
+}
+
+/// The length of what can be a host's name or address; 0 for none.
+fn host(text: &str) -> Option<usize> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | ':' | '-' | '_' | '%');
+    text.find(|c| !is_part(c))
+}
+
+/// The possible lengths of an address, the longest first, because an IPv6 address contains colons.
+fn addresses(text: &str) -> Vec<usize> {
+    let end = host(text).unwrap_or_default().min(64);
+    let is_address = |end: &usize| text[..*end].parse::<std::net::IpAddr>().is_ok();
+    (2..=end).rev().filter(is_address).collect()
 }
 
 impl Head<'_> {
-    fn field(&mut self, field: char, text: &str, zones: &TimeZones) {
+    pub(super) fn field(&mut self, field: char, text: &str, zones: &TimeZones) {
         let known = labels::known(text.trim_matches(' '));
         let owned = known.map(str::to_owned);
         let origin = &mut self.origin;
@@ -194,6 +291,8 @@ impl Head<'_> {
             'u' => origin.user = owned,
             'd' => origin.database = owned,
             'p' => origin.pid = known.and_then(|pid| pid.parse().ok()),
+            // The session's identifier is its start and its process id, in hexadecimal.
+            'c' if origin.pid.is_none() => origin.pid = known.and_then(pid_of_session),
             'Q' => origin.query_id = known.and_then(|id| id.parse().ok()).filter(|id| *id != 0),
             'e' => self.sqlstate = owned,
             // `%m` is more precise than `%t`.
@@ -207,65 +306,12 @@ impl Head<'_> {
     }
 }
 
-/// Splits a line whose prefix is unknown: finds a label, and recognizes fields before it by their form.
-pub(super) fn guess<'a>(line: &'a str, zones: &TimeZones) -> Option<Head<'a>> {
-    let (at, label, rest) = labels::first_label(line, MAX_PREFIX_BYTES)?;
-    let before = line[..at].trim_start_matches(['[', '<', '(', ' ']);
-    let mut head = Head {
-        label: Some(label),
-        rest,
-        ..Head::default()
-    };
-    let length = time_length(before);
-    if length > 0 {
-        head.field('m', &before[..length], zones);
-    }
-    let mut unknown = &before[length..];
-    if length == 0
-        && let Some(first) = unknown
-            .split(' ')
-            .next()
-            .filter(|first| zones.is_epoch(first))
-    {
-        head.field('n', first, zones);
-        unknown = &unknown[first.len()..];
-    }
-    let bracketed = unknown.split('[').skip(1).find_map(|part| {
-        // A line number can follow: `[77-1]`.
-        let inside = part.split(']').next()?;
-        let (pid, line) = inside.split_once(['-', ':']).unwrap_or((inside, ""));
-        let is_line = line.bytes().all(|byte| byte.is_ascii_digit());
-        pid.parse::<i32>().ok().filter(|_| is_line)
-    });
-    let words = || {
-        unknown
-            .split([' ', ',', ';', '(', ')', '[', ']', '|'])
-            .map(|word| word.trim_matches(':'))
-            .filter(|word| !word.is_empty())
-    };
-    let mut bare = words().filter_map(|word| word.parse::<i32>().ok());
-    head.origin.pid = bracketed.or_else(|| bare.next()).filter(|pid| *pid > 0);
-    head.pid_is_guessed = bracketed.is_none();
-    for word in words() {
-        if let Some((key, value)) = word.split_once('=') {
-            match key {
-                "user" => head.field('u', value, zones),
-                "db" | "database" => head.field('d', value, zones),
-                "app" | "application" => head.field('a', value, zones),
-                "pid" => {
-                    head.field('p', value, zones);
-                    head.pid_is_guessed = head.origin.pid.is_none();
-                }
-                _ => {}
-            }
-        } else if let Some((user, database)) = word.split_once('@')
-            && head.origin.user.is_none()
-        {
-            head.field('u', user, zones);
-            head.field('d', database, zones);
-        }
-    }
-    Some(head)
+/// The process id in `6055d3a0.195`.
+pub(super) fn pid_of_session(id: &str) -> Option<i32> {
+    let (start, pid) = id.split_once('.')?;
+    let is_hex = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_hexdigit());
+    let looks_like_it = (7..=8).contains(&start.len()) && is_hex(start) && is_hex(pid);
+    looks_like_it.then(|| i32::from_str_radix(pid, 16).ok())?
 }
 
 #[cfg(test)]
@@ -355,29 +401,69 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_prefix_is_guessed() {
+    fn a_field_ends_where_its_form_ends() {
         let zones = TimeZones::default();
-        for (line, expected) in [
+        for (prefix, line, expected) in [
             (
-                "2026-01-31 12:34:56.789 UTC [77] app@shop LOG:  x",
+                "%t-%c-",
+                "2026-01-31 12:34:56 UTC-6055d3a0.195-LOG:  x",
+                (Some(0x195), None, None, None),
+            ),
+            (
+                "%t:%r:%u@%d:[%p]:",
+                "2026-01-31 12:34:56 UTC:2001:db8::1(5555):app@shop:[77]:LOG:  x",
                 (Some(77), Some("app"), Some("shop"), None),
             ),
             (
-                "2026-01-31 12:34:56 CET [77-1] user=app,db=shop,app=billing LOG:  x",
-                (Some(77), Some("app"), Some("shop"), Some("billing")),
+                "%m-%h:%u:%p ",
+                "2026-01-31 12:34:56.789 +03-2001:db8::1:app:77 LOG:  x",
+                (Some(77), Some("app"), None, None),
             ),
             (
-                "2026-01-31 12:34:56 UTC:10.0.0.7(5555):app@shop:[77]: LOG:  x",
+                "%t%p%e%u ",
+                "2026-01-31 12:34:56 +037740P01app LOG:  x",
+                (None, None, None, None),
+            ),
+            (
+                "%r %u@%d %p ",
+                "[local] app@shop 77 LOG:  x",
                 (Some(77), Some("app"), Some("shop"), None),
             ),
-            ("77 LOG:  x", (Some(77), None, None, None)),
-            ("LOG:  x", (None, None, None, None)),
         ] {
-            let head = guess(line, &zones).unwrap_or_else(|| panic!("{line}"));
-            assert_eq!((head.rest, head.origin.pid), ("x", expected.0), "{line}");
-            assert_eq!(fields(&head), expected, "{line}");
+            let read = Prefix::new(prefix).head(line, &zones);
+            let head = read.unwrap_or_else(|| panic!("{prefix}"));
+            if prefix.starts_with("%t%p") {
+                assert_eq!(head.origin.pid, None, "{prefix}");
+                continue;
+            }
+            assert_eq!(fields(&head), expected, "{prefix}");
         }
-        assert!(guess("nothing", &zones).is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_told_apart_is_known_at_once() {
+        for prefix in ["%m [%p] %q%u@%d %a %e ", "%t-%c-%e ", "%p%t%e "] {
+            let limits = Prefix::new(prefix).limits;
+            assert_eq!(
+                limits.is_empty(),
+                prefix != "%p%t%e ",
+                "{prefix}: {limits:?}"
+            );
+        }
+        for (prefix, words) in [
+            ("%p%l %e ", "%p from %l"),
+            ("%u%d %p %e ", "%u from %d"),
+            ("%t %e ", "neither %p nor %c"),
+            ("%m [%p] ", "does not contain %e"),
+        ] {
+            let limits = Prefix::new(prefix).limits;
+            assert!(
+                limits.iter().any(|one| one.contains(words)),
+                "{prefix}: {limits:?}"
+            );
+        }
+        let long = Prefix::new(&"x".repeat(301));
+        assert!(long.limits[0].starts_with("this prefix cannot be read: "));
     }
 
     #[test]
@@ -393,7 +479,7 @@ mod tests {
             read(&known, &line);
             let labelled = format!("{line} LOG:  x");
             read(&known, &labelled);
-            guess(&labelled, &TimeZones::default());
+            super::super::guess::guess(&labelled, &TimeZones::default());
         }
     }
 }

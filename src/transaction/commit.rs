@@ -52,12 +52,20 @@ pub(crate) async fn commit<C: Carry>(
     check: Option<&str>,
 ) -> (Option<C>, Result<(), Error>) {
     if carrier.session().is_closed() {
-        return (None, Err(Error::new(ErrorKind::ConnectionLost)));
+        let session = carrier.session();
+        // Boxed, because it is rare.
+        let ending = Box::pin(session.ending(session.idle())).await;
+        let lost = Error::new(ErrorKind::ConnectionLost);
+        let lost = match ending {
+            Some(reason) => lost.with_source(reason),
+            None => lost,
+        };
+        return (None, Err(lost));
     }
     let connections = carrier.session().connections().clone();
     let mut mark = None;
     if resolve.is_some() {
-        match ask_mark(carrier).await {
+        match Box::pin(ask_mark(carrier)).await {
             Ok((asked, answer)) => {
                 carrier = asked;
                 mark = answer;
@@ -78,7 +86,10 @@ pub(crate) async fn commit<C: Carry>(
     }
     let Some((carrier, answer)) = answered else {
         let error = Error::new(ErrorKind::CommitUnknown).with_detail("no answer from the server");
-        return (None, resolved(&connections, resolve, mark, error).await);
+        return (
+            None,
+            Box::pin(resolved(&connections, resolve, mark, error)).await,
+        );
     };
     let error = match answer {
         Ok(reply) if carrier.session().has_ended_before(&reply) => {
@@ -103,19 +114,22 @@ pub(crate) async fn commit<C: Carry>(
             // Given up before another connection is asked for: the pool may have no more than this one.
             drop(carrier);
             let unknown = Error::new(ErrorKind::CommitUnknown).with_source(error);
-            (None, resolved(&connections, resolve, mark, unknown).await)
+            (
+                None,
+                Box::pin(resolved(&connections, resolve, mark, unknown)).await,
+            )
         }
         // Some earlier statement failed, and its error was not passed on.
         Failure::Aborted => {
             let error = swallowed(carrier.session().failure(), error);
-            (roll_back_on(carrier).await, Err(error))
+            (Box::pin(roll_back_on(carrier)).await, Err(error))
         }
         // An ERROR from COMMIT itself (a deferred constraint, a serialization failure): rolled back.
         failure => {
             let error = Error::new(failure.kind())
                 .with_detail("commit failed, the transaction was rolled back")
                 .with_source(error);
-            (end_failed(carrier).await, Err(error))
+            (Box::pin(end_failed(carrier)).await, Err(error))
         }
     }
 }
@@ -233,6 +247,7 @@ pub(super) async fn roll_back(session: Session) {
     if session.is_lost() {
         return;
     }
+    session.forget_prepared_if_untracked();
     let request = session.send(sql::rollback(), OnAbandon::Finish);
     // Unanswered, the session closes its connection.
     if let Some((session, Ok(_))) = request.wait_or_detach().await {

@@ -12,17 +12,19 @@ mod rows;
 mod runner;
 mod savepoint;
 mod section;
+mod spans;
 pub(crate) mod sql;
 mod tx;
 
-pub use async_func::AsyncFunc;
+pub use async_func::{AsyncFunc, RunsAgain};
 pub(crate) use commit::{Carried, Carry, commit};
 pub(crate) use held_lock::HeldLock;
 pub(crate) use open::OpenPlain;
 pub(crate) use options::Resolve;
 pub use options::{NoRetry, RetryIf, TransactionOptions};
+pub(crate) use report::Reporting;
 #[cfg(feature = "incidents")]
-pub(crate) use report::{FailedAttempt, Reporter};
+pub(crate) use report::{AfterFailure, Deferred, FailedAttempt, Reporter};
 pub use rows::LockRows;
 pub(crate) use runner::{Open, Policy, Runner, run};
 pub(crate) use section::check_not_held;

@@ -21,6 +21,10 @@ impl Open for OpenPlain {
     fn open(&self, _: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
         Box::pin(async { self.begin().await.map(Some) })
     }
+
+    fn operation(&self) -> &'static str {
+        "transaction"
+    }
 }
 
 impl OpenPlain {
@@ -45,13 +49,14 @@ impl OpenPlain {
                     Some(begun) if begun.fresh => {
                         let server = begun.server.as_ref();
                         cache.learn_reply(&session, &probe, statement, begun.pid, server);
-                        let name = begin.application_name.as_deref();
+                        let name = begin.application_name.as_ref();
                         session.identify(begun.pid, begun.xact_start, name);
+                        session.set_idle_timeout(begin.idle_in_transaction_session_timeout);
                         return Ok(Tx::new(
                             session,
                             self.call_site,
                             self.lock_wait,
-                            begin.lock_timeout,
+                            begin.longest_wait(),
                         ));
                     }
                     _ => Error::new(ErrorKind::Pool).with_detail(

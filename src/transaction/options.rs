@@ -1,6 +1,7 @@
 //! What a transaction is begun with, and how often it is tried.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
@@ -231,7 +232,7 @@ impl<P> TransactionOptions<P> {
         &self.retry_if
     }
 
-    pub(crate) fn begin(&self, application_name: Option<String>) -> sql::Begin {
+    pub(crate) fn begin(&self, application_name: Option<Arc<str>>) -> sql::Begin {
         sql::Begin {
             application_name,
             ..self.begin.clone()

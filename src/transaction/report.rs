@@ -6,16 +6,47 @@ use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
+use super::BoxFuture;
 use crate::connection::Observed;
 use crate::error::Report;
+
+/// Makes and delivers a report that was put off.
+pub(crate) type Deferred = Box<dyn FnOnce() + Send + Sync>;
 
 /// Is told when a transaction has failed by a deadlock or a lock timeout.
 pub(crate) trait Reporter: Send + Sync + fmt::Debug {
     /// An attempt is about to begin.
     fn begins(self: Arc<Self>);
 
+    /// Looks up names that the server's error leaves out, for the report that is made next. It takes a moment at most.
+    fn look_up<'a>(&'a self, failed: &'a FailedAttempt<'a>) -> BoxFuture<'a, ()>;
+
     /// Makes a report. It neither waits nor fails.
     fn failed(&self, failed: &FailedAttempt<'_>) -> Option<Box<dyn Report>>;
+
+    /// Gathers what a report needs, for a failure of which it is not known yet whether a savepoint has caught it.
+    fn caught(self: Arc<Self>, failed: &FailedAttempt<'_>) -> Option<Deferred>;
+}
+
+/// Who is told of the failures of one transaction, and which attempt it is.
+#[derive(Clone, Debug)]
+pub(crate) struct Reporting {
+    pub(crate) reporter: Arc<dyn Reporter>,
+    pub(crate) attempt: u32,
+    pub(crate) attempts: u32,
+}
+
+/// What happens after a failed attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AfterFailure {
+    /// Another attempt, after this pause.
+    Retry(Duration),
+    /// Nothing: what could be repeated was repeated often enough.
+    GiveUp,
+    /// Nothing: it is not worth repeating, or is to run once.
+    Pass,
+    /// The transaction continues.
+    Continue,
 }
 
 /// One failed attempt.
@@ -29,6 +60,5 @@ pub(crate) struct FailedAttempt<'a> {
     pub(crate) error: &'a DbError,
     pub(crate) attempt: u32,
     pub(crate) attempts: u32,
-    /// The pause before the next attempt; `None` where there is none.
-    pub(crate) pause: Option<Duration>,
+    pub(crate) then: AfterFailure,
 }

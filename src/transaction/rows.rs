@@ -154,7 +154,13 @@ impl<T: ToSql + Clone + Send + Sync> LockRows<'_, T> {
             }
             failure => Error::new(failure.kind())
                 .with_detail(format!("rows of {}", self.table))
-                .with_source(error),
+                .with_source(error)
+                .lacking(|| {
+                    format!(
+                        "rows of {0}, which the role may not lock: GRANT SELECT, UPDATE ON {0}",
+                        self.table
+                    )
+                }),
         })?;
         let mut found = Vec::with_capacity(places.len());
         for row in places {

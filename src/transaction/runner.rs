@@ -5,14 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::error::DbError;
+use tracing::Instrument as _;
 
 use super::options::{Resolve, RetryIf, TransactionOptions};
-use super::report::{FailedAttempt, Reporter};
+use super::report::{AfterFailure, FailedAttempt, Reporter, Reporting};
+use super::spans::Spans;
 use super::{AsyncFunc, BoxFuture, Tx};
 use crate::backoff::{Backoff, Jitter, Retry, RetryBudget};
 use crate::connection::Observed;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, Failure, Report, classify_db};
+use crate::meter::{self, OTHER_ERROR, error_type};
 
 /// The least pause after a deadlock. A row's lock is not handed over to the one who waits for it: who comes back at once
 /// can take it before the one who was woken, and close the cycle again.
@@ -71,8 +74,8 @@ impl fmt::Debug for Runner {
 ///
 /// Every attempt has its own transaction and its own clone of the closure; between two there is a random pause. What
 /// is repeated: deadlocks, serialization failures (COMMIT's too) and lock timeouts of the closure's own statements,
-/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; and deadlocks of `open`,
-/// between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
+/// recognized by the SQLSTATE that the transaction itself saw, whatever the closure's error type; once, a prepared statement
+/// whose result has changed its type; and deadlocks of `open`, between its locks. What is not: other errors of `open` (a lock's total wait has been spent there), any other error, and a
 /// COMMIT whose outcome is unknown.
 ///
 /// This function is compiled once for each closure, in the caller's crate, so all that does not depend on the closure is
@@ -100,7 +103,10 @@ where
             return Ok(None);
         };
         let section = scopeguard::guard(tx.begin_section(), |section| section.end());
-        let outcome = Arc::clone(&section).scope(f.clone()(&mut tx)).await;
+        // In one expression: the future of the closure is not to be kept twice.
+        let outcome = (Arc::clone(&section).scope(f.clone()(&mut tx)))
+            .instrument(attempts.spans.attempt())
+            .await;
         drop(section);
         let (reason, own) = match outcome {
             Ok(value) => match attempts.commit(tx).await? {
@@ -127,6 +133,9 @@ pub(crate) trait Open: Send + Sync {
     /// One transaction, or `None` where there is none to be had without waiting. It is told how often the run has been a
     /// deadlock's victim.
     fn open(&self, times_victim: u32) -> BoxFuture<'_, Result<Option<Tx>, Error>>;
+
+    /// What a run is called that takes its transactions from here.
+    fn operation(&self) -> &'static str;
 }
 
 /// Why a transaction is run again.
@@ -147,6 +156,14 @@ impl Reason {
             Self::Asked => None,
         }
     }
+
+    fn error_type(&self) -> String {
+        match self {
+            Self::Commit(error) => error_type(error),
+            Self::Statement(failure) => failure.code().code().to_owned(),
+            Self::Asked => OTHER_ERROR.to_owned(),
+        }
+    }
 }
 
 /// There is no further attempt.
@@ -162,9 +179,12 @@ struct Attempts<'a> {
     open: &'a dyn Open,
     retry: Retry,
     times_victim: u32,
+    /// Whether it was repeated for a stale plan. What was prepared is forgotten by then, so a second one is the closure's own.
+    was_stale: bool,
     /// The session of the attempt.
     session: u64,
     observed: Option<Arc<dyn Observed>>,
+    spans: Spans,
 }
 
 impl<'a> Attempts<'a> {
@@ -179,13 +199,16 @@ impl<'a> Attempts<'a> {
                 policy.deadline.map(Deadline::after),
             ),
             times_victim: 0,
+            was_stale: false,
             session: 0,
             observed: None,
+            spans: Spans::begin(open),
         }
     }
 
     fn begin(&mut self) -> BoxFuture<'_, Result<Option<Tx>, Error>> {
-        Box::pin(async {
+        let span = self.spans.begin_attempt(self.retry.attempts() + 1);
+        let beginning = async {
             if let Some(reporter) = &self.policy.reporter {
                 Arc::clone(reporter).begins();
             }
@@ -199,53 +222,117 @@ impl<'a> Attempts<'a> {
                         let paused = self.pause(Reason::Commit(error)).await;
                         paused.map_err(|exhausted| exhausted.error)?;
                     }
-                    Err(error) => return Err(error.with_attempts(self.retry.attempts())),
+                    Err(error) => {
+                        self.spans.ended(|| Some(error_type(&error)));
+                        return Err(error.with_attempts(self.retry.attempts()));
+                    }
                 }
             };
             let Some(tx) = opened else { return Ok(None) };
-            let tx = tx.of_attempt(attempt, self.policy.resolve);
+            self.spans.opened(attempt, tx.session());
+            let mut tx = tx.of_attempt(attempt, self.policy.resolve);
+            if let Some(reporter) = &self.policy.reporter {
+                tx.report_to(Reporting {
+                    reporter: Arc::clone(reporter),
+                    attempt,
+                    attempts: self.policy.attempts,
+                });
+            }
             self.session = tx.session().id();
             // Each attempt is observed as a transaction of its own.
             if let Some(observed) = tx.session().observed() {
                 observed.is_attempt(attempt, self.policy.attempts);
             }
             Ok(Some(tx))
-        })
+        };
+        Box::pin(beginning.instrument(span))
     }
 
     /// `None` where it has committed.
     fn commit(&mut self, tx: Tx) -> BoxFuture<'_, Result<Option<Reason>, Error>> {
         self.observed = tx.session().observed().cloned();
-        Box::pin(async {
-            tx.check_session(self.session)?;
-            match tx.commit().await {
-                Ok(()) => {
-                    self.policy.budget.succeeded();
-                    Ok(None)
-                }
-                Err(error) if error.as_db_error().is_some_and(is_worth_repeating) => {
-                    Ok(Some(Reason::Commit(error)))
-                }
-                // COMMIT was not run, or found to have been rolled back.
-                Err(error)
-                    if self.policy.resolve.is_some()
-                        && error.kind() == ErrorKind::ConnectionLost =>
-                {
-                    Ok(Some(Reason::Commit(error)))
-                }
-                Err(error) => Err(error.with_attempts(self.retry.attempts())),
+        let span = self.spans.attempt();
+        let committing = async {
+            let committed = self.try_commit(tx).await;
+            self.spans.ended(|| match &committed {
+                Ok(None) => None,
+                Ok(Some(reason)) => Some(reason.error_type()),
+                Err(error) => Some(error_type(error)),
+            });
+            committed
+        };
+        Box::pin(committing.instrument(span))
+    }
+
+    async fn try_commit(&mut self, tx: Tx) -> Result<Option<Reason>, Error> {
+        tx.check_session(self.session)?;
+        match tx.commit().await {
+            Ok(()) => {
+                self.policy.budget.succeeded();
+                Ok(None)
             }
-        })
+            Err(error)
+                if error
+                    .as_db_error()
+                    .is_some_and(|error| self.is_worth_repeating(error)) =>
+            {
+                Ok(Some(Reason::Commit(error)))
+            }
+            // COMMIT was not run, or found to have been rolled back.
+            Err(error)
+                if self.policy.resolve.is_some() && error.kind() == ErrorKind::ConnectionLost =>
+            {
+                Ok(Some(Reason::Commit(error)))
+            }
+            Err(error) => {
+                let report = match error.as_db_error() {
+                    Some(error) => self.report_passed(error).await,
+                    None => None,
+                };
+                let error = error.with_attempts(self.retry.attempts());
+                Err(match report {
+                    Some(report) => error.with_report_if(Some(report)),
+                    None => error,
+                })
+            }
+        }
+    }
+
+    /// Reports a wait that a cancel or `statement_timeout` ended, which is not repeated.
+    async fn report_passed(&self, error: &DbError) -> Option<Box<dyn Report>> {
+        if classify_db(error) != Failure::Cancelled {
+            return None;
+        }
+        self.report(error, AfterFailure::Pass).await
     }
 
     /// Gives the failure that is worth another attempt, if there is one.
-    fn roll_back(&mut self, tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
+    fn roll_back(&mut self, mut tx: Tx) -> BoxFuture<'_, Option<Box<DbError>>> {
         self.observed = tx.session().observed().cloned();
-        Box::pin(async {
+        let span = self.spans.attempt();
+        let rolling_back = async {
             let failure = tx.session().failure();
+            // Passed on, so no savepoint has caught it in the end.
+            tx.forget_caught();
             tx.rollback().await;
-            failure.filter(|failure| is_worth_repeating(failure))
-        })
+            self.spans.ended(|| {
+                let sqlstate = failure.as_ref().map(|error| error.code().code());
+                Some(sqlstate.unwrap_or(OTHER_ERROR).to_owned())
+            });
+            if let Some(failure) = &failure {
+                drop(self.report_passed(failure).await);
+            }
+            failure.filter(|failure| self.is_worth_repeating(failure))
+        };
+        Box::pin(rolling_back.instrument(span))
+    }
+
+    fn is_worth_repeating(&mut self, error: &DbError) -> bool {
+        match classify_db(error) {
+            Failure::Deadlock | Failure::Serialization | Failure::LockTimeout => true,
+            Failure::StalePlan => !std::mem::replace(&mut self.was_stale, true),
+            _ => false,
+        }
     }
 
     /// Pauses before the next attempt.
@@ -268,27 +355,42 @@ impl<'a> Attempts<'a> {
                 out_of,
                 "transaction attempt failed"
             );
-            let report = self.report(&reason, out_of.is_none().then_some(pause));
+            let then = match out_of {
+                None => AfterFailure::Retry(pause),
+                Some(_) if policy.attempts == 1 => AfterFailure::Pass,
+                Some(_) => AfterFailure::GiveUp,
+            };
+            let error = reason.db_error().filter(|error| is_about_locks(error));
+            let report = match error {
+                Some(error) => self.report(error, then).await,
+                None => None,
+            };
+            if is_deadlock && report.is_none() {
+                meter::deadlocked("");
+            }
             if let Some(out_of) = out_of {
                 return Err(exhausted(reason, attempt, out_of, report));
             }
             drop(report);
+            meter::retried(reason.db_error().map_or("", |error| error.code().code()));
             // Cancel safety: nothing is held between two attempts.
             tokio::time::sleep(pause).await;
             Ok(())
         })
     }
 
-    fn report(&self, reason: &Reason, pause: Option<Duration>) -> Option<Box<dyn Report>> {
+    async fn report(&self, error: &DbError, then: AfterFailure) -> Option<Box<dyn Report>> {
         let reporter = self.policy.reporter.as_ref()?;
-        let error = reason.db_error().filter(|error| is_about_locks(error))?;
-        reporter.failed(&FailedAttempt {
+        let failed = FailedAttempt {
             observed: self.observed.as_ref()?,
             error,
             attempt: self.retry.attempts(),
             attempts: self.policy.attempts,
-            pause,
-        })
+            then,
+        };
+        // Cancel safety: nothing is held between two attempts.
+        reporter.look_up(&failed).await;
+        reporter.failed(&failed)
     }
 }
 
@@ -314,13 +416,6 @@ fn exhausted(
     }
 }
 
-fn is_worth_repeating(error: &DbError) -> bool {
-    matches!(
-        classify_db(error),
-        Failure::Deadlock | Failure::Serialization | Failure::LockTimeout
-    )
-}
-
-fn is_about_locks(error: &DbError) -> bool {
+pub(super) fn is_about_locks(error: &DbError) -> bool {
     matches!(classify_db(error), Failure::Deadlock | Failure::LockTimeout)
 }

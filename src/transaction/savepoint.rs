@@ -8,7 +8,7 @@ impl Tx {
     ///
     /// A deadlock or a serialization failure inside is not undone by a savepoint: the locks taken before it are still
     /// held, and the same statement would deadlock again. Pass the error on, and the runner repeats the whole
-    /// transaction.
+    /// transaction. A deadlock or a lock timeout that is not passed on is reported as caught by a savepoint.
     ///
     /// # SQL
     /// `SAVEPOINT lockkeeper_n` before; `RELEASE SAVEPOINT` or `ROLLBACK TO SAVEPOINT` and `RELEASE` after. One round
@@ -52,12 +52,16 @@ impl Tx {
                         Ok(value)
                     }
                     Err(error) => {
+                        let failure = inside.tx.session().failure();
                         let error = match inside.tx.session().message(&undo).await {
                             Ok(_) => Error::from(error)
                                 .with_detail("a statement inside the savepoint failed"),
                             Err(lost) => lost.into(),
                         };
                         inside.end(true);
+                        if let Some(failure) = failure {
+                            inside.tx.note_caught(&failure).await;
+                        }
                         Err(error.into())
                     }
                 }
@@ -69,7 +73,10 @@ impl Tx {
                 let undone = inside.tx.session().message(&undo).await;
                 // The undo succeeded, but the failure is the transaction's still: until another statement succeeds, the
                 // closure may be about to pass it on.
-                inside.tx.session().remember_failure(failure);
+                inside.tx.session().remember_failure(failure.clone());
+                if let Some(failure) = failure {
+                    inside.tx.note_caught(&failure).await;
+                }
                 match undone {
                     Ok(_) => Err(error),
                     Err(lost) => {

@@ -52,9 +52,9 @@ impl Section {
         *self.held() = held.collect();
     }
 
-    /// Runs its closure. After that nothing is refused any more: what the closure has begun may outlive it.
+    /// Runs its closure. It is boxed, since its size would count several times in the futures of all callers. After that nothing is refused any more: what the closure has begun may outlive it.
     pub(super) fn scope<F: Future>(self: Arc<Self>, closure: F) -> impl Future<Output = F::Output> {
-        INNERMOST.scope(self, closure)
+        INNERMOST.scope(self, Box::pin(closure))
     }
 
     pub(super) fn end(&self) {

@@ -1,15 +1,21 @@
 //! A transaction that owns its connection.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_postgres::error::DbError;
+
 use super::hooks::Hooks;
+use super::report::{AfterFailure, Deferred, FailedAttempt, Reporting};
+use super::runner::is_about_locks;
 use super::section::Section;
 use super::{HeldLock, Resolve, sql};
 use crate::call_site::CallSite;
 use crate::connection::{Observation, OnAbandon, Session, query_methods};
 use crate::error::{Error, ErrorKind};
 use crate::key::LockKey;
+use crate::meter::{Held, milliseconds};
 use crate::mode::AdvisoryMode;
 
 /// An open transaction on a connection of its own.
@@ -33,10 +39,28 @@ pub struct Tx {
     /// How a COMMIT whose answer is lost is looked up.
     pub(super) resolve: Option<Resolve>,
     attempt: u32,
+    /// Who is told of failures that a savepoint catches.
+    reporting: Option<Reporting>,
+    caught: Vec<Caught>,
     /// The section whose closure it is given to.
     section: Option<Arc<Section>>,
     /// The observation of the guard that has lent the session.
     outer: Option<Observation>,
+}
+
+/// A failure that a savepoint was rolled back for.
+struct Caught {
+    /// Which of the session's failures it is.
+    failure: u64,
+    report: Deferred,
+}
+
+impl fmt::Debug for Caught {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Caught")
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What ends a transaction's life by its owner's will.
@@ -65,6 +89,8 @@ impl Tx {
             hooks: Hooks::default(),
             resolve: None,
             attempt: 1,
+            reporting: None,
+            caught: Vec::new(),
             section: None,
             outer,
         }
@@ -75,6 +101,55 @@ impl Tx {
         self.attempt = attempt;
         self.resolve = resolve;
         self
+    }
+
+    /// Has failures reported that a savepoint catches.
+    pub(crate) fn report_to(&mut self, reporting: Reporting) {
+        self.reporting = Some(reporting);
+    }
+
+    /// Notes that a savepoint was rolled back for a failure. It is reported when the transaction ends, unless it is that
+    /// failure which ends it.
+    ///
+    /// Cancel safety: dropped, the failure is not reported.
+    pub(super) async fn note_caught(&mut self, error: &DbError) {
+        if !is_about_locks(error) {
+            return;
+        }
+        let (Some(reporting), Some(observed)) = (&self.reporting, self.session().observed()) else {
+            return;
+        };
+        let (reporting, observed) = (reporting.clone(), Arc::clone(observed));
+        let failure = self.session().failures();
+        let failed = FailedAttempt {
+            observed: &observed,
+            error,
+            attempt: reporting.attempt,
+            attempts: reporting.attempts,
+            then: AfterFailure::Continue,
+        };
+        reporting.reporter.look_up(&failed).await;
+        let Some(report) = Arc::clone(&reporting.reporter).caught(&failed) else {
+            return;
+        };
+        // An outer savepoint that is rolled back for the same failure.
+        self.caught.retain(|caught| caught.failure != failure);
+        self.caught.push(Caught { failure, report });
+    }
+
+    /// Reports no failure that is the transaction's still.
+    pub(super) fn forget_caught(&mut self) {
+        let session = self.session();
+        if session.failure().is_some() {
+            let failure = session.failures();
+            self.caught.retain(|caught| caught.failure != failure);
+        }
+    }
+
+    fn report_caught(&mut self) {
+        for caught in self.caught.drain(..) {
+            (caught.report)();
+        }
     }
 
     /// The section that its closure runs in.
@@ -137,8 +212,13 @@ impl Tx {
             let taken = locks.iter().map(|lock| (lock.key.clone(), lock.mode));
             observed.locks_taken(taken.collect());
         }
-        for lock in locks {
+        let mut counted = false;
+        for mut lock in locks {
             if !self.held.iter().any(|held| held.key.same_lock(&lock.key)) {
+                // Those of one call count as one.
+                if !std::mem::replace(&mut counted, true) {
+                    lock.counted = Some(Held::begin(&lock.key, "transaction"));
+                }
                 self.held.push(lock);
             }
         }
@@ -267,7 +347,7 @@ impl Tx {
             tracing::debug!(
                 key = %held.key,
                 mode = %held.mode,
-                held = ?held.since.elapsed(),
+                held_ms = milliseconds(held.since.elapsed()),
                 by = match end {
                     End::Commit => "commit",
                     End::Rollback => "rollback",
@@ -282,9 +362,11 @@ query_methods!(Tx);
 
 impl Drop for Tx {
     fn drop(&mut self) {
+        self.report_caught();
         if let Some(session) = self.session.take() {
             self.trace_end(&End::Rollback);
             if !session.is_lost() {
+                session.forget_prepared_if_untracked();
                 session.send(sql::rollback(), OnAbandon::Finish).detach();
             }
         }

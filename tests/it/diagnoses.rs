@@ -141,6 +141,186 @@ async fn order_inversion_of_rows() {
         "held row id = 1 of public.account and wanted row id = 2",
     );
     says(&incident, "ORDER BY id FOR NO KEY UPDATE");
+    // Our own call too, and each process id once.
+    says(&incident, "tx.lock_rows(\"public.account\", \"id\", ids)");
+    says(&incident, "probably took");
+    let page = incident.to_string();
+    for (letter, participant) in ["A", "B"].into_iter().zip(incident.participants()) {
+        let pid = participant.pid().unwrap().to_string();
+        let is_pid = |word: &&str| *word == pid;
+        let words = page.split(|c: char| !c.is_ascii_alphanumeric());
+        assert_eq!(words.filter(is_pid).count(), 1, "{page}");
+        assert_eq!(participant.letter(), letter);
+        says(&incident, &format!("{letter}: PID {pid}"));
+        says(&incident, &format!("blocked by process {letter}"));
+    }
+    assert!(!page.contains("took?"), "{page}");
+}
+
+/// The server finds a deadlock at once where each wants more of what both share: there is no sample, and its DETAIL has
+/// numbers only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn relations_that_only_the_detail_has_are_named() {
+    let reported = scene("CREATE TABLE \"odd table\" (n int)").await;
+    let share = "LOCK TABLE \"odd table\" IN SHARE MODE";
+    let insert = "INSERT INTO \"odd table\" VALUES (1)";
+    let incident = deadlock_at_once(&reported, [share, insert], [share, insert]).await;
+    is(&incident, Cause::LockUpgrade);
+    says(&incident, "public.\"odd table\"");
+    for (name, shown) in [
+        ("text", incident.diagnosis().text()),
+        ("fix", incident.diagnosis().fix().unwrap()),
+        ("headline", &incident.headline()),
+    ] {
+        assert!(shown.contains("public.\"odd table\""), "{name}: {shown}");
+    }
+    // So fast that nothing was sampled.
+    let reported = scene("CREATE TABLE ledger (n int)").await;
+    reported.scene.set("deadlock_timeout", "10ms").await;
+    let ours = ["LOCK TABLE account IN SHARE MODE", "LOCK TABLE ledger"];
+    let theirs = ["LOCK TABLE ledger", "LOCK TABLE account"];
+    let client = reported.stranger(&format!("BEGIN; {}", theirs[0])).await;
+    let (held, tried) = (&Notify::new(), &Notify::new());
+    let ran = reported.keeper().transaction(async |tx| {
+        if tx.attempt() == 1 {
+            tx.batch_execute(ours[0]).await?;
+            held.notify_one();
+            tried.notified().await;
+            tx.batch_execute(ours[1]).await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let waiting = async {
+        reported.scene.until_lock_waiters(1).await;
+        tried.notify_one();
+    };
+    let (ran, (), ()) = tokio::join!(ran, waiting, async {
+        held.notified().await;
+        client.batch_execute(theirs[1]).await.unwrap();
+        client.batch_execute("ROLLBACK").await.unwrap();
+    });
+    ran.unwrap();
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(
+        incident.completeness(),
+        Completeness::DetailOnly,
+        "{incident}"
+    );
+    says(&incident, "public.account before public.ledger");
+    says(&incident, "waited for table public.ledger");
+}
+
+/// A session that waits for a row, and keeps others from it only by being the first in the row's queue, does not hold it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_in_a_rows_queue_is_no_holder() {
+    let reported = scene("").await;
+    let scene = &reported.scene;
+    let second = reported.stranger(&format!("BEGIN; {TWO}")).await;
+    let third = reported.stranger("BEGIN").await;
+    let held = &Notify::new();
+    let go = &Notify::new();
+    let ran = reported.keeper().transaction(async |tx| {
+        if tx.attempt() == 1 {
+            tx.batch_execute(ONE).await?;
+            held.notify_one();
+            go.notified().await;
+            tx.batch_execute(TWO).await?;
+        }
+        Ok::<_, Error>(())
+    });
+    let third = async {
+        held.notified().await;
+        third.batch_execute(ONE).await.unwrap();
+        third.batch_execute("ROLLBACK").await.unwrap();
+    };
+    let second = async {
+        scene.until_lock_waiters(1).await;
+        second.batch_execute(ONE).await.unwrap();
+        second.batch_execute("ROLLBACK").await.unwrap();
+    };
+    let last = async {
+        scene.until_lock_waiters(2).await;
+        go.notify_one();
+    };
+    let (ran, (), (), ()) = tokio::join!(ran, third, second, last);
+    ran.unwrap();
+    let incident = reported.after(1).await.remove(0);
+    assert_eq!(incident.cycle().len(), 3, "{incident}");
+    is(&incident, Cause::OrderInversion);
+    says(&incident, "C was queued for row id = 1 of public.account");
+    says(&incident, "queued behind C");
+    let page = incident.to_string();
+    let (_, of_third) = page.split_once("C: PID").unwrap();
+    let (of_third, _) = of_third.split_once("WHAT THE SERVER").unwrap();
+    assert!(!of_third.contains("held"), "{of_third}");
+}
+
+/// Not a key, and not unique.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_overlap_under_an_exclusion_constraint() {
+    let sql = "CREATE TABLE booking (id int PRIMARY KEY, during int4range, EXCLUDE USING gist (during WITH &&))";
+    let reported = scene(sql).await;
+    let (one, two) = (
+        "INSERT INTO booking VALUES (1, '[1,5)')",
+        "INSERT INTO booking VALUES (2, '[11,15)')",
+    );
+    let (near_one, near_two) = (
+        "INSERT INTO booking VALUES (3, '[4,6)')",
+        "INSERT INTO booking VALUES (4, '[14,16)')",
+    );
+    let incident = deadlock(&reported, [one, near_two], [two, near_one]).await;
+    is(&incident, Cause::ExclusionOverlap);
+    says(&incident, "overlap under an exclusion constraint");
+    assert!(!incident.to_string().contains("unique"), "{incident}");
+    // A wait without a cycle.
+    let holder = reported.stranger(&format!("BEGIN; {one}")).await;
+    let running = running(holder, "SELECT pg_sleep(600)");
+    let incident = {
+        let before = reported.incidents().len();
+        let options = TransactionOptions::new()
+            .attempts(1)
+            .lock_timeout(Duration::from_millis(900));
+        let ran = reported.keeper().transaction_with(options, async |tx| {
+            tx.batch_execute(near_one).await.map_err(Error::from)
+        });
+        ran.await.unwrap_err();
+        reported.after(before + 1).await.remove(before)
+    };
+    is(&incident, Cause::ExclusionOverlap);
+    running.abort();
+}
+
+/// Rows are named by their keys also where no sample shows the row: both share it, and so neither queues for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn upgrades_and_foreign_keys_name_the_row_by_its_key() {
+    for (what, sql) in [
+        ("share", "SELECT FROM account WHERE id = 2 FOR SHARE"),
+        (
+            "key share",
+            "SELECT FROM account WHERE id = 2 FOR KEY SHARE",
+        ),
+        ("foreign key", "INSERT INTO item VALUES (1, 2)"),
+    ] {
+        let reported = scene(CHILD).await;
+        let change = "SELECT FROM account WHERE id = 2 FOR UPDATE";
+        let incident = deadlock(&reported, [sql, change], [sql, change]).await;
+        is(&incident, Cause::LockUpgrade);
+        let text = incident.diagnosis().text();
+        assert!(
+            text.contains("row id = 2 of public.account"),
+            "{what}: {incident}"
+        );
+        says(&incident, "tx.lock_rows");
+        let edge = &incident.cycle()[0];
+        let key = edge.row_key().map(ToString::to_string);
+        assert_eq!(key.as_deref(), Some("id = 2"), "{what}");
+    }
+    let reported = scene(CHILD).await;
+    let theirs = ["SELECT FROM account WHERE id = 1 FOR UPDATE", TWO];
+    let ours = [TWO, "INSERT INTO item VALUES (1, 1)"];
+    let incident = deadlock(&reported, ours, theirs).await;
+    is(&incident, Cause::ForeignKeyParent);
+    says(&incident, "row id = 1 of public.account");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -314,6 +494,11 @@ async fn order_inversion_of_three() {
     assert_eq!(incident.cycle().len(), 3, "{incident}");
     assert_eq!(incident.participants().len(), 3, "{incident}");
     is(&incident, Cause::OrderInversion);
+    // One line of this file began all of them.
+    let headline = incident.headline();
+    let site = incident.victim().call_site().unwrap();
+    let expected = format!(": three transactions of {site} waited for one another");
+    assert!(headline.ends_with(&expected), "{headline}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -322,7 +507,7 @@ async fn lock_upgrade_of_a_row() {
     let share = "SELECT FROM account WHERE id = 1 FOR SHARE";
     let incident = deadlock(&reported, [share, ONE], [share, ONE]).await;
     is(&incident, Cause::LockUpgrade);
-    says(&incident, "row (0,1) of account");
+    says(&incident, "row id = 1 of public.account");
 }
 
 /// A writer's lock on the table does not conflict with another writer's, but with what both want then. The server finds

@@ -8,8 +8,11 @@
     reason = "a test says what went wrong by panicking"
 )]
 
+mod autovacuum;
 mod backfill;
 mod cancel_safety;
+mod caught;
+mod causes;
 mod citations;
 mod commit_outcome;
 mod comparison;
@@ -47,6 +50,8 @@ mod schema_change;
 mod schema_index;
 mod schema_killed;
 mod schema_recipes;
+mod schema_refusals;
+mod schema_replace;
 mod sections;
 mod server_log;
 mod session_guard;
@@ -55,6 +60,7 @@ mod several;
 mod side_connections;
 mod signals;
 mod silence;
+mod spans;
 mod tidy;
 mod timeouts;
 mod tls;

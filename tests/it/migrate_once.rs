@@ -159,7 +159,7 @@ async fn a_dropped_or_killed_one_is_taken_over() {
             let pid = migration.guard().backend_pid().unwrap();
             let sql = format!("SELECT pg_terminate_backend({pid})");
             observer.batch_execute(&sql).await?;
-            migration.guard().lost().await;
+            migration.guard().loss().await;
             Ok::<_, Error>(())
         })
         .await;

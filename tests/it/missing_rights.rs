@@ -206,7 +206,7 @@ async fn session_guards_work() {
             .await
             .expect(what);
         scene.terminate(guard.backend_pid().unwrap()).await;
-        in_time("the loss", guard.lost()).await;
+        in_time("the loss", guard.loss()).await;
         assert_error_in(
             what,
             &guard.release().await.unwrap_err(),
@@ -573,4 +573,82 @@ async fn a_lost_commit_stays_unknown_after_a_restart() {
         ErrorKind::CommitUnknown,
         "for want of GRANT EXECUTE ON FUNCTION pg_control_system()",
     );
+}
+
+/// A call that is refused names the object, the GRANT, and the option that does without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_call_names_the_object_and_the_grant() {
+    let restricted = Restricted::new(
+        &[
+            "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+            "CREATE TABLE secret (id int PRIMARY KEY)",
+            "CREATE SCHEMA own",
+        ],
+        3,
+    )
+    .await;
+    let (scene, keeper) = (&restricted.scene, &restricted.scene.keeper);
+    let role = quoted(&restricted.role);
+    let migrate = async |schema: &str| {
+        let schema = keeper.schema().bookkeeping(schema);
+        schema.migrate_once("m", async |_| Ok::<_, Error>(())).await
+    };
+    let refused = async |schema: &str, parts: &[&str]| {
+        let error = migrate(schema).await.expect_err(schema);
+        assert_error_in(schema, &error, ErrorKind::Database, "SQLSTATE 42501");
+        for part in parts {
+            assert_error_in(schema, &error, ErrorKind::Database, part);
+        }
+    };
+    let create = [
+        "lockkeeper_migration",
+        "GRANT CREATE ON SCHEMA \"public\"",
+        "Schema::bookkeeping",
+    ];
+    refused("public", &create).await;
+    // Each grant leads to the next one that is missing, and the last one to success.
+    scene
+        .run(&format!("GRANT USAGE ON SCHEMA own TO {role}"))
+        .await;
+    refused("own", &["GRANT CREATE ON SCHEMA \"own\""]).await;
+    let table = "CREATE TABLE own.lockkeeper_migration (key text PRIMARY KEY, \
+                 done_at timestamptz NOT NULL DEFAULT now(), done_by text NOT NULL)";
+    scene.run(table).await;
+    let use_it = ["GRANT SELECT, INSERT ON", "Schema::bookkeeping"];
+    refused("own", &use_it).await;
+    scene
+        .run(&format!(
+            "GRANT SELECT ON own.lockkeeper_migration TO {role}"
+        ))
+        .await;
+    refused("own", &use_it).await;
+    scene
+        .run(&format!(
+            "GRANT INSERT ON own.lockkeeper_migration TO {role}"
+        ))
+        .await;
+    assert_eq!(migrate("own").await.unwrap(), Some(()));
+    let error = keeper
+        .transaction(async |tx| {
+            tx.lock_rows("secret", "id", [1]).await?;
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap_err();
+    assert_error_in(
+        "lock_rows",
+        &error,
+        ErrorKind::Database,
+        "GRANT SELECT, UPDATE ON",
+    );
+    let error = keeper
+        .transaction(async |tx| {
+            tx.execute("SELECT * FROM secret", &[]).await?;
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap_err();
+    let named = "for want of a right on table secret (GRANT SELECT";
+    assert_error_in("statement", &error, ErrorKind::Database, named);
+    restricted.end().await;
 }

@@ -53,7 +53,7 @@ impl Recipe {
                     "CREATE TABLE {new} (LIKE {old}); INSERT INTO {new} SELECT * FROM {old}"
                 );
                 let replace = schema.replace_table(&*old, "t_new").build(build);
-                replace.drop_old().run().await
+                replace.like_old().drop_old().run().await
             }
             Self::SetNotNull => schema.set_not_null(table("t"), "a").run().await,
         };

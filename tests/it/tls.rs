@@ -241,7 +241,7 @@ async fn a_terminated_backend_is_noticed() {
         let keeper = &scene.keeper;
         let guard = keeper.advisory_lock(KEY).session().acquire().await.unwrap();
         scene.terminate(guard.backend_pid().unwrap()).await;
-        in_time_of(SOON, "the loss is not noticed", guard.lost()).await;
+        in_time_of(SOON, "the loss is not noticed", guard.loss()).await;
         let error = guard.release().await.unwrap_err();
         assert_error(
             &error,

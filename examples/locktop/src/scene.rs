@@ -90,7 +90,7 @@ pub(crate) async fn start(database: &'static Database) -> Result<(), Error> {
         loop {
             // Held until its session is terminated.
             if let Ok(guard) = leader.advisory_lock("leader").session().acquire().await {
-                guard.lost().await;
+                guard.loss().await;
             }
             sleep(AGAIN).await;
         }

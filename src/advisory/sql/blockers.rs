@@ -1,6 +1,6 @@
 //! Who holds an advisory lock, or queues for it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use tokio_postgres::SimpleQueryMessage;
@@ -66,8 +66,8 @@ pub(crate) fn held<'a>(keys: impl IntoIterator<Item = &'a LockKey>) -> String {
 }
 
 /// Reads the reply of [`held`]: the strongest mode of each.
-pub(crate) fn held_keys(reply: &[SimpleQueryMessage]) -> HashMap<KeyId, AdvisoryMode> {
-    let mut held = HashMap::new();
+pub(crate) fn held_keys(reply: &[SimpleQueryMessage]) -> BTreeMap<KeyId, AdvisoryMode> {
+    let mut held = BTreeMap::new();
     for row in rows(reply) {
         let mode = text(row, "mode").and_then(|mode| AdvisoryMode::from_pg_locks(&mode));
         let (classid, objid) = (parsed(row, "classid"), parsed(row, "objid"));
@@ -107,6 +107,9 @@ pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<
                 mode: held,
                 object: None,
                 granted: is_true(row, "granted"),
+                autovacuum: false,
+                wraparound: None,
+                waits_for_us: None,
             })
         })
         .collect()

@@ -2,15 +2,17 @@
 
 use std::fmt::Write as _;
 
+use tokio_postgres::SimpleQueryMessage;
+
 use super::keys::{KeyRows, Locks, call, shared_suffix};
 use super::try_lock::push_execute;
 use crate::advisory::sql::blockers;
 use crate::connection::LockScope;
-use crate::connection::sql::server::{FRESH, XACT_START};
+use crate::connection::sql::server::{FRESH, IS_FRESH, XACT_START, is_fresh};
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::{Message, literal};
+use crate::postgres::sql::{Message, fields, is_true, literal, push_select_fields, rows};
 use crate::transaction::sql::Begin;
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
@@ -106,12 +108,27 @@ pub(super) fn push_unlock_select(
     mode: AdvisoryMode,
     arguments: &str,
 ) {
-    let _ = write!(
-        sql,
-        "SELECT {FRESH}pg_catalog.set_config('application_name', {name}, false), \
-         pg_catalog.pg_advisory_unlock{}{arguments} AS unlocked",
+    let set =
+        format!("pg_catalog.left(pg_catalog.set_config('application_name', {name}, false), 0)");
+    let unlock = format!(
+        "pg_catalog.pg_advisory_unlock{}{arguments}",
         shared_suffix(mode)
     );
+    push_select_fields(sql, &[IS_FRESH, &unlock, &set]);
+}
+
+/// What the reply to an unlock shows: whether the locks were held, and whether no transaction was left open.
+pub(crate) fn unlocked(reply: &[SimpleQueryMessage]) -> (bool, bool) {
+    match fields(reply) {
+        Some(mut fields) => {
+            let unlocked = fields.nth(1) == Some("t");
+            (unlocked, fields.next() == Some("t"))
+        }
+        None => (
+            rows(reply).any(|row| is_true(row, "unlocked")),
+            is_fresh(reply),
+        ),
+    }
 }
 
 /// Sets a session's `application_name` until it is set again.
@@ -150,6 +167,25 @@ pub(crate) fn check_held(locks: Locks<'_>) -> String {
         rows.from(&mut sql);
     }
     sql.push_str(" OFFSET 0) AS locks");
+    sql
+}
+
+/// The most keys that [`are_held`] searches `pg_locks` for.
+pub(crate) const MOST_SEARCHED: usize = 100;
+
+/// An expression: whether `pg_locks` shows this backend as the holder of these locks. It takes nothing and returns nothing.
+pub(crate) fn are_held(locks: Locks<'_>) -> String {
+    let mut sql = format!(
+        "(SELECT pg_catalog.int8eq(pg_catalog.count(*), {}) FROM ",
+        locks.keys.len()
+    );
+    blockers::rows_of(&mut sql, locks.keys);
+    let _ = write!(
+        sql,
+        " WHERE l.granted AND pg_catalog.int4eq(l.pid, pg_catalog.pg_backend_pid()) \
+         AND pg_catalog.texteq(l.mode, '{}'))",
+        locks.mode.as_pg_locks()
+    );
     sql
 }
 

@@ -8,13 +8,15 @@ use super::keys::{Locks, all_of, shared_suffix, take_each};
 use super::release::{push_prepare_hand_over, push_unlock_select};
 use crate::advisory::sql::blockers;
 use crate::connection::sql::server::{
-    Denied, FRESH, SERVER, Server, XACT_START, is_none_of, server,
+    Denied, FRESH, IS_FRESH, SERVER, Server, XACT_START, XACT_START_VALUE, is_none_of, server,
 };
 use crate::connection::sql::{Probe, Refusal, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::{Message, literal, parsed, rows, text};
-use crate::transaction::sql::{Begin, PID};
+use crate::postgres::sql::{
+    Message, fields, literal, parsed, push_literal, push_select_fields, rows, text,
+};
+use crate::transaction::sql::{Begin, PID, PID_VALUE};
 
 /// What a `try` answered, read before anything else is known of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,11 @@ pub(crate) struct TryLockRow {
 
 /// REPEATABLE READ and SERIALIZABLE take their snapshot before the lock is granted, so that what is read under the
 /// lock may be older than what its last holder committed.
+/// What [`READS_COMMITTED`] is among the fields of a session lock's `try`.
+const NO_TRANSACTION: &str = "-";
+
+const READS_COMMITTED: &str =
+    "pg_catalog.starts_with(pg_catalog.current_setting('transaction_isolation'), 'read ')";
 const ISOLATION: &str = "pg_catalog.current_setting('transaction_isolation') AS isolation, ";
 
 /// Nothing is granted on a connection with somebody's open transaction on it.
@@ -56,6 +63,9 @@ const STANDBY: &str = "WHEN pg_catalog.pg_is_in_recovery() THEN 'standby' ";
 
 /// Reads the row of a `try`.
 pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
+    if let Some(fields) = fields(reply) {
+        return tried_lean(fields);
+    }
     let row = rows(reply).find(|row| {
         row.columns()
             .iter()
@@ -63,8 +73,42 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
     })?;
     let column = |name| row.try_get(name).ok().flatten();
     let snapshot = column("isolation").is_some_and(|isolation| !isolation.starts_with("read "));
-    let verdict = match column("verdict")? {
-        _ if column("fresh") == Some("f") => TryLockOutcome::Dirty,
+    let verdict = column("verdict")?;
+    Some(TryLockRow {
+        verdict: outcome(verdict, column("fresh") != Some("f"), snapshot)?,
+        granted: verdict == "granted",
+        pid: parsed(row, "pid")?,
+        xact_start: parsed(row, "xact_start"),
+        application_name: text(row, "application_name").unwrap_or_default(),
+        server: server(row),
+    })
+}
+
+/// The same of a statement that was prepared: the fields from the last one.
+fn tried_lean<'a>(mut fields: impl Iterator<Item = &'a str>) -> Option<TryLockRow> {
+    let (_, verdict, pid) = (fields.next()?, fields.next()?, fields.next()?);
+    let (reads_committed, is_fresh) = (fields.next()?, fields.next()?);
+    let first = fields.next()?;
+    let (xact_start, application_name) = match reads_committed {
+        NO_TRANSACTION => {
+            let with_rest = |name, before| format!("{before}|{name}");
+            (None, fields.fold(first.to_owned(), with_rest))
+        }
+        _ => (first.parse().ok(), String::new()),
+    };
+    Some(TryLockRow {
+        verdict: outcome(verdict, is_fresh == "t", reads_committed == "f")?,
+        granted: verdict == "granted",
+        pid: pid.parse().ok()?,
+        xact_start,
+        application_name,
+        server: None,
+    })
+}
+
+fn outcome(verdict: &str, is_fresh: bool, snapshot: bool) -> Option<TryLockOutcome> {
+    Some(match verdict {
+        _ if !is_fresh => TryLockOutcome::Dirty,
         "dirty" => TryLockOutcome::Dirty,
         "standby" => TryLockOutcome::Standby,
         "pooled" => TryLockOutcome::Pooled,
@@ -72,14 +116,6 @@ pub(crate) fn tried(reply: &[SimpleQueryMessage]) -> Option<TryLockRow> {
         "granted" => TryLockOutcome::Granted,
         "busy" => TryLockOutcome::Busy,
         _ => return None,
-    };
-    Some(TryLockRow {
-        verdict,
-        granted: column("verdict") == Some("granted"),
-        pid: parsed(row, "pid")?,
-        xact_start: parsed(row, "xact_start"),
-        application_name: text(row, "application_name").unwrap_or_default(),
-        server: server(row),
     })
 }
 
@@ -105,13 +141,19 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, probe: &Probe) -> M
     let mut sql = begin.message_unnamed();
     if let Probe::Prepare(_) = probe {
         push_prepare(&mut sql, statement, key, |sql, name, arguments| {
-            let _ = write!(
+            let verdict = lean_verdict("pg_try_advisory_xact_lock", locks.mode, arguments);
+            let set = set_config(name);
+            push_select_fields(
                 sql,
-                "SELECT pg_catalog.set_config('application_name', {name}, true), "
+                &[
+                    XACT_START_VALUE,
+                    IS_FRESH,
+                    READS_COMMITTED,
+                    PID_VALUE,
+                    &verdict,
+                    &set,
+                ],
             );
-            push_xact_columns(sql, |sql| {
-                push_lean_verdict(sql, "pg_try_advisory_xact_lock", locks.mode, arguments);
-            });
         });
     }
     push_execute(&mut sql, statement, key, name);
@@ -127,6 +169,11 @@ fn push_xact_columns(sql: &mut String, verdict: impl FnOnce(&mut String)) {
     sql.push_str(ISOLATION);
     verdict(sql);
     let _ = write!(sql, " AS verdict, {PID}, {XACT_START}");
+}
+
+/// The setting of a transaction's `application_name`, as a value that is empty.
+fn set_config(name: &str) -> String {
+    format!("pg_catalog.left(pg_catalog.set_config('application_name', {name}, true), 0)")
 }
 
 /// `PREPARE …; `: the text of `select`, with parameters for the key and the name. It comes before what it is for, so that
@@ -153,15 +200,14 @@ pub(super) fn push_prepare(
 }
 
 pub(super) fn push_execute(sql: &mut String, statement: &str, key: &LockKey, name: &str) {
-    let name = literal(name);
+    sql.push_str("EXECUTE ");
+    sql.push_str(statement);
     let _ = match key.as_i32_pair() {
-        Some((a, b)) => write!(sql, "EXECUTE {statement} ('{a}', '{b}', {name})"),
-        None => write!(
-            sql,
-            "EXECUTE {statement} ('{}', {name})",
-            key.as_i64().unwrap_or_default()
-        ),
+        Some((a, b)) => write!(sql, " ('{a}', '{b}', "),
+        None => write!(sql, " ('{}', ", key.as_i64().unwrap_or_default()),
     };
+    push_literal(sql, name);
+    sql.push(')');
 }
 
 /// The `try` for more locks inside a transaction that has begun. Nothing is granted in one that reads from a snapshot:
@@ -183,14 +229,11 @@ pub(crate) fn try_in_transaction(locks: Locks<'_>) -> String {
 }
 
 /// [`push_verdict`] for one key on a connection that is known.
-fn push_lean_verdict(sql: &mut String, function: &str, mode: AdvisoryMode, arguments: &str) {
-    sql.push_str("CASE ");
-    sql.push_str(DIRTY);
-    let _ = write!(
-        sql,
-        "WHEN pg_catalog.{function}{}{arguments} THEN 'granted' ELSE 'busy' END",
+fn lean_verdict(function: &str, mode: AdvisoryMode, arguments: &str) -> String {
+    format!(
+        "CASE {DIRTY}WHEN pg_catalog.{function}{}{arguments} THEN 'granted' ELSE 'busy' END",
         shared_suffix(mode)
-    );
+    )
 }
 
 /// `CASE … END`: what came of a try.
@@ -292,22 +335,26 @@ pub(crate) fn try_session(locks: Locks<'_>, names: Names<'_>, probe: &Probe) -> 
     sql.into()
 }
 
-/// [`push_session_select`] for one key on a connection that is known. A target list is evaluated from left to right, so
+/// [`push_session_select`] for one key on a connection that is known. Arguments are evaluated from left to right, so
 /// the name is read before it is set.
 fn push_lean_session_select(sql: &mut String, name: &str, mode: AdvisoryMode, arguments: &str) {
-    sql.push_str(
-        "SELECT pg_catalog.current_setting('application_name') AS application_name, CASE ",
-    );
-    sql.push_str(DIRTY);
-    let _ = write!(
-        sql,
-        "WHEN pg_catalog.pg_try_advisory_lock{}{arguments} THEN \
+    let verdict = format!(
+        "CASE {DIRTY}WHEN pg_catalog.pg_try_advisory_lock{}{arguments} THEN \
          CASE WHEN pg_catalog.set_config('application_name', {name}, false) IS NULL THEN 'granted' ELSE 'granted' END \
-         ELSE 'busy' END AS verdict, ",
+         ELSE 'busy' END",
         shared_suffix(mode)
     );
-    sql.push_str(FRESH);
-    sql.push_str(PID);
+    push_select_fields(
+        sql,
+        &[
+            "pg_catalog.current_setting('application_name')",
+            IS_FRESH,
+            &literal(NO_TRANSACTION),
+            PID_VALUE,
+            &verdict,
+            "''",
+        ],
+    );
 }
 
 /// The SELECT of a session lock's `try`. `verdict` writes the column that tries; if it is granted, `take` is evaluated,

@@ -5,11 +5,12 @@ mod catalog;
 mod checkpoint;
 mod load_sample;
 
-pub(crate) use batch::{BatchQuery, BatchResult, batch, read_batch};
+pub(crate) use batch::{BatchQuery, BatchResult, End, batch, last_key, read_batch, read_last_key};
 pub(crate) use catalog::{Target, estimate, read_estimate, read_target, target};
 pub(crate) use checkpoint::{
-    Checkpoint, CheckpointId, CheckpointTable, TABLE, advance, create_table, delete, find_table,
-    load, read_advance, read_checkpoint, read_table,
+    BatchStep, Checkpoint, CheckpointId, CheckpointTable, Sameness, TABLE, add_columns, adopt,
+    advance, create_table, delete, find_table, has_kept_rows, load, read_advance, read_checkpoint,
+    read_kept_rows, read_row_security, read_table, row_security,
 };
 pub(crate) use load_sample::{LoadSample, Standbys, load_sample, read_load_sample};
 
@@ -26,7 +27,7 @@ fn name_literal(name: &str) -> String {
 }
 
 /// An array of texts.
-fn text_array<'a>(texts: impl Iterator<Item = &'a str>) -> String {
-    let texts: Vec<String> = texts.map(literal).collect();
+fn text_array(texts: impl Iterator<Item: AsRef<str>>) -> String {
+    let texts: Vec<String> = texts.map(|text| literal(text.as_ref())).collect();
     format!("ARRAY[{}]::pg_catalog.text[]", texts.join(", "))
 }

@@ -1,5 +1,6 @@
 //! The SQL of a connection: what is asked of its server once, what is prepared on it, and how its statement is cancelled.
 
+pub(super) mod heartbeat;
 mod probe;
 pub(crate) mod server;
 

@@ -12,9 +12,9 @@ pub(crate) enum Probe {
     Full(Refusal),
     Minimal,
     /// The same, and the statement is prepared under this name in the same message.
-    Prepare(String),
+    Prepare(Arc<str>),
     /// By the statement of this name: parsing the text is a good part of what a `try` costs.
-    Execute(String),
+    Execute(Arc<str>),
 }
 
 /// Behind which poolers nothing is granted.
@@ -29,7 +29,7 @@ pub(crate) enum Refusal {
 }
 
 /// A statement that is worth preparing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum PreparedName {
     /// The `try` for one key, by scope, mode and key space; with a session lock's go its unlock and its handing over.
     Try {

@@ -16,6 +16,7 @@ pub(crate) struct Server {
     pub(crate) identity: Arc<str>,
     pub(crate) deadlock_timeout: Duration,
     pub(crate) is_standby: bool,
+    pub(crate) database: Arc<str>,
     pub(crate) denied: Denied,
 }
 
@@ -31,7 +32,7 @@ pub(crate) struct Denied {
 /// The names are looked up, not cast: an engine that has none of that name gives NULL.
 pub(crate) const SERVER: &str = ", pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) AS server, \
      pg_catalog.current_setting('deadlock_timeout') AS deadlock_timeout, \
-     pg_catalog.pg_is_in_recovery() AS recovery, \
+     pg_catalog.pg_is_in_recovery() AS recovery, pg_catalog.current_database() AS database, \
      pg_catalog.has_table_privilege(pg_catalog.to_regclass('pg_catalog.pg_locks'), 'SELECT') AS may_read_locks, \
      pg_catalog.has_function_privilege(pg_catalog.to_regprocedure('pg_catalog.pg_control_system()'), 'EXECUTE') \
      AS may_read_control";
@@ -41,6 +42,7 @@ pub(crate) fn server(row: &SimpleQueryRow) -> Option<Server> {
         identity: text(row, "server")?.into(),
         deadlock_timeout: setting_duration(&text(row, "deadlock_timeout")?)?,
         is_standby: is_true(row, "recovery"),
+        database: text(row, "database").unwrap_or_default().into(),
         denied: Denied {
             pg_locks: is_false(row, "may_read_locks"),
             pg_control_system: is_false(row, "may_read_control"),
@@ -93,6 +95,18 @@ pub(crate) fn lock_table(reply: &[SimpleQueryMessage]) -> Option<LockTable> {
     })
 }
 
+/// A timeout of the server's settings; empty where it has none of that name.
+pub(crate) fn setting(name: &str) -> String {
+    format!(
+        "SELECT pg_catalog.current_setting({}, true) AS setting",
+        literal(name)
+    )
+}
+
+pub(crate) fn duration(reply: &[SimpleQueryMessage]) -> Option<Duration> {
+    setting_duration(&text(rows(reply).next()?, "setting")?)
+}
+
 /// The backend that answers here.
 pub(crate) const BACKEND_PID: &str = "SELECT pg_catalog.pg_backend_pid() AS pid";
 
@@ -100,9 +114,23 @@ pub(crate) fn backend_pid(reply: &[SimpleQueryMessage]) -> Option<i32> {
     parsed(rows(reply).next()?, "pid")
 }
 
+macro_rules! is_fresh {
+    () => {
+        "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp())"
+    };
+}
+
+macro_rules! xact_start {
+    () => {
+        "(pg_catalog.date_part('epoch', pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8"
+    };
+}
+
 /// False in a transaction that was open before the message came.
-pub(crate) const FRESH: &str =
-    "pg_catalog.timestamptz_eq(pg_catalog.now(), pg_catalog.statement_timestamp()) AS fresh, ";
+pub(crate) const IS_FRESH: &str = is_fresh!();
+
+/// [`IS_FRESH`] as a column.
+pub(crate) const FRESH: &str = concat!(is_fresh!(), " AS fresh, ");
 
 /// Whether a reply says so in [`FRESH`].
 pub(crate) fn is_fresh(reply: &[SimpleQueryMessage]) -> bool {
@@ -120,8 +148,10 @@ pub(crate) fn check_and_commit() -> Message {
 
 /// When the transaction began, which no other one of the backend has: in microseconds since 1970, whatever the session's
 /// settings make of a timestamp.
-pub(crate) const XACT_START: &str = "(pg_catalog.date_part('epoch', pg_catalog.now()) \
-     OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8 AS xact_start";
+pub(crate) const XACT_START_VALUE: &str = xact_start!();
+
+/// [`XACT_START_VALUE`] as a column.
+pub(crate) const XACT_START: &str = concat!(xact_start!(), " AS xact_start");
 
 pub(crate) fn xact_start(reply: &[SimpleQueryMessage]) -> Option<i64> {
     rows(reply).find_map(|row| parsed(row, "xact_start"))

@@ -4,6 +4,7 @@ use crate::graph::LockObject;
 use crate::postgres::statement::{self, StatementKind};
 
 use super::super::journal::locks_rows;
+use super::super::wording::list;
 use super::super::{IncidentEdge, JournalLine, JournalMark, wording};
 use super::{Cause, Diagnosis, Facts, QUOTED, foreign_key, index_fix};
 
@@ -16,6 +17,7 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
                 .iter()
                 .find_map(|edge| foreign_key(facts, edge))
         })
+        .or_else(|| overlap(facts))
         .or_else(|| unique(facts))
         .or_else(|| queue(facts))
         .or_else(|| inversion(facts))
@@ -45,14 +47,19 @@ fn upgrade(facts: &Facts<'_>) -> Option<Diagnosis> {
                 .to_owned(),
             format!(
                 "Lock the row of {} at once as strongly as it is needed, FOR NO KEY UPDATE before an update, and before \
-                 rows that refer to it are inserted.",
-                row.relation()
+                 rows that refer to it are inserted{}.",
+                row.relation(),
+                call_for_rows(
+                    &row.relation().to_string(),
+                    wording::key_columns(&[first]).as_deref()
+                ),
             ),
         )
     } else if let LockObject::Advisory { .. } = first.object {
         (
             "shared".to_owned(),
-            "Ask for it exclusively from the start where it may be needed so.".to_owned(),
+            "Ask for it exclusively from the start where it may be needed so: tx.advisory_lock or advisory_locks, without shared()."
+                .to_owned(),
         )
     } else {
         let modes = facts.cycle().iter().filter_map(IncidentEdge::mode_held);
@@ -107,6 +114,22 @@ fn index_build(facts: &Facts<'_>) -> Option<Diagnosis> {
         wording::object(before),
     );
     Some(Diagnosis::new(Cause::IndexBuild, true, text).with_fix(index_fix(kind)))
+}
+
+fn overlap(facts: &Facts<'_>) -> Option<Diagnosis> {
+    let mut cycle = facts.cycle().iter();
+    let edge = cycle.find(|edge| Facts::is_overlap_wait(edge))?;
+    let text = format!(
+        "{} wrote a row that may overlap under an exclusion constraint with {}, which {} had written, and had to wait until that \
+         transaction ends; meanwhile that transaction waited, directly or through others, for {}.",
+        facts.name(&edge.waiter),
+        wording::object(edge),
+        facts.name(&edge.blocker),
+        facts.name(&edge.waiter),
+    );
+    let fix = "Let each transaction write one such row, or take one lock for all rows that may overlap before the first of them \
+               is written: tx.advisory_lock, or tx.lock_rows on the row that they all belong to.";
+    Some(Diagnosis::new(Cause::ExclusionOverlap, true, text).with_fix(fix))
 }
 
 fn unique(facts: &Facts<'_>) -> Option<Diagnosis> {
@@ -198,9 +221,13 @@ fn inversion(facts: &Facts<'_>) -> Option<Diagnosis> {
     let orders = cycle.iter().enumerate().map(|(at, wanted)| {
         // The edge before it in the cycle is the one that waits for this session.
         let held = &cycle[(at + cycle.len() - 1) % cycle.len()];
+        let waiter = facts.name(&wanted.waiter);
+        // Whoever is first in a row's queue holds the queue's head and not the row.
+        if wording::is_row_queue(held) && held.same_object(wanted) {
+            return format!("{waiter} was queued for {}", wording::object(wanted));
+        }
         format!(
-            "{} held {} and wanted {}",
-            facts.name(&wanted.waiter),
+            "{waiter} held {} and wanted {}",
             wording::object(held),
             wording::object(wanted),
         )
@@ -254,7 +281,7 @@ fn by_journals(facts: &Facts<'_>) -> Option<Diagnosis> {
         sequences.join("; ")
     );
     let fix = "Lock the rows in one order in every transaction, that of their keys, before the first of them is written: \
-               SELECT … ORDER BY … FOR NO KEY UPDATE.";
+               tx.lock_rows, or SELECT … ORDER BY … FOR NO KEY UPDATE.";
     Some(Diagnosis::new(Cause::OrderInversion, false, text).with_fix(fix))
 }
 
@@ -297,7 +324,8 @@ fn lock_order(cycle: &[IncidentEdge]) -> String {
         let key = wording::key_columns(&edges).unwrap_or_else(|| "its primary key".to_owned());
         return format!(
             "Lock the rows of {relation} in one order in every transaction, that of {key}, before the first of them is \
-             written: SELECT … ORDER BY {} FOR NO KEY UPDATE.",
+             written{}, or SELECT … ORDER BY {} FOR NO KEY UPDATE.",
+            call_for_rows(relation, wording::key_columns(&edges).as_deref()),
             if key.starts_with("its ") {
                 "the primary key"
             } else {
@@ -318,7 +346,9 @@ fn lock_order(cycle: &[IncidentEdge]) -> String {
         .iter()
         .any(|edge| object_class(edge) == ObjectClass::Advisory)
     {
-        return "Take the advisory lock first, in every transaction, before anything else is locked.".to_owned();
+        return "Take the advisory lock first, in every transaction, before anything else is locked: with_advisory_lock, or \
+                advisory_locks for several."
+            .to_owned();
     }
     "Take these locks in one order in every transaction.".to_owned()
 }
@@ -344,15 +374,15 @@ fn shared_row(facts: &Facts<'_>) -> Option<Diagnosis> {
         return None;
     }
     let names = facts.waiters();
-    let context = cycle.iter().find_map(|edge| edge.context.as_ref());
-    let row = context.map_or_else(|| "a row".to_owned(), |row| wording::row_of_context(row));
+    let context = cycle.iter().find(|edge| edge.context.is_some());
+    let row = context.map_or_else(|| "a row".to_owned(), wording::object);
     let text = format!(
         "{} held {row} in a mode that can be shared (FOR SHARE, FOR KEY SHARE, or a foreign key's check), and each wanted \
          to change it, which the others' hold did not allow.",
         list(&names)
     );
     let fix = "Lock the row at once as strongly as it is needed, FOR NO KEY UPDATE before an update, and before rows that \
-               refer to it are inserted.";
+               refer to it are inserted: tx.lock_rows.";
     Some(Diagnosis::new(Cause::LockUpgrade, false, text).with_fix(fix))
 }
 
@@ -365,12 +395,13 @@ fn unknown(facts: &Facts<'_>) -> Diagnosis {
     Diagnosis::new(Cause::Unknown, false, text)
 }
 
-/// `a, b and c`
-fn list(names: &[String]) -> String {
-    match names {
-        [] => String::new(),
-        [one] => one.clone(),
-        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+/// This crate's call that locks rows in one order: `: tx.lock_rows("public.account", "id", ids)`. It takes one column.
+fn call_for_rows(relation: &str, key: Option<&str>) -> String {
+    match key {
+        Some(key) if !key.contains(", ") => {
+            format!(": tx.lock_rows({relation:?}, {key:?}, ids)")
+        }
+        _ => ": tx.lock_rows".to_owned(),
     }
 }
 
@@ -417,8 +448,8 @@ mod tests {
         assert_eq!((cause, certain), (Cause::OrderInversion, true));
         let text = report.diagnosis().text();
         for order in [
-            "pid 11 (src/transfer.rs:41) held row id = 1 of public.account and wanted row id = 2 of public.account",
-            "pid 12 (src/refund.rs:17) held row id = 2 of public.account and wanted row id = 1 of public.account",
+            "A held row id = 1 of public.account and wanted row id = 2 of public.account",
+            "B held row id = 2 of public.account and wanted row id = 1 of public.account",
         ] {
             assert!(text.contains(order), "{text}");
         }
@@ -561,7 +592,7 @@ mod tests {
             report
                 .diagnosis()
                 .text()
-                .contains("pid 12 and pid 13 all held advisory lock 7")
+                .contains("B and C all held advisory lock 7")
         );
         assert!(fix(&report).contains("exclusively from the start"));
     }
@@ -603,7 +634,7 @@ mod tests {
             report
                 .diagnosis()
                 .text()
-                .starts_with("pid 12 (migrate) was building an index")
+                .starts_with("B was building an index")
         );
         assert!(fix(&report).contains("an advisory one"));
     }
@@ -743,7 +774,7 @@ mod tests {
         let (cause, certain, report) = diagnosed(evidence.clone());
         assert_eq!((cause, certain), (Cause::OrderInversion, false));
         let text = report.diagnosis().text();
-        let ran = "pid 11 (src/transfer.rs:41) ran UPDATE account SET balance = balance - ? WHERE id = ? before it waited";
+        let ran = "A ran UPDATE account SET balance = balance - ? WHERE id = ? before it waited";
         assert!(text.contains(ran), "{text}");
         // A lock upgrade, or a foreign key's parent, would look the same.
         for shared in [
@@ -770,11 +801,6 @@ mod tests {
         let (cause, certain, report) = diagnosed(evidence);
         assert_eq!((cause, certain), (Cause::Unknown, false));
         assert_eq!(report.diagnosis().fix(), None);
-        assert!(
-            report
-                .diagnosis()
-                .text()
-                .contains("pid 11 (src/transfer.rs:41) and pid 12 waited")
-        );
+        assert!(report.diagnosis().text().contains("A and B waited"));
     }
 }

@@ -36,6 +36,8 @@ pub enum Cause {
     ForeignKeyParent,
     /// An insert waited for a transaction that had inserted the same key of a unique index.
     UniqueInsert,
+    /// A write waited for a transaction that had written a row which may overlap with its own under an exclusion constraint.
+    ExclusionOverlap,
     /// An index build and a writer blocked each other.
     IndexBuild,
     /// The holder was idle in its transaction.
@@ -63,7 +65,7 @@ impl Diagnosis {
         /// Whether the evidence proves the cause; otherwise it is the most likely one. Always false for [`Cause::Unknown`].
         is_certain: bool;
 
-        /// What happened, in complete sentences.
+        /// What happened, in complete sentences. Sessions are called by their [letters](super::Participant::letter).
         text: &str;
 
         /// How to fix it, in complete sentences.
@@ -106,6 +108,9 @@ impl Cause {
             Self::LockUpgrade => ("lock_upgrade", "lock upgrade"),
             Self::ForeignKeyParent => ("foreign_key_parent", "foreign key's parent row locked"),
             Self::UniqueInsert => ("unique_insert", "same unique key inserted"),
+            Self::ExclusionOverlap => {
+                ("exclusion_overlap", "overlap under an exclusion constraint")
+            }
             Self::IndexBuild => ("index_build", "index build against a writer"),
             Self::IdleInTransaction => ("idle_in_transaction", "holder idle in its transaction"),
             Self::LockQueue => ("lock_queue", "queue of a lock"),
@@ -189,6 +194,13 @@ impl<'a> Facts<'a> {
 
     fn builds_index(&self, id: &BackendId) -> Option<StatementKind> {
         self.statement(id).filter(|kind| kind.builds_index())
+    }
+
+    /// Whether the server's CONTEXT proves that the waiter waits in order to learn whether its row overlaps with another one.
+    fn is_overlap_wait(edge: &IncidentEdge) -> bool {
+        edge.context
+            .as_ref()
+            .is_some_and(|context| context.exclusion)
     }
 
     /// Whether the waiter waits for a transaction in order to learn whether a key is taken. The value is true if the

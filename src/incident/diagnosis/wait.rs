@@ -36,6 +36,7 @@ pub(super) fn diagnose(facts: &Facts<'_>) -> Diagnosis {
         .or_else(|| wait.queue())
         .or_else(|| wait.idle())
         .or_else(|| facts.direct().find_map(|edge| foreign_key(facts, edge)))
+        .or_else(|| wait.overlap())
         .or_else(|| wait.unique())
         .or_else(|| wait.advisory())
         .or_else(|| wait.running())
@@ -64,6 +65,21 @@ fn by_server_message(facts: &Facts<'_>) -> Diagnosis {
         return diagnosis;
     }
     let row = facts.message.row.as_deref();
+    if let Some(row) = row.filter(|row| row.exclusion) {
+        let text = format!(
+            "A row of {} was written that may overlap under an exclusion constraint with a row of another transaction, which had \
+             not ended.",
+            wording::printable(&row.relation)
+        );
+        let fix =
+            "Keep transactions short that write rows which may overlap, and write such rows last.";
+        return Diagnosis::new(
+            Cause::ExclusionOverlap,
+            facts.kind != IncidentKind::Deadlock,
+            text,
+        )
+        .with_fix(fix);
+    }
     if let Some(row) = row.filter(|row| row.index_entry) {
         let text = format!(
             "A key of {} was inserted that another transaction, which had not ended, had inserted too.",
@@ -131,6 +147,12 @@ impl WaitFacts<'_> {
         let root = self.facts.name(self.root);
         if self.is_chain {
             let before = self.facts.name(&self.first.blocker);
+            if wording::is_row_queue(self.first) {
+                return format!(
+                    "{} was queued for {object} behind {before}, which itself waited, in the end for {root}",
+                    self.facts.name(&self.first.waiter)
+                );
+            }
             format!(
                 "{object} was not to be had from {before}, which itself waited, in the end for {root}"
             )
@@ -235,6 +257,22 @@ impl WaitFacts<'_> {
         let fix = "End the transaction before anything that is no SQL (calls over the network, questions to people), and on \
                    every path out, errors included. idle_in_transaction_session_timeout ends those that are left.";
         Some(Diagnosis::new(Cause::IdleInTransaction, is_certain, text).with_fix(fix))
+    }
+
+    fn overlap(&self) -> Option<Diagnosis> {
+        if !Facts::is_overlap_wait(self.first) {
+            return None;
+        }
+        let text = format!(
+            "{} wrote a row that may overlap under an exclusion constraint with {}, which {} had written; whether it does is not \
+             known before that transaction ends.",
+            sentence(&self.facts.name(&self.first.waiter)),
+            wording::object(self.first),
+            self.facts.name(&self.first.blocker),
+        );
+        let fix =
+            "Keep transactions short that write rows which may overlap, and write such rows last.";
+        Some(Diagnosis::new(Cause::ExclusionOverlap, true, text).with_fix(fix))
     }
 
     fn unique(&self) -> Option<Diagnosis> {
@@ -353,7 +391,7 @@ mod tests {
         assert_eq!((cause, certain), (Cause::IdleInTransaction, true));
         assert_eq!(
             text(&report),
-            "pid 12 (psql) held row (0,1) of public.account, and was idle in its transaction for 30.0s: its client did \
+            "B held row (0,1) of public.account, and was idle in its transaction for 30.0s: its client did \
              something else meanwhile, or forgot it."
         );
         // It may have been between two statements.
@@ -369,12 +407,12 @@ mod tests {
         let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::IdleInTransaction, true));
         assert!(
-            text(&report).contains("not to be had from pid 12 (psql)"),
+            text(&report).contains("not to be had from B"),
             "{}",
             text(&report)
         );
         assert!(
-            text(&report).contains("in the end for pid 13 (worker)"),
+            text(&report).contains("in the end for C"),
             "{}",
             text(&report)
         );
@@ -396,11 +434,7 @@ mod tests {
         let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::Unknown, false));
         assert!(text(&report).contains("hidden from this role (pg_read_all_stats"));
-        assert!(
-            report
-                .caveats()
-                .any(|line| line.contains("pid 12 (psql) are hidden"))
-        );
+        assert!(report.caveats().any(|line| line.contains("B are hidden")));
         let server = TestServer::default().waits_for_row(11, &row(account(), 1), 12, 958);
         let (cause, _, report) = diagnosed(timeout(server));
         assert_eq!(cause, Cause::Unknown);
@@ -436,11 +470,11 @@ mod tests {
         assert_eq!((cause, certain), (Cause::LockQueue, true));
         let text = text(&report);
         assert!(
-            text.contains("pid 12 (migrate) waited for it ahead in the queue"),
+            text.contains("B waited for it ahead in the queue"),
             "{text}"
         );
         assert!(
-            text.contains("(AccessExclusiveLock); it waited for pid 13 (psql), which was idle"),
+            text.contains("(AccessExclusiveLock); it waited for C, which was idle"),
             "{text}"
         );
     }
@@ -456,7 +490,7 @@ mod tests {
             .waits(11, &object, "RowExclusiveLock", 958, &[12, 13]);
         let (cause, _, report) = diagnosed(timeout(server));
         assert_eq!(cause, Cause::IdleInTransaction);
-        assert!(text(&report).starts_with("pid 13 (psql) held"));
+        assert!(text(&report).starts_with("C held"));
     }
 
     #[test]
@@ -479,9 +513,7 @@ mod tests {
         victim.victim.statements = vec![entry(0, "CREATE INDEX ON account (note)", None)];
         let (cause, certain, report) = diagnosed(victim);
         assert_eq!((cause, certain), (Cause::IndexBuild, true));
-        assert!(
-            fix(&report).starts_with("End the transaction of pid 12 (psql), which was idle for")
-        );
+        assert!(fix(&report).starts_with("End the transaction of B, which was idle for"));
     }
 
     #[test]
@@ -493,10 +525,7 @@ mod tests {
             .waits(11, &key, "ExclusiveLock", 958, &[12]);
         let (cause, certain, report) = diagnosed(timeout(server));
         assert_eq!((cause, certain), (Cause::AdvisoryLockHeld, true));
-        assert_eq!(
-            text(&report),
-            "pid 12 (src/pay.rs:7) held advisory lock \"invoice:1\" (idle)."
-        );
+        assert_eq!(text(&report), "B held advisory lock \"invoice:1\" (idle).");
     }
 
     #[test]

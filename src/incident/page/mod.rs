@@ -6,6 +6,7 @@ mod wait_tree;
 use std::collections::HashSet;
 use std::fmt;
 
+use crate::error::is_cancelled;
 use crate::graph::Relation;
 use crate::key::LockKey;
 
@@ -38,9 +39,12 @@ impl fmt::Display for Incident {
             .get(MAX_DESCRIBED..)
             .filter(|more| !more.is_empty())
         {
-            let names: Vec<_> = more.iter().map(wording::name).collect();
+            let names = more.iter().map(|participant| {
+                let name = wording::full_name(participant);
+                format!("{}: {name}", wording::name(participant))
+            });
             out.heading("THE OTHERS");
-            out.write("  ", "  ", &names.join(", "));
+            out.write("  ", "  ", &names.collect::<Vec<_>>().join(", "));
         }
         self.server(&mut out);
         self.certainty_section(&mut out);
@@ -50,12 +54,21 @@ impl fmt::Display for Incident {
 
 impl Incident {
     /// The incident in one line, with the objects and participants: `Deadlock on public.account: src/transfer.rs:41 and
-    /// src/refund.rs:17 waited for one another`.
+    /// src/refund.rs:17 waited for one another`. Sessions from one line of the program are counted: `three transactions of
+    /// src/transfer.rs:41`. One without a name is called by its process id, and by its letter in the report.
     #[must_use]
     pub fn headline(&self) -> String {
+        self.headline_with(&wording::site_or_id)
+    }
+
+    /// The headline, with this name for each participant.
+    fn headline_with(&self, name: &dyn Fn(&Participant) -> String) -> String {
         let mut text = match self.kind() {
             IncidentKind::Deadlock => "Deadlock",
             IncidentKind::HiddenDeadlock => "Deadlock that a timeout hid",
+            IncidentKind::LockTimeout if self.sqlstate().is_some_and(is_cancelled) => {
+                "Cancelled lock wait"
+            }
             IncidentKind::LockTimeout => "Lock timeout",
             IncidentKind::LongWait => "Long wait",
         }
@@ -66,7 +79,7 @@ impl Incident {
             .filter_map(|edge| self.participant(edge.waiter()))
             .collect();
         if members.is_empty() {
-            text.push_str(&self.headline_of_wait());
+            text.push_str(&self.headline_of_wait(name));
             return text;
         }
         let named = |edge: &&IncidentEdge| {
@@ -83,16 +96,14 @@ impl Incident {
         if !subjects.is_empty() {
             text.push_str(&format!(" on {}", subjects.join(", ")));
         }
-        let names: Vec<_> = members
-            .into_iter()
-            .map(|member| wording::call_site(member).unwrap_or_else(|| wording::name(member)))
-            .collect();
-        text.push_str(&format!(": {} waited for one another", names.join(" and ")));
+        let names: Vec<_> = members.into_iter().map(name).collect();
+        let names = wording::counted(&names);
+        text.push_str(&format!(": {names} waited for one another"));
         text
     }
 
-    fn headline_of_wait(&self) -> String {
-        let victim = wording::name(self.victim());
+    fn headline_of_wait(&self, name: &dyn Fn(&Participant) -> String) -> String {
+        let victim = name(self.victim());
         let age = self.victim().wait_age();
         let age = age.map(|age| format!(" of {}", wording::age(age)));
         let mut text = age.unwrap_or_default();
@@ -104,7 +115,12 @@ impl Incident {
         match direct.iter().min_by_key(|edge| edge.is_soft()) {
             Some(edge) => {
                 let blocker = self.participant(edge.blocker());
-                let blocker = blocker.map(wording::name).unwrap_or_default();
+                let blocker = blocker.map(name).unwrap_or_default();
+                let blocker = if blocker == victim {
+                    "another transaction of that line".to_owned()
+                } else {
+                    blocker
+                };
                 let object = wording::object(edge);
                 text.push_str(&format!(" on {object}: {victim} waited for {blocker}"));
                 if blockers.len() > 1 {
@@ -117,7 +133,13 @@ impl Incident {
     }
 
     fn head(&self, out: &mut WrappedText) {
-        out.write("", "  ", &self.headline());
+        // Below, each session has a letter, and its process id stands once.
+        let name = |who: &Participant| match (wording::call_site(who), who.id()) {
+            (Some(site), _) => site,
+            (None, Some(_)) => wording::name(who),
+            (None, None) => wording::id(who),
+        };
+        out.write("", "  ", &self.headline_with(&name));
         out.write("", "  ", &self.attempt_line());
     }
 
@@ -127,6 +149,7 @@ impl Incident {
             Outcome::GaveUp => "given up".to_owned(),
             Outcome::NotRetried => "not retried".to_owned(),
             Outcome::StillWaiting => "still waiting".to_owned(),
+            Outcome::CaughtBySavepoint => "caught by a savepoint".to_owned(),
         };
         format!(
             "{}, attempt {} of {}, {outcome}",
@@ -153,11 +176,12 @@ impl Incident {
     }
 
     fn describe(&self, out: &mut WrappedText, participant: &Participant) {
-        let name = wording::name(participant);
-        let mut heading = match name.strip_prefix("pid ") {
+        let name = wording::full_name(participant);
+        let name = match name.strip_prefix("pid ") {
             Some(rest) => format!("PID {rest}"),
             None => name,
         };
+        let mut heading = format!("{}: {name}", wording::name(participant));
         if participant.is_victim() {
             heading.push_str(", the victim");
         }
@@ -181,7 +205,14 @@ impl Incident {
         add("user", participant.user(), "");
         add("database", participant.database(), "");
         add("client", participant.client_address(), "");
-        add("application", participant.application_name(), "\"");
+        // The call site is in the heading.
+        let application = participant.application_name().map(|name| {
+            let site = participant.call_site();
+            let rest = site.and_then(|site| name.strip_suffix(site));
+            rest.map_or(name, str::trim_end)
+        });
+        let is_shown = |name: &&str| wording::call_site(participant).as_deref() != Some(*name);
+        add("application", application.filter(is_shown), "\"");
         let kind = participant.backend_type();
         add("a", kind.filter(|kind| *kind != "client backend"), "");
         if !who.is_empty() {
@@ -217,6 +248,8 @@ impl Incident {
         let edges = self.edges().iter();
         let edges: Vec<_> = edges
             .filter(|edge| Some(edge.blocker()) == participant.id() && !edge.is_soft())
+            // Whoever is first in a row's queue does not hold the row.
+            .filter(|edge| !wording::is_row_queue(edge))
             .collect();
         let mut held: Vec<_> = edges
             .iter()
@@ -270,8 +303,47 @@ impl Incident {
             &format!("{} {message}", wording::printable(sqlstate)),
         );
         for (name, text) in wording::details(self) {
-            out.lines(&format!("  {name:7}  "), "           ", text);
+            let text = self.with_letters(text);
+            out.lines(&format!("  {name:7}  "), "           ", &text);
         }
+    }
+
+    /// The server's words with the letters of the sessions in the place of their process ids.
+    fn with_letters(&self, text: &str) -> String {
+        let letter = |number: &str| {
+            let pid: i32 = number.parse().ok()?;
+            let mut participants = self.participants().iter();
+            participants.find(|participant| participant.pid() == Some(pid))
+        };
+        let lines = text.lines().map(|line| {
+            // `Process 11 waits for … on transaction 12; blocked by process 12.`: the first and the last number of a line of
+            // DETAIL are process ids, in every language.
+            let digits = |c: char| c.is_ascii_digit();
+            let Some(first) = line.find(digits) else {
+                return line.to_owned();
+            };
+            let first_end = line[first..]
+                .find(|c| !digits(c))
+                .map_or(line.len(), |at| first + at);
+            let last_end = line.rfind(digits).map_or(first_end, |at| at + 1);
+            let last = line[..last_end].rfind(|c| !digits(c)).map_or(0, |at| {
+                at + line[at..].chars().next().map_or(1, char::len_utf8)
+            });
+            let waiter = letter(&line[first..first_end]);
+            let blocker = letter(&line[last..last_end]);
+            match (waiter, blocker) {
+                (Some(waiter), Some(blocker)) if first < last => format!(
+                    "{}{}{}{}{}",
+                    &line[..first],
+                    waiter.letter(),
+                    &line[first_end..last],
+                    blocker.letter(),
+                    &line[last_end..]
+                ),
+                _ => line.to_owned(),
+            }
+        });
+        lines.collect::<Vec<_>>().join("\n")
     }
 
     /// `Why: probably …`
@@ -336,12 +408,6 @@ impl Incident {
     fn certainty_section(&self, out: &mut WrappedText) {
         out.heading("HOW SURE THIS IS");
         out.write("  ", "  ", &self.certainty());
-        let journals = self.participants().iter().flat_map(Participant::journal);
-        let mut marks = journals.map(JournalLine::mark);
-        if marks.any(|mark| mark == Some(JournalMark::MayHaveTaken)) {
-            let text = "\"took?\" is a guess: the first statement that names the relation and takes such locks";
-            out.write("  - ", "    ", text);
-        }
         for caveat in self.caveats() {
             out.write("  - ", "    ", caveat);
         }
@@ -379,13 +445,14 @@ fn journal(out: &mut WrappedText, participant: &Participant) {
         skip(out, &mut skipped);
         let mark = match line.mark() {
             Some(JournalMark::Took) => "took",
-            Some(JournalMark::MayHaveTaken) => "took?",
+            // The first statement that names the relation and takes such locks.
+            Some(JournalMark::MayHaveTaken) => "probably took",
             Some(JournalMark::Waited) => "waited",
             None => "",
         };
         let duration = wording::took(line);
         let after = format!("+{}", wording::age(line.after()));
-        let head = format!("    {mark:<6} {after:>9} {duration:>8}  ");
+        let head = format!("    {mark:<13} {after:>9} {duration:>8}  ");
         let hang = " ".repeat(text_wrap::width(&head));
         let text = wording::statement(line, MAX_JOURNAL_STATEMENT);
         out.write(&head, &hang, &text);
@@ -411,48 +478,49 @@ Deadlock on public.account: src/transfer.rs:41 and src/refund.rs:17 waited for o
 2026-01-31T12:34:56.000000Z, attempt 1 of 5, retried after 12ms
 
 WHO WAITED FOR WHOM
-  pid 11 (src/transfer.rs:41), the victim
+  A, the victim
   └─ waited 958ms for row id = 2 of public.account (ShareLock on transaction 12), held in
-     ExclusiveLock by pid 12 (src/refund.rs:17)
+     ExclusiveLock by B
      └─ waited 412ms for row id = 1 of public.account (ShareLock on transaction 11), held in
-        ExclusiveLock by pid 11 (src/transfer.rs:41): the cycle is closed
+        ExclusiveLock by A: the cycle is closed
 
 WHY: lock order inversion
-  The same locks were taken in different orders: pid 11 (src/transfer.rs:41) held row id = 1 of
-  public.account and wanted row id = 2 of public.account; pid 12 (src/refund.rs:17) held row id = 2
-  of public.account and wanted row id = 1 of public.account.
+  The same locks were taken in different orders: A held row id = 1 of public.account and wanted row
+  id = 2 of public.account; B held row id = 2 of public.account and wanted row id = 1 of
+  public.account.
   To do: Lock the rows of public.account in one order in every transaction, that of id, before the
-    first of them is written: SELECT … ORDER BY id FOR NO KEY UPDATE.
+    first of them is written: tx.lock_rows(\"public.account\", \"id\", ids), or SELECT … ORDER BY id FOR
+    NO KEY UPDATE.
 
-PID 11 (src/transfer.rs:41), the victim, in this process
-  user app, database shop, client 10.0.0.7, application \"billing src/transfer.rs:41\"
+A: PID 11 (src/transfer.rs:41), the victim, in this process
+  user app, database shop, client 10.0.0.7, application \"billing\"
   active for 960ms, in its transaction for 1.2s, waited 958ms for a lock
   ran: UPDATE account SET balance = balance + ? WHERE id = ?
   held row id = 1 of public.account
   its transaction until then:
-    took?     +1.0ms    1.0ms  UPDATE account SET balance = balance - ? WHERE id = ?
-              +3.0ms    0.0ms  INSERT INTO log VALUES (?)
-    waited    +240ms   failed  UPDATE account SET balance = balance + ? WHERE id = ?
+    probably took    +1.0ms    1.0ms  UPDATE account SET balance = balance - ? WHERE id = ?
+                     +3.0ms    0.0ms  INSERT INTO log VALUES (?)
+    waited           +240ms   failed  UPDATE account SET balance = balance + ? WHERE id = ?
 
-PID 12 (src/refund.rs:17), in this process
-  user app, database shop, client 10.0.0.7, application \"billing src/refund.rs:17\"
+B: PID 12 (src/refund.rs:17), in this process
+  user app, database shop, client 10.0.0.7, application \"billing\"
   active for 412ms, in its transaction for 652ms, waited 412ms for a lock
   ran: UPDATE account SET balance = balance - ?, note = ? WHERE id = ?
   held row id = 2 of public.account
   its transaction until then:
-              +0.0ms    1.0ms  SELECT ?
-    took?     +2.0ms    1.0ms  UPDATE account SET balance = balance + ? WHERE id = ?
-    waited    +400ms    411ms  UPDATE account SET balance = balance - ?, note = ? WHERE id = ?
+                     +0.0ms    1.0ms  SELECT ?
+    probably took    +2.0ms    1.0ms  UPDATE account SET balance = balance + ? WHERE id = ?
+    waited           +400ms    411ms  UPDATE account SET balance = balance - ?, note = ? WHERE id =
+                                      ?
 
 WHAT THE SERVER SAID
   40P01 deadlock detected
-  DETAIL   Process 11 waits for ShareLock on transaction 12; blocked by process 12.
-           Process 12 waits for ShareLock on transaction 11; blocked by process 11.
+  DETAIL   Process A waits for ShareLock on transaction 12; blocked by process B.
+           Process B waits for ShareLock on transaction 11; blocked by process A.
   CONTEXT  while updating tuple (0,2) in relation \"account\"
 
 HOW SURE THIS IS
   The whole cycle was seen 960ms after the victim's statement began.
-  - \"took?\" is a guess: the first statement that names the relation and takes such locks
 
 Fingerprint 5b62a63f352df502, seen for the first time";
 
@@ -465,17 +533,15 @@ Fingerprint 5b62a63f352df502, seen for the first time";
             ..transfers()
         })
         .to_string();
-        assert!(
-            page.starts_with("Deadlock: src/transfer.rs:41 and pid 12 waited for one another\n")
-        );
+        assert!(page.starts_with("Deadlock: src/transfer.rs:41 and B waited for one another\n"));
         for part in [
-            "  └─ waited for row (0,2) of account (ShareLock on transaction 12), held by pid 12\n",
-            "     └─ waited for a row or key of transaction 11 (ShareLock), held by pid 11 (src/transfer.rs:41):\n        the cycle",
+            "  └─ waited for row (0,2) of account (ShareLock on transaction 12), held by B\n",
+            "     └─ waited for a row or key of transaction 11 (ShareLock), held by A: the cycle",
             "\nWHY: unknown\n",
-            "\nPID 12, not seen\n",
+            "\nB: PID 12, not seen\n",
             "  Nothing was seen while it lasted: who waited for whom is from the server's DETAIL.\n",
             "  - the side connection could not be opened: no room\n",
-            "  - pid 12 was not seen, and is not a transaction of this process\n",
+            "  - B was not seen, and is not a transaction of this process\n",
         ] {
             assert!(page.contains(part), "{part:?} in:\n{page}");
         }
@@ -497,18 +563,18 @@ Fingerprint 5b62a63f352df502, seen for the first time";
         Incident::new(evidence.clone(), &history);
         let page = Incident::new(evidence, &history).to_string();
         for part in [
-            "Lock timeout of 958ms on table public.account: pid 11 (src/transfer.rs:41) waited for pid 13 (psql) and 1 \
+            "Lock timeout of 958ms on table public.account: src/transfer.rs:41 waited for psql and 1 \
              more\n",
             "attempt 1 of 5, given up\n",
             "  ├─ waited 958ms for table public.account (RowExclusiveLock), queued behind one that wanted\n  │  \
-             AccessExclusiveLock, pid 12 (migrate)\n",
-            "  │  └─ waited 2.0s for table public.account (AccessExclusiveLock), held in ShareLock by pid 13\n",
-            "  └─ and held in ShareLock by pid 13 (psql): see above\n",
-            "\nPID 12 (migrate), partly hidden from this role\n",
+             AccessExclusiveLock, B\n",
+            "  │  └─ waited 2.0s for table public.account (AccessExclusiveLock), held in ShareLock by C\n",
+            "  └─ and held in ShareLock by C: see above\n",
+            "\nB: PID 12 (migrate), partly hidden from this role\n",
             "  last ran: SELECT ?\n",
             "  held table public.account in ShareLock\n",
             "  All that was in the way was seen 960ms after",
-            "  - statement and state of pid 12 (migrate) are hidden from this role; pg_read_all_stats",
+            "  - statement and state of B are hidden from this role; pg_read_all_stats",
             ", seen 2 times since 2026-01-31T12:34:56.000000Z, last at",
         ] {
             let flat = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -529,7 +595,10 @@ Fingerprint 5b62a63f352df502, seen for the first time";
         statements.push(failed);
         let page = report(evidence).to_string();
         assert!(page.contains("… 83 statements\n"), "{page}");
-        assert!(page.contains("    took?     +1.0ms") && page.contains("    waited    +240ms"));
+        assert!(
+            page.contains("    probably took    +1.0ms")
+                && page.contains("    waited           +240ms")
+        );
     }
 
     #[test]

@@ -68,6 +68,7 @@ impl<'a> WaitTree<'a> {
                 ),
             };
             let how = match (edge.mode_held(), edge.mode_queued()) {
+                _ if wording::is_row_queue(edge) => "queued behind".to_owned(),
                 (Some(mode), _) => format!("held in {mode} by"),
                 (_, Some(mode)) => format!("queued behind one that wanted {mode},"),
                 _ if edge.is_soft() => "queued behind".to_owned(),

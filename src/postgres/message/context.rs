@@ -33,6 +33,8 @@ pub(crate) struct RowContext {
     /// CONFLICT` and deferred constraints it is the table, and the conflicting row
     /// (`check_exclusion_or_unique_constraint` in `src/backend/executor/execIndexing.c`). The name tells which.
     pub(crate) index_entry: bool,
+    /// Whether it is about a row that may overlap under an exclusion constraint. Then it is the row that was there before.
+    pub(crate) exclusion: bool,
 }
 
 /// Parses a CONTEXT as a client receives it.
@@ -107,12 +109,17 @@ fn row(text: &str) -> Option<RowContext> {
         offset: u16::try_from(offset.value?).ok()?,
         relation: relation.to_owned(),
         index_entry: INDEX.split('|').any(|word| words.contains(word)),
+        exclusion: EXCLUSION.split('|').any(|word| words.contains(word)),
     })
 }
 
 /// The words of the languages of [`lock_tag`](super::lock_tag), or what their inflected forms have in common,
 /// separated by `|`.
 const INDEX: &str = "index|indeks|índice|indice|индекс|індекс|インデックス|인덱스|索引";
+
+/// The same for `while checking exclusion constraint on tuple`.
+const EXCLUSION: &str =
+    "exclusion|exclusión|esclusione|排除|제외|исключени|uteslutning|виключенн|排它";
 
 /// `while updating tuple (0,9) in relation "users"`, and in Korean `0,9 튜플(해당 릴레이션 "users")을 갱신하는 중에 발생`: returns the
 /// name, and all words around it.
@@ -238,6 +245,7 @@ mod tests {
                     offset: 9,
                     relation: "users".to_owned(),
                     index_entry: at == 4,
+                    exclusion: at == 7,
                 };
                 assert_eq!(row_of(&line), Some(expected), "{}: {line}", language.code);
             }
@@ -345,7 +353,7 @@ mod tests {
             let lines = context(&text);
             prop_assert_eq!(&lines[0].raw, &text[..length]);
             let row = row_of(&text);
-            prop_assert_eq!(row, Some(RowContext { page, offset, relation: name, index_entry: at == 4 }));
+            prop_assert_eq!(row, Some(RowContext { page, offset, relation: name, index_entry: at == 4, exclusion: at == 7 }));
         }
 
         #[test]

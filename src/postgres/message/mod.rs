@@ -5,6 +5,8 @@
 
 mod context;
 mod deadlock;
+#[cfg(feature = "server-log")]
+mod lock_failure;
 mod lock_tag;
 #[cfg(feature = "server-log")]
 mod lock_wait;
@@ -18,6 +20,8 @@ pub(crate) use deadlock::DetailWait;
 pub(crate) use deadlock::deadlock_detail;
 #[cfg(feature = "incidents")]
 pub(crate) use deadlock::{DeadlockDetail, LineKind};
+#[cfg(feature = "server-log")]
+pub(crate) use lock_failure::{is_deadlock_message, is_nowait};
 pub(crate) use lock_tag::LockTag;
 #[cfg(feature = "server-log")]
 pub(crate) use lock_wait::{WaitNews, is_lock_timeout, lock_queue, lock_wait};

@@ -6,22 +6,28 @@
 
 #[cfg(feature = "incidents")]
 mod fingerprint;
+mod idle_timeout;
 #[cfg(feature = "incidents")]
 mod kind;
 mod lexer;
 #[cfg(feature = "incidents")]
 mod mention;
+#[cfg(feature = "incidents")]
+mod own;
 mod refused;
 
 #[cfg(feature = "incidents")]
 pub(crate) use fingerprint::{StatementFingerprint, fingerprint};
+pub(crate) use idle_timeout::idle_timeout_set_by;
 #[cfg(feature = "incidents")]
 pub(crate) use kind::{StatementKind, kind};
 #[cfg(feature = "schema")]
 pub(crate) use lexer::{TokenKind, ambiguous_string, spans};
 #[cfg(feature = "incidents")]
 pub(crate) use mention::mentions;
-pub(crate) use refused::{transaction_end, unlocks_all};
+#[cfg(feature = "incidents")]
+pub(crate) use own::is_own;
+pub(crate) use refused::{may_begin, transaction_end, unlocks_all};
 
 /// The statement with `?` for each literal, without comments, on one line.
 ///

@@ -38,14 +38,20 @@ pub(crate) fn transaction_end(sql: &str) -> Option<String> {
     found.map(str::to_ascii_uppercase)
 }
 
+/// Whether a text may begin a transaction. A body of PL/pgSQL counts too.
+pub(crate) fn may_begin(sql: &str) -> bool {
+    has(sql, "begin") || has(sql, "start")
+}
+
+fn has(sql: &str, word: &str) -> bool {
+    let mut windows = sql.as_bytes().windows(word.len());
+    windows.any(|window| window.eq_ignore_ascii_case(word.as_bytes()))
+}
+
 /// What in a text releases all session locks, if the text shows it.
 pub(crate) fn unlocks_all(sql: &str) -> Option<&'static str> {
     // Almost every text has neither word.
-    let may = |word: &str| {
-        let mut windows = sql.as_bytes().windows(word.len());
-        windows.any(|window| window.eq_ignore_ascii_case(word.as_bytes()))
-    };
-    if !may("unlock_all") && !may("discard") {
+    if !has(sql, "unlock_all") && !has(sql, "discard") {
         return None;
     }
     for place in places(sql) {

@@ -345,6 +345,7 @@ mod tests {
                 None,
                 None,
                 connection::LONGEST_SILENCE,
+                connection::HeartbeatOptions::DEFAULT,
             )),
             policy,
             sender: Some(sender),

@@ -91,7 +91,8 @@ impl WatchdogPolicy {
 
     /// How long a session must have been idle, outside of any transaction, for the advisory locks that it holds to
     /// count as leaked, unless a live guard of this process owns it; 5 minutes by default, `None` for never. See
-    /// [`Monitor::leaks`](crate::Monitor::leaks): guards of other processes are not known here.
+    /// [`Monitor::leaks`](crate::Monitor::leaks): guards of other processes are not known here, but
+    /// their [heartbeat](crate::KeeperBuilder::heartbeat) keeps their sessions from being idle for long.
     #[must_use]
     pub fn leaked_locks(mut self, age: impl Into<Option<Duration>>) -> Self {
         self.leaks.age = age.into();

@@ -14,6 +14,19 @@ enum Token {
     Literal,
 }
 
+/// The longest name of a server that was built as usual (`NAMEDATALEN - 1`).
+const LONGEST_NAME: usize = 63;
+
+/// A name as the server cuts it.
+fn cut(mut name: String) -> String {
+    let mut end = name.len().min(LONGEST_NAME);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name.truncate(end);
+    name
+}
+
 /// A statement and the position in it.
 #[derive(Clone, Debug)]
 pub(super) struct Cursor<'a> {
@@ -27,8 +40,10 @@ impl<'a> Cursor<'a> {
         let tokens = spans(text)
             .map(|(span, kind)| {
                 let token = match kind {
-                    TokenKind::Word(word) => Token::Word(word.to_lowercase()),
-                    TokenKind::Quoted(name) => Token::Quoted(name.replace("\"\"", "\"")),
+                    // The server folds ASCII only, in every encoding of more than one byte a character
+                    // (`downcase_identifier` in `src/backend/parser/scansup.c`).
+                    TokenKind::Word(word) => Token::Word(cut(word.to_ascii_lowercase())),
+                    TokenKind::Quoted(name) => Token::Quoted(cut(name.replace("\"\"", "\""))),
                     TokenKind::Symbol(c) => Token::Symbol(c),
                     TokenKind::Parameter(_) | TokenKind::Literal => Token::Literal,
                 };
@@ -60,6 +75,11 @@ impl<'a> Cursor<'a> {
 
     pub(super) fn skip(&mut self, tokens: usize) {
         self.at = (self.at + tokens).min(self.tokens.len());
+    }
+
+    /// Goes back by one token.
+    pub(super) fn back(&mut self) {
+        self.at = self.at.saturating_sub(1);
     }
 
     /// Whether the words come next.
@@ -119,17 +139,109 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// Reads names separated by commas.
-    pub(super) fn names(&mut self) -> Vec<TableName> {
-        let mut names = Vec::new();
-        while let Some(name) = self.name() {
-            names.push(name);
-            if !self.eat_symbol(',') {
-                break;
-            }
-            self.eat(&["only"]);
+    /// Reads a name, and whether it is that of a table without its children.
+    pub(super) fn relation(&mut self) -> Option<(TableName, bool)> {
+        if !self.eat(&["only"]) {
+            return Some((self.name()?, false));
         }
-        names
+        match self.group() {
+            Some(mut inside) => {
+                let name = inside.name()?;
+                inside.is_at_end().then_some((name, true))
+            }
+            None => Some((self.name()?, true)),
+        }
+    }
+
+    /// Reads names separated by commas, each with ONLY or without.
+    pub(super) fn relations(&mut self) -> Option<Vec<(TableName, bool)>> {
+        let mut all = vec![self.relation()?];
+        while self.eat_symbol(',') {
+            all.push(self.relation()?);
+        }
+        Some(all)
+    }
+
+    /// Reads names separated by commas.
+    pub(super) fn names(&mut self) -> Option<Vec<TableName>> {
+        let mut names = vec![self.name()?];
+        while self.eat_symbol(',') {
+            names.push(self.name()?);
+        }
+        Some(names)
+    }
+
+    /// Reads one of these words, if it comes next.
+    pub(super) fn one_of(&mut self, words: &[&str]) -> bool {
+        let sees = words.contains(&self.word());
+        if sees {
+            self.skip(1);
+        }
+        sees
+    }
+
+    /// Skips a literal.
+    pub(super) fn eat_literal(&mut self) -> bool {
+        let is_literal = matches!(self.tokens.get(self.at), Some((_, _, Token::Literal)));
+        if is_literal {
+            self.skip(1);
+        }
+        is_literal
+    }
+
+    /// The text from here on.
+    pub(super) fn rest(&self) -> &'a str {
+        match (self.tokens.get(self.at), self.tokens.last()) {
+            (Some((from, _, _)), Some((_, to, _))) => &self.text[*from..*to],
+            _ => "",
+        }
+    }
+
+    /// The symbols from here on that are no punctuation: characters of operators.
+    pub(super) fn has_operators(&self) -> bool {
+        self.tokens[self.at.min(self.tokens.len())..]
+            .iter()
+            .any(|(_, _, token)| matches!(token, Token::Symbol(c) if !"(),.[];:".contains(*c)))
+    }
+
+    /// The names that follow these words anywhere, in parentheses too.
+    pub(super) fn names_after(&self, words: &[&str]) -> Vec<TableName> {
+        let mut found = Vec::new();
+        for at in self.at..self.tokens.len() {
+            let follows =
+                matches!(&self.tokens[at].2, Token::Word(word) if words.contains(&word.as_str()));
+            if !follows {
+                continue;
+            }
+            let mut rest = self.clone();
+            rest.at = at + 1;
+            loop {
+                rest.eat(&["lateral"]);
+                let Some((name, _)) = rest.relation() else {
+                    break;
+                };
+                if rest.sees_symbol('(') {
+                    // A function.
+                    rest.group();
+                } else {
+                    found.push(name);
+                }
+                rest.eat(&["as"]);
+                let is_alias = !rest.word().is_empty()
+                    && ![
+                        "where", "join", "on", "left", "inner", "set", "group", "order", "values",
+                        "select",
+                    ]
+                    .contains(&rest.word());
+                if is_alias {
+                    rest.skip(1);
+                }
+                if !rest.eat_symbol(',') {
+                    break;
+                }
+            }
+        }
+        found
     }
 
     /// Reads a group in parentheses, if one begins here.
@@ -245,13 +357,21 @@ pub(super) fn split(sql: &str) -> Vec<&str> {
     let mut start = None;
     let mut end = 0;
     let mut depth = 0_usize;
+    let mut parentheses = 0_usize;
     let mut before = String::new();
     for (span, kind) in spans(sql) {
-        if depth == 0 && kind == TokenKind::Symbol(';') {
+        match kind {
+            TokenKind::Symbol('(') => parentheses += 1,
+            TokenKind::Symbol(')') => parentheses = parentheses.saturating_sub(1),
+            _ => {}
+        }
+        // The commands of a rule stand in parentheses.
+        if depth == 0 && parentheses == 0 && kind == TokenKind::Symbol(';') {
             if let Some(start) = start.take() {
                 statements.push(&sql[start..end]);
             }
             before.clear();
+            parentheses = 0;
             continue;
         }
         start.get_or_insert(span.start);
@@ -289,6 +409,11 @@ mod tests {
             split(&format!("{body}; DROP TABLE t")),
             [body, "DROP TABLE t"]
         );
+        let rule = "CREATE RULE r AS ON DELETE TO t DO (DELETE FROM a; DELETE FROM b)";
+        assert_eq!(
+            split(&format!("{rule}; DROP TABLE t")),
+            [rule, "DROP TABLE t"]
+        );
         assert!(split(" ; -- nothing").is_empty());
     }
 
@@ -302,6 +427,9 @@ mod tests {
         );
         assert_eq!(name("db.s.t"), Some(TableName::in_schema("s", "t")));
         assert_eq!(name("(a)"), None);
+        assert_eq!(name("ÄB"), Some(TableName::new("Äb")));
+        let long = "x".repeat(70);
+        assert_eq!(name(&long), Some(TableName::new(&long[..63])));
     }
 
     #[test]

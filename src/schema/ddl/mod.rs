@@ -5,13 +5,17 @@
 //! guessed.
 
 mod alter;
+mod create;
 mod cursor;
+mod drop;
+mod new_column;
 mod other;
+mod table_action;
 
 use crate::mode::LockMode;
 use crate::postgres::TableName;
 use crate::postgres::statement::ambiguous_string;
-use crate::schema::statements::LockedRelation;
+use crate::schema::statements::{LockedRelation, TableWork};
 
 /// One statement of a batch.
 #[derive(Clone, Debug)]
@@ -20,6 +24,8 @@ pub(super) struct Statement<'a> {
     pub(super) placement: Placement,
     /// The statement's actions; `None` if it is not recognized, empty if it locks no existing relation.
     pub(super) actions: Option<Vec<Action>>,
+    /// The part that was not understood; `None` if all of it was.
+    pub(super) unknown: Option<String>,
 }
 
 /// Where a statement can run.
@@ -47,22 +53,74 @@ pub(super) struct Action {
     /// Its statement name in the table, unless the catalogs imply another one.
     pub(super) name: &'static str,
     pub(super) target: Target,
+    /// Whether the children of the target are left out.
+    pub(super) only: bool,
     /// Other relations that it names, by their roles.
     pub(super) others: Vec<(LockedRelation, TableName)>,
     /// What decides in the catalogs on the statement name.
     pub(super) check: CatalogCheck,
-    /// The mode that LOCK TABLE names.
+    /// The mode on the target, where the statement's text decides it.
     pub(super) mode: Option<LockMode>,
+    /// How much of the target is processed, where the statement's text decides it.
+    pub(super) work: Option<TableWork>,
+    /// What following statements of the batch find changed.
+    pub(super) effect: Effect,
 }
 
 /// What an action locks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     Relation(TableName),
+    /// What is dropped, with all that depends on it.
+    Dropped(Dropped),
     /// Every relation of a schema.
     Schema(String),
+    /// Every table of the database; with `true`, those that were clustered before.
+    Database(bool),
+    /// Every relation of these roles.
+    OwnedBy(Vec<String>),
+    /// The tables with a column of a domain.
+    Domain(TableName),
+    /// A composite type, and with `true` the tables of that type.
+    Type(TableName, bool),
+    /// The tables of a publication, and those that its children are.
+    Publication(String),
     /// No existing relation.
     None,
+}
+
+/// What a statement drops.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Dropped {
+    Relation(TableName),
+    Column(TableName, String),
+    Constraint(TableName, String),
+    /// A trigger, rule or policy of a table, with its catalog.
+    OfTable(&'static str, TableName, String),
+    /// An object of this catalog.
+    Object(&'static str, TableName),
+    /// What these roles own.
+    Owned(Vec<String>),
+}
+
+/// What following statements of a batch find changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Effect {
+    /// Nothing that a prediction is made from.
+    #[default]
+    None,
+    /// The target has other columns, constraints or settings.
+    Alters,
+    /// A column, which did not exist before.
+    AddColumn(String),
+    RenameColumn(String, String),
+    RenameConstraint(String, String),
+    /// A constraint that is not validated, and whether it is a foreign key.
+    AddConstraint(String, bool),
+    Rename(String),
+    SetSchema(String),
+    /// A relation of this kind (`pg_class.relkind`).
+    Create(TableName, char),
 }
 
 /// What has to be checked in the catalogs.
@@ -73,8 +131,11 @@ pub(super) enum CatalogCheck {
     NewColumn {
         ty: String,
         calls: Vec<String>,
+        /// Whether the default has operators, which can be volatile, too.
+        operators: bool,
+        has_default: bool,
     },
-    /// Whether the stored values stay unchanged under a column's new type.
+    /// Whether the stored values stay unchanged under a column's new type, and what is checked or built again.
     NewType {
         column: String,
         ty: String,
@@ -88,16 +149,24 @@ pub(super) enum CatalogCheck {
     UsingIndex {
         index: String,
     },
-    /// Whether the constraint is a foreign key, or a key that foreign keys reference.
+    /// Whether the constraint is a foreign key, and whether children inherit it.
     Constraint {
         name: String,
-        cascade: bool,
     },
-    /// Whether a constraint of the column is a foreign key, or a key that foreign keys reference.
-    DropColumn {
-        column: String,
-        cascade: bool,
+    /// The index of the table that is locked with it.
+    NamedIndex {
+        index: String,
     },
+    /// The sequences that this column owns; without a column, those that any column does.
+    Sequences {
+        column: Option<String>,
+    },
+    /// The options that are set: of a view, an index or a table.
+    Options(Vec<String>),
+    /// The functions that a query calls.
+    Calls(Vec<String>),
+    /// The bounds of a partition: what follows FOR VALUES.
+    Bounds(String),
 }
 
 impl Action {
@@ -105,9 +174,19 @@ impl Action {
         Self {
             name,
             target: target.into().map_or(Target::None, Target::Relation),
+            only: false,
             others: Vec::new(),
             check: CatalogCheck::Nothing,
             mode: None,
+            work: None,
+            effect: Effect::None,
+        }
+    }
+
+    fn on(name: &'static str, target: Target) -> Self {
+        Self {
+            target,
+            ..Self::new(name, None)
         }
     }
 
@@ -120,6 +199,21 @@ impl Action {
         self.check = check;
         self
     }
+
+    fn only(mut self, only: bool) -> Self {
+        self.only = only;
+        self
+    }
+
+    fn working(mut self, work: TableWork) -> Self {
+        self.work = Some(work);
+        self
+    }
+
+    fn then(mut self, effect: Effect) -> Self {
+        self.effect = effect;
+        self
+    }
 }
 
 /// The statements of a batch.
@@ -127,9 +221,24 @@ pub(super) fn read(sql: &str) -> Vec<Statement<'_>> {
     cursor::split(sql).into_iter().map(read_one).collect()
 }
 
-/// Why a batch cannot be split into statements, if so: the end of a string can depend on a setting, and the text after
-/// it can contain any statement, even COMMIT.
+/// Why a batch cannot be sent, or cannot be split into statements, if so: the end of a string can depend on a setting,
+/// and the text after it can contain any statement, even COMMIT.
 pub(super) fn flaw(sql: &str) -> Option<String> {
+    if sql.starts_with('\u{feff}') {
+        let flaw = "the text begins with a byte-order mark, which the server reads as part of the first word; leave it out";
+        return Some(flaw.to_owned());
+    }
+    let copies = |text: &&str| {
+        let mut cursor = cursor::Cursor::of(text);
+        cursor.eat(&["copy"]) && cursor.has(&["from", "stdin"])
+    };
+    if let Some(copy) = cursor::split(sql).into_iter().find(copies) {
+        return Some(format!(
+            "{:?} reads rows that are sent after it, which a text of statements cannot contain; send them by copy_in, or \
+             write INSERT",
+            copy.lines().next().unwrap_or_default()
+        ));
+    }
     let rest = ambiguous_string(sql)?;
     let (_, following) = rest.split_once(';')?;
     (!following.trim().is_empty()).then(|| {
@@ -147,17 +256,31 @@ pub(super) fn called_functions(expression: &str) -> Vec<String> {
     cursor::Cursor::of(expression).calls()
 }
 
+/// The words of a statement that were not understood.
+fn excerpt(text: &str) -> String {
+    let mut words = text.split_whitespace();
+    let mut excerpt: Vec<&str> = words.by_ref().take(6).collect();
+    excerpt.extend(words.next().map(|_| "…"));
+    excerpt.join(" ")
+}
+
 fn read_one(text: &str) -> Statement<'_> {
     let mut cursor = cursor::Cursor::of(text);
-    let (placement, actions) = if cursor.eat(&["alter"]) {
+    let (placement, actions, unknown) = if cursor.eat(&["alter"]) {
         alter::read(cursor)
     } else {
-        other::read(cursor)
+        let (placement, actions) = other::read(cursor);
+        (placement, actions, None)
+    };
+    let unknown = match &actions {
+        Some(_) => unknown,
+        None => Some(unknown.unwrap_or_else(|| excerpt(text))),
     };
     Statement {
         text,
         placement,
         actions,
+        unknown,
     }
 }
 
@@ -180,7 +303,11 @@ mod tests {
         for (sql, expected) in [
             (
                 "ALTER TABLE t ADD COLUMN a int DEFAULT 1, DROP b",
-                vec!["ALTER TABLE … ADD COLUMN", "ALTER TABLE … DROP COLUMN"],
+                vec![
+                    "ALTER TABLE … ADD COLUMN",
+                    "ALTER TABLE … DROP COLUMN",
+                    "ALTER TABLE … DROP COLUMN",
+                ],
             ),
             (
                 "alter table only s.t add a serial",
@@ -310,15 +437,19 @@ mod tests {
             ("LOCK t IN SHARE MODE", vec!["LOCK TABLE"]),
             (
                 "CREATE TABLE c (p int REFERENCES p, FOREIGN KEY (q) REFERENCES q)",
-                vec!["CREATE TABLE … REFERENCES", "CREATE TABLE … REFERENCES"],
+                vec![
+                    "CREATE TABLE AS",
+                    "CREATE TABLE … REFERENCES",
+                    "CREATE TABLE … REFERENCES",
+                ],
             ),
             (
                 "CREATE TRIGGER g BEFORE INSERT ON t EXECUTE FUNCTION f()",
                 vec!["CREATE TRIGGER"],
             ),
             ("COMMENT ON COLUMN s.t.a IS 'x'", vec!["COMMENT ON COLUMN"]),
-            ("UPDATE t SET a = 1", vec!["UPDATE"]),
-            ("INSERT INTO t VALUES (1)", vec!["INSERT"]),
+            ("UPDATE t SET a = 1", vec!["UPDATE", "SELECT"]),
+            ("INSERT INTO t VALUES (1)", vec!["INSERT", "SELECT"]),
             ("CREATE SCHEMA s", vec![]),
         ] {
             let found = names(sql);
@@ -332,7 +463,7 @@ mod tests {
             assert!(read(sql)[0].actions.is_some(), "{sql}");
         }
         for sql in ["ALTER TABLE t FROBNICATE", "MAKE ME A TABLE"] {
-            assert!(read(sql)[0].actions.is_none(), "{sql}");
+            assert!(read(sql)[0].unknown.is_some(), "{sql}");
         }
     }
 
@@ -428,6 +559,8 @@ mod tests {
         let check = CatalogCheck::NewColumn {
             ty: "text".into(),
             calls: vec!["md5".into(), "random".into()],
+            operators: false,
+            has_default: true,
         };
         assert_eq!(column.expect("it is recognized").check, check);
         let lock = action("LOCK TABLE ONLY a IN ROW SHARE MODE NOWAIT").expect("it is recognized");

@@ -4,9 +4,11 @@
 //! `regclass` in the output, `pg_relation_size`, `pg_partition_tree`, `pg_get_constraintdef` and the like open the
 //! relation, and so wait for conflicting locks on it.
 
+use std::time::Duration;
+
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::blocker::Blocker;
+use crate::blocker::{self, Blocker};
 use crate::mode::{AdvisoryMode, LockMode};
 use crate::postgres::sql::{is_true, literal, parsed, rows, seconds, text};
 use crate::postgres::table_name::TableName;
@@ -109,19 +111,6 @@ pub(crate) fn related_relations(name: &TableName) -> String {
     )
 }
 
-/// Every table, view and materialized view of a schema.
-pub(crate) fn of_schema(schema: &str) -> String {
-    format!(
-        "SELECT 'itself' AS relationship, c.oid, n.nspname, c.relname, c.relkind, c.relispartition, \
-         GREATEST(c.reltuples::pg_catalog.int8, pg_catalog.pg_stat_get_live_tuples(c.oid)) AS tuples \
-         FROM pg_catalog.pg_class AS c \
-         JOIN pg_catalog.pg_namespace AS n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
-         WHERE n.nspname OPERATOR(pg_catalog.=) {}::pg_catalog.name \
-         AND c.relkind OPERATOR(pg_catalog.=) ANY (ARRAY['r', 'p', 'v', 'm', 'f']::pg_catalog.\"char\"[])",
-        literal(schema)
-    )
-}
-
 pub(crate) fn read_relations(reply: &[SimpleQueryMessage]) -> Vec<CatalogRelation> {
     let read = |row| {
         let relationship = match text(row, "relationship")?.as_str() {
@@ -169,13 +158,47 @@ pub(crate) fn read_size(reply: &[SimpleQueryMessage]) -> u64 {
     rows(reply).find_map(|row| parsed(row, "size")).unwrap_or(0)
 }
 
+/// Whether the activity `a` is that of an autovacuum worker. A role that may not see the kind of process sees that it has
+/// a database and no user, which other processes with locks on tables have.
+const IS_AUTOVACUUM: &str = "COALESCE(pg_catalog.texteq(a.backend_type, 'autovacuum worker'), \
+     a.pid IS NOT NULL AND a.datid IS NOT NULL AND a.usesysid IS NULL)";
+
+/// Cancels these autovacuum workers, if the role may and if they do not prevent wraparound, and queries how long a session
+/// has to wait before the server does it (`deadlock_timeout`, in milliseconds).
+///
+/// A superuser may, and since 18 a member of `pg_signal_autovacuum_worker`.
+pub(crate) fn cancel_autovacuum(pids: &[i32]) -> String {
+    let pids: Vec<_> = pids.iter().map(i32::to_string).collect();
+    format!(
+        "SELECT (SELECT y.setting FROM pg_catalog.pg_settings AS y \
+         WHERE pg_catalog.texteq(y.name, 'deadlock_timeout')) AS deadlock_timeout, \
+         (SELECT pg_catalog.count(*) FROM (SELECT a.pid FROM pg_catalog.pg_stat_activity AS a \
+         WHERE a.pid OPERATOR(pg_catalog.=) ANY ('{{{}}}'::pg_catalog.int4[]) \
+         AND pg_catalog.texteq(a.backend_type, 'autovacuum worker') \
+         AND NOT a.query OPERATOR(pg_catalog.~~) '%(to prevent wraparound)' OFFSET 0) AS w \
+         WHERE CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_roles AS r \
+         WHERE pg_catalog.nameeq(r.rolname, current_user) AND r.rolsuper) \
+         OR EXISTS (SELECT FROM pg_catalog.pg_roles AS r \
+         WHERE pg_catalog.nameeq(r.rolname, 'pg_signal_autovacuum_worker') \
+         AND pg_catalog.pg_has_role(r.oid, 'USAGE')) THEN pg_catalog.pg_cancel_backend(w.pid) ELSE false END) AS cancelled",
+        pids.join(",")
+    )
+}
+
+/// Reads the reply of [`cancel_autovacuum`]: how many were cancelled, and `deadlock_timeout`.
+pub(crate) fn read_cancelled(reply: &[SimpleQueryMessage]) -> Option<(u64, Duration)> {
+    let row = rows(reply).next()?;
+    let millis = parsed(row, "deadlock_timeout")?;
+    Some((parsed(row, "cancelled")?, Duration::from_millis(millis)))
+}
+
 /// All other backends that hold or wait for a lock on one of the relations.
 pub(crate) fn holders_and_waiters(oids: &[u32]) -> String {
     format!(
         "SELECT l.relation, l.pid, CASE WHEN l.pid IS NULL THEN (SELECT p.gid FROM pg_catalog.pg_locks AS x \
          JOIN pg_catalog.pg_prepared_xacts AS p ON x.transactionid OPERATOR(pg_catalog.=) p.transaction \
          WHERE x.pid IS NULL AND pg_catalog.texteq(x.virtualtransaction, l.virtualtransaction) LIMIT 1) END AS gid, \
-         a.application_name, a.usename, a.state, l.mode, l.granted, \
+         a.application_name, a.usename, a.state, l.mode, l.granted, a.query, {IS_AUTOVACUUM} AS is_autovacuum, \
          pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change) AS state_age, \
          pg_catalog.date_part('epoch', pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.xact_start) AS transaction_age \
          FROM pg_catalog.pg_locks AS l LEFT JOIN pg_catalog.pg_stat_activity AS a ON a.pid OPERATOR(pg_catalog.=) l.pid \
@@ -208,6 +231,9 @@ pub(crate) fn read_holders_and_waiters(
             mode: AdvisoryMode::Exclusive,
             object: Some((format!("relation {}", named(oid)), mode)),
             granted: is_true(row, "granted"),
+            autovacuum: is_true(row, "is_autovacuum"),
+            wraparound: blocker::prevents_wraparound(text(row, "query").as_deref()),
+            waits_for_us: None,
         };
         Some((oid, blocker))
     };
@@ -298,58 +324,6 @@ pub(crate) fn read_two(reply: &[SimpleQueryMessage], first: &str, second: &str) 
     )
 }
 
-/// A column's type before and after.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ColumnTypes {
-    pub(crate) old: u32,
-    pub(crate) old_modifier: i32,
-    pub(crate) new: u32,
-    /// Whether there is a cast that leaves the stored values unchanged.
-    pub(crate) is_binary: bool,
-}
-
-pub(crate) fn new_type(table: &TableName, column: &str, ty: &str) -> String {
-    format!(
-        "WITH {} SELECT a.atttypid AS old, a.atttypmod AS old_modifier, \
-         pg_catalog.to_regtype({1})::pg_catalog.oid AS new, EXISTS (SELECT FROM pg_catalog.pg_cast AS k \
-         WHERE k.castsource OPERATOR(pg_catalog.=) a.atttypid AND k.castmethod OPERATOR(pg_catalog.=) 'b' \
-         AND k.casttarget OPERATOR(pg_catalog.=) pg_catalog.to_regtype({1})::pg_catalog.oid) AS binary \
-         FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
-         WHERE a.attname OPERATOR(pg_catalog.=) {2}::pg_catalog.name AND NOT a.attisdropped",
-        with_t(table),
-        literal(ty),
-        literal(column)
-    )
-}
-
-pub(crate) fn read_types(reply: &[SimpleQueryMessage]) -> Option<ColumnTypes> {
-    let row = rows(reply).next()?;
-    Some(ColumnTypes {
-        old: parsed(row, "old")?,
-        old_modifier: parsed(row, "old_modifier")?,
-        new: parsed(row, "new")?,
-        is_binary: is_true(row, "binary"),
-    })
-}
-
-/// Whether a column is defined as NOT NULL, and whether it has a valid CHECK that implies this and nothing else.
-///
-/// The CHECK is recognized by its expression tree, because deparsing it would lock the table.
-pub(crate) fn not_null(table: &TableName, column: &str) -> String {
-    format!(
-        "WITH {} SELECT a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'n' \
-         AND NOT k.convalidated AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]) AS defined, EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated \
-         AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum] AND {}) \
-         AS implied FROM t JOIN pg_catalog.pg_attribute AS a ON a.attrelid OPERATOR(pg_catalog.=) t.oid \
-         WHERE a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND NOT a.attisdropped",
-        with_t(table),
-        proves_not_null("k"),
-        literal(column)
-    )
-}
-
 /// Whether a DETACH PARTITION CONCURRENTLY of the partition is pending.
 pub(crate) fn is_detach_pending(partition: &TableName) -> String {
     format!(
@@ -388,41 +362,6 @@ pub(crate) fn index_nullable(table: &TableName, index: &str) -> String {
          FROM t",
         with_t(table),
         literal(index)
-    )
-}
-
-/// Whether the constraint is a foreign key, and whether it is a key that a foreign key references. With `column`,
-/// whether any constraint of the column is.
-pub(crate) fn constraint(table: &TableName, name: Option<&str>, column: Option<&str>) -> String {
-    let named = name.map_or_else(String::new, |name| {
-        format!(
-            " AND k.conname OPERATOR(pg_catalog.=) {}::pg_catalog.name",
-            literal(name)
-        )
-    });
-    let of_column = column.map_or_else(String::new, |column| {
-        format!(
-            " AND EXISTS (SELECT FROM pg_catalog.pg_attribute AS a WHERE a.attrelid OPERATOR(pg_catalog.=) t.oid \
-             AND a.attname OPERATOR(pg_catalog.=) {}::pg_catalog.name AND a.attnum OPERATOR(pg_catalog.=) ANY (k.conkey))",
-            literal(column)
-        )
-    });
-    format!(
-        "WITH {} SELECT COALESCE(pg_catalog.bool_or(k.contype OPERATOR(pg_catalog.=) 'f'), false) AS foreign_key, \
-         COALESCE(pg_catalog.bool_or(EXISTS (SELECT FROM pg_catalog.pg_constraint AS r \
-         WHERE r.contype OPERATOR(pg_catalog.=) 'f' AND r.confrelid OPERATOR(pg_catalog.=) t.oid \
-         AND r.conindid OPERATOR(pg_catalog.=) k.conindid)), false) AS key FROM t \
-         JOIN pg_catalog.pg_constraint AS k ON k.conrelid OPERATOR(pg_catalog.=) t.oid WHERE true{named}{of_column}",
-        with_t(table),
-    )
-}
-
-/// Whether a relation has a valid CHECK.
-pub(crate) fn has_valid_check(oid: u32) -> String {
-    format!(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint AS k \
-         WHERE k.conrelid OPERATOR(pg_catalog.=) '{oid}'::pg_catalog.oid \
-         AND k.contype OPERATOR(pg_catalog.=) 'c' AND k.convalidated) AS has, false AS other"
     )
 }
 

@@ -2,6 +2,7 @@
 
 use tokio_postgres::SimpleQueryMessage;
 
+use super::catalog::with_t;
 use super::columns;
 use crate::postgres::sql::{identifier, is_true, literal, parsed, rows, text};
 use crate::postgres::table_name::TableName;
@@ -258,4 +259,15 @@ pub(crate) fn read_progress(reply: &[SimpleQueryMessage]) -> Option<BuildProgres
         lockers: pair("lockers_done", "lockers_total"),
         waits_for: parsed(row, "current_locker_pid").filter(|pid| *pid > 0),
     })
+}
+/// Whether the table's schema has an INVALID index of that name.
+pub(crate) fn is_invalid(table: &TableName, name: &str) -> String {
+    format!(
+        "WITH {} SELECT EXISTS (SELECT FROM t JOIN pg_catalog.pg_class AS c \
+         ON c.relnamespace OPERATOR(pg_catalog.=) t.relnamespace AND c.relname OPERATOR(pg_catalog.=) {}::pg_catalog.name \
+         AND c.relkind OPERATOR(pg_catalog.=) 'i' \
+         JOIN pg_catalog.pg_index AS i ON i.indexrelid OPERATOR(pg_catalog.=) c.oid AND NOT i.indisvalid) AS yes",
+        with_t(table),
+        literal(name)
+    )
 }

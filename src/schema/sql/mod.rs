@@ -1,8 +1,13 @@
 //! The SQL of schema changes: catalog queries that do not lock the relations they describe, and the statements of the
 //! procedures.
 
+pub(crate) mod bounds;
 pub(crate) mod catalog;
+pub(crate) mod dropped;
+pub(crate) mod facts;
+pub(crate) mod graph;
 pub(crate) mod index;
+pub(crate) mod likeness;
 pub(crate) mod migrate_once;
 pub(crate) mod procedure;
 pub(crate) mod session_settings;

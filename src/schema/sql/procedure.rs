@@ -166,19 +166,21 @@ pub(crate) fn fill(table: &TableName, column: &str) -> String {
 }
 
 /// Swaps two tables in one transaction. `catch_up` is the caller's SQL and runs while no other session can read or
-/// write the old table.
+/// write the old table. `likeness` gives the new table what the old one has.
 pub(crate) fn swap(
     table: &TableName,
     new: &TableName,
     old: &str,
     catch_up: Option<&str>,
+    likeness: &[String],
 ) -> String {
+    let likeness: String = likeness.iter().map(|sql| format!("{sql}; ")).collect();
     let catch_up = catch_up.map_or_else(String::new, |sql| {
         let sql = sql.trim_end().trim_end_matches(';');
         format!("{sql}\n; ")
     });
     format!(
-        "LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE; {catch_up}ALTER TABLE {table} RENAME TO {}; \
+        "LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE; {catch_up}{likeness}ALTER TABLE {table} RENAME TO {}; \
          ALTER TABLE {new} RENAME TO {}; COMMENT ON TABLE {} IS {}",
         identifier(old),
         identifier(table.name()),
@@ -320,6 +322,7 @@ mod tests {
             &TableName::from("n"),
             "o",
             Some("INSERT INTO n TABLE t -- all; "),
+            &[],
         );
         assert!(sql.contains("-- all\n; ALTER TABLE"), "{sql}");
     }

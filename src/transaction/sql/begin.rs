@@ -1,15 +1,23 @@
 //! How a transaction begins.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::{IsolationLevel, SimpleQueryMessage};
 
-use crate::connection::sql::server::{FRESH, SERVER, Server, XACT_START, server};
+use crate::connection::sql::server::{
+    FRESH, IS_FRESH, SERVER, Server, XACT_START, XACT_START_VALUE, server,
+};
 use crate::connection::sql::{PreparedName, Probe};
 use crate::deadline::timeout_millis;
-use crate::postgres::sql::{Message, is_true, literal, parsed, rows, set_local};
+use crate::postgres::sql::{
+    Message, fields, is_true, literal, parsed, push_literal, push_select_fields, rows, set_local,
+};
 
+pub(crate) const PID_VALUE: &str = "pg_catalog.pg_backend_pid()";
+
+/// [`PID_VALUE`] as a column.
 pub(crate) const PID: &str = "pg_catalog.pg_backend_pid() AS pid";
 
 /// What a transaction begins with: one message.
@@ -18,13 +26,19 @@ pub(crate) struct Begin {
     pub(crate) isolation: Option<IsolationLevel>,
     pub(crate) read_only: Option<bool>,
     pub(crate) deferrable: Option<bool>,
-    pub(crate) application_name: Option<String>,
+    pub(crate) application_name: Option<Arc<str>>,
     pub(crate) lock_timeout: Option<Duration>,
     pub(crate) statement_timeout: Option<Duration>,
     pub(crate) idle_in_transaction_session_timeout: Option<Duration>,
 }
 
 impl Begin {
+    /// What bounds each wait for a lock, where that is known.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        let timeouts = [self.lock_timeout, self.statement_timeout];
+        timeouts.into_iter().flatten().min()
+    }
+
     /// `BEGIN …; SET LOCAL …; `: all that is set ends with the transaction.
     pub(crate) fn message(&self) -> String {
         let mut sql = self.message_bare();
@@ -148,17 +162,22 @@ pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
             sql.push_str(if n > 0 { ", " } else { "" });
             sql.push_str("pg_catalog.text");
         }
-        let _ = write!(sql, ") AS SELECT {FRESH}{PID}, {XACT_START}");
-        for (n, (name, _)) in begin.settings().enumerate() {
-            let _ = write!(sql, ", pg_catalog.set_config('{name}', ${}, true)", n + 1);
-        }
+        sql.push_str(") AS ");
+        let sets: Vec<_> = (begin.settings().enumerate())
+            .map(|(n, (name, _))| {
+                let n = n + 1;
+                format!("pg_catalog.left(pg_catalog.set_config('{name}', ${n}, true), 0)")
+            })
+            .collect();
+        let set = sets.join(" OPERATOR(pg_catalog.||) ");
+        push_select_fields(&mut sql, &[XACT_START_VALUE, IS_FRESH, PID_VALUE, &set]);
         sql.push_str("; ");
     }
     let _ = write!(sql, "EXECUTE {statement}");
     for (n, (_, value)) in begin.settings().enumerate() {
         sql.push_str(if n > 0 { ", " } else { " (" });
         match value {
-            Value::Name(name) => sql.push_str(&literal(name)),
+            Value::Name(name) => push_literal(&mut sql, name),
             Value::Timeout(timeout) => {
                 let _ = write!(sql, "'{}'", timeout_millis(timeout));
             }
@@ -184,6 +203,20 @@ pub(crate) struct Begun {
 }
 
 pub(crate) fn begun(reply: &[SimpleQueryMessage]) -> Option<Begun> {
+    if let Some(mut fields) = fields(reply) {
+        let (_, pid, fresh, xact_start) = (
+            fields.next()?,
+            fields.next()?,
+            fields.next()?,
+            fields.next()?,
+        );
+        return Some(Begun {
+            pid: pid.parse().ok()?,
+            xact_start: xact_start.parse().ok(),
+            fresh: fresh == "t",
+            server: None,
+        });
+    }
     let row = rows(reply).next()?;
     Some(Begun {
         pid: parsed(row, "pid")?,
@@ -238,7 +271,8 @@ mod tests {
         assert_eq!(execute, "BEGIN READ ONLY; EXECUTE p ('2000', 'o''clock')");
         assert!(
             prepare.starts_with("BEGIN READ ONLY; PREPARE p (pg_catalog.text, pg_catalog.text) AS SELECT")
-                && prepare.contains("set_config('lock_timeout', $1, true), pg_catalog.set_config('application_name', $2, true); ")
+                && prepare.contains("set_config('lock_timeout', $1, true), 0) OPERATOR(pg_catalog.||) \
+                    pg_catalog.left(pg_catalog.set_config('application_name', $2, true), 0)) AS fields; ")
                 && prepare.ends_with("EXECUTE p ('2000', 'o''clock')"),
             "{prepare}"
         );

@@ -5,7 +5,7 @@ pub(crate) mod commit;
 pub(crate) mod rows;
 
 pub(crate) use crate::postgres::sql::{COMMIT, PROBE, rollback};
-pub(crate) use begin::{Begin, PID, begin_transaction, begun};
+pub(crate) use begin::{Begin, PID, PID_VALUE, begin_transaction, begun};
 
 /// A savepoint by its name, which is ours and needs no quotes.
 pub(crate) fn savepoint(name: &str) -> String {

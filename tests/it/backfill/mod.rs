@@ -1,5 +1,6 @@
 //! Backfills: every row once, whatever ends a run, and beside other sessions.
 
+mod identity;
 mod interrupted;
 mod keys;
 mod other_sessions;

@@ -233,7 +233,7 @@ const CALLS: &[(&str, Call)] = &[
         async move {
             let guard = keeper.advisory_lock(KEY).session().acquire().await?;
             tokio::select! {
-                () = guard.lost() => panic!("lost"),
+                () = guard.loss() => panic!("lost"),
                 // A call that takes a while, to be dropped in.
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
             }

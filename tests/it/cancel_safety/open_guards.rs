@@ -226,7 +226,7 @@ const ON_SESSION_GUARDS: &[(&str, OnSessionGuard)] = &[
     }),
     ("the wait for its loss", |guard, _| {
         async move {
-            drop(tokio::time::timeout(Duration::from_millis(5), guard.lost()).await);
+            drop(tokio::time::timeout(Duration::from_millis(5), guard.loss()).await);
             Ok(())
         }
         .boxed()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lockkeeper::graph::LockObject;
 use lockkeeper::{AdvisoryMode, Keeper, LockKey};
-use lockkeeper_testkit::{GIVE_UP_AFTER, eventually};
+use lockkeeper_testkit::{GIVE_UP_AFTER, Scene, Server, eventually};
 
 use super::{Stage, expected};
 
@@ -90,6 +90,89 @@ async fn rarer_objects_are_named_too() {
         expected(["B held by A", "C held by A", "D held by A"])
     );
     stage.done().await;
+}
+
+#[tokio::test]
+async fn types_notify_and_subscriptions_have_names() {
+    // A commit that waits for a standby holds its locks.
+    let server = Server::start(&[
+        ("wal_level", "logical"),
+        ("synchronous_standby_names", "nobody"),
+        ("synchronous_commit", "local"),
+    ])
+    .unwrap();
+    let mut stage = Stage::of(Scene::on(&server, 2).await);
+    stage
+        .scene
+        .run(
+            "CREATE TYPE \"Mood\" AS ENUM ('ok'); CREATE TABLE t (id int); CREATE TABLE u (id int)",
+        )
+        .await;
+    // Before all transactions, for whose ends a new slot waits.
+    let publisher = server.database().await;
+    let other = publisher.connect().await;
+    for sql in [
+        "CREATE TABLE t (id int); CREATE PUBLICATION p FOR TABLE t",
+        "SELECT pg_create_logical_replication_slot('slot', 'pgoutput')",
+    ] {
+        other.batch_execute(sql).await.unwrap();
+    }
+    let [a, b, c, d, e] = stage.actors().await;
+    a.run("BEGIN; COMMENT ON TYPE \"Mood\" IS 'x'").await;
+    stage.waits(&b, "DROP TYPE \"Mood\"").await;
+    let waiting = c.start("SET synchronous_commit = on; INSERT INTO u VALUES (1); NOTIFY it");
+    eventually("the commit does not wait", async || {
+        stage
+            .scene
+            .is_true("EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')")
+            .await
+    })
+    .await;
+    stage.waits(&d, "NOTIFY it").await;
+    // A worker of a subscription waits for a table.
+    stage
+        .scene
+        .run(&format!(
+            "CREATE SUBSCRIPTION orders CONNECTION 'host=127.0.0.1 port={} user=postgres dbname={}' PUBLICATION p \
+             WITH (create_slot = false, slot_name = 'slot', copy_data = false)",
+            server.port(),
+            publisher.name()
+        ))
+        .await;
+    e.run("BEGIN; LOCK TABLE t").await;
+    other
+        .batch_execute("INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    let relation = "EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 't'::regclass)";
+    eventually("the worker does not wait", async || {
+        stage.scene.is_true(relation).await
+    })
+    .await;
+    let snapshot = stage.monitor.snapshot().await.unwrap();
+    assert_eq!(
+        stage.edge(&snapshot, &b).object().to_string(),
+        "type public.\"Mood\""
+    );
+    assert_eq!(
+        stage.edge(&snapshot, &d).object().to_string(),
+        "the lock of NOTIFY, under which one transaction at a time commits"
+    );
+    let worker = snapshot
+        .edges()
+        .iter()
+        .find(|edge| edge.object().relation().is_some());
+    let worker = snapshot.backend(worker.unwrap().waiter()).unwrap();
+    assert_eq!(worker.application_name(), Some("subscription orders"));
+    let tree = stage.monitor.lock_tree().await.unwrap().to_string();
+    for name in [
+        "type public.\"Mood\"",
+        "lock of NOTIFY",
+        "subscription orders",
+    ] {
+        assert!(tree.contains(name), "{name}: {tree}");
+    }
+    drop(waiting);
 }
 
 #[tokio::test]

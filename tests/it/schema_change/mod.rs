@@ -1,6 +1,8 @@
 //! Schema changes: short waits and long pauses, refusals, what is known beforehand, and what other sessions notice.
 
 mod attempts;
+mod corpus;
+mod kinds;
 mod load;
 mod preflight;
 mod refusals;

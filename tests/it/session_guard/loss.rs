@@ -19,7 +19,7 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     );
     let watched = tokio::spawn(async move {
         let started = Instant::now();
-        lost.lost().await;
+        lost.loss().await;
         (lost, started.elapsed())
     });
     // Not before.
@@ -39,7 +39,7 @@ async fn a_terminated_backend_is_noticed_without_being_used() {
     );
     assert!(lost.is_lost());
     // At once now.
-    tokio::time::timeout(Duration::from_millis(50), lost.lost())
+    tokio::time::timeout(Duration::from_millis(50), lost.loss())
         .await
         .unwrap();
     // The backend says that it ends before it lets its locks go.
@@ -189,7 +189,7 @@ async fn a_server_that_stops_takes_all_guards_with_it() {
     server.stop();
     let stopped = Instant::now();
     for guard in &guards {
-        in_time_of(CLEANED_UP_WITHIN, "not noticed", guard.lost()).await;
+        in_time_of(CLEANED_UP_WITHIN, "not noticed", guard.loss()).await;
     }
     let noticed = stopped.elapsed();
     assert!(
@@ -230,9 +230,11 @@ async fn a_guard_that_idles_too_long_for_the_server_is_lost() {
          ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '700ms'"
     );
     scene.observer.batch_execute(&set).await.unwrap();
-    let session = take(&scene.keeper, 715).await;
+    // A heartbeat would keep the session.
+    let keeper = Keeper::builder(scene.pool.clone()).heartbeat(None).build();
+    let session = take(&keeper, 715).await;
     let xact = scene.keeper.advisory_lock(716).acquire().await.unwrap();
-    in_time_of(CLEANED_UP_WITHIN, "not noticed", session.lost()).await;
+    in_time_of(CLEANED_UP_WITHIN, "not noticed", session.loss()).await;
     let free = async || !scene.is_held(715).await && !scene.is_held(716).await;
     eventually_within(CLEANED_UP_WITHIN, "still held", free).await;
     assert_error(

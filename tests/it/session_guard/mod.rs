@@ -1,5 +1,6 @@
 //! Session guards: what happens to the lock, the connection and the caller when something goes wrong while it is held.
 
+mod heartbeat;
 mod index_build;
 mod loss;
 mod release;

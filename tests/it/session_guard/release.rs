@@ -19,7 +19,7 @@ async fn a_guard_says_what_it_holds() {
     assert_eq!(scene.holders(700).await, [guard.backend_pid().unwrap()]);
     assert!(guard.held_for() < CLEANED_UP_WITHIN);
     assert!(!guard.is_lost());
-    let lost = tokio::time::timeout(Duration::from_millis(150), guard.lost()).await;
+    let lost = tokio::time::timeout(Duration::from_millis(150), guard.loss()).await;
     assert!(lost.is_err(), "reported as lost");
     guard.release().await.unwrap();
     scene.nothing_left().await;

@@ -68,6 +68,7 @@ mod incident_scene;
 mod monitor_scene;
 mod npm;
 mod poll;
+pub mod prediction;
 mod probe;
 mod proxy;
 mod random;

@@ -11,6 +11,7 @@
 mod applications;
 mod driver;
 mod health_metrics;
+mod lock_metrics;
 mod services;
 
 use std::time::Duration;
