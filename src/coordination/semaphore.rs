@@ -7,7 +7,7 @@ use super::Coordination;
 use super::line::Line;
 use super::sql::semaphore::{MOST, NAMESPACE, PermitKeys};
 use crate::advisory::SessionGuard;
-use crate::connection::Reply;
+use crate::connection::{Loss, Reply};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorKind, is_insufficient_privilege};
 use crate::key::LockKey;
@@ -218,6 +218,7 @@ impl<'a> Attempts<'a> {
     /// Each holds its lock before it asks, so that of two who disagree at least the later one sees the other.
     async fn admit(&self, guard: SessionGuard, number: u32) -> Result<SemaphorePermit, Error> {
         let permit = SemaphorePermit {
+            loss: guard.loss(),
             guard: Some(guard),
             line: Arc::clone(&self.line),
             number,
@@ -254,7 +255,8 @@ impl<'a> Attempts<'a> {
 
 /// One of the permits of a [`Semaphore`].
 ///
-/// It is a session lock on a connection of the pool, and lives no longer than that: [`is_lost`](Self::is_lost).
+/// It is a session lock on a connection of the pool, and lives no longer than that: [`is_lost`](Self::is_lost) and
+/// [`loss`](Self::loss) tell.
 ///
 /// # Dropping
 /// The permit is released at once, without waiting.
@@ -264,6 +266,7 @@ impl<'a> Attempts<'a> {
 pub struct SemaphorePermit {
     // `None` after the end.
     guard: Option<SessionGuard>,
+    loss: Loss,
     line: Arc<Line>,
     number: u32,
 }
@@ -283,6 +286,11 @@ impl SemaphorePermit {
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.guard().is_none_or(SessionGuard::is_lost)
+    }
+
+    /// A future that completes when the permit is lost, or returned: see [`SessionGuard::loss`].
+    pub fn loss(&self) -> Loss {
+        self.loss.clone()
     }
 
     /// Returns the permit, and reports whether it was held to the end.

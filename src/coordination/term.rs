@@ -16,9 +16,6 @@ use crate::connection::{Loss, LossSignal};
 use crate::error::Error;
 use crate::key::LockKey;
 
-/// How soon the end of the connection is noticed.
-const NOTICED_WITHIN: Duration = Duration::from_millis(20);
-
 /// What a leader can be told of its term. Cheap to clone, owned, and of no influence on the term.
 #[derive(Clone)]
 pub struct Term(Arc<TermState>);
@@ -268,6 +265,7 @@ async fn keep(
     mut commands: mpsc::UnboundedReceiver<Command>,
 ) {
     let interval = state.step_down_after / 3;
+    let mut lost = guard.loss();
     loop {
         let asked = tokio::select! {
             biased;
@@ -281,8 +279,8 @@ async fn keep(
                 }
                 Some(Command::Confirm(reply)) => Some(reply),
             },
-            () = closed(&guard) => {
-                lose(&state, "its connection has ended");
+            () = &mut lost => {
+                lose(&state, "its connection has ended, or holds the lock no more");
                 return;
             }
             () = tokio::time::sleep(interval.min(state.remaining())) => None,
@@ -319,12 +317,6 @@ fn lose(state: &TermState, why: &'static str) {
         tracing::warn!(key = %state.key, token = %state.token, why, "leadership lost");
     }
     state.signal.lose(why);
-}
-
-async fn closed(guard: &SessionGuard) {
-    while !guard.is_lost() {
-        tokio::time::sleep(NOTICED_WITHIN).await;
-    }
 }
 
 async fn resign(mut guard: SessionGuard, state: &TermState) -> Result<(), Error> {

@@ -112,6 +112,7 @@ async fn a_permit_that_is_lost_is_free_and_says_so() {
     let scene = Scene::new(3).await;
     let other = process(&scene);
     let permits = [take(&scene.keeper, 2).await, take(&scene.keeper, 2).await];
+    let losses = permits.each_ref().map(SemaphorePermit::loss);
     let mut waiting = Box::pin(take(&other, 2));
     assert!(is_pending(&mut waiting).await);
     let sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND database = \
@@ -121,11 +122,14 @@ async fn a_permit_that_is_lost_is_free_and_says_so() {
     let lost = async || permits.iter().any(SemaphorePermit::is_lost);
     eventually("the loss is not noticed", lost).await;
     let [first, second] = permits;
-    let (lost, kept) = if first.is_lost() {
-        (first, second)
+    let [of_first, of_second] = losses;
+    let (lost, kept, loss_of_lost, loss_of_kept) = if first.is_lost() {
+        (first, second, of_first, of_second)
     } else {
-        (second, first)
+        (second, first, of_second, of_first)
     };
+    in_time("the loss", loss_of_lost.clone()).await;
+    assert!(loss_of_lost.is_lost());
     assert_eq!(lost.number(), permit.number());
     assert_error(
         &lost.release().await.unwrap_err(),
@@ -134,7 +138,11 @@ async fn a_permit_that_is_lost_is_free_and_says_so() {
     );
     assert!(!kept.is_lost());
     assert!(is_full(&other, 2).await);
+    let mut loss = loss_of_kept.clone();
+    assert!(is_pending(&mut loss).await);
     kept.release().await.unwrap();
+    in_time("the end", loss).await;
+    assert!(!loss_of_kept.is_lost());
     permit.release().await.unwrap();
     scene.nothing_left().await;
 }
