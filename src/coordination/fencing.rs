@@ -42,15 +42,21 @@ use crate::transaction::Tx;
 /// A failover can lose commits that had not reached the standby. So the counter has the server's timeline before it, which
 /// each promotion increases.
 ///
-/// Two things set a timeline back, and both are found: `pg_upgrade`, and a dump that is restored into a new cluster. The
-/// table `lockkeeper_fencing_server` has the identifier of the cluster, and no token is issued by another one
+/// `pg_upgrade`, a dump that is restored and a copy of the database set the tokens back, and all are found. The table
+/// `lockkeeper_fencing_server` has the identifier of the cluster, the database and the table. No token is issued by others
 /// ([`FencingNotSetUp`](ErrorKind::FencingNotSetUp)) until [`set_up`](Self::set_up) has raised the epoch.
 ///
 /// # Limits
-/// - Two standbys of one primary that are promoted independently can choose the same timeline, and a copy of the data
-///   directory that is started in the original's place has its timeline too. Nothing in such a server tells. Call
-///   [`floor`](Self::floor) there with the newest token that was seen; and do so after a dump was restored that is older than
-///   the last failover.
+/// - Nothing in the server tells that tokens were lost in these cases. Call [`floor`](Self::floor) there with the newest token
+///   that was seen:
+///   - two standbys of one primary were promoted independently, which can choose the same timeline;
+///   - a copy of the data directory was started in the original's place;
+///   - a dump was restored that is older than the last failover, or than the last time that the epoch was raised (so also the
+///     same dump twice);
+///   - rows were restored into the tables that were there (`TRUNCATE` and `pg_restore --data-only`).
+/// - Rows are never deleted, so there is one for each key that ever had a token. If they must be, call `set_up` with the newest
+///   token of all as [`floor`](Self::floor), and let no leader run meanwhile: where there is no row, a new leader does not
+///   wait for the one before.
 /// - A lock of a transaction needs no token: what its transaction writes is rolled back if the lock is lost.
 ///
 /// # Examples
@@ -85,7 +91,8 @@ impl Fencing {
     }
 
     /// Has [`set_up`](Self::set_up) raise the epoch so far that every token from then on is newer than this one: a
-    /// [`FencingToken`], or its two numbers.
+    /// [`FencingToken`], or its two numbers. It holds when `set_up` returns: tokens that are being issued meanwhile are waited
+    /// for.
     pub fn floor(mut self, token: impl Into<(i64, i64)>) -> Self {
         self.floor = Some(token.into().0);
         self
@@ -94,16 +101,18 @@ impl Fencing {
     /// Makes the tables of the fencing tokens where they are missing, and has this server issue them. Where nothing is
     /// missing it changes nothing, so every process may call it when it starts.
     ///
-    /// It also raises the epoch where the cluster is another one than before (`pg_upgrade`, a restored dump), or where a
-    /// [`floor`](Self::floor) asks for it.
+    /// It also raises the epoch where cluster, database or table is another one than before (`pg_upgrade`, a restored dump), or
+    /// where a [`floor`](Self::floor) asks for it.
     ///
     /// # SQL
     /// One transaction under an advisory lock of its own: two queries, and what [`sql`](Self::sql) shows, as far as something
-    /// is missing. Roles that take tokens need `SELECT, INSERT, UPDATE` on `lockkeeper_fencing`, `SELECT` on
+    /// is missing; where the epoch is raised, under `LOCK TABLE` of `lockkeeper_fencing`, with the keeper's
+    /// [`lock_wait`](crate::KeeperBuilder::lock_wait) as `lock_timeout`. Roles that take tokens need `SELECT, INSERT, UPDATE` on `lockkeeper_fencing`, `SELECT` on
     /// `lockkeeper_fencing_server` and `EXECUTE` on `pg_control_system()`, which every role has by default.
     ///
     /// # Errors
-    /// [`Database`](ErrorKind::Database) with what to grant, where the role may not do it; as
+    /// [`Database`](ErrorKind::Database) with what to grant, where the role may not do it;
+    /// [`LockTimeout`](ErrorKind::LockTimeout) where a token that is being issued is not committed in time; as
     /// [`AdvisoryLock::acquire`](crate::AdvisoryLock::acquire) and [`XactGuard::commit`](crate::XactGuard::commit) besides.
     ///
     /// # Cancel safety
@@ -129,7 +138,7 @@ impl Fencing {
     /// [`Config`](ErrorKind::Config) where no schema can have the name that the keeper was built with.
     pub fn sql(&self) -> Result<String, Error> {
         let tables = tables(self.coordination.connections())?;
-        let (create, adopt) = (sql::create(&tables), sql::adopt(&tables, self.floor));
+        let (create, adopt) = (sql::create(&tables), sql::adopt_alone(&tables, self.floor));
         Ok(format!("{create};\n{adopt};\n"))
     }
 }
@@ -190,7 +199,7 @@ pub(super) async fn issue(guard: &mut SessionGuard) -> Result<IssuedRow, Error> 
         .with_key(&key));
     }
     let tables = tables(guard.session().connections())?;
-    // Who has checked the token before holds its row until COMMIT.
+    // Who has checked the token before is waited for, until its COMMIT.
     let wait = guard.lock_wait().max(Duration::from_millis(1));
     let text = sql::issue(&tables, key.id());
     let (tables, key) = (&tables, &key);
@@ -203,7 +212,7 @@ pub(super) async fn issue(guard: &mut SessionGuard) -> Result<IssuedRow, Error> 
             let reply = reply.map_err(|error| explain(error, tables, key))?;
             sql::read_issued(&reply).ok_or_else(|| {
                 Error::new(ErrorKind::FencingNotSetUp).with_key(key).with_detail(format!(
-                    "{} is of another server (pg_upgrade, a restored dump), or has a token of a later epoch; call \
+                    "{} is of another server or table (pg_upgrade, a restored dump), or there is a token of a later epoch; call \
                      keeper.fencing().set_up()",
                     tables.server
                 ))
@@ -243,7 +252,8 @@ impl SessionGuard {
     /// it.
     ///
     /// # SQL
-    /// One transaction on the guard's connection: BEGIN, a message that updates the lock's row in `lockkeeper_fencing`, and
+    /// One transaction on the guard's connection: BEGIN, a message that waits for those who have checked a token
+    /// (`pg_advisory_xact_lock`) and updates the lock's row in `lockkeeper_fencing`, and
     /// COMMIT, which is run only if the connection still holds the lock, with `synchronous_commit` at least `local`.
     ///
     /// # Errors
@@ -283,7 +293,9 @@ impl Tx {
     /// newest from the COMMIT on.
     ///
     /// # SQL
-    /// `SELECT … FOR SHARE` of the lock's row in `lockkeeper_fencing`: one round trip. Two more where the row is older.
+    /// `pg_advisory_xact_lock_shared` of a key of its own (`"lockkeeper fencing"` and the key's number), so that a token that is
+    /// being issued has its turn, and `SELECT … FOR SHARE` of the lock's row in `lockkeeper_fencing`: one round trip. Two more
+    /// where the row is older.
     ///
     /// # Errors
     /// [`Fenced`](ErrorKind::Fenced), with both tokens; [`FencingNotSetUp`](ErrorKind::FencingNotSetUp);
@@ -300,14 +312,14 @@ impl Tx {
         let key = named(token.key());
         let tables = tables(self.session().connections())?;
         let own = token.into();
-        let newest_locked = sql::newest_locked(&tables, key.id());
+        let newest_locked = sql::newest_locked(&tables, key.id(), own);
         let look = async || {
             let reply = self.simple_query(&newest_locked).await;
             let reply = reply.map_err(|error| explain(error, &tables, &key))?;
             Ok::<_, Error>(sql::read_newest(&reply))
         };
         let mut newest = look().await?;
-        if newest.is_none_or(|newest| newest < own) {
+        if newest.is_none() {
             let note = self.simple_query(&sql::note(&tables, key.id(), own)).await;
             note.map_err(|error| explain(error, &tables, &key))?;
             newest = look().await?;

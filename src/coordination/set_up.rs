@@ -1,7 +1,8 @@
 //! Making the tables that coordination needs, once, whoever comes first.
 
 use super::{Coordination, begin_error, sql};
-use crate::error::{Error, is_insufficient_privilege, is_missing_table};
+use crate::deadline::timeout_millis;
+use crate::error::{Error, ErrorKind, is_insufficient_privilege, is_missing_table};
 use crate::key::LockKey;
 use crate::postgres::TableName;
 
@@ -29,30 +30,56 @@ pub(super) async fn set_up(coordination: &Coordination, what: &SetUp<'_>) -> Res
         .acquire()
         .await
         .map_err(begin_error)?;
-    let explain = |error: tokio_postgres::Error| {
+    let table = what.tables[0];
+    let explain = |error: tokio_postgres::Error, right: &str| {
         let error = Error::from(error);
-        let schema = what.tables[0].schema().unwrap_or_default();
+        let schema = table.schema().unwrap_or_default();
         if is_insufficient_privilege(&error) {
             error.with_detail(format!(
-                "this role may not set up {}: GRANT CREATE ON SCHEMA {schema:?}, or have the SQL of {} run by another role",
-                what.tables[0], what.documented
+                "this role may not set up {table}: {right}, or have the SQL of {} run by another role",
+                what.documented
             ))
         } else if is_missing_table(&error) {
             error.with_detail(format!(
                 "there is no schema {schema:?}; create it, or name another one with KeeperBuilder::coordination_schema"
             ))
+        } else if error.kind() == ErrorKind::LockTimeout {
+            error.with_detail(format!(
+                "{table} is in use by a transaction that has not ended"
+            ))
         } else {
             error
         }
     };
-    let ask = async |sql: &str| guard.simple_query(sql).await.map_err(explain);
-    if !sql::is_yes(&ask(&sql::are_there(what.tables)).await?) {
-        ask(&what.create).await?;
+    let ask = async |sql: &str, right: &str| {
+        let reply = guard.simple_query(sql).await;
+        reply.map_err(|error| explain(error, right))
+    };
+    let change = async |sql: &str, right: &str| {
+        let bounded = format!(
+            "SELECT pg_catalog.set_config('lock_timeout', '{}', true); {sql}",
+            timeout_millis(coordination.lock_wait)
+        );
+        ask(&bounded, right).await
+    };
+    let tables: Vec<String> = what.tables.iter().map(ToString::to_string).collect();
+    let tables = tables.join(", ");
+    if !sql::is_yes(&ask(&sql::are_there(what.tables), "GRANT SELECT ON pg_class").await?) {
+        let schema = table.schema().unwrap_or_default();
+        change(
+            &what.create,
+            &format!("GRANT CREATE, USAGE ON SCHEMA {schema:?}"),
+        )
+        .await?;
     }
+    let (read, write) = (
+        format!("GRANT SELECT ON {tables}, and USAGE on their schema"),
+        format!("GRANT SELECT, INSERT, UPDATE ON {tables}"),
+    );
     if let (Some(is_done), Some(finish)) = (&what.is_done, &what.finish)
-        && !sql::is_yes(&ask(is_done).await?)
+        && !sql::is_yes(&ask(is_done, &read).await?)
     {
-        ask(finish).await?;
+        change(finish, &write).await?;
     }
     guard.commit().await
 }

@@ -2,7 +2,7 @@
 
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::key::KeyId;
+use crate::key::{KeyId, LockKey};
 use crate::postgres::TableName;
 use crate::postgres::sql::{is_true, literal, parsed, rows};
 
@@ -27,6 +27,18 @@ const TIMELINE: &str = "('x' OPERATOR(pg_catalog.||) pg_catalog.substr(\
 /// What tells a cluster from all others: `initdb` and `pg_upgrade` make a new one, a standby has its primary's.
 const SYSTEM: &str = "(SELECT c.system_identifier FROM pg_catalog.pg_control_system() AS c)";
 
+/// What tells a database from all others of its cluster, also from one that it was copied from.
+const DATABASE: &str = "(SELECT d.oid FROM pg_catalog.pg_database AS d \
+     WHERE pg_catalog.nameeq(d.datname, pg_catalog.current_database()))";
+
+/// What tells a table from the one that was dumped.
+fn table_oid(table: &TableName) -> String {
+    format!(
+        "{}::pg_catalog.regclass::pg_catalog.oid",
+        literal(&table.to_string())
+    )
+}
+
 /// The tables, where they are missing.
 pub(crate) fn create(tables: &FencingTables) -> String {
     let FencingTables { tokens, server } = tables;
@@ -36,7 +48,19 @@ pub(crate) fn create(tables: &FencingTables) -> String {
          resigned pg_catalog.bool NOT NULL DEFAULT false, \
          issued_at pg_catalog.timestamptz NOT NULL DEFAULT pg_catalog.now());\n\
          CREATE TABLE IF NOT EXISTS {server} (is_this pg_catalog.bool PRIMARY KEY DEFAULT true CHECK (is_this), \
-         system_identifier pg_catalog.int8 NOT NULL, base pg_catalog.int8 NOT NULL)"
+         system_identifier pg_catalog.int8 NOT NULL, database pg_catalog.oid NOT NULL, tokens pg_catalog.oid NOT NULL, \
+         timeline pg_catalog.int8 NOT NULL, base pg_catalog.int8 NOT NULL)"
+    )
+}
+
+/// Whether the row `s` of the server is of the tables as they are here: this cluster, database and table.
+///
+/// A table that was restored from a dump has lost the tokens since, in the same cluster too.
+fn is_here(tables: &FencingTables) -> String {
+    format!(
+        "pg_catalog.int8eq(s.system_identifier, {SYSTEM}) AND pg_catalog.oideq(s.database, {DATABASE}) \
+         AND pg_catalog.oideq(s.tokens, {})",
+        table_oid(&tables.tokens)
     )
 }
 
@@ -65,32 +89,64 @@ fn newest(tables: &FencingTables) -> String {
 /// Whether the row of the server is as [`adopt`] leaves it.
 pub(crate) fn is_adopted(tables: &FencingTables, floor: Option<i64>) -> String {
     format!(
-        "SELECT EXISTS (SELECT FROM {} AS s WHERE pg_catalog.int8eq(s.system_identifier, {SYSTEM}) \
-         AND pg_catalog.int8ge(s.base, {})) AS yes",
+        "SELECT EXISTS (SELECT FROM {} AS s WHERE {} AND pg_catalog.int8ge(s.base, {})) AS yes",
         tables.server,
+        is_here(tables),
         least_base(tables, floor)
     )
 }
 
-/// Has this server issue the tokens.
+/// Has this server issue the tokens: two statements of one transaction.
 ///
-/// The timeline of another cluster begins anew, at 1 at the lowest, so there the base is the newest epoch.
+/// The lock waits for the tokens that are being issued, which know the base as it was, and keeps others from it.
+///
+/// The timeline of another cluster begins anew, at 1 at the lowest, so there the base is the newest epoch. And it is at least
+/// the epoch in which the row was written: there may have been tokens since that the table does not have.
 pub(crate) fn adopt(tables: &FencingTables, floor: Option<i64>) -> String {
-    let (server, newest, least) = (&tables.server, newest(tables), least_base(tables, floor));
+    let FencingTables { tokens, server } = tables;
+    let (newest, least) = (newest(tables), least_base(tables, floor));
+    let (is_here, tokens_oid) = (is_here(tables), table_oid(tokens));
     format!(
-        "INSERT INTO {server} AS s (system_identifier, base) VALUES ({SYSTEM}, GREATEST({newest}, {least}))\n\
+        "LOCK TABLE {tokens} IN SHARE ROW EXCLUSIVE MODE;\n\
+         INSERT INTO {server} AS s (system_identifier, database, tokens, timeline, base) \
+         VALUES ({SYSTEM}, {DATABASE}, {tokens_oid}, {TIMELINE}, GREATEST({newest}, {least}))\n\
          ON CONFLICT (is_this) DO UPDATE SET system_identifier = EXCLUDED.system_identifier, \
-         base = CASE WHEN pg_catalog.int8eq(s.system_identifier, EXCLUDED.system_identifier) \
-         THEN GREATEST(s.base, {least}) ELSE GREATEST(s.base, EXCLUDED.base) END"
+         database = EXCLUDED.database, tokens = EXCLUDED.tokens, timeline = EXCLUDED.timeline, \
+         base = CASE WHEN {is_here} THEN GREATEST(s.base, {least}) \
+         ELSE GREATEST(pg_catalog.int8pl(s.base, s.timeline), EXCLUDED.base) END"
     )
 }
 
+/// The same in one statement, which needs no transaction around it.
+pub(crate) fn adopt_alone(tables: &FencingTables, floor: Option<i64>) -> String {
+    let block = format!("BEGIN\n{};\nEND", adopt(tables, floor));
+    format!("DO LANGUAGE plpgsql {}", literal(&block))
+}
+
+/// Waits in line with all who issue or check tokens of the lock, until the end of the transaction.
+///
+/// The row's lock alone is not fair: who shares it overtakes who waits to update it.
+fn stand_in_line(key: KeyId, function: &str) -> String {
+    let key = LockKey::from(("lockkeeper fencing", key_name(key)));
+    let key = key.as_i64().unwrap_or_default();
+    format!("SELECT pg_catalog.{function}(('{key}')::pg_catalog.int8)")
+}
+
+/// Alone.
+const ALONE: &str = "pg_advisory_xact_lock";
+/// Together with all who check.
+const SHARED: &str = "pg_advisory_xact_lock_shared";
+
 /// The key as the table has it.
-fn key_text(key: KeyId) -> String {
+fn key_name(key: KeyId) -> String {
     match key {
-        KeyId::Int8(key) => literal(&key.to_string()),
-        KeyId::Int4(first, second) => literal(&format!("({first}, {second})")),
+        KeyId::Int8(key) => key.to_string(),
+        KeyId::Int4(first, second) => format!("({first}, {second})"),
     }
+}
+
+fn key_text(key: KeyId) -> String {
+    literal(&key_name(key))
 }
 
 /// What has the next commit survive a crash of this server.
@@ -101,12 +157,12 @@ const DURABLE: &str = "SELECT pg_catalog.set_config('synchronous_commit', 'local
 /// token of a later epoch than this server's.
 pub(crate) fn issue(tables: &FencingTables, key: KeyId) -> String {
     let FencingTables { tokens, server } = tables;
-    let key = key_text(key);
+    let (line, is_here, key) = (stand_in_line(key, ALONE), is_here(tables), key_text(key));
     format!(
-        "{DURABLE}; WITH old AS MATERIALIZED (SELECT f.epoch, f.counter, f.resigned FROM {tokens} AS f \
+        "{DURABLE}; {line}; WITH old AS MATERIALIZED (SELECT f.epoch, f.counter, f.resigned FROM {tokens} AS f \
          WHERE pg_catalog.texteq(f.key, {key})), \
          here AS MATERIALIZED (SELECT pg_catalog.int8pl(s.base, {TIMELINE}) AS epoch FROM {server} AS s \
-         WHERE pg_catalog.int8eq(s.system_identifier, {SYSTEM})), \
+         WHERE {is_here}), \
          issued AS (INSERT INTO {tokens} AS f (key, epoch, counter) SELECT {key}, here.epoch, 1 FROM here \
          ON CONFLICT (key) DO UPDATE SET epoch = EXCLUDED.epoch, counter = pg_catalog.int8pl(f.counter, 1), \
          resigned = false, issued_at = pg_catalog.now() WHERE pg_catalog.int8le(f.epoch, EXCLUDED.epoch) \
@@ -138,26 +194,38 @@ pub(crate) fn read_issued(reply: &[SimpleQueryMessage]) -> Option<IssuedRow> {
 /// Notes that the tenure with this token has ended in order: one message.
 pub(crate) fn resign(tables: &FencingTables, key: KeyId, (epoch, counter): (i64, i64)) -> String {
     format!(
-        "{DURABLE}; UPDATE {} AS f SET resigned = true WHERE pg_catalog.texteq(f.key, {}) \
+        "{DURABLE}; {}; UPDATE {} AS f SET resigned = true WHERE pg_catalog.texteq(f.key, {}) \
          AND pg_catalog.int8eq(f.epoch, ('{epoch}')::pg_catalog.int8) \
          AND pg_catalog.int8eq(f.counter, ('{counter}')::pg_catalog.int8)",
+        stand_in_line(key, ALONE),
         tables.tokens,
         key_text(key)
     )
 }
 
-/// The newest token of a lock, whose row is locked until the end of the transaction: who issues the next one waits for it.
-pub(crate) fn newest_locked(tables: &FencingTables, key: KeyId) -> String {
+/// The newest token of a lock, unless it is older than this one. Until the end of the transaction who issues the next one waits
+/// for it.
+///
+/// The row is locked so that a transaction whose snapshot is older than the row fails. An older row is not: two who have both
+/// shared it could not both update it.
+pub(crate) fn newest_locked(
+    tables: &FencingTables,
+    key: KeyId,
+    (epoch, counter): (i64, i64),
+) -> String {
     format!(
-        "SELECT f.epoch, f.counter FROM {} AS f WHERE pg_catalog.texteq(f.key, {}) FOR SHARE",
+        "{}; SELECT f.epoch, f.counter FROM {} AS f WHERE pg_catalog.texteq(f.key, {}) \
+         AND (pg_catalog.int8gt(f.epoch, ('{epoch}')::pg_catalog.int8) \
+         OR pg_catalog.int8eq(f.epoch, ('{epoch}')::pg_catalog.int8) \
+         AND pg_catalog.int8ge(f.counter, ('{counter}')::pg_catalog.int8)) FOR SHARE",
+        stand_in_line(key, SHARED),
         tables.tokens,
         key_text(key)
     )
 }
 
 pub(crate) fn read_newest(reply: &[SimpleQueryMessage]) -> Option<(i64, i64)> {
-    let row = rows(reply).next()?;
-    parsed(row, "epoch").zip(parsed(row, "counter"))
+    rows(reply).find_map(|row| parsed(row, "epoch").zip(parsed(row, "counter")))
 }
 
 /// Notes a token that another server has issued, unless the table has a newer one.

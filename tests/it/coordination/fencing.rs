@@ -347,7 +347,7 @@ async fn what_is_missing_is_named() {
     assert_error(
         &error,
         ErrorKind::Database,
-        "GRANT CREATE ON SCHEMA \"public\"",
+        "GRANT CREATE, USAGE ON SCHEMA \"public\"",
     );
     assert_error(&error, ErrorKind::Database, "the SQL of Fencing::sql");
 
