@@ -31,16 +31,18 @@ const LEAST: Duration = Duration::from_millis(30);
 ///   ([`step_down_after`](Self::step_down_after), by default two thirds of
 ///   [`longest_silence`](crate::KeeperBuilder::longest_silence): 10 seconds). It asks three times as often.
 ///   [`Term::is_leader`] compares the clock itself, so it is right at once in a process that was frozen and resumes.
-/// - **The successor waits** for [`takeover_delay`](Self::takeover_delay) (by default `longest_silence`: 15 seconds) from its
-///   grant of the lock until its term begins, and its token is issued before it waits. It need not wait where the leader before
-///   it has [resigned](Leadership::resign), or was its own [`run`](Self::run), or where there has been none.
+/// - **The successor waits** for [`takeover_delay`](Self::takeover_delay) (by default `longest_silence`, 15 seconds, or half as
+///   long again as `step_down_after`, if that is longer) from its grant of the lock until its term begins, and its token is
+///   issued before it waits. It need not wait where the leader before it has [resigned](Leadership::resign), or was its own
+///   [`run`](Self::run), or where there has been none.
 ///
-/// As long as the delay of each process is not shorter than the time after which the others step down, no two processes have
+/// As long as the delay of each process is longer than the time after which the others step down, no two processes have
 /// `is_leader()` true at the same time, to the precision with which their clocks run. What remains without tokens:
 ///
 /// - An effect that was begun before the term ended: between the check and the effect a process can be frozen for any time.
 /// - A machine that was suspended, until its clock is set.
-/// - A delay that is shorter: two leaders for as long as it is shorter.
+/// - A delay that is shorter than another process's `step_down_after`: two leaders for as long as it is shorter. So give all
+///   processes the same times, and when they are to be longer, the delay first.
 /// - A failover in which the old primary lives on, and a leader stays connected to it: two leaders until one of the servers is
 ///   stopped. Also where the standby had not received the very first token of the name.
 ///
@@ -75,7 +77,7 @@ pub struct Leader {
     coordination: Coordination,
     name: String,
     step_down_after: Duration,
-    takeover_delay: Duration,
+    takeover_delay: Option<Duration>,
     poll_interval: Duration,
     wait: Option<Duration>,
 }
@@ -87,7 +89,7 @@ impl Leader {
             coordination,
             name,
             step_down_after: silence / 3 * 2,
-            takeover_delay: silence,
+            takeover_delay: None,
             poll_interval: PAUSE,
             wait: None,
         }
@@ -101,10 +103,11 @@ impl Leader {
     }
 
     /// How long a successor waits between its grant of the lock and its term, where the leader before it has not resigned; the
-    /// keeper's [`longest_silence`](crate::KeeperBuilder::longest_silence) by default. It should be at least as long as every
-    /// other process's [`step_down_after`](Self::step_down_after). Zero is for leaders whose every effect checks their token.
+    /// keeper's [`longest_silence`](crate::KeeperBuilder::longest_silence) by default, or one and a half times
+    /// [`step_down_after`](Self::step_down_after) if that is longer. It has to be longer than every process's
+    /// `step_down_after`; than its own, this is checked.
     pub fn takeover_delay(mut self, delay: Duration) -> Self {
-        self.takeover_delay = delay;
+        self.takeover_delay = Some(delay);
         self
     }
 
@@ -114,7 +117,7 @@ impl Leader {
         self
     }
 
-    /// How long [`campaign`](Self::campaign) waits to be elected; without end by default.
+    /// How long [`campaign`](Self::campaign) waits until its term begins, the takeover delay included; without end by default.
     /// [`run`](Self::run) takes no notice of it.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = Some(wait);
@@ -125,11 +128,22 @@ impl Leader {
         LockKey::from(("lockkeeper leader", &self.name))
     }
 
+    /// From the grant of the lock to the term, where the leader before may believe still that it leads.
+    fn delay(&self) -> Duration {
+        self.takeover_delay.unwrap_or_else(|| {
+            let longer = self.step_down_after.saturating_mul(3) / 2;
+            let silence = self.coordination.connections().longest_silence();
+            silence.max(longer)
+        })
+    }
+
     fn check(&self) -> Result<(), Error> {
         let flaw = if self.step_down_after < LEAST {
             "step_down_after has to be at least 30 ms"
         } else if self.poll_interval < Duration::from_millis(10) {
             "poll_interval has to be at least 10 ms"
+        } else if self.delay() <= self.step_down_after {
+            "takeover_delay has to be longer than step_down_after, or there would be two leaders"
         } else {
             return Ok(());
         };
@@ -143,8 +157,9 @@ impl Leader {
     /// issues the term's token, and until the takeover delay is over a statement that takes and returns the lock once more.
     ///
     /// # Errors
-    /// [`FencingNotSetUp`](ErrorKind::FencingNotSetUp); [`Config`](ErrorKind::Config) for times that are too short;
-    /// [`LockTimeout`](ErrorKind::LockTimeout) when [`wait`](Self::wait) is over; otherwise as
+    /// [`FencingNotSetUp`](ErrorKind::FencingNotSetUp); [`Config`](ErrorKind::Config) for times that are too short, or a takeover
+    /// delay that is not longer than [`step_down_after`](Self::step_down_after); [`LockTimeout`](ErrorKind::LockTimeout) when
+    /// [`wait`](Self::wait) is over, also during the takeover delay; otherwise as
     /// [`SessionAdvisoryLock::try_acquire`](crate::SessionAdvisoryLock::try_acquire) and
     /// [`SessionGuard::fencing_token`](crate::SessionGuard::fencing_token), for instance while the server restarts. A lock that is
     /// lost again before its term begins is no error.
@@ -242,23 +257,27 @@ impl Leader {
         loop {
             let lock = self.coordination.lock(self.key()).session();
             if let Some(guard) = lock.try_acquire().await?
-                && let Some(leadership) = self.take_over(guard, last).await?
+                && let Some(leadership) = self.take_over(guard, last, end.as_ref()).await?
             {
                 return Ok(leadership);
             }
             let mut pause = self.pause();
             if let Some(end) = &end {
                 if end.has_passed() {
-                    return Err(Error::new(ErrorKind::LockTimeout)
-                        .with_key(&self.key())
-                        .with_detail("another process leads")
-                        .with_waited(end.waited()));
+                    return Err(self.timeout(end, "another process leads"));
                 }
                 pause = pause.min(end.remaining());
             }
             // Cancel safety: nothing is held between two attempts.
             tokio::time::sleep(pause).await;
         }
+    }
+
+    fn timeout(&self, end: &Deadline, why: &str) -> Error {
+        Error::new(ErrorKind::LockTimeout)
+            .with_key(&self.key())
+            .with_detail(why)
+            .with_waited(end.waited())
     }
 
     /// Begins a term with a lock that was granted, after the takeover delay; `None` where the lock is lost again.
@@ -268,6 +287,7 @@ impl Leader {
         &self,
         mut guard: SessionGuard,
         last: Option<FencingToken>,
+        end: Option<&Deadline>,
     ) -> Result<Option<Leadership>, Error> {
         // At once: what the leader before writes with its token is refused from now on.
         let issued = match issue(&mut guard).await {
@@ -281,7 +301,7 @@ impl Leader {
         let key = self.key();
         let token = FencingToken::of(&key, issued.token);
         let delay = match may_live(&issued, last.map(Into::into)) {
-            true => self.takeover_delay,
+            true => self.delay(),
             false => Duration::ZERO,
         };
         let delay = Deadline::after(delay);
@@ -294,7 +314,14 @@ impl Leader {
             if delay.has_passed() {
                 return Leadership::begin(guard, token, sent, self.step_down_after).map(Some);
             }
-            let pause = (self.step_down_after / 3).min(delay.remaining());
+            let mut pause = (self.step_down_after / 3).min(delay.remaining());
+            if let Some(end) = end {
+                if end.has_passed() {
+                    let why = "the takeover delay is not over, and the leader before has not resigned";
+                    return Err(self.timeout(end, why));
+                }
+                pause = pause.min(end.remaining());
+            }
             tokio::time::sleep(pause).await;
         }
     }
@@ -302,13 +329,13 @@ impl Leader {
 
 /// Whether the leader before may believe still that it leads.
 ///
-/// A token of an earlier epoch may not be the last one: those after it, and what became of their terms, can have been lost in a
-/// failover.
+/// The token before may not be the last one: where it is of an earlier epoch, those after it, and what became of their terms, can
+/// have been lost in a failover; and its row may have been read just before it was updated once more.
 fn may_live(issued: &IssuedRow, own: Option<(i64, i64)>) -> bool {
     let Some(before) = issued.before else {
         return false;
     };
-    let is_last = before.0 == issued.token.0;
+    let is_last = before.0 == issued.token.0 && before.1.checked_add(1) == Some(issued.token.1);
     !(is_last && (issued.resigned || own == Some(before)))
 }
 
@@ -346,6 +373,9 @@ mod tests {
         assert!(!may_live(&issued(Some((2, 7)), false), Some((2, 7))));
         // Another one has led since.
         assert!(may_live(&issued(Some((2, 7)), false), Some((2, 6))));
+        assert!(may_live(&issued(Some((2, 6)), true), None));
+        assert!(may_live(&issued(Some((2, 6)), false), Some((2, 6))));
+        assert!(may_live(&issued(Some((2, i64::MAX)), true), None));
         // Before a failover, which may have lost later terms.
         assert!(may_live(&issued(Some((1, 7)), true), None));
         assert!(may_live(&issued(Some((1, 7)), false), Some((1, 7))));

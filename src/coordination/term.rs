@@ -139,8 +139,9 @@ enum Command {
 /// The leadership, until it is resigned, dropped or lost: from [`Leader::campaign`](crate::Leader::campaign).
 ///
 /// # Dropping
-/// The lock is released at once, without waiting. The successor waits for its takeover delay, though: only
-/// [`resign`](Self::resign) tells it that it need not.
+/// The term ends at once, without waiting. The lock is released as soon as the server has answered the question whether it is
+/// held, if one is under way. The successor waits for its takeover delay, though: only [`resign`](Self::resign) tells it that it
+/// need not.
 #[must_use = "dropping the leadership ends the term"]
 #[clippy::has_significant_drop]
 pub struct Leadership {
@@ -168,7 +169,15 @@ impl Leadership {
         });
         let (commands, received) = mpsc::unbounded_channel();
         tracing::debug!(key = %state.key, %token, "leadership begins");
-        if !run_in_background(keep(guard, Arc::clone(&state), received)) {
+        // Whatever ends the task ends the term: a panic, and its runtime's end, also if that comes before its first step.
+        let ends = scopeguard::guard(Arc::clone(&state), |state| {
+            lose(&state, "the task that keeps its lock has ended");
+        });
+        let keeping = async move {
+            let ends = ends;
+            keep(guard, &ends, received).await;
+        };
+        if !run_in_background(keeping) {
             return Err(Error::config("called outside a tokio runtime"));
         }
         Ok(Self {
@@ -261,7 +270,7 @@ impl Drop for Leadership {
 /// Cancel safety: dropped, with its runtime, the lock is released.
 async fn keep(
     guard: SessionGuard,
-    state: Arc<TermState>,
+    state: &TermState,
     mut commands: mpsc::UnboundedReceiver<Command>,
 ) {
     let interval = state.step_down_after / 3;
@@ -272,7 +281,7 @@ async fn keep(
             command = commands.recv() => match command {
                 None => return,
                 Some(Command::Resign(reply)) => {
-                    let resigned = resign(guard, &state).await;
+                    let resigned = resign(guard, state).await;
                     // The caller may have stopped waiting for it.
                     drop(reply.send(resigned));
                     return;
@@ -280,7 +289,7 @@ async fn keep(
                 Some(Command::Confirm(reply)) => Some(reply),
             },
             () = &mut lost => {
-                lose(&state, "its connection has ended, or holds the lock no more");
+                lose(state, "its connection has ended, or holds the lock no more");
                 return;
             }
             () = tokio::time::sleep(interval.min(state.remaining())) => None,
@@ -291,13 +300,13 @@ async fn keep(
             Ok(Err(error)) => {
                 tracing::debug!(%error, "the lock of a leader is not confirmed");
                 lose(
-                    &state,
+                    state,
                     "its connection has ended, or holds the lock no more",
                 );
                 return;
             }
             Err(_) => {
-                lose(&state, "the server has not confirmed the lock in time");
+                lose(state, "the server has not confirmed the lock in time");
                 return;
             }
         }

@@ -660,7 +660,7 @@ async fn use_coordination(scene: &Scene, keeper: &Keeper) {
     let wait = Duration::from_millis(100);
     permits.wait(wait).acquire().await.unwrap_err();
     permit.release().await.unwrap();
-    let leader = keeper.leader("l").takeover_delay(Duration::ZERO);
+    let leader = keeper.leader("l");
     let led = leader.run(async |_| Ok::<_, Error>(()));
     led.await.unwrap();
     scene.nothing_left().await;
