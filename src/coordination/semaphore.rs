@@ -16,6 +16,8 @@ use crate::key::LockKey;
 const PAUSE: Duration = Duration::from_millis(200);
 /// The first of them after this process has released one: its unlock may be on its way still.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// How long a connection to ask on is waited for.
+const SPARE: Duration = Duration::from_secs(1);
 
 /// A number of permits that all processes of a database share, described.
 ///
@@ -67,8 +69,8 @@ impl Semaphore {
     /// Takes a permit, waiting for one as long as [`wait`](Self::wait) says.
     ///
     /// # SQL
-    /// Two round trips if most are free: `pg_try_advisory_lock` of one permit's key, and a query of `pg_locks` whether all agree
-    /// on the number. If it is busy, the query comes first, and shows which other ones to try.
+    /// Three round trips if one is free: a query of `pg_locks` that shows which are, and whether all agree on the number,
+    /// `pg_try_advisory_lock` of one permit's key, and the query once more. One if none is.
     ///
     /// # Errors
     /// [`LockTimeout`](ErrorKind::LockTimeout) when all are held until the wait is over; [`Config`](ErrorKind::Config) for no
@@ -81,12 +83,15 @@ impl Semaphore {
     /// # Longest silence
     /// The wait, and one [`longest_silence`](crate::KeeperBuilder::longest_silence).
     pub async fn acquire(self) -> Result<SemaphorePermit, Error> {
-        let attempts = Attempts::new(&self)?;
+        let attempts = Attempts::new(&self, self.wait)?;
         let deadline = Deadline::after(self.wait);
-        if attempts.line.is_empty()
-            && let Some(permit) = attempts.attempt(&deadline).await?
-        {
-            return Ok(permit);
+        if attempts.line.is_empty() {
+            if let Some(permit) = attempts.attempt(&deadline).await? {
+                return Ok(permit);
+            }
+            if deadline.has_passed() {
+                return Err(self.timeout(&deadline));
+            }
         }
         let line = Arc::clone(&attempts.line);
         // Cancel safety: place and turn are given up when this is dropped, and the next one has its turn.
@@ -124,11 +129,12 @@ impl Semaphore {
     /// The keeper's [`lock_wait`](crate::KeeperBuilder::lock_wait), and one
     /// [`longest_silence`](crate::KeeperBuilder::longest_silence) for each of the messages.
     pub async fn try_acquire(self) -> Result<Option<SemaphorePermit>, Error> {
-        let attempts = Attempts::new(&self)?;
+        let wait = self.coordination.lock_wait;
+        let attempts = Attempts::new(&self, wait)?;
         if !attempts.line.is_empty() {
             return Ok(None);
         }
-        let deadline = Deadline::after(self.coordination.lock_wait);
+        let deadline = Deadline::after(wait);
         attempts.attempt(&deadline).await
     }
 
@@ -152,10 +158,12 @@ struct Attempts<'a> {
     semaphore: &'a Semaphore,
     keys: PermitKeys,
     line: Arc<Line>,
+    /// When no more permits are tried, also in the first attempt.
+    end: Deadline,
 }
 
 impl<'a> Attempts<'a> {
-    fn new(semaphore: &'a Semaphore) -> Result<Self, Error> {
+    fn new(semaphore: &'a Semaphore, wait: Duration) -> Result<Self, Error> {
         let permits = semaphore.permits;
         if permits == 0 || permits > MOST {
             return Err(Error::config(format!(
@@ -163,10 +171,12 @@ impl<'a> Attempts<'a> {
             ))
             .with_key(&semaphore.key()));
         }
+        let silence = semaphore.coordination.connections().longest_silence();
         Ok(Self {
             semaphore,
             keys: PermitKeys::new(&semaphore.name, permits),
             line: semaphore.coordination.lines.of(&semaphore.name),
+            end: Deadline::after(wait.saturating_add(silence)),
         })
     }
 
@@ -177,27 +187,51 @@ impl<'a> Attempts<'a> {
         let permits = self.semaphore.permits;
         let random = self.semaphore.coordination.advisory.runner.jitter.next();
         let first = u32::try_from(random % u64::from(permits)).unwrap_or_default();
-        // Where there are free ones, it is likely to be one.
-        if let Some(guard) = self.try_permit(first, deadline).await? {
-            return self.admit(guard, first).await.map(Some);
-        }
-        let connections = self.semaphore.coordination.connections();
-        let held = match connections.ask(&self.keys.held()).await {
-            Ok(reply) => self.read(&reply)?,
-            // It may not know. So it tries each.
-            Err(error) if is_insufficient_privilege(&error) => Vec::new(),
-            // All connections are in use, and nothing could be taken on them.
-            Err(error) if error.kind() == ErrorKind::Pool => return Ok(None),
-            Err(error) => return Err(error.with_key(&self.semaphore.key())),
+        // Before anything is taken: a call with a wrong number is refused here, and no call with the right one sees its lock.
+        let held = match self.held(deadline).await {
+            Ok(held) => held,
+            Err(error) if error.kind() == ErrorKind::Config => return Err(error),
+            // The pool's connection was dead, or all are in use. This finds another one, or fails.
+            Err(error) => {
+                tracing::debug!(key = %self.semaphore.key(), %error, "not known which permits are held");
+                if let Some(guard) = self.try_permit(first, deadline).await? {
+                    return self.admit(guard, first).await.map(Some);
+                }
+                match self.held(deadline).await {
+                    Ok(held) => held,
+                    // All connections are in use, and nothing could be taken on them.
+                    Err(error) if error.kind() == ErrorKind::Pool => return Ok(None),
+                    Err(error) => return Err(error),
+                }
+            }
         };
-        for permit in (1..permits).map(|n| (first + n) % permits) {
-            if !held.contains(&permit)
-                && let Some(guard) = self.try_permit(permit, deadline).await?
-            {
+        for permit in (0..permits).map(|n| (first + n) % permits) {
+            if held.contains(&permit) {
+                continue;
+            }
+            if let Some(guard) = self.try_permit(permit, deadline).await? {
                 return self.admit(guard, permit).await.map(Some);
+            }
+            if self.end.has_passed() {
+                break;
             }
         }
         Ok(None)
+    }
+
+    /// The permits that are held, as far as this role may know.
+    ///
+    /// # Errors
+    /// `Config` where there is another number of them elsewhere.
+    async fn held(&self, deadline: &Deadline) -> Result<Vec<u32>, Error> {
+        let connections = self.semaphore.coordination.connections();
+        let spare = SPARE.min(deadline.remaining());
+        match connections.ask_within(spare, &self.keys.held()).await {
+            Ok(reply) => self.read(&reply),
+            // It may not know. So each is tried.
+            Err(error) if is_insufficient_privilege(&error) => Ok(Vec::new()),
+            Err(error) => Err(error.with_key(&self.semaphore.key())),
+        }
     }
 
     async fn try_permit(
@@ -208,8 +242,9 @@ impl<'a> Attempts<'a> {
         let Semaphore {
             coordination, name, ..
         } = self.semaphore;
-        let wait = deadline.remaining().min(coordination.lock_wait);
-        let lock = coordination.lock_within(self.keys.key(name, permit), wait);
+        let key = self.keys.key(name, permit);
+        // Only a connection is waited for.
+        let lock = coordination.lock_within(key, deadline.remaining());
         lock.session().try_acquire().await
     }
 
