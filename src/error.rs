@@ -625,6 +625,12 @@ pub(crate) fn is_missing_table(error: &Error) -> bool {
     })
 }
 
+/// Whether a function was given a value that it does not take, such as the name of a time zone that there is none of.
+#[cfg(feature = "coordination")]
+pub(crate) fn is_invalid_parameter(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::INVALID_PARAMETER_VALUE)
+}
+
 /// Whether the server cannot do at all what was asked.
 pub(crate) fn is_not_supported(error: &Error) -> bool {
     error.sqlstate() == Some(&SqlState::FEATURE_NOT_SUPPORTED)

@@ -317,7 +317,8 @@ impl Leader {
             let mut pause = (self.step_down_after / 3).min(delay.remaining());
             if let Some(end) = end {
                 if end.has_passed() {
-                    let why = "the takeover delay is not over, and the leader before has not resigned";
+                    let why =
+                        "the takeover delay is not over, and the leader before has not resigned";
                     return Err(self.timeout(end, why));
                 }
                 pause = pause.min(end.remaining());

@@ -6,7 +6,9 @@ use super::set_up::{SetUp, set_up};
 use super::sql::once::{self as sql, Claim};
 use super::{Coordination, begin_error, plain, table};
 use crate::advisory::{LockedBy, OpenLocked};
-use crate::error::{Error, ErrorKind, is_insufficient_privilege, is_missing_table};
+use crate::error::{
+    Error, ErrorKind, is_insufficient_privilege, is_invalid_parameter, is_missing_table,
+};
 use crate::key::LockKey;
 use crate::postgres::TableName;
 use crate::transaction::{AsyncFunc, BoxFuture, NoRetry, Open, Tx, run};
@@ -22,7 +24,10 @@ const DAY: u64 = 86_400;
 /// - A period is a bucket of the calendar, by the server's clock: with a period of a day, from midnight to midnight, UTC
 ///   unless a [`time_zone`](Self::time_zone) is given; weeks begin on Mondays. Any other length counts from Monday,
 ///   2001-01-01. Or it is the time [since the last run](Self::since_last_run).
-/// - At most one run in a period is committed. A clock that is put back does not repeat it.
+/// - At most one run in a period is committed. A clock that is put back does not repeat it. A clock that was ahead delays the
+///   next run until it would be due by the clock as it was, unless the row of the name in `lockkeeper_once` is deleted.
+/// - All calls of a name have to agree on the period, the time zone and [`since_last_run`](Self::since_last_run). The last run
+///   is all that is recorded, and each call decides by its own period whether another one is due.
 /// - Effects outside the transaction belong behind its COMMIT ([`Tx::after_commit`]): the work may fail, and may run again
 ///   after a deadlock, like every section.
 ///
@@ -211,6 +216,7 @@ impl Once {
                 group: None,
             },
             table,
+            time_zone: self.time_zone.clone(),
             key,
         })
     }
@@ -221,6 +227,7 @@ struct OpenOnce {
     locked: OpenLocked,
     claim: String,
     table: TableName,
+    time_zone: Option<String>,
     key: LockKey,
 }
 
@@ -256,6 +263,12 @@ impl OpenOnce {
         } else if is_insufficient_privilege(&error) {
             error.with_detail(format!(
                 "what runs once needs GRANT SELECT, INSERT, UPDATE ON {table}, and USAGE on its schema"
+            ))
+        } else if let Some(zone) = &self.time_zone
+            && is_invalid_parameter(&error)
+        {
+            error.with_detail(format!(
+                "the server has no time zone {zone:?}; pg_timezone_names lists those that it has"
             ))
         } else {
             error

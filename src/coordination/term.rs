@@ -299,10 +299,7 @@ async fn keep(
             Ok(Ok(())) => state.confirm(sent),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "the lock of a leader is not confirmed");
-                lose(
-                    state,
-                    "its connection has ended, or holds the lock no more",
-                );
+                lose(state, "its connection has ended, or holds the lock no more");
                 return;
             }
             Err(_) => {

@@ -189,6 +189,8 @@ async fn what_is_missing_is_named() {
     );
     let error = run(&restricted.once("l", DAY).time_zone("Europe/Nowhere")).await;
     assert_error(&error, ErrorKind::Database, "(SQLSTATE 22023)");
+    let text = "the server has no time zone \"Europe/Nowhere\"";
+    assert_error(&error, ErrorKind::Database, text);
     for (once, text) in [
         (restricted.once("k\0", DAY), "NUL"),
         (
