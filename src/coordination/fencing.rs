@@ -127,6 +127,7 @@ impl Fencing {
             create: sql::create(&tables),
             is_done: Some(sql::is_adopted(&tables, self.floor)),
             finish: Some(sql::adopt(&tables, self.floor)),
+            more_rights: IDENTITY,
             documented: "Fencing::sql",
         };
         set_up(&self.coordination, &what).await
@@ -150,6 +151,9 @@ fn tables(connections: &Connections) -> Result<FencingTables, Error> {
     })
 }
 
+/// What tells which cluster it is needs a right, too.
+const IDENTITY: &str = ", and GRANT EXECUTE ON FUNCTION pg_control_system()";
+
 /// What to do about an error of a statement that needs the tables.
 fn explain(error: tokio_postgres::Error, tables: &FencingTables, key: &LockKey) -> Error {
     if is_undefined_function(&error) {
@@ -168,7 +172,7 @@ fn explain(error: tokio_postgres::Error, tables: &FencingTables, key: &LockKey) 
     }
     if is_insufficient_privilege(&error) {
         return error.with_detail(format!(
-            "fencing tokens need GRANT SELECT, INSERT, UPDATE ON {}, GRANT SELECT ON {}, and USAGE on their schema",
+            "fencing tokens need GRANT SELECT, INSERT, UPDATE ON {}, GRANT SELECT ON {}, USAGE on their schema{IDENTITY}",
             tables.tokens, tables.server
         ));
     }

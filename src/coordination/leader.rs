@@ -131,7 +131,9 @@ impl Leader {
     /// From the grant of the lock to the term, where the leader before may believe still that it leads.
     fn delay(&self) -> Duration {
         self.takeover_delay.unwrap_or_else(|| {
-            let longer = self.step_down_after.saturating_mul(3) / 2;
+            let longer = self
+                .step_down_after
+                .saturating_add(self.step_down_after / 2);
             let silence = self.coordination.connections().longest_silence();
             silence.max(longer)
         })

@@ -115,6 +115,7 @@ impl Once {
             create: sql::create(&table),
             is_done: None,
             finish: None,
+            more_rights: "",
             documented: "Once::sql",
         };
         set_up(&self.coordination, &what).await

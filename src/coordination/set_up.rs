@@ -15,6 +15,8 @@ pub(super) struct SetUp<'a> {
     pub(super) is_done: Option<String>,
     /// What there is to do more.
     pub(super) finish: Option<String>,
+    /// What a role needs besides rights to the tables, behind those.
+    pub(super) more_rights: &'a str,
     /// Where its SQL is found.
     pub(super) documented: &'a str,
 }
@@ -73,8 +75,14 @@ pub(super) async fn set_up(coordination: &Coordination, what: &SetUp<'_>) -> Res
         .await?;
     }
     let (read, write) = (
-        format!("GRANT SELECT ON {tables}, and USAGE on their schema"),
-        format!("GRANT SELECT, INSERT, UPDATE ON {tables}"),
+        format!(
+            "GRANT SELECT ON {tables}, USAGE on their schema{}",
+            what.more_rights
+        ),
+        format!(
+            "GRANT SELECT, INSERT, UPDATE ON {tables}, USAGE on their schema{}",
+            what.more_rights
+        ),
     );
     if let (Some(is_done), Some(finish)) = (&what.is_done, &what.finish)
         && !sql::is_yes(&ask(is_done, &read).await?)

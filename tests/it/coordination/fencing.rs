@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use lockkeeper::{Error, ErrorKind, FencingToken, Keeper, LockKey, TransactionOptions};
 use lockkeeper_testkit::{
-    Scene, Server, assert_error, assert_error_in, eventually, in_time, is_pending,
+    ENDLESS, Scene, Server, assert_error, assert_error_in, eventually, in_time, is_pending,
     poll_times_and_drop, pool_of, quoted, until_connected,
 };
 use tokio_postgres::IsolationLevel;
@@ -15,6 +15,12 @@ async fn scene() -> Scene {
     let scene = Scene::new(3).await;
     scene.keeper.fencing().set_up().await.unwrap();
     scene
+}
+
+/// Where all who issue and check tokens of a lock stand in line.
+fn line(key: &str) -> LockKey {
+    let number = LockKey::from(key).as_i64().unwrap();
+    LockKey::from(("lockkeeper fencing", number.to_string()))
 }
 
 /// The token of one more tenure.
@@ -166,6 +172,78 @@ async fn tokens_increase_over_a_failover_that_loses_commits() {
     assert_eq!(check(after).await, Ok(()));
 }
 
+/// A dump that is restored into the same cluster, and a copy of the database in its place: nothing but the table tells.
+#[tokio::test]
+async fn a_restored_table_issues_none_until_it_is_set_up_and_then_newer_ones() {
+    let scene = scene().await;
+    let tables = ["lockkeeper_fencing", "lockkeeper_fencing_server"];
+    for has_tokens in [false, true] {
+        if has_tokens {
+            token(&scene.keeper, "k").await;
+        }
+        for table in tables {
+            scene
+                .run(&format!("CREATE TABLE {table}_dump (LIKE {table} INCLUDING ALL); INSERT INTO {table}_dump SELECT * FROM {table}"))
+                .await;
+        }
+        let lost = token(&scene.keeper, "k").await;
+        for table in tables {
+            scene
+                .run(&format!(
+                    "DROP TABLE {table}; ALTER TABLE {table}_dump RENAME TO {table}"
+                ))
+                .await;
+        }
+        let mut guard = take(&scene.keeper, "k").await;
+        let error = guard.fencing_token().await.unwrap_err();
+        assert_error(&error, ErrorKind::FencingNotSetUp, "a restored dump");
+        scene.keeper.fencing().set_up().await.unwrap();
+        let next = guard.fencing_token().await.unwrap();
+        assert!(lost < next, "{lost} and then {next}");
+        guard.release().await.unwrap();
+    }
+    let newest = token(&scene.keeper, "k").await;
+    scene
+        .run("UPDATE public.lockkeeper_fencing_server SET database = 1")
+        .await;
+    let mut guard = take(&scene.keeper, "k").await;
+    let error = guard.fencing_token().await.unwrap_err();
+    assert_error(&error, ErrorKind::FencingNotSetUp, "a restored dump");
+    scene.run(&scene.keeper.fencing().sql().unwrap()).await;
+    assert!(guard.fencing_token().await.unwrap().epoch() > newest.epoch());
+    drop(guard);
+    scene.nothing_left().await;
+}
+
+/// A token that is being issued knows the base as it was, so that a floor waits for it.
+#[tokio::test]
+async fn a_floor_waits_for_tokens_that_are_being_issued() {
+    let scene = scene().await;
+    let issuing = scene.session().await;
+    issuing
+        .client
+        .batch_execute(
+            "BEGIN; INSERT INTO lockkeeper_fencing (key, epoch, counter) VALUES ('1', 1, 1)",
+        )
+        .await
+        .unwrap();
+    let hasty = Keeper::builder(scene.database.pool(2))
+        .lock_wait(Duration::from_millis(100))
+        .build();
+    let error = hasty.fencing().floor((9, 0)).set_up().await.unwrap_err();
+    let text = "\"lockkeeper_fencing\" is in use by a transaction that has not ended";
+    assert_error(&error, ErrorKind::LockTimeout, text);
+    let patient = Keeper::builder(scene.database.pool(2))
+        .lock_wait(ENDLESS)
+        .build();
+    let setting_up = tokio::spawn(async move { patient.fencing().floor((9, 0)).set_up().await });
+    scene.until_lock_waiters(1).await;
+    issuing.client.batch_execute("COMMIT").await.unwrap();
+    in_time("set_up", setting_up).await.unwrap().unwrap();
+    assert_eq!(token(&scene.keeper, "k").await.epoch(), 10);
+    scene.nothing_left().await;
+}
+
 /// Another cluster (after `pg_upgrade`, or from a dump) has a timeline that begins anew.
 #[tokio::test]
 async fn another_cluster_issues_none_until_it_is_set_up_and_then_newer_ones() {
@@ -227,20 +305,12 @@ async fn a_checked_token_orders_what_is_written() {
     write(&scene.keeper, old).await.unwrap();
 
     // Who has checked has until COMMIT.
-    let writer = scene
-        .keeper
-        .advisory_lock("of the writer")
-        .acquire()
-        .await
-        .unwrap();
-    writer.batch_execute("SELECT").await.unwrap();
     let (checked, check) = tokio::sync::oneshot::channel();
     let (go_on, end) = tokio::sync::oneshot::channel();
     let (checked, end) = (
         std::sync::Arc::new(std::sync::Mutex::new(Some(checked))),
         std::sync::Arc::new(tokio::sync::Mutex::new(Some(end))),
     );
-    drop(writer);
     let writing = tokio::spawn({
         let keeper = scene.keeper.clone();
         async move {
@@ -266,12 +336,7 @@ async fn a_checked_token_orders_what_is_written() {
         let other = other.clone();
         async move { token(&other, "k").await }
     });
-    eventually("the successor's token waits for nothing", async || {
-        scene
-            .is_true("EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype <> 'advisory')")
-            .await
-    })
-    .await;
+    scene.until_awaited_by(1, line("k")).await;
     go_on.send(()).unwrap();
     writing.await.unwrap().unwrap();
     let new = successor.await.unwrap();
@@ -359,6 +424,9 @@ async fn what_is_missing_is_named() {
     let text = "GRANT SELECT, INSERT, UPDATE ON \"public\".\"lockkeeper_fencing\"";
     assert_error(&error, ErrorKind::Database, text);
     assert_eq!(check().await, Err(ErrorKind::Database));
+    let error = restricted.fencing().set_up().await.unwrap_err();
+    let text = "GRANT SELECT ON \"public\".\"lockkeeper_fencing\"";
+    assert_error(&error, ErrorKind::Database, text);
     scene
         .run(&format!(
             "GRANT SELECT, INSERT, UPDATE ON lockkeeper_fencing TO {role}; \
@@ -367,6 +435,13 @@ async fn what_is_missing_is_named() {
         .await;
     // Nothing is missing, so that nothing is written.
     restricted.fencing().set_up().await.unwrap();
+    let floor = restricted.fencing().floor((9, 0));
+    let text = "GRANT SELECT, INSERT, UPDATE ON \"public\".\"lockkeeper_fencing\", \"public\".\"lockkeeper_fencing_server\"";
+    assert_error(
+        &floor.set_up().await.unwrap_err(),
+        ErrorKind::Database,
+        text,
+    );
     assert_eq!(guard.fencing_token().await.unwrap().counter(), 1);
     assert_eq!(check().await, Ok(()));
 
@@ -526,5 +601,78 @@ async fn a_token_is_not_waited_for_without_end() {
     });
     checked.await.unwrap();
     assert!(token(&hasty, "k").await > old);
+    scene.nothing_left().await;
+}
+
+/// Those who check with the token of a former holder do not overtake its successor, however many they are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_not_starved_by_those_who_check_the_one_before() {
+    let scene = scene().await;
+    let old = token(&scene.keeper, "k").await;
+    let writers = Keeper::new(scene.database.pool(3));
+    let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
+    let writer = |begun: tokio::sync::mpsc::UnboundedSender<tokio::sync::oneshot::Sender<()>>| {
+        let keeper = writers.clone();
+        tokio::spawn(async move {
+            let checked = keeper.transaction(async |tx| {
+                tx.check_fencing(old).await?;
+                let (end, ends) = tokio::sync::oneshot::channel();
+                begun.send(end).unwrap();
+                ends.await.unwrap();
+                Ok::<_, Error>(())
+            });
+            checked.await
+        })
+    };
+    let first = writer(begun.clone());
+    let end = begins.recv().await.unwrap();
+    let successor = tokio::spawn({
+        let keeper = process(&scene);
+        async move { token(&keeper, "k").await }
+    });
+    scene.until_awaited_by(1, line("k")).await;
+    // It stands behind the token.
+    let second = writer(begun);
+    scene.until_awaited_by(2, line("k")).await;
+    end.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    assert!(in_time("the token", successor).await.unwrap() > old);
+    let error = in_time("the second check", second).await.unwrap();
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Fenced);
+    scene.nothing_left().await;
+}
+
+/// Two who both bring a newer token of another server do not lock the older row for one another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_who_note_the_same_token_are_no_deadlock() {
+    let scene = scene().await;
+    token(&scene.keeper, "k").await;
+    // One more who has locked the row, so that both are under way at the same time.
+    let locked = scene.session().await;
+    locked
+        .client
+        .batch_execute("BEGIN; SELECT FROM lockkeeper_fencing FOR SHARE")
+        .await
+        .unwrap();
+    let foreign = FencingToken::new("k", (3, 1));
+    let attempts = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let writers: Vec<_> = (0..2)
+        .map(|_| {
+            let (keeper, attempts) = (scene.keeper.clone(), attempts.clone());
+            tokio::spawn(async move {
+                let checked = keeper.transaction(async |tx| {
+                    attempts.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    tx.check_fencing(foreign).await
+                });
+                checked.await
+            })
+        })
+        .collect();
+    scene.until_lock_waiters(2).await;
+    locked.client.batch_execute("COMMIT").await.unwrap();
+    for writer in writers {
+        in_time("a check", writer).await.unwrap().unwrap();
+    }
+    assert_eq!(attempts.load(std::sync::atomic::Ordering::Relaxed), 2);
     scene.nothing_left().await;
 }

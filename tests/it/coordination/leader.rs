@@ -16,6 +16,8 @@ use super::process;
 const KEY: (&str, &str) = ("lockkeeper leader", "l");
 /// After which a leader steps down, here.
 const STEPS_DOWN: Duration = Duration::from_millis(600);
+/// After which its successor leads.
+const TAKES_OVER: Duration = Duration::from_millis(650);
 
 async fn scene() -> Scene {
     let scene = Scene::new(4).await;
@@ -28,7 +30,7 @@ fn leader(keeper: &Keeper) -> Leader {
     keeper
         .leader("l")
         .step_down_after(STEPS_DOWN)
-        .takeover_delay(STEPS_DOWN)
+        .takeover_delay(TAKES_OVER)
         .poll_interval(Duration::from_millis(10))
 }
 
@@ -84,7 +86,7 @@ async fn who_resigns_is_followed_at_once_and_who_is_only_dropped_after_the_delay
     scene.until_free(KEY).await;
     let started = Instant::now();
     let third = elected(leader(&other)).await;
-    assert!(started.elapsed() >= STEPS_DOWN);
+    assert!(started.elapsed() >= TAKES_OVER);
     third.resign().await.unwrap();
     scene.nothing_left().await;
 }
@@ -93,23 +95,26 @@ async fn who_resigns_is_followed_at_once_and_who_is_only_dropped_after_the_delay
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_is_cut_off_has_stepped_down_before_the_next_one_leads() {
     let scene = scene().await;
-    for delay in [STEPS_DOWN, Duration::ZERO] {
+    for is_shorter in [false, true] {
         let proxy = Proxy::before(scene.database.server());
         let cut_off = Keeper::builder(proxy.pool(&scene.database.config(), 2))
             .watch(false)
             .build();
-        let steps_down = match delay.is_zero() {
-            true => 5 * STEPS_DOWN,
-            false => STEPS_DOWN,
+        let (steps_down, takes_over) = match is_shorter {
+            true => (5 * STEPS_DOWN, 6 * STEPS_DOWN),
+            false => (STEPS_DOWN, TAKES_OVER),
         };
-        let first = elected(leader(&cut_off).step_down_after(steps_down)).await;
+        let patient = leader(&cut_off)
+            .step_down_after(steps_down)
+            .takeover_delay(takes_over);
+        let first = elected(patient).await;
         let (term, loss) = (first.term().clone(), first.loss());
         let pid = holder(&scene).await;
         proxy.stall(true);
         scene.terminate(pid).await;
-        let second = elected(leader(&scene.keeper).takeover_delay(delay)).await;
-        // Without the delay there are two, as documented.
-        assert_eq!(term.is_leader(), delay.is_zero());
+        let second = elected(leader(&scene.keeper)).await;
+        // There are two where one process has a shorter delay than the other one's patience, as documented.
+        assert_eq!(term.is_leader(), is_shorter);
         in_time("the loss", loss.clone()).await;
         assert!(loss.is_lost() && !first.is_leader());
         let error = in_time("the resignation", first.resign())
@@ -147,18 +152,10 @@ async fn a_leader_that_was_frozen_does_not_believe_that_it_leads() {
         runtime.unwrap().block_on(async {
             let keeper = Keeper::new(lockkeeper_testkit::pool_of(config, 2));
             let leadership = elected(leader(&keeper)).await;
-            let steps = AtomicU32::new(0);
-            let work = async {
-                let before = leadership.is_leader();
-                leads.send(leadership.token()).unwrap();
-                thawed.recv().unwrap();
-                (
-                    before,
-                    leadership.is_leader(),
-                    steps.fetch_add(1, Ordering::Relaxed),
-                )
-            };
-            let (before, after, _) = work.await;
+            let before = leadership.is_leader();
+            leads.send(leadership.token()).unwrap();
+            thawed.recv().unwrap();
+            let after = leadership.is_leader();
             assert!(leadership.loss().is_lost());
             (before, after)
         })
@@ -315,6 +312,21 @@ async fn what_is_missing_or_cannot_be_is_an_error() {
         .campaign()
         .await;
     assert_error(&error.unwrap_err(), ErrorKind::Config, "at least 10 ms");
+    for delay in [Duration::ZERO, STEPS_DOWN] {
+        let error = leader(&scene.keeper)
+            .takeover_delay(delay)
+            .campaign()
+            .await
+            .unwrap_err();
+        let text = "takeover_delay has to be longer than step_down_after";
+        assert_error(&error, ErrorKind::Config, text);
+    }
+    // Times that fit by themselves, and those that no clock reaches.
+    for patience in [ENDLESS, Duration::MAX / 2] {
+        let patient = scene.keeper.leader("l").step_down_after(patience);
+        let error = patient.campaign().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FencingNotSetUp, "{error:?}");
+    }
     scene.nothing_left().await;
 }
 
@@ -324,7 +336,9 @@ async fn dropped_at_any_point_a_candidate_leaves_nothing() {
     // Whoever led before has not resigned: it waits, too.
     for resigns in [true, false] {
         for polls in 0.. {
-            let campaign = leader(&scene.keeper).takeover_delay(Duration::from_millis(20));
+            let campaign = leader(&scene.keeper)
+                .step_down_after(STEPS_DOWN / 3)
+                .takeover_delay(STEPS_DOWN / 2);
             let elected = poll_times_and_drop(campaign.campaign(), polls).await;
             let completed = elected.is_some();
             match elected {
@@ -352,5 +366,49 @@ async fn dropped_at_any_point_a_candidate_leaves_nothing() {
     let work = tokio::spawn(leadership.loss());
     drop(leadership);
     in_time("the loss", work).await.unwrap();
+    scene.nothing_left().await;
+}
+
+/// A candidate that may wait for a short time only does not wait for the takeover delay either.
+#[tokio::test]
+async fn a_candidates_wait_covers_the_takeover_delay() {
+    let scene = scene().await;
+    drop(elected(leader(&scene.keeper)).await);
+    scene.nothing_left().await;
+    let brief = leader(&scene.keeper)
+        .takeover_delay(ENDLESS)
+        .wait(Duration::from_millis(100));
+    let error = in_time("the end of the wait", brief.campaign())
+        .await
+        .unwrap_err();
+    let text = "the takeover delay is not over, and the leader before has not resigned";
+    assert_error(&error, ErrorKind::LockTimeout, text);
+    scene.nothing_left().await;
+}
+
+/// What keeps the lock of a term ends with its runtime, and the term with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_the_runtime_ends_the_term() {
+    let scene = scene().await;
+    let config = scene.database.config();
+    let leads = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        // The clock does not end it.
+        let leadership = runtime.block_on(async {
+            let keeper = Keeper::new(lockkeeper_testkit::pool_of(config, 2));
+            elected(keeper.leader("l").step_down_after(ENDLESS)).await
+        });
+        assert!(leadership.is_leader());
+        leadership
+    });
+    let leadership = tokio::task::spawn_blocking(|| leads.join().unwrap())
+        .await
+        .unwrap();
+    in_time("the loss", leadership.loss()).await;
+    assert!(!leadership.is_leader() && leadership.loss().is_lost());
     scene.nothing_left().await;
 }

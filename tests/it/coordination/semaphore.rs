@@ -266,3 +266,49 @@ async fn a_silent_server_is_an_error_and_leaves_nothing() {
     drop(take(&scene.keeper, 1).await);
     scene.nothing_left().await;
 }
+
+/// Who has the wrong number is refused, and takes nothing that one with the right number could meet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_the_right_number_is_not_refused_with_who_has_not() {
+    let scene = Scene::new(4).await;
+    let other = Keeper::new(scene.database.pool(4));
+    let held = take(&scene.keeper, 2).await;
+    let wrong = async || {
+        for _ in 0..100 {
+            let error = other.semaphore("s", 5).try_acquire().await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config);
+        }
+    };
+    let right = async || {
+        for _ in 0..100 {
+            take(&scene.keeper, 2).await.release().await.unwrap();
+        }
+    };
+    tokio::join!(wrong(), wrong(), right());
+    held.release().await.unwrap();
+    scene.nothing_left().await;
+}
+
+/// The wait is for a connection, too, also where it is longer than that of the keeper.
+#[tokio::test]
+async fn a_pool_that_is_full_for_a_while_is_waited_for() {
+    let scene = Scene::new(1).await;
+    let hasty = Keeper::builder(scene.pool.clone())
+        .lock_wait(Duration::from_millis(50))
+        .build();
+    let in_use = scene.pool.get().await.unwrap();
+    let error = hasty.semaphore("s", 2).acquire().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Pool, "{error:?}");
+    let mut waiting = Box::pin(hasty.semaphore("s", 2).wait(ENDLESS).acquire());
+    // Longer than a connection to ask on is waited for.
+    let early = tokio::time::timeout(Duration::from_millis(1300), &mut waiting).await;
+    assert!(early.is_err(), "{early:?}");
+    drop(in_use);
+    in_time("a permit", waiting)
+        .await
+        .unwrap()
+        .release()
+        .await
+        .unwrap();
+    scene.nothing_left().await;
+}
