@@ -1,7 +1,6 @@
 //! Making the tables that coordination needs, once, whoever comes first.
 
 use super::{Coordination, begin_error, sql};
-use crate::deadline::timeout_millis;
 use crate::error::{Error, ErrorKind, is_insufficient_privilege, is_missing_table};
 use crate::key::LockKey;
 use crate::postgres::TableName;
@@ -57,13 +56,8 @@ pub(super) async fn set_up(coordination: &Coordination, what: &SetUp<'_>) -> Res
         let reply = guard.simple_query(sql).await;
         reply.map_err(|error| explain(error, right))
     };
-    let change = async |sql: &str, right: &str| {
-        let bounded = format!(
-            "SELECT pg_catalog.set_config('lock_timeout', '{}', true); {sql}",
-            timeout_millis(coordination.lock_wait)
-        );
-        ask(&bounded, right).await
-    };
+    let change =
+        async |sql: &str, right: &str| ask(&sql::waiting(sql, coordination.lock_wait), right).await;
     let tables: Vec<String> = what.tables.iter().map(ToString::to_string).collect();
     let tables = tables.join(", ");
     if !sql::is_yes(&ask(&sql::are_there(what.tables), "GRANT SELECT ON pg_class").await?) {

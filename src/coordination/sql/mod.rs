@@ -4,8 +4,11 @@ pub(crate) mod fencing;
 pub(crate) mod once;
 pub(crate) mod semaphore;
 
+use std::time::Duration;
+
 use tokio_postgres::SimpleQueryMessage;
 
+use crate::deadline::timeout_millis;
 use crate::postgres::TableName;
 use crate::postgres::sql::{is_true, literal, rows};
 
@@ -25,6 +28,12 @@ pub(crate) fn are_there(tables: &[&TableName]) -> String {
         })
         .collect();
     format!("SELECT {} AS yes", each.join(" AND "))
+}
+
+/// Statements that wait no longer for a lock, and those after them in their transaction.
+pub(crate) fn waiting(sql: &str, wait: Duration) -> String {
+    let wait = timeout_millis(wait);
+    format!("SELECT pg_catalog.set_config('lock_timeout', '{wait}', true); {sql}")
 }
 
 /// Whether the answer is `yes`.
