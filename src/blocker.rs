@@ -29,6 +29,8 @@ pub struct Blocker {
     pub(crate) wraparound: Option<bool>,
     /// What it waits for that this process holds, in words.
     pub(crate) waits_for_us: Option<String>,
+    /// Whether a guard or transaction of this process has it.
+    pub(crate) is_own: bool,
 }
 
 /// Whether an autovacuum worker prevents wraparound, by its `pg_stat_activity.query`; `None` if that is not visible. The
@@ -108,6 +110,15 @@ impl Blocker {
         self.waits_for_us.as_deref()
     }
 
+    /// Whether a guard or a transaction of this process is on that backend, by its process id: this process blocks itself.
+    ///
+    /// A backend of another server can have the same process id. So in a process that uses several servers this can be true of a
+    /// session of another process.
+    #[must_use]
+    pub fn is_this_process(&self) -> bool {
+        self.is_own
+    }
+
     /// Whether it holds the lock; `false` if it waits ahead in the lock's queue.
     #[must_use]
     pub fn is_holder(&self) -> bool {
@@ -133,6 +144,9 @@ impl fmt::Display for Blocker {
                 None => f.write_str("application hidden")?,
                 Some("") => f.write_str("no application_name")?,
                 Some(name) => write!(f, "{}", name.escape_debug())?,
+            }
+            if self.is_own {
+                f.write_str(", this process")?;
             }
             match &self.user {
                 Some(user) => write!(f, ", user {}", user.escape_debug())?,
@@ -186,6 +200,7 @@ mod tests {
             autovacuum: false,
             wraparound: None,
             waits_for_us: None,
+            is_own: false,
         }
     }
 

@@ -210,7 +210,8 @@ impl SessionGuard {
     /// `SELECT pg_advisory_unlock(…)` and the session's former `application_name`: one round trip.
     ///
     /// # Errors
-    /// [`LockLost`](crate::ErrorKind::LockLost) when the connection had ended, or the server says that the lock was not
+    /// [`LockLost`](crate::ErrorKind::LockLost) when the connection had ended (with the server's reason as its source, where that is
+    /// known), or the server says that the lock was not
     /// held: somebody else may have held it since. Nothing is left to release then.
     ///
     /// # Cancel safety
@@ -227,7 +228,12 @@ impl SessionGuard {
             return Err(lost);
         };
         if session.is_closed() {
-            return Err(lost);
+            // Boxed, because it is rare.
+            let why = Box::pin(session.ending(session.idle())).await;
+            return Err(match why {
+                Some(why) => lost.with_source(why),
+                None => lost,
+            });
         }
         self.end_loss(&mut session);
         // Reported as lost before: others have acted on that, whatever the server says now.

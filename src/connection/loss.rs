@@ -272,14 +272,17 @@ mod tests {
     async fn it_wakes_its_task_and_ends_the_work() {
         let signal = LossSignal::new();
         let key = LockKey::from(7);
-        assert_eq!(signal.run(&key, async { 1 }).await.unwrap(), 1);
+        assert_eq!(signal.run(&key, async { 1 }).await.ok(), Some(1));
         let (other, work) = (signal.clone(), std::future::pending::<()>());
         let waiting = tokio::spawn(async move { other.run(&LockKey::from(7), work).await });
         while !signal.is_awaited() {
             tokio::task::yield_now().await;
         }
         signal.lose("why");
-        let error = waiting.await.unwrap().unwrap_err();
+        let error = waiting
+            .await
+            .expect("it has not panicked")
+            .expect_err("it is lost");
         assert_eq!(error.kind(), ErrorKind::LockLost);
         assert!(signal.run(&key, async { 1 }).await.is_err());
         assert!(!signal.is_awaited());

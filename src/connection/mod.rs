@@ -59,7 +59,6 @@ pub use observer::ToStatement;
 pub(crate) use observer::{
     Beginning, Observation, Observed, Observer, PendingStatement, Sent, StatementEnd,
 };
-#[cfg(any(feature = "monitor", feature = "schema"))]
 pub(crate) use own_backends::is_own_backend;
 pub(crate) use pool::{Asker, Connections, LONGEST_SILENCE};
 pub(crate) use queries::query_methods;

@@ -35,7 +35,6 @@ impl Drop for OwnBackend {
 }
 
 /// Whether a guard, or a transaction, of this process has the backend.
-#[cfg(any(feature = "monitor", feature = "schema"))]
 pub(crate) fn is_own_backend(pid: i32) -> bool {
     register().contains_key(&pid)
 }

@@ -229,6 +229,7 @@ fn blockers(snapshot: &Snapshot, pid: i32) -> Vec<Blocker> {
             autovacuum: backend.is_some_and(is_autovacuum),
             wraparound: blocker::prevents_wraparound(backend.and_then(Backend::statement)),
             waits_for_us: waits_for_us(snapshot, edge.blocker()),
+            is_own: edge.blocker().pid().is_some_and(is_own_backend),
         }
     };
     edges.map(blocker).collect()

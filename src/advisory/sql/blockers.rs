@@ -7,6 +7,7 @@ use tokio_postgres::SimpleQueryMessage;
 
 use super::Locks;
 use crate::blocker::Blocker;
+use crate::connection::is_own_backend;
 use crate::connection::sql::server::Denied;
 use crate::key::{KeyId, LockKey};
 use crate::mode::AdvisoryMode;
@@ -110,6 +111,7 @@ pub(crate) fn blockers(reply: &[SimpleQueryMessage], mode: AdvisoryMode) -> Vec<
                 autovacuum: false,
                 wraparound: None,
                 waits_for_us: None,
+                is_own: pid.is_some_and(is_own_backend),
             })
         })
         .collect()

@@ -165,6 +165,8 @@ pub(super) enum CatalogCheck {
     Options(Vec<String>),
     /// The functions that a query calls.
     Calls(Vec<String>),
+    /// It is a CHECK that children do not inherit.
+    NoInherit,
     /// The bounds of a partition: what follows FOR VALUES.
     Bounds(String),
 }

@@ -287,8 +287,11 @@ fn constraint(cursor: &mut Cursor<'_>, table: &TableName) -> Option<Action> {
             "ALTER TABLE … ADD CHECK … NOT VALID",
             "ALTER TABLE … ADD CHECK … NOT ENFORCED",
         ));
-        // The children do not inherit it.
-        Some(action.only(cursor.has(&["no", "inherit"])))
+        Some(if cursor.has(&["no", "inherit"]) {
+            action.checking(CatalogCheck::NoInherit)
+        } else {
+            action
+        })
     } else if cursor.sees(&["foreign", "key"]) {
         let name = choose(
             "ALTER TABLE … ADD FOREIGN KEY",

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_postgres::SimpleQueryMessage;
 
 use crate::blocker::{self, Blocker};
+use crate::connection::is_own_backend;
 use crate::mode::{AdvisoryMode, LockMode};
 use crate::postgres::sql::{is_true, literal, parsed, rows, seconds, text};
 use crate::postgres::table_name::TableName;
@@ -220,8 +221,9 @@ pub(crate) fn read_holders_and_waiters(
     let read = |row| {
         let oid: u32 = parsed(row, "relation")?;
         let mode = LockMode::from_pg_locks(&text(row, "mode")?)?;
+        let pid = parsed(row, "pid");
         let blocker = Blocker {
-            pid: parsed(row, "pid"),
+            pid,
             prepared: text(row, "gid"),
             application_name: text(row, "application_name"),
             user: text(row, "usename"),
@@ -234,6 +236,7 @@ pub(crate) fn read_holders_and_waiters(
             autovacuum: is_true(row, "is_autovacuum"),
             wraparound: blocker::prevents_wraparound(text(row, "query").as_deref()),
             waits_for_us: None,
+            is_own: pid.is_some_and(is_own_backend),
         };
         Some((oid, blocker))
     };

@@ -468,7 +468,10 @@ async fn what_is_not_touched_is_not_named() {
         "ALTER TABLE parent ADD CONSTRAINT d CHECK (a > 0) NO INHERIT",
         "ALTER TABLE ONLY parent ALTER a SET DEFAULT 1",
     ] {
-        assert_mode(&scene, sql, "child", None).await;
+        // Since 18 the children of a CHECK with NO INHERIT are locked, though not read.
+        let is_locked =
+            scene.database.server().major() >= 18 && sql.starts_with("ALTER TABLE parent");
+        assert_mode(&scene, sql, "child", AX.filter(|_| is_locked)).await;
         assert_passes(&scene, sql).await;
     }
     assert_passes(&scene, "ALTER TABLE t ALTER a SET NOT NULL").await;

@@ -44,6 +44,7 @@ async fn a_timeout_names_the_key_the_wait_and_the_holder() {
                 let text = error.to_string();
                 for part in [
                     "invoice:42",
+                    "this process",
                     "tests/it/timeouts/mod.rs:",
                     &pid.to_string(),
                     state,
@@ -75,6 +76,26 @@ async fn the_holders_call_site_is_the_line_that_asked_for_the_lock() {
     let name = error.blockers()[0].application_name().unwrap();
     assert_eq!(name, format!("test tests/it/timeouts/blockers.rs:{line}"));
     drop(guard);
+    scene.nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_of_no_keeper_is_not_of_this_process() {
+    let scene = warm(2).await;
+    let client = scene.database.connect().await;
+    client
+        .execute("SELECT pg_advisory_lock(515)", &[])
+        .await
+        .unwrap();
+    for scope in SCOPES {
+        let error = timed_out(take(&scene.keeper, scope, LockKey::from(515), ms(20)).await);
+        assert!(!error.blockers()[0].is_this_process(), "{error}");
+        assert!(!error.to_string().contains("this process"), "{error}");
+    }
+    client
+        .execute("SELECT pg_advisory_unlock(515)", &[])
+        .await
+        .unwrap();
     scene.nothing_left().await;
 }
 

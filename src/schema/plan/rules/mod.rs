@@ -361,6 +361,15 @@ impl<'e> Rules<'e> {
     fn by_rows(&mut self, action: &Action, oid: u32) {
         let name = action.name;
         let targets = self.targets(oid, self.recursion(action, oid));
+        if action.check == CatalogCheck::NoInherit {
+            self.row_locks(name, &[oid], action);
+            // Since 18 the children are locked all the same.
+            if self.major >= 18 {
+                let (role, mode) = (LockedRelation::Child, LockMode::AccessExclusive);
+                self.lock_all(&targets[1..], name, role, mode, TableWork::Brief);
+            }
+            return;
+        }
         self.row_locks(name, &targets, action);
         let rows: Vec<_> = self.rows(name).collect();
         for row in rows {
