@@ -56,6 +56,12 @@ pub enum ErrorKind {
     /// A section ended its own transaction, or exchanged it for another one. What it did before may be committed or not.
     /// Where it has begun another transaction after the first (`COMMIT AND CHAIN`), that is not found out.
     TransactionEnded,
+    /// A newer fencing token was issued for the same lock: another holder has it now. Nothing may be written any more under
+    /// the older one.
+    Fenced,
+    /// There are no tables for fencing tokens in the database, or they are another server's. The error says what to do:
+    /// `keeper.fencing().set_up()`.
+    FencingNotSetUp,
     /// The pool gave no connection.
     Pool,
     /// The request cannot work as it was put; nothing was sent.
@@ -85,6 +91,8 @@ impl ErrorKind {
             Self::Cancelled => "statement cancelled",
             Self::AlreadyHeld => "the section holds this lock already",
             Self::TransactionEnded => "the section has ended its own transaction",
+            Self::Fenced => "a newer fencing token was issued",
+            Self::FencingNotSetUp => "fencing tokens are not set up",
             Self::Pool => "no connection from the pool",
             Self::Config => "bad request",
             Self::Database => "database error",
@@ -607,6 +615,20 @@ pub(crate) fn is_failed_check(error: &Error) -> bool {
 /// Whether there is no operator or function for values of these types.
 pub(crate) fn is_undefined_function(error: &tokio_postgres::Error) -> bool {
     error.code() == Some(&SqlState::UNDEFINED_FUNCTION)
+}
+
+/// Whether a table, or its schema, is not there.
+#[cfg(feature = "coordination")]
+pub(crate) fn is_missing_table(error: &Error) -> bool {
+    error.sqlstate().is_some_and(|code| {
+        *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME
+    })
+}
+
+/// Whether a function was given a value that it does not take, such as the name of a time zone that there is none of.
+#[cfg(feature = "coordination")]
+pub(crate) fn is_invalid_parameter(error: &Error) -> bool {
+    error.sqlstate() == Some(&SqlState::INVALID_PARAMETER_VALUE)
 }
 
 /// Whether the server cannot do at all what was asked.

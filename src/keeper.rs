@@ -74,6 +74,8 @@ struct Inner {
     names: ApplicationNames,
     call_sites: bool,
     lock_wait: Duration,
+    #[cfg(feature = "coordination")]
+    lines: Arc<crate::coordination::Lines>,
 }
 
 impl Keeper {
@@ -95,6 +97,8 @@ impl Keeper {
             heartbeat: HeartbeatOptions::DEFAULT,
             #[cfg(feature = "incidents")]
             sampling: crate::sampler::SamplerOptions::default(),
+            #[cfg(feature = "coordination")]
+            coordination_schema: "public".to_owned(),
         }
     }
 
@@ -390,6 +394,54 @@ impl Keeper {
     }
 }
 
+/// What several processes agree on.
+#[cfg(feature = "coordination")]
+impl Keeper {
+    /// Fencing tokens: numbers that increase with each tenure of a lock. Nothing is sent before it is set up.
+    #[track_caller]
+    pub fn fencing(&self) -> crate::coordination::Fencing {
+        crate::coordination::Fencing::new(self.coordination(CallSite::caller()))
+    }
+
+    /// One leader among all processes: `keeper.leader("scheduler").run(async |term| …)`. Its term's number is a fencing token, so
+    /// [`fencing`](Self::fencing) has to be set up.
+    #[track_caller]
+    pub fn leader(&self, name: impl Into<String>) -> crate::coordination::Leader {
+        let coordination = self.coordination(CallSite::caller());
+        crate::coordination::Leader::new(coordination, name.into())
+    }
+
+    /// A number of permits that all processes share: `keeper.semaphore("thumbnails", 4).acquire()`. All have to name the same
+    /// number.
+    #[track_caller]
+    pub fn semaphore(
+        &self,
+        name: impl Into<String>,
+        permits: u32,
+    ) -> crate::coordination::Semaphore {
+        let coordination = self.coordination(CallSite::caller());
+        crate::coordination::Semaphore::new(coordination, name.into(), permits)
+    }
+
+    /// Work that runs once in each period, over all processes: `keeper.once("nightly", a_day).run(async |tx| …)`.
+    #[track_caller]
+    pub fn once(&self, name: impl Into<String>, period: Duration) -> crate::coordination::Once {
+        let coordination = self.coordination(CallSite::caller());
+        crate::coordination::Once::new(coordination, name.into(), period)
+    }
+
+    fn coordination(&self, caller: CallSite) -> crate::coordination::Coordination {
+        let call_site = self.call_site(caller);
+        crate::coordination::Coordination {
+            advisory: Arc::clone(&self.inner.advisory),
+            application_name: self.inner.names.of(call_site.as_ref()),
+            call_site,
+            lock_wait: self.inner.lock_wait,
+            lines: Arc::clone(&self.inner.lines),
+        }
+    }
+}
+
 impl fmt::Debug for Keeper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keeper")
@@ -411,6 +463,8 @@ pub struct KeeperBuilder {
     heartbeat: HeartbeatOptions,
     #[cfg(feature = "incidents")]
     sampling: crate::sampler::SamplerOptions,
+    #[cfg(feature = "coordination")]
+    coordination_schema: String,
 }
 
 impl KeeperBuilder {
@@ -513,6 +567,8 @@ impl KeeperBuilder {
             self.longest_silence,
             self.heartbeat,
         );
+        #[cfg(feature = "coordination")]
+        connections.set_tables_schema(self.coordination_schema);
         #[cfg(feature = "incidents")]
         let reporter = Some(crate::sampler::Sampler::new(
             Arc::clone(&connections),
@@ -527,8 +583,21 @@ impl KeeperBuilder {
                 names: ApplicationNames::new(self.application),
                 call_sites: self.call_sites,
                 lock_wait: self.lock_wait,
+                #[cfg(feature = "coordination")]
+                lines: Arc::default(),
             }),
         }
+    }
+}
+
+/// Where coordination keeps what outlives a session.
+#[cfg(feature = "coordination")]
+impl KeeperBuilder {
+    /// The schema of the tables `lockkeeper_fencing`, `lockkeeper_fencing_server` and `lockkeeper_once`; `public` by
+    /// default. All processes have to name the same one. It has to exist before the tables are set up.
+    pub fn coordination_schema(mut self, schema: impl Into<String>) -> Self {
+        self.coordination_schema = schema.into();
+        self
     }
 }
 

@@ -34,6 +34,10 @@
 //! | take one more lock, or a savepoint, inside a transaction | [`Tx::advisory_lock`], [`Tx::savepoint`] |
 //! | lock rows in one order, so that those who do never deadlock over them | [`Tx::lock_rows`] |
 //! | change all rows of a large table while others use it | [`Keeper::backfill`], [`Backfill`] |
+//! | refuse what a former holder of a lock writes | [`SessionGuard::fencing_token`], [`Tx::check_fencing`], [`Fencing`] |
+//! | have one leader among many processes | [`Keeper::leader`], [`Leader`] |
+//! | let a number of tasks do something at a time, over all processes | [`Keeper::semaphore`], [`Semaphore`] |
+//! | run work once a day, whichever process asks first | [`Keeper::once`], [`Once`] |
 //! | know what a key is, and compute it in SQL | [`LockKey`] |
 //! | share a lock with a Rails, Django, Go or .NET program | `compat`, with the feature of that name |
 //! | know what a lock on a table or a row keeps waiting, and which statement takes which | [`LockMode`], [`RowLock`], [`StatementLock`] |
@@ -67,6 +71,7 @@
 //! | `server-log` | reading the server's own log: `server_log` |
 //! | `pictures` | lock trees and incidents as HTML, Mermaid and DOT |
 //! | `compat` | keys as other programs derive them |
+//! | `coordination` | what many processes agree on: fencing tokens, `Keeper::leader`, `Keeper::semaphore`, `Keeper::once` |
 //! | `metrics` | waits, holds, timeouts, retries and deadlocks of this process for the `metrics` facade ([`guide::numbers`]); `Health::record`, together with `monitor`: the server's locks |
 //! | `serde` | incidents, trees, locks, health and settings as JSON |
 //! | `full` | all of them |
@@ -133,6 +138,8 @@ mod backoff;
 mod blocker;
 mod call_site;
 mod connection;
+#[cfg(feature = "coordination")]
+mod coordination;
 mod deadline;
 mod error;
 #[cfg(feature = "incidents")]
@@ -167,6 +174,10 @@ pub use backfill::{
 pub use blocker::Blocker;
 pub use call_site::CallSite;
 pub use connection::{Connector, Loss, ToStatement, tcp_timeouts};
+#[cfg(feature = "coordination")]
+pub use coordination::{
+    Fencing, FencingToken, Leader, Leadership, Once, Semaphore, SemaphorePermit, Term,
+};
 pub use deadpool_postgres;
 pub use error::{Error, ErrorKind, is_retryable};
 #[cfg(feature = "incidents")]

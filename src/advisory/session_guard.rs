@@ -59,6 +59,8 @@ pub struct SessionGuard {
     since: Instant,
     loss: LossSignal,
     _counted: Held,
+    #[cfg(feature = "coordination")]
+    issued: Option<(i64, i64)>,
 }
 
 impl SessionGuard {
@@ -99,10 +101,12 @@ impl SessionGuard {
             since: Instant::now(),
             loss,
             _counted: counted,
+            #[cfg(feature = "coordination")]
+            issued: None,
         }
     }
 
-    pub(super) fn session(&self) -> &Session {
+    pub(crate) fn session(&self) -> &Session {
         self.session
             .as_ref()
             .expect("a guard has its session until it ends")
@@ -368,6 +372,32 @@ impl SessionGuard {
                 Err(error)
             }
         }
+    }
+
+    /// How long a lock may be waited for on the guard's connection where the call does not say.
+    #[cfg(feature = "coordination")]
+    pub(crate) fn lock_wait(&self) -> Duration {
+        self.lock_wait
+    }
+
+    /// Has the server say that the connection holds the locks.
+    ///
+    /// Cancel safety: dropped, the question stays unanswered, and the connection is not used again after the guard.
+    #[cfg(feature = "coordination")]
+    pub(crate) async fn confirm(&self) -> Result<(), Error> {
+        let lost = Error::new(ErrorKind::LockLost).with_key(&self.keys[0]);
+        if self.is_lost() {
+            return Err(lost);
+        }
+        let check = sql::check_held(self.locks());
+        let confirmed = self.session().message(&check).await;
+        confirmed.map(drop).map_err(|error| lost.with_source(error))
+    }
+
+    /// The fencing token of this tenure, once it is issued.
+    #[cfg(feature = "coordination")]
+    pub(crate) fn issued(&mut self) -> &mut Option<(i64, i64)> {
+        &mut self.issued
     }
 
     pub(super) fn application_name(&self) -> Option<&str> {

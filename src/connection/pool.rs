@@ -57,6 +57,9 @@ pub(crate) struct Connections {
     begun: Instant,
     /// When the server last answered on any of them, in milliseconds since then.
     heard: AtomicU64,
+    /// The schema of the tables in which this crate keeps what outlives a session.
+    #[cfg(feature = "coordination")]
+    tables: std::sync::OnceLock<Box<str>>,
 }
 
 /// Without the pool's configuration, which names hosts and users.
@@ -89,7 +92,22 @@ impl Connections {
             extended: AtomicBool::new(false),
             begun: Instant::now(),
             heard: AtomicU64::new(0),
+            #[cfg(feature = "coordination")]
+            tables: std::sync::OnceLock::new(),
         })
+    }
+
+    /// Says once which schema this crate's tables are in.
+    #[cfg(feature = "coordination")]
+    pub(crate) fn set_tables_schema(&self, schema: impl Into<Box<str>>) {
+        // The first one counts.
+        drop(self.tables.set(schema.into()));
+    }
+
+    /// The schema of this crate's tables; `public` where nothing was said.
+    #[cfg(feature = "coordination")]
+    pub(crate) fn tables_schema(&self) -> &str {
+        self.tables.get().map_or("public", |schema| schema)
     }
 
     /// What has been found out about the servers behind the pool.

@@ -216,6 +216,16 @@ impl LockKey {
         }
     }
 
+    /// A key with a name and a number that is not derived from it.
+    #[cfg(feature = "coordination")]
+    pub(crate) fn numbered(namespace: &str, name: &str, number: i64) -> Self {
+        let (namespace, name) = (namespace.into(), name.into());
+        Self {
+            id: KeyId::Int8(number),
+            name: Some(Arc::new(Name::Own { namespace, name })),
+        }
+    }
+
     #[cfg(feature = "compat")]
     fn foreign(program: &'static str, arguments: &[&str], id: KeyId) -> Self {
         let arguments = arguments.iter().map(|&text| text.into()).collect();

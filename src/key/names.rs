@@ -41,13 +41,17 @@ pub(crate) fn register(key: &LockKey) -> Result<Registration, Collision> {
 }
 
 /// The named key that this process last used for the number, if it still remembers it.
-#[cfg(any(feature = "incidents", feature = "server-log"))]
+#[cfg(any(
+    feature = "incidents",
+    feature = "server-log",
+    feature = "coordination"
+))]
 pub(crate) fn lookup(id: KeyId) -> Option<LockKey> {
     lock().entries.get(&id).map(|entry| entry.key.clone())
 }
 
 /// The key with the name that this process knows for it, if it knows one.
-#[cfg(feature = "incidents")]
+#[cfg(any(feature = "incidents", feature = "coordination"))]
 pub(crate) fn named(key: LockKey) -> LockKey {
     lookup(key.id()).unwrap_or(key)
 }

@@ -9,6 +9,8 @@
 //! Two exceptions: the ids of `Tx::lock_rows` are bound, since only their own types know how they are written; and the
 //! assignments and the condition of a `Backfill` are the caller's SQL, run as they are, as its documentation says.
 
+#[cfg(any(feature = "schema", feature = "coordination"))]
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -106,6 +108,20 @@ fn split_at_special(text: &str) -> Option<(&str, u8, &str)> {
         .iter()
         .position(|byte| matches!(byte, b'\'' | b'\\' | 0))?;
     Some((&text[..at], bytes[at], &text[at + 1..]))
+}
+
+/// A text that a server of any encoding takes, and another one for each text: plain ASCII as it is, and else with
+/// `\u{…}` for what is not ASCII, and for the backslash.
+#[cfg(any(feature = "schema", feature = "coordination"))]
+pub(crate) fn in_ascii(text: &str) -> Cow<'_, str> {
+    if text.is_ascii() && !text.contains("\\u{") {
+        return Cow::Borrowed(text);
+    }
+    let escaped = text.chars().map(|c| match c {
+        c if c.is_ascii() && c != '\\' => c.to_string(),
+        c => c.escape_unicode().to_string(),
+    });
+    Cow::Owned(escaped.collect())
 }
 
 /// `SET LOCAL name = value; `, where `value` is SQL already.
@@ -218,5 +234,13 @@ mod tests {
         assert_eq!(setting_duration("250us"), Some(Duration::from_micros(250)));
         assert_eq!(setting_duration("soon"), None);
         assert_eq!(setting_duration(""), None);
+    }
+
+    #[cfg(any(feature = "schema", feature = "coordination"))]
+    #[test]
+    fn no_two_texts_become_one() {
+        assert_eq!(in_ascii(r"k'e\y"), r"k'e\y");
+        assert_eq!(in_ascii(r"é\"), r"\u{e9}\u{5c}");
+        assert_eq!(in_ascii(r"\u{e9}"), r"\u{5c}u{e9}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lockkeeper::{Error, ErrorKind, Keeper, LockKey, SessionGuard, XactGuard};
+use lockkeeper::{Error, ErrorKind, FencingToken, Keeper, LockKey, SessionGuard, XactGuard};
 use lockkeeper_testkit::{
     Database, PoolMode, Scene, Server, assert_error, assert_error_in, connect, eventually,
     lock_by_sql, poll_times_and_drop, pool_of, unlock_by_sql, until_connected,
@@ -626,6 +626,43 @@ async fn use_everything(scene: &Scene, keeper: &Keeper) {
         Ok::<_, Error>(())
     });
     swallowed.await.unwrap_err();
+    scene.nothing_left().await;
+    // In a future of its own, or this one would be too large for the stack.
+    Box::pin(use_coordination(scene, keeper)).await;
+}
+
+async fn use_coordination(scene: &Scene, keeper: &Keeper) {
+    let fencing = keeper.fencing();
+    fencing.set_up().await.unwrap();
+    let mut guard = keeper.advisory_lock("k").session().acquire().await.unwrap();
+    let token = guard.fencing_token().await.unwrap();
+    guard.release().await.unwrap();
+    for token in [
+        token,
+        FencingToken::new("k", (token.epoch(), token.counter() + 1)),
+    ] {
+        let checked = keeper.transaction(async |tx| tx.check_fencing(token).await);
+        checked.await.unwrap();
+    }
+    fencing.floor(token).set_up().await.unwrap();
+    for since_last_run in [false, true] {
+        let day = Duration::from_secs(86_400);
+        let mut once = keeper.once(format!("{since_last_run}"), day);
+        if since_last_run {
+            once = once.since_last_run();
+        }
+        once.set_up().await.unwrap();
+        once.run(async |_| Ok::<_, Error>(())).await.unwrap();
+    }
+    let permits = keeper.semaphore("s", 1);
+    let permit = permits.clone().acquire().await.unwrap();
+    assert!(permits.clone().try_acquire().await.unwrap().is_none());
+    let wait = Duration::from_millis(100);
+    permits.wait(wait).acquire().await.unwrap_err();
+    permit.release().await.unwrap();
+    let leader = keeper.leader("l");
+    let led = leader.run(async |_| Ok::<_, Error>(()));
+    led.await.unwrap();
     scene.nothing_left().await;
 }
 

@@ -17,6 +17,7 @@ mod citations;
 mod commit_outcome;
 mod comparison;
 mod conflict_group;
+mod coordination;
 mod diagnoses;
 mod doctor;
 mod drops;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Manager, Pool};
 use futures::future::pending;
-use lockkeeper::{Error, Keeper};
-use lockkeeper_testkit::{ENDLESS, GIVE_UP_AFTER, Scene, eventually};
+use lockkeeper::{Error, Keeper, Leader};
+use lockkeeper_testkit::{ENDLESS, GIVE_UP_AFTER, Scene, eventually, in_time};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio_postgres::{IsolationLevel, NoTls};
@@ -125,6 +125,11 @@ async fn work(task: &str, keeper: Keeper) -> Result<(), Error> {
             });
             transaction.await
         }
+        "lead" => {
+            let _leadership = short_terms(&keeper).campaign().await?;
+            say("ready");
+            pending().await
+        }
         "hold in a section" => {
             let section = keeper.with_advisory_lock(KEY, async |tx| {
                 tx.batch_execute("CREATE TABLE never (id int)").await?;
@@ -237,6 +242,35 @@ async fn the_lock_of_a_killed_process_goes_to_the_next() {
             assert!(rolled_back, "{task}");
         }
     }
+}
+
+const TAKES_OVER: Duration = Duration::from_millis(650);
+
+fn short_terms(keeper: &Keeper) -> Leader {
+    keeper
+        .leader("l")
+        .step_down_after(Duration::from_millis(600))
+        .takeover_delay(TAKES_OVER)
+        .poll_interval(Duration::from_millis(10))
+}
+
+/// It has not resigned: for all that its successor knows, it may have lost its connection only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_successor_of_a_killed_leader_waits_and_has_a_newer_token() {
+    let scene = Scene::new(2).await;
+    scene.keeper.fencing().set_up().await.unwrap();
+    let mut other = Other::start(&scene, "lead");
+    other.says("ready").await;
+    let key = ("lockkeeper leader", "l");
+    assert_eq!(scene.holders(key).await.len(), 1);
+    let candidate = tokio::spawn(short_terms(&scene.keeper).campaign());
+    let killed = Instant::now();
+    other.kill().await;
+    let leadership = in_time("the succession", candidate).await.unwrap().unwrap();
+    assert!(killed.elapsed() >= TAKES_OVER);
+    assert_eq!(leadership.token().counter(), 2);
+    leadership.resign().await.unwrap();
+    scene.nothing_left().await;
 }
 
 /// Kills a process that waits, and tells how long its waiter stays in the queue.

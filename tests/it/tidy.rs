@@ -14,12 +14,13 @@ const LAYERS: [&str; 8] = [
     "graph transaction server_log",
     "incident advisory",
     "monitor sampler",
-    "schema resolver",
+    "schema resolver coordination",
     "backfill",
     "keeper",
 ];
 /// What features add. The core never names it; `keeper` and `lib.rs` wire it.
-const OPTIONAL: &str = "picture graph server_log incident monitor sampler schema resolver backfill";
+const OPTIONAL: &str =
+    "picture graph server_log incident monitor sampler schema resolver backfill coordination";
 /// What only `connection` does.
 const CUSTODY: &str = "spawn spawn_blocking cancel_token cancel_query cancel_query_raw";
 const TYPES: &str = "struct enum trait type union";

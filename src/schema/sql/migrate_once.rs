@@ -1,9 +1,7 @@
 //! The table that records which migrations are done.
 
-use std::borrow::Cow;
-
 use super::catalog::is_named;
-use crate::postgres::sql::literal;
+use crate::postgres::sql::{in_ascii, literal};
 use crate::postgres::table_name::TableName;
 
 /// The table's name.
@@ -43,19 +41,6 @@ pub(crate) fn done(table: &TableName, key: &str, by: &str) -> String {
     )
 }
 
-/// A text that a server of any encoding takes, and another one for each text: plain ASCII as it is, and else with
-/// `\u{…}` for what is not ASCII, and for the backslash.
-fn in_ascii(text: &str) -> Cow<'_, str> {
-    if text.is_ascii() && !text.contains("\\u{") {
-        return Cow::Borrowed(text);
-    }
-    let escaped = text.chars().map(|c| match c {
-        c if c.is_ascii() && c != '\\' => c.to_string(),
-        c => c.escape_unicode().to_string(),
-    });
-    Cow::Owned(escaped.collect())
-}
-
 /// Whether the transaction began before this statement.
 pub(crate) const IN_TRANSACTION: &str = "SELECT pg_catalog.transaction_timestamp() \
     OPERATOR(pg_catalog.<) pg_catalog.statement_timestamp() AS yes";
@@ -63,16 +48,4 @@ pub(crate) const IN_TRANSACTION: &str = "SELECT pg_catalog.transaction_timestamp
 /// Whether there is a backend with this pid. Needs no lock and no privilege.
 pub(crate) fn is_alive(pid: i32) -> String {
     format!("SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity({pid})) AS yes")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::in_ascii;
-
-    #[test]
-    fn no_two_texts_become_one() {
-        assert_eq!(in_ascii(r"k'e\y"), r"k'e\y");
-        assert_eq!(in_ascii(r"é\"), r"\u{e9}\u{5c}");
-        assert_eq!(in_ascii(r"\u{e9}"), r"\u{5c}u{e9}");
-    }
 }
