@@ -141,6 +141,8 @@ impl WaitQueue {
         let keys = request.keys().iter().take(LOOKED_AT).cloned().collect();
         let id = request.keys()[0].id();
         let wake = Arc::new(Notify::new());
+        // Before the queue is locked: it calls the program's own recorder.
+        let counted = Waiting::begin();
         let mut state = self.lock();
         state.next_number += 1;
         let number = state.next_number;
@@ -169,7 +171,7 @@ impl WaitQueue {
             number,
             wake,
             has_waited: has_tried,
-            _counted: Waiting::begin(),
+            _counted: counted,
         }
     }
 

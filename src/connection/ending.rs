@@ -170,7 +170,8 @@ impl Session {
             Some(timeout) => timeout,
             None => {
                 let question = server::setting(end.setting());
-                let asked = self.connections().ask_persistently(ASKING, &question);
+                let most = ASKING.min(self.connections().longest_silence());
+                let asked = self.connections().ask_persistently(most, &question);
                 server::duration(&asked.await.ok()?)?
             }
         };

@@ -1,7 +1,8 @@
 //! The watch over connections that hold session locks: it finds out that one has ended, or that its server is silent.
 //!
 //! The driver tells nobody that a connection has ended, but it answers when it is asked. So one task asks for all
-//! connections of a keeper, more often while a [`Loss`](super::Loss) is awaited. No query waits on a connection for it.
+//! connections of a keeper, more often while a [`Loss`](super::Loss) is awaited. On a current-thread runtime each connection has its
+//! own. No query waits on a connection for it.
 //!
 //! A server that vanishes without a word is found out by the heartbeat, a small query on an idle connection. It is sent
 //! neither in a transaction, whose `idle_in_transaction_session_timeout` it would put off, nor during a statement of the
@@ -21,7 +22,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio_postgres::{Error as DriverError, SimpleQueryMessage};
 
 use super::request::poll_once;
-use super::sql::heartbeat::{NOT_KNOWN, heartbeat, idles, is_idle, read_heartbeat};
+use super::sql::heartbeat::{NOT_KNOWN, heartbeat, idles, is_idle, lives, read_heartbeat};
 use super::state::ConnectionState;
 use super::{Connections, LossSignal, Reply, Session};
 use crate::error::{Failure, classify};
@@ -35,6 +36,8 @@ const LOOKS_AT_NOTHING: u32 = 50;
 const FIRST: Duration = Duration::from_millis(250);
 /// How long another connection is waited for.
 const SPARE: Duration = Duration::from_millis(500);
+/// How long its answer is waited for, where the heartbeat had none.
+const ALIVE: Duration = Duration::from_secs(1);
 /// The patience is counted in so many steps: a runtime that stands still, and so reads no answer, uses up one of them.
 const STEPS: u32 = 8;
 
@@ -168,13 +171,15 @@ impl LossWatch {
         };
         drop(runtime.spawn(async move {
             let mut looks_at_nothing = 0;
+            // Nothing joins the task of a single connection.
+            let most = if is_shared { LOOKS_AT_NOTHING } else { 0 };
             loop {
                 let look = ticking.look();
                 looks_at_nothing = match look {
                     Look::Nothing => looks_at_nothing + 1,
                     Look::Awaited | Look::NotAwaited => 0,
                 };
-                if looks_at_nothing > LOOKS_AT_NOTHING && ticking.stop() {
+                if looks_at_nothing > most && ticking.stop() {
                     break;
                 }
                 tokio::time::sleep(match look {
@@ -345,8 +350,21 @@ impl Watched {
                 return Ok(None);
             }
         }
+        // The driver reads no answer while the caller leaves the rows of a stream before it unread.
+        if self.state.is_untracked() && self.lives_on(connections).await {
+            return Ok(None);
+        }
         self.state.lost();
         Err(Lost(Some("the server did not answer a heartbeat")))
+    }
+
+    /// Whether another connection says that the backend is there.
+    async fn lives_on(&self, connections: &Arc<Connections>) -> bool {
+        let Some(pid) = self.pid else { return false };
+        let question = lives(pid);
+        let asking = connections.ask_within(SPARE, &question);
+        let asked = tokio::time::timeout(ALIVE, asking).await;
+        asked.is_ok_and(|asked| asked.is_ok_and(|reply| idles(&reply)))
     }
 
     fn judge(&self, answer: Result<Reply, DriverError>) -> Result<Option<Duration>, Lost> {
@@ -366,6 +384,8 @@ impl Watched {
         let Some(heartbeat) = read_heartbeat(reply) else {
             return Ok(None);
         };
+        // The server counts the idle time from here.
+        self.state.heard();
         if heartbeat.in_transaction {
             self.state.may_begin();
         }

@@ -70,6 +70,9 @@ pub(crate) use state::UntilClean;
 use state::{Clean, ConnectionState, State};
 pub use tcp_timeouts::tcp_timeouts;
 
+/// Within this time a statement fails that is sent on a connection that has ended.
+const FOUND_ENDED: Duration = Duration::from_secs(1);
+
 /// The rows and ends of statements of one simple-query message.
 pub(crate) type Reply = Vec<SimpleQueryMessage>;
 
@@ -397,6 +400,7 @@ impl Session {
         RunningStatement {
             session: self,
             idle: self.state.idle(),
+            sent_at: Instant::now(),
             may_copy: self.state.is_untracked(),
             number: Some(self.state.sent()),
             pending: None,
@@ -538,6 +542,7 @@ pub(crate) struct RunningStatement<'a> {
     session: &'a Session,
     /// For how long the session was idle before.
     idle: Option<Duration>,
+    sent_at: Instant,
     /// Whether the caller may be sending the rows of a COPY that was begun before.
     may_copy: bool,
     // `None` once it has ended.
@@ -567,7 +572,11 @@ impl RunningStatement<'_> {
     ) -> Result<T, tokio_postgres::Error> {
         match result {
             // Boxed, because it is rare and every statement's future would have its size.
-            Err(error) => Err(Box::pin(self.session.explained(error, self.idle)).await),
+            Err(error) => {
+                // What ended later was not ended for being idle.
+                let idle = self.idle.filter(|_| self.sent_at.elapsed() < FOUND_ENDED);
+                Err(Box::pin(self.session.explained(error, idle)).await)
+            }
             answered => answered,
         }
     }
@@ -654,5 +663,7 @@ impl Drop for Session {
                 }
             }
         }
+        // A heartbeat can still have the state.
+        self.state.closed();
     }
 }

@@ -160,6 +160,17 @@ impl ConnectionState {
         facts.dropped_before = Some(facts.next_number);
     }
 
+    /// The server has answered something that is no statement of the caller.
+    pub(super) fn heard(&self) {
+        self.facts().answered = Some(Instant::now());
+    }
+
+    /// The connection is closed: what is on it is gone with it.
+    pub(super) fn closed(&self) {
+        let kept = self.facts().until_clean.take();
+        drop(kept);
+    }
+
     /// A message behind all statements has been answered.
     pub(super) fn all_answered(&self) {
         let mut facts = self.facts();

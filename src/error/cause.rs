@@ -10,13 +10,14 @@ use tokio_postgres::error::DbError;
 use super::Error;
 
 /// Routines that raise messages which the application or its functions have written.
-const RAISED: [&str; 6] = [
+const RAISED: [&str; 7] = [
     "exec_stmt_raise",
     "exec_stmt_assert",
     "PLy_elog",
     "PLy_elog_impl",
     "plperl_call_perl_func",
     "throw_tcl_error",
+    "pgfdw_report_error",
 ];
 
 /// The driver's words for a connection that could not be opened.
@@ -89,7 +90,7 @@ pub(super) fn server_error(error: &DbError) -> String {
         text.push_str(": (a message of a function, which may contain data)");
         return text;
     }
-    let quotes_data = matches!(class, "22" | "23") || code == "42601";
+    let quotes_data = quotes_data(error, class);
     let message = if quotes_data {
         masked(error.message())
     } else {
@@ -110,6 +111,16 @@ pub(super) fn server_error(error: &DbError) -> String {
         }
     }
     text
+}
+
+/// Whether what the message quotes can come from data or from a literal: `'…'::regclass` quotes what is in the literal as a
+/// relation's name. Names in the statement itself are looked up by the parser.
+fn quotes_data(error: &DbError, class: &str) -> bool {
+    match error.code().code() {
+        "42601" | "42704" => true,
+        "42P01" => error.routine() != Some("parserOpenTable"),
+        _ => matches!(class, "22" | "23" | "3F" | "58"),
+    }
 }
 
 fn is_raised(error: &DbError, class: &str) -> bool {

@@ -50,6 +50,14 @@ pub(crate) fn is_idle(pid: i32) -> String {
     )
 }
 
+/// Whether a backend is there at all.
+pub(crate) fn lives(pid: i32) -> String {
+    format!(
+        "SELECT a.pid FROM pg_catalog.pg_stat_activity AS a WHERE pg_catalog.int4eq(a.pid, {pid}) \
+         AND pg_catalog.nameeq(a.datname, pg_catalog.current_database())"
+    )
+}
+
 pub(crate) fn idles(reply: &[SimpleQueryMessage]) -> bool {
     rows(reply).next().is_some()
 }
