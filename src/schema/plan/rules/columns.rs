@@ -287,7 +287,9 @@ impl Rules<'_> {
                 }
             } else if action.only {
                 Recursion::Itself
-            } else if found.is_alone {
+            // INHERIT ends that.
+            } else if found.is_alone && action.name != "ALTER TABLE … ALTER CONSTRAINT … INHERIT"
+            {
                 if action.name.ends_with("RENAME CONSTRAINT") {
                     Recursion::Itself
                 } else {

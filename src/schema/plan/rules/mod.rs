@@ -228,8 +228,27 @@ impl<'e> Rules<'e> {
             "CREATE OR REPLACE VIEW" if kind != 'v' => {}
             _ => self.by_rows(action, oid),
         }
+        if self.major >= 18 && !action.only && kind == 'r' {
+            self.children_of_constraint(action, oid);
+        }
         self.details(action, oid);
         Ok(None)
+    }
+
+    /// Since 18 a constraint that does not recurse locks the children of its table all the same (`ATPrepCmd`,
+    /// AT_AddConstraint, in `src/backend/commands/tablecmds.c`).
+    fn children_of_constraint(&mut self, action: &Action, oid: u32) {
+        let mode = match action.name {
+            "ALTER TABLE … ADD UNIQUE" | "ALTER TABLE … ADD EXCLUDE" => {
+                LockMode::AccessExclusive
+            }
+            "ALTER TABLE … ADD FOREIGN KEY"
+            | "ALTER TABLE … ADD FOREIGN KEY … NOT VALID"
+            | "ALTER TABLE … ADD FOREIGN KEY … NOT ENFORCED" => LockMode::ShareRowExclusive,
+            _ => return,
+        };
+        let (below, role) = (self.graph.below(oid), LockedRelation::Child);
+        self.lock_all(&below, action.name, role, mode, TableWork::Brief);
     }
 
     /// What the action's details add: options, a named index, sequences.
