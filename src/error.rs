@@ -107,11 +107,13 @@ impl ErrorKind {
 /// This type decides what a log, a panic message or a bug report may show:
 ///
 /// - `{}` ([`Display`](fmt::Display)) is one line: what failed, the lock's readable key, how long it was waited for, who
-///   holds it, and the SQLSTATE. It contains no text of the server and no value.
+///   holds it, and the SQLSTATE. It contains no text of the server and no value, except the name of the object for which a right
+///   is missing (42501).
 /// - `{:?}` ([`Debug`]), which `unwrap()` and `main() -> Result<(), Box<dyn Error>>` print, adds the cause. For a server that
 ///   cannot be reached that is the host and the reason. For a request that the server refused it is the SQLSTATE and the
-///   server's message. Quoted values are masked where a message of its class can quote them: classes 22 (data exceptions)
-///   and 23 (constraint violations), and 42601 (syntax errors). A message that a function raised is left out.
+///   server's message. Quoted values are masked where a message of its class can quote them: classes 22 (data exceptions),
+///   23 (constraint violations), 3F (schemas) and 58 (files), 42601 (syntax errors), 42704 (objects), and 42P01 (relations)
+///   unless the name stands in the statement itself. A message that a function raised is left out.
 /// - [`source`](StdError::source) is the driver's error as it came, with the DETAIL, the HINT and all values. Log it only
 ///   where data of the application may be logged.
 ///
