@@ -31,14 +31,14 @@ const LIMITS: [(Case, Limit); 2] = [
     (
         Case::LockedSelect,
         Limit {
-            instructions: 2.1,
-            allocations: 2.3,
+            instructions: 2.0,
+            allocations: 2.5,
         },
     ),
     (
         Case::TransactionSelect,
         Limit {
-            instructions: 2.1,
+            instructions: 2.2,
             allocations: 2.5,
         },
     ),
