@@ -105,6 +105,11 @@ impl Canceller {
         login_pid(&self.0.token)
     }
 
+    /// See [`login_name`].
+    pub(super) fn login_name(&self) -> Option<Box<[u8]>> {
+        login_name(&self.0.token)
+    }
+
     /// Ready when no signal is under way.
     pub(crate) async fn settled(&self) {
         drop(lock(self.target()).await);
@@ -198,7 +203,7 @@ impl Canceller {
 
 /// The backend's pid as the protocol gave it at login. The driver keeps it to itself, so it is read from the cancel
 /// request that the driver would send.
-pub(super) fn login_pid(token: &CancelToken) -> Option<i32> {
+fn login_pid(token: &CancelToken) -> Option<i32> {
     pid_to_cancel(&cancel_request(token)?)
 }
 

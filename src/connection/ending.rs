@@ -8,16 +8,16 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::task::{JoinHandle, unconstrained};
+use tokio::task::JoinHandle;
 use tokio_postgres::error::DbError;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{CancelToken, Client, Config, NoTls, Socket};
+use tokio_postgres::{Client, Config, Socket};
 
-use super::request::poll_once;
+use super::silence::{closed, login_error};
 use super::sql::server;
 use super::{Session, cancel};
 use crate::error::{Failure, IdleEnd, classify};
@@ -54,7 +54,7 @@ pub struct Connector<T> {
 }
 
 impl<T> Connector<T> {
-    /// One that connects with this TLS connector, or with [`NoTls`].
+    /// One that connects with this TLS connector, or with [`NoTls`](tokio_postgres::NoTls).
     pub fn new(tls: T) -> Self {
         Self { tls }
     }
@@ -116,10 +116,9 @@ fn remember(name: Name, reason: DbError) {
     reasons.push_back((name, reason));
 }
 
-fn reason(token: &CancelToken) -> Option<DbError> {
-    let name = cancel::login_name(token)?;
+fn reason(name: &Name) -> Option<DbError> {
     let reasons = reasons();
-    let known = reasons.iter().rev().find(|(of, _)| *of == name);
+    let known = reasons.iter().rev().find(|(of, _)| of == name);
     known.map(|(_, reason)| reason.clone())
 }
 
@@ -149,12 +148,14 @@ impl Session {
         // What the server has said to an earlier statement.
         let said = self.failure().map(|failure| *failure);
         let said = said.filter(crate::error::is_end_of_session);
-        let mut known = said.or_else(|| reason(&self.client().cancel_token()));
+        let name = self.canceller.login_name();
+        let remembered = || name.as_ref().and_then(reason);
+        let mut known = said.or_else(remembered);
         for _ in 0..LOOKS {
             if known.is_none() {
                 // The driver tells that a connection has ended a moment before its task has its error.
                 tokio::task::yield_now().await;
-                known = reason(&self.client().cancel_token());
+                known = remembered();
             }
         }
         if let Some(reason) = known {
@@ -211,15 +212,8 @@ fn made(sqlstate: &str, message: &str, routine: Option<&str>) -> tokio_postgres:
     body.push(0);
     let length = u32::try_from(body.len() + 4).unwrap_or(u32::MAX);
     let answer = [&b"E"[..], &length.to_be_bytes(), &body].concat();
-    let mut config = Config::new();
-    config.user("nobody");
     let stream = tokio::io::join(std::io::Cursor::new(answer), tokio::io::sink());
-    // Everything in it is ready at the first poll, also where the task has used up its budget.
-    let connecting = unconstrained(config.connect_raw(stream, NoTls));
-    match poll_once(pin!(connecting)) {
-        Some(Err(error)) => error,
-        _ => super::silence::closed(),
-    }
+    login_error(stream).unwrap_or_else(closed)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::task::unconstrained;
 use tokio_postgres::{Config, NoTls};
@@ -128,14 +129,21 @@ async fn is_executing(
 /// The driver's error for a connection that has ended. The driver lets nobody make one, so it is made by a connection to a
 /// server that closes it at once.
 pub(super) fn closed() -> tokio_postgres::Error {
+    match login_error(tokio::io::empty()) {
+        Some(error) => error,
+        None => unreachable!("nobody can log in on a stream that has ended"),
+    }
+}
+
+/// The error of a login to a server whose whole answer is in the stream.
+pub(super) fn login_error(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+) -> Option<tokio_postgres::Error> {
     let mut config = Config::new();
     config.user("nobody");
     // Everything in it is ready at the first poll, also where the task has used up its budget.
-    let connecting = unconstrained(config.connect_raw(tokio::io::empty(), NoTls));
-    match poll_once(pin!(connecting)) {
-        Some(Err(error)) => error,
-        _ => unreachable!("nobody can log in on a stream that has ended"),
-    }
+    let connecting = unconstrained(config.connect_raw(stream, NoTls));
+    poll_once(pin!(connecting))?.err()
 }
 
 #[cfg(test)]

@@ -171,6 +171,11 @@ pub(crate) fn push_select_fields(sql: &mut String, values: &[&str]) {
     );
 }
 
+/// Sets a setting, as one of the values of [`push_select_fields`] that is empty. `value` is SQL.
+pub(crate) fn set_config(name: &str, value: &str, is_local: bool) -> String {
+    format!("pg_catalog.left(pg_catalog.set_config('{name}', {value}, {is_local}), 0)")
+}
+
 /// The values of [`push_select_fields`] in a reply, the last one first.
 pub(crate) fn fields(reply: &[SimpleQueryMessage]) -> Option<impl Iterator<Item = &str>> {
     let row = rows(reply).find(|row| row.columns()[0].name() == "fields")?;

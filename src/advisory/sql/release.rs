@@ -12,7 +12,9 @@ use crate::connection::sql::server::{FRESH, IS_FRESH, XACT_START, is_fresh};
 use crate::connection::sql::{hand_over_of, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
-use crate::postgres::sql::{Message, fields, is_true, literal, push_select_fields, rows};
+use crate::postgres::sql::{
+    Message, fields, is_true, literal, push_select_fields, rows, set_config,
+};
 use crate::transaction::sql::Begin;
 
 /// Moves session locks into a transaction that begins after them, so that its snapshot is younger than the grant.
@@ -108,8 +110,7 @@ pub(super) fn push_unlock_select(
     mode: AdvisoryMode,
     arguments: &str,
 ) {
-    let set =
-        format!("pg_catalog.left(pg_catalog.set_config('application_name', {name}, false), 0)");
+    let set = set_config("application_name", name, false);
     let unlock = format!(
         "pg_catalog.pg_advisory_unlock{}{arguments}",
         shared_suffix(mode)

@@ -14,7 +14,7 @@ use crate::connection::sql::{Probe, Refusal, unlock_of};
 use crate::key::LockKey;
 use crate::mode::AdvisoryMode;
 use crate::postgres::sql::{
-    Message, fields, literal, parsed, push_literal, push_select_fields, rows, text,
+    Message, fields, literal, parsed, push_literal, push_select_fields, rows, set_config, text,
 };
 use crate::transaction::sql::{Begin, PID, PID_VALUE};
 
@@ -142,7 +142,7 @@ pub(crate) fn begin_and_try(begin: &Begin, locks: Locks<'_>, probe: &Probe) -> M
     if let Probe::Prepare(_) = probe {
         push_prepare(&mut sql, statement, key, |sql, name, arguments| {
             let verdict = lean_verdict("pg_try_advisory_xact_lock", locks.mode, arguments);
-            let set = set_config(name);
+            let set = set_config("application_name", name, true);
             push_select_fields(
                 sql,
                 &[
@@ -169,11 +169,6 @@ fn push_xact_columns(sql: &mut String, verdict: impl FnOnce(&mut String)) {
     sql.push_str(ISOLATION);
     verdict(sql);
     let _ = write!(sql, " AS verdict, {PID}, {XACT_START}");
-}
-
-/// The setting of a transaction's `application_name`, as a value that is empty.
-fn set_config(name: &str) -> String {
-    format!("pg_catalog.left(pg_catalog.set_config('application_name', {name}, true), 0)")
 }
 
 /// `PREPARE …; `: the text of `select`, with parameters for the key and the name. It comes before what it is for, so that

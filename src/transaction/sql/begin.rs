@@ -12,7 +12,8 @@ use crate::connection::sql::server::{
 use crate::connection::sql::{PreparedName, Probe};
 use crate::deadline::timeout_millis;
 use crate::postgres::sql::{
-    Message, fields, is_true, literal, parsed, push_literal, push_select_fields, rows, set_local,
+    Message, fields, is_true, literal, parsed, push_literal, push_select_fields, rows, set_config,
+    set_local,
 };
 
 pub(crate) const PID_VALUE: &str = "pg_catalog.pg_backend_pid()";
@@ -164,10 +165,7 @@ pub(crate) fn begin_transaction(begin: &Begin, probe: &Probe) -> Message {
         }
         sql.push_str(") AS ");
         let sets: Vec<_> = (begin.settings().enumerate())
-            .map(|(n, (name, _))| {
-                let n = n + 1;
-                format!("pg_catalog.left(pg_catalog.set_config('{name}', ${n}, true), 0)")
-            })
+            .map(|(n, (name, _))| set_config(name, &format!("${}", n + 1), true))
             .collect();
         let set = sets.join(" OPERATOR(pg_catalog.||) ");
         push_select_fields(&mut sql, &[XACT_START_VALUE, IS_FRESH, PID_VALUE, &set]);
